@@ -1,0 +1,117 @@
+//! What an operator sets: where to listen, where data lies, which base, and every limit by its name.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::device::DeviceSpec;
+use crate::error::{Error, Result};
+
+/// The configuration of one server process.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Catalogue, blobs and uploads live below it.
+    pub data_dir: PathBuf,
+    /// The GGUF file of the base, already on disk.
+    pub base: PathBuf,
+    pub device: DeviceSpec,
+    /// Worker threads of the compute pool.
+    pub threads: usize,
+    /// Prometheus text format; `None` is off.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Everyone is the operator and every tenant. Refused beyond loopback.
+    pub insecure_no_auth: bool,
+    pub tls: Option<TlsFiles>,
+    /// Plaintext beyond loopback is refused unless this is set.
+    pub allow_plaintext: bool,
+    pub limits: Limits,
+}
+
+/// PEM files.
+#[derive(Debug, Clone)]
+pub struct TlsFiles {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+}
+
+macro_rules! limits {
+    ($($(#[$doc:meta])* $name:ident = $default:expr, $unit:literal;)*) => {
+        /// Every limit, with its name, default and unit. Set with `--limit name=value`.
+        #[derive(Debug, Clone)]
+        pub struct Limits { $($(#[$doc])* pub $name: u64,)* }
+
+        impl Default for Limits {
+            fn default() -> Self { Self { $($name: $default,)* } }
+        }
+
+        impl Limits {
+            /// (name, default, unit) of each, in the order of the definition.
+            pub const TABLE: &'static [(&'static str, u64, &'static str)] = &[$((stringify!($name), $default, $unit),)*];
+
+            /// Sets one by name.
+            pub fn set(&mut self, name: &str, value: u64) -> Result<()> {
+                match name {
+                    $(stringify!($name) => self.$name = value,)*
+                    _ => {
+                        let names: Vec<_> = Self::TABLE.iter().map(|row| row.0).collect();
+                        return Err(Error::invalid("limit", format!("no limit is called {name:?}; there are {}", names.join(", "))));
+                    }
+                }
+                Ok(())
+            }
+        }
+    };
+}
+
+const MIB: u64 = 1 << 20;
+
+limits! {
+    /// One gRPC message. Larger ones are OUT_OF_RANGE by tonic.
+    max_message_bytes = 4 * MIB, "bytes";
+    /// One uploaded dataset.
+    max_dataset_bytes = 256 * MIB, "bytes";
+    /// Records of one dataset.
+    max_dataset_records = 1_000_000, "records";
+    /// One line of a dataset.
+    max_record_bytes = MIB, "bytes";
+    /// All files of one imported adapter.
+    max_adapter_bytes = 1024 * MIB, "bytes";
+    /// Rank of an adapter.
+    max_rank = 256, "rank";
+    /// Sequences decoded at once.
+    max_running = 64, "sequences";
+    /// Requests of one tenant waiting or running.
+    max_queued_per_tenant = 256, "requests";
+    /// Requests of all tenants waiting or running.
+    max_queued = 1024, "requests";
+    /// Rows of one engine step.
+    max_step_rows = 256, "rows";
+    /// Tokens a KV block holds.
+    kv_block_tokens = 16, "tokens";
+    /// Memory of the KV cache.
+    kv_cache_bytes = 768 * MIB, "bytes";
+    /// Memory of adapter versions kept ready.
+    adapter_cache_bytes = 1024 * MIB, "bytes";
+    /// Jobs of one tenant that have not ended.
+    max_jobs_per_tenant = 32, "jobs";
+    /// Adapters of one tenant.
+    max_adapters_per_tenant = 10_000, "adapters";
+    /// Versions of one adapter.
+    max_versions_per_adapter = 10_000, "versions";
+    /// Longest answer a request may ask for.
+    max_answer_tokens = 8192, "tokens";
+    /// Most of the compute that training takes while requests are running.
+    train_share_percent = 40, "percent";
+    /// Streams of one connection.
+    max_streams_per_connection = 256, "streams";
+    /// Time that answers under way get after SIGTERM.
+    drain_timeout_seconds = 30, "seconds";
+    /// Uploads that send nothing for this long end.
+    upload_idle_seconds = 60, "seconds";
+}
+
+impl Limits {
+    pub fn drain_timeout(&self) -> Duration {
+        Duration::from_secs(self.drain_timeout_seconds)
+    }
+}

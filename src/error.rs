@@ -1,0 +1,83 @@
+//! The one vocabulary of errors. `api/status.rs` maps each variant to a gRPC status; nothing else decides codes.
+//!
+//! Every error tells its reader what to do next. `reason` is UPPER_SNAKE and stable: clients may match on it.
+
+use std::time::Duration;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, in the caller's terms.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// The request can never succeed as it is. `field` is its path, e.g. `sampling.top_p`.
+    #[error("{field}: {message}")]
+    Invalid { reason: &'static str, field: String, message: String },
+    /// A named thing of the caller's own does not exist.
+    #[error("{name} does not exist")]
+    NotFound { name: String },
+    #[error("{name} already exists{}", hint(.message))]
+    AlreadyExists { name: String, message: String },
+    /// No key, or one that is unknown or revoked.
+    #[error("{message}")]
+    Unauthenticated { message: String },
+    /// Another tenant's name, or an operator's method. The same text whether the name exists or not.
+    #[error("this key may not use that name or method; names begin with tenants/{{your tenant}}")]
+    PermissionDenied,
+    /// Right request, wrong state of `subject`.
+    #[error("{subject}: {message}")]
+    Precondition { reason: &'static str, subject: String, message: String },
+    /// The etag given is not the current one.
+    #[error("{name} has changed since it was read; read it again and retry with its new etag")]
+    Conflict { name: String },
+    /// A named limit is reached. `limit` is its name in `config::Limits`.
+    #[error("{message} (limit {limit})")]
+    Exhausted { limit: &'static str, message: String, retry_after: Option<Duration> },
+    #[error("the deadline passed before the work was done")]
+    DeadlineExceeded,
+    #[error("the call was cancelled")]
+    Cancelled,
+    /// Not now; the same call may succeed later.
+    #[error("{message}")]
+    Unavailable { message: String, retry_after: Option<Duration> },
+    /// Our fault. The message goes to the log, not to the client.
+    #[error("{0}")]
+    Internal(String),
+}
+
+fn hint(message: &str) -> String {
+    if message.is_empty() { String::new() } else { format!("; {message}") }
+}
+
+impl Error {
+    pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Invalid { reason: "INVALID_ARGUMENT", field: field.into(), message: message.into() }
+    }
+
+    pub fn invalid_because(reason: &'static str, field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Invalid { reason, field: field.into(), message: message.into() }
+    }
+
+    pub fn not_found(name: impl std::fmt::Display) -> Self {
+        Self::NotFound { name: name.to_string() }
+    }
+
+    pub fn precondition(reason: &'static str, subject: impl std::fmt::Display, message: impl Into<String>) -> Self {
+        Self::Precondition { reason, subject: subject.to_string(), message: message.into() }
+    }
+
+    pub fn internal(message: impl std::fmt::Display) -> Self {
+        Self::Internal(message.to_string())
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(e: candle_core::Error) -> Self {
+        Self::Internal(format!("tensor: {e}"))
+    }
+}
+
+impl From<std::io::Error> for Error {
+    fn from(e: std::io::Error) -> Self {
+        Self::Internal(format!("i/o: {e}"))
+    }
+}

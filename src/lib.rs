@@ -1,0 +1,32 @@
+//! Tenora trains many LoRA adapters on one frozen quantised language model and serves them from the same bytes, over gRPC.
+//!
+//! The map, bottom up; a module imports only what stands above it in this list, as `tests/architecture.rs` enforces.
+//!
+//! - leaves: [`error`], [`ids`], [`config`], [`telemetry`], [`device`], [`text`], [`request`], [`bases`]
+//! - [`kernels`] quantised matmul, attention, batched adapters; [`weights`] GGUF to frozen tensors; [`adapter`] LoRA and PEFT files
+//! - [`model`] the architecture once, over two executors
+//! - [`store`] the catalogue and the blobs; [`hub`] which versions are resident
+//! - [`data`] datasets; [`engine`] the loop that serves; [`train`] the loop that trains
+//! - [`safety`] the only door to the engine; [`api`] gRPC; [`cli`] the commands; [`app`] puts a server together
+
+pub mod adapter;
+pub mod api;
+pub mod app;
+pub mod bases;
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod device;
+pub mod engine;
+pub mod error;
+pub mod hub;
+pub mod ids;
+pub mod kernels;
+pub mod model;
+pub mod request;
+pub mod safety;
+pub mod store;
+pub mod telemetry;
+pub mod text;
+pub mod train;
+pub mod weights;

@@ -1,0 +1,335 @@
+//! What travels between the modules: generation and training requests, their events, finish reasons. Plain data, checked at the door.
+
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::ids::{AdapterName, AdapterRef, DatasetName, VersionName};
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ChatMessage {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    pub content: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Prompt {
+    /// Control tokens are recognised.
+    Text(String),
+    /// Rendered by the base's chat template; content is always plain text.
+    Chat(Vec<ChatMessage>),
+    TokenIds(Vec<u32>),
+}
+
+/// How the next token is drawn. `temperature` 0 is greedy.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    pub temperature: f32,
+    /// 1 is off.
+    pub top_p: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+    }
+}
+
+impl Sampling {
+    pub fn check(&self) -> Result<()> {
+        let range = |field: &str, ok: bool, rule: &str| {
+            if ok { Ok(()) } else { Err(Error::invalid(format!("sampling.{field}"), format!("must be {rule}"))) }
+        };
+        range("temperature", (0.0..=10.0).contains(&self.temperature), "in [0, 10]")?;
+        range("top_p", self.top_p > 0.0 && self.top_p <= 1.0, "in (0, 1]")?;
+        range("min_p", (0.0..=1.0).contains(&self.min_p), "in [0, 1]")?;
+        range("repetition_penalty", self.repetition_penalty > 0.0 && self.repetition_penalty <= 10.0, "in (0, 10]")
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stopping {
+    pub max_tokens: u32,
+    pub stop: Vec<String>,
+    pub ignore_eos: bool,
+}
+
+/// One call of Generate.
+#[derive(Debug, Clone)]
+pub struct GenerateSpec {
+    /// `None` is the base.
+    pub adapter: Option<AdapterRef>,
+    pub prompt: Prompt,
+    pub sampling: Sampling,
+    pub stopping: Stopping,
+    /// `Some(n)`: log-probabilities, with the n most likely tokens beside each.
+    pub logprobs: Option<u32>,
+    pub deadline: Option<Instant>,
+}
+
+/// One call of Score: sequences of ids, already encoded by the door.
+#[derive(Debug, Clone)]
+pub struct ScoreSpec {
+    pub adapter: Option<AdapterRef>,
+    pub inputs: Vec<Prompt>,
+    pub top_logprobs: u32,
+    pub deadline: Option<Instant>,
+}
+
+/// The log-probability of a token and of the most likely ones at its position, best first. Nats.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprob {
+    pub id: u32,
+    pub logprob: f32,
+    pub top: Vec<(u32, f32)>,
+}
+
+/// A generated token; `logprob` where asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenOut {
+    pub id: u32,
+    pub logprob: Option<TokenLogprob>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    Stop,
+    Length,
+    ContentFiltered,
+    Cancelled,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub prompt_tokens: u32,
+    pub completion_tokens: u32,
+}
+
+/// What a generation stream yields: `Started`, then deltas, then `Finished`. An `Err` ends the stream too.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GenerateEvent {
+    /// The version leased; `None` is the base.
+    Started {
+        version: Option<VersionName>,
+    },
+    Delta {
+        text: String,
+        tokens: Vec<TokenOut>,
+    },
+    Finished {
+        reason: FinishReason,
+        usage: Usage,
+    },
+}
+
+/// The scores of one sequence of n ids: n - 1 log-probabilities.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScoreOut {
+    pub ids: Vec<u32>,
+    pub logprobs: Vec<TokenLogprob>,
+    pub next: Vec<(u32, f32)>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScoreAnswer {
+    pub version: Option<VersionName>,
+    pub results: Vec<ScoreOut>,
+    pub usage: Usage,
+}
+
+/// Whether a new version goes live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Publish {
+    /// Live where the adapter has no live version, else version only.
+    Auto,
+    Live,
+    VersionOnly,
+}
+
+/// A linear layer of a block, in PEFT's words. The order is that of the forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Target {
+    QProj,
+    KProj,
+    VProj,
+    OProj,
+    GateProj,
+    UpProj,
+    DownProj,
+}
+
+impl Target {
+    pub const ALL: [Self; 7] =
+        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+
+    /// `q_proj` and so on.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QProj => "q_proj",
+            Self::KProj => "k_proj",
+            Self::VProj => "v_proj",
+            Self::OProj => "o_proj",
+            Self::GateProj => "gate_proj",
+            Self::UpProj => "up_proj",
+            Self::DownProj => "down_proj",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|t| t.name() == name)
+    }
+}
+
+/// How a fresh LoRA is shaped.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoraSpec {
+    pub rank: u32,
+    pub alpha: f32,
+    pub dropout: f32,
+    /// Sorted, not empty.
+    pub targets: Vec<Target>,
+    /// Sorted; `None` is all.
+    pub layers: Option<Vec<u32>>,
+    pub use_rslora: bool,
+}
+
+impl Default for LoraSpec {
+    fn default() -> Self {
+        Self { rank: 8, alpha: 16.0, dropout: 0.0, targets: Target::ALL.to_vec(), layers: None, use_rslora: false }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Start {
+    Fresh(LoraSpec),
+    /// Resolved when the job was accepted.
+    From(VersionName),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub enum Objective {
+    Sft,
+    /// Sigmoid DPO.
+    Dpo {
+        beta: f32,
+        label_smoothing: f32,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LrSchedule {
+    Cosine,
+    Linear,
+    Constant,
+}
+
+/// AdamW and the batches it sees; all defaults filled in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Hyperparameters {
+    pub learning_rate: f64,
+    pub epochs: u32,
+    /// Over `epochs` where given.
+    pub max_steps: Option<u32>,
+    pub batch_size: u32,
+    pub gradient_accumulation_steps: u32,
+    /// `None`: 5 % of all steps.
+    pub warmup_steps: Option<u32>,
+    pub schedule: LrSchedule,
+    pub weight_decay: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    /// 0 is off.
+    pub max_grad_norm: f64,
+    pub seed: u64,
+    pub sequential: bool,
+    pub validation_split: f32,
+    /// `None`: once an epoch.
+    pub eval_steps: Option<u32>,
+    /// Tokens. `None`: the least of 2048 and the base's context.
+    pub max_length: Option<u32>,
+}
+
+/// A training job as asked for, defaults filled in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// Gets the new version.
+    pub adapter: AdapterName,
+    pub dataset: DatasetName,
+    pub objective: Objective,
+    pub start: Start,
+    pub hyperparameters: Hyperparameters,
+    pub publish: Publish,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum JobState {
+    Queued,
+    Running,
+    Pausing,
+    Paused,
+    Interrupted,
+    Succeeded,
+    Failed,
+    Cancelling,
+    Cancelled,
+}
+
+impl JobState {
+    /// The job will never take another step.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// Something that happened to a job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum JobEvent {
+    State {
+        state: JobState,
+        error: Option<String>,
+        version: Option<VersionName>,
+    },
+    Step {
+        step: u32,
+        total_steps: u32,
+        loss: f64,
+        learning_rate: f64,
+        grad_norm: f64,
+        tokens_per_second: f64,
+        eta_seconds: f64,
+        /// DPO only.
+        margin: Option<f64>,
+        /// DPO only.
+        accuracy: Option<f64>,
+    },
+    Evaluated {
+        step: u32,
+        loss: f64,
+        margin: Option<f64>,
+        accuracy: Option<f64>,
+    },
+    Message(String),
+}
+
+/// What the parity gate measured; D is logp(adapter) - logp(base), nats.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ParityReport {
+    pub tokens: u32,
+    /// Mean |D_serve - D_train|.
+    pub mean_abs_difference: f32,
+    /// Mean |D_train|.
+    pub mean_abs_effect: f32,
+    pub threshold: f32,
+    /// Every effective delta is zero.
+    pub no_effect: bool,
+}

@@ -1,0 +1,1 @@
+//! Frozen tensors of the base, from GGUF.
