@@ -1,1 +1,165 @@
-//! store
+//! The catalogue (SQLite) and the blobs (files). All SQL of the crate is here.
+//!
+//! A blob is written before the row that owns it and deleted after that row is gone, so a process that is killed at any point leaves
+//! at worst blobs without an owner; [`Store::open`] collects those and half-written files. Catalogue and blobs are one process's
+//! at a time: a second one on the same folder is refused.
+
+mod adapters;
+mod blobs;
+mod keys;
+mod locks;
+mod rows;
+mod tenants;
+
+use std::collections::HashSet;
+use std::fs::{File, TryLockError};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{SqlSafeStr, Sqlite, Transaction};
+
+pub use adapters::{AdapterRow, NewVersionRow, VersionRow};
+pub use blobs::{BlobUpload, Blobs};
+pub use keys::{KeyOwner, KeyRow};
+pub use locks::Custody;
+pub use rows::{Listed, Page, fresh_token};
+pub use tenants::{PolicyRow, TenantRow, UsageDelta, UsageRow};
+
+use crate::error::{Error, Result};
+
+/// Longest wait for SQLite's write lock.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a process that starts waits for one that is ending to let go of the data folder.
+const FOLDER_WAIT: Duration = Duration::from_secs(5);
+/// Connections: readers do not block each other in WAL mode.
+const CONNECTIONS: u32 = 4;
+
+/// The schema, in the order it grew. Applied ones never change; a change is a new file at the end.
+const MIGRATIONS: &[(i64, &str, &str)] = &[(1, "init", include_str!("migrations/0001_init.sql"))];
+
+/// The catalogue and the blobs of one data folder. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    pool: SqlitePool,
+    blobs: Blobs,
+    locks: locks::Locks,
+    /// Held while the store lives; the system releases it when the process dies.
+    _folder: File,
+}
+
+impl Store {
+    /// Opens or makes the catalogue and the blobs below `data_dir`, migrates, and collects half uploads and blobs without an owner.
+    /// DATA_DIR_IN_USE where another process has it.
+    pub async fn open(data_dir: &Path) -> Result<Self> {
+        tokio::fs::create_dir_all(data_dir).await?;
+        let folder = lock_folder(data_dir).await?;
+        // NORMAL in WAL mode: a commit survives the death of the process (it is in the system's page cache); power loss may undo the
+        // last commits but never tears one. Blobs are synced before their rows, and a deletion's commit before its blobs go.
+        let options = SqliteConnectOptions::new()
+            .filename(data_dir.join("tenora.db"))
+            .create_if_missing(true)
+            .foreign_keys(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Normal)
+            .busy_timeout(BUSY_TIMEOUT);
+        let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).connect_with(options).await?;
+        migrator().run(&pool).await.map_err(|e| Error::internal(format!("catalogue migration: {e}")))?;
+        let blobs = Blobs::open(&data_dir.join("blobs"))?;
+        let store = Self { inner: Arc::new(Inner { pool, blobs, locks: locks::Locks::default(), _folder: folder }) };
+        store.blobs().sweep(&store.owned_blobs().await?).await?;
+        Ok(store)
+    }
+
+    /// The files beside the catalogue.
+    pub fn blobs(&self) -> &Blobs {
+        &self.inner.blobs
+    }
+
+    fn pool(&self) -> &SqlitePool {
+        &self.inner.pool
+    }
+
+    /// A transaction that writes. It takes the write lock at once, so that it never fails half way for another writer; dropped
+    /// without a commit it leaves nothing.
+    async fn write(&self) -> Result<Transaction<'static, Sqlite>> {
+        Ok(self.pool().begin_with("BEGIN IMMEDIATE").await?)
+    }
+
+    /// Every blob that a row owns.
+    async fn owned_blobs(&self) -> Result<HashSet<String>> {
+        let rows = sqlx::query_scalar("SELECT blob FROM versions UNION SELECT blob FROM datasets")
+            .fetch_all(self.pool())
+            .await?;
+        Ok(rows.into_iter().collect())
+    }
+
+    /// Deletes a blob unless a row owns it or a [`Custody`] of it is held, whose holder then answers for it.
+    pub async fn collect_blob(&self, blob: &str) -> Result<()> {
+        let Some(_alone) = self.inner.locks.try_exclusive(blob) else { return Ok(()) };
+        let owned: bool = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT 1 FROM versions WHERE blob = ?1 UNION ALL SELECT 1 FROM datasets WHERE blob = ?1)",
+        )
+        .bind(blob)
+        .fetch_one(self.pool())
+        .await?;
+        if owned { Ok(()) } else { self.delete_blobs(&[blob]).await }
+    }
+
+    /// Deletes blobs whose rows are gone. Their deletion reaches the disk first, lest a power loss bring back a row without its blob.
+    async fn delete_blobs(&self, blobs: &[&str]) -> Result<()> {
+        sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(self.pool()).await?;
+        for blob in blobs {
+            self.blobs().delete(blob).await?;
+        }
+        Ok(())
+    }
+}
+
+fn migrator() -> Migrator {
+    let migration = |&(version, name, sql): &(i64, &'static str, &'static str)| {
+        Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false)
+    };
+    Migrator::with_migrations(MIGRATIONS.iter().map(migration).collect())
+}
+
+/// Takes the folder for this process.
+async fn lock_folder(data_dir: &Path) -> Result<File> {
+    let file = File::options().create(true).truncate(false).write(true).open(data_dir.join("lock"))?;
+    let deadline = tokio::time::Instant::now() + FOLDER_WAIT;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::precondition(
+                    "DATA_DIR_IN_USE",
+                    data_dir.display(),
+                    "another process serves this folder; stop it or choose another --data-dir",
+                ));
+            }
+            Err(TryLockError::Error(e)) => return Err(e.into()),
+        }
+    }
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(e: sqlx::Error) -> Self {
+        match e {
+            sqlx::Error::PoolTimedOut => Self::Unavailable {
+                message: "the catalogue is busy; retry".into(),
+                retry_after: Some(Duration::from_secs(1)),
+            },
+            e => Self::Internal(format!("catalogue: {e}")),
+        }
+    }
+}

@@ -1,0 +1,395 @@
+//! Adapters and their versions: a name is mutable and has one live version; a version never changes and its number never comes again.
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
+
+use crate::config::Limits;
+use crate::error::{Error, Result};
+use crate::ids::{AdapterName, AdapterRef, Digest, JobName, TenantId, VersionName};
+use crate::request::{ParityReport, Publish};
+use crate::store::rows::{first_result, from_json, from_millis, int, now, record_result, require_tenant, to_json};
+use crate::store::{Listed, Page, Store, fresh_token};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterRow {
+    pub name: AdapterName,
+    /// What requests for the name get.
+    pub live: Option<VersionName>,
+    pub etag: String,
+    pub create_time: SystemTime,
+    /// When `live` last changed.
+    pub update_time: SystemTime,
+}
+
+/// A version, and all that is known of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VersionRow {
+    pub name: VersionName,
+    pub digest: Digest,
+    pub base_digest: Digest,
+    pub template_digest: Digest,
+    /// Bytes of the tensors as stored.
+    pub size_bytes: u64,
+    /// The largest of its sites.
+    pub rank: u32,
+    /// PEFT's words, sorted.
+    pub targets: Vec<String>,
+    pub parity: ParityReport,
+    /// What trained it; `None` for an import.
+    pub job: Option<JobName>,
+    /// Final measurements, finite numbers.
+    pub metrics: BTreeMap<String, f64>,
+    pub create_time: SystemTime,
+    /// Random, never given twice: what caches are keyed by.
+    pub uid: String,
+    /// Bytes of the tensors in memory.
+    pub memory_bytes: u64,
+    /// The folder of its files.
+    pub blob: String,
+}
+
+/// A version to insert.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewVersionRow {
+    /// Complete but for its number and its time, which the catalogue gives.
+    pub draft: VersionRow,
+    pub publish: Publish,
+    /// Empty: none.
+    pub request_id: String,
+    /// Does everything and undoes it.
+    pub validate_only: bool,
+}
+
+impl NewVersionRow {
+    fn method(&self) -> &'static str {
+        version_method(self.draft.job.is_some())
+    }
+}
+
+/// Request ids of imports and of jobs are apart.
+fn version_method(trained: bool) -> &'static str {
+    if trained { "PublishTrained" } else { "ImportAdapter" }
+}
+
+impl Store {
+    pub async fn get_adapter(&self, name: &AdapterName) -> Result<AdapterRow> {
+        read_adapter(&mut *self.pool().acquire().await?, name).await
+    }
+
+    /// A tenant's adapters by id.
+    pub async fn list_adapters(&self, tenant: &TenantId, page: &Page) -> Result<Listed<AdapterRow>> {
+        let mut db = self.pool().acquire().await?;
+        require_tenant(&mut db, tenant).await?;
+        let rows = sqlx::query("SELECT * FROM adapters WHERE tenant = ? AND adapter > ? ORDER BY adapter LIMIT ?")
+            .bind(tenant.as_str())
+            .bind(&page.token)
+            .bind(page.rows())
+            .fetch_all(&mut *db)
+            .await?;
+        let items = rows.iter().map(adapter_row).collect::<Result<_>>()?;
+        Ok(Listed::cut(items, page, |a: &AdapterRow| a.name.adapter.clone()))
+    }
+
+    pub async fn get_version(&self, name: &VersionName) -> Result<VersionRow> {
+        read_version(&mut *self.pool().acquire().await?, name).await
+    }
+
+    /// An adapter's versions, newest first.
+    pub async fn list_versions(&self, adapter: &AdapterName, page: &Page) -> Result<Listed<VersionRow>> {
+        let mut db = self.pool().acquire().await?;
+        read_adapter(&mut db, adapter).await?;
+        let rows = sqlx::query(
+            "SELECT * FROM versions WHERE tenant = ? AND adapter = ? AND version < ? ORDER BY version DESC LIMIT ?",
+        )
+        .bind(adapter.tenant.as_str())
+        .bind(&adapter.adapter)
+        .bind(page.number(i64::MAX)?)
+        .bind(page.rows())
+        .fetch_all(&mut *db)
+        .await?;
+        let items = rows.iter().map(version_row).collect::<Result<_>>()?;
+        Ok(Listed::cut(items, page, |v: &VersionRow| v.name.version.to_string()))
+    }
+
+    /// The version that a name means now: one read, so it is one version even while names move. NOT_FOUND for what does not
+    /// exist, NO_LIVE_VERSION for an adapter that has none.
+    pub async fn resolve(&self, name: &AdapterRef) -> Result<VersionRow> {
+        let adapter = match name {
+            AdapterRef::Version(version) => return self.get_version(version).await,
+            AdapterRef::Live(adapter) => adapter,
+        };
+        let row = sqlx::query(
+            "SELECT v.* FROM adapters a JOIN versions v ON v.tenant = a.tenant AND v.adapter = a.adapter
+             AND v.version = a.live_version WHERE a.tenant = ? AND a.adapter = ?",
+        )
+        .bind(adapter.tenant.as_str())
+        .bind(&adapter.adapter)
+        .fetch_optional(self.pool())
+        .await?;
+        if let Some(row) = row {
+            return version_row(&row);
+        }
+        self.get_adapter(adapter).await?;
+        let message = "has no live version; name one of its versions or set one live";
+        Err(Error::precondition("NO_LIVE_VERSION", adapter, message))
+    }
+
+    /// Whether the version of this uid is still in the catalogue.
+    pub async fn has_version(&self, uid: &str) -> Result<bool> {
+        let found = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM versions WHERE uid = ?)").bind(uid);
+        Ok(found.fetch_one(self.pool()).await?)
+    }
+
+    /// What an earlier publish with this request id made. NOT_FOUND where that has been deleted since.
+    pub async fn published_before(
+        &self,
+        tenant: &TenantId,
+        trained: bool,
+        request_id: &str,
+    ) -> Result<Option<VersionRow>> {
+        let mut db = self.pool().acquire().await?;
+        match first_result(&mut db, tenant, version_method(trained), request_id).await? {
+            Some(name) => read_version(&mut db, &name.parse()?).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// One transaction: makes the adapter where it is new, numbers the version, moves the live name as asked. An earlier result of
+    /// the same request id is given again. Limits `max_adapters_per_tenant` and `max_versions_per_adapter`.
+    pub async fn insert_version(&self, new: NewVersionRow, limits: &Limits) -> Result<VersionRow> {
+        let mut tx = self.write().await?;
+        let adapter = new.draft.name.adapter.clone();
+        if let Some(name) = first_result(&mut tx, &adapter.tenant, new.method(), &new.request_id).await? {
+            return read_version(&mut tx, &name.parse()?).await;
+        }
+        require_tenant(&mut tx, &adapter.tenant).await?;
+        make_adapter(&mut tx, &adapter, limits).await?;
+        let name = VersionName { version: next_number(&mut tx, &adapter, limits).await?, adapter };
+        insert_row(&mut tx, &name, &new.draft).await?;
+        if moves_live(&mut tx, &name, new.publish).await? {
+            move_live(&mut tx, &name).await?;
+        }
+        record_result(&mut tx, name.tenant(), new.method(), &new.request_id, &name.to_string()).await?;
+        let row = read_version(&mut tx, &name).await?;
+        if !new.validate_only {
+            tx.commit().await?;
+        }
+        Ok(row)
+    }
+
+    /// Makes a version the live one. CONFLICT where `etag` (empty: none) is not the current one.
+    pub async fn set_live(&self, version: &VersionName, etag: &str) -> Result<AdapterRow> {
+        let mut tx = self.write().await?;
+        let adapter = read_adapter(&mut tx, &version.adapter).await?;
+        check_etag(&adapter, etag)?;
+        read_version(&mut tx, version).await?;
+        if adapter.live.as_ref() != Some(version) {
+            move_live(&mut tx, version).await?;
+        }
+        let adapter = read_adapter(&mut tx, &version.adapter).await?;
+        tx.commit().await?;
+        Ok(adapter)
+    }
+
+    /// Deletes an adapter with its versions and the blobs that only they own; gives the versions' uids. Refused (ADAPTER_IN_USE)
+    /// while a job that has not ended starts from it or trains into it; CONFLICT where `etag` (empty: none) is not the current one.
+    pub async fn delete_adapter(&self, name: &AdapterName, etag: &str) -> Result<Vec<String>> {
+        let mut tx = self.write().await?;
+        check_etag(&read_adapter(&mut tx, name).await?, etag)?;
+        check_unused(&mut tx, name).await?;
+        let owned: Vec<(String, String)> =
+            sqlx::query_as("SELECT uid, blob FROM versions WHERE tenant = ? AND adapter = ?")
+                .bind(name.tenant.as_str())
+                .bind(&name.adapter)
+                .fetch_all(&mut *tx)
+                .await?;
+        sqlx::query("DELETE FROM adapters WHERE tenant = ? AND adapter = ?")
+            .bind(name.tenant.as_str())
+            .bind(&name.adapter)
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        let (uids, blobs): (Vec<_>, Vec<_>) = owned.into_iter().unzip();
+        for blob in blobs {
+            self.collect_blob(&blob).await?;
+        }
+        Ok(uids)
+    }
+}
+
+async fn read_adapter(db: &mut SqliteConnection, name: &AdapterName) -> Result<AdapterRow> {
+    let row = sqlx::query("SELECT * FROM adapters WHERE tenant = ? AND adapter = ?")
+        .bind(name.tenant.as_str())
+        .bind(&name.adapter)
+        .fetch_optional(db)
+        .await?;
+    adapter_row(&row.ok_or_else(|| Error::not_found(name))?)
+}
+
+async fn read_version(db: &mut SqliteConnection, name: &VersionName) -> Result<VersionRow> {
+    let row = sqlx::query("SELECT * FROM versions WHERE tenant = ? AND adapter = ? AND version = ?")
+        .bind(name.tenant().as_str())
+        .bind(&name.adapter.adapter)
+        .bind(name.version)
+        .fetch_optional(db)
+        .await?;
+    version_row(&row.ok_or_else(|| Error::not_found(name))?)
+}
+
+fn check_etag(adapter: &AdapterRow, etag: &str) -> Result<()> {
+    if etag.is_empty() || etag == adapter.etag {
+        Ok(())
+    } else {
+        Err(Error::Conflict { name: adapter.name.to_string() })
+    }
+}
+
+async fn check_unused(db: &mut SqliteConnection, name: &AdapterName) -> Result<()> {
+    let job: Option<String> = sqlx::query_scalar(
+        "SELECT job FROM jobs WHERE tenant = ? AND (adapter = ? OR from_adapter = ?)
+         AND state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED') LIMIT 1",
+    )
+    .bind(name.tenant.as_str())
+    .bind(&name.adapter)
+    .bind(&name.adapter)
+    .fetch_optional(db)
+    .await?;
+    let Some(job) = job else { return Ok(()) };
+    let message = format!("training job {job} starts from it or trains into it; wait for its end or cancel it");
+    Err(Error::precondition("ADAPTER_IN_USE", name, message))
+}
+
+async fn make_adapter(db: &mut SqliteConnection, name: &AdapterName, limits: &Limits) -> Result<()> {
+    let now = now();
+    let made = sqlx::query(
+        "INSERT INTO adapters (tenant, adapter, etag, create_time, update_time) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+    )
+    .bind(name.tenant.as_str())
+    .bind(&name.adapter)
+    .bind(fresh_token())
+    .bind(now)
+    .bind(now)
+    .execute(&mut *db)
+    .await?;
+    if made.rows_affected() == 0 {
+        return Ok(());
+    }
+    let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM adapters WHERE tenant = ?")
+        .bind(name.tenant.as_str())
+        .fetch_one(db)
+        .await?;
+    let most = limits.max_adapters_per_tenant;
+    if count <= int(most) {
+        Ok(())
+    } else {
+        Err(too_many("max_adapters_per_tenant", format!("{} has {most} adapters", name.tenant)))
+    }
+}
+
+/// The next number under a name, also where all versions before it are gone.
+async fn next_number(db: &mut SqliteConnection, name: &AdapterName, limits: &Limits) -> Result<u32> {
+    let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM versions WHERE tenant = ? AND adapter = ?")
+        .bind(name.tenant.as_str())
+        .bind(&name.adapter)
+        .fetch_one(&mut *db)
+        .await?;
+    let most = limits.max_versions_per_adapter;
+    if count >= int(most) {
+        return Err(too_many("max_versions_per_adapter", format!("{name} has {most} versions")));
+    }
+    let number = sqlx::query_scalar(
+        "INSERT INTO version_numbers (tenant, adapter, last) VALUES (?, ?, 1)
+         ON CONFLICT DO UPDATE SET last = last + 1 RETURNING last",
+    );
+    Ok(number.bind(name.tenant.as_str()).bind(&name.adapter).fetch_one(db).await?)
+}
+
+fn too_many(limit: &'static str, what: String) -> Error {
+    Error::Exhausted { limit, message: format!("{what}; delete an adapter that is not needed"), retry_after: None }
+}
+
+async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &VersionRow) -> Result<()> {
+    sqlx::query(
+        "INSERT INTO versions (uid, tenant, adapter, version, digest, base_digest, template_digest, size_bytes, memory_bytes,
+         rank, targets, parity, job, metrics, blob, create_time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(&draft.uid)
+    .bind(name.tenant().as_str())
+    .bind(&name.adapter.adapter)
+    .bind(name.version)
+    .bind(draft.digest.to_string())
+    .bind(draft.base_digest.to_string())
+    .bind(draft.template_digest.to_string())
+    .bind(int(draft.size_bytes))
+    .bind(int(draft.memory_bytes))
+    .bind(draft.rank)
+    .bind(to_json(&draft.targets)?)
+    .bind(to_json(&draft.parity)?)
+    .bind(draft.job.as_ref().map(JobName::to_string))
+    .bind(to_json(&draft.metrics)?)
+    .bind(&draft.blob)
+    .bind(now())
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+async fn moves_live(db: &mut SqliteConnection, version: &VersionName, publish: Publish) -> Result<bool> {
+    match publish {
+        Publish::Live => Ok(true),
+        Publish::VersionOnly => Ok(false),
+        Publish::Auto => Ok(read_adapter(db, &version.adapter).await?.live.is_none()),
+    }
+}
+
+async fn move_live(db: &mut SqliteConnection, version: &VersionName) -> Result<()> {
+    sqlx::query("UPDATE adapters SET live_version = ?, etag = ?, update_time = ? WHERE tenant = ? AND adapter = ?")
+        .bind(version.version)
+        .bind(fresh_token())
+        .bind(now())
+        .bind(version.tenant().as_str())
+        .bind(&version.adapter.adapter)
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
+fn adapter_row(row: &SqliteRow) -> Result<AdapterRow> {
+    let tenant = TenantId::new(row.try_get("tenant")?)?;
+    let name = AdapterName::new(&tenant, row.try_get("adapter")?)?;
+    let live: Option<u32> = row.try_get("live_version")?;
+    Ok(AdapterRow {
+        live: live.map(|version| VersionName { adapter: name.clone(), version }),
+        name,
+        etag: row.try_get("etag")?,
+        create_time: from_millis(row.try_get("create_time")?),
+        update_time: from_millis(row.try_get("update_time")?),
+    })
+}
+
+fn version_row(row: &SqliteRow) -> Result<VersionRow> {
+    let tenant = TenantId::new(row.try_get("tenant")?)?;
+    let adapter = AdapterName::new(&tenant, row.try_get("adapter")?)?;
+    let digest = |column: &str| -> Result<Digest> { row.try_get::<&str, _>(column)?.parse() };
+    let bytes = |column: &str| row.try_get::<i64, _>(column).map(|n| n.max(0) as u64);
+    let job: Option<&str> = row.try_get("job")?;
+    Ok(VersionRow {
+        name: VersionName { adapter, version: row.try_get("version")? },
+        digest: digest("digest")?,
+        base_digest: digest("base_digest")?,
+        template_digest: digest("template_digest")?,
+        size_bytes: bytes("size_bytes")?,
+        rank: row.try_get("rank")?,
+        targets: from_json(row.try_get("targets")?)?,
+        parity: from_json(row.try_get("parity")?)?,
+        job: job.map(str::parse).transpose()?,
+        metrics: from_json(row.try_get("metrics")?)?,
+        create_time: from_millis(row.try_get("create_time")?),
+        uid: row.try_get("uid")?,
+        memory_bytes: bytes("memory_bytes")?,
+        blob: row.try_get("blob")?,
+    })
+}

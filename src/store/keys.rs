@@ -1,0 +1,110 @@
+//! API keys. A secret is shown once, when its key is made; only its SHA-256 is kept.
+
+use std::time::SystemTime;
+
+use sha2::{Digest as _, Sha256};
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use crate::error::{Error, Result};
+use crate::ids::{KeyName, TenantId};
+use crate::store::rows::{from_millis, now, random, require_tenant};
+use crate::store::{Listed, Page, Store, fresh_token};
+
+/// Whom a key speaks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeyOwner {
+    Operator,
+    Tenant(TenantId),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyRow {
+    pub id: String,
+    /// SHA-256 of the whole secret.
+    pub hash: [u8; 32],
+    pub owner: KeyOwner,
+    pub display_name: String,
+    pub created: SystemTime,
+    /// Worthless since then.
+    pub revoked: Option<SystemTime>,
+}
+
+impl Store {
+    /// Makes a key. The second value is the secret, `tnr_{key id}_{64 hex digits}`, which nobody can read again.
+    pub async fn create_key(&self, owner: &KeyOwner, display_name: &str) -> Result<(KeyRow, String)> {
+        let tenant = match owner {
+            KeyOwner::Operator => None,
+            KeyOwner::Tenant(id) => Some(id),
+        };
+        let id = format!("{:016x}", u64::from_le_bytes(random()));
+        let secret = format!("tnr_{id}_{}{}", fresh_token(), fresh_token());
+        let hash: [u8; 32] = Sha256::digest(secret.as_bytes()).into();
+        let mut tx = self.write().await?;
+        if let Some(tenant) = tenant {
+            require_tenant(&mut tx, tenant).await?;
+        }
+        sqlx::query("INSERT INTO api_keys (key, tenant, hash, display_name, create_time) VALUES (?, ?, ?, ?, ?)")
+            .bind(&id)
+            .bind(tenant.map(TenantId::as_str))
+            .bind(hash.as_slice())
+            .bind(display_name)
+            .bind(now())
+            .execute(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        let row = self.find_key(&id).await?.ok_or_else(|| Error::not_found(&id))?;
+        Ok((row, secret))
+    }
+
+    /// The key of an id, revoked or not.
+    pub async fn find_key(&self, id: &str) -> Result<Option<KeyRow>> {
+        let row = sqlx::query("SELECT * FROM api_keys WHERE key = ?").bind(id).fetch_optional(self.pool()).await?;
+        row.as_ref().map(key_row).transpose()
+    }
+
+    /// A tenant's keys by id, the revoked ones too.
+    pub async fn list_keys(&self, tenant: &TenantId, page: &Page) -> Result<Listed<KeyRow>> {
+        require_tenant(&mut *self.pool().acquire().await?, tenant).await?;
+        let rows = sqlx::query("SELECT * FROM api_keys WHERE tenant = ? AND key > ? ORDER BY key LIMIT ?")
+            .bind(tenant.as_str())
+            .bind(&page.token)
+            .bind(page.rows())
+            .fetch_all(self.pool())
+            .await?;
+        let items = rows.iter().map(key_row).collect::<Result<_>>()?;
+        Ok(Listed::cut(items, page, |key: &KeyRow| key.id.clone()))
+    }
+
+    /// Makes a key worthless; revoking it again changes nothing.
+    pub async fn revoke_key(&self, name: &KeyName) -> Result<()> {
+        let done =
+            sqlx::query("UPDATE api_keys SET revoke_time = COALESCE(revoke_time, ?) WHERE tenant = ? AND key = ?")
+                .bind(now())
+                .bind(name.tenant.as_str())
+                .bind(&name.key)
+                .execute(self.pool())
+                .await?;
+        if done.rows_affected() == 0 { Err(Error::not_found(name)) } else { Ok(()) }
+    }
+
+    /// Whether an operator can still get in.
+    pub async fn has_operator_key(&self) -> Result<bool> {
+        let found =
+            sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM api_keys WHERE tenant IS NULL AND revoke_time IS NULL)");
+        Ok(found.fetch_one(self.pool()).await?)
+    }
+}
+
+fn key_row(row: &SqliteRow) -> Result<KeyRow> {
+    let hash: &[u8] = row.try_get("hash")?;
+    let tenant: Option<&str> = row.try_get("tenant")?;
+    Ok(KeyRow {
+        id: row.try_get("key")?,
+        hash: hash.try_into().map_err(|_| Error::internal("catalogue: a key's hash is damaged"))?,
+        owner: tenant.map_or(Ok(KeyOwner::Operator), |t| TenantId::new(t).map(KeyOwner::Tenant))?,
+        display_name: row.try_get("display_name")?,
+        created: from_millis(row.try_get("create_time")?),
+        revoked: row.try_get::<Option<i64>, _>("revoke_time")?.map(from_millis),
+    })
+}

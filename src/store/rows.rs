@@ -1,0 +1,143 @@
+//! What all tables share: times, JSON columns, pages, random tokens, and the first results of calls with a request id.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rand::RngCore;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sqlx::SqliteConnection;
+
+use crate::error::{Error, Result};
+use crate::ids::TenantId;
+
+const DEFAULT_PAGE: u32 = 50;
+const MAX_PAGE: u32 = 1000;
+
+/// Which part of a list: at most `size` items (0: the default of 50; at most 1000) after the `token` of the page before (empty: the first).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Page {
+    pub size: u32,
+    pub token: String,
+}
+
+impl Page {
+    /// Items of this page.
+    pub(super) fn limit(&self) -> usize {
+        (if self.size == 0 { DEFAULT_PAGE } else { self.size.min(MAX_PAGE) }) as usize
+    }
+
+    /// Rows to ask the database for: one more than the page has, to know whether there is another page.
+    pub(super) fn rows(&self) -> i64 {
+        self.limit() as i64 + 1
+    }
+
+    /// The token where it is a number; `first` on the first page.
+    pub(super) fn number(&self, first: i64) -> Result<i64> {
+        if self.token.is_empty() {
+            return Ok(first);
+        }
+        self.token.parse().map_err(|_| Error::invalid("page_token", "must be the next_page_token of the page before"))
+    }
+}
+
+/// A page of a list; `next` is empty on the last one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Listed<T> {
+    pub items: Vec<T>,
+    pub next: String,
+}
+
+impl<T> Listed<T> {
+    /// Cuts the surplus row off; `token` is the sort key of an item.
+    pub(super) fn cut(mut items: Vec<T>, page: &Page, token: impl Fn(&T) -> String) -> Self {
+        let more = items.len() > page.limit();
+        items.truncate(page.limit());
+        let next = if more { items.last().map(token).unwrap_or_default() } else { String::new() };
+        Self { items, next }
+    }
+}
+
+/// Now, in unix milliseconds.
+pub(super) fn now() -> i64 {
+    to_millis(SystemTime::now())
+}
+
+/// Unix milliseconds; 0 before 1970.
+pub(super) fn to_millis(time: SystemTime) -> i64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |d| int(d.as_millis() as u64))
+}
+
+pub(super) fn from_millis(millis: i64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(millis.max(0) as u64)
+}
+
+/// SQLite's integers are signed.
+pub(super) fn int(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+pub(super) fn to_json<T: Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::internal(format!("catalogue: a value has no JSON: {e}")))
+}
+
+pub(super) fn from_json<T: DeserializeOwned>(text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| Error::internal(format!("catalogue: a column is damaged: {e}")))
+}
+
+/// 128 random bits as 32 hex digits: for etags and ids that must never come twice.
+pub fn fresh_token() -> String {
+    format!("{:032x}", u128::from_le_bytes(random()))
+}
+
+pub(super) fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    rand::rng().fill_bytes(&mut bytes);
+    bytes
+}
+
+/// NOT_FOUND where there is no such tenant.
+pub(super) async fn require_tenant(db: &mut SqliteConnection, tenant: &TenantId) -> Result<()> {
+    let found = sqlx::query("SELECT 1 FROM tenants WHERE tenant = ?").bind(tenant.as_str()).fetch_optional(db).await?;
+    found.map(|_| ()).ok_or_else(|| Error::not_found(tenant))
+}
+
+/// The name of what the first call with this request id made. An empty id is none.
+pub(super) async fn first_result(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    method: &str,
+    request_id: &str,
+) -> Result<Option<String>> {
+    if request_id.is_empty() {
+        return Ok(None);
+    }
+    let found = sqlx::query_scalar("SELECT result FROM requests WHERE tenant = ? AND method = ? AND request_id = ?")
+        .bind(tenant.as_str())
+        .bind(method)
+        .bind(request_id)
+        .fetch_optional(db)
+        .await?;
+    Ok(found)
+}
+
+/// Keeps what the first call with this request id made, in the transaction that makes it.
+pub(super) async fn record_result(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    method: &str,
+    request_id: &str,
+    result: &str,
+) -> Result<()> {
+    if request_id.is_empty() {
+        return Ok(());
+    }
+    sqlx::query("INSERT INTO requests (tenant, method, request_id, result, create_time) VALUES (?, ?, ?, ?, ?)")
+        .bind(tenant.as_str())
+        .bind(method)
+        .bind(request_id)
+        .bind(result)
+        .bind(now())
+        .execute(db)
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,170 @@
+//! Tenants: their rows, what they have used, and what their answers may say.
+
+use std::time::SystemTime;
+
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use crate::error::{Error, Result};
+use crate::ids::TenantId;
+use crate::store::rows::{first_result, from_json, from_millis, int, now, record_result, to_json};
+use crate::store::{Listed, Page, Store, fresh_token};
+
+const CREATE_METHOD: &str = "CreateTenant";
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TenantRow {
+    pub id: TenantId,
+    pub display_name: String,
+    pub create_time: SystemTime,
+}
+
+/// What a tenant has used, in calls and tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct UsageRow {
+    pub requests: u64,
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    pub training_tokens: u64,
+}
+
+/// What is added to a [`UsageRow`].
+pub type UsageDelta = UsageRow;
+
+/// A tenant's safety policy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyRow {
+    pub phrases: Vec<String>,
+    pub etag: String,
+}
+
+impl Store {
+    /// ALREADY_EXISTS unless it was made by the same `request_id` (empty: none).
+    pub async fn create_tenant(&self, id: &TenantId, display_name: &str, request_id: &str) -> Result<TenantRow> {
+        let mut tx = self.write().await?;
+        if first_result(&mut tx, id, CREATE_METHOD, request_id).await?.is_some() {
+            drop(tx);
+            return self.get_tenant(id).await;
+        }
+        let made = sqlx::query(
+            "INSERT INTO tenants (tenant, display_name, policy_etag, create_time) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        )
+        .bind(id.as_str())
+        .bind(display_name)
+        .bind(fresh_token())
+        .bind(now())
+        .execute(&mut *tx)
+        .await?;
+        if made.rows_affected() == 0 {
+            return Err(Error::AlreadyExists { name: id.to_string(), message: String::new() });
+        }
+        record_result(&mut tx, id, CREATE_METHOD, request_id, &id.to_string()).await?;
+        tx.commit().await?;
+        self.get_tenant(id).await
+    }
+
+    pub async fn get_tenant(&self, id: &TenantId) -> Result<TenantRow> {
+        let row =
+            sqlx::query("SELECT * FROM tenants WHERE tenant = ?").bind(id.as_str()).fetch_optional(self.pool()).await?;
+        tenant_row(&row.ok_or_else(|| Error::not_found(id))?)
+    }
+
+    /// All tenants by id.
+    pub async fn list_tenants(&self, page: &Page) -> Result<Listed<TenantRow>> {
+        let rows = sqlx::query("SELECT * FROM tenants WHERE tenant > ? ORDER BY tenant LIMIT ?")
+            .bind(&page.token)
+            .bind(page.rows())
+            .fetch_all(self.pool())
+            .await?;
+        let items = rows.iter().map(tenant_row).collect::<Result<_>>()?;
+        Ok(Listed::cut(items, page, |t: &TenantRow| t.id.as_str().to_owned()))
+    }
+
+    /// Deletes a tenant with all its rows and blobs, and nothing of anyone else's. Waits for its publishes under way; refused
+    /// (TENANT_IN_USE) while a worker holds one of its jobs.
+    pub async fn delete_tenant(&self, id: &TenantId) -> Result<()> {
+        let _alone = self.inner.locks.exclusive(&id.to_string()).await;
+        let mut tx = self.write().await?;
+        let running: i64 = sqlx::query_scalar(
+            "SELECT COUNT(*) FROM jobs WHERE tenant = ? AND state IN ('RUNNING', 'PAUSING', 'CANCELLING')",
+        )
+        .bind(id.as_str())
+        .fetch_one(&mut *tx)
+        .await?;
+        if running > 0 {
+            let message = "a training job is running; cancel it, wait for its end and retry";
+            return Err(Error::precondition("TENANT_IN_USE", id, message));
+        }
+        let gone = sqlx::query("DELETE FROM tenants WHERE tenant = ?").bind(id.as_str()).execute(&mut *tx).await?;
+        if gone.rows_affected() == 0 {
+            return Err(Error::not_found(id));
+        }
+        tx.commit().await?;
+        self.delete_blobs(&[id.as_str()]).await
+    }
+
+    /// Adds to a tenant's counters. A tenant deleted meanwhile is no error: its counters went with it.
+    pub async fn add_usage(&self, id: &TenantId, used: UsageDelta) -> Result<()> {
+        sqlx::query(
+            "UPDATE tenants SET requests = requests + ?, prompt_tokens = prompt_tokens + ?,
+             completion_tokens = completion_tokens + ?, training_tokens = training_tokens + ? WHERE tenant = ?",
+        )
+        .bind(int(used.requests))
+        .bind(int(used.prompt_tokens))
+        .bind(int(used.completion_tokens))
+        .bind(int(used.training_tokens))
+        .bind(id.as_str())
+        .execute(self.pool())
+        .await?;
+        Ok(())
+    }
+
+    pub async fn get_usage(&self, id: &TenantId) -> Result<UsageRow> {
+        let row =
+            sqlx::query("SELECT * FROM tenants WHERE tenant = ?").bind(id.as_str()).fetch_optional(self.pool()).await?;
+        let row = row.ok_or_else(|| Error::not_found(id))?;
+        let count = |column: &str| row.try_get::<i64, _>(column).map(|n| n.max(0) as u64);
+        Ok(UsageRow {
+            requests: count("requests")?,
+            prompt_tokens: count("prompt_tokens")?,
+            completion_tokens: count("completion_tokens")?,
+            training_tokens: count("training_tokens")?,
+        })
+    }
+
+    pub async fn get_policy(&self, id: &TenantId) -> Result<PolicyRow> {
+        let row = sqlx::query("SELECT policy_phrases, policy_etag FROM tenants WHERE tenant = ?")
+            .bind(id.as_str())
+            .fetch_optional(self.pool())
+            .await?;
+        let row = row.ok_or_else(|| Error::not_found(id))?;
+        Ok(PolicyRow { phrases: from_json(row.try_get("policy_phrases")?)?, etag: row.try_get("policy_etag")? })
+    }
+
+    /// Replaces the policy. `etag`: CONFLICT where it is given and not the current one.
+    pub async fn set_policy(&self, id: &TenantId, phrases: &[String], etag: Option<&str>) -> Result<PolicyRow> {
+        let fresh = PolicyRow { phrases: phrases.to_vec(), etag: fresh_token() };
+        let done = sqlx::query(
+            "UPDATE tenants SET policy_phrases = ?, policy_etag = ? WHERE tenant = ? AND policy_etag = COALESCE(?, policy_etag)",
+        )
+        .bind(to_json(&fresh.phrases)?)
+        .bind(&fresh.etag)
+        .bind(id.as_str())
+        .bind(etag.filter(|e| !e.is_empty()))
+        .execute(self.pool())
+        .await?;
+        if done.rows_affected() == 1 {
+            return Ok(fresh);
+        }
+        self.get_tenant(id).await?;
+        Err(Error::Conflict { name: format!("{id}/safetyPolicy") })
+    }
+}
+
+fn tenant_row(row: &SqliteRow) -> Result<TenantRow> {
+    Ok(TenantRow {
+        id: TenantId::new(row.try_get("tenant")?)?,
+        display_name: row.try_get("display_name")?,
+        create_time: from_millis(row.try_get("create_time")?),
+    })
+}
