@@ -94,6 +94,12 @@ limits! {
     adapter_cache_bytes = 1024 * MIB, "bytes";
     /// Jobs of one tenant that have not ended.
     max_jobs_per_tenant = 32, "jobs";
+    /// Optimizer steps of one job.
+    max_training_steps = 1_000_000, "steps";
+    /// Records of one optimizer step: batch size times accumulation.
+    max_batch_records = 4096, "records";
+    /// Datasets of one tenant.
+    max_datasets_per_tenant = 1000, "datasets";
     /// Adapters of one tenant.
     max_adapters_per_tenant = 10_000, "adapters";
     /// Versions of one adapter.

@@ -6,6 +6,8 @@
 
 mod adapters;
 mod blobs;
+mod datasets;
+mod jobs;
 mod keys;
 mod locks;
 mod rows;
@@ -23,6 +25,8 @@ use sqlx::{SqlSafeStr, Sqlite, Transaction};
 
 pub use adapters::{AdapterRow, NewVersionRow, VersionRow};
 pub use blobs::{BlobUpload, Blobs};
+pub use datasets::{DatasetKind, DatasetRow, NewDataset};
+pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent};
 pub use keys::{KeyOwner, KeyRow};
 pub use locks::Custody;
 pub use rows::{Listed, Page, fresh_token};

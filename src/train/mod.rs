@@ -1,1 +1,237 @@
-//! train
+//! Training jobs: durable, one at a time, in the slack of serving. [`Trainer`] is the handle; the worker behind it claims jobs,
+//! runs [`fit::fit`] and publishes through the hub.
+
+pub mod fit;
+mod job;
+pub mod objective;
+pub mod optim;
+pub mod schedule;
+mod worker;
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use futures::Stream;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Limits;
+use crate::device::Arbiter;
+use crate::error::{Error, Result};
+use crate::hub::Hub;
+use crate::ids::{JobName, Tenant};
+use crate::model::Model;
+use crate::request::{JobEvent, JobSpec, JobState};
+use crate::store::{JobEnd, JobRow, NewJob, Store, StoredEvent};
+use crate::text::Text;
+use crate::train::fit::Control;
+use crate::train::job::Sources;
+
+/// Stored events read at once by a watcher.
+const EVENT_PAGE: u32 = 256;
+
+/// What a trainer works with.
+#[derive(Debug)]
+pub struct TrainerParts {
+    pub store: Store,
+    pub hub: Arc<Hub>,
+    pub model: Arc<Model>,
+    pub text: Arc<Text>,
+    pub arbiter: Arc<Arbiter>,
+    pub limits: Limits,
+}
+
+/// The handle to the trainer of a server. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Trainer {
+    inner: Arc<Inner>,
+    worker: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+/// A job's events, stored ones first. It ends after the event of the job's final state.
+pub type EventStream = Pin<Box<dyn Stream<Item = Result<StoredEvent>> + Send>>;
+
+#[derive(Debug)]
+struct Inner {
+    sources: Sources,
+    arbiter: Arc<Arbiter>,
+    /// This process, as the owner of claims.
+    worker: String,
+    /// A job may be waiting.
+    queued: Notify,
+    /// Changes whenever an event has been stored.
+    events: watch::Sender<()>,
+    running: Mutex<Option<Running>>,
+    shutdown: CancellationToken,
+}
+
+#[derive(Debug)]
+struct Running {
+    job: JobName,
+    control: Arc<Control>,
+}
+
+impl Inner {
+    /// Stores an event, then wakes the watchers.
+    async fn record(&self, job: &JobName, event: JobEvent) -> Result<()> {
+        self.sources.store.append_event(job, &event).await?;
+        self.announce();
+        Ok(())
+    }
+
+    fn announce(&self) {
+        self.events.send_replace(());
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn set_running(&self, running: Option<Running>) {
+        *self.running() = running;
+    }
+}
+
+impl Trainer {
+    /// Marks the jobs that an earlier process left running as interrupted, and begins to take queued ones.
+    pub async fn start(parts: TrainerParts) -> Result<Self> {
+        let TrainerParts { store, hub, model, text, arbiter, limits } = parts;
+        store.interrupt_stale_jobs().await?;
+        let inner = Arc::new(Inner {
+            sources: Sources { store, hub, model, text, limits },
+            arbiter,
+            worker: new_id(),
+            queued: Notify::new(),
+            events: watch::Sender::new(()),
+            running: Mutex::default(),
+            shutdown: CancellationToken::new(),
+        });
+        let worker = tokio::spawn(worker::run(inner.clone()));
+        Ok(Self { inner, worker: Arc::new(Mutex::new(Some(worker))) })
+    }
+
+    /// Queues a job. A call with a request id that has been seen gives the job it made. `validate_only` checks the records too and
+    /// stores nothing.
+    pub async fn submit(
+        &self,
+        tenant: &Tenant,
+        spec: JobSpec,
+        request_id: &str,
+        validate_only: bool,
+    ) -> Result<JobRow> {
+        let sources = &self.inner.sources;
+        if let Some(row) = sources.store.job_of_request(tenant.id(), request_id).await? {
+            return Ok(row);
+        }
+        let checked = sources.check(tenant, &spec).await?;
+        let name = JobName::new(tenant.id(), &new_id())?;
+        let job = NewJob { name, spec, total_steps: checked.total_steps };
+        if validate_only {
+            sources.prepare(tenant, &job.spec).await?;
+            return Ok(job.into_row());
+        }
+        let row = sources.store.insert_job(&job, request_id, sources.limits.max_jobs_per_tenant).await?;
+        self.inner.announce();
+        self.inner.queued.notify_one();
+        Ok(row)
+    }
+
+    /// Ends a job that waits, or makes a running one end before its next pass. Nothing is published.
+    pub async fn cancel(&self, tenant: &Tenant, job: &JobName) -> Result<JobRow> {
+        tenant.check_owns(&job.tenant)?;
+        let store = &self.inner.sources.store;
+        let idle = [JobState::Queued, JobState::Paused, JobState::Interrupted];
+        if let Some(row) = store.transition(job, &idle, JobState::Cancelled, JobEnd::default()).await? {
+            self.inner.announce();
+            return Ok(row);
+        }
+        let busy = [JobState::Running, JobState::Pausing];
+        if let Some(row) = store.transition(job, &busy, JobState::Cancelling, JobEnd::default()).await? {
+            self.inner.announce();
+            if let Some(running) = self.inner.running().as_ref().filter(|running| running.job == *job) {
+                running.control.stop();
+            }
+            return Ok(row);
+        }
+        let row = store.get_job(job).await?;
+        match row.state {
+            JobState::Cancelling | JobState::Cancelled => Ok(row),
+            _ => Err(Error::precondition("JOB_ENDED", job, "has ended; there is nothing to cancel")),
+        }
+    }
+
+    /// Queues an interrupted job again; it starts over.
+    pub async fn resume(&self, tenant: &Tenant, job: &JobName) -> Result<JobRow> {
+        tenant.check_owns(&job.tenant)?;
+        let store = &self.inner.sources.store;
+        let queued = store.transition(job, &[JobState::Interrupted], JobState::Queued, JobEnd::default()).await?;
+        let Some(row) = queued else {
+            let state = store.get_job(job).await?.state;
+            let message = format!("is {state:?}; only an interrupted job can be resumed");
+            return Err(Error::precondition("JOB_NOT_INTERRUPTED", job, message));
+        };
+        self.inner.announce();
+        self.inner.queued.notify_one();
+        Ok(row)
+    }
+
+    /// The job's events after the sequence number `after`: stored ones, then live ones, without gap or repetition.
+    pub async fn watch(&self, tenant: &Tenant, job: &JobName, after: u64) -> Result<EventStream> {
+        tenant.check_owns(&job.tenant)?;
+        let (inner, job) = (self.inner.clone(), job.clone());
+        inner.sources.store.get_job(&job).await?;
+        Ok(Box::pin(async_stream::try_stream! {
+            let mut after = after;
+            let mut changed = inner.events.subscribe();
+            loop {
+                changed.borrow_and_update();
+                // Read before the events, so that a final state's own event is among them.
+                let ended = inner.sources.store.get_job(&job).await?.state.is_final();
+                let events = inner.sources.store.events_after(&job, after, EVENT_PAGE).await?;
+                if events.is_empty() {
+                    if ended {
+                        return;
+                    }
+                    let going_down = tokio::select! {
+                        _ = changed.changed() => false,
+                        () = inner.shutdown.cancelled() => true,
+                    };
+                    if going_down {
+                        Err(going_away())?;
+                    }
+                }
+                for event in events {
+                    after = event.sequence;
+                    yield event;
+                }
+            }
+        }))
+    }
+
+    /// Stops taking jobs; a running one becomes INTERRUPTED. Returns once nothing runs.
+    pub async fn shutdown(&self) {
+        self.inner.shutdown.cancel();
+        let worker = self.worker.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        if let Some(worker) = worker
+            && let Err(error) = worker.await
+        {
+            tracing::error!(%error, "the training worker ended badly");
+        }
+    }
+}
+
+fn going_away() -> Error {
+    Error::Unavailable {
+        message: "the server is shutting down; watch again from the last sequence".into(),
+        retry_after: None,
+    }
+}
+
+/// 16 hex digits.
+fn new_id() -> String {
+    format!("{:016x}", rand::random::<u64>())
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -81,7 +81,6 @@ CREATE TABLE datasets (
     size_bytes  INTEGER NOT NULL,
     digest      TEXT NOT NULL,
     blob        TEXT NOT NULL,
-    request_id  TEXT NOT NULL,
     create_time INTEGER NOT NULL,
     PRIMARY KEY (tenant, dataset)
 ) STRICT;
@@ -101,7 +100,6 @@ CREATE TABLE jobs (
     version_adapter TEXT,          -- with version: what the job made
     version         INTEGER,
     error           TEXT,
-    request_id      TEXT NOT NULL,
     worker          TEXT,
     lease_until     INTEGER,
     create_time     INTEGER NOT NULL,

@@ -1,0 +1,196 @@
+//! Datasets: rows of the catalogue; the content is a blob.
+
+use std::time::SystemTime;
+
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
+
+use crate::error::{Error, Result};
+use crate::ids::{DatasetName, Digest, TenantId};
+use crate::store::rows::{first_result, from_millis, int, now, record_result, require_tenant};
+use crate::store::{Listed, Page, Store};
+
+/// What the records of a dataset are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DatasetKind {
+    /// Chats, or prompts with completions.
+    Sft,
+    /// Prompts with a chosen and a rejected answer.
+    Preferences,
+}
+
+/// A dataset.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DatasetRow {
+    pub name: DatasetName,
+    pub kind: DatasetKind,
+    pub records: u64,
+    /// Bytes as uploaded.
+    pub size_bytes: u64,
+    /// Of the bytes as uploaded.
+    pub digest: Digest,
+    pub create_time: SystemTime,
+    /// The key of the content; empty for one that was only validated.
+    pub blob: String,
+}
+
+/// A dataset to insert.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewDataset {
+    pub name: DatasetName,
+    pub kind: DatasetKind,
+    pub records: u64,
+    pub size_bytes: u64,
+    pub digest: Digest,
+    pub blob: String,
+}
+
+impl NewDataset {
+    /// The row it would be, were it made now.
+    pub fn into_row(self) -> DatasetRow {
+        let Self { name, kind, records, size_bytes, digest, blob } = self;
+        DatasetRow { name, kind, records, size_bytes, digest, create_time: SystemTime::now(), blob }
+    }
+}
+
+impl DatasetKind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sft => "SFT",
+            Self::Preferences => "PREFERENCES",
+        }
+    }
+
+    fn from_name(name: &str) -> Result<Self> {
+        [Self::Sft, Self::Preferences]
+            .into_iter()
+            .find(|kind| kind.name() == name)
+            .ok_or_else(|| Error::internal(format!("catalogue: no kind of dataset is called {name:?}")))
+    }
+}
+
+const UPLOAD_METHOD: &str = "UploadDataset";
+
+impl Store {
+    /// Makes a dataset whose blob is there already. A request id that has been seen gives the dataset it made, with another blob.
+    /// `most`: datasets of the tenant (limit `max_datasets_per_tenant`).
+    pub async fn insert_dataset(&self, dataset: &NewDataset, request_id: &str, most: u64) -> Result<DatasetRow> {
+        let NewDataset { name, kind, records, size_bytes, digest, blob } = dataset;
+        let mut tx = self.write().await?;
+        require_tenant(&mut tx, &name.tenant).await?;
+        if let Some(made) = made_by(&mut tx, &name.tenant, request_id).await? {
+            return Ok(made);
+        }
+        let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM datasets WHERE tenant = ?")
+            .bind(name.tenant.as_str())
+            .fetch_one(&mut *tx)
+            .await?;
+        if count >= int(most) {
+            let message = format!("{} has {count} datasets; delete one first", name.tenant);
+            return Err(Error::Exhausted { limit: "max_datasets_per_tenant", message, retry_after: None });
+        }
+        let made = sqlx::query(
+            "INSERT INTO datasets (tenant, dataset, kind, records, size_bytes, digest, blob, create_time)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING *",
+        )
+        .bind(name.tenant.as_str())
+        .bind(&name.dataset)
+        .bind(kind.name())
+        .bind(int(*records))
+        .bind(int(*size_bytes))
+        .bind(digest.to_string())
+        .bind(blob)
+        .bind(now())
+        .fetch_optional(&mut *tx)
+        .await?;
+        let row = dataset_row(&made.ok_or_else(|| taken(name))?)?;
+        record_result(&mut tx, &name.tenant, UPLOAD_METHOD, request_id, &name.to_string()).await?;
+        tx.commit().await?;
+        Ok(row)
+    }
+
+    /// The dataset that this request id made; else the name must be free. What an upload asks before it begins.
+    pub async fn dataset_to_make(&self, name: &DatasetName, request_id: &str) -> Result<Option<DatasetRow>> {
+        let db = &mut *self.pool().acquire().await?;
+        require_tenant(db, &name.tenant).await?;
+        match made_by(db, &name.tenant, request_id).await? {
+            Some(made) => Ok(Some(made)),
+            None if find(db, name).await?.is_some() => Err(taken(name)),
+            None => Ok(None),
+        }
+    }
+
+    pub async fn get_dataset(&self, name: &DatasetName) -> Result<DatasetRow> {
+        find(&mut *self.pool().acquire().await?, name).await?.ok_or_else(|| Error::not_found(name))
+    }
+
+    /// A tenant's datasets by id.
+    pub async fn list_datasets(&self, tenant: &TenantId, page: &Page) -> Result<Listed<DatasetRow>> {
+        let rows = sqlx::query("SELECT * FROM datasets WHERE tenant = ? AND dataset > ? ORDER BY dataset LIMIT ?")
+            .bind(tenant.as_str())
+            .bind(&page.token)
+            .bind(page.rows())
+            .fetch_all(self.pool())
+            .await?;
+        let items = rows.iter().map(dataset_row).collect::<Result<_>>()?;
+        Ok(Listed::cut(items, page, |row: &DatasetRow| row.name.dataset.clone()))
+    }
+
+    /// Deletes a dataset and its blob. Refused (DATASET_IN_USE) while a job that has not ended uses it.
+    pub async fn delete_dataset(&self, name: &DatasetName) -> Result<()> {
+        let mut tx = self.write().await?;
+        let user: Option<String> = sqlx::query_scalar(
+            "SELECT job FROM jobs WHERE tenant = ? AND dataset = ? AND state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED') LIMIT 1",
+        )
+        .bind(name.tenant.as_str())
+        .bind(&name.dataset)
+        .fetch_optional(&mut *tx)
+        .await?;
+        if let Some(job) = user {
+            let message = format!("trainingJobs/{job} uses it and has not ended; cancel the job and retry");
+            return Err(Error::precondition("DATASET_IN_USE", name, message));
+        }
+        let blob: Option<String> =
+            sqlx::query_scalar("DELETE FROM datasets WHERE tenant = ? AND dataset = ? RETURNING blob")
+                .bind(name.tenant.as_str())
+                .bind(&name.dataset)
+                .fetch_optional(&mut *tx)
+                .await?;
+        let blob = blob.ok_or_else(|| Error::not_found(name))?;
+        tx.commit().await?;
+        self.collect_blob(&blob).await
+    }
+}
+
+fn taken(name: &DatasetName) -> Error {
+    Error::AlreadyExists { name: name.to_string(), message: "delete it first, or upload under another name".into() }
+}
+
+async fn made_by(db: &mut SqliteConnection, tenant: &TenantId, request_id: &str) -> Result<Option<DatasetRow>> {
+    match first_result(db, tenant, UPLOAD_METHOD, request_id).await? {
+        Some(name) => find(db, &name.parse()?).await,
+        None => Ok(None),
+    }
+}
+
+async fn find(db: &mut SqliteConnection, name: &DatasetName) -> Result<Option<DatasetRow>> {
+    let row = sqlx::query("SELECT * FROM datasets WHERE tenant = ? AND dataset = ?")
+        .bind(name.tenant.as_str())
+        .bind(&name.dataset)
+        .fetch_optional(db)
+        .await?;
+    row.as_ref().map(dataset_row).transpose()
+}
+
+fn dataset_row(row: &SqliteRow) -> Result<DatasetRow> {
+    let count = |column: &str| row.try_get::<i64, _>(column).map(|n| n.max(0) as u64);
+    Ok(DatasetRow {
+        name: DatasetName::new(&TenantId::new(row.try_get("tenant")?)?, row.try_get("dataset")?)?,
+        kind: DatasetKind::from_name(row.try_get("kind")?)?,
+        records: count("records")?,
+        size_bytes: count("size_bytes")?,
+        digest: row.try_get::<&str, _>("digest")?.parse()?,
+        create_time: from_millis(row.try_get("create_time")?),
+        blob: row.try_get("blob")?,
+    })
+}

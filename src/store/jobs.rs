@@ -1,0 +1,402 @@
+//! Training jobs and their events. A change of state and its event are one transaction.
+
+use std::time::{Duration, SystemTime};
+
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
+
+use crate::error::{Error, Result};
+use crate::ids::{AdapterName, JobName, Tenant, TenantId, VersionName};
+use crate::request::{JobEvent, JobSpec, JobState, Start};
+use crate::store::rows::{
+    first_result, from_json, from_millis, int, now, record_result, require_tenant, to_json, to_millis,
+};
+use crate::store::{Listed, Page, Store};
+
+/// A training job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct JobRow {
+    pub name: JobName,
+    pub spec: JobSpec,
+    pub state: JobState,
+    /// Optimizer steps taken.
+    pub step: u32,
+    pub total_steps: u32,
+    /// Once SUCCEEDED.
+    pub version: Option<VersionName>,
+    /// Once FAILED or INTERRUPTED.
+    pub error: Option<String>,
+    pub create_time: SystemTime,
+    pub start_time: Option<SystemTime>,
+    pub end_time: Option<SystemTime>,
+}
+
+/// A job to queue.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewJob {
+    pub name: JobName,
+    pub spec: JobSpec,
+    pub total_steps: u32,
+}
+
+impl NewJob {
+    /// The row it would be, were it queued now.
+    pub fn into_row(self) -> JobRow {
+        let Self { name, spec, total_steps } = self;
+        JobRow {
+            name,
+            spec,
+            state: JobState::Queued,
+            step: 0,
+            total_steps,
+            version: None,
+            error: None,
+            create_time: SystemTime::now(),
+            start_time: None,
+            end_time: None,
+        }
+    }
+}
+
+/// What a change of state leaves in the row.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct JobEnd {
+    pub version: Option<VersionName>,
+    pub error: Option<String>,
+}
+
+/// An event as stored. `sequence` counts from 1 within its job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredEvent {
+    pub sequence: u64,
+    pub time: SystemTime,
+    pub event: JobEvent,
+}
+
+const TRAIN_METHOD: &str = "Train";
+
+const STATES: [(JobState, &str); 9] = [
+    (JobState::Queued, "QUEUED"),
+    (JobState::Running, "RUNNING"),
+    (JobState::Pausing, "PAUSING"),
+    (JobState::Paused, "PAUSED"),
+    (JobState::Interrupted, "INTERRUPTED"),
+    (JobState::Succeeded, "SUCCEEDED"),
+    (JobState::Failed, "FAILED"),
+    (JobState::Cancelling, "CANCELLING"),
+    (JobState::Cancelled, "CANCELLED"),
+];
+
+fn state_name(state: JobState) -> &'static str {
+    STATES.iter().find(|(known, _)| *known == state).map_or("", |(_, name)| name)
+}
+
+fn state_from_name(name: &str) -> Result<JobState> {
+    let found = STATES.iter().find(|(_, known)| *known == name).map(|(state, _)| *state);
+    found.ok_or_else(|| Error::internal(format!("catalogue: no job state is called {name:?}")))
+}
+
+impl Store {
+    /// Queues a job; QUEUED is its first event. A request id that has been seen gives the job it made. `most_open`: jobs of the
+    /// tenant that have not ended (limit `max_jobs_per_tenant`).
+    pub async fn insert_job(&self, job: &NewJob, request_id: &str, most_open: u64) -> Result<JobRow> {
+        let tenant = &job.name.tenant;
+        let mut tx = self.write().await?;
+        require_tenant(&mut tx, tenant).await?;
+        if let Some(made) = made_by(&mut tx, tenant, request_id).await? {
+            return Ok(made);
+        }
+        let open: i64 = sqlx::query_scalar(
+            "SELECT COUNT(*) FROM jobs WHERE tenant = ? AND state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED')",
+        )
+        .bind(tenant.as_str())
+        .fetch_one(&mut *tx)
+        .await?;
+        if open >= int(most_open) {
+            let message = format!("{tenant} has {open} jobs that have not ended; wait for one or cancel one");
+            return Err(Error::Exhausted { limit: "max_jobs_per_tenant", message, retry_after: None });
+        }
+        require_inputs(&mut tx, &job.spec).await?;
+        let row = insert(&mut tx, job).await?;
+        append(&mut tx, &row.name, &state_event(&row)).await?;
+        record_result(&mut tx, tenant, TRAIN_METHOD, request_id, &row.name.to_string()).await?;
+        tx.commit().await?;
+        Ok(row)
+    }
+
+    /// The job that a request id made.
+    pub async fn job_of_request(&self, tenant: &TenantId, request_id: &str) -> Result<Option<JobRow>> {
+        made_by(&mut *self.pool().acquire().await?, tenant, request_id).await
+    }
+
+    pub async fn get_job(&self, name: &JobName) -> Result<JobRow> {
+        find(&mut *self.pool().acquire().await?, name).await?.ok_or_else(|| Error::not_found(name))
+    }
+
+    /// A tenant's jobs, newest first.
+    pub async fn list_jobs(&self, tenant: &TenantId, page: &Page) -> Result<Listed<JobRow>> {
+        let bad = || Error::invalid("page_token", "must be the next_page_token of the page before");
+        let (before, job) = match page.token.split_once('.') {
+            Some((millis, job)) => (millis.parse().map_err(|_| bad())?, job),
+            None if page.token.is_empty() => (i64::MAX, ""),
+            None => return Err(bad()),
+        };
+        let rows = sqlx::query(
+            "SELECT * FROM jobs WHERE tenant = ? AND (create_time, job) < (?, ?) ORDER BY create_time DESC, job DESC LIMIT ?",
+        )
+        .bind(tenant.as_str())
+        .bind(before)
+        .bind(job)
+        .bind(page.rows())
+        .fetch_all(self.pool())
+        .await?;
+        let items = rows.iter().map(job_row).collect::<Result<_>>()?;
+        Ok(Listed::cut(items, page, |row: &JobRow| format!("{}.{}", to_millis(row.create_time), row.name.job)))
+    }
+
+    /// Takes the next queued job: of the tenant whose last job started longest ago, the oldest. It is RUNNING from then on, and the
+    /// claim holds for `lease` after each [`Store::heartbeat`].
+    pub async fn claim_next_job(&self, worker: &str, lease: Duration) -> Result<Option<(Tenant, JobRow)>> {
+        let mut tx = self.write().await?;
+        let claimed = sqlx::query(
+            "UPDATE jobs SET state = 'RUNNING', worker = ?1, lease_until = ?2, start_time = ?3, end_time = NULL, step = 0, error = NULL
+             WHERE rowid = (
+                SELECT rowid FROM jobs AS waiting WHERE state = 'QUEUED'
+                ORDER BY COALESCE((SELECT MAX(start_time) FROM jobs WHERE tenant = waiting.tenant), 0), create_time, rowid
+                LIMIT 1
+             ) RETURNING *",
+        )
+        .bind(worker)
+        .bind(now() + int(lease.as_millis() as u64))
+        .bind(now())
+        .fetch_optional(&mut *tx)
+        .await?;
+        let Some(row) = claimed.as_ref().map(job_row).transpose()? else { return Ok(None) };
+        append(&mut tx, &row.name, &state_event(&row)).await?;
+        tx.commit().await?;
+        Ok(Some((Tenant::proven(row.name.tenant.clone()), row)))
+    }
+
+    /// Renews a claim and tells the job's state; NOT_FOUND where the claim is another worker's.
+    pub async fn heartbeat(&self, name: &JobName, worker: &str, lease: Duration) -> Result<JobState> {
+        let state: Option<String> = sqlx::query_scalar(
+            "UPDATE jobs SET lease_until = ? WHERE tenant = ? AND job = ? AND worker = ? RETURNING state",
+        )
+        .bind(now() + int(lease.as_millis() as u64))
+        .bind(name.tenant.as_str())
+        .bind(&name.job)
+        .bind(worker)
+        .fetch_optional(self.pool())
+        .await?;
+        state_from_name(&state.ok_or_else(|| Error::not_found(name))?)
+    }
+
+    /// Moves a job from one of the states `from` to `to`, with its event. `None` where it is in another state.
+    pub async fn transition(
+        &self,
+        name: &JobName,
+        from: &[JobState],
+        to: JobState,
+        end: JobEnd,
+    ) -> Result<Option<JobRow>> {
+        let mut tx = self.write().await?;
+        let state = find(&mut tx, name).await?.ok_or_else(|| Error::not_found(name))?.state;
+        if !from.contains(&state) {
+            return Ok(None);
+        }
+        let row = set_state(&mut tx, name, to, end).await?;
+        tx.commit().await?;
+        Ok(Some(row))
+    }
+
+    /// Stores an event and gives its sequence number; a step moves the job's count of steps too.
+    pub async fn append_event(&self, name: &JobName, event: &JobEvent) -> Result<u64> {
+        let mut tx = self.write().await?;
+        if let JobEvent::Step { step, .. } = event {
+            sqlx::query("UPDATE jobs SET step = ? WHERE tenant = ? AND job = ?")
+                .bind(step)
+                .bind(name.tenant.as_str())
+                .bind(&name.job)
+                .execute(&mut *tx)
+                .await?;
+        }
+        let sequence = append(&mut tx, name, event).await?;
+        tx.commit().await?;
+        Ok(sequence)
+    }
+
+    /// At most `limit` events with a sequence number above `after`, in order.
+    pub async fn events_after(&self, name: &JobName, after: u64, limit: u32) -> Result<Vec<StoredEvent>> {
+        let rows = sqlx::query(
+            "SELECT sequence, time, event FROM job_events WHERE tenant = ? AND job = ? AND sequence > ? ORDER BY sequence LIMIT ?",
+        )
+        .bind(name.tenant.as_str())
+        .bind(&name.job)
+        .bind(int(after))
+        .bind(limit)
+        .fetch_all(self.pool())
+        .await?;
+        let event = |row: &SqliteRow| -> Result<StoredEvent> {
+            Ok(StoredEvent {
+                sequence: row.try_get::<i64, _>("sequence")?.max(0) as u64,
+                time: from_millis(row.try_get("time")?),
+                event: from_json(row.try_get("event")?)?,
+            })
+        };
+        rows.iter().map(event).collect()
+    }
+
+    /// At start, for what a dead process was running: a job whose version is in the catalogue has SUCCEEDED, one that was being
+    /// cancelled is CANCELLED, any other is INTERRUPTED.
+    pub async fn interrupt_stale_jobs(&self) -> Result<()> {
+        let mut tx = self.write().await?;
+        let rows = sqlx::query("SELECT * FROM jobs WHERE state IN ('RUNNING', 'PAUSING', 'CANCELLING')")
+            .fetch_all(&mut *tx)
+            .await?;
+        for row in rows.iter().map(job_row).collect::<Result<Vec<_>>>()? {
+            let (to, end) = match (made_version(&mut tx, &row.name).await?, row.state) {
+                (Some(version), _) => (JobState::Succeeded, JobEnd { version: Some(version), error: None }),
+                (None, JobState::Cancelling) => (JobState::Cancelled, JobEnd::default()),
+                (None, _) => {
+                    let why = "the process that ran it ended; resume the job to run it again".to_owned();
+                    (JobState::Interrupted, JobEnd { version: None, error: Some(why) })
+                }
+            };
+            set_state(&mut tx, &row.name, to, end).await?;
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+}
+
+async fn made_by(db: &mut SqliteConnection, tenant: &TenantId, request_id: &str) -> Result<Option<JobRow>> {
+    match first_result(db, tenant, TRAIN_METHOD, request_id).await? {
+        Some(name) => find(db, &name.parse()?).await,
+        None => Ok(None),
+    }
+}
+
+async fn find(db: &mut SqliteConnection, name: &JobName) -> Result<Option<JobRow>> {
+    let row = sqlx::query("SELECT * FROM jobs WHERE tenant = ? AND job = ?")
+        .bind(name.tenant.as_str())
+        .bind(&name.job)
+        .fetch_optional(db)
+        .await?;
+    row.as_ref().map(job_row).transpose()
+}
+
+/// The dataset and the starting version are there at the moment the job is queued; from then on they cannot be deleted.
+async fn require_inputs(db: &mut SqliteConnection, spec: &JobSpec) -> Result<()> {
+    let dataset = sqlx::query("SELECT 1 FROM datasets WHERE tenant = ? AND dataset = ?")
+        .bind(spec.dataset.tenant.as_str())
+        .bind(&spec.dataset.dataset)
+        .fetch_optional(&mut *db)
+        .await?;
+    dataset.ok_or_else(|| Error::not_found(&spec.dataset))?;
+    let Start::From(version) = &spec.start else { return Ok(()) };
+    let found = sqlx::query("SELECT 1 FROM versions WHERE tenant = ? AND adapter = ? AND version = ?")
+        .bind(version.tenant().as_str())
+        .bind(&version.adapter.adapter)
+        .bind(version.version)
+        .fetch_optional(db)
+        .await?;
+    found.map(|_| ()).ok_or_else(|| Error::not_found(version))
+}
+
+async fn insert(db: &mut SqliteConnection, job: &NewJob) -> Result<JobRow> {
+    let NewJob { name, spec, total_steps } = job;
+    let from = match &spec.start {
+        Start::From(version) => Some(version),
+        Start::Fresh(_) => None,
+    };
+    let row = sqlx::query(
+        "INSERT INTO jobs (tenant, job, adapter, from_adapter, from_version, dataset, state, spec, total_steps, create_time)
+         VALUES (?, ?, ?, ?, ?, ?, 'QUEUED', ?, ?, ?) RETURNING *",
+    )
+    .bind(name.tenant.as_str())
+    .bind(&name.job)
+    .bind(&spec.adapter.adapter)
+    .bind(from.map(|version| version.adapter.adapter.as_str()))
+    .bind(from.map(|version| version.version))
+    .bind(&spec.dataset.dataset)
+    .bind(to_json(spec)?)
+    .bind(total_steps)
+    .bind(now())
+    .fetch_one(db)
+    .await?;
+    job_row(&row)
+}
+
+/// Sets the state and what goes with it, and appends the event.
+async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end: JobEnd) -> Result<JobRow> {
+    let ended = to.is_final() || to == JobState::Interrupted;
+    let row = sqlx::query(
+        "UPDATE jobs SET state = ?, version_adapter = ?, version = ?, error = ?, end_time = ? WHERE tenant = ? AND job = ? RETURNING *",
+    )
+    .bind(state_name(to))
+    .bind(end.version.as_ref().map(|version| version.adapter.adapter.as_str()))
+    .bind(end.version.as_ref().map(|version| version.version))
+    .bind(&end.error)
+    .bind(ended.then(now))
+    .bind(name.tenant.as_str())
+    .bind(&name.job)
+    .fetch_one(&mut *db)
+    .await?;
+    let row = job_row(&row)?;
+    append(db, name, &state_event(&row)).await?;
+    Ok(row)
+}
+
+fn state_event(row: &JobRow) -> JobEvent {
+    JobEvent::State { state: row.state, error: row.error.clone(), version: row.version.clone() }
+}
+
+async fn append(db: &mut SqliteConnection, name: &JobName, event: &JobEvent) -> Result<u64> {
+    let sequence: i64 = sqlx::query_scalar(
+        "INSERT INTO job_events (tenant, job, sequence, time, event)
+         SELECT ?1, ?2, 1 + COALESCE(MAX(sequence), 0), ?3, ?4 FROM job_events WHERE tenant = ?1 AND job = ?2
+         RETURNING sequence",
+    )
+    .bind(name.tenant.as_str())
+    .bind(&name.job)
+    .bind(now())
+    .bind(to_json(event)?)
+    .fetch_one(db)
+    .await?;
+    Ok(sequence.max(0) as u64)
+}
+
+/// The version that a job has published.
+async fn made_version(db: &mut SqliteConnection, name: &JobName) -> Result<Option<VersionName>> {
+    let row = sqlx::query("SELECT adapter, version FROM versions WHERE tenant = ? AND job = ?")
+        .bind(name.tenant.as_str())
+        .bind(name.to_string())
+        .fetch_optional(db)
+        .await?;
+    row.map(|row| version_name(&name.tenant, row.try_get("adapter")?, row.try_get("version")?)).transpose()
+}
+
+fn version_name(tenant: &TenantId, adapter: &str, version: u32) -> Result<VersionName> {
+    Ok(VersionName { adapter: AdapterName::new(tenant, adapter)?, version })
+}
+
+fn job_row(row: &SqliteRow) -> Result<JobRow> {
+    let tenant = TenantId::new(row.try_get("tenant")?)?;
+    let time = |column: &str| row.try_get::<Option<i64>, _>(column).map(|millis| millis.map(from_millis));
+    let version = match (row.try_get::<Option<&str>, _>("version_adapter")?, row.try_get("version")?) {
+        (Some(adapter), Some(version)) => Some(version_name(&tenant, adapter, version)?),
+        _ => None,
+    };
+    Ok(JobRow {
+        name: JobName::new(&tenant, row.try_get("job")?)?,
+        spec: from_json(row.try_get("spec")?)?,
+        state: state_from_name(row.try_get("state")?)?,
+        step: row.try_get("step")?,
+        total_steps: row.try_get("total_steps")?,
+        version,
+        error: row.try_get("error")?,
+        create_time: from_millis(row.try_get("create_time")?),
+        start_time: time("start_time")?,
+        end_time: time("end_time")?,
+    })
+}

@@ -1,0 +1,289 @@
+//! From a job's spec to what `fit` needs: who owns what, which settings make sense, and every record as ids.
+
+use std::sync::Arc;
+
+use crate::adapter::{BaseShape, Lora};
+use crate::config::Limits;
+use crate::data::{self, Chat, Examples, Pair, Preference, Record, Split};
+use crate::error::{Error, Result};
+use crate::hub::Hub;
+use crate::ids::{AdapterRef, Tenant};
+use crate::model::Model;
+use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start};
+use crate::store::{DatasetKind, DatasetRow, Store};
+use crate::text::{Conversation, Text};
+use crate::train::objective::loss_tokens;
+use crate::train::schedule::Schedule;
+
+/// Longest record, in tokens, where the recipe does not say and the base could take more.
+const DEFAULT_MAX_LENGTH: usize = 2048;
+/// The parity gate scores a job's validation records if they have at least so many tokens,
+const MIN_PROBE_TOKENS: usize = 256;
+/// and stops after the record that reaches so many.
+const ENOUGH_PROBE_TOKENS: usize = 1024;
+
+/// Where jobs look things up.
+#[derive(Debug, Clone)]
+pub struct Sources {
+    pub store: Store,
+    pub hub: Arc<Hub>,
+    pub model: Arc<Model>,
+    pub text: Arc<Text>,
+    pub limits: Limits,
+}
+
+/// A job whose settings, names and dataset have been checked, but not yet its records.
+#[derive(Debug, Clone)]
+pub struct Checked {
+    pub dataset: DatasetRow,
+    pub total_steps: u32,
+}
+
+/// A job ready to run.
+#[derive(Debug)]
+pub struct Prepared {
+    pub start: Lora,
+    /// Continues from a version, which is also what preferences are measured against.
+    pub continued: bool,
+    pub train: Examples,
+    pub validation: Examples,
+}
+
+impl Prepared {
+    /// Sequences for the parity gate; empty where the validation records have too few tokens.
+    pub fn probes(&self) -> Vec<Vec<u32>> {
+        let conversations: Vec<&Conversation> = match &self.validation {
+            Examples::Sft(examples) => examples.iter().collect(),
+            Examples::Dpo(pairs) => pairs.iter().map(|pair| &pair.chosen).collect(),
+        };
+        let mut tokens = 0;
+        let mut probes = Vec::new();
+        for conversation in conversations {
+            if tokens >= ENOUGH_PROBE_TOKENS {
+                break;
+            }
+            tokens += conversation.ids.len().saturating_sub(1);
+            probes.push(conversation.ids.clone());
+        }
+        if tokens < MIN_PROBE_TOKENS { Vec::new() } else { probes }
+    }
+}
+
+impl Sources {
+    /// Everything that is quick to know.
+    pub async fn check(&self, tenant: &Tenant, spec: &JobSpec) -> Result<Checked> {
+        tenant.check_owns(&spec.adapter.tenant)?;
+        tenant.check_owns(&spec.dataset.tenant)?;
+        check_objective(spec.objective)?;
+        check_recipe(&spec.hyperparameters, &self.limits, self.model.context_length())?;
+        match &spec.start {
+            Start::Fresh(lora) => check_lora(lora, self.model.shape(), self.limits.max_rank)?,
+            Start::From(version) => {
+                tenant.check_owns(version.tenant())?;
+                self.store.get_version(version).await?;
+            }
+        }
+        let dataset = self.store.get_dataset(&spec.dataset).await?;
+        check_kind(spec.objective, &dataset)?;
+        let recipe = &spec.hyperparameters;
+        let records = usize::try_from(dataset.records).unwrap_or(usize::MAX);
+        let schedule = Schedule::new(recipe, records - Split::held_out(records, recipe.validation_split));
+        check_schedule(&schedule, &self.limits)?;
+        Ok(Checked { dataset, total_steps: schedule.total_steps })
+    }
+
+    /// Loads the starting adapter and turns every record into ids, so that nothing about the data can fail once training runs.
+    pub async fn prepare(&self, tenant: &Tenant, spec: &JobSpec) -> Result<Prepared> {
+        let Checked { dataset, .. } = self.check(tenant, spec).await?;
+        let shape = self.model.shape();
+        let (start, continued) = match &spec.start {
+            Start::Fresh(lora) => (Lora::fresh(lora, shape, spec.hyperparameters.seed)?, false),
+            Start::From(version) => {
+                let (_, package) = self.hub.package(tenant, &AdapterRef::Version(version.clone())).await?;
+                (package.read(shape, self.limits.max_rank)?, true)
+            }
+        };
+        let records = data::read(&self.store, &dataset).await?;
+        let (text, recipe) = (self.text.clone(), spec.hyperparameters.clone());
+        let max_length = max_length(&recipe, self.model.context_length());
+        let encode = move || encode(&records, dataset.kind, &text, &recipe, max_length);
+        let (train, validation) = tokio::task::spawn_blocking(encode).await.map_err(Error::internal)??;
+        Ok(Prepared { start, continued, train, validation })
+    }
+}
+
+fn max_length(recipe: &Hyperparameters, context: usize) -> usize {
+    recipe.max_length.map_or(DEFAULT_MAX_LENGTH.min(context), |length| length as usize)
+}
+
+/// All records as ids, split into training and validation.
+fn encode(
+    records: &[Record],
+    kind: DatasetKind,
+    text: &Text,
+    recipe: &Hyperparameters,
+    max_length: usize,
+) -> Result<(Examples, Examples)> {
+    let split = Split::new(records.len(), recipe.validation_split, recipe.seed);
+    let part = |indices: &[usize]| {
+        let numbered = indices.iter().map(|index| (index + 1, &records[*index]));
+        match kind {
+            DatasetKind::Sft => {
+                numbered.map(|(n, r)| encode_chat(n, r, text, max_length)).collect::<Result<_>>().map(Examples::Sft)
+            }
+            DatasetKind::Preferences => {
+                numbered.map(|(n, r)| encode_pair(n, r, text, max_length)).collect::<Result<_>>().map(Examples::Dpo)
+            }
+        }
+    };
+    Ok((part(&split.train)?, part(&split.validation)?))
+}
+
+fn encode_chat(number: usize, record: &Record, text: &Text, max_length: usize) -> Result<Conversation> {
+    let Record::Chat(chat) = record else { return Err(wrong_record(number)) };
+    let conversation = Chat::encode(chat, text)?;
+    check_length(number, &conversation, max_length)?;
+    Ok(conversation)
+}
+
+fn encode_pair(number: usize, record: &Record, text: &Text, max_length: usize) -> Result<Pair> {
+    let Record::Preference(preference) = record else { return Err(wrong_record(number)) };
+    let pair = Preference::encode(preference, text)?;
+    check_length(number, &pair.chosen, max_length)?;
+    check_length(number, &pair.rejected, max_length)?;
+    Ok(pair)
+}
+
+fn wrong_record(number: usize) -> Error {
+    Error::internal(format!("record {number} is not of its dataset's kind"))
+}
+
+fn check_length(number: usize, conversation: &Conversation, max_length: usize) -> Result<()> {
+    let length = conversation.ids.len();
+    if length > max_length {
+        let message = format!(
+            "record {number} has {length} tokens and max_length is {max_length}; shorten the record or raise \
+             hyperparameters.max_length"
+        );
+        return Err(Error::invalid_because("RECORD_TOO_LONG", "dataset", message));
+    }
+    if loss_tokens(conversation) == 0 {
+        return Err(Error::invalid_because(
+            "NOTHING_TO_LEARN",
+            "dataset",
+            format!("record {number} has no token to learn"),
+        ));
+    }
+    Ok(())
+}
+
+fn check_kind(objective: Objective, dataset: &DatasetRow) -> Result<()> {
+    let (needed, word, upload) = match objective {
+        Objective::Sft => (DatasetKind::Sft, "chats", "UploadDataset"),
+        Objective::Dpo { .. } => (DatasetKind::Preferences, "preference pairs", "UploadPreferences"),
+    };
+    if dataset.kind == needed {
+        return Ok(());
+    }
+    let message = format!("{} does not hold {word}; use one made with {upload}", dataset.name);
+    Err(Error::invalid_because("WRONG_DATASET_KIND", "dataset", message))
+}
+
+/// Fails with the field's path and the rule it breaks.
+fn rule(ok: bool, field: &str, rule: impl std::fmt::Display) -> Result<()> {
+    if ok { Ok(()) } else { Err(Error::invalid(field, format!("must be {rule}"))) }
+}
+
+fn check_objective(objective: Objective) -> Result<()> {
+    let Objective::Dpo { beta, label_smoothing } = objective else { return Ok(()) };
+    rule(beta > 0.0 && beta.is_finite(), "dpo.beta", "positive")?;
+    rule((0.0..0.5).contains(&label_smoothing), "dpo.label_smoothing", "in [0, 0.5)")
+}
+
+fn check_lora(lora: &LoraSpec, shape: &BaseShape, max_rank: u64) -> Result<()> {
+    rule((1..=max_rank).contains(&u64::from(lora.rank)), "lora.rank", format!("in 1..={max_rank} (limit max_rank)"))?;
+    rule(lora.alpha > 0.0 && lora.alpha.is_finite(), "lora.alpha", "positive")?;
+    rule((0.0..1.0).contains(&lora.dropout), "lora.dropout", "in [0, 1)")?;
+    rule(!lora.targets.is_empty(), "lora.target_modules", "at least one")?;
+    let Some(layers) = &lora.layers else { return Ok(()) };
+    let known = !layers.is_empty() && layers.iter().all(|layer| *layer < shape.layers);
+    rule(known, "lora.layers_to_transform", format!("layers in 0..{}", shape.layers))
+}
+
+fn check_recipe(recipe: &Hyperparameters, limits: &Limits, context: usize) -> Result<()> {
+    let check = |ok, field: &str, text: &str| rule(ok, &format!("hyperparameters.{field}"), text);
+    let r = recipe;
+    check(r.learning_rate > 0.0 && r.learning_rate <= 1.0, "learning_rate", "in (0, 1]")?;
+    check(r.epochs > 0 || r.max_steps.is_some(), "epochs", "at least 1")?;
+    check(r.max_steps != Some(0), "max_steps", "at least 1")?;
+    check(r.batch_size > 0, "batch_size", "at least 1")?;
+    check(r.gradient_accumulation_steps > 0, "gradient_accumulation_steps", "at least 1")?;
+    check(r.weight_decay >= 0.0 && r.weight_decay.is_finite(), "weight_decay", "0 or more")?;
+    check((0.0..1.0).contains(&r.beta1), "beta1", "in [0, 1)")?;
+    check((0.0..1.0).contains(&r.beta2), "beta2", "in [0, 1)")?;
+    check(r.epsilon > 0.0 && r.epsilon.is_finite(), "epsilon", "positive")?;
+    check(r.max_grad_norm >= 0.0 && r.max_grad_norm.is_finite(), "max_grad_norm", "0 (off) or more")?;
+    check((0.0..=0.5).contains(&r.validation_split), "validation_split", "in [0, 0.5]")?;
+    check(r.eval_steps != Some(0), "eval_steps", "at least 1")?;
+    let lengths = r.max_length.is_none_or(|length| (2..=context).contains(&(length as usize)));
+    check(lengths, "max_length", &format!("in 2..={context}, the base's context"))?;
+    let batch = u64::from(r.batch_size) * u64::from(r.gradient_accumulation_steps);
+    if batch > limits.max_batch_records {
+        let message =
+            format!("a step of {batch} records is too large; lower batch_size or gradient_accumulation_steps");
+        return Err(Error::Exhausted { limit: "max_batch_records", message, retry_after: None });
+    }
+    Ok(())
+}
+
+fn check_schedule(schedule: &Schedule, limits: &Limits) -> Result<()> {
+    let Schedule { total_steps, warmup_steps, .. } = *schedule;
+    if u64::from(total_steps) > limits.max_training_steps {
+        let message = format!("{total_steps} steps are too many; lower epochs or max_steps");
+        return Err(Error::Exhausted { limit: "max_training_steps", message, retry_after: None });
+    }
+    let text = format!("less than the {total_steps} steps of the run");
+    rule(warmup_steps < total_steps, "hyperparameters.warmup_steps", text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::tests::recipe;
+
+    fn field(result: Result<()>) -> String {
+        match result {
+            Err(Error::Invalid { field, .. }) => field,
+            Err(Error::Exhausted { limit, .. }) => limit.to_owned(),
+            other => format!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn recipes_out_of_range_are_refused_by_field() {
+        let check = |change: fn(&mut Hyperparameters)| {
+            let mut recipe = recipe();
+            change(&mut recipe);
+            field(check_recipe(&recipe, &Limits::default(), 100))
+        };
+        assert_eq!(check(|_| {}), "Ok(())");
+        assert_eq!(check(|r| r.learning_rate = f64::NAN), "hyperparameters.learning_rate");
+        assert_eq!(check(|r| r.batch_size = 0), "hyperparameters.batch_size");
+        assert_eq!(check(|r| r.beta2 = 1.0), "hyperparameters.beta2");
+        assert_eq!(check(|r| r.max_grad_norm = f64::INFINITY), "hyperparameters.max_grad_norm");
+        assert_eq!(check(|r| r.validation_split = 0.6), "hyperparameters.validation_split");
+        assert_eq!(check(|r| r.max_length = Some(101)), "hyperparameters.max_length");
+        assert_eq!(check(|r| (r.batch_size, r.gradient_accumulation_steps) = (1 << 20, 1 << 20)), "max_batch_records");
+    }
+
+    #[test]
+    fn a_warm_up_as_long_as_the_run_would_learn_nothing() {
+        let recipe = Hyperparameters { max_steps: Some(5), warmup_steps: Some(5), ..recipe() };
+        assert_eq!(
+            field(check_schedule(&Schedule::new(&recipe, 8), &Limits::default())),
+            "hyperparameters.warmup_steps"
+        );
+        let endless = Hyperparameters { max_steps: Some(u32::MAX), ..recipe };
+        assert_eq!(field(check_schedule(&Schedule::new(&endless, 8), &Limits::default())), "max_training_steps");
+    }
+}

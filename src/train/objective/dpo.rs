@@ -1,0 +1,157 @@
+//! Direct preference optimisation (Rafailov et al. 2023), sigmoid loss, with label smoothing (conservative DPO).
+
+use candle_core::{DType, Tensor};
+
+use crate::data::Pair;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::model::traced::Pass;
+use crate::text::Conversation;
+use crate::train::objective::{LossSum, Objective, PreferenceSum, Reference, loss_logprobs};
+
+/// The loss of pairs of sequence log-probabilities.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DpoLoss {
+    pub beta: f64,
+    /// Share of labels taken as flipped.
+    pub label_smoothing: f64,
+}
+
+impl DpoLoss {
+    /// For `[pairs]` log-probabilities under the policy and their references: the sum of
+    /// -(1 - s) ln sigmoid(h) - s ln sigmoid(-h), where h is the margin.
+    pub fn sum(&self, chosen: &Tensor, rejected: &Tensor, reference_margin: &Tensor) -> Result<LossSum> {
+        let margins = (((chosen - rejected)? - reference_margin)? * self.beta)?;
+        // -ln sigmoid(-h) = h - ln sigmoid(h)
+        let losses = (softplus(&margins.neg()?)? + (&margins * self.label_smoothing)?)?;
+        let values = margins.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        let preference = PreferenceSum {
+            margin: values.iter().sum(),
+            correct: values.iter().filter(|margin| **margin > 0.0).count() as f64,
+        };
+        Ok(LossSum { loss: losses.sum_all()?, preference: Some(preference) })
+    }
+}
+
+/// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|), which never overflows.
+fn softplus(x: &Tensor) -> Result<Tensor> {
+    Ok((x.relu()? + ((x.abs()?.neg()?.exp()? + 1.0)?.log()?))?)
+}
+
+/// Pairs and the log-probabilities that the reference gives them.
+#[derive(Debug)]
+pub struct Dpo<'a> {
+    pairs: &'a [Pair],
+    loss: DpoLoss,
+    /// ln p(chosen) - ln p(rejected) under the reference; `None` until scored.
+    reference_margins: Vec<Option<f32>>,
+}
+
+impl<'a> Dpo<'a> {
+    pub fn new(pairs: &'a [Pair], loss: DpoLoss) -> Self {
+        Self { pairs, loss, reference_margins: vec![None; pairs.len()] }
+    }
+
+    /// Sums over the answer's tokens, `[examples]` each: chosen, rejected.
+    fn sequence_logprobs(&self, model: &Model, examples: &[usize], pass: Pass<'_>) -> Result<(Tensor, Tensor)> {
+        let side = |pick: fn(&Pair) -> &Conversation| examples.iter().map(move |e| pick(&self.pairs[*e]));
+        let sequences: Vec<_> = side(|pair| &pair.chosen).chain(side(|pair| &pair.rejected)).collect();
+        let (logprobs, counts) = loss_logprobs(model, &sequences, pass)?;
+        let mut sums = Vec::with_capacity(counts.len());
+        let mut start = 0;
+        for count in counts {
+            sums.push(logprobs.narrow(0, start, count)?.sum_all()?);
+            start += count;
+        }
+        let (chosen, rejected) = sums.split_at(examples.len());
+        Ok((Tensor::stack(chosen, 0)?, Tensor::stack(rejected, 0)?))
+    }
+}
+
+impl Objective for Dpo<'_> {
+    fn len(&self) -> usize {
+        self.pairs.len()
+    }
+
+    fn tokens(&self, example: usize) -> usize {
+        self.pairs[example].tokens()
+    }
+
+    fn weight(&self, _example: usize) -> f64 {
+        1.0
+    }
+
+    fn loss(&self, model: &Model, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
+        let known: Option<Vec<f32>> = examples.iter().map(|example| self.reference_margins[*example]).collect();
+        let known = known.ok_or_else(|| Error::internal("a pair was used before the reference had scored it"))?;
+        let (chosen, rejected) = self.sequence_logprobs(model, examples, pass)?;
+        let reference = Tensor::from_vec(known, examples.len(), chosen.device())?;
+        self.loss.sum(&chosen, &rejected, &reference)
+    }
+
+    fn score_reference(&mut self, model: &Model, examples: &[usize], reference: Reference<'_>) -> Result<()> {
+        let pass = Pass { lora: reference.lora, permit: reference.permit, ..Pass::default() };
+        let (chosen, rejected) = self.sequence_logprobs(model, examples, pass)?;
+        for (example, margin) in examples.iter().zip((chosen - rejected)?.to_vec1::<f32>()?) {
+            self.reference_margins[*example] = Some(margin);
+        }
+        Ok(())
+    }
+
+    fn needs_reference(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    fn tensor(values: &[f32]) -> Tensor {
+        Tensor::new(values, &Device::Cpu).unwrap()
+    }
+
+    fn scalar(sum: &LossSum) -> f64 {
+        f64::from(sum.loss.to_scalar::<f32>().unwrap())
+    }
+
+    #[test]
+    fn an_indifferent_policy_costs_ln_2_a_pair() {
+        let loss = DpoLoss { beta: 0.1, label_smoothing: 0.0 };
+        let sum = loss.sum(&tensor(&[-5.0, -7.0]), &tensor(&[-9.0, -3.0]), &tensor(&[4.0, -4.0])).unwrap();
+        assert!((scalar(&sum) - 2.0 * 2_f64.ln()).abs() < 1e-6);
+        assert_eq!(sum.preference, Some(PreferenceSum { margin: 0.0, correct: 0.0 }));
+    }
+
+    #[test]
+    fn loss_and_gradient_agree_with_the_closed_form() {
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        let loss = DpoLoss { beta: 0.5, label_smoothing: 0.2 };
+        let chosen = Var::from_tensor(&tensor(&[-1.0, -6.0])).unwrap();
+        let rejected = Var::from_tensor(&tensor(&[-3.0, -2.0])).unwrap();
+        let sum = loss.sum(chosen.as_tensor(), rejected.as_tensor(), &tensor(&[1.0, 0.5])).unwrap();
+        let margins = [0.5 * (2.0 - 1.0), 0.5 * (-4.0 - 0.5)];
+        let expected: f64 = margins.iter().map(|h| -0.8 * sigmoid(*h).ln() - 0.2 * sigmoid(-h).ln()).sum();
+        assert!((scalar(&sum) - expected).abs() < 1e-6);
+        let preference = sum.preference.unwrap();
+        assert!((preference.margin - margins.iter().sum::<f64>()).abs() < 1e-6);
+        assert_eq!(preference.correct, 1.0);
+        let gradients = sum.loss.backward().unwrap();
+        let by_chosen = gradients.get(&chosen).unwrap().to_vec1::<f32>().unwrap();
+        let by_rejected = gradients.get(&rejected).unwrap().to_vec1::<f32>().unwrap();
+        for i in 0..2 {
+            let slope = 0.5 * (sigmoid(margins[i]) - 0.8);
+            assert!((f64::from(by_chosen[i]) - slope).abs() < 1e-6);
+            assert!((f64::from(by_rejected[i]) + slope).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn extreme_margins_stay_finite() {
+        let loss = DpoLoss { beta: 1.0, label_smoothing: 0.0 };
+        let zero = tensor(&[0.0]);
+        assert_eq!(scalar(&loss.sum(&tensor(&[1e4]), &zero, &zero).unwrap()), 0.0);
+        assert_eq!(scalar(&loss.sum(&tensor(&[-1e4]), &zero, &zero).unwrap()), 1e4);
+    }
+}

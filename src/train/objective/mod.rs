@@ -1,0 +1,95 @@
+//! What is minimised. An objective owns its examples as ids and turns some of them into a loss; the loop in `fit` knows no more.
+
+mod dpo;
+mod sft;
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use crate::device::TrainPermit;
+use crate::error::Result;
+use crate::model::Model;
+use crate::model::traced::{Pass, TracedLora};
+use crate::text::Conversation;
+
+pub use dpo::{Dpo, DpoLoss};
+pub use sft::Sft;
+
+/// A loss over examples that never changes while a job runs.
+pub trait Objective {
+    /// Examples it owns.
+    fn len(&self) -> usize;
+
+    /// Ids the model sees for this example.
+    fn tokens(&self, example: usize) -> usize;
+
+    /// What this example counts in the mean over a step: its tokens in the loss, or 1 for a pair.
+    fn weight(&self, example: usize) -> f64;
+
+    /// The sum of the loss over the examples, which a step divides by the sum of their weights.
+    fn loss(&self, model: &Model, examples: &[usize], pass: Pass<'_>) -> Result<LossSum>;
+
+    /// Scores the examples once with the reference, before any step or evaluation.
+    fn score_reference(&mut self, _model: &Model, _examples: &[usize], _reference: Reference<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether [`Objective::score_reference`] does anything.
+    fn needs_reference(&self) -> bool {
+        false
+    }
+}
+
+/// The frozen policy that preferences are measured against: the base where `lora` is `None`.
+#[derive(Debug, Clone, Copy)]
+pub struct Reference<'a> {
+    pub lora: Option<&'a TracedLora>,
+    pub permit: Option<&'a Arc<TrainPermit>>,
+}
+
+/// A summed loss and what else is reported about its examples.
+#[derive(Debug)]
+pub struct LossSum {
+    /// Scalar, with gradients.
+    pub loss: Tensor,
+    /// Preferences only.
+    pub preference: Option<PreferenceSum>,
+}
+
+/// Sums over pairs.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PreferenceSum {
+    /// Of beta * ((pi_c - ref_c) - (pi_r - ref_r)).
+    pub margin: f64,
+    /// Pairs with a positive margin.
+    pub correct: f64,
+}
+
+impl std::ops::AddAssign for PreferenceSum {
+    fn add_assign(&mut self, other: Self) {
+        self.margin += other.margin;
+        self.correct += other.correct;
+    }
+}
+
+/// For each sequence the positions i whose next token is in the loss, as `Model::token_logprobs` wants them.
+fn wanted(sequences: &[&Conversation]) -> Vec<(usize, usize)> {
+    let of_one = |(sequence, conversation): (usize, &&Conversation)| {
+        let positions = conversation.in_loss.iter().enumerate().skip(1).filter(|(_, in_loss)| **in_loss);
+        positions.map(|(i, _)| (sequence, i - 1)).collect::<Vec<_>>()
+    };
+    sequences.iter().enumerate().flat_map(of_one).collect()
+}
+
+/// Tokens in the loss. The first id has no prediction.
+pub fn loss_tokens(conversation: &Conversation) -> usize {
+    conversation.in_loss.iter().skip(1).filter(|in_loss| **in_loss).count()
+}
+
+/// Log-probabilities of the tokens in the loss of all sequences, in order, and how many belong to each.
+fn loss_logprobs(model: &Model, sequences: &[&Conversation], pass: Pass<'_>) -> Result<(Tensor, Vec<usize>)> {
+    let ids: Vec<&[u32]> = sequences.iter().map(|conversation| conversation.ids.as_slice()).collect();
+    let logprobs = model.token_logprobs(&ids, &wanted(sequences), pass)?;
+    Ok((logprobs, sequences.iter().map(|conversation| loss_tokens(conversation)).collect()))
+}

@@ -1,0 +1,39 @@
+//! Supervised fine-tuning: the cross-entropy of the tokens in the loss.
+
+use crate::error::Result;
+use crate::model::Model;
+use crate::model::traced::Pass;
+use crate::text::Conversation;
+use crate::train::objective::{LossSum, Objective, loss_logprobs, loss_tokens};
+
+/// Cross-entropy, averaged over the loss tokens of the whole step.
+#[derive(Debug)]
+pub struct Sft<'a> {
+    examples: &'a [Conversation],
+}
+
+impl<'a> Sft<'a> {
+    pub fn new(examples: &'a [Conversation]) -> Self {
+        Self { examples }
+    }
+}
+
+impl Objective for Sft<'_> {
+    fn len(&self) -> usize {
+        self.examples.len()
+    }
+
+    fn tokens(&self, example: usize) -> usize {
+        self.examples[example].ids.len()
+    }
+
+    fn weight(&self, example: usize) -> f64 {
+        loss_tokens(&self.examples[example]) as f64
+    }
+
+    fn loss(&self, model: &Model, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
+        let sequences: Vec<_> = examples.iter().map(|example| &self.examples[*example]).collect();
+        let (logprobs, _) = loss_logprobs(model, &sequences, pass)?;
+        Ok(LossSum { loss: logprobs.sum_all()?.neg()?, preference: None })
+    }
+}
