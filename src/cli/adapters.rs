@@ -1,0 +1,223 @@
+//! `tenora adapters`: PEFT folders in and out, versions, the swap and the rollback.
+
+use std::path::{Path, PathBuf};
+
+use async_stream::stream;
+use tokio::io::AsyncWriteExt as _;
+use tokio_stream::StreamExt as _;
+
+use super::connection::{Connection, all_pages};
+use super::{Failure, Result, request_id, show};
+use crate::api::client::{Client, proto};
+
+/// Bytes of one message of an upload.
+const PIECE: usize = 256 << 10;
+
+/// Import, export, swap and delete adapters.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  tenora adapters --tenant acme import tone ./peft-folder
+  tenora adapters --tenant acme versions tone
+  tenora adapters --tenant acme set-live tone 1
+  tenora adapters --tenant acme export tone/versions/2 ./peft-folder")]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Upload a PEFT folder (adapter_config.json, adapter_model.safetensors) as a new version.
+    Import {
+        /// The adapter that gets the version; made if there is none.
+        adapter: String,
+        folder: PathBuf,
+        #[command(flatten)]
+        publish: PublishArg,
+        /// Check everything and keep nothing.
+        #[arg(long)]
+        validate_only: bool,
+    },
+    /// Write a version as a PEFT folder.
+    Export {
+        /// ADAPTER for its live version, or ADAPTER/versions/N.
+        name: String,
+        /// Made if there is none; files in it are not overwritten.
+        folder: PathBuf,
+    },
+    /// Show one adapter.
+    Get { adapter: String },
+    /// List the tenant's adapters.
+    List,
+    /// List an adapter's versions, newest first.
+    Versions { adapter: String },
+    /// Make a version the live one: the swap and the rollback. Answers under way finish on the version they began with.
+    SetLive {
+        adapter: String,
+        /// The version's number.
+        version: String,
+        /// Refuse if the adapter has changed since it had this etag.
+        #[arg(long, default_value = "")]
+        etag: String,
+    },
+    /// Delete an adapter and its versions.
+    Delete {
+        adapter: String,
+        /// Refuse if the adapter has changed since it had this etag.
+        #[arg(long, default_value = "")]
+        etag: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(super) struct PublishArg {
+    /// Whether the new version goes live. auto: where the adapter has no live version.
+    #[arg(long, value_enum, default_value = "auto")]
+    publish: Publish,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Publish {
+    Auto,
+    Live,
+    VersionOnly,
+}
+
+impl PublishArg {
+    pub(super) fn proto(self) -> proto::Publish {
+        match self.publish {
+            Publish::Auto => proto::Publish::Unspecified,
+            Publish::Live => proto::Publish::Live,
+            Publish::VersionOnly => proto::Publish::VersionOnly,
+        }
+    }
+}
+
+pub(super) async fn run(args: Args) -> Result<()> {
+    let connection = &args.connection;
+    let json = connection.json;
+    let name = |given: &str| connection.name("adapters", given);
+    match args.command {
+        Command::Import { adapter, folder, publish, validate_only } => {
+            let (parent, adapter_id) = connection.split("adapters", &adapter)?;
+            let publish = publish.proto() as i32;
+            let header =
+                proto::ImportAdapterHeader { parent, adapter_id, request_id: request_id(), validate_only, publish };
+            let version = import(&connection.client().await?, header, &folder).await?;
+            show::one(json, &version)
+        }
+        Command::Export { name: given, folder } => {
+            let request = proto::ExportAdapterRequest { name: name(&given)? };
+            let version = export(&connection.client().await?, request, &folder).await?;
+            show::one(json, &version)
+        }
+        Command::Get { adapter } => {
+            let request = proto::GetAdapterRequest { name: name(&adapter)? };
+            show::one(json, &connection.client().await?.get_adapter(request).await?)
+        }
+        Command::List => show::many(json, &list(connection).await?),
+        Command::Versions { adapter } => show::many(json, &versions(connection, name(&adapter)?).await?),
+        Command::SetLive { adapter, version, etag } => {
+            let name = name(&adapter)?;
+            let version = if version.contains('/') { version } else { format!("{name}/versions/{version}") };
+            let request = proto::SetLiveVersionRequest { name, version, etag };
+            show::one(json, &connection.client().await?.set_live_version(request).await?)
+        }
+        Command::Delete { adapter, etag } => {
+            let name = name(&adapter)?;
+            let request = proto::DeleteAdapterRequest { name: name.clone(), etag };
+            connection.client().await?.delete_adapter(request).await?;
+            show::done(json, "deleted", &name)
+        }
+    }
+}
+
+async fn list(connection: &Connection) -> Result<Vec<proto::Adapter>> {
+    let (client, parent) = (connection.client().await?, connection.parent()?);
+    all_pages(async |page_token| {
+        let request = proto::ListAdaptersRequest { parent: parent.clone(), page_size: 0, page_token };
+        let page = client.list_adapters(request).await?;
+        Ok((page.adapters, page.next_page_token))
+    })
+    .await
+}
+
+async fn versions(connection: &Connection, parent: String) -> Result<Vec<proto::AdapterVersion>> {
+    let client = connection.client().await?;
+    all_pages(async |page_token| {
+        let request = proto::ListAdapterVersionsRequest { parent: parent.clone(), page_size: 0, page_token };
+        let page = client.list_adapter_versions(request).await?;
+        Ok((page.versions, page.next_page_token))
+    })
+    .await
+}
+
+/// Sends the files of a folder, all but PEFT's README.md and hidden ones. The server refuses what it does not know.
+async fn import(client: &Client, header: proto::ImportAdapterHeader, folder: &Path) -> Result<proto::AdapterVersion> {
+    use proto::import_adapter_request::Part;
+    let files = read_folder(folder)?;
+    let part = |part| proto::ImportAdapterRequest { part: Some(part) };
+    let parts = stream! {
+        yield part(Part::Header(header));
+        for (filename, content) in files {
+            for piece in content.chunks(PIECE) {
+                yield part(Part::Chunk(proto::FileChunk { filename: filename.clone(), data: piece.to_vec() }));
+            }
+        }
+    };
+    Ok(client.import_adapter(parts).await?)
+}
+
+fn read_folder(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Failure::at(folder))? {
+        let path = entry.map_err(Failure::at(folder))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_file() && name != "README.md" && !name.starts_with('.') {
+            files.push((name, std::fs::read(&path).map_err(Failure::at(&path))?));
+        }
+    }
+    files.sort();
+    match files.is_empty() {
+        true => Err(Failure::other(format!("{} holds no adapter files", folder.display()))),
+        false => Ok(files),
+    }
+}
+
+/// Writes a version's files into `folder`; a file that is there already is not touched.
+async fn export(client: &Client, request: proto::ExportAdapterRequest, folder: &Path) -> Result<proto::AdapterVersion> {
+    use proto::export_adapter_response::Part;
+    let mut parts = client.export_adapter(request).await?;
+    let mut version = None;
+    let mut open: Option<(String, tokio::fs::File)> = None;
+    std::fs::create_dir_all(folder).map_err(Failure::at(folder))?;
+    while let Some(part) = parts.next().await {
+        match part?.part {
+            Some(Part::Version(given)) => version = Some(given),
+            Some(Part::Chunk(chunk)) => {
+                let path = folder.join(&chunk.filename);
+                let file = match &mut open {
+                    Some((name, file)) if *name == chunk.filename => file,
+                    _ => {
+                        let file = create(&path, &chunk.filename).await?;
+                        &mut open.insert((chunk.filename.clone(), file)).1
+                    }
+                };
+                file.write_all(&chunk.data).await.map_err(Failure::at(&path))?;
+                file.flush().await.map_err(Failure::at(&path))?;
+            }
+            None => {}
+        }
+    }
+    version.ok_or_else(|| Failure::other("the server sent no version"))
+}
+
+/// A new file of an export. The name comes from the server: it must not leave the folder.
+async fn create(path: &Path, name: &str) -> Result<tokio::fs::File> {
+    if Path::new(name).file_name() != Some(name.as_ref()) {
+        return Err(Failure::other(format!("the server sent a file called {name:?}; nothing is written there")));
+    }
+    tokio::fs::File::create_new(path).await.map_err(Failure::at(path))
+}

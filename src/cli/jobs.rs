@@ -1,0 +1,67 @@
+//! `tenora jobs`: training jobs after they have been started.
+
+use super::connection::{Connection, all_pages};
+use super::{Result, show, watch};
+use crate::api::client::proto;
+
+/// Show, watch, cancel and resume training jobs.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  tenora jobs --tenant acme list
+  tenora jobs watch tenants/acme/trainingJobs/JOB
+  tenora jobs --tenant acme cancel JOB")]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Show one job.
+    Get { job: String },
+    /// List the tenant's jobs, newest first.
+    List,
+    /// Follow a job to its end: progress, then a plot of the loss.
+    Watch { job: String },
+    /// Cancel a job; nothing is published.
+    Cancel { job: String },
+    /// Queue an interrupted job again; it starts over.
+    Resume { job: String },
+}
+
+pub(super) async fn run(args: Args) -> Result<()> {
+    let connection = &args.connection;
+    let json = connection.json;
+    let name = |given: &str| connection.name("trainingJobs", given);
+    match args.command {
+        Command::Get { job } => {
+            let request = proto::GetTrainingJobRequest { name: name(&job)? };
+            show::one(json, &connection.client().await?.get_training_job(request).await?)
+        }
+        Command::List => show::many(json, &list(connection).await?),
+        Command::Watch { job } => {
+            let name = name(&job)?;
+            watch::to_the_end(&connection.client().await?, &name, json).await
+        }
+        Command::Cancel { job } => {
+            let request = proto::CancelTrainingJobRequest { name: name(&job)? };
+            show::one(json, &connection.client().await?.cancel_training_job(request).await?)
+        }
+        Command::Resume { job } => {
+            let request = proto::ResumeTrainingJobRequest { name: name(&job)? };
+            show::one(json, &connection.client().await?.resume_training_job(request).await?)
+        }
+    }
+}
+
+async fn list(connection: &Connection) -> Result<Vec<proto::TrainingJob>> {
+    let (client, parent) = (connection.client().await?, connection.parent()?);
+    all_pages(async |page_token| {
+        let request = proto::ListTrainingJobsRequest { parent: parent.clone(), page_size: 0, page_token };
+        let page = client.list_training_jobs(request).await?;
+        Ok((page.training_jobs, page.next_page_token))
+    })
+    .await
+}

@@ -1,0 +1,56 @@
+//! `tenora keys`: bearer keys of tenants. Needs an operator key.
+
+use super::connection::{Connection, all_pages};
+use super::{Result, show};
+use crate::api::client::proto;
+
+/// Create, list and revoke a tenant's keys. Needs an operator key.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  tenora keys --tenant acme create --display-name \"web shop\"
+  tenora keys --tenant acme revoke KEY")]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Make a key. Its secret is printed now and never again.
+    Create {
+        /// For people.
+        #[arg(long, default_value = "")]
+        display_name: String,
+    },
+    /// List the keys, without their secrets.
+    List,
+    /// Make a key worthless at once.
+    Revoke { key: String },
+}
+
+pub(super) async fn run(args: Args) -> Result<()> {
+    let connection = &args.connection;
+    let json = connection.json;
+    match args.command {
+        Command::Create { display_name } => {
+            let request = proto::CreateApiKeyRequest { parent: connection.parent()?, display_name };
+            show::one(json, &connection.client().await?.create_api_key(request).await?)
+        }
+        Command::List => {
+            let (parent, client) = (connection.parent()?, connection.client().await?);
+            let keys = all_pages(async |page_token| {
+                let request = proto::ListApiKeysRequest { parent: parent.clone(), page_size: 0, page_token };
+                let page = client.list_api_keys(request).await?;
+                Ok((page.api_keys, page.next_page_token))
+            });
+            show::many(json, &keys.await?)
+        }
+        Command::Revoke { key } => {
+            let name = connection.name("apiKeys", &key)?;
+            connection.client().await?.revoke_api_key(proto::RevokeApiKeyRequest { name: name.clone() }).await?;
+            show::done(json, "revoked", &name)
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! `tenora score`: the log-probability of every token of a text under the base or an adapter.
+
+use std::io::{Write as _, stdout};
+
+use serde_json::{Value, json};
+
+use super::connection::Connection;
+use super::generate::{chat, read_stdin};
+use super::{Failure, Result};
+use crate::api::client::proto;
+
+/// Give the log-probability of every token of a text.
+///
+/// Line i is token i of the sequence and ln p(token i | the tokens before it); the first token has none. Without a text,
+/// standard input is read.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  tenora score \"The sea is salty.\"
+  tenora score --adapter tone --user \"Where is my parcel?\" --assistant \"On its way.\"
+  tenora score --ids 504,2672 --top 5 --json")]
+pub(super) struct Args {
+    /// Texts to score, as they are: control tokens in them are recognised.
+    texts: Vec<String>,
+    /// Token ids to score, with commas between; may be repeated.
+    #[arg(long, value_parser = parse_ids, value_name = "ID,ID...")]
+    ids: Vec<Ids>,
+    /// Score a chat: the user's message...
+    #[arg(long, requires = "assistant")]
+    user: Option<String>,
+    /// ...and the answer to it...
+    #[arg(long, requires = "user")]
+    assistant: Option<String>,
+    /// ...with this system message before.
+    #[arg(long, requires = "user")]
+    system: Option<String>,
+    /// An adapter (its live version) or ADAPTER/versions/N [default: the base]
+    #[arg(long, short)]
+    adapter: Option<String>,
+    /// Also print this many most likely tokens at each position.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    top: u32,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(Debug, Clone)]
+struct Ids(Vec<u32>);
+
+fn parse_ids(text: &str) -> std::result::Result<Ids, String> {
+    let parse = |id: &str| id.trim().parse().map_err(|_| format!("{id:?} is no token id"));
+    text.split(',').map(parse).collect::<std::result::Result<_, _>>().map(Ids)
+}
+
+pub(super) async fn run(args: Args) -> Result<()> {
+    let adapter = args.adapter.as_deref().map(|given| args.connection.name("adapters", given)).transpose()?;
+    let request =
+        proto::ScoreRequest { adapter: adapter.unwrap_or_default(), inputs: inputs(&args)?, top_logprobs: args.top };
+    let answer = args.connection.client().await?.score(request).await?;
+    for (i, result) in answer.results.iter().enumerate() {
+        match args.connection.json {
+            true => print_json(&answer.adapter_version, result)?,
+            false => print(i, &answer.adapter_version, result)?,
+        }
+    }
+    Ok(())
+}
+
+fn inputs(args: &Args) -> Result<Vec<proto::ScoreInput>> {
+    use proto::score_input::Sequence;
+    let mut sequences: Vec<Sequence> = args.texts.iter().cloned().map(Sequence::Text).collect();
+    sequences.extend(args.ids.iter().map(|ids| Sequence::TokenIds(proto::TokenIds { ids: ids.0.clone() })));
+    if let (Some(user), Some(assistant)) = (&args.user, &args.assistant) {
+        let mut chat = chat(args.system.as_deref(), user);
+        chat.messages.push(proto::ChatMessage { role: "assistant".into(), content: assistant.clone() });
+        sequences.push(Sequence::Chat(chat));
+    }
+    if sequences.is_empty() {
+        sequences.push(Sequence::Text(read_stdin()?));
+    }
+    Ok(sequences.into_iter().map(|sequence| proto::ScoreInput { sequence: Some(sequence) }).collect())
+}
+
+fn print(i: usize, version: &str, result: &proto::ScoreResult) -> Result<()> {
+    let version = if version.is_empty() { "base" } else { version };
+    let Some(scored) = result.token_ids.get(1..) else {
+        return Err(Failure::other("the server scored an empty sequence"));
+    };
+    let sum: f64 = result.logprobs.iter().map(|token| f64::from(token.logprob)).sum();
+    let mean = sum / scored.len().max(1) as f64;
+    let tokens = result.token_ids.len();
+    writeln!(
+        stdout(),
+        "sequence {}, {version}: {tokens} tokens, sum {sum:.4}, mean {mean:.4}, perplexity {:.3}",
+        i + 1,
+        (-mean).exp()
+    )?;
+    print_tokens(scored, &result.logprobs)?;
+    let next: Vec<String> = result.next.iter().map(top_text).collect();
+    if !next.is_empty() {
+        writeln!(stdout(), "{:>8}  {:>9}  {}", "next", "", next.join(" "))?;
+    }
+    Ok(())
+}
+
+/// A line a token: id, log-probability, and the most likely ones in its place.
+pub(super) fn print_tokens(ids: &[u32], logprobs: &[proto::TokenLogprob]) -> Result<()> {
+    for (id, token) in ids.iter().zip(logprobs) {
+        let top: Vec<String> = token.top.iter().map(top_text).collect();
+        let line = format!("{id:>8}  {:>9.4}  {}", token.logprob, top.join(" "));
+        writeln!(stdout(), "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+fn top_text(top: &proto::TopLogprob) -> String {
+    format!("{}:{:.3}", top.token_id, top.logprob)
+}
+
+pub(super) fn token_json(token: &proto::TokenLogprob) -> Value {
+    json!({ "token_id": token.token_id, "logprob": token.logprob, "top": top_json(&token.top) })
+}
+
+fn top_json(top: &[proto::TopLogprob]) -> Vec<Value> {
+    top.iter().map(|top| json!({ "token_id": top.token_id, "logprob": top.logprob })).collect()
+}
+
+fn print_json(version: &str, result: &proto::ScoreResult) -> Result<()> {
+    let logprobs: Vec<Value> = result.logprobs.iter().map(token_json).collect();
+    let next = top_json(&result.next);
+    let value =
+        json!({ "adapter_version": version, "token_ids": result.token_ids, "logprobs": logprobs, "next": next });
+    Ok(writeln!(stdout(), "{value}")?)
+}

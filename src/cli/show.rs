@@ -1,0 +1,241 @@
+//! How resources are printed: as JSON, one object a line, or for people: one as lines of `field  value`, many as a table.
+
+use std::io::{Write as _, stdout};
+
+use serde_json::{Value, json};
+
+use super::Result;
+use crate::api::client::proto;
+
+/// Something a server answers with.
+pub(super) trait Show {
+    /// The columns of a table of many.
+    const COLUMNS: &'static [&'static str];
+
+    /// Its fields, in the order to print them.
+    fn json(&self) -> Value;
+}
+
+pub(super) fn one(json: bool, item: &impl Show) -> Result<()> {
+    let value = item.json();
+    let text = if json { format!("{value}\n") } else { fields(&value) };
+    Ok(stdout().lock().write_all(text.as_bytes())?)
+}
+
+pub(super) fn many<T: Show>(json: bool, items: &[T]) -> Result<()> {
+    let values: Vec<Value> = items.iter().map(Show::json).collect();
+    let text = match json {
+        true => values.iter().map(|value| format!("{value}\n")).collect(),
+        false => table(T::COLUMNS, &values),
+    };
+    Ok(stdout().lock().write_all(text.as_bytes())?)
+}
+
+/// Says that something was done to a name.
+pub(super) fn done(json: bool, what: &str, name: &str) -> Result<()> {
+    let text = if json { format!("{}\n", json!({ what: name })) } else { format!("{what} {name}\n") };
+    Ok(stdout().lock().write_all(text.as_bytes())?)
+}
+
+/// A text of a model or a server without what would steer the terminal.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect()
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => "-".into(),
+        Value::String(text) if text.is_empty() => "-".into(),
+        Value::String(text) => printable(text),
+        Value::Array(items) if items.is_empty() => "-".into(),
+        Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),
+        Value::Object(map) => {
+            map.iter().map(|(key, value)| format!("{key}={}", plain(value))).collect::<Vec<_>>().join(" ")
+        }
+        other => other.to_string(),
+    }
+}
+
+fn fields(value: &Value) -> String {
+    let Some(map) = value.as_object() else { return format!("{}\n", plain(value)) };
+    let width = map.keys().map(String::len).max().unwrap_or(0);
+    map.iter().map(|(key, value)| format!("{key:width$}  {}\n", plain(value))).collect()
+}
+
+fn table(columns: &[&str], rows: &[Value]) -> String {
+    if rows.is_empty() {
+        return "none\n".into();
+    }
+    let header: Vec<String> = columns.iter().map(|column| column.to_uppercase()).collect();
+    let body = rows.iter().map(|row| columns.iter().map(|&column| plain(&row[column])).collect());
+    let lines: Vec<Vec<String>> = std::iter::once(header).chain(body).collect();
+    let width = |i: usize| lines.iter().map(|line| line[i].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns.len()).map(width).collect();
+    let join = |line: &Vec<String>| {
+        let cells: Vec<String> = line.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        format!("{}\n", cells.join("  ").trim_end())
+    };
+    lines.iter().map(join).collect()
+}
+
+/// RFC 3339.
+fn time(stamp: &Option<impl ToString>) -> Option<String> {
+    stamp.as_ref().map(ToString::to_string)
+}
+
+/// `JOB_STATE_RUNNING` as `RUNNING`.
+pub(super) fn state(job: proto::JobState) -> &'static str {
+    job.as_str_name().trim_start_matches("JOB_STATE_")
+}
+
+impl Show for proto::Adapter {
+    const COLUMNS: &'static [&'static str] = &["name", "live_version", "update_time"];
+
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name, "live_version": self.live_version, "etag": self.etag,
+            "create_time": time(&self.create_time), "update_time": time(&self.update_time),
+        })
+    }
+}
+
+impl Show for proto::AdapterVersion {
+    const COLUMNS: &'static [&'static str] = &["name", "rank", "target_modules", "size_bytes", "create_time"];
+
+    fn json(&self) -> Value {
+        let parity = self.parity.as_ref().map(|parity| {
+            json!({
+                "tokens": parity.tokens, "mean_abs_difference": parity.mean_abs_difference,
+                "mean_abs_effect": parity.mean_abs_effect, "threshold": parity.threshold,
+            })
+        });
+        let mut metrics: Vec<_> = self.metrics.iter().collect();
+        metrics.sort_by_key(|(name, _)| *name);
+        let metrics: serde_json::Map<_, _> = metrics.into_iter().map(|(k, v)| (k.clone(), json!(v))).collect();
+        json!({
+            "name": self.name, "digest": self.digest, "base_digest": self.base_digest,
+            "template_digest": self.template_digest, "size_bytes": self.size_bytes, "kind": self.kind, "rank": self.rank,
+            "target_modules": self.target_modules, "no_effect": self.no_effect, "parity": parity,
+            "training_job": self.training_job, "create_time": time(&self.create_time), "metrics": metrics,
+        })
+    }
+}
+
+impl Show for proto::Dataset {
+    const COLUMNS: &'static [&'static str] = &["name", "kind", "records", "size_bytes", "create_time"];
+
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name, "kind": self.kind().as_str_name().trim_start_matches("DATASET_KIND_"),
+            "records": self.records, "size_bytes": self.size_bytes, "digest": self.digest,
+            "create_time": time(&self.create_time),
+        })
+    }
+}
+
+impl Show for proto::DatasetReport {
+    const COLUMNS: &'static [&'static str] = &["name", "tokens", "loss_tokens", "longest", "duplicates", "too_long"];
+
+    fn json(&self) -> Value {
+        let dataset = self.dataset.clone().unwrap_or_default();
+        json!({
+            "name": dataset.name, "records": dataset.records, "tokens": self.tokens, "loss_tokens": self.loss_tokens,
+            "longest": self.longest, "duplicates": self.duplicates, "too_long": self.too_long,
+        })
+    }
+}
+
+impl Show for proto::TrainingJob {
+    const COLUMNS: &'static [&'static str] =
+        &["name", "state", "step", "total_steps", "adapter_version", "create_time"];
+
+    fn json(&self) -> Value {
+        let spec = self.spec.clone().unwrap_or_default();
+        let objective = match spec.objective {
+            Some(proto::train_request::Objective::Dpo(_)) => "DPO",
+            _ => "SFT",
+        };
+        json!({
+            "name": self.name, "state": state(self.state()), "objective": objective, "adapter_id": spec.adapter_id,
+            "dataset": spec.dataset, "step": self.step, "total_steps": self.total_steps,
+            "adapter_version": self.adapter_version, "error": self.error, "create_time": time(&self.create_time),
+            "start_time": time(&self.start_time), "end_time": time(&self.end_time),
+        })
+    }
+}
+
+impl Show for proto::Tenant {
+    const COLUMNS: &'static [&'static str] = &["name", "display_name", "create_time"];
+
+    fn json(&self) -> Value {
+        json!({ "name": self.name, "display_name": self.display_name, "create_time": time(&self.create_time) })
+    }
+}
+
+impl Show for proto::TenantUsage {
+    const COLUMNS: &'static [&'static str] =
+        &["name", "requests", "prompt_tokens", "completion_tokens", "training_tokens"];
+
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name, "requests": self.requests, "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens, "training_tokens": self.training_tokens,
+        })
+    }
+}
+
+impl Show for proto::ApiKey {
+    const COLUMNS: &'static [&'static str] = &["name", "display_name", "create_time", "revoke_time"];
+
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name, "display_name": self.display_name, "create_time": time(&self.create_time),
+            "revoke_time": time(&self.revoke_time),
+        })
+    }
+}
+
+impl Show for proto::CreateApiKeyResponse {
+    const COLUMNS: &'static [&'static str] = &["name", "secret"];
+
+    fn json(&self) -> Value {
+        let mut key = self.api_key.clone().unwrap_or_default().json();
+        key["secret"] = json!(self.secret);
+        key
+    }
+}
+
+impl Show for proto::SafetyPolicy {
+    const COLUMNS: &'static [&'static str] = &["name", "blocked_phrases", "etag"];
+
+    fn json(&self) -> Value {
+        json!({ "name": self.name, "blocked_phrases": self.blocked_phrases, "etag": self.etag })
+    }
+}
+
+impl Show for proto::CheckTextResponse {
+    const COLUMNS: &'static [&'static str] = &["allowed", "matches"];
+
+    fn json(&self) -> Value {
+        let found = |m: &proto::PhraseMatch| json!({ "phrase": m.phrase, "start": m.start, "end": m.end });
+        json!({ "allowed": self.allowed, "matches": self.matches.iter().map(found).collect::<Vec<_>>() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_is_lines_and_many_a_table() {
+        let tenant = proto::Tenant { name: "tenants/a".into(), display_name: "A".into(), create_time: None };
+        assert_eq!(fields(&tenant.json()), "name          tenants/a\ndisplay_name  A\ncreate_time   -\n");
+        let table = table(proto::Tenant::COLUMNS, &[tenant.json()]);
+        assert_eq!(table, "NAME       DISPLAY_NAME  CREATE_TIME\ntenants/a  A             -\n");
+    }
+
+    #[test]
+    fn nothing_steers_the_terminal() {
+        assert_eq!(printable("a\u{1b}[31mb\tc\n"), "a[31mb\tc\n");
+    }
+}

@@ -1,0 +1,284 @@
+//! `tenora train`: upload, start, watch.
+
+use std::path::{Path, PathBuf};
+
+use super::adapters::PublishArg;
+use super::connection::Connection;
+use super::{Failure, Result, datasets, request_id, show, watch};
+use crate::api::client::{Client, proto};
+use crate::ids::Digest;
+
+/// Train an adapter and watch it.
+///
+/// DATA is a file of JSON lines, uploaded first, or the name of a dataset. With --dpo its records are preference pairs. The new
+/// version goes through the parity gate; it is live at once where the adapter has no live version yet, or with --publish live.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  tenora train support.jsonl --adapter tone --tenant acme
+  tenora train support.jsonl --adapter tone --rank 16 --learning-rate 1e-3 --epochs 3 --validation-split 0.1
+  tenora train pairs.jsonl --adapter tone --dpo --from tone --publish live")]
+pub(super) struct Args {
+    /// A file of JSON lines, or a dataset.
+    data: String,
+    /// The adapter that gets the new version; made if there is none.
+    #[arg(long, short)]
+    adapter: String,
+    /// Continue from this adapter's live version, or ADAPTER/versions/N; its shape is kept [default: a fresh adapter]
+    #[arg(long, value_name = "VERSION", conflicts_with_all = ["rank", "alpha", "dropout", "targets", "layers", "rslora"])]
+    from: Option<String>,
+    #[command(flatten)]
+    objective: Objective,
+    #[command(flatten)]
+    lora: Lora,
+    #[command(flatten)]
+    hyperparameters: Hyperparameters,
+    #[command(flatten)]
+    publish: PublishArg,
+    /// Start the job and leave it to the server; follow it with `tenora jobs watch`.
+    #[arg(long, conflicts_with = "validate_only")]
+    detach: bool,
+    /// Check everything and start nothing. A file is uploaded nevertheless.
+    #[arg(long)]
+    validate_only: bool,
+    #[command(flatten)]
+    connection: Connection,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Objective")]
+struct Objective {
+    /// Direct preference optimisation instead of supervised fine-tuning.
+    #[arg(long)]
+    dpo: bool,
+    /// Strength of the reference [default: 0.1]
+    #[arg(long, requires = "dpo")]
+    beta: Option<f32>,
+    /// Share of labels taken as flipped [default: 0]
+    #[arg(long, requires = "dpo", value_name = "SHARE")]
+    label_smoothing: Option<f32>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "LoRA")]
+struct Lora {
+    /// [default: 8]
+    #[arg(long)]
+    rank: Option<u32>,
+    /// The scale is alpha / rank [default: 16]
+    #[arg(long)]
+    alpha: Option<f32>,
+    /// Of the adapter's input, in [0, 1) [default: 0]
+    #[arg(long)]
+    dropout: Option<f32>,
+    /// q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all-linear [default: all-linear]
+    #[arg(long, value_delimiter = ',', value_name = "MODULE,...")]
+    targets: Vec<String>,
+    /// Layers that get an adapter, counted from 0 [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "N,...")]
+    layers: Vec<u32>,
+    /// Scale by alpha / sqrt(rank).
+    #[arg(long)]
+    rslora: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Hyperparameters")]
+struct Hyperparameters {
+    /// Peak learning rate [default: 2e-4, with --dpo 5e-5]
+    #[arg(long, visible_alias = "lr")]
+    learning_rate: Option<f64>,
+    /// Passes over the records [default: 3]
+    #[arg(long)]
+    epochs: Option<u32>,
+    /// Optimizer steps, instead of epochs.
+    #[arg(long, conflicts_with = "epochs")]
+    max_steps: Option<u32>,
+    /// Records a micro-batch [default: 4]
+    #[arg(long)]
+    batch_size: Option<u32>,
+    /// Micro-batches an optimizer step [default: 1]
+    #[arg(long, value_name = "N")]
+    gradient_accumulation_steps: Option<u32>,
+    /// Steps of linear warm-up [default: 5 % of all steps]
+    #[arg(long)]
+    warmup_steps: Option<u32>,
+    /// How the learning rate falls after the warm-up.
+    #[arg(long, value_enum, default_value = "cosine")]
+    schedule: Schedule,
+    /// [default: 0]
+    #[arg(long)]
+    weight_decay: Option<f64>,
+    /// [default: 0.9]
+    #[arg(long)]
+    beta1: Option<f64>,
+    /// [default: 0.999]
+    #[arg(long)]
+    beta2: Option<f64>,
+    /// [default: 1e-8]
+    #[arg(long)]
+    epsilon: Option<f64>,
+    /// Clips the gradient; 0 is off [default: 1]
+    #[arg(long)]
+    max_grad_norm: Option<f64>,
+    /// Of initialisation, dropout, order and split [default: 0]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Records in their order, not shuffled.
+    #[arg(long)]
+    sequential: bool,
+    /// Share of the records held out for validation [default: 0]
+    #[arg(long, value_name = "SHARE")]
+    validation_split: Option<f32>,
+    /// Steps between validations [default: once an epoch]
+    #[arg(long)]
+    eval_steps: Option<u32>,
+    /// Longer records are refused; tokens.
+    #[arg(long)]
+    max_length: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Schedule {
+    Cosine,
+    Linear,
+    Constant,
+}
+
+pub(super) async fn run(args: Args) -> Result<()> {
+    let connection = &args.connection;
+    let json = connection.json;
+    let (parent, adapter_id) = connection.split("adapters", &args.adapter)?;
+    let client = connection.client().await?;
+    let dataset = dataset(&client, &args, &parent).await?;
+    let request = proto::TrainRequest {
+        adapter_id,
+        dataset,
+        objective: Some(args.objective.proto()),
+        start: Some(match &args.from {
+            Some(from) => proto::train_request::Start::FromVersion(connection.name("adapters", from)?),
+            None => proto::train_request::Start::Lora(args.lora.proto()),
+        }),
+        hyperparameters: Some(args.hyperparameters.proto()),
+        publish: args.publish.proto() as i32,
+        request_id: request_id(),
+        validate_only: args.validate_only,
+        parent,
+    };
+    let job = client.train(request).await?;
+    if args.detach || args.validate_only {
+        return show::one(json, &job);
+    }
+    if !json {
+        println!("{}", job.name);
+    }
+    watch::to_the_end(&client, &job.name, json).await
+}
+
+/// The dataset's name. A file is uploaded under a name that says its content, so that the same file goes up once.
+async fn dataset(client: &Client, args: &Args, parent: &str) -> Result<String> {
+    let path = PathBuf::from(&args.data);
+    if !path.is_file() {
+        if args.data.ends_with(".jsonl") {
+            return Err(Failure::other(format!("{} is not a file", path.display())));
+        }
+        return args.connection.name("datasets", &args.data);
+    }
+    let kind = if args.objective.dpo { proto::DatasetKind::Preferences } else { proto::DatasetKind::Sft };
+    let content = std::fs::read(&path).map_err(Failure::at(&path))?;
+    let dataset_id = id_for(&path, &Digest::of(&content));
+    let name = format!("{parent}/datasets/{dataset_id}");
+    match client.get_dataset(proto::GetDatasetRequest { name: name.clone() }).await {
+        Ok(dataset) if dataset.kind() == kind => return Ok(name),
+        Ok(_) => {
+            let other = format!("{name} was uploaded for the other objective; delete it or change the file");
+            return Err(Failure::other(other));
+        }
+        Err(e) if e.is_not_found() => {}
+        Err(e) => return Err(e.into()),
+    }
+    let header =
+        proto::UploadHeader { parent: parent.to_owned(), dataset_id, request_id: request_id(), validate_only: false };
+    let dataset = datasets::upload(client, header, kind, content).await?;
+    if !args.connection.json {
+        println!("uploaded {} records as {}", dataset.records, dataset.name);
+    }
+    Ok(dataset.name)
+}
+
+/// An id of the file's name and the beginning of its digest.
+fn id_for(path: &Path, digest: &Digest) -> String {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
+    let stem: String = stem.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(40).collect();
+    let stem = stem.trim_matches(|c: char| !c.is_ascii_lowercase() && !c.is_ascii_digit());
+    let stem =
+        if stem.starts_with(|c: char| c.is_ascii_lowercase()) { stem.to_owned() } else { format!("data-{stem}") };
+    format!("{}-{}", stem.trim_end_matches('-'), &digest.hex()[..12])
+}
+
+impl Objective {
+    fn proto(&self) -> proto::train_request::Objective {
+        use proto::train_request::Objective;
+        match self.dpo {
+            true => Objective::Dpo(proto::DpoSpec { beta: self.beta, label_smoothing: self.label_smoothing }),
+            false => Objective::Sft(proto::SftSpec {}),
+        }
+    }
+}
+
+impl Lora {
+    fn proto(&self) -> proto::LoraSpec {
+        proto::LoraSpec {
+            rank: self.rank,
+            alpha: self.alpha,
+            dropout: self.dropout,
+            target_modules: self.targets.clone(),
+            layers_to_transform: self.layers.clone(),
+            use_rslora: self.rslora,
+        }
+    }
+}
+
+impl Hyperparameters {
+    fn proto(&self) -> proto::Hyperparameters {
+        let schedule = match self.schedule {
+            Schedule::Cosine => proto::LrSchedule::Cosine,
+            Schedule::Linear => proto::LrSchedule::Linear,
+            Schedule::Constant => proto::LrSchedule::Constant,
+        };
+        proto::Hyperparameters {
+            learning_rate: self.learning_rate,
+            epochs: self.epochs,
+            max_steps: self.max_steps,
+            batch_size: self.batch_size,
+            gradient_accumulation_steps: self.gradient_accumulation_steps,
+            warmup_steps: self.warmup_steps,
+            schedule: schedule as i32,
+            weight_decay: self.weight_decay,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.epsilon,
+            max_grad_norm: self.max_grad_norm,
+            seed: self.seed,
+            sequential: self.sequential,
+            validation_split: self.validation_split,
+            eval_steps: self.eval_steps,
+            max_length: self.max_length,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::check_id;
+
+    #[test]
+    fn files_get_valid_names_that_follow_their_content() {
+        for file in ["support.jsonl", "/tmp/My Data (v2).jsonl", "2024.jsonl", ".jsonl", "é.jsonl", "___.jsonl"] {
+            let id = id_for(Path::new(file), &Digest::of(b"x"));
+            check_id("dataset_id", &id).unwrap_or_else(|e| panic!("{file}: {id}: {e}"));
+            assert!(id.starts_with(|c: char| c.is_ascii_lowercase()), "{id}");
+            assert_ne!(id, id_for(Path::new(file), &Digest::of(b"y")));
+        }
+    }
+}

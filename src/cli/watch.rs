@@ -1,0 +1,241 @@
+//! Following a training job: its events, a progress bar (lines where there is no terminal), a plot of the loss at the end.
+
+use std::io::{Write as _, stdout};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use textplots::{Chart, LabelBuilder as _, LabelFormat, Plot as _, Shape};
+use tokio_stream::StreamExt as _;
+
+use super::show::{printable, state};
+use super::{Failure, Result};
+use crate::api::client::{Client, proto};
+use proto::training_event::Event;
+
+/// Without a terminal: time between two lines of progress.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Plot size in dots; a character is 2 x 4 dots.
+const PLOT: (u32, u32) = (120, 40);
+
+/// A job that has ended well.
+pub(super) struct Course {
+    pub steps: Vec<proto::StepTaken>,
+    /// The version it made.
+    pub version: String,
+}
+
+/// Follows a job until it succeeds; any other end is an error that says what to do.
+pub(super) async fn follow(
+    client: &Client,
+    job: &str,
+    mut on_event: impl FnMut(&proto::TrainingEvent) -> Result<()>,
+) -> Result<Course> {
+    let request = proto::WatchTrainingJobRequest { name: job.to_owned(), after_sequence: 0 };
+    let mut events = client.watch_training_job(request).await?;
+    let mut steps: Vec<proto::StepTaken> = Vec::new();
+    while let Some(event) = events.next().await {
+        let event = event?;
+        on_event(&event)?;
+        match event.event {
+            Some(Event::Step(step)) => {
+                // A job that was interrupted and resumed starts over.
+                steps.retain(|earlier| earlier.step < step.step);
+                steps.push(step);
+            }
+            Some(Event::State(change)) => match change.state() {
+                proto::JobState::Succeeded => return Ok(Course { steps, version: change.adapter_version }),
+                proto::JobState::Failed => {
+                    return Err(Failure::other(format!("{job} failed: {}", printable(&change.error))));
+                }
+                proto::JobState::Cancelled => return Err(Failure::other(format!("{job} was cancelled"))),
+                _ => {}
+            },
+            _ => {}
+        }
+    }
+    let resume = format!(
+        "look with `tenora jobs get {job}`, start it over with `tenora jobs resume {job}` if it was interrupted"
+    );
+    Err(Failure::other(format!("the server stopped before {job} ended; {resume}")))
+}
+
+/// Follows a job and prints its progress, the plot and the new version; as JSON: its events, a line each.
+pub(super) async fn to_the_end(client: &Client, job: &str, json: bool) -> Result<()> {
+    if json {
+        follow(client, job, |event| Ok(writeln!(stdout(), "{}", event_json(event))?)).await?;
+        return Ok(());
+    }
+    let mut progress = Progress::new();
+    let course = follow(client, job, |event| {
+        progress.show(event);
+        Ok(())
+    })
+    .await;
+    progress.clear();
+    let course = course?;
+    print!("{}", plot(&course.steps));
+    println!("{}", summary(&course));
+    Ok(())
+}
+
+/// The last figures of a training.
+pub(super) fn summary(course: &Course) -> String {
+    let loss = match (course.steps.first(), course.steps.last()) {
+        (Some(first), Some(last)) => {
+            format!("{} steps, loss {:.3} -> {:.3}", last.step, first.loss, last.loss)
+        }
+        _ => "no steps".into(),
+    };
+    format!("{loss}, published as {}", course.version)
+}
+
+/// Mean tokens a second over all steps.
+pub(super) fn tokens_per_second(steps: &[proto::StepTaken]) -> f64 {
+    // Every step weighs the same: their harmonic mean, since steps hold about as many tokens each.
+    let slowness: f64 = steps.iter().map(|step| 1.0 / step.tokens_per_second.max(1e-9)).sum();
+    if slowness > 0.0 { steps.len() as f64 / slowness } else { 0.0 }
+}
+
+/// The progress of one job on the terminal.
+pub(super) struct Progress {
+    bar: ProgressBar,
+    last_line: Option<Instant>,
+}
+
+impl Progress {
+    pub(super) fn new() -> Self {
+        let bar = ProgressBar::new(1);
+        if let Ok(style) = ProgressStyle::with_template("  [{bar:24}] {pos}/{len} {msg}") {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_message("waiting for its turn");
+        Self { bar, last_line: None }
+    }
+
+    pub(super) fn show(&mut self, event: &proto::TrainingEvent) {
+        match &event.event {
+            Some(Event::Step(step)) => self.step(step),
+            Some(Event::Evaluated(evaluated)) => {
+                self.line(&format!("  step {}: validation loss {:.4}", evaluated.step, evaluated.loss));
+            }
+            Some(Event::Message(text)) => self.line(&format!("  {}", printable(text))),
+            Some(Event::State(change)) => self.bar.set_message(state(change.state()).to_lowercase()),
+            None => {}
+        }
+    }
+
+    fn step(&mut self, step: &proto::StepTaken) {
+        let text = step_text(step);
+        self.bar.set_length(u64::from(step.total_steps));
+        self.bar.set_position(u64::from(step.step));
+        self.bar.set_message(text.clone());
+        let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_EVERY) || step.step == step.total_steps;
+        if self.bar.is_hidden() && due {
+            self.last_line = Some(Instant::now());
+            println!("  step {}/{} {text}", step.step, step.total_steps);
+        }
+    }
+
+    fn line(&self, text: &str) {
+        if self.bar.is_hidden() { println!("{text}") } else { self.bar.println(text) }
+    }
+
+    pub(super) fn clear(self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+fn step_text(step: &proto::StepTaken) -> String {
+    let mut text = format!("loss {:.4}  lr {:.1e}", step.loss, step.learning_rate);
+    if let (Some(margin), Some(accuracy)) = (step.margin, step.accuracy) {
+        text += &format!("  margin {margin:.2}  accuracy {:.0} %", accuracy * 100.0);
+    }
+    text + &format!("  {:.0} tokens/s  {:.0} s left", step.tokens_per_second, step.eta_seconds)
+}
+
+/// The loss over the steps; nothing where there is no curve to see.
+pub(super) fn plot(steps: &[proto::StepTaken]) -> String {
+    let finite = steps.iter().filter(|step| step.loss.is_finite());
+    let points: Vec<(f32, f32)> = finite.map(|step| (step.step as f32, step.loss as f32)).collect();
+    let (Some(first), Some(last)) = (points.first(), points.last()) else { return String::new() };
+    let lowest = points.iter().map(|point| point.1).fold(f32::INFINITY, f32::min);
+    let highest = points.iter().map(|point| point.1).fold(f32::NEG_INFINITY, f32::max);
+    if first.0 >= last.0 || lowest >= highest {
+        return String::new();
+    }
+    let shape = Shape::Lines(&points);
+    let mut chart = Chart::new_with_y_range(PLOT.0, PLOT.1, first.0, last.0, lowest, highest);
+    let chart = chart
+        .lineplot(&shape)
+        .x_label_format(LabelFormat::Custom(Box::new(|x| format!("{x:.0}"))))
+        .y_label_format(LabelFormat::Custom(Box::new(|y| format!("{y:.3}"))));
+    chart.axis();
+    chart.figures();
+    format!("  loss by step\n{}", chart.to_string().lines().map(|line| format!("  {line}\n")).collect::<String>())
+}
+
+fn event_json(event: &proto::TrainingEvent) -> Value {
+    let time = event.time.as_ref().map(ToString::to_string);
+    let mut value = json!({ "sequence": event.sequence, "time": time });
+    let (kind, content) = match &event.event {
+        Some(Event::State(change)) => (
+            "state",
+            json!({ "state": state(change.state()), "error": change.error, "adapter_version": change.adapter_version }),
+        ),
+        Some(Event::Step(step)) => (
+            "step",
+            json!({
+                "step": step.step, "total_steps": step.total_steps, "loss": step.loss,
+                "learning_rate": step.learning_rate, "grad_norm": step.grad_norm,
+                "tokens_per_second": step.tokens_per_second, "eta_seconds": step.eta_seconds,
+                "margin": step.margin, "accuracy": step.accuracy,
+            }),
+        ),
+        Some(Event::Evaluated(evaluated)) => (
+            "evaluated",
+            json!({
+                "step": evaluated.step, "loss": evaluated.loss, "margin": evaluated.margin,
+                "accuracy": evaluated.accuracy,
+            }),
+        ),
+        Some(Event::Message(text)) => ("message", json!(text)),
+        None => return value,
+    };
+    value[kind] = content;
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn steps(losses: &[f64]) -> Vec<proto::StepTaken> {
+        let step = |(i, &loss): (usize, &f64)| proto::StepTaken {
+            step: i as u32 + 1,
+            total_steps: losses.len() as u32,
+            loss,
+            tokens_per_second: 100.0,
+            ..Default::default()
+        };
+        losses.iter().enumerate().map(step).collect()
+    }
+
+    #[test]
+    fn a_curve_is_plotted_and_none_where_there_is_none() {
+        let drawn = plot(&steps(&[3.0, 2.0, 1.5, f64::NAN, 1.0]));
+        assert!(drawn.contains("3.000") && drawn.contains("1.000"), "{drawn}");
+        for flat in [&[][..], &[1.0], &[1.0, 1.0], &[f64::NAN, f64::NAN]] {
+            assert_eq!(plot(&steps(flat)), "");
+        }
+    }
+
+    #[test]
+    fn steps_tell_what_dpo_adds() {
+        let mut step = steps(&[0.5]).remove(0);
+        assert!(!step_text(&step).contains("margin"));
+        (step.margin, step.accuracy) = (Some(1.25), Some(0.75));
+        assert!(step_text(&step).contains("margin 1.25  accuracy 75 %"));
+    }
+}
