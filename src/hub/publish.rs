@@ -1,0 +1,134 @@
+//! How a version comes to be: check, hash, put the files, load without a name, gate, one transaction. Whatever fails before the
+//! transaction leaves nothing.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::adapter::Lora;
+use crate::adapter::format::{CONFIG_FILE, TENSORS_FILE};
+use crate::error::{Error, Result};
+use crate::hub::residents::Resident;
+use crate::hub::{Hub, NewVersion, blocking};
+use crate::ids::{AdapterName, Digest, Tenant, VersionName};
+use crate::request::ParityReport;
+use crate::store::{NewVersionRow, VersionRow, fresh_token};
+
+/// An adapter that fits the base.
+struct Checked {
+    new: NewVersion,
+    lora: Lora,
+    digest: Digest,
+}
+
+impl Hub {
+    /// Makes a version of an adapter, or leaves nothing. Runs to its end even where the caller goes away, so that what it holds
+    /// is always given back. PARITY_FAILED where serving and training disagree; NO_EFFECT where a job trained nothing.
+    pub async fn publish(self: &Arc<Self>, tenant: &Tenant, new: NewVersion) -> Result<VersionRow> {
+        tenant.check_owns(&new.adapter.tenant)?;
+        let hub = Arc::clone(self);
+        tokio::spawn(async move { hub.run_publish(new).await }).await.map_err(Error::internal)?
+    }
+
+    async fn run_publish(&self, new: NewVersion) -> Result<VersionRow> {
+        let checked = self.check(new).await?;
+        let tenant = checked.new.adapter.tenant.clone();
+        // By content and by tenant: two versions of a tenant may share files, two tenants never do.
+        let blob = format!("{}/adapters/{}", tenant.as_str(), checked.digest.hex());
+        let custody = self.store.custody(&tenant, &blob).await;
+        let outcome = self.make_version(checked, &blob).await;
+        drop(custody);
+        if let Err(e) = self.store.collect_blob(&blob).await {
+            tracing::warn!(blob, error = %e, "a blob that may have no owner stays until the next start");
+        }
+        outcome
+    }
+
+    async fn check(&self, new: NewVersion) -> Result<Checked> {
+        let (shape, max_rank) = (Arc::clone(&self.shape), self.limits.max_rank);
+        blocking(move || {
+            let lora = new.package.read(&shape, max_rank)?;
+            let digest = new.package.digest()?;
+            Ok(Checked { new, lora, digest })
+        })
+        .await
+    }
+
+    /// The steps that leave something, each given back unless the last one commits.
+    async fn make_version(&self, checked: Checked, blob: &str) -> Result<VersionRow> {
+        let Checked { new, lora, digest } = checked;
+        let tenant = &new.adapter.tenant;
+        if let Some(row) = self.store.published_before(tenant, new.job.is_some(), &new.request_id).await? {
+            return Ok(row);
+        }
+        let size_bytes = new.package.tensors.len() as u64;
+        self.store.blobs().put(&format!("{blob}/{CONFIG_FILE}"), new.package.config).await?;
+        self.store.blobs().put(&format!("{blob}/{TENSORS_FILE}"), new.package.tensors).await?;
+
+        let (uid, memory_bytes) = (fresh_token(), lora.byte_size());
+        let reserved = self.residents.reserve(memory_bytes)?;
+        let unnamed = self.residents.admit(&uid, tenant, Resident::new(digest, lora, reserved));
+        let lora = Arc::clone(&unnamed.resident().lora);
+        let parity = self.pass_gate(&new.adapter, &lora, new.probes, new.job.is_some()).await?;
+
+        let (rank, targets) = extent(&lora);
+        let draft = VersionRow {
+            name: VersionName { adapter: new.adapter, version: 0 },
+            digest,
+            base_digest: self.shape.digest,
+            template_digest: self.template_digest,
+            size_bytes,
+            rank,
+            targets,
+            parity,
+            job: new.job,
+            // JSON has no infinities.
+            metrics: new.metrics.into_iter().filter(|(_, value)| value.is_finite()).collect(),
+            create_time: SystemTime::now(),
+            uid,
+            memory_bytes,
+            blob: blob.to_owned(),
+        };
+        let (publish, request_id, validate_only) = (new.publish, new.request_id, new.validate_only);
+        let row = NewVersionRow { draft, publish, request_id, validate_only };
+        let row = self.store.insert_version(row, &self.limits).await?;
+        if !validate_only {
+            unnamed.keep(&row.uid);
+        }
+        Ok(row)
+    }
+
+    /// Measures the adapter and judges the figures.
+    async fn pass_gate(
+        &self,
+        adapter: &AdapterName,
+        lora: &Arc<Lora>,
+        probes: Vec<Vec<u32>>,
+        trained: bool,
+    ) -> Result<ParityReport> {
+        let (gate, lora) = (Arc::clone(&self.gate), Arc::clone(lora));
+        let report = blocking(move || gate.check(&lora, &probes)).await?;
+        let ParityReport { tokens, mean_abs_difference, mean_abs_effect, threshold, no_effect } = report;
+        let finite = mean_abs_effect.is_finite() && threshold.is_finite();
+        if !(finite && mean_abs_difference <= threshold) {
+            let message = format!(
+                "serving and training disagree by {mean_abs_difference} nats a token over {tokens} tokens, more than {threshold} \
+                 (the adapter's effect is {mean_abs_effect}); nothing was published"
+            );
+            return Err(Error::precondition("PARITY_FAILED", adapter, message));
+        }
+        if no_effect && trained {
+            let message =
+                "the training changed nothing: every delta is zero; raise the learning rate or the number of steps";
+            return Err(Error::precondition("NO_EFFECT", adapter, message));
+        }
+        Ok(report)
+    }
+}
+
+/// The largest rank, and the targets in PEFT's words, sorted.
+fn extent(lora: &Lora) -> (u32, Vec<String>) {
+    let rank = lora.layers.values().map(|layer| layer.rank).max().unwrap_or_default();
+    let targets: BTreeSet<_> = lora.layers.keys().map(|site| site.target.name().to_owned()).collect();
+    (rank as u32, targets.into_iter().collect())
+}

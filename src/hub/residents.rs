@@ -1,0 +1,213 @@
+//! The versions in memory: each is loaded once however many ask, bytes are reserved before a load and released by `Drop`, and the
+//! least recently used version without a lease leaves when room is needed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use dashmap::DashMap;
+use tokio::sync::OnceCell;
+
+use crate::adapter::Lora;
+use crate::error::{Error, Result};
+use crate::ids::{Digest, TenantId};
+
+/// Leases are short: a caller that finds the memory full may try again soon.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Bytes for adapters in memory.
+#[derive(Debug)]
+struct Budget {
+    limit: u64,
+    used: AtomicU64,
+}
+
+/// Some of the budget's bytes, given back on drop.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    bytes: u64,
+    budget: Arc<Budget>,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
+}
+
+/// A version's tensors and the bytes reserved for them.
+#[derive(Debug)]
+pub(super) struct Resident {
+    pub(super) digest: Digest,
+    pub(super) lora: Arc<Lora>,
+    /// Given back when the version leaves memory.
+    _reserved: Reservation,
+}
+
+impl Resident {
+    pub(super) fn new(digest: Digest, lora: Lora, reserved: Reservation) -> Self {
+        Self { digest, lora: Arc::new(lora), _reserved: reserved }
+    }
+}
+
+/// The place of one version: empty while it loads.
+#[derive(Debug)]
+struct Slot {
+    tenant: TenantId,
+    loaded: OnceCell<Arc<Resident>>,
+    last_used: AtomicU64,
+}
+
+impl Slot {
+    /// Loaded, and nobody but the table holds the slot or the version. Stable while the slot's place in the table is locked.
+    fn is_idle(self: &Arc<Self>) -> bool {
+        Arc::strong_count(self) == 1 && self.loaded.get().is_some_and(|resident| Arc::strong_count(resident) == 1)
+    }
+}
+
+/// All versions in memory, by uid.
+#[derive(Debug)]
+pub(super) struct Residents {
+    slots: DashMap<String, Arc<Slot>>,
+    budget: Arc<Budget>,
+    /// Counts uses; orders versions by their last one.
+    clock: AtomicU64,
+}
+
+impl Residents {
+    /// `limit`: bytes.
+    pub(super) fn new(limit: u64) -> Self {
+        let budget = Arc::new(Budget { limit, used: AtomicU64::new(0) });
+        Self { slots: DashMap::new(), budget, clock: AtomicU64::new(0) }
+    }
+
+    /// Takes bytes of the budget; idle versions leave to make room. EXHAUSTED where those that are leased leave none.
+    pub(super) fn reserve(&self, bytes: u64) -> Result<Reservation> {
+        let budget = &self.budget;
+        loop {
+            let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= budget.limit);
+            if budget.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).is_ok() {
+                return Ok(Reservation { bytes, budget: Arc::clone(budget) });
+            }
+            if bytes > budget.limit {
+                return Err(no_room(bytes, budget.limit, "it never fits; raise the limit", None));
+            }
+            if !self.evict_one() {
+                return Err(no_room(bytes, budget.limit, "all others are in use; retry", Some(RETRY_AFTER)));
+            }
+        }
+    }
+
+    /// The version of a uid; the first to ask awaits `load`, the others wait for it. A failure is each caller's own: the next one
+    /// to wait tries again.
+    pub(super) async fn get_or_load(
+        &self,
+        uid: &str,
+        tenant: &TenantId,
+        load: impl Future<Output = Result<Arc<Resident>>>,
+    ) -> Result<Arc<Resident>> {
+        // Declared first, dropped last: the slot's own hold is gone when the visit looks.
+        let _visit = Visit { residents: self, uid };
+        let slot = self.slot(uid, tenant);
+        slot.loaded.get_or_try_init(|| load).await.cloned()
+    }
+
+    /// Puts a version in its place before it has a name. It leaves again unless [`Unnamed::keep`] is called.
+    pub(super) fn admit(&self, uid: &str, tenant: &TenantId, resident: Resident) -> Unnamed<'_> {
+        let resident = Arc::new(resident);
+        let loaded = OnceCell::new_with(Some(Arc::clone(&resident)));
+        let slot = Slot { tenant: tenant.clone(), loaded, last_used: AtomicU64::new(self.tick()) };
+        self.slots.insert(uid.to_owned(), Arc::new(slot));
+        Unnamed { residents: self, uid: uid.to_owned(), resident, kept: false }
+    }
+
+    /// Takes a version out; its leases go on and free its memory when the last one drops.
+    pub(super) fn retire(&self, uid: &str) {
+        self.slots.remove(uid);
+    }
+
+    pub(super) fn retire_tenant(&self, tenant: &TenantId) {
+        self.slots.retain(|_, slot| slot.tenant != *tenant);
+    }
+
+    /// Loaded versions in the table.
+    pub(super) fn count(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.loaded.initialized()).count()
+    }
+
+    /// Bytes reserved, for versions in the table or not.
+    pub(super) fn bytes(&self) -> u64 {
+        self.budget.used.load(Ordering::Acquire)
+    }
+
+    /// The slot of a uid, marked as used now.
+    fn slot(&self, uid: &str, tenant: &TenantId) -> Arc<Slot> {
+        let empty = || Slot { tenant: tenant.clone(), loaded: OnceCell::new(), last_used: AtomicU64::new(0) };
+        let slot = Arc::clone(&self.slots.entry(uid.to_owned()).or_insert_with(|| Arc::new(empty())));
+        slot.last_used.store(self.tick(), Ordering::Relaxed);
+        slot
+    }
+
+    fn tick(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Lets the idle version go that was used longest ago. False where none is idle.
+    fn evict_one(&self) -> bool {
+        loop {
+            let idle = self.slots.iter().filter(|slot| slot.is_idle());
+            let oldest = idle.min_by_key(|slot| slot.last_used.load(Ordering::Relaxed)).map(|slot| slot.key().clone());
+            let Some(uid) = oldest else { return false };
+            // Leased since it was found: look for another one.
+            if self.slots.remove_if(&uid, |_, slot| slot.is_idle()).is_some() {
+                return true;
+            }
+        }
+    }
+}
+
+fn no_room(bytes: u64, limit: u64, what_to_do: &str, retry_after: Option<Duration>) -> Error {
+    let message =
+        format!("no room for an adapter of {bytes} bytes in {limit} bytes of memory for adapters: {what_to_do}");
+    Error::Exhausted { limit: "adapter_cache_bytes", message, retry_after }
+}
+
+/// A look at a slot. The last one to leave a slot that stayed empty (its load failed or was cancelled) takes it out of the table.
+struct Visit<'a> {
+    residents: &'a Residents,
+    uid: &'a str,
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        let abandoned = |_: &String, slot: &Arc<Slot>| !slot.loaded.initialized() && Arc::strong_count(slot) == 1;
+        self.residents.slots.remove_if(self.uid, abandoned);
+    }
+}
+
+/// A version in memory that has no name yet.
+pub(super) struct Unnamed<'a> {
+    residents: &'a Residents,
+    uid: String,
+    resident: Arc<Resident>,
+    kept: bool,
+}
+
+impl Unnamed<'_> {
+    pub(super) fn resident(&self) -> &Resident {
+        &self.resident
+    }
+
+    /// The version of this uid has a name now; nothing is kept where that is another version (an earlier call's).
+    pub(super) fn keep(mut self, named: &str) {
+        self.kept = self.uid == named;
+    }
+}
+
+impl Drop for Unnamed<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.residents.retire(&self.uid);
+        }
+    }
+}
