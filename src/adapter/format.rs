@@ -1,12 +1,23 @@
 //! PEFT folders: `adapter_config.json` and `adapter_model.safetensors`. Import is fail-closed: every tensor is consumed, every
 //! setting that changes the meaning is supported or refused by name, and shapes are checked before anything is allocated.
 
-use crate::adapter::{BaseShape, Lora};
-use crate::error::Result;
+use std::collections::BTreeMap;
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
+
+use crate::adapter::{BaseShape, Lora, LoraLayer, Site};
+use crate::error::{Error, Result};
 use crate::ids::Digest;
+use crate::request::{LoraSpec, Target};
 
 pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
+
+/// Most bytes of `adapter_config.json`.
+pub const MAX_CONFIG_BYTES: usize = 1 << 20;
 
 /// An adapter as files. What is stored, exported and hashed.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,19 +28,382 @@ pub struct Package {
     pub tensors: Vec<u8>,
 }
 
+/// A refusal that names the tensor or field.
+fn refuse(reason: &'static str, field: impl Into<String>, message: impl Into<String>) -> Error {
+    Error::invalid_because(reason, field, message)
+}
+
 impl Package {
     /// The files of an adapter trained here, float32.
-    pub fn from_lora(_lora: &Lora, _shape: &BaseShape) -> Result<Self> {
-        todo!()
+    pub fn from_lora(lora: &Lora, shape: &BaseShape) -> Result<Self> {
+        let mut bytes = BTreeMap::new();
+        for (site, layer) in &lora.layers {
+            let (inputs, outputs) = shape.dims(site.target);
+            let le = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+            bytes.insert(tensor_name(*site, "lora_A"), (vec![layer.rank, inputs], le(&layer.a)));
+            bytes.insert(tensor_name(*site, "lora_B"), (vec![outputs, layer.rank], le(&layer.b)));
+        }
+        let views = bytes
+            .iter()
+            .map(|(name, (shape, bytes))| {
+                Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(Error::internal)?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let metadata = [("format".to_owned(), "pt".to_owned())].into();
+        let tensors = safetensors::serialize(views, Some(metadata)).map_err(Error::internal)?;
+        let config = serde_json::to_vec_pretty(&config_json(&lora.spec, shape)).map_err(Error::internal)?;
+        Ok(Self { config, tensors })
     }
 
     /// Checks everything and gives the adapter in float32. `max_rank` is the limit of that name.
-    pub fn read(&self, _shape: &BaseShape, _max_rank: u64) -> Result<Lora> {
-        todo!()
+    pub fn read(&self, shape: &BaseShape, max_rank: u64) -> Result<Lora> {
+        let settings = Settings::read(&self.config)?;
+        settings.check_ranks(max_rank)?;
+        let spec = settings.spec();
+        let tensors = self.safetensors()?;
+        let mut pairs: BTreeMap<Site, [Option<TensorView<'_>>; 2]> = BTreeMap::new();
+        for (name, view) in tensors.iter() {
+            let (site, which) = parse_name(name, shape)?;
+            let (inputs, outputs) = shape.dims(site.target);
+            let rank = settings.rank(site) as usize;
+            let want = if which == 0 { [rank, inputs] } else { [outputs, rank] };
+            if view.shape() != want {
+                let message =
+                    format!("has shape {:?}; for this base and the config's rank it must be {want:?}", view.shape());
+                return Err(refuse("SHAPE_MISMATCH", name, message));
+            }
+            pairs.entry(site).or_default()[which] = Some(view);
+        }
+        let mut layers = BTreeMap::new();
+        for site in spec.sites(shape)? {
+            let (a, b) = match pairs.remove(&site) {
+                Some([Some(a), Some(b)]) => (a, b),
+                Some([a, _]) => return Err(missing(site, if a.is_some() { "lora_B" } else { "lora_A" })),
+                None => return Err(missing(site, "lora_A")),
+            };
+            let rank = settings.rank(site);
+            let a = values(&tensor_name(site, "lora_A"), &a)?;
+            let b = values(&tensor_name(site, "lora_B"), &b)?;
+            layers.insert(site, LoraLayer { rank: rank as usize, scale: spec.scale(settings.alpha(site), rank), a, b });
+        }
+        if let Some(site) = pairs.keys().next() {
+            let message = "is not selected by target_modules and layers_to_transform of the config";
+            return Err(refuse("EXTRA_TENSOR", tensor_name(*site, "lora_A"), message));
+        }
+        Ok(Lora { spec, layers })
+    }
+
+    fn safetensors(&self) -> Result<SafeTensors<'_>> {
+        SafeTensors::deserialize(&self.tensors).map_err(|e| {
+            refuse("MALFORMED_SAFETENSORS", TENSORS_FILE, format!("is truncated or not a safetensors file: {e}"))
+        })
     }
 
     /// Over the sorted (name, dtype, shape, bytes) and the settings that change their meaning; not over JSON text.
     pub fn digest(&self) -> Result<Digest> {
-        todo!()
+        let mut hasher = Sha256::new();
+        let mut field = |bytes: &[u8]| {
+            hasher.update((bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        field(b"tenora lora 1");
+        field(Settings::read(&self.config)?.canonical().as_bytes());
+        let tensors = self.safetensors()?;
+        let sorted: BTreeMap<_, _> = tensors.iter().collect();
+        for (name, view) in sorted {
+            field(name.as_bytes());
+            field(format!("{:?} {:?}", view.dtype(), view.shape()).as_bytes());
+            field(view.data());
+        }
+        Ok(hasher.into())
     }
+}
+
+fn missing(site: Site, which: &str) -> Error {
+    refuse("MISSING_TENSOR", tensor_name(site, which), "is missing from adapter_model.safetensors")
+}
+
+/// PEFT's name of a tensor.
+fn tensor_name(site: Site, which: &str) -> String {
+    format!("base_model.model.{}.{which}.weight", module_name(site))
+}
+
+fn module_name(site: Site) -> String {
+    let part = match site.target {
+        Target::QProj | Target::KProj | Target::VProj | Target::OProj => "self_attn",
+        Target::GateProj | Target::UpProj | Target::DownProj => "mlp",
+    };
+    format!("model.layers.{}.{part}.{}", site.layer, site.target.name())
+}
+
+/// The site of a tensor, and 0 for A or 1 for B.
+fn parse_name(name: &str, shape: &BaseShape) -> Result<(Site, usize)> {
+    let unknown = || {
+        let shown: String = name.chars().take(200).collect();
+        refuse(
+            "EXTRA_TENSOR",
+            shown,
+            "is no lora_A or lora_B of a linear layer of this base; nothing may be left unapplied",
+        )
+    };
+    let parts: Vec<&str> = name.split('.').collect();
+    let ["base_model", "model", "model", "layers", layer, _, target, which, "weight"] = parts[..] else {
+        return Err(unknown());
+    };
+    let which = ["lora_A", "lora_B"].iter().position(|w| *w == which).ok_or_else(unknown)?;
+    let target = Target::from_name(target).ok_or_else(unknown)?;
+    let site = Site { layer: layer.parse().map_err(|_| unknown())?, target };
+    if site.layer >= shape.layers || tensor_name(site, parts[7]) != name {
+        return Err(unknown());
+    }
+    Ok((site, which))
+}
+
+/// Float32 values of a tensor; NaN and infinity are refused.
+fn values(name: &str, view: &TensorView<'_>) -> Result<Vec<f32>> {
+    let data = view.data();
+    let values: Vec<f32> = match view.dtype() {
+        Dtype::F32 => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => data.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => data.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        other => return Err(refuse("UNSUPPORTED_DTYPE", name, format!("is {other:?}; F32, F16 and BF16 can be read"))),
+    };
+    match values.iter().position(|x| !x.is_finite()) {
+        Some(at) => Err(refuse("NOT_FINITE", name, format!("holds {} at element {at}", values[at]))),
+        None => Ok(values),
+    }
+}
+
+/// What `adapter_config.json` says that changes the meaning of the tensors.
+#[derive(Debug)]
+struct Settings {
+    rank: u32,
+    alpha: f32,
+    dropout: f32,
+    targets: Vec<Target>,
+    layers: Option<Vec<u32>>,
+    use_rslora: bool,
+    rank_pattern: BTreeMap<String, f64>,
+    alpha_pattern: BTreeMap<String, f64>,
+}
+
+/// Settings that matter only while training or describe where the adapter comes from.
+const WITHOUT_MEANING: [&str; 9] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+];
+
+/// Settings that the fields of [`Settings`] are read from.
+const READ: [&str; 10] = [
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "layers_to_transform",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+];
+
+impl Settings {
+    fn read(config: &[u8]) -> Result<Self> {
+        let malformed =
+            |e: &dyn std::fmt::Display| refuse("MALFORMED_CONFIG", CONFIG_FILE, format!("is not a JSON object: {e}"));
+        if config.len() > MAX_CONFIG_BYTES {
+            return Err(refuse("MALFORMED_CONFIG", CONFIG_FILE, format!("is over {MAX_CONFIG_BYTES} bytes")));
+        }
+        let config: Map<String, Value> = serde_json::from_slice(config).map_err(|e| malformed(&e))?;
+        for (key, value) in &config {
+            let known = READ.contains(&key.as_str()) || WITHOUT_MEANING.contains(&key.as_str());
+            if !known && !is_off(value) {
+                let shown: String = value.to_string().chars().take(100).collect();
+                return Err(refuse("UNSUPPORTED_SETTING", key, format!("is {shown}; this setting is not supported")));
+            }
+        }
+        let bias = config.get("bias").and_then(Value::as_str).unwrap_or("none");
+        if bias != "none" {
+            return Err(refuse("UNSUPPORTED_SETTING", "bias", format!("is {bias:?}; only \"none\" is supported")));
+        }
+        match config.get("peft_type").and_then(Value::as_str) {
+            Some("LORA") => {}
+            other => {
+                let message = format!("is {other:?}; \"LORA\" adapters can be imported");
+                return Err(refuse("UNSUPPORTED_SETTING", "peft_type", message));
+            }
+        }
+        let wrong = |field: &str, want: &str| refuse("INVALID_SETTING", field, format!("must be {want}"));
+        let rank = config.get("r").and_then(Value::as_u64).and_then(|r| u32::try_from(r).ok()).filter(|r| *r > 0);
+        let number = |key: &str, default: Option<f64>| {
+            config
+                .get(key)
+                .and_then(Value::as_f64)
+                .or(default)
+                .filter(|x| x.is_finite())
+                .ok_or_else(|| wrong(key, "a number"))
+        };
+        Ok(Self {
+            rank: rank.ok_or_else(|| wrong("r", "a whole number of at least 1"))?,
+            alpha: number("lora_alpha", None)? as f32,
+            dropout: number("lora_dropout", Some(0.0))? as f32,
+            targets: targets(config.get("target_modules"))?,
+            layers: layers(config.get("layers_to_transform"))?,
+            use_rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+            rank_pattern: pattern("rank_pattern", config.get("rank_pattern"))?,
+            alpha_pattern: pattern("alpha_pattern", config.get("alpha_pattern"))?,
+        })
+    }
+
+    fn spec(&self) -> LoraSpec {
+        LoraSpec {
+            rank: self.rank,
+            alpha: self.alpha,
+            dropout: self.dropout,
+            targets: self.targets.clone(),
+            layers: self.layers.clone(),
+            use_rslora: self.use_rslora,
+        }
+    }
+
+    fn check_ranks(&self, max_rank: u64) -> Result<()> {
+        let patterned = self.rank_pattern.iter().map(|(key, rank)| (format!("rank_pattern.{key}"), *rank));
+        for (field, rank) in patterned.chain([("r".to_owned(), f64::from(self.rank))]) {
+            if rank < 1.0 || rank.fract() != 0.0 {
+                return Err(refuse("INVALID_SETTING", field, "must be a whole number of at least 1"));
+            }
+            if rank > max_rank as f64 {
+                return Err(refuse(
+                    "RANK_TOO_LARGE",
+                    field,
+                    format!("is {rank}, over the limit max_rank of {max_rank}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn rank(&self, site: Site) -> u32 {
+        lookup(&self.rank_pattern, site).map_or(self.rank, |rank| rank as u32)
+    }
+
+    fn alpha(&self, site: Site) -> f32 {
+        lookup(&self.alpha_pattern, site).map_or(self.alpha, |alpha| alpha as f32)
+    }
+
+    /// A text that is equal for equal meanings.
+    fn canonical(&self) -> String {
+        let names: Vec<_> = self.targets.iter().map(|t| t.name()).collect();
+        json!([self.rank, self.alpha, names, self.layers, self.use_rslora, self.rank_pattern, self.alpha_pattern])
+            .to_string()
+    }
+}
+
+/// PEFT's matching for patterns that are plain module names: the whole name or a suffix after a dot.
+fn lookup(pattern: &BTreeMap<String, f64>, site: Site) -> Option<f64> {
+    let name = module_name(site);
+    let matches = |key: &str| name.strip_suffix(key).is_some_and(|head| head.is_empty() || head.ends_with('.'));
+    pattern.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
+}
+
+/// Whether an unread setting has the value that turns it off.
+fn is_off(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Object(map) => map.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::String(text) => text.is_empty(),
+        Value::Bool(true) | Value::Number(_) => false,
+    }
+}
+
+fn targets(value: Option<&Value>) -> Result<Vec<Target>> {
+    let field = "target_modules";
+    let mut targets = match value {
+        Some(Value::String(all)) if all == "all-linear" => Target::ALL.to_vec(),
+        Some(Value::Array(names)) => {
+            let target = |name: &Value| {
+                name.as_str().and_then(Target::from_name).ok_or_else(|| {
+                    let known = Target::ALL.map(Target::name).join(", ");
+                    refuse("UNSUPPORTED_SETTING", field, format!("holds {name}; the linear layers are {known}"))
+                })
+            };
+            names.iter().map(target).collect::<Result<Vec<_>>>()?
+        }
+        _ => return Err(refuse("UNSUPPORTED_SETTING", field, "must be a list of module names or \"all-linear\"")),
+    };
+    targets.sort_unstable();
+    targets.dedup();
+    Ok(targets)
+}
+
+fn layers(value: Option<&Value>) -> Result<Option<Vec<u32>>> {
+    let wrong = || refuse("INVALID_SETTING", "layers_to_transform", "must be a list of layer numbers");
+    let number = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong);
+    let mut layers = match value {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::Array(list)) => list.iter().map(number).collect::<Result<Vec<_>>>()?,
+        Some(one) => vec![number(one)?],
+    };
+    layers.sort_unstable();
+    layers.dedup();
+    Ok(Some(layers))
+}
+
+/// Keys are regular expressions in PEFT; those that are plain names can be read.
+fn pattern(field: &str, value: Option<&Value>) -> Result<BTreeMap<String, f64>> {
+    let Some(Value::Object(map)) = value else {
+        return match value {
+            None | Some(Value::Null) => Ok(BTreeMap::new()),
+            Some(_) => Err(refuse("INVALID_SETTING", field, "must be an object")),
+        };
+    };
+    let entry = |(key, value): (&String, &Value)| {
+        let field = format!("{field}.{key}");
+        if !key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '.') || key.is_empty() {
+            return Err(refuse(
+                "UNSUPPORTED_SETTING",
+                field,
+                "is a regular expression; plain module names are supported",
+            ));
+        }
+        match value.as_f64().filter(|x| x.is_finite()) {
+            Some(number) => Ok((key.clone(), number)),
+            None => Err(refuse("INVALID_SETTING", field, "must be a number")),
+        }
+    };
+    map.iter().map(entry).collect()
+}
+
+/// The config of an adapter trained here, in PEFT's words.
+fn config_json(spec: &LoraSpec, shape: &BaseShape) -> Value {
+    json!({
+        "alpha_pattern": {},
+        "auto_mapping": null,
+        "base_model_name_or_path": shape.name,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": spec.layers,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": {},
+        "revision": null,
+        "target_modules": spec.targets.iter().map(|t| t.name()).collect::<Vec<_>>(),
+        "task_type": "CAUSAL_LM",
+        "use_dora": false,
+        "use_rslora": spec.use_rslora,
+    })
 }

@@ -1,9 +1,11 @@
-//! A LoRA adapter in memory: for each site a pair A `[rank, in]`, B `[out, rank]` and a scale; y += scale * B (A x).
+//! A LoRA adapter in memory: for each site a pair A `[rank, in]`, B `[out, rank]` and a scale; y += scale * B (A x)
+//! (Hu et al. 2021).
 
 use std::collections::BTreeMap;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ids::Digest;
+use crate::kernels::philox::{Purpose, Stream};
 use crate::request::{LoraSpec, Target};
 
 /// The shapes an adapter must fit.
@@ -50,10 +52,52 @@ pub struct Lora {
     pub layers: BTreeMap<Site, LoraLayer>,
 }
 
+impl LoraSpec {
+    /// alpha / r, or alpha / sqrt(r).
+    pub fn scale(&self, alpha: f32, rank: u32) -> f32 {
+        alpha / if self.use_rslora { (rank as f32).sqrt() } else { rank as f32 }
+    }
+
+    /// The layers it adapts. Errors name the field: no target, no layer, a layer that the base lacks, rank 0.
+    pub fn sites(&self, shape: &BaseShape) -> Result<Vec<Site>> {
+        let layers = match &self.layers {
+            Some(layers) => layers.clone(),
+            None => (0..shape.layers).collect(),
+        };
+        if let Some(layer) = layers.iter().find(|layer| **layer >= shape.layers) {
+            let message = format!("layer {layer} does not exist; the base has {}, counted from 0", shape.layers);
+            return Err(Error::invalid("lora.layers_to_transform", message));
+        }
+        if self.rank == 0 {
+            return Err(Error::invalid("lora.rank", "must be at least 1"));
+        }
+        if !self.alpha.is_finite() {
+            return Err(Error::invalid("lora.alpha", "must be a finite number"));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::invalid("lora.dropout", "must be in [0, 1)"));
+        }
+        if layers.is_empty() || self.targets.is_empty() {
+            return Err(Error::invalid("lora.target_modules", "selects no layer of the base"));
+        }
+        Ok(layers.iter().flat_map(|&layer| self.targets.iter().map(move |&target| Site { layer, target })).collect())
+    }
+}
+
 impl Lora {
-    /// As PEFT starts one: A uniform in +-sqrt(1/in) (Kaiming with a = sqrt(5)), B zero. A function of the seed alone.
-    pub fn fresh(_spec: &LoraSpec, _shape: &BaseShape, _seed: u64) -> Result<Self> {
-        todo!()
+    /// As PEFT starts one: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), B zero. A function of the seed alone.
+    pub fn fresh(spec: &LoraSpec, shape: &BaseShape, seed: u64) -> Result<Self> {
+        let stream = Stream::new(seed, Purpose::Initialisation);
+        let rank = spec.rank as usize;
+        let layers = spec.sites(shape)?.into_iter().map(|site| {
+            let (inputs, outputs) = shape.dims(site.target);
+            let bound = 1.0 / (inputs as f32).sqrt();
+            let place = u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
+            let a = (0..rank * inputs).map(|i| bound * (2.0 * stream.uniform(place, i as u32) - 1.0)).collect();
+            let scale = spec.scale(spec.alpha, spec.rank);
+            (site, LoraLayer { rank, scale, a, b: vec![0.0; outputs * rank] })
+        });
+        Ok(Self { spec: spec.clone(), layers: layers.collect() })
     }
 
     /// Bytes of the float32 tensors.
@@ -61,8 +105,14 @@ impl Lora {
         self.layers.values().map(|l| 4 * (l.a.len() + l.b.len()) as u64).sum()
     }
 
-    /// True where every effective delta is zero: for each site A or B is all zero.
+    /// True where every effective delta is zero: for each site the product B A is, or the scale.
     pub fn is_zero(&self) -> bool {
-        self.layers.values().all(|l| l.a.iter().all(|x| *x == 0.0) || l.b.iter().all(|x| *x == 0.0))
+        let zero = |values: &[f32]| values.iter().all(|x| *x == 0.0);
+        self.layers.values().all(|l| l.scale == 0.0 || zero(&l.a) || zero(&l.b))
+    }
+
+    /// The largest rank of any site.
+    pub fn max_rank(&self) -> u32 {
+        self.layers.values().map(|l| l.rank as u32).max().unwrap_or(0)
     }
 }

@@ -1,1 +1,6 @@
-//! kernels
+//! Arithmetic: quantised matmul, attention, batched adapters. `unsafe` lives here and nowhere else.
+
+pub mod blocks;
+pub mod cpu;
+pub mod gemm;
+pub mod philox;

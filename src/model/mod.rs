@@ -1,46 +1,136 @@
 //! The base model: one architecture ([`llama`]) over two executors, [`traced`] for training and reference, [`exec`] for serving.
 
+mod autograd;
 pub mod exec;
+mod kv;
+mod linear;
+pub mod llama;
+mod tiny;
 pub mod traced;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::adapter::BaseShape;
-use crate::error::Result;
+use crate::adapter::{BaseShape, Site};
+use crate::error::{Error, Result};
+use crate::kernels::blocks::QMatrixRef;
+use crate::kernels::cpu::MAX_HEAD_DIM;
+use crate::request::Target;
 use crate::text::Text;
+use crate::weights::{LlamaConfig, Weights};
+use llama::Norm;
 
 /// The frozen base. Shared as `Arc<Model>`; training and serving read the same bytes.
 #[derive(Debug)]
-pub struct Model {}
+pub struct Model {
+    weights: Weights,
+    shape: BaseShape,
+    rope: RopeTable,
+}
 
 impl Model {
     /// Loads a GGUF file of the llama architecture and its tokenizer.
-    pub fn load(_path: &Path) -> Result<(Arc<Self>, Arc<Text>)> {
-        todo!()
+    pub fn load(path: &Path) -> Result<(Arc<Self>, Arc<Text>)> {
+        let (weights, vocabulary) = Weights::load(path)?;
+        Ok((Self::new(weights)?, Text::new(vocabulary)?))
     }
 
     /// A small random model over `Text::tiny`'s vocabulary, the same for the same seed: 2 layers, width 64, 4 heads, 2 KV heads,
     /// context 256. For tests.
-    pub fn tiny(_seed: u64) -> (Arc<Self>, Arc<Text>) {
-        todo!()
+    pub fn tiny(seed: u64) -> (Arc<Self>, Arc<Text>) {
+        let text = Text::tiny();
+        #[expect(clippy::expect_used, reason = "the weights are made to fit, and a test builds them")]
+        let model = Self::new(tiny::weights(seed, text.vocab_size())).expect("the tiny model is valid");
+        (model, text)
+    }
+
+    fn new(weights: Weights) -> Result<Arc<Self>> {
+        let config = &weights.config;
+        if config.head_dim > MAX_HEAD_DIM {
+            return Err(Error::invalid_because(
+                "UNSUPPORTED_BASE",
+                "llama.rope.dimension_count",
+                format!("is {}; heads of up to {MAX_HEAD_DIM} are supported", config.head_dim),
+            ));
+        }
+        let shape = BaseShape {
+            name: config.name.clone(),
+            digest: weights.digest,
+            layers: config.layers as u32,
+            dims: Target::ALL.map(|target| config.dims(target)),
+        };
+        let rope = RopeTable::new(config);
+        Ok(Arc::new(Self { shape, rope, weights }))
     }
 
     pub fn shape(&self) -> &BaseShape {
-        todo!()
+        &self.shape
+    }
+
+    pub fn config(&self) -> &LlamaConfig {
+        &self.weights.config
     }
 
     pub fn vocab_size(&self) -> usize {
-        todo!()
+        self.config().vocab
     }
 
     /// Tokens.
     pub fn context_length(&self) -> usize {
-        todo!()
+        self.config().context
     }
 
     /// Bytes of the KV cache for one token.
     pub fn kv_bytes_per_token(&self) -> u64 {
-        todo!()
+        let config = self.config();
+        (2 * config.layers * config.kv_heads * config.head_dim * size_of::<u16>()) as u64
+    }
+
+    /// `[out, in]`.
+    fn matrix(&self, site: Site) -> QMatrixRef<'_> {
+        self.weights.blocks[site.layer as usize].linears[site.target as usize].view()
+    }
+
+    /// `[vocab, width]`.
+    fn head(&self) -> QMatrixRef<'_> {
+        self.weights.head().view()
+    }
+
+    /// The exact embedding of an id, `[width]`.
+    fn embed(&self, id: u32, out: &mut [f32]) {
+        self.weights.embedding.view().dequantize(id as usize, out);
+    }
+
+    fn norm(&self, norm: Norm) -> &[f32] {
+        match norm {
+            Norm::Attention(layer) => &self.weights.blocks[layer].attn_norm,
+            Norm::Ffn(layer) => &self.weights.blocks[layer].ffn_norm,
+            Norm::Final => &self.weights.final_norm,
+        }
+    }
+}
+
+/// Cosines and sines of every position's angles, as Hugging Face computes them in float32.
+#[derive(Debug)]
+struct RopeTable {
+    half: usize,
+    /// `[context, half]` each.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl RopeTable {
+    fn new(config: &LlamaConfig) -> Self {
+        let half = config.head_dim / 2;
+        let frequency = |i: usize| 1.0 / config.rope_base.powf(2.0 * i as f32 / config.head_dim as f32);
+        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+        let angles = (0..config.context).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
+        let (cos, sin) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
+        Self { half, cos, sin }
+    }
+
+    fn at(&self, position: usize) -> (&[f32], &[f32]) {
+        let range = position * self.half..(position + 1) * self.half;
+        (&self.cos[range.clone()], &self.sin[range])
     }
 }

@@ -1,35 +1,81 @@
-//! Training and reference: candle tensors with autograd, gradients for adapter tensors only.
+//! Training and reference: candle tensors with autograd, gradients for adapter tensors only, float32 throughout.
 
-use candle_core::{Tensor, Var};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
 
-use crate::adapter::{Lora, Site};
+use candle_core::{Device, Tensor, Var};
+
+use crate::adapter::{Lora, LoraLayer, Site};
 use crate::device::TrainPermit;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::kernels::philox::{Purpose, Stream};
 use crate::model::Model;
+use crate::model::autograd::{Attention, RmsNorm, Rope, SwiGlu, to_vec};
+use crate::model::linear::{FrozenLinear, TokenLogprobs};
+use crate::model::llama::{self, Norm, Ops};
+use crate::request::{LoraSpec, Target};
 
 /// A LoRA as candle tensors: `Var`s where it is trained.
 #[derive(Debug)]
-pub struct TracedLora {}
+pub struct TracedLora {
+    spec: LoraSpec,
+    layers: BTreeMap<Site, TracedLayer>,
+    vars: Vec<(Site, &'static str, Var)>,
+}
+
+#[derive(Debug)]
+struct TracedLayer {
+    a: Tensor,
+    b: Tensor,
+    scale: f32,
+}
 
 impl TracedLora {
     /// Tensors without gradients.
-    pub fn frozen(_lora: &Lora) -> Result<Self> {
-        todo!()
+    pub fn frozen(lora: &Lora) -> Result<Self> {
+        Self::new(lora, false)
     }
 
     /// `Var`s.
-    pub fn trainable(_lora: &Lora) -> Result<Self> {
-        todo!()
+    pub fn trainable(lora: &Lora) -> Result<Self> {
+        Self::new(lora, true)
+    }
+
+    fn new(lora: &Lora, trainable: bool) -> Result<Self> {
+        let mut vars = Vec::new();
+        let mut layers = BTreeMap::new();
+        for (&site, layer) in &lora.layers {
+            let mut tensor = |name: &'static str, values: &[f32], shape: (usize, usize)| -> Result<Tensor> {
+                let tensor = Tensor::from_slice(values, shape, &Device::Cpu)?;
+                if !trainable {
+                    return Ok(tensor);
+                }
+                let var = Var::from_tensor(&tensor)?;
+                let tensor = var.as_tensor().clone();
+                vars.push((site, name, var));
+                Ok(tensor)
+            };
+            let (inputs, outputs) = (layer.a.len() / layer.rank, layer.b.len() / layer.rank);
+            let a = tensor("lora_A", &layer.a, (layer.rank, inputs))?;
+            let b = tensor("lora_B", &layer.b, (outputs, layer.rank))?;
+            layers.insert(site, TracedLayer { a, b, scale: layer.scale });
+        }
+        Ok(Self { spec: lora.spec.clone(), layers, vars })
     }
 
     /// The `Var`s in a fixed order: by site, A before B. Empty for a frozen one.
-    pub fn vars(&self) -> Vec<(Site, &'static str, Var)> {
-        todo!()
+    pub fn vars(&self) -> &[(Site, &'static str, Var)] {
+        &self.vars
     }
 
     /// The present values.
     pub fn to_lora(&self) -> Result<Lora> {
-        todo!()
+        let layers = self.layers.iter().map(|(&site, layer)| {
+            let rank = layer.a.dims()[0];
+            Ok((site, LoraLayer { rank, scale: layer.scale, a: to_vec(&layer.a)?, b: to_vec(&layer.b)? }))
+        });
+        Ok(Lora { spec: self.spec.clone(), layers: layers.collect::<Result<_>>()? })
     }
 }
 
@@ -38,7 +84,22 @@ impl TracedLora {
 pub struct Dropout {
     pub rate: f32,
     pub seed: u64,
+    /// Counts forward passes of the training.
     pub step: u64,
+}
+
+impl Dropout {
+    /// 0 or 1 / (1 - rate) for each element of `[rows, width]`.
+    fn mask(&self, site: Site, shape: (usize, usize)) -> Result<Tensor> {
+        let stream = Stream::new(self.seed, Purpose::Dropout);
+        let place = (self.step << 16) | u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
+        let keep = 1.0 / (1.0 - self.rate);
+        let mask = (0..shape.0 * shape.1).map(|i| {
+            let dropped = stream.uniform(place, i as u32) < self.rate;
+            if dropped { 0.0 } else { keep }
+        });
+        Ok(Tensor::from_vec(mask.collect(), shape, &Device::Cpu)?)
+    }
 }
 
 /// One forward of whole sequences without a KV cache.
@@ -48,23 +109,126 @@ pub struct Pass<'a> {
     pub lora: Option<&'a TracedLora>,
     pub dropout: Option<Dropout>,
     /// Gives way to serving at every frozen layer, forward and backward.
-    pub permit: Option<&'a std::sync::Arc<TrainPermit>>,
+    pub permit: Option<&'a Arc<TrainPermit>>,
 }
 
 impl Model {
     /// ln p(ids[i+1] given ids[..=i]) of each sequence, for every (sequence, i) in `wanted`, in that order: a float32 tensor `[wanted.len()]`
     /// that carries gradients to the `Var`s of `pass.lora`. Rows not wanted never reach the head.
-    pub fn token_logprobs(&self, _sequences: &[&[u32]], _wanted: &[(usize, usize)], _pass: Pass<'_>) -> Result<Tensor> {
-        todo!()
+    pub fn token_logprobs(
+        self: &Arc<Self>,
+        sequences: &[&[u32]],
+        wanted: &[(usize, usize)],
+        pass: Pass<'_>,
+    ) -> Result<Tensor> {
+        let target = |&(sequence, i): &(usize, usize)| sequences.get(sequence).and_then(|ids| ids.get(i + 1)).copied();
+        let targets: Option<Vec<u32>> = wanted.iter().map(target).collect();
+        let targets = targets.ok_or_else(|| Error::internal("a wanted log-probability lies outside its sequence"))?;
+        let hidden = self.traced_hidden(sequences, wanted, pass)?;
+        Ok(hidden.apply_op1(TokenLogprobs::new(self.clone(), targets, pass.permit.cloned()))?)
     }
 
     /// All logits after position i, for every (sequence, i) in `wanted`: `[wanted.len(), vocab]`. The float32 reference; no gradients.
     pub fn reference_logits(
-        &self,
-        _sequences: &[&[u32]],
-        _wanted: &[(usize, usize)],
-        _lora: Option<&TracedLora>,
+        self: &Arc<Self>,
+        sequences: &[&[u32]],
+        wanted: &[(usize, usize)],
+        lora: Option<&TracedLora>,
     ) -> Result<Tensor> {
-        todo!()
+        let hidden = self.traced_hidden(sequences, wanted, Pass { lora, ..Pass::default() })?.detach();
+        let head = self.head();
+        let mut dense = vec![0.0; head.rows * head.cols];
+        head.dequantize(0, &mut dense);
+        Ok(hidden.matmul(&Tensor::from_vec(dense, (head.rows, head.cols), &Device::Cpu)?.t()?)?)
+    }
+
+    fn traced_hidden(
+        self: &Arc<Self>,
+        sequences: &[&[u32]],
+        wanted: &[(usize, usize)],
+        pass: Pass<'_>,
+    ) -> Result<Tensor> {
+        let fits = |ids: &&[u32]| {
+            ids.len() <= self.context_length() && ids.iter().all(|id| (*id as usize) < self.vocab_size())
+        };
+        if !sequences.iter().all(fits) {
+            return Err(Error::internal("a sequence does not fit the context or the vocabulary"));
+        }
+        let mut rows = Vec::with_capacity(sequences.len());
+        let mut next = 0;
+        for ids in sequences {
+            rows.push(next..next + ids.len());
+            next += ids.len();
+        }
+        let selected: Vec<u32> = wanted.iter().map(|&(sequence, i)| (rows[sequence].start + i) as u32).collect();
+        let positions = sequences.iter().flat_map(|ids| 0..ids.len()).collect();
+        let ids = sequences.concat();
+        let mut ops =
+            TracedPass { model: self, pass, ids, positions: Arc::new(positions), sequences: Arc::new(rows), selected };
+        llama::hidden(self, &mut ops)
+    }
+}
+
+/// One batch of whole sequences, end to end in one list of rows.
+struct TracedPass<'a> {
+    model: &'a Arc<Model>,
+    pass: Pass<'a>,
+    ids: Vec<u32>,
+    positions: Arc<Vec<usize>>,
+    sequences: Arc<Vec<Range<usize>>>,
+    selected: Vec<u32>,
+}
+
+impl Ops for TracedPass<'_> {
+    type Rows = Tensor;
+
+    fn embed(&mut self) -> Result<Tensor> {
+        let width = self.model.config().width;
+        let mut x = vec![0.0; self.ids.len() * width];
+        for (out, id) in x.chunks_exact_mut(width).zip(&self.ids) {
+            self.model.embed(*id, out);
+        }
+        Ok(Tensor::from_vec(x, (self.ids.len(), width), &Device::Cpu)?)
+    }
+
+    fn norm(&mut self, x: &Tensor, norm: Norm) -> Result<Tensor> {
+        Ok(x.apply_op1(RmsNorm { model: self.model.clone(), norm })?)
+    }
+
+    fn linear(&mut self, x: &Tensor, site: Site) -> Result<Tensor> {
+        let y = x.apply_op1(FrozenLinear { model: self.model.clone(), site, permit: self.pass.permit.cloned() })?;
+        let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&site)) else {
+            return Ok(y);
+        };
+        let input = match self.pass.dropout.filter(|dropout| dropout.rate > 0.0) {
+            Some(dropout) => (x * dropout.mask(site, x.dims2()?)?)?,
+            None => x.clone(),
+        };
+        let shrunk = (input.matmul(&layer.a.t()?)? * f64::from(layer.scale))?;
+        Ok((y + shrunk.matmul(&layer.b.t()?)?)?)
+    }
+
+    fn rope(&mut self, x: Tensor) -> Result<Tensor> {
+        Ok(x.apply_op1(Rope { model: self.model.clone(), positions: self.positions.clone() })?)
+    }
+
+    fn attention(&mut self, _layer: usize, q: Tensor, k: Tensor, v: Tensor) -> Result<Tensor> {
+        let config = self.model.config();
+        let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
+        let op = Attention { heads, kv_heads, head_dim, sequences: self.sequences.clone() };
+        Ok(q.apply_op3(&k, &v, op)?)
+    }
+
+    fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
+        Ok(gate.apply_op2(&up, SwiGlu)?)
+    }
+
+    fn add(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {
+        Ok((x + y)?)
+    }
+
+    fn select(&mut self, x: Tensor) -> Result<Tensor> {
+        let rows = Tensor::from_slice(&self.selected, self.selected.len(), &Device::Cpu)?;
+        Ok(x.index_select(&rows, 0)?)
     }
 }

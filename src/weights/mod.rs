@@ -1,1 +1,98 @@
-//! Frozen tensors of the base, from GGUF.
+//! Frozen tensors of the base, from GGUF: the quantised bytes as they are, counted once.
+
+mod gguf;
+
+use std::path::Path;
+
+use crate::error::Result;
+use crate::ids::Digest;
+use crate::kernels::blocks::{QMatrixRef, QType};
+use crate::request::Target;
+use crate::text::Vocabulary;
+
+/// A frozen matrix `[rows, cols]` (out, in) in the file's block format, in Hugging Face's row order.
+#[derive(Debug)]
+pub struct QMatrix {
+    pub qtype: QType,
+    pub rows: usize,
+    pub cols: usize,
+    data: Vec<u8>,
+}
+
+impl QMatrix {
+    /// `data` holds `rows` rows of `qtype.row_bytes(cols)` bytes.
+    pub fn new(qtype: QType, rows: usize, cols: usize, data: Vec<u8>) -> Self {
+        assert_eq!(data.len(), rows * qtype.row_bytes(cols), "a matrix has as many bytes as its shape says");
+        Self { qtype, rows, cols, data }
+    }
+
+    pub fn view(&self) -> QMatrixRef<'_> {
+        QMatrixRef { qtype: self.qtype, rows: self.rows, cols: self.cols, data: &self.data }
+    }
+}
+
+/// The numbers of a llama-family architecture.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LlamaConfig {
+    pub name: String,
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub width: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub ffn: usize,
+    pub vocab: usize,
+    /// Tokens.
+    pub context: usize,
+    pub rope_base: f32,
+    pub rms_eps: f32,
+}
+
+impl LlamaConfig {
+    /// (in, out) features of a linear layer.
+    pub fn dims(&self, target: Target) -> (usize, usize) {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        match target {
+            Target::QProj => (self.width, q),
+            Target::KProj | Target::VProj => (self.width, kv),
+            Target::OProj => (q, self.width),
+            Target::GateProj | Target::UpProj => (self.width, self.ffn),
+            Target::DownProj => (self.ffn, self.width),
+        }
+    }
+}
+
+/// One layer's tensors.
+#[derive(Debug)]
+pub struct Block {
+    pub attn_norm: Vec<f32>,
+    pub ffn_norm: Vec<f32>,
+    /// In the order of `Target::ALL`.
+    pub linears: [QMatrix; 7],
+}
+
+/// All of a base's tensors.
+#[derive(Debug)]
+pub struct Weights {
+    pub config: LlamaConfig,
+    /// Of the file.
+    pub digest: Digest,
+    /// `[vocab, width]`.
+    pub embedding: QMatrix,
+    pub blocks: Vec<Block>,
+    pub final_norm: Vec<f32>,
+    /// `[vocab, width]`; `None` where the head is the embedding.
+    pub head: Option<QMatrix>,
+}
+
+impl Weights {
+    /// Reads a GGUF file. Fails on anything it does not know: an architecture, a tensor, a block format, a RoPE scaling.
+    pub fn load(path: &Path) -> Result<(Self, Vocabulary)> {
+        gguf::load(path)
+    }
+
+    pub fn head(&self) -> &QMatrix {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+}
