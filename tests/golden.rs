@@ -125,12 +125,13 @@ fn the_text_of_a_message_never_becomes_control_tokens() {
     assert!(plain.iter().all(|id| *id > 16), "{plain:?}");
     for role in ["system", "user", "assistant"] {
         let chat = text.encode_chat(&[message(role)], true).expect("encodes");
-        let learnt = text.encode_conversation(&[message(role)], &|_| true).expect("encodes").ids;
+        let turns = [ChatMessage { role: "user".into(), content: "x".into() }, message(role)];
+        let learnt = text.encode_conversation(&turns, &|_| true).expect("encodes").ids;
         for ids in [chat, learnt] {
-            let harmless = ChatMessage { role: role.into(), content: "x".into() };
-            let template = text.encode_chat(&[harmless], true).expect("encodes");
-            let controls = |ids: &[u32]| ids.iter().filter(|id| **id <= 16).count();
-            assert!(controls(&ids) <= controls(&template), "{role}: {ids:?}");
+            let from = ids.windows(plain.len()).position(|window| window == plain);
+            let from = from.unwrap_or_else(|| panic!("{role}: the content's ids are those of plain text: {ids:?}"));
+            let rest = [&ids[..from], &ids[from + plain.len()..]].concat();
+            assert!(rest.iter().filter(|id| **id <= 16).count() <= 7, "{role}: the template's own: {ids:?}");
         }
     }
 }

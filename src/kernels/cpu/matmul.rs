@@ -1,5 +1,8 @@
-//! y = x W^T for frozen W in a block format: activations are quantised per row to int8 in blocks of 32, products summed exactly in
+//! y = x W^T for frozen W in a block format: activations are quantised per row to int16 in blocks of 32, products summed exactly in
 //! integers within a block, blocks summed in float32 in a fixed order.
+//!
+//! Int16 because int8 is not enough for this base: a few huge activations take the range of their block, and log-probabilities moved
+//! by 0.06 nats in the mean (`docs/LOG.md`). On AVX2 a block costs eight instructions a row instead of six.
 
 use rayon::prelude::*;
 
@@ -10,31 +13,34 @@ use crate::kernels::blocks::{BLOCK, QMatrixRef, QType};
 /// Rows of activations that share one decoding of a weight block.
 const TILE: usize = 4;
 
-/// Activations `[rows, cols]` in int8: x is about `scale * q`, |q| <= 127, in blocks of 32; `sum` is `scale * (q_0 + ... + q_31)`.
+/// The largest quantised activation.
+const LARGEST: f32 = 32767.0;
+
+/// Activations `[rows, cols]` in int16: x is about `scale * q`, |q| <= 32767, in blocks of 32; `sum` is `scale * (q_0 + ... + q_31)`.
 #[derive(Debug, Default)]
 pub struct QuantizedRows {
     rows: usize,
     blocks: usize,
-    q: Vec<i8>,
+    q: Vec<i16>,
     scale: Vec<f32>,
     sum: Vec<f32>,
 }
 
 multiversion! {
-    fn quantize_row(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [f32]) {
+    fn quantize_row(x: &[f32], q: &mut [i16], scale: &mut [f32], sum: &mut [f32]) {
         let blocks = x.as_chunks::<BLOCK>().0.iter().zip(q.as_chunks_mut::<BLOCK>().0);
         for ((x, q), (scale, sum)) in blocks.zip(scale.iter_mut().zip(sum)) {
             let mut largest = 0.0f32;
             for x in x {
                 largest = largest.max(x.abs());
             }
-            *scale = largest / 127.0;
-            let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-            let mut total = 0;
+            *scale = largest / LARGEST;
+            let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
+            let mut total = 0i32;
             for (x, q) in x.iter().zip(q) {
                 // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
                 let rounded = (*x * inverse + 12_582_912.0) - 12_582_912.0;
-                *q = rounded as i32 as i8;
+                *q = rounded as i32 as i16;
                 total += i32::from(*q);
             }
             *sum = *scale * total as f32;
@@ -71,7 +77,7 @@ impl QuantizedRows {
 /// One quantised row.
 #[derive(Clone, Copy)]
 struct QRow<'a> {
-    q: &'a [[i8; BLOCK]],
+    q: &'a [[i16; BLOCK]],
     scale: &'a [f32],
     sum: &'a [f32],
 }
@@ -98,25 +104,26 @@ trait Format {
         })
     }
 
-    /// The q of the block in a register.
+    /// The q of the block as int16, the first 16 and the last 16.
     ///
     /// # Safety
     /// The machine has AVX2 and `block` holds `BYTES` bytes.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
     #[inline]
-    unsafe fn load(block: &[u8]) -> std::arch::x86_64::__m256i {
+    unsafe fn load(block: &[u8]) -> [std::arch::x86_64::__m256i; 2] {
         use std::arch::x86_64::*;
         debug_assert_eq!(block.len(), Self::BYTES);
-        let packed = block[Self::AT..].as_ptr();
-        if Self::SIGNED {
-            // SAFETY: 32 bytes follow, and the load may be unaligned.
-            return unsafe { _mm256_loadu_si256(packed.cast()) };
+        let packed = block[Self::AT..].as_ptr().cast::<__m128i>();
+        // SAFETY: 16 bytes follow, 32 where signed, and the loads may be unaligned.
+        unsafe {
+            let first = _mm_loadu_si128(packed);
+            if Self::SIGNED {
+                return [_mm256_cvtepi8_epi16(first), _mm256_cvtepi8_epi16(_mm_loadu_si128(packed.add(1)))];
+            }
+            let bytes = _mm256_cvtepu8_epi16(first);
+            [_mm256_and_si256(bytes, _mm256_set1_epi16(15)), _mm256_srli_epi16(bytes, 4)]
         }
-        // SAFETY: 16 bytes follow, and the load may be unaligned.
-        let nibbles = unsafe { _mm_loadu_si128(packed.cast()) };
-        let both = _mm256_set_m128i(_mm_srli_epi16(nibbles, 4), nibbles);
-        _mm256_and_si256(both, _mm256_set1_epi8(15))
     }
 }
 
@@ -166,7 +173,7 @@ fn sum_lanes(l: [f32; 8]) -> f32 {
     ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
 }
 
-/// One weight row times N rows of activations. Lane j of a block sums its products 4j..4j+4.
+/// One weight row times N rows of activations. Lane j of a block sums its products 2j, 2j + 1, 16 + 2j, 17 + 2j.
 fn dots_portable<F: Format, const N: usize>(weights: &[u8], x: [QRow<'_>; N]) -> [f32; N] {
     let mut lanes = [[0.0f32; 8]; N];
     let mut offset = [0.0f32; N];
@@ -176,8 +183,9 @@ fn dots_portable<F: Format, const N: usize>(weights: &[u8], x: [QRow<'_>; N]) ->
         for r in 0..N {
             let scale = d * x[r].scale[b];
             for (j, lane) in lanes[r].iter_mut().enumerate() {
-                let products = (4 * j..4 * j + 4).map(|i| i32::from(w[i]) * i32::from(x[r].q[b][i]));
-                *lane += scale * products.sum::<i32>() as f32;
+                let products =
+                    [2 * j, 2 * j + 1, 16 + 2 * j, 17 + 2 * j].map(|i| i32::from(w[i]) * i32::from(x[r].q[b][i]));
+                *lane += scale * products.iter().sum::<i32>() as f32;
             }
             offset[r] += m * x[r].sum[b];
         }
@@ -193,7 +201,6 @@ fn dots_portable<F: Format, const N: usize>(weights: &[u8], x: [QRow<'_>; N]) ->
 #[target_feature(enable = "avx2")]
 unsafe fn dots_avx2<F: Format, const N: usize>(weights: &[u8], x: [QRow<'_>; N]) -> [f32; N] {
     use std::arch::x86_64::*;
-    let ones = _mm256_set1_epi16(1);
     let mut lanes = [_mm256_setzero_ps(); N];
     let mut offset = [0.0f32; N];
     for (b, block) in weights.chunks_exact(F::BYTES).enumerate() {
@@ -201,15 +208,12 @@ unsafe fn dots_avx2<F: Format, const N: usize>(weights: &[u8], x: [QRow<'_>; N])
         // SAFETY: AVX2 is there, and the block is whole.
         let w = unsafe { F::load(block) };
         for r in 0..N {
-            // SAFETY: a block of activations is 32 bytes, and the load may be unaligned.
-            let q = unsafe { _mm256_loadu_si256(x[r].q[b].as_ptr().cast()) };
-            // Unsigned times signed: at most 2 * 128 * 127 < 2^15, so nothing saturates.
-            let pairs = if F::SIGNED {
-                _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w))
-            } else {
-                _mm256_maddubs_epi16(w, q)
-            };
-            let products = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
+            let q = x[r].q[b].as_ptr().cast::<__m256i>();
+            // SAFETY: a block of activations is 64 bytes, and the loads may be unaligned.
+            let q = unsafe { [_mm256_loadu_si256(q), _mm256_loadu_si256(q.add(1))] };
+            // At most 4 * 128 * 32767 < 2^31 a lane.
+            let sums = _mm256_add_epi32(_mm256_madd_epi16(w[0], q[0]), _mm256_madd_epi16(w[1], q[1]));
+            let products = _mm256_cvtepi32_ps(sums);
             lanes[r] = _mm256_add_ps(lanes[r], _mm256_mul_ps(_mm256_set1_ps(d * x[r].scale[b]), products));
             offset[r] += m * x[r].sum[b];
         }
@@ -333,7 +337,7 @@ mod tests {
                     let (want, size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
                     prop_assert!((f64::from(y[row * out + column]) - want).abs() <= 1e-5 * size + 1e-6);
                     let exact: f64 = (0..cols).map(|i| f64::from(x[row * cols + i]) * f64::from(dense[column * cols + i])).sum();
-                    prop_assert!((want - exact).abs() <= 0.02 * size + 1e-6, "activations lose little: {} {}", want, exact);
+                    prop_assert!((want - exact).abs() <= 1e-4 * size + 1e-6, "activations lose little: {} {}", want, exact);
                 }
             }
         }
