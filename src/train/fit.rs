@@ -26,7 +26,7 @@ const PIECE_TOKENS: usize = 512;
 /// What a run is a function of.
 #[derive(Debug, Clone, Copy)]
 pub struct FitInputs<'a> {
-    pub model: &'a Model,
+    pub model: &'a Arc<Model>,
     /// The adapter's values before the first step; its spec holds the dropout.
     pub start: &'a Lora,
     /// What preferences are measured against: `None` is the base.
@@ -146,7 +146,7 @@ impl<'a> Run<'a> {
     fn new(inputs: FitInputs<'a>) -> Result<Self> {
         let recipe = inputs.recipe;
         let lora = TracedLora::trainable(inputs.start)?;
-        let vars: Vec<Var> = lora.vars().into_iter().map(|(_, _, var)| var).collect();
+        let vars: Vec<Var> = lora.vars().iter().map(|(_, _, var)| var.clone()).collect();
         Ok(Self {
             inputs,
             schedule: Schedule::new(recipe, inputs.train.len()),

@@ -1,5 +1,7 @@
 //! Direct preference optimisation (Rafailov et al. 2023), sigmoid loss, with label smoothing (conservative DPO).
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 
 use crate::data::Pair;
@@ -53,7 +55,7 @@ impl<'a> Dpo<'a> {
     }
 
     /// Sums over the answer's tokens, `[examples]` each: chosen, rejected.
-    fn sequence_logprobs(&self, model: &Model, examples: &[usize], pass: Pass<'_>) -> Result<(Tensor, Tensor)> {
+    fn sequence_logprobs(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<(Tensor, Tensor)> {
         let side = |pick: fn(&Pair) -> &Conversation| examples.iter().map(move |e| pick(&self.pairs[*e]));
         let sequences: Vec<_> = side(|pair| &pair.chosen).chain(side(|pair| &pair.rejected)).collect();
         let (logprobs, counts) = loss_logprobs(model, &sequences, pass)?;
@@ -81,7 +83,7 @@ impl Objective for Dpo<'_> {
         1.0
     }
 
-    fn loss(&self, model: &Model, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
+    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
         let known: Option<Vec<f32>> = examples.iter().map(|example| self.reference_margins[*example]).collect();
         let known = known.ok_or_else(|| Error::internal("a pair was used before the reference had scored it"))?;
         let (chosen, rejected) = self.sequence_logprobs(model, examples, pass)?;
@@ -89,7 +91,7 @@ impl Objective for Dpo<'_> {
         self.loss.sum(&chosen, &rejected, &reference)
     }
 
-    fn score_reference(&mut self, model: &Model, examples: &[usize], reference: Reference<'_>) -> Result<()> {
+    fn score_reference(&mut self, model: &Arc<Model>, examples: &[usize], reference: Reference<'_>) -> Result<()> {
         let pass = Pass { lora: reference.lora, permit: reference.permit, ..Pass::default() };
         let (chosen, rejected) = self.sequence_logprobs(model, examples, pass)?;
         for (example, margin) in examples.iter().zip((chosen - rejected)?.to_vec1::<f32>()?) {

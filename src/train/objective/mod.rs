@@ -28,10 +28,10 @@ pub trait Objective {
     fn weight(&self, example: usize) -> f64;
 
     /// The sum of the loss over the examples, which a step divides by the sum of their weights.
-    fn loss(&self, model: &Model, examples: &[usize], pass: Pass<'_>) -> Result<LossSum>;
+    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<LossSum>;
 
     /// Scores the examples once with the reference, before any step or evaluation.
-    fn score_reference(&mut self, _model: &Model, _examples: &[usize], _reference: Reference<'_>) -> Result<()> {
+    fn score_reference(&mut self, _model: &Arc<Model>, _examples: &[usize], _reference: Reference<'_>) -> Result<()> {
         Ok(())
     }
 
@@ -88,7 +88,7 @@ pub fn loss_tokens(conversation: &Conversation) -> usize {
 }
 
 /// Log-probabilities of the tokens in the loss of all sequences, in order, and how many belong to each.
-fn loss_logprobs(model: &Model, sequences: &[&Conversation], pass: Pass<'_>) -> Result<(Tensor, Vec<usize>)> {
+fn loss_logprobs(model: &Arc<Model>, sequences: &[&Conversation], pass: Pass<'_>) -> Result<(Tensor, Vec<usize>)> {
     let ids: Vec<&[u32]> = sequences.iter().map(|conversation| conversation.ids.as_slice()).collect();
     let logprobs = model.token_logprobs(&ids, &wanted(sequences), pass)?;
     Ok((logprobs, sequences.iter().map(|conversation| loss_tokens(conversation)).collect()))

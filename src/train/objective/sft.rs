@@ -1,5 +1,7 @@
 //! Supervised fine-tuning: the cross-entropy of the tokens in the loss.
 
+use std::sync::Arc;
+
 use crate::error::Result;
 use crate::model::Model;
 use crate::model::traced::Pass;
@@ -31,7 +33,7 @@ impl Objective for Sft<'_> {
         loss_tokens(&self.examples[example]) as f64
     }
 
-    fn loss(&self, model: &Model, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
+    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
         let sequences: Vec<_> = examples.iter().map(|example| &self.examples[*example]).collect();
         let (logprobs, _) = loss_logprobs(model, &sequences, pass)?;
         Ok(LossSum { loss: logprobs.sum_all()?.neg()?, preference: None })
