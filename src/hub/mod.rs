@@ -5,6 +5,8 @@
 
 mod publish;
 mod residents;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -179,8 +181,8 @@ impl Hub {
         let reserved = self.residents.reserve(row.memory_bytes)?;
         let package = self.read_package(row).await?;
         // The limit on ranks is for what comes in: a version that exists loads whatever the limit is now.
-        let (shape, rank) = (Arc::clone(&self.shape), u64::from(row.rank));
-        let lora = blocking(move || package.read(&shape, rank)).await?;
+        let shape = Arc::clone(&self.shape);
+        let lora = blocking(move || package.read(&shape, u64::MAX)).await?;
         // Deleted while it loaded: the deletion may have looked for it before it was here.
         if !self.store.has_version(&row.uid).await? {
             self.residents.retire(&row.uid);

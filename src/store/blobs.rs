@@ -57,7 +57,9 @@ impl Blobs {
     /// Deletes a file, or all files below a folder. What is not there is no error.
     pub async fn delete(&self, key: &str) -> Result<()> {
         let mut doomed = self.list(key).await?;
-        doomed.push(key.to_owned());
+        if self.files.head(&parse(key)?).await.is_ok() {
+            doomed.push(key.to_owned());
+        }
         for key in doomed {
             match self.files.delete(&parse(&key)?).await {
                 Ok(()) | Err(BlobError::NotFound { .. }) => {}

@@ -12,6 +12,8 @@ mod keys;
 mod locks;
 mod rows;
 mod tenants;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::fs::{File, TryLockError};
@@ -64,7 +66,7 @@ impl Store {
     /// DATA_DIR_IN_USE where another process has it.
     pub async fn open(data_dir: &Path) -> Result<Self> {
         tokio::fs::create_dir_all(data_dir).await?;
-        let folder = lock_folder(data_dir).await?;
+        let folder = lock_folder(data_dir, FOLDER_WAIT).await?;
         // NORMAL in WAL mode: a commit survives the death of the process (it is in the system's page cache); power loss may undo the
         // last commits but never tears one. Blobs are synced before their rows, and a deletion's commit before its blobs go.
         let options = SqliteConnectOptions::new()
@@ -134,10 +136,10 @@ fn migrator() -> Migrator {
     Migrator::with_migrations(MIGRATIONS.iter().map(migration).collect())
 }
 
-/// Takes the folder for this process.
-async fn lock_folder(data_dir: &Path) -> Result<File> {
+/// Takes the folder for this process, waiting for the one before at most so long.
+async fn lock_folder(data_dir: &Path, wait: Duration) -> Result<File> {
     let file = File::options().create(true).truncate(false).write(true).open(data_dir.join("lock"))?;
-    let deadline = tokio::time::Instant::now() + FOLDER_WAIT;
+    let deadline = tokio::time::Instant::now() + wait;
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(file),

@@ -1,0 +1,600 @@
+//! The hub's promises, with a gate that says what the test wants and adapters of a few bytes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+use crate::adapter::{LoraLayer, Site};
+use crate::request::{LoraSpec, Target};
+
+/// Bytes of an adapter of rank 1: A and B of one 4 x 4 layer.
+const UNIT: u64 = 4 * (4 + 4);
+
+/// Says what it is told to; counts its calls; can be held shut.
+struct FakeGate {
+    report: Mutex<Result<ParityReport>>,
+    calls: AtomicUsize,
+    shut: Mutex<bool>,
+    opened: Condvar,
+}
+
+const GOOD: ParityReport =
+    ParityReport { tokens: 256, mean_abs_difference: 0.001, mean_abs_effect: 0.5, threshold: 0.05, no_effect: false };
+
+impl FakeGate {
+    fn says(&self, report: ParityReport) {
+        *self.report.lock().unwrap() = Ok(report);
+    }
+
+    fn shut(&self, shut: bool) {
+        *self.shut.lock().unwrap() = shut;
+        self.opened.notify_all();
+    }
+
+    fn calls(&self) -> usize {
+        self.calls.load(Ordering::SeqCst)
+    }
+}
+
+impl PublishGate for FakeGate {
+    fn check(&self, _lora: &Lora, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        let _open = self.opened.wait_while(self.shut.lock().unwrap(), |shut| *shut).unwrap();
+        self.report.lock().unwrap().clone()
+    }
+}
+
+struct Bench {
+    dir: TempDir,
+    store: Store,
+    hub: Arc<Hub>,
+    gate: Arc<FakeGate>,
+    tenant: Tenant,
+}
+
+impl Bench {
+    /// A hub with room for so many adapters of rank 1, and one tenant, `a`.
+    async fn new(units: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        let tenant = add_tenant(&store, "a").await;
+        let gate = Arc::new(FakeGate {
+            report: Mutex::new(Ok(GOOD)),
+            calls: AtomicUsize::new(0),
+            shut: Mutex::new(false),
+            opened: Condvar::new(),
+        });
+        let hub = hub(&store, &gate, b"base", units);
+        Self { dir, store, hub, gate, tenant }
+    }
+
+    /// As after a restart: nothing is in memory.
+    fn forget(&mut self, units: u64) {
+        self.hub = hub(&self.store, &self.gate, b"base", units);
+    }
+
+    fn new_version(&self, adapter: &str, rank: usize, fill: f32) -> NewVersion {
+        NewVersion {
+            adapter: AdapterName::new(self.tenant.id(), adapter).unwrap(),
+            package: Package::from_lora(&lora(rank, fill), &shape(b"base")).unwrap(),
+            probes: Vec::new(),
+            publish: Publish::Auto,
+            job: None,
+            metrics: BTreeMap::from([("loss".into(), 0.5), ("broken".into(), f64::NAN)]),
+            request_id: String::new(),
+            validate_only: false,
+        }
+    }
+
+    async fn publish(&self, adapter: &str, rank: usize, fill: f32) -> Result<VersionRow> {
+        self.hub.publish(&self.tenant, self.new_version(adapter, rank, fill)).await
+    }
+
+    async fn lease(&self, name: impl ToString) -> Result<Lease> {
+        self.hub.lease(&self.tenant, &name.to_string().parse().unwrap()).await
+    }
+
+    fn blobs(&self) -> usize {
+        count_files(&self.dir.path().join("blobs"))
+    }
+
+    /// Nothing in memory or on disk, as at the beginning.
+    async fn assert_nothing_left(&self) {
+        assert_eq!(self.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0 });
+        assert_eq!(self.blobs(), 0);
+        let adapters = self.store.list_adapters(self.tenant.id(), &Default::default()).await.unwrap();
+        assert!(adapters.items.is_empty(), "{adapters:?}");
+    }
+}
+
+fn hub(store: &Store, gate: &Arc<FakeGate>, base: &[u8], units: u64) -> Arc<Hub> {
+    let mut limits = Limits::default();
+    limits.set("adapter_cache_bytes", units * UNIT).unwrap();
+    let gate: Arc<dyn PublishGate> = gate.clone();
+    Hub::new(store.clone(), shape(base), Digest::of(b"template"), gate, &limits)
+}
+
+fn shape(base: &[u8]) -> BaseShape {
+    BaseShape { name: "tiny".into(), digest: Digest::of(base), layers: 1, dims: [(4, 4); 7] }
+}
+
+async fn add_tenant(store: &Store, id: &str) -> Tenant {
+    let id = TenantId::new(id).unwrap();
+    store.create_tenant(&id, "", "").await.unwrap();
+    Tenant::proven(id)
+}
+
+fn lora(rank: usize, fill: f32) -> Lora {
+    let spec = LoraSpec { rank: rank as u32, alpha: rank as f32, targets: vec![Target::QProj], ..LoraSpec::default() };
+    let layer = LoraLayer { rank, scale: 1.0, a: vec![fill; rank * 4], b: vec![-fill; rank * 4] };
+    Lora { spec, layers: [(Site { layer: 0, target: Target::QProj }, layer)].into() }
+}
+
+fn count_files(folder: &Path) -> usize {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.map(|path| if path.is_dir() { count_files(&path) } else { 1 }).sum()
+}
+
+fn reason(error: &Error) -> &'static str {
+    match error {
+        Error::Precondition { reason, .. } => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn what_is_published_can_be_leased() {
+    let bench = Bench::new(8).await;
+    let row = bench.publish("x", 2, 0.5).await.unwrap();
+    assert_eq!((row.name.version, row.rank, row.targets.as_slice()), (1, 2, &["q_proj".to_owned()][..]));
+    assert_eq!((row.memory_bytes, row.parity), (2 * UNIT, GOOD));
+    assert_eq!(row.metrics, BTreeMap::from([("loss".into(), 0.5)]), "only finite numbers are kept");
+
+    let lease = bench.lease("tenants/a/adapters/x").await.unwrap();
+    assert_eq!((lease.name(), lease.digest()), (&row.name, row.digest));
+    assert_eq!(**lease.lora(), lora(2, 0.5));
+    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: 2 * UNIT, leases: 1 });
+    let clone = lease.clone();
+    drop(lease);
+    assert_eq!(bench.hub.stats().leases, 1, "a clone is the same lease");
+    drop(clone);
+    assert_eq!(bench.hub.stats().leases, 0);
+
+    let (same, package) = bench.hub.package(&bench.tenant, &AdapterRef::Version(row.name.clone())).await.unwrap();
+    assert_eq!(same, row);
+    assert_eq!(package, bench.new_version("x", 2, 0.5).package);
+}
+
+#[tokio::test]
+async fn unknown_is_not_found_and_never_the_base() {
+    let bench = Bench::new(8).await;
+    bench.publish("x", 1, 0.5).await.unwrap();
+    for name in ["tenants/a/adapters/y", "tenants/a/adapters/y/versions/1", "tenants/a/adapters/x/versions/2"] {
+        let refused = bench.lease(name).await.unwrap_err();
+        assert!(matches!(&refused, Error::NotFound { name: told } if told == name), "{refused:?}");
+    }
+    let waiting = NewVersion { publish: Publish::VersionOnly, ..bench.new_version("w", 1, 0.5) };
+    bench.hub.publish(&bench.tenant, waiting).await.unwrap();
+    assert_eq!(reason(&bench.lease("tenants/a/adapters/w").await.unwrap_err()), "NO_LIVE_VERSION");
+}
+
+#[tokio::test]
+async fn another_tenants_names_are_refused_alike() {
+    let bench = Bench::new(8).await;
+    let row = bench.publish("x", 1, 0.5).await.unwrap();
+    let other = add_tenant(&bench.store, "b").await;
+    let mut told = Vec::new();
+    for adapter in ["x", "none"] {
+        let name = AdapterName::new(bench.tenant.id(), adapter).unwrap();
+        let version = VersionName { adapter: name.clone(), version: 1 };
+        let live = AdapterRef::Live(name.clone());
+        told.push(bench.hub.lease(&other, &live).await.unwrap_err());
+        told.push(bench.hub.package(&other, &live).await.unwrap_err());
+        told.push(bench.hub.set_live(&other, &version, "").await.unwrap_err());
+        told.push(bench.hub.delete_adapter(&other, &name, "").await.unwrap_err());
+        told.push(bench.hub.publish(&other, bench.new_version(adapter, 1, 0.5)).await.unwrap_err());
+    }
+    assert!(told.iter().all(|e| matches!(e, Error::PermissionDenied)), "{told:?}");
+    assert_eq!(bench.lease(&row.name).await.unwrap().digest(), row.digest);
+}
+
+#[tokio::test]
+async fn the_gate_decides_and_a_refusal_leaves_nothing() {
+    let bench = Bench::new(8).await;
+    let bad = [
+        ParityReport { mean_abs_difference: 0.051, ..GOOD },
+        ParityReport { mean_abs_difference: f32::NAN, ..GOOD },
+        ParityReport { threshold: f32::INFINITY, mean_abs_effect: f32::INFINITY, ..GOOD },
+    ];
+    for report in bad {
+        bench.gate.says(report);
+        let refused = bench.publish("x", 1, 0.5).await.unwrap_err();
+        assert_eq!(reason(&refused), "PARITY_FAILED");
+        assert!(refused.to_string().contains(&report.mean_abs_difference.to_string()), "{refused}");
+        bench.assert_nothing_left().await;
+    }
+    *bench.gate.report.lock().unwrap() = Err(Error::internal("broken"));
+    bench.publish("x", 1, 0.5).await.unwrap_err();
+    bench.assert_nothing_left().await;
+
+    bench.gate.says(ParityReport { mean_abs_difference: 0.05, ..GOOD });
+    bench.publish("x", 1, 0.5).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_refusal_leaves_the_same_content_of_another_version() {
+    let mut bench = Bench::new(8).await;
+    let row = bench.publish("x", 1, 0.5).await.unwrap();
+    bench.gate.says(ParityReport { mean_abs_difference: 1.0, ..GOOD });
+    bench.publish("y", 1, 0.5).await.unwrap_err();
+    bench.forget(8);
+    assert_eq!(**bench.lease(&row.name).await.unwrap().lora(), lora(1, 0.5));
+}
+
+#[tokio::test]
+async fn what_does_not_fit_the_base_leaves_nothing() {
+    let bench = Bench::new(8).await;
+    let mut new = bench.new_version("x", 1, 0.5);
+    new.package.tensors.truncate(40);
+    assert!(matches!(bench.hub.publish(&bench.tenant, new).await, Err(Error::Invalid { .. })));
+    let refused = bench.publish("x", 257, 0.5).await.unwrap_err();
+    assert!(matches!(&refused, Error::Invalid { message, .. } if message.contains("256")), "{refused:?}");
+    assert_eq!(bench.gate.calls(), 0);
+    bench.assert_nothing_left().await;
+}
+
+#[tokio::test]
+async fn no_effect_is_noted_for_an_import_and_an_error_for_a_job() {
+    let bench = Bench::new(8).await;
+    bench.gate.says(ParityReport { no_effect: true, ..GOOD });
+    let trained =
+        NewVersion { job: Some(JobName::new(bench.tenant.id(), "1").unwrap()), ..bench.new_version("x", 1, 0.0) };
+    let refused = bench.hub.publish(&bench.tenant, trained).await.unwrap_err();
+    assert_eq!(reason(&refused), "NO_EFFECT");
+    bench.assert_nothing_left().await;
+    assert!(bench.publish("x", 1, 0.0).await.unwrap().parity.no_effect);
+}
+
+#[tokio::test]
+async fn validating_asks_the_gate_and_keeps_nothing() {
+    let bench = Bench::new(8).await;
+    let new = NewVersion { validate_only: true, request_id: "r".into(), ..bench.new_version("x", 1, 0.5) };
+    let row = bench.hub.publish(&bench.tenant, new.clone()).await.unwrap();
+    assert_eq!((row.name.version, bench.gate.calls()), (1, 1));
+    bench.assert_nothing_left().await;
+
+    bench.hub.publish(&bench.tenant, NewVersion { validate_only: false, ..new }).await.unwrap();
+    assert_eq!(bench.gate.calls(), 2, "validating does not use the request id up");
+}
+
+#[tokio::test]
+async fn a_retried_publish_gives_the_first_version() {
+    let bench = Bench::new(8).await;
+    let new = NewVersion { request_id: "r".into(), ..bench.new_version("x", 1, 0.5) };
+    let both =
+        tokio::join!(bench.hub.publish(&bench.tenant, new.clone()), bench.hub.publish(&bench.tenant, new.clone()));
+    let (one, two) = (both.0.unwrap(), both.1.unwrap());
+    assert_eq!((one.name.version, &one), (1, &two));
+    assert_eq!(bench.gate.calls(), 1);
+
+    let files = bench.blobs();
+    let other = NewVersion { package: bench.new_version("x", 2, 0.5).package, ..new };
+    assert_eq!(bench.hub.publish(&bench.tenant, other).await.unwrap(), one);
+    assert_eq!(bench.blobs(), files);
+    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 0 });
+}
+
+#[tokio::test]
+async fn a_publish_ends_though_its_caller_is_gone() {
+    let bench = Bench::new(8).await;
+    bench.gate.shut(true);
+    let call = tokio::spawn({
+        let (hub, tenant, new) = (Arc::clone(&bench.hub), bench.tenant.clone(), bench.new_version("x", 1, 0.5));
+        async move { hub.publish(&tenant, new).await }
+    });
+    until(|| bench.gate.calls() == 1).await;
+    assert_eq!(bench.hub.stats().resident_bytes, UNIT, "reserved before it has a name");
+    assert!(matches!(bench.lease("tenants/a/adapters/x").await, Err(Error::NotFound { .. })));
+    call.abort();
+    bench.gate.shut(false);
+    while bench.lease("tenants/a/adapters/x").await.is_err() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn until(done: impl Fn() -> bool) {
+    while !done() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn concurrent_leases_load_once() {
+    let mut bench = Bench::new(8).await;
+    let row = bench.publish("x", 1, 0.5).await.unwrap();
+    // Room for one copy: a second load would be refused.
+    bench.forget(1);
+    let lease = async || bench.lease(&row.name).await.unwrap();
+    let leases = futures::future::join_all((0..32).map(|_| lease())).await;
+    assert!(leases.iter().all(|lease| Arc::ptr_eq(lease.lora(), leases[0].lora())));
+    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 32 });
+}
+
+#[tokio::test]
+async fn the_version_used_longest_ago_makes_room() {
+    let bench = Bench::new(2).await;
+    for adapter in ["x", "y"] {
+        bench.publish(adapter, 1, 0.5).await.unwrap();
+    }
+    let [x, y, z] = ["x", "y", "z"].map(|adapter| format!("tenants/a/adapters/{adapter}"));
+    let held = bench.lease(&y).await.unwrap();
+    bench.lease(&x).await.unwrap();
+    bench.publish("z", 1, 0.25).await.unwrap();
+    assert_eq!(bench.hub.stats(), HubStats { resident: 2, resident_bytes: 2 * UNIT, leases: 1 });
+
+    let back = bench.lease(&x).await.unwrap();
+    assert_eq!(**back.lora(), lora(1, 0.5));
+    let full = bench.lease(&z).await.unwrap_err();
+    assert!(matches!(full, Error::Exhausted { limit: "adapter_cache_bytes", retry_after: Some(_), .. }), "{full:?}");
+    drop(held);
+    assert_eq!(**bench.lease(&z).await.unwrap().lora(), lora(1, 0.25));
+
+    let never = bench.publish("big", 3, 0.5).await.unwrap_err();
+    assert!(matches!(never, Error::Exhausted { retry_after: None, .. }), "{never:?}");
+}
+
+#[tokio::test]
+async fn a_deleted_version_lives_until_its_leases_drop() {
+    let bench = Bench::new(8).await;
+    let old = bench.publish("x", 1, 0.5).await.unwrap();
+    let lease = bench.lease(&old.name).await.unwrap();
+    bench.hub.delete_adapter(&bench.tenant, &old.name.adapter, "").await.unwrap();
+    assert!(matches!(bench.lease(&old.name).await, Err(Error::NotFound { .. })));
+    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: UNIT, leases: 1 });
+
+    let new = bench.publish("x", 2, 0.25).await.unwrap();
+    let fresh = bench.lease(&new.name.adapter).await.unwrap();
+    assert_eq!((**fresh.lora() == lora(2, 0.25), **lease.lora() == lora(1, 0.5)), (true, true));
+    assert!(matches!(bench.lease(&old.name).await, Err(Error::NotFound { .. })));
+    drop(lease);
+    assert_eq!(bench.hub.stats().resident_bytes, 2 * UNIT);
+}
+
+#[tokio::test]
+async fn a_tenants_memory_goes_with_it() {
+    let bench = Bench::new(8).await;
+    bench.publish("x", 1, 0.5).await.unwrap();
+    let other = add_tenant(&bench.store, "b").await;
+    let new = NewVersion { adapter: AdapterName::new(other.id(), "x").unwrap(), ..bench.new_version("x", 1, 0.5) };
+    let kept = bench.hub.publish(&other, new).await.unwrap();
+    bench.store.delete_tenant(bench.tenant.id()).await.unwrap();
+    bench.hub.forget_tenant(bench.tenant.id()).await;
+    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 0 });
+    let lease = bench.hub.lease(&other, &AdapterRef::Live(kept.name.adapter.clone())).await.unwrap();
+    assert_eq!(lease.name(), &kept.name);
+    drop(lease);
+    let again = hub(&bench.store, &bench.gate, b"base", 8);
+    again.lease(&other, &AdapterRef::Version(kept.name)).await.unwrap();
+}
+
+#[tokio::test]
+async fn versions_of_another_base_are_refused() {
+    let mut bench = Bench::new(8).await;
+    let row = bench.publish("x", 1, 0.5).await.unwrap();
+    bench.hub = hub(&bench.store, &bench.gate, b"another base", 8);
+    assert_eq!(reason(&bench.lease(&row.name).await.unwrap_err()), "WRONG_BASE");
+    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0 });
+}
+
+#[tokio::test]
+async fn damaged_files_are_never_served() {
+    let mut bench = Bench::new(8).await;
+    let row = bench.publish("x", 1, 0.5).await.unwrap();
+    let file = bench.dir.path().join("blobs").join(&row.blob).join(TENSORS_FILE);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let last = bytes.len() - 2;
+    bytes[last] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    bench.forget(8);
+    let refused = bench.lease(&row.name).await.unwrap_err();
+    assert!(matches!(&refused, Error::Internal(told) if told.contains("damaged")), "{refused:?}");
+    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0 });
+}
+
+#[tokio::test]
+async fn versions_come_back_after_a_restart() {
+    let bench = Bench::new(8).await;
+    let row = bench.publish("x", 1, 0.5).await.unwrap();
+    let Bench { dir, store, hub: old, gate, tenant } = bench;
+    drop((store, old));
+    let store = Store::open(dir.path()).await.unwrap();
+    let lease = hub(&store, &gate, b"base", 8).lease(&tenant, &AdapterRef::Live(row.name.adapter)).await.unwrap();
+    assert_eq!((lease.digest(), &**lease.lora()), (row.digest, &lora(1, 0.5)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn every_lease_during_swaps_is_one_whole_version() {
+    let bench = Bench::new(2).await;
+    let fills = [0.5, 0.25];
+    let one = bench.publish("x", 1, fills[0]).await.unwrap().name;
+    let two = bench.publish("x", 1, fills[1]).await.unwrap().name;
+    let client = async || {
+        for _ in 0..50 {
+            let lease = bench.lease(&one.adapter).await.unwrap();
+            assert_eq!(**lease.lora(), lora(1, fills[lease.name().version as usize - 1]));
+        }
+    };
+    let swaps = async {
+        for version in [&two, &one].into_iter().cycle().take(50) {
+            bench.hub.set_live(&bench.tenant, version, "").await.unwrap();
+        }
+    };
+    tokio::join!(futures::future::join_all((0..8).map(|_| client())), swaps);
+    assert_eq!(bench.hub.stats(), HubStats { resident: 2, resident_bytes: 2 * UNIT, leases: 0 });
+}
+
+/// What may happen to a hub. Adapters and contents are numbers below 2 and 4; a content's rank is its number plus 1.
+#[derive(Debug, Clone)]
+enum Op {
+    Publish { adapter: usize, content: usize, publish: Publish, good: bool },
+    Lease { adapter: usize, version: Option<u32> },
+    Drop { lease: usize },
+    SetLive { adapter: usize, version: u32 },
+    Delete { adapter: usize },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let publish = prop_oneof![Just(Publish::Auto), Just(Publish::Live), Just(Publish::VersionOnly)];
+    prop_oneof![
+        4 => (0..2_usize, 0..4_usize, publish, prop::bool::weighted(0.8))
+            .prop_map(|(adapter, content, publish, good)| Op::Publish { adapter, content, publish, good }),
+        4 => (0..2_usize, prop::option::of(1..6_u32)).prop_map(|(adapter, version)| Op::Lease { adapter, version }),
+        2 => (0..8_usize).prop_map(|lease| Op::Drop { lease }),
+        2 => (0..2_usize, 1..6_u32).prop_map(|(adapter, version)| Op::SetLive { adapter, version }),
+        1 => (0..2_usize).prop_map(|adapter| Op::Delete { adapter }),
+    ]
+}
+
+/// What the hub should be: names, versions and leases, in plain collections.
+#[derive(Default)]
+struct Model {
+    adapters: [Option<ModelAdapter>; 2],
+    last_numbers: [u32; 2],
+    leases: Vec<(Lease, VersionName, usize)>,
+}
+
+#[derive(Default)]
+struct ModelAdapter {
+    live: Option<u32>,
+    contents: BTreeMap<u32, usize>,
+}
+
+/// Bytes of a content, in units.
+fn units(content: usize) -> u64 {
+    content as u64 + 1
+}
+
+const ROOM: u64 = 6;
+const ADAPTERS: [&str; 2] = ["x", "y"];
+
+impl Model {
+    /// Units that cannot be evicted.
+    fn leased(&self) -> u64 {
+        let distinct: BTreeMap<_, _> = self.leases.iter().map(|(_, name, content)| (name, *content)).collect();
+        distinct.into_values().map(units).sum()
+    }
+
+    /// Whether a version can be in memory: it is held there, or fits beside what is.
+    fn fits(&self, name: &VersionName, content: usize) -> bool {
+        self.leases.iter().any(|(_, held, _)| held == name) || self.leased() + units(content) <= ROOM
+    }
+
+    fn find(&self, adapter: usize, version: Option<u32>) -> Option<(u32, usize)> {
+        let found = self.adapters[adapter].as_ref()?;
+        let version = version.or(found.live)?;
+        found.contents.get(&version).map(|content| (version, *content))
+    }
+
+    async fn apply(&mut self, bench: &Bench, op: Op) {
+        let name = |adapter: usize| AdapterName::new(bench.tenant.id(), ADAPTERS[adapter]).unwrap();
+        let version_name = |adapter: usize, version: u32| VersionName { adapter: name(adapter), version };
+        match op {
+            Op::Publish { adapter, content, publish, good } => {
+                bench.gate.says(ParityReport { mean_abs_difference: if good { 0.0 } else { 1.0 }, ..GOOD });
+                let new = bench.new_version(ADAPTERS[adapter], content + 1, 0.5);
+                let made = bench.hub.publish(&bench.tenant, NewVersion { publish, ..new }).await;
+                assert_eq!(made.is_ok(), good && self.leased() + units(content) <= ROOM, "{made:?}");
+                if let Ok(row) = made {
+                    self.last_numbers[adapter] += 1;
+                    assert_eq!(row.name, version_name(adapter, self.last_numbers[adapter]));
+                    let known = self.adapters[adapter].get_or_insert_default();
+                    known.contents.insert(row.name.version, content);
+                    let moves = publish == Publish::Live || publish == Publish::Auto && known.live.is_none();
+                    known.live = if moves { Some(row.name.version) } else { known.live };
+                }
+            }
+            Op::Lease { adapter, version } => {
+                let asked = match version {
+                    None => AdapterRef::Live(name(adapter)),
+                    Some(version) => AdapterRef::Version(version_name(adapter, version)),
+                };
+                let lease = bench.hub.lease(&bench.tenant, &asked).await;
+                let found = self.find(adapter, version).map(|(v, content)| (version_name(adapter, v), content));
+                match (lease, found) {
+                    (Ok(lease), Some((name, content))) if self.fits(&name, content) => {
+                        self.leases.push((lease, name, content));
+                    }
+                    (Err(Error::Exhausted { .. }), Some((name, content))) => assert!(!self.fits(&name, content)),
+                    (Err(Error::NotFound { .. } | Error::Precondition { .. }), None) => {}
+                    (lease, found) => panic!("{lease:?} for {found:?}"),
+                }
+            }
+            Op::Drop { lease } => {
+                if lease < self.leases.len() {
+                    self.leases.swap_remove(lease);
+                }
+            }
+            Op::SetLive { adapter, version } => {
+                let name = version_name(adapter, version);
+                let may = self.find(adapter, Some(version)).is_some_and(|(_, content)| self.fits(&name, content));
+                let moved = bench.hub.set_live(&bench.tenant, &name, "").await;
+                assert_eq!(moved.is_ok(), may, "{moved:?}");
+                if let (true, Some(known)) = (may, &mut self.adapters[adapter]) {
+                    known.live = Some(version);
+                }
+            }
+            Op::Delete { adapter } => {
+                let gone = bench.hub.delete_adapter(&bench.tenant, &name(adapter), "").await;
+                assert_eq!(gone.is_ok(), self.adapters[adapter].take().is_some(), "{gone:?}");
+            }
+        }
+    }
+
+    async fn assert_equals(&self, bench: &Bench) {
+        let stats = bench.hub.stats();
+        assert!(stats.resident_bytes <= ROOM * UNIT, "{stats:?}");
+        assert!(stats.resident_bytes >= self.leased() * UNIT, "{stats:?}");
+        assert_eq!(stats.leases, self.leases.len());
+        for (lease, name, content) in &self.leases {
+            assert_eq!((lease.name(), &**lease.lora()), (name, &lora(content + 1, 0.5)));
+        }
+        for (adapter, known) in ADAPTERS.into_iter().zip(&self.adapters) {
+            let name = AdapterName::new(bench.tenant.id(), adapter).unwrap();
+            let live = bench.store.get_adapter(&name).await.ok().map(|row| row.live.map(|v| v.version));
+            assert_eq!(live, known.as_ref().map(|known| known.live));
+            for (version, content) in known.iter().flat_map(|known| &known.contents) {
+                let row = bench.store.get_version(&VersionName { adapter: name.clone(), version: *version }).await;
+                assert_eq!(u64::from(row.unwrap().rank), units(*content));
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Any sequence of calls: the budget is never exceeded, no lease is lost or changed, names point to versions that exist, and
+    /// in the end memory and disk are as in the beginning.
+    #[test]
+    fn the_hub_is_its_model(ops in prop::collection::vec(op(), 1..40)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (bench, mut model) = (Bench::new(ROOM).await, Model::default());
+            for op in ops {
+                model.apply(&bench, op).await;
+                model.assert_equals(&bench).await;
+            }
+            model.leases.clear();
+            for adapter in 0..ADAPTERS.len() {
+                model.apply(&bench, Op::Delete { adapter }).await;
+            }
+            bench.assert_nothing_left().await;
+        });
+    }
+}
