@@ -7,11 +7,14 @@ use std::sync::{Arc, OnceLock};
 use serde_json::Value;
 use tenora::adapter::Lora;
 use tenora::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use tenora::data::{Examples, Pair};
+use tenora::device::Arbiter;
 use tenora::model::Model;
 use tenora::model::exec::{Exec, KvLayout, LogitRows, Span};
 use tenora::model::traced::{Pass, TracedLora};
-use tenora::request::ChatMessage;
-use tenora::text::Text;
+use tenora::request::{ChatMessage, Hyperparameters, JobEvent, LrSchedule, Objective};
+use tenora::text::{Conversation, Text};
+use tenora::train::fit::{Control, FitInputs, FitOutcome, fit};
 
 fn folder() -> PathBuf {
     std::env::var_os("TENORA_GOLDEN").map_or_else(|| "tests/golden".into(), PathBuf::from)
@@ -177,4 +180,188 @@ fn the_serving_path_stays_close_to_the_golden_logprobs() {
     let mean = sum / f64::from(count);
     println!("serving path: mean absolute difference {mean:.4} nats over {count} tokens");
     assert!(mean <= 0.05, "{mean}");
+}
+
+/// prompt ++ completion, the completion in the loss.
+fn example(prompt: &[u32], completion: &[u32]) -> Conversation {
+    let in_loss = [vec![false; prompt.len()], vec![true; completion.len()]].concat();
+    Conversation { ids: [prompt, completion].concat(), in_loss }
+}
+
+/// The recipe of a golden run.
+fn recipe(recipe: &Value, steps: usize, batch: usize) -> Hyperparameters {
+    let number = |key: &str| recipe[key].as_f64();
+    assert_eq!(recipe["schedule"], "constant", "the only schedule in the golden files");
+    Hyperparameters {
+        learning_rate: number("lr").expect("lr"),
+        epochs: 1,
+        max_steps: Some(steps as u32),
+        batch_size: batch as u32,
+        gradient_accumulation_steps: 1,
+        warmup_steps: Some(0),
+        schedule: LrSchedule::Constant,
+        weight_decay: number("weight_decay").unwrap_or(0.0),
+        beta1: recipe["betas"][0].as_f64().unwrap_or(0.9),
+        beta2: recipe["betas"][1].as_f64().unwrap_or(0.999),
+        epsilon: number("eps").unwrap_or(1e-8),
+        max_grad_norm: number("clip_grad_norm").expect("clip_grad_norm"),
+        seed: 0,
+        sequential: true,
+        validation_split: 0.0,
+        eval_steps: None,
+        max_length: None,
+    }
+}
+
+struct Step {
+    loss: f64,
+    grad_norm: f64,
+    margin: Option<f64>,
+}
+
+/// Trains through the code that `Train` runs, from `adapters/sft_init`.
+fn train(examples: &Examples, objective: Objective, recipe: &Hyperparameters) -> (FitOutcome, Vec<Step>) {
+    let start = adapter("sft_init").expect("the starting adapter");
+    let (arbiter, control) = (Arbiter::new(0.5), Control::default());
+    let validation = match examples {
+        Examples::Sft(_) => Examples::Sft(Vec::new()),
+        Examples::Dpo(_) => Examples::Dpo(Vec::new()),
+    };
+    let inputs = FitInputs {
+        model: &base().0,
+        start: &start,
+        reference: None,
+        train: examples,
+        validation: &validation,
+        objective,
+        recipe,
+        arbiter: &arbiter,
+        control: &control,
+    };
+    let mut steps = Vec::new();
+    let mut observe = |event| {
+        if let JobEvent::Step { loss, grad_norm, margin, .. } = event {
+            steps.push(Step { loss, grad_norm, margin });
+        }
+        Ok(())
+    };
+    let outcome = fit(inputs, &mut observe).expect("the run ends well");
+    (outcome, steps)
+}
+
+fn assert_steps(curve: &[Value], steps: &[Step]) {
+    assert_eq!(steps.len(), curve.len());
+    for (i, (step, want)) in steps.iter().zip(curve).enumerate() {
+        let number = |key: &str| want[key].as_f64().unwrap_or_else(|| panic!("step {i}: {key}"));
+        assert!((step.loss - number("loss")).abs() <= 1e-3, "step {i}: loss {} {want}", step.loss);
+        let norm = number("grad_norm");
+        assert!((step.grad_norm - norm).abs() <= 0.01 * norm, "step {i}: grad_norm {} {want}", step.grad_norm);
+        if let Some(margin) = want["margin"].as_f64() {
+            let got = step.margin.expect("a margin");
+            assert!((got - margin).abs() <= 2e-3, "step {i}: margin {got} {want}");
+        }
+    }
+}
+
+#[test]
+fn sft_follows_the_golden_curve() {
+    let Some(sft) = file("sft.json") else { return };
+    let examples = sft["examples"].as_array().expect("examples").iter();
+    let examples =
+        Examples::Sft(examples.map(|e| example(&ids(&e["prompt_ids"]), &ids(&e["completion_ids"]))).collect());
+    let curve = sft["curve"].as_array().expect("a curve");
+    let batch = sft["recipe"]["batch"].as_u64().expect("a batch") as usize;
+    let (outcome, steps) = train(&examples, Objective::Sft, &recipe(&sft["recipe"], curve.len(), batch));
+    assert_steps(curve, &steps);
+    let lora = TracedLora::frozen(&outcome.lora).expect("tensors");
+    for after in sft["after"].as_array().expect("scores after training") {
+        let ids = ids(&after["ids"]);
+        let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
+        let pass = Pass { lora: Some(&lora), ..Pass::default() };
+        let logprobs = base().0.token_logprobs(&[&ids], &wanted, pass).and_then(|t| Ok(t.to_vec1::<f32>()?));
+        for (got, want) in logprobs.expect("scores").iter().zip(floats(&after["logprobs"])) {
+            assert!((f64::from(*got) - want).abs() <= 1e-2, "after training: {got} {want}");
+        }
+    }
+}
+
+/// The file has texts, not ids, and the run that made it cut them by transformers' conversion of the tokenizer: before a digit it takes the
+/// last character of a run of white space off the run. llama.cpp and the base's own tokenizer do not (nor does Tenora: to the base
+/// the one token is 7 nats likelier in these pairs). The golden ids are rebuilt here, and `reference_logp` proves them.
+fn as_transformers(text: &Arc<Text>, conversation: Conversation) -> Conversation {
+    let written = |id: u32| text.decoder().push(id);
+    let mut rebuilt = Conversation::default();
+    for (i, (&id, &in_loss)) in conversation.ids.iter().zip(&conversation.in_loss).enumerate() {
+        let run = written(id);
+        let before_digit = conversation.ids.get(i + 1).is_some_and(|next| written(*next).starts_with(char::is_numeric));
+        let ids = match run.char_indices().next_back() {
+            Some((last, _)) if last > 0 && before_digit && run.chars().all(char::is_whitespace) => {
+                [&run[..last], &run[last..]].map(|part| text.encode_plain(part).expect("encodes")).concat()
+            }
+            _ => vec![id],
+        };
+        rebuilt.in_loss.resize(rebuilt.in_loss.len() + ids.len(), in_loss);
+        rebuilt.ids.extend(ids);
+    }
+    rebuilt
+}
+
+#[test]
+fn dpo_follows_the_golden_curve() {
+    let Some(dpo) = file("dpo.json") else { return };
+    let text = &base().1;
+    let conversation = |pair: &Value, answer: &str| {
+        let message = |role: &str, content: &Value| ChatMessage {
+            role: role.into(),
+            content: content.as_str().expect("text").into(),
+        };
+        let turns = [message("user", &pair["prompt"]), message("assistant", &pair[answer])];
+        as_transformers(text, text.encode_conversation(&turns, &|_| true).expect("encodes"))
+    };
+    let pairs = dpo["pairs"].as_array().expect("pairs");
+    let mut examples = Vec::new();
+    for pair in pairs {
+        let (chosen, rejected) = (conversation(pair, "chosen"), conversation(pair, "rejected"));
+        for (answer, want) in [&chosen, &rejected].into_iter().zip(floats(&pair["reference_logp"])) {
+            let wanted: Vec<_> = (1..answer.ids.len()).filter(|i| answer.in_loss[*i]).map(|i| (0, i - 1)).collect();
+            let logprobs = base().0.token_logprobs(&[&answer.ids], &wanted, Pass::default()).expect("scores");
+            let sum: f64 = logprobs.to_vec1::<f32>().expect("values").iter().map(|x| f64::from(*x)).sum();
+            assert!((sum - want).abs() <= 1e-2, "the base's log-probability of an answer: {sum} {want}");
+        }
+        examples.push(Pair { chosen, rejected });
+    }
+    let beta = dpo["recipe"]["beta"].as_f64().expect("beta") as f32;
+    let curve = dpo["curve"].as_array().expect("a curve");
+    let recipe = recipe(&dpo["recipe"], curve.len(), pairs.len());
+    let (_, steps) = train(&Examples::Dpo(examples), Objective::Dpo { beta, label_smoothing: 0.0 }, &recipe);
+    assert_steps(curve, &steps);
+}
+
+/// Teacher-forced on the golden ids, the serving argmax is the golden token wherever the float32 top-2 gap is over 0.1 nat, and at
+/// 97 % of all positions.
+#[test]
+fn the_serving_argmax_is_the_golden_token() {
+    let Some(generate) = file("generate.json") else { return };
+    let (mut agree, mut all) = (0, 0);
+    for (name, entry) in entries(&generate) {
+        let lora = adapter(name);
+        let traced = lora.as_deref().map(|lora| TracedLora::frozen(lora).expect("tensors"));
+        let (prompt, greedy) = (ids(&entry["prompt_ids"]), ids(&entry["greedy_ids"]));
+        let sequence = [&prompt[..], &greedy[..]].concat();
+        let wanted: Vec<_> = (prompt.len() - 1..sequence.len() - 1).map(|i| (0, i)).collect();
+        let reference = base().0.reference_logits(&[&sequence], &wanted, traced.as_ref()).expect("logits");
+        let reference: Vec<Vec<f32>> = reference.to_vec2().expect("values");
+        let served = served_logits(&sequence, lora.as_ref(), 16);
+        for (i, golden) in greedy.iter().enumerate() {
+            let logprobs = log_softmax(&reference[i]);
+            let [a, b] = top(&logprobs, 2)[..] else { panic!("two tokens") };
+            let gap = (logprobs[a] - logprobs[b]).abs();
+            let equal = argmax(&log_softmax(&served[prompt.len() - 1 + i])) == *golden as usize;
+            assert!(equal || gap <= 0.1, "{name}: token {i} of {:?} differs at a gap of {gap}", entry["prompt"]);
+            agree += u32::from(equal);
+            all += 1;
+        }
+    }
+    println!("serving argmax: {agree} of {all} golden tokens");
+    assert!(f64::from(agree) >= 0.97 * f64::from(all), "{agree} of {all}");
 }

@@ -5,6 +5,7 @@ pub mod exec;
 mod kv;
 mod linear;
 pub mod llama;
+pub mod parity;
 mod tiny;
 pub mod traced;
 

@@ -1,0 +1,242 @@
+//! The parity gate's measurement: does serving apply an adapter as training does?
+//!
+//! With D = logp(adapter) - logp(base), both on the same path, an adapter passes where mean |D_serve - D_train| is at most
+//! max(0.02, 0.1 * mean |D_train|) nats over at least 256 scored tokens. An adapter whose delta is not zero must also change the
+//! serving path's logits; one that changes nothing on either path is reported as `no_effect`.
+
+use std::sync::{Arc, OnceLock};
+
+use crate::adapter::Lora;
+use crate::device::{Arbiter, TrainPermit};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::model::exec::{Exec, KvLayout, LogitRows, Span};
+use crate::model::traced::{Pass, TracedLora};
+use crate::request::ParityReport;
+use crate::text::Text;
+
+/// Fewest tokens a judgement rests on.
+pub const MIN_TOKENS: usize = 256;
+
+/// Most tokens that are scored: more would only cost time.
+const MAX_TOKENS: usize = 512;
+
+/// The least threshold, nats.
+const FLOOR: f32 = 0.02;
+
+/// The threshold's share of the adapter's mean effect.
+const SHARE: f32 = 0.1;
+
+/// Longest built-in probe sequence, and rows between two offers to give way to serving. Tokens.
+const CHUNK: usize = 64;
+
+/// What the built-in probe sequences say.
+const PROBE: &str = include_str!("probe.txt");
+
+/// The scores of some sequences on one path: ln p of every token but the first of each.
+type Logprobs = Vec<f32>;
+
+/// Scores of the base, and a fingerprint of its logits on the serving path.
+#[derive(Debug)]
+struct BaseScores {
+    serve: (Logprobs, Fingerprint),
+    train: Logprobs,
+}
+
+/// The sum of all logits' bits: equal for equal logits.
+type Fingerprint = u64;
+
+/// Measures adapters against one base.
+#[derive(Debug)]
+pub struct Parity {
+    model: Arc<Model>,
+    arbiter: Arc<Arbiter>,
+    probes: Vec<Vec<u32>>,
+    /// Of the built-in probes; the same for every adapter.
+    base: OnceLock<BaseScores>,
+}
+
+impl Parity {
+    pub fn new(model: Arc<Model>, text: &Text, arbiter: Arc<Arbiter>) -> Result<Self> {
+        let ids = text.encode_plain(PROBE)?;
+        let probes: Vec<Vec<u32>> = ids.chunks(CHUNK.min(model.context_length())).map(<[u32]>::to_vec).collect();
+        Ok(Self { model, arbiter, probes: limited(&probes), base: OnceLock::new() })
+    }
+
+    /// Scores `probes` (where they hold fewer than 256 tokens to score: the built-in ones) with and without the adapter, on both
+    /// paths. Takes seconds of compute, and gives way to serving.
+    pub fn measure(&self, lora: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
+        self.compare(&Arc::new(lora.clone()), lora, probes)
+    }
+
+    /// As [`Parity::measure`], with the adapters of the two paths apart.
+    fn compare(&self, served: &Arc<Lora>, trained: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
+        let permit = Arc::new(self.arbiter.train());
+        let own;
+        let (probes, base) = if scored(probes) >= MIN_TOKENS {
+            let probes = limited(probes);
+            own = (self.base_scores(&probes, &permit)?, probes);
+            (&own.1, &own.0)
+        } else {
+            let base = match self.base.get() {
+                Some(base) => base,
+                None => {
+                    let scores = self.base_scores(&self.probes, &permit)?;
+                    self.base.get_or_init(|| scores)
+                }
+            };
+            (&self.probes, base)
+        };
+        let (serve, fingerprint) = self.serve(probes, Some(served), &permit)?;
+        let train = self.train(probes, Some(&TracedLora::frozen(trained)?), &permit)?;
+        report(base, &serve, &train, fingerprint == base.serve.1)
+    }
+
+    fn base_scores(&self, probes: &[Vec<u32>], permit: &Arc<TrainPermit>) -> Result<BaseScores> {
+        Ok(BaseScores { serve: self.serve(probes, None, permit)?, train: self.train(probes, None, permit)? })
+    }
+
+    fn serve(
+        &self,
+        probes: &[Vec<u32>],
+        lora: Option<&Arc<Lora>>,
+        permit: &TrainPermit,
+    ) -> Result<(Logprobs, Fingerprint)> {
+        let longest = probes.iter().map(Vec::len).max().unwrap_or(0);
+        let layout = KvLayout { block_tokens: CHUNK, blocks: longest.div_ceil(CHUNK) };
+        let blocks: Vec<u32> = (0..layout.blocks as u32).collect();
+        let mut exec = Exec::new(self.model.clone(), layout)?;
+        let (mut logprobs, mut fingerprint) = (Vec::new(), 0u64);
+        for ids in probes {
+            for start in (0..ids.len()).step_by(CHUNK) {
+                let chunk = &ids[start..ids.len().min(start + CHUNK)];
+                let span = Span { ids: chunk, start, blocks: &blocks, lora, logits: LogitRows::All };
+                let logits = exec.forward(&[span])?;
+                for (row, target) in logits.chunks_exact(self.model.vocab_size()).zip(&ids[start + 1..]) {
+                    logprobs.push(row[*target as usize] - log_sum_exp(row));
+                }
+                let bits = logits.iter().map(|x| u64::from(x.to_bits()));
+                fingerprint = bits.fold(fingerprint, |sum, bits| sum.rotate_left(5).wrapping_add(bits));
+                permit.give_way();
+            }
+        }
+        Ok((logprobs, fingerprint))
+    }
+
+    fn train(&self, probes: &[Vec<u32>], lora: Option<&TracedLora>, permit: &Arc<TrainPermit>) -> Result<Logprobs> {
+        let ids: Vec<&[u32]> = probes.iter().map(Vec::as_slice).collect();
+        let wanted: Vec<_> =
+            ids.iter().enumerate().flat_map(|(s, ids)| (0..ids.len().saturating_sub(1)).map(move |i| (s, i))).collect();
+        let pass = Pass { lora, dropout: None, permit: Some(permit) };
+        Ok(self.model.token_logprobs(&ids, &wanted, pass)?.to_vec1()?)
+    }
+}
+
+fn report(base: &BaseScores, serve: &[f32], train: &[f32], serves_the_base: bool) -> Result<ParityReport> {
+    let effect = |with: &[f32], without: &[f32]| with.iter().zip(without).map(|(a, b)| a - b).collect::<Vec<f32>>();
+    let served = effect(serve, &base.serve.0);
+    let trained = effect(train, &base.train);
+    let mean = |values: &mut dyn Iterator<Item = f32>| values.map(f32::abs).sum::<f32>() / trained.len() as f32;
+    let mean_abs_effect = mean(&mut trained.iter().copied());
+    let mean_abs_difference = mean(&mut served.iter().zip(&trained).map(|(s, t)| s - t));
+    if !mean_abs_difference.is_finite() {
+        return Err(Error::precondition(
+            "PARITY_FAILED",
+            "parity gate",
+            "the adapter gives log-probabilities that are not numbers; its values are too large for this base",
+        ));
+    }
+    let no_effect = serves_the_base && trained.iter().all(|d| *d == 0.0);
+    if serves_the_base && !no_effect {
+        return Err(Error::precondition(
+            "PARITY_FAILED",
+            "parity gate",
+            format!(
+                "training sees an effect of {mean_abs_effect:.4} nats and serving none: the adapter is not applied"
+            ),
+        ));
+    }
+    let threshold = FLOOR.max(SHARE * mean_abs_effect);
+    Ok(ParityReport { tokens: trained.len() as u32, mean_abs_difference, mean_abs_effect, threshold, no_effect })
+}
+
+/// Tokens that have a prediction.
+fn scored(probes: &[Vec<u32>]) -> usize {
+    probes.iter().map(|ids| ids.len().saturating_sub(1)).sum()
+}
+
+/// The first sequences, up to about [`MAX_TOKENS`].
+fn limited(probes: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let mut tokens = 0;
+    let fits = |ids: &&Vec<u32>| {
+        let room = tokens < MAX_TOKENS;
+        tokens += ids.len().saturating_sub(1);
+        room
+    };
+    probes.iter().take_while(fits).cloned().collect()
+}
+
+fn log_sum_exp(row: &[f32]) -> f32 {
+    let largest = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    largest + row.iter().map(|x| f64::from((x - largest).exp())).sum::<f64>().ln() as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::LoraSpec;
+
+    fn setup() -> (Parity, Lora) {
+        let (model, text) = Model::tiny(1);
+        let mut lora = Lora::fresh(&LoraSpec::default(), model.shape(), 5).unwrap();
+        for (i, layer) in lora.layers.values_mut().enumerate() {
+            layer.b.iter_mut().enumerate().for_each(|(j, b)| *b = ((i * 31 + j) as f32).sin() * 0.1);
+        }
+        (Parity::new(model, &text, Arbiter::new(0.5)).unwrap(), lora)
+    }
+
+    #[test]
+    fn a_sound_adapter_passes() {
+        let (parity, lora) = setup();
+        let report = parity.measure(&lora, &[]).unwrap();
+        assert!(report.tokens as usize >= MIN_TOKENS && !report.no_effect, "{report:?}");
+        assert!(report.mean_abs_difference <= report.threshold, "{report:?}");
+        let probes: Vec<Vec<u32>> = (0..4).map(|s| (0..100).map(|i| (i * 7 + s) % 256).collect()).collect();
+        let report = parity.measure(&lora, &probes).unwrap();
+        assert_eq!(report.tokens, 396);
+        assert!(report.mean_abs_difference <= report.threshold, "{report:?}");
+    }
+
+    /// The planted fault: serving skips one layer's adapter.
+    #[test]
+    fn a_skipped_layer_is_refused() {
+        let (parity, lora) = setup();
+        let mut faulty = lora.clone();
+        faulty.layers.retain(|site, _| site.layer != 1);
+        let report = parity.compare(&Arc::new(faulty), &lora, &[]).unwrap();
+        assert!(report.mean_abs_difference > report.threshold, "{report:?}");
+    }
+
+    #[test]
+    fn an_adapter_that_is_not_served_is_refused_however_small() {
+        let (parity, mut lora) = setup();
+        let unserved = Lora { layers: Default::default(), ..lora.clone() };
+        lora.layers.values_mut().for_each(|layer| layer.b.iter_mut().for_each(|b| *b *= 1e-3));
+        assert!(parity.compare(&Arc::new(unserved), &lora, &[]).is_err());
+    }
+
+    #[test]
+    fn a_zero_adapter_has_no_effect() {
+        let (parity, lora) = setup();
+        let (model, _) = Model::tiny(1);
+        let zero = Lora::fresh(&lora.spec, model.shape(), 5).unwrap();
+        assert!(parity.measure(&zero, &[]).unwrap().no_effect);
+    }
+
+    #[test]
+    fn an_exploding_adapter_is_refused() {
+        let (parity, mut lora) = setup();
+        lora.layers.values_mut().for_each(|layer| layer.b.iter_mut().for_each(|b| *b = 1e38));
+        assert!(parity.measure(&lora, &[]).is_err());
+    }
+}
