@@ -279,4 +279,98 @@ mod tests {
             prop_assert_eq!(format!("{:?}", check(chunks)), format!("{:?}", check_text(&text)));
         }
     }
+
+    async fn store() -> (tempfile::TempDir, Store, Tenant) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).await.unwrap();
+        let tenant = Tenant::proven("tenants/one".parse().unwrap());
+        store.create_tenant(tenant.id(), "", "").await.unwrap();
+        (folder, store, tenant)
+    }
+
+    async fn begin(store: &Store, tenant: &Tenant, id: &str, request_id: &str, validate_only: bool) -> Result<Upload> {
+        let name = DatasetName::new(tenant.id(), id).unwrap();
+        let limits = Limits { max_datasets_per_tenant: 2, max_record_bytes: 200, ..limits() };
+        Upload::begin(store, &limits, tenant, name, DatasetKind::Sft, request_id, validate_only).await
+    }
+
+    /// Every file below the blob folder, staged ones too.
+    fn files(folder: &tempfile::TempDir) -> usize {
+        fn count(path: &std::path::Path) -> usize {
+            let entries = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path());
+            entries.map(|path| if path.is_dir() { count(&path) } else { 1 }).sum()
+        }
+        count(&folder.path().join("blobs"))
+    }
+
+    async fn settles_to(folder: &tempfile::TempDir, expected: usize) {
+        for _ in 0..200 {
+            if files(folder) == expected {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        assert_eq!(files(folder), expected);
+    }
+
+    #[tokio::test]
+    async fn what_is_uploaded_is_what_is_read() {
+        let (folder, store, tenant) = store().await;
+        let mut upload = begin(&store, &tenant, "d", "r", false).await.unwrap();
+        let record = Record::parse(DatasetKind::Sft, GOOD.as_bytes()).unwrap();
+        upload.write(&GOOD.as_bytes()[..9]).await.unwrap();
+        upload.write(&GOOD.as_bytes()[9..]).await.unwrap();
+        upload.write(b"\n").await.unwrap();
+        upload.write_record(&record).await.unwrap();
+        let row = upload.finish().await.unwrap();
+        assert_eq!(row.records, 2);
+        assert_eq!(crate::data::read(&store, &row).await.unwrap(), [record.clone(), record]);
+        assert_eq!(row, store.get_dataset(&row.name).await.unwrap());
+
+        let mut retried = begin(&store, &tenant, "d", "r", false).await.unwrap();
+        retried.write(GOOD.as_bytes()).await.unwrap();
+        assert_eq!(retried.finish().await.unwrap(), row);
+        let taken = begin(&store, &tenant, "d", "", false).await;
+        assert!(matches!(taken, Err(Error::AlreadyExists { .. })));
+        crate::data::delete_dataset(&store, &tenant, &row.name).await.unwrap();
+        assert_eq!(files(&folder), 0);
+    }
+
+    #[tokio::test]
+    async fn what_does_not_finish_leaves_nothing() {
+        let (folder, store, tenant) = store().await;
+        let mut dropped = begin(&store, &tenant, "a", "", false).await.unwrap();
+        dropped.write(GOOD.as_bytes()).await.unwrap();
+        drop(dropped);
+        let mut wrong = begin(&store, &tenant, "b", "", false).await.unwrap();
+        assert!(wrong.write(b"{\n").await.is_err());
+        drop(wrong);
+        let empty = begin(&store, &tenant, "c", "", false).await.unwrap();
+        assert!(empty.finish().await.is_err());
+        let mut validated = begin(&store, &tenant, "d", "", true).await.unwrap();
+        validated.write(GOOD.as_bytes()).await.unwrap();
+        assert_eq!(validated.finish().await.unwrap().records, 1);
+        settles_to(&folder, 0).await;
+        let page = crate::store::Page::default();
+        assert!(store.list_datasets(tenant.id(), &page).await.unwrap().items.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_race_for_one_name_has_one_winner() {
+        let (folder, store, tenant) = store().await;
+        let mut uploads = Vec::new();
+        for id in ["d", "d", "e", "f"] {
+            let mut upload = begin(&store, &tenant, id, "", false).await.unwrap();
+            upload.write(GOOD.as_bytes()).await.unwrap();
+            uploads.push(upload.finish());
+        }
+        let results = futures::future::join_all(uploads).await;
+        assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 2, "{results:?}");
+        settles_to(&folder, 2).await;
+        let stranger = Tenant::proven("tenants/two".parse().unwrap());
+        let name = DatasetName::new(tenant.id(), "x").unwrap();
+        let limits = limits();
+        let refused = Upload::begin(&store, &limits, &stranger, name, DatasetKind::Sft, "", false).await;
+        assert!(matches!(refused, Err(Error::PermissionDenied)));
+    }
 }

@@ -32,7 +32,7 @@ use crate::train::job::Sources;
 const EVENT_PAGE: u32 = 256;
 
 /// What a trainer works with.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct TrainerParts {
     pub store: Store,
     pub hub: Arc<Hub>,

@@ -1,6 +1,9 @@
-//! What tests of this module share, and training as a whole on the tiny model.
+//! What the tests of this module share.
 
-use crate::request::{Hyperparameters, LrSchedule};
+mod fitting;
+mod jobs;
+
+use crate::request::{Hyperparameters, LoraSpec, LrSchedule};
 
 /// A plain recipe: sequential, no warm-up, constant rate.
 pub fn recipe() -> Hyperparameters {
@@ -23,4 +26,8 @@ pub fn recipe() -> Hyperparameters {
         eval_steps: None,
         max_length: None,
     }
+}
+
+fn lora() -> LoraSpec {
+    LoraSpec { rank: 4, alpha: 8.0, ..LoraSpec::default() }
 }

@@ -1,0 +1,211 @@
+//! The loop on the tiny model.
+
+use std::sync::Arc;
+
+use crate::adapter::Lora;
+use crate::data::{Examples, Preference, Record};
+use crate::device::Arbiter;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::request::{Hyperparameters, JobEvent, LoraSpec, Objective};
+use crate::store::DatasetKind;
+use crate::text::Text;
+use crate::train::fit::{Control, FitInputs, FitOutcome, fit};
+use crate::train::tests::{lora, recipe};
+
+const DPO: Objective = Objective::Dpo { beta: 0.1, label_smoothing: 0.0 };
+
+struct Bench {
+    model: Arc<Model>,
+    text: Arc<Text>,
+    arbiter: Arc<Arbiter>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let (model, text) = Model::tiny(1);
+        Self { model, text, arbiter: Arbiter::new(0.5) }
+    }
+
+    fn chats(&self, n: usize) -> Examples {
+        let chat = |i: usize| {
+            let line = format!(r#"{{"prompt":"q{i}","completion":"{}"}}"#, "yes, sir ".repeat(1 + i % 3));
+            match Record::parse(DatasetKind::Sft, line.as_bytes()).unwrap() {
+                Record::Chat(chat) => chat.encode(&self.text).unwrap(),
+                Record::Preference(_) => unreachable!(),
+            }
+        };
+        Examples::Sft((0..n).map(chat).collect())
+    }
+
+    fn pairs(&self, n: usize) -> Examples {
+        let pair = |i: usize| {
+            let message = |role: &str, content: String| crate::request::ChatMessage { role: role.into(), content };
+            let preference = Preference {
+                prompt: vec![message("user", format!("q{i}"))],
+                chosen: vec![message("assistant", "good".into())],
+                rejected: vec![message("assistant", "very bad".into())],
+            };
+            preference.encode(&self.text).unwrap()
+        };
+        Examples::Dpo((0..n).map(pair).collect())
+    }
+
+    fn start(&self, spec: LoraSpec) -> Lora {
+        Lora::fresh(&spec, self.model.shape(), 5).unwrap()
+    }
+
+    fn fit(&self, run: &Run<'_>) -> Result<(FitOutcome, Vec<JobEvent>)> {
+        let (control, none) = (Control::default(), run.validation_or_none());
+        let inputs = FitInputs {
+            model: &self.model,
+            start: run.start,
+            reference: run.reference,
+            train: run.train,
+            validation: &none,
+            objective: run.objective,
+            recipe: &run.recipe,
+            arbiter: &self.arbiter,
+            control: &control,
+        };
+        let mut events = Vec::new();
+        let outcome = fit(inputs, &mut |event| {
+            if matches!(event, JobEvent::Step { step, .. } if Some(step) == run.stop_after) {
+                control.stop();
+            }
+            events.push(event);
+            Ok(())
+        });
+        outcome.map(|outcome| (outcome, events))
+    }
+}
+
+struct Run<'a> {
+    start: &'a Lora,
+    reference: Option<&'a Lora>,
+    train: &'a Examples,
+    validation: Option<&'a Examples>,
+    objective: Objective,
+    recipe: Hyperparameters,
+    stop_after: Option<u32>,
+}
+
+impl<'a> Run<'a> {
+    fn new(start: &'a Lora, train: &'a Examples, recipe: Hyperparameters) -> Self {
+        let objective = if matches!(train, Examples::Sft(_)) { Objective::Sft } else { DPO };
+        Self { start, reference: None, train, validation: None, objective, recipe, stop_after: None }
+    }
+
+    fn validation_or_none(&self) -> Examples {
+        self.validation.cloned().unwrap_or_else(|| match self.train {
+            Examples::Sft(_) => Examples::Sft(Vec::new()),
+            Examples::Dpo(_) => Examples::Dpo(Vec::new()),
+        })
+    }
+}
+
+/// (loss, gradient norm, margin) of each step.
+fn curve(events: &[JobEvent]) -> Vec<(f64, f64, Option<f64>)> {
+    let of_step = |event: &JobEvent| match event {
+        JobEvent::Step { loss, grad_norm, margin, .. } => Some((*loss, *grad_norm, *margin)),
+        _ => None,
+    };
+    events.iter().filter_map(of_step).collect()
+}
+
+fn close(a: f64, b: f64) -> bool {
+    (a - b).abs() <= 1e-4 * a.abs().max(b.abs())
+}
+
+#[test]
+fn supervised_training_lowers_the_loss() {
+    let bench = Bench::new();
+    let (start, train) = (bench.start(lora()), bench.chats(4));
+    let recipe = Hyperparameters { max_steps: Some(20), ..recipe() };
+    let (outcome, events) = bench.fit(&Run::new(&start, &train, recipe)).unwrap();
+    let curve = curve(&events);
+    assert_eq!(curve.len(), 20);
+    assert!(curve[19].0 < 0.8 * curve[0].0, "{curve:?}");
+    assert!(!outcome.lora.is_zero());
+    assert_eq!(outcome.metrics["train_loss"], curve[19].0);
+}
+
+#[test]
+fn accumulation_is_the_same_as_one_batch() {
+    let bench = Bench::new();
+    let (start, train) = (bench.start(lora()), bench.chats(8));
+    let steps = |batch_size, gradient_accumulation_steps| {
+        let recipe = Hyperparameters { batch_size, gradient_accumulation_steps, max_steps: Some(3), ..recipe() };
+        curve(&bench.fit(&Run::new(&start, &train, recipe)).unwrap().1)
+    };
+    for (one, two) in steps(4, 1).iter().zip(steps(2, 2)) {
+        assert!(close(one.0, two.0) && close(one.1, two.1), "{one:?} {two:?}");
+    }
+}
+
+#[test]
+fn the_same_inputs_give_the_same_bits() {
+    let bench = Bench::new();
+    let (start, train) = (bench.start(LoraSpec { dropout: 0.3, ..lora() }), bench.chats(6));
+    let run = |seed| {
+        let recipe = Hyperparameters { seed, sequential: false, epochs: 2, ..recipe() };
+        bench.fit(&Run::new(&start, &train, recipe)).unwrap().0.lora
+    };
+    let first = run(1);
+    assert_eq!(first, run(1));
+    assert_ne!(first, run(2));
+}
+
+#[test]
+fn evaluation_changes_nothing_but_the_report() {
+    let bench = Bench::new();
+    let (start, train, validation) = (bench.start(lora()), bench.chats(4), bench.chats(3));
+    let recipe = Hyperparameters { epochs: 5, eval_steps: Some(2), ..recipe() };
+    let (without, _) = bench.fit(&Run::new(&start, &train, recipe.clone())).unwrap();
+    let run = Run { validation: Some(&validation), ..Run::new(&start, &train, recipe) };
+    let (with, events) = bench.fit(&run).unwrap();
+    assert_eq!(with.lora, without.lora);
+    let evaluated = |event: &JobEvent| match event {
+        JobEvent::Evaluated { step, .. } => Some(*step),
+        _ => None,
+    };
+    assert_eq!(events.iter().filter_map(evaluated).collect::<Vec<_>>(), [2, 4, 5]);
+    assert!(with.metrics["eval_loss"].is_finite());
+}
+
+#[test]
+fn preferences_start_indifferent_and_learn_the_order() {
+    let bench = Bench::new();
+    let (start, train) = (bench.start(lora()), bench.pairs(4));
+    let recipe = Hyperparameters { max_steps: Some(15), ..recipe() };
+    let (trained, events) = bench.fit(&Run::new(&start, &train, recipe.clone())).unwrap();
+    let first = curve(&events);
+    assert!(close(first[0].0, 2_f64.ln()) && first[0].2.unwrap().abs() < 1e-4, "{first:?}");
+    assert!(first[14].0 < first[0].0 && first[14].2 > Some(0.1), "{first:?}");
+
+    let run = Run { reference: Some(&trained.lora), ..Run::new(&trained.lora, &train, recipe.clone()) };
+    let continued = curve(&bench.fit(&run).unwrap().1);
+    assert!(close(continued[0].0, 2_f64.ln()), "a continued adapter is its own reference: {continued:?}");
+    let against_base = curve(&bench.fit(&Run::new(&trained.lora, &train, recipe)).unwrap().1);
+    assert!(against_base[0].2 > Some(0.1));
+}
+
+#[test]
+fn a_stopped_run_takes_no_further_step() {
+    let bench = Bench::new();
+    let (start, train) = (bench.start(lora()), bench.chats(4));
+    let recipe = Hyperparameters { max_steps: Some(10), ..recipe() };
+    let run = Run { stop_after: Some(2), ..Run::new(&start, &train, recipe) };
+    assert!(matches!(bench.fit(&run), Err(Error::Cancelled)));
+}
+
+#[test]
+fn a_run_that_diverges_says_so() {
+    let bench = Bench::new();
+    let mut start = bench.start(lora());
+    for layer in start.layers.values_mut() {
+        layer.b.fill(f32::INFINITY);
+    }
+    let outcome = bench.fit(&Run::new(&start, &bench.chats(4), recipe()));
+    assert!(matches!(outcome, Err(Error::Precondition { reason: "TRAINING_DIVERGED", .. })));
+}
