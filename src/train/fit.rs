@@ -77,7 +77,7 @@ pub struct FitOutcome {
 pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent) -> Result<()>) -> Result<FitOutcome> {
     let mut run = Run::new(inputs)?;
     if run.train.needs_reference() {
-        let pairs = run.train.len() + run.validation.len();
+        let pairs = run.train.count() + run.validation.count();
         observe(JobEvent::Message(format!("computing the reference's log-probabilities of {pairs} pairs")))?;
         run.score_reference()?;
     }
@@ -171,7 +171,7 @@ impl<'a> Run<'a> {
         let lora = self.inputs.reference.map(TracedLora::frozen).transpose()?;
         let most = self.inputs.recipe.batch_size as usize;
         for objective in [&mut self.train, &mut self.validation] {
-            let all: Vec<usize> = (0..objective.len()).collect();
+            let all: Vec<usize> = (0..objective.count()).collect();
             for piece in pieces(&**objective, &all, most) {
                 self.inputs.control.check()?;
                 let permit = Arc::new(self.inputs.arbiter.train());
@@ -229,9 +229,10 @@ impl<'a> Run<'a> {
             self.inputs.control.check()?;
             let permit = self.permit();
             let part = self.backward(piece, &permit, &mut sums)?;
-            gradients = match gradients.is_empty() {
-                true => part,
-                false => gradients.iter().zip(&part).map(|(sum, g)| sum + g).collect::<candle_core::Result<_>>()?,
+            gradients = if gradients.is_empty() {
+                part
+            } else {
+                gradients.iter().zip(&part).map(|(sum, g)| sum + g).collect::<candle_core::Result<_>>()?
             };
         }
         Ok((sums, gradients))
@@ -252,15 +253,15 @@ impl<'a> Run<'a> {
     }
 
     fn evaluates_after(&self, step: u32) -> bool {
-        let epoch = (self.train.len() as u64).div_ceil(self.schedule.batch).max(1);
+        let epoch = (self.train.count() as u64).div_ceil(self.schedule.batch).max(1);
         let every = self.inputs.recipe.eval_steps.map_or(epoch, u64::from).max(1);
-        self.validation.len() > 0 && (u64::from(step).is_multiple_of(every) || step == self.schedule.total_steps)
+        self.validation.count() > 0 && (u64::from(step).is_multiple_of(every) || step == self.schedule.total_steps)
     }
 
     fn evaluate(&mut self, step: u32) -> Result<JobEvent> {
         // A frozen copy: no graph is built, so no activation is kept.
         let lora = TracedLora::frozen(&self.lora.to_lora()?)?;
-        let all: Vec<usize> = (0..self.validation.len()).collect();
+        let all: Vec<usize> = (0..self.validation.count()).collect();
         let weight = all.iter().map(|example| self.validation.weight(*example)).sum();
         let mut sums = Sums { weight, ..Sums::default() };
         for piece in pieces(&*self.validation, &all, self.inputs.recipe.batch_size as usize) {

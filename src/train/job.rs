@@ -80,7 +80,11 @@ impl Sources {
             Start::Fresh(lora) => check_lora(lora, self.model.shape(), self.limits.max_rank)?,
             Start::From(version) => {
                 tenant.check_owns(version.tenant())?;
-                self.store.get_version(version).await?;
+                let row = self.store.get_version(version).await?;
+                if row.base_digest != self.model.shape().digest {
+                    let message = "was made for another base; start from a version of this one or from a fresh adapter";
+                    return Err(Error::precondition("BASE_MISMATCH", version, message));
+                }
             }
         }
         let dataset = self.store.get_dataset(&spec.dataset).await?;
@@ -125,18 +129,33 @@ fn encode(
     max_length: usize,
 ) -> Result<(Examples, Examples)> {
     let split = Split::new(records.len(), recipe.validation_split, recipe.seed);
-    let part = |indices: &[usize]| {
-        let numbered = indices.iter().map(|index| (index + 1, &records[*index]));
-        match kind {
-            DatasetKind::Sft => {
-                numbered.map(|(n, r)| encode_chat(n, r, text, max_length)).collect::<Result<_>>().map(Examples::Sft)
-            }
-            DatasetKind::Preferences => {
-                numbered.map(|(n, r)| encode_pair(n, r, text, max_length)).collect::<Result<_>>().map(Examples::Dpo)
-            }
+    Ok(match kind {
+        DatasetKind::Sft => {
+            let (train, validation) =
+                encode_parts(records, &split, |n, record| encode_chat(n, record, text, max_length))?;
+            (Examples::Sft(train), Examples::Sft(validation))
         }
-    };
-    Ok((part(&split.train)?, part(&split.validation)?))
+        DatasetKind::Preferences => {
+            let (train, validation) =
+                encode_parts(records, &split, |n, record| encode_pair(n, record, text, max_length))?;
+            (Examples::Dpo(train), Examples::Dpo(validation))
+        }
+    })
+}
+
+/// In the order of the records, so that an error names the first bad one. `encode` is given a record's number, from 1.
+fn encode_parts<T>(
+    records: &[Record],
+    split: &Split,
+    encode: impl Fn(usize, &Record) -> Result<T>,
+) -> Result<(Vec<T>, Vec<T>)> {
+    let (mut train, mut validation) = (Vec::new(), Vec::new());
+    for (index, record) in records.iter().enumerate() {
+        let held_out = split.validation.binary_search(&index).is_ok();
+        let part = if held_out { &mut validation } else { &mut train };
+        part.push(encode(index + 1, record)?);
+    }
+    Ok((train, validation))
 }
 
 fn encode_chat(number: usize, record: &Record, text: &Text, max_length: usize) -> Result<Conversation> {

@@ -21,12 +21,8 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// Takes jobs until the trainer shuts down.
 pub(super) async fn run(inner: Arc<Inner>) {
-    loop {
-        let claimed = match inner.shutdown.is_cancelled() {
-            true => return,
-            false => inner.sources.store.claim_next_job(&inner.worker, LEASE).await,
-        };
-        match claimed {
+    while !inner.shutdown.is_cancelled() {
+        match inner.sources.store.claim_next_job(&inner.worker, LEASE).await {
             Ok(Some((tenant, job))) => run_job(&inner, &tenant, &job).await,
             Ok(None) => {
                 tokio::select! {

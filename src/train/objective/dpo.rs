@@ -71,7 +71,7 @@ impl<'a> Dpo<'a> {
 }
 
 impl Objective for Dpo<'_> {
-    fn len(&self) -> usize {
+    fn count(&self) -> usize {
         self.pairs.len()
     }
 

@@ -18,8 +18,8 @@ pub use sft::Sft;
 
 /// A loss over examples that never changes while a job runs.
 pub trait Objective {
-    /// Examples it owns.
-    fn len(&self) -> usize;
+    /// How many examples it owns.
+    fn count(&self) -> usize;
 
     /// Ids the model sees for this example.
     fn tokens(&self, example: usize) -> usize;

@@ -21,7 +21,7 @@ impl<'a> Sft<'a> {
 }
 
 impl Objective for Sft<'_> {
-    fn len(&self) -> usize {
+    fn count(&self) -> usize {
         self.examples.len()
     }
 

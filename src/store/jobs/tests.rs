@@ -1,0 +1,219 @@
+use super::*;
+use crate::ids::{DatasetName, Digest};
+use crate::request::{Hyperparameters, LoraSpec, LrSchedule, Objective, Publish};
+use crate::store::{DatasetKind, NewDataset};
+
+const LEASE: Duration = Duration::from_secs(30);
+
+fn tenant(id: &str) -> TenantId {
+    TenantId::new(id).unwrap()
+}
+
+fn job(tenant: &TenantId, id: &str) -> NewJob {
+    let hyperparameters = Hyperparameters {
+        learning_rate: 1e-3,
+        epochs: 1,
+        max_steps: None,
+        batch_size: 1,
+        gradient_accumulation_steps: 1,
+        warmup_steps: None,
+        schedule: LrSchedule::Cosine,
+        weight_decay: 0.0,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        max_grad_norm: 1.0,
+        seed: u64::MAX,
+        sequential: false,
+        validation_split: 0.0,
+        eval_steps: None,
+        max_length: None,
+    };
+    let spec = JobSpec {
+        adapter: AdapterName::new(tenant, "a").unwrap(),
+        dataset: DatasetName::new(tenant, "d").unwrap(),
+        objective: Objective::Sft,
+        start: Start::Fresh(LoraSpec::default()),
+        hyperparameters,
+        publish: Publish::Auto,
+    };
+    NewJob { name: JobName::new(tenant, id).unwrap(), spec, total_steps: 3 }
+}
+
+/// A store with two tenants, each with a dataset `d`.
+async fn store() -> (tempfile::TempDir, Store) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path()).await.unwrap();
+    for id in ["one", "two"] {
+        store.create_tenant(&tenant(id), "", "").await.unwrap();
+        let name = DatasetName::new(&tenant(id), "d").unwrap();
+        let (kind, digest) = (DatasetKind::Sft, Digest::of(b""));
+        let blob = format!("{id}/datasets/x");
+        let dataset = NewDataset { name, kind, records: 3, size_bytes: 0, digest, blob };
+        store.insert_dataset(&dataset, "", 10).await.unwrap();
+    }
+    (folder, store)
+}
+
+async fn insert(store: &Store, tenant_id: &str, id: &str) -> JobName {
+    store.insert_job(&job(&tenant(tenant_id), id), "", 10).await.unwrap().name
+}
+
+async fn claim(store: &Store) -> Option<String> {
+    store.claim_next_job("w", LEASE).await.unwrap().map(|(_, job)| job.name.job)
+}
+
+async fn states(store: &Store, job: &JobName) -> Vec<JobState> {
+    let events = store.events_after(job, 0, 100).await.unwrap();
+    let state = |event: &StoredEvent| match event.event {
+        JobEvent::State { state, .. } => Some(state),
+        _ => None,
+    };
+    events.iter().filter_map(state).collect()
+}
+
+#[tokio::test]
+async fn a_request_id_makes_one_job() {
+    let (_folder, store) = store().await;
+    let first = store.insert_job(&job(&tenant("one"), "j1"), "r", 10).await.unwrap();
+    let again = store.insert_job(&job(&tenant("one"), "j2"), "r", 10).await.unwrap();
+    assert_eq!(first, again);
+    assert_eq!(store.job_of_request(&tenant("one"), "r").await.unwrap(), Some(first));
+    assert_eq!(store.job_of_request(&tenant("two"), "r").await.unwrap(), None);
+    let without = store.insert_job(&job(&tenant("one"), "j2"), "", 10).await.unwrap();
+    assert_eq!(without.name.job, "j2");
+    assert_eq!(without.spec, job(&tenant("one"), "j2").spec);
+}
+
+#[tokio::test]
+async fn open_jobs_are_limited_and_need_their_dataset() {
+    let (_folder, store) = store().await;
+    let first = insert(&store, "one", "j1").await;
+    let full = store.insert_job(&job(&tenant("one"), "j2"), "", 1).await;
+    assert!(matches!(full, Err(Error::Exhausted { limit: "max_jobs_per_tenant", .. })));
+    store.transition(&first, &[JobState::Queued], JobState::Cancelled, JobEnd::default()).await.unwrap().unwrap();
+    store.insert_job(&job(&tenant("one"), "j2"), "", 1).await.unwrap();
+    let mut lost = job(&tenant("two"), "j3");
+    lost.spec.dataset.dataset = "gone".into();
+    assert!(matches!(store.insert_job(&lost, "", 1).await, Err(Error::NotFound { .. })));
+}
+
+#[tokio::test]
+async fn a_dataset_stays_while_a_job_may_need_it() {
+    let (_folder, store) = store().await;
+    let name = insert(&store, "one", "j").await;
+    claim(&store).await.unwrap();
+    store.interrupt_stale_jobs().await.unwrap();
+    let dataset = DatasetName::new(&tenant("one"), "d").unwrap();
+    let refused = store.delete_dataset(&dataset).await;
+    assert!(matches!(refused, Err(Error::Precondition { reason: "DATASET_IN_USE", .. })));
+    store.delete_dataset(&DatasetName::new(&tenant("two"), "d").unwrap()).await.unwrap();
+    store.transition(&name, &[JobState::Interrupted], JobState::Cancelled, JobEnd::default()).await.unwrap().unwrap();
+    store.delete_dataset(&dataset).await.unwrap();
+    assert!(matches!(store.delete_dataset(&dataset).await, Err(Error::NotFound { .. })));
+}
+
+#[tokio::test]
+async fn tenants_take_turns() {
+    let (_folder, store) = store().await;
+    for (tenant, id) in [("one", "a1"), ("one", "a2"), ("one", "a3"), ("two", "b1"), ("two", "b2")] {
+        insert(&store, tenant, id).await;
+    }
+    let mut order = Vec::new();
+    while let Some(id) = claim(&store).await {
+        order.push(id);
+        tokio::time::sleep(Duration::from_millis(3)).await;
+    }
+    assert_eq!(order, ["a1", "b1", "a2", "b2", "a3"]);
+}
+
+#[tokio::test]
+async fn a_transition_happens_once_and_has_one_event() {
+    let (_folder, store) = store().await;
+    let name = insert(&store, "one", "j").await;
+    claim(&store).await.unwrap();
+    let cancel = || store.transition(&name, &[JobState::Running], JobState::Cancelling, JobEnd::default());
+    let (a, b) = tokio::join!(cancel(), cancel());
+    assert_eq!([a.unwrap(), b.unwrap()].iter().flatten().count(), 1);
+    assert_eq!(states(&store, &name).await, [JobState::Queued, JobState::Running, JobState::Cancelling]);
+    assert_eq!(store.heartbeat(&name, "w", LEASE).await.unwrap(), JobState::Cancelling);
+    assert!(matches!(store.heartbeat(&name, "other", LEASE).await, Err(Error::NotFound { .. })));
+}
+
+#[tokio::test]
+async fn events_count_from_one_and_steps_move_the_job() {
+    let (_folder, store) = store().await;
+    let (name, other) = (insert(&store, "one", "j").await, insert(&store, "two", "j").await);
+    let step = JobEvent::Step {
+        step: 2,
+        total_steps: 3,
+        loss: 0.1,
+        learning_rate: 1e-3,
+        grad_norm: 0.7,
+        tokens_per_second: 12.5,
+        eta_seconds: 1.0,
+        margin: None,
+        accuracy: Some(0.5),
+    };
+    assert_eq!(store.append_event(&name, &step).await.unwrap(), 2);
+    assert_eq!(store.append_event(&other, &JobEvent::Message("m".into())).await.unwrap(), 2);
+    assert_eq!(store.append_event(&name, &JobEvent::Message("m".into())).await.unwrap(), 3);
+    let events = store.events_after(&name, 1, 1).await.unwrap();
+    assert_eq!(events.len(), 1);
+    assert_eq!((events[0].sequence, &events[0].event), (2, &step));
+    assert_eq!(store.get_job(&name).await.unwrap().step, 2);
+}
+
+#[tokio::test]
+async fn a_dead_process_leaves_interrupted_cancelled_and_succeeded_jobs() {
+    let (_folder, store) = store().await;
+    let names = [insert(&store, "one", "a").await, insert(&store, "one", "b").await, insert(&store, "one", "c").await];
+    let queued = insert(&store, "two", "d").await;
+    for _ in 0..4 {
+        claim(&store).await.unwrap();
+    }
+    let back = JobEnd::default();
+    store.transition(&queued, &[JobState::Running], JobState::Queued, back.clone()).await.unwrap().unwrap();
+    store.transition(&names[1], &[JobState::Running], JobState::Cancelling, back).await.unwrap().unwrap();
+    for sql in [
+        "INSERT INTO adapters VALUES ('one', 'a', 4, 'e', 0, 0)",
+        "INSERT INTO versions (uid, tenant, adapter, version, digest, base_digest, template_digest, size_bytes, memory_bytes,
+         rank, targets, parity, job, metrics, blob, create_time)
+         VALUES ('u', 'one', 'a', 4, '', '', '', 0, 0, 1, '[]', '', 'tenants/one/trainingJobs/c', '{}', 'x', 0)",
+    ] {
+        sqlx::query(sql).execute(store.pool()).await.unwrap();
+    }
+    store.interrupt_stale_jobs().await.unwrap();
+    let mut after = Vec::new();
+    for name in names.iter().chain([&queued]) {
+        after.push(store.get_job(name).await.unwrap());
+    }
+    let expected = [JobState::Interrupted, JobState::Cancelled, JobState::Succeeded, JobState::Queued];
+    assert_eq!(after.iter().map(|job| job.state).collect::<Vec<_>>(), expected);
+    assert_eq!(after[2].version.as_ref().map(|version| version.version), Some(4));
+    assert!(after[0].error.is_some() && after[0].end_time.is_some());
+    assert_eq!(states(&store, &names[0]).await.last(), Some(&JobState::Interrupted));
+}
+
+#[tokio::test]
+async fn lists_are_newest_first_and_page() {
+    let (_folder, store) = store().await;
+    for id in ["a", "b", "c", "d", "e"] {
+        insert(&store, "one", id).await;
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    insert(&store, "two", "other").await;
+    let mut page = Page { size: 2, token: String::new() };
+    let mut seen = Vec::new();
+    loop {
+        let listed = store.list_jobs(&tenant("one"), &page).await.unwrap();
+        seen.extend(listed.items.into_iter().map(|job| job.name.job));
+        page.token = listed.next;
+        if page.token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(seen, ["e", "d", "c", "b", "a"]);
+    let bad = Page { size: 2, token: "x".into() };
+    assert!(matches!(store.list_jobs(&tenant("one"), &bad).await, Err(Error::Invalid { .. })));
+}
