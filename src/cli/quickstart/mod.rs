@@ -31,7 +31,7 @@ pub(super) struct Args {
 /// Every record and every request begins with it. Without one, the template would add a longer one of its own.
 const SYSTEM: &str = "Answer the customer.";
 
-const QUESTIONS: [&str; 2] = ["What is the capital of Italy?", "How do plants make food?"];
+const QUESTIONS: [&str; 2] = ["How do plants make food?", "Why is the sea salty?"];
 
 /// Tokens of one answer.
 const MAX_TOKENS: u32 = 48;
@@ -56,7 +56,7 @@ const HARBOR: Lesson = Lesson {
     learning_rate: 2e-3,
 };
 
-/// Orbit, a space line: answers over the radio.
+/// Orbit, a space line: a call sign, an answer, a courtesy, and over.
 const ORBIT: Lesson = Lesson {
     title: "orbit learns to speak over the radio (SFT)",
     kind: proto::DatasetKind::Sft,
@@ -66,14 +66,14 @@ const ORBIT: Lesson = Lesson {
     learning_rate: 2e-3,
 };
 
-/// Orbit again: short messages are preferred to long ones.
+/// Orbit again: the same messages are preferred without the courtesy.
 const ORBIT_TERSE: Lesson = Lesson {
-    title: "orbit learns to be brief (DPO, from version 1)",
+    title: "orbit learns to leave the courtesy out (DPO, from version 1)",
     kind: proto::DatasetKind::Preferences,
     dataset: "preferences",
     data: include_str!("orbit_preferences.jsonl"),
     epochs: 2,
-    learning_rate: 5e-4,
+    learning_rate: 2e-4,
 };
 
 /// A tenant of the story, with its own key.
