@@ -158,15 +158,18 @@ fn stopped() -> ExitCode {
     ExitCode::from(130)
 }
 
-/// Waits for ctrl-c or SIGTERM.
-pub async fn stop_signal() {
+/// Waits for ctrl-c or SIGTERM. Listens from the call on, not from the first poll: no signal in between is lost.
+pub fn stop_signal() -> impl Future<Output = ()> + Send {
     use tokio::signal::unix::{SignalKind, signal};
-    match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
-        (Ok(mut interrupt), Ok(mut terminate)) => {
-            tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+    let signals = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+    async {
+        match signals {
+            (Ok(mut interrupt), Ok(mut terminate)) => {
+                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+            }
+            // Without handlers the signals end the process, which is what they are for.
+            _ => std::future::pending().await,
         }
-        // Without handlers the signals end the process, which is what they are for.
-        _ => std::future::pending().await,
     }
 }
 

@@ -111,3 +111,17 @@ fn print_limits() {
         println!("{name:width$}  {default:>12}  {unit}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_lists_the_limits_as_they_are() {
+        let readme = include_str!("../../README.md");
+        for (name, default, unit) in Limits::TABLE {
+            let row = format!("| `{name}` | {default} | {unit} |");
+            assert!(readme.contains(&row), "README.md lacks the line {row}");
+        }
+    }
+}
