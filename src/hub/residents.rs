@@ -211,3 +211,26 @@ impl Drop for Unnamed<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_load_that_fails_or_is_cancelled_leaves_no_slot() {
+        let residents = Residents::new(1);
+        let tenant = TenantId::new("a").unwrap();
+        let fails = || residents.get_or_load("u", &tenant, async { Err(Error::Cancelled) });
+        let (one, two) = tokio::join!(fails(), fails());
+        assert!(one.is_err() && two.is_err());
+        assert!(residents.slots.is_empty());
+
+        let never = residents.get_or_load("u", &tenant, std::future::pending());
+        tokio::select! {
+            biased;
+            _ = never => unreachable!(),
+            () = tokio::task::yield_now() => {}
+        }
+        assert!(residents.slots.is_empty());
+    }
+}
