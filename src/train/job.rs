@@ -17,11 +17,6 @@ use crate::train::schedule::Schedule;
 
 /// Longest record, in tokens, where the recipe does not say and the base could take more.
 const DEFAULT_MAX_LENGTH: usize = 2048;
-/// The parity gate scores a job's validation records if they have at least so many tokens,
-const MIN_PROBE_TOKENS: usize = 256;
-/// and stops after the record that reaches so many.
-const ENOUGH_PROBE_TOKENS: usize = 1024;
-
 /// Where jobs look things up.
 #[derive(Debug, Clone)]
 pub struct Sources {
@@ -50,22 +45,12 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Sequences for the parity gate; empty where the validation records have too few tokens.
+    /// What the parity gate scores: the validation records, of pairs the chosen answers.
     pub fn probes(&self) -> Vec<Vec<u32>> {
-        let conversations: Vec<&Conversation> = match &self.validation {
-            Examples::Sft(examples) => examples.iter().collect(),
-            Examples::Dpo(pairs) => pairs.iter().map(|pair| &pair.chosen).collect(),
-        };
-        let mut tokens = 0;
-        let mut probes = Vec::new();
-        for conversation in conversations {
-            if tokens >= ENOUGH_PROBE_TOKENS {
-                break;
-            }
-            tokens += conversation.ids.len().saturating_sub(1);
-            probes.push(conversation.ids.clone());
+        match &self.validation {
+            Examples::Sft(examples) => examples.iter().map(|example| example.ids.clone()).collect(),
+            Examples::Dpo(pairs) => pairs.iter().map(|pair| pair.chosen.ids.clone()).collect(),
         }
-        if tokens < MIN_PROBE_TOKENS { Vec::new() } else { probes }
     }
 }
 
