@@ -5,6 +5,7 @@
 
 mod chat;
 mod decoder;
+pub mod matcher;
 mod tokenizer;
 
 use std::sync::Arc;
