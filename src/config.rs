@@ -85,7 +85,7 @@ limits! {
     /// Requests of all tenants waiting or running.
     max_queued = 1024, "requests";
     /// Rows of one engine step.
-    max_step_rows = 256, "rows";
+    max_step_rows = 64, "rows";
     /// Tokens a KV block holds.
     kv_block_tokens = 16, "tokens";
     /// Memory of the KV cache.
@@ -106,6 +106,10 @@ limits! {
     max_versions_per_adapter = 10_000, "versions";
     /// Longest answer a request may ask for.
     max_answer_tokens = 8192, "tokens";
+    /// Stop strings of one request.
+    max_stop_strings = 16, "strings";
+    /// One stop string.
+    max_stop_bytes = 256, "bytes";
     /// Most of the compute that training takes while requests are running.
     train_share_percent = 40, "percent";
     /// Streams of one connection.

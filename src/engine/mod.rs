@@ -1,1 +1,280 @@
-//! engine
+//! The engine that serves: this handle, and behind it one thread that runs the loop ([`run`]).
+//!
+//! The handle encodes the prompt, leases the version, takes a ticket and submits; the loop does the rest. Dropping a stream cancels its
+//! sequence.
+
+mod blocks;
+mod run;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod stats;
+mod tickets;
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use futures::Stream;
+use tokio::sync::{mpsc as async_mpsc, oneshot};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use crate::config::Limits;
+use crate::device::Arbiter;
+use crate::error::{Error, Result};
+use crate::hub::{Hub, Lease};
+use crate::ids::{AdapterRef, Tenant};
+use crate::model::Model;
+use crate::model::exec::{Exec, KvLayout};
+use crate::request::{GenerateEvent, GenerateSpec, Prompt, ScoreAnswer, ScoreSpec, Stopping, Usage};
+use crate::text::Text;
+use crate::text::matcher::{HoldBack, Patterns};
+use run::{Forward, Loop, Message};
+use scheduler::{Bounds, Scheduler};
+use sequence::{Generation, Scoring, Sequence, Work};
+use stats::Stats;
+pub use stats::EngineStats;
+use tickets::Tickets;
+
+/// Most tokens listed beside each log-probability.
+pub const MAX_LOGPROBS: u32 = 20;
+
+/// Most sequences of one call of Score.
+pub const MAX_SCORE_INPUTS: usize = 64;
+
+/// Prompts of more bytes are encoded off the runtime's threads.
+const INLINE_ENCODE_BYTES: usize = 64 << 10;
+
+/// How often a draining engine is looked at.
+const DRAIN_TICK: Duration = Duration::from_millis(20);
+
+/// `Started`, deltas, `Finished`; or an error as the last item. Dropping it cancels.
+pub type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateEvent>> + Send>>;
+
+/// The handle. Cheap to clone; the loop ends when the last one is gone.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    inbox: mpsc::Sender<Message>,
+    text: Arc<Text>,
+    hub: Arc<Hub>,
+    tickets: Tickets,
+    stats: Arc<Stats>,
+    limits: Arc<Limits>,
+    context: usize,
+    kv_tokens: usize,
+}
+
+impl Engine {
+    /// Starts the loop's thread.
+    pub fn start(
+        model: Arc<Model>,
+        text: Arc<Text>,
+        hub: Arc<Hub>,
+        arbiter: Arc<Arbiter>,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let block_tokens = limits.kv_block_tokens.clamp(1, 4096) as usize;
+        let block_bytes = model.kv_bytes_per_token() * block_tokens as u64;
+        // No more than all sequences at once could use at their longest.
+        let useful = limits.max_running.saturating_mul(model.context_length().div_ceil(block_tokens) as u64);
+        let layout = KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize };
+        let context = model.context_length();
+        let exec = Exec::new(model, layout)?;
+        Self::start_with(exec, layout, context, text, hub, arbiter, limits)
+    }
+
+    fn start_with<F: Forward + 'static>(
+        forward: F,
+        layout: KvLayout,
+        context: usize,
+        text: Arc<Text>,
+        hub: Arc<Hub>,
+        arbiter: Arc<Arbiter>,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let (sender, inbox) = mpsc::channel();
+        let stats = Arc::new(Stats::default());
+        let bounds = Bounds {
+            block_tokens: layout.block_tokens,
+            max_running: limits.max_running.max(1) as usize,
+            max_step_rows: limits.max_step_rows as usize,
+        };
+        let state = Loop {
+            inbox,
+            scheduler: Scheduler::new(bounds, layout.blocks),
+            forward,
+            arbiter,
+            text: text.clone(),
+            context,
+            stats: stats.clone(),
+            sequences: HashMap::new(),
+            next_id: 0,
+        };
+        std::thread::Builder::new().name("engine".into()).spawn(move || state.run())?;
+        let tickets = Tickets::new(limits);
+        let kv_tokens = layout.blocks * layout.block_tokens;
+        Ok(Self { inbox: sender, text, hub, tickets, stats, limits: Arc::new(limits.clone()), context, kv_tokens })
+    }
+
+    /// Starts an answer. Errors before the first token are given here: bad settings, NOT_FOUND, limits.
+    pub async fn generate(&self, tenant: &Tenant, spec: GenerateSpec) -> Result<GenerateStream> {
+        spec.sampling.check()?;
+        self.check_stopping(&spec.stopping)?;
+        check_logprobs("logprobs", spec.logprobs.unwrap_or(0))?;
+        let patterns = Patterns::new(&spec.stopping.stop, false)?;
+        let ids = self.encode(spec.prompt, Text::encode_prompt).await?;
+        self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
+        let ticket = self.tickets.take(tenant.id())?;
+        let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
+        let (events, stream) = async_mpsc::unbounded_channel();
+        let version = lease.as_ref().map(|lease| lease.name().clone());
+        // The receiver is here.
+        let _ = events.send(Ok(GenerateEvent::Started { version, prompt_tokens: ids.len() as u32 }));
+        let generation = Generation {
+            prompt_tokens: ids.len(),
+            sampling: spec.sampling,
+            stopping: spec.stopping,
+            logprobs: spec.logprobs,
+            decoder: self.text.decoder(),
+            hold_back: HoldBack::new(patterns),
+            events,
+        };
+        let work = Work::Generate(Box::new(generation));
+        let tenant = ticket.number;
+        self.submit(Sequence { ids, tenant, lease, deadline: spec.deadline, work, _ticket: ticket })?;
+        Ok(Box::pin(UnboundedReceiverStream::new(stream)))
+    }
+
+    /// Scores every sequence under one version; they ride in the same batches as generation.
+    pub async fn score(&self, tenant: &Tenant, spec: ScoreSpec) -> Result<ScoreAnswer> {
+        check_logprobs("top_logprobs", spec.top_logprobs)?;
+        if spec.inputs.is_empty() || spec.inputs.len() > MAX_SCORE_INPUTS {
+            return Err(Error::invalid("inputs", format!("must hold 1 to {MAX_SCORE_INPUTS} sequences")));
+        }
+        let mut inputs = Vec::with_capacity(spec.inputs.len());
+        for (i, input) in spec.inputs.into_iter().enumerate() {
+            let ids = self.encode(input, Text::encode_sequence).await?;
+            self.check_length(&format!("inputs[{i}]"), &ids, 0)?;
+            inputs.push((ids, self.tickets.take(tenant.id())?));
+        }
+        let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
+        let version = lease.as_ref().map(|lease| lease.name().clone());
+        let mut answers = Vec::with_capacity(inputs.len());
+        let mut usage = Usage::default();
+        for (ids, ticket) in inputs {
+            usage.prompt_tokens += ids.len() as u32;
+            let (sender, answer) = oneshot::channel();
+            let top = spec.top_logprobs as usize;
+            let scoring = Scoring { top, logprobs: Vec::new(), next: Vec::new(), answer: Some(sender) };
+            let work = Work::Score(Box::new(scoring));
+            let (tenant, lease) = (ticket.number, lease.clone());
+            self.submit(Sequence { ids, tenant, lease, deadline: spec.deadline, work, _ticket: ticket })?;
+            answers.push(answer);
+        }
+        let mut results = Vec::with_capacity(answers.len());
+        for answer in answers {
+            results.push(answer.await.map_err(|_| Error::internal("the engine dropped a sequence"))??);
+        }
+        Ok(ScoreAnswer { version, results, usage })
+    }
+
+    /// Refuses new requests, waits for those under way, and after `timeout` ends them with what they have.
+    pub async fn drain(&self, timeout: Duration) {
+        self.tickets.close();
+        let end = Instant::now() + timeout;
+        while self.tickets.held() > 0 && Instant::now() < end {
+            tokio::time::sleep(DRAIN_TICK).await;
+        }
+        // A loop that is gone has nothing to cancel.
+        let _ = self.inbox.send(Message::CancelAll);
+    }
+
+    pub fn stats(&self) -> EngineStats {
+        self.stats.read()
+    }
+
+    /// Fails unless the engine is idle and holds no block, entry or ticket.
+    pub async fn check_integrity(&self) -> Result<()> {
+        let (sender, answer) = oneshot::channel();
+        let gone = || Error::internal("the engine's loop has ended");
+        self.inbox.send(Message::CheckIntegrity(sender)).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())??;
+        match self.tickets.held() {
+            0 => Ok(()),
+            held => Err(Error::internal(format!("{held} requests are under way"))),
+        }
+    }
+
+    fn submit(&self, sequence: Sequence) -> Result<()> {
+        let message = Message::Submit(Box::new(sequence));
+        self.inbox.send(message).map_err(|_| Error::internal("the engine's loop has ended"))
+    }
+
+    async fn lease(&self, tenant: &Tenant, adapter: Option<&AdapterRef>) -> Result<Option<Lease>> {
+        match adapter {
+            Some(adapter) => Ok(Some(self.hub.lease(tenant, adapter).await?)),
+            None => Ok(None),
+        }
+    }
+
+    async fn encode(&self, prompt: Prompt, encode: fn(&Text, &Prompt) -> Result<Vec<u32>>) -> Result<Vec<u32>> {
+        let bytes = match &prompt {
+            Prompt::Text(text) => text.len(),
+            Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+            Prompt::TokenIds(_) => 0,
+        };
+        if bytes <= INLINE_ENCODE_BYTES {
+            return encode(&self.text, &prompt);
+        }
+        let text = self.text.clone();
+        tokio::task::spawn_blocking(move || encode(&text, &prompt)).await.map_err(Error::internal)?
+    }
+
+    fn check_stopping(&self, stopping: &Stopping) -> Result<()> {
+        let limits = &self.limits;
+        if stopping.max_tokens == 0 {
+            return Err(Error::invalid("stopping.max_tokens", "must be at least 1"));
+        }
+        if u64::from(stopping.max_tokens) > limits.max_answer_tokens {
+            let message = format!("is over the limit max_answer_tokens of {} tokens", limits.max_answer_tokens);
+            return Err(Error::invalid("stopping.max_tokens", message));
+        }
+        if stopping.stop.len() as u64 > limits.max_stop_strings {
+            let message = format!("holds more than max_stop_strings, {}", limits.max_stop_strings);
+            return Err(Error::invalid("stopping.stop", message));
+        }
+        let bad = |stop: &&String| stop.is_empty() || stop.len() as u64 > limits.max_stop_bytes;
+        if stopping.stop.iter().any(|stop| bad(&stop)) {
+            let message = format!("each string must have 1 to {} bytes (limit max_stop_bytes)", limits.max_stop_bytes);
+            return Err(Error::invalid("stopping.stop", message));
+        }
+        Ok(())
+    }
+
+    /// The ids must fit the context with a token of the answer, and at their longest the whole KV cache.
+    fn check_length(&self, field: &str, ids: &[u32], answer: usize) -> Result<()> {
+        if ids.is_empty() {
+            return Err(Error::invalid_because("PROMPT_EMPTY", field, "has no token"));
+        }
+        let room = ids.len() + answer.min(1);
+        if room > self.context {
+            let (has, context) = (ids.len(), self.context);
+            let message = format!("has {has} tokens; the base's context is {context} tokens, the answer's included");
+            return Err(Error::invalid_because("PROMPT_TOO_LONG", field, message));
+        }
+        let longest = (ids.len() + answer).min(self.context);
+        if longest > self.kv_tokens {
+            let message = format!(
+                "and its answer may need {longest} tokens of KV cache; the cache holds {} (limit kv_cache_bytes)",
+                self.kv_tokens
+            );
+            return Err(Error::invalid_because("KV_CACHE_TOO_SMALL", field, message));
+        }
+        Ok(())
+    }
+}
+
+fn check_logprobs(field: &str, top: u32) -> Result<()> {
+    if top > MAX_LOGPROBS { Err(Error::invalid(field, format!("must be at most {MAX_LOGPROBS}"))) } else { Ok(()) }
+}

@@ -18,6 +18,17 @@ pub enum LogitRows {
     All,
 }
 
+impl LogitRows {
+    /// Rows of logits that a span of `rows` gives.
+    pub fn count(self, rows: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Last => rows.min(1),
+            Self::All => rows,
+        }
+    }
+}
+
 /// New tokens of one sequence.
 #[derive(Debug, Clone)]
 pub struct Span<'a> {
@@ -235,11 +246,7 @@ impl Ops for ExecPass<'_> {
         let mut row = 0;
         for span in self.spans {
             let end = row + span.ids.len();
-            let from = match span.logits {
-                LogitRows::None => end,
-                LogitRows::Last => end - 1,
-                LogitRows::All => row,
-            };
+            let from = end - span.logits.count(span.ids.len());
             kept.data.extend_from_slice(&x.data[from * x.width..end * x.width]);
             row = end;
         }

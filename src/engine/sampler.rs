@@ -1,0 +1,218 @@
+//! From logits to a token. The same logits, history, settings, seed and position give the same token.
+
+use crate::kernels::philox::{Purpose, Stream};
+use crate::request::{Sampling, TokenLogprob};
+
+/// First guess of how many tokens a nucleus holds; doubled until it fits.
+const NUCLEUS: usize = 128;
+
+/// Draws the token at `position`. `history`: the tokens before it, for the repetition penalty. `None` where the logits are not numbers.
+pub fn sample(logits: &[f32], history: &[u32], sampling: &Sampling, position: usize) -> Option<u32> {
+    let penalised;
+    let logits = if sampling.repetition_penalty == 1.0 {
+        logits
+    } else {
+        penalised = penalise(logits, history, sampling.repetition_penalty);
+        &penalised
+    };
+    let best = argmax(logits)?;
+    if sampling.temperature == 0.0 {
+        return Some(best);
+    }
+    let largest = logits[best as usize];
+    let weights: Vec<f64> = logits.iter().map(|l| f64::from((l - largest) / sampling.temperature).exp()).collect();
+    if weights.iter().any(|w| w.is_nan()) {
+        return None;
+    }
+    let kept = candidates(&weights, sampling);
+    let total: f64 = kept.iter().map(|id| weights[*id as usize]).sum();
+    let uniform = Stream::new(sampling.seed, Purpose::Sampling).uniform(position as u64, 0);
+    let mut left = f64::from(uniform) * total;
+    for id in &kept {
+        left -= weights[*id as usize];
+        if left < 0.0 {
+            return Some(*id);
+        }
+    }
+    // Rounding may leave a trace: the last token that can be drawn.
+    kept.last().copied()
+}
+
+/// Keskar et al. 2019.
+fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
+    let mut seen = history.to_vec();
+    seen.sort_unstable();
+    seen.dedup();
+    let mut logits = logits.to_vec();
+    for id in seen {
+        if let Some(logit) = logits.get_mut(id as usize) {
+            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+        }
+    }
+    logits
+}
+
+/// The lowest id among the largest logits; `None` where that is not a number.
+fn argmax(logits: &[f32]) -> Option<u32> {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (id, &logit) in logits.iter().enumerate() {
+        if logit > best.1 {
+            best = (id, logit);
+        }
+    }
+    best.1.is_finite().then_some(best.0 as u32)
+}
+
+/// The ids that top-k, then top-p, then min-p leave.
+fn candidates(weights: &[f64], sampling: &Sampling) -> Vec<u32> {
+    let limit = if sampling.top_k == 0 { weights.len() } else { weights.len().min(sampling.top_k as usize) };
+    let mut kept = if sampling.top_p < 1.0 {
+        nucleus(weights, limit, f64::from(sampling.top_p))
+    } else if limit < weights.len() {
+        ranked(weights, limit)
+    } else {
+        (0..weights.len() as u32).collect()
+    };
+    if sampling.min_p > 0.0 {
+        // The largest weight is 1.
+        kept.retain(|id| weights[*id as usize] >= f64::from(sampling.min_p));
+    }
+    kept
+}
+
+/// The `n` heaviest ids, heaviest first; among equals the lowest id first.
+fn ranked(weights: &[f64], n: usize) -> Vec<u32> {
+    let mut ids: Vec<u32> = (0..weights.len() as u32).collect();
+    let order = |a: &u32, b: &u32| weights[*b as usize].total_cmp(&weights[*a as usize]).then(a.cmp(b));
+    if n < ids.len() {
+        ids.select_nth_unstable_by(n, order);
+        ids.truncate(n);
+    }
+    ids.sort_unstable_by(order);
+    ids
+}
+
+/// The fewest of the `limit` heaviest ids that hold the share `top_p` of their weight.
+fn nucleus(weights: &[f64], limit: usize, top_p: f64) -> Vec<u32> {
+    let sum = |ids: &[u32]| ids.iter().map(|id| weights[*id as usize]).sum::<f64>();
+    let total = if limit < weights.len() { sum(&ranked(weights, limit)) } else { weights.iter().sum() };
+    let mut n = NUCLEUS.min(limit);
+    loop {
+        let mut ids = ranked(weights, n);
+        let mut mass = 0.0;
+        let end = ids.iter().position(|id| {
+            mass += weights[*id as usize];
+            mass >= top_p * total
+        });
+        if let Some(end) = end {
+            ids.truncate(end + 1);
+            return ids;
+        }
+        if n == limit {
+            return ids;
+        }
+        n = (2 * n).min(limit);
+    }
+}
+
+/// ln softmax of a row, at `id` and at the `top` most likely ids. Always summed in the order of the ids.
+pub fn logprob(logits: &[f32], id: u32, top: usize) -> TokenLogprob {
+    let log_sum = log_sum_exp(logits);
+    let at = |id: u32| logits.get(id as usize).map_or(f32::NEG_INFINITY, |l| (f64::from(*l) - log_sum) as f32);
+    TokenLogprob { id, logprob: at(id), top: top_ids(logits, top).into_iter().map(|id| (id, at(id))).collect() }
+}
+
+/// The most likely ids of a row with their log-probabilities, best first.
+pub fn top_logprobs(logits: &[f32], top: usize) -> Vec<(u32, f32)> {
+    logprob(logits, 0, top).top
+}
+
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let largest = logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    f64::from(largest) + logits.iter().map(|l| f64::from((l - largest).exp())).sum::<f64>().ln()
+}
+
+fn top_ids(logits: &[f32], n: usize) -> Vec<u32> {
+    let mut best: Vec<u32> = Vec::with_capacity(n + 1);
+    for (id, logit) in logits.iter().enumerate().filter(|_| n > 0) {
+        if best.len() == n && best.last().is_some_and(|last| logits[*last as usize] >= *logit) {
+            continue;
+        }
+        let at = best.partition_point(|other| logits[*other as usize] >= *logit);
+        best.insert(at, id as u32);
+        best.truncate(n);
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampling() -> Sampling {
+        Sampling { temperature: 1.0, ..Sampling::default() }
+    }
+
+    fn drawn(logits: &[f32], sampling: &Sampling) -> Vec<usize> {
+        let mut counts = vec![0; logits.len()];
+        (0..4000).for_each(|position| counts[sample(logits, &[], sampling, position).unwrap() as usize] += 1);
+        counts
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_of_the_largest() {
+        assert_eq!(sample(&[1.0, 3.0, 3.0], &[], &Sampling::default(), 0), Some(1));
+        assert_eq!(sample(&[f32::NAN; 3], &[], &Sampling::default(), 0), None);
+        assert_eq!(sample(&[f32::NAN, 1.0], &[], &sampling(), 0), None);
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let logits = [0.5f32, 0.25, 0.125, 0.125].map(f32::ln);
+        for (count, p) in drawn(&logits, &sampling()).into_iter().zip([0.5, 0.25, 0.125, 0.125]) {
+            assert!((count as f64 / 4000.0 - p).abs() < 0.03, "{count} {p}");
+        }
+    }
+
+    #[test]
+    fn truncation_keeps_what_it_says() {
+        let logits = [0.5f32, 0.25, 0.125, 0.125].map(f32::ln);
+        let kept = |s: Sampling| drawn(&logits, &s).iter().map(|c| usize::from(*c > 0)).collect::<Vec<_>>();
+        assert_eq!(kept(Sampling { top_k: 2, ..sampling() }), [1, 1, 0, 0]);
+        assert_eq!(kept(Sampling { top_p: 0.7, ..sampling() }), [1, 1, 0, 0]);
+        assert_eq!(kept(Sampling { min_p: 0.4, ..sampling() }), [1, 1, 0, 0]);
+        assert_eq!(kept(Sampling { top_k: 3, top_p: 0.99, ..sampling() }), [1, 1, 1, 0]);
+    }
+
+    #[test]
+    fn a_wide_nucleus_is_found() {
+        let logits = vec![0.0; 1000];
+        let weights = vec![1.0; 1000];
+        assert_eq!(nucleus(&weights, 1000, 0.5).len(), 500);
+        assert!(sample(&logits, &[], &Sampling { top_p: 0.9, ..sampling() }, 3).is_some());
+    }
+
+    #[test]
+    fn repetition_is_penalised() {
+        let s = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
+        assert_eq!(sample(&[3.0, 2.0], &[0], &s, 0), Some(1));
+        assert_eq!(sample(&[-1.0, -1.5], &[0, 0, 99], &s, 0), Some(1));
+    }
+
+    #[test]
+    fn logprobs_sum_to_one_and_rank() {
+        let logits = [1.0, 3.0, 2.0, 3.0];
+        let all: f32 = (0..4).map(|id| logprob(&logits, id, 0).logprob.exp()).sum();
+        assert!((all - 1.0).abs() < 1e-6);
+        assert_eq!(top_logprobs(&logits, 3).iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 3, 2]);
+        assert!(top_logprobs(&logits, 0).is_empty());
+    }
+
+    #[test]
+    fn a_draw_depends_on_seed_and_position() {
+        let logits = vec![0.0; 512];
+        let at = |seed, position| sample(&logits, &[], &Sampling { seed, ..sampling() }, position);
+        assert_eq!(at(7, 3), at(7, 3));
+        assert!(at(7, 3) != at(8, 3) || at(7, 4) != at(8, 4));
+    }
+}

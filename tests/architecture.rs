@@ -1,0 +1,155 @@
+//! The import directions of DESIGN's map, the places that may make a `Tenant`, and where `unsafe`, SQL and tonic may appear.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// Importable by all; they import only each other.
+const LEAVES: &[&str] = &["error", "ids", "config", "telemetry", "device", "text", "request", "bases"];
+
+/// What each module may import besides the leaves. `api/client.rs` is a module of its own: the command line's half of the wire.
+const MAY_IMPORT: &[(&str, &[&str])] = &[
+    ("kernels", &[]),
+    ("weights", &["kernels"]),
+    ("adapter", &["kernels"]),
+    ("model", &["weights", "adapter", "kernels"]),
+    ("store", &[]),
+    ("hub", &["adapter", "store"]),
+    ("data", &["store"]),
+    ("engine", &["model", "adapter", "hub", "kernels"]),
+    ("train", &["model", "adapter", "data", "hub", "store", "kernels"]),
+    ("safety", &["engine", "store"]),
+    ("api", &["safety", "train", "data", "hub", "store", "adapter"]),
+    ("api::client", &["api"]),
+    ("cli", &["api::client", "api"]),
+];
+
+/// Modules that stay free of the runtime.
+const NO_TOKIO: &[&str] = &["kernels", "weights", "adapter", "model"];
+
+struct Source {
+    path: PathBuf,
+    module: String,
+    /// The code without comments and tests.
+    code: String,
+}
+
+fn sources() -> Vec<Source> {
+    let mut files = Vec::new();
+    collect(Path::new("src"), &mut files);
+    assert!(files.len() > 40, "the sources are found");
+    files.into_iter().map(read).collect()
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        match path.extension() {
+            Some(extension) if extension == "rs" => files.push(path),
+            None => collect(&path, files),
+            Some(_) => {}
+        }
+    }
+}
+
+fn read(path: PathBuf) -> Source {
+    let inside = path.strip_prefix("src").expect("below src");
+    let first = inside.components().next().expect("a name").as_os_str().to_string_lossy();
+    let module = if inside == Path::new("api/client.rs") {
+        "api::client".into()
+    } else {
+        first.trim_end_matches(".rs").to_owned()
+    };
+    let text = std::fs::read_to_string(&path).expect("a source file");
+    let code = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+    let code = code.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n");
+    Source { path, module, code }
+}
+
+/// The crate's modules that some code names.
+fn imports(code: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (at, _) in code.match_indices("crate::") {
+        let rest = &code[at + "crate::".len()..];
+        if let Some(list) = rest.strip_prefix('{') {
+            let list = list.split('}').next().unwrap_or_default();
+            found.extend(list.split(',').map(|name| first_name(name.trim())));
+        } else if rest.starts_with("api::client") {
+            found.insert("api::client".into());
+        } else {
+            found.insert(first_name(rest));
+        }
+    }
+    found.remove("");
+    found
+}
+
+fn first_name(path: &str) -> String {
+    path.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
+}
+
+#[test]
+fn imports_point_down() {
+    for source in sources() {
+        let module = source.module.as_str();
+        if ["main", "lib", "app"].contains(&module) {
+            continue;
+        }
+        let allowed: Vec<&str> = match MAY_IMPORT.iter().find(|(name, _)| *name == module) {
+            Some((_, list)) => list.iter().chain(LEAVES).copied().collect(),
+            None => {
+                assert!(
+                    LEAVES.contains(&module),
+                    "{}: say in this test what {module} may import",
+                    source.path.display()
+                );
+                LEAVES.to_vec()
+            }
+        };
+        for import in imports(&source.code) {
+            let own = import == module || module.starts_with(&format!("{import}::"));
+            assert!(own || allowed.contains(&import.as_str()), "{} must not import {import}", source.path.display());
+        }
+    }
+}
+
+#[test]
+fn the_command_line_takes_only_the_wire_from_the_api() {
+    for source in sources().into_iter().filter(|s| s.module == "cli" || s.module == "api::client") {
+        for (at, _) in source.code.match_indices("crate::api::") {
+            let name = first_name(&source.code[at + "crate::api::".len()..]);
+            assert!(["client", "proto"].contains(&name.as_str()), "{} uses api::{name}", source.path.display());
+        }
+    }
+}
+
+/// Asserts that `needle` appears only in the modules that are named.
+fn only_in(needle: &str, allowed: &[&str]) {
+    for source in sources() {
+        let path = source.path.to_string_lossy().replace('\\', "/");
+        let here = allowed.iter().any(|place| source.module == *place || path == format!("src/{place}"));
+        assert!(here || !source.code.contains(needle), "{path} holds {needle:?}");
+    }
+}
+
+#[test]
+fn each_thing_has_its_place() {
+    only_in("unsafe {", &["kernels", "main"]);
+    only_in("sqlx", &["store"]);
+    only_in("tonic", &["api", "api::client"]);
+    only_in("prost", &["api", "api::client", "cli"]);
+    only_in("object_store", &["store"]);
+    only_in("Tenant::proven", &["api/auth.rs", "store"]);
+}
+
+#[test]
+fn the_model_knows_no_runtime() {
+    for source in sources().into_iter().filter(|s| NO_TOKIO.contains(&s.module.as_str())) {
+        assert!(!source.code.contains("tokio"), "{}", source.path.display());
+    }
+}
+
+#[test]
+fn the_checks_can_fail() {
+    assert_eq!(imports("use crate::{api, store::Store};"), BTreeSet::from(["api".into(), "store".into()]));
+    assert_eq!(imports("crate::api::client::X; crate::hub::Hub"), BTreeSet::from(["api::client".into(), "hub".into()]));
+}
