@@ -120,6 +120,7 @@ pub enum GenerateEvent {
     /// The version leased; `None` is the base.
     Started {
         version: Option<VersionName>,
+        prompt_tokens: u32,
     },
     Delta {
         text: String,

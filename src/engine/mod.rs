@@ -11,6 +11,9 @@ mod sequence;
 mod stats;
 mod tickets;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, mpsc};
@@ -33,8 +36,8 @@ use crate::text::matcher::{HoldBack, Patterns};
 use run::{Forward, Loop, Message};
 use scheduler::{Bounds, Scheduler};
 use sequence::{Generation, Scoring, Sequence, Work};
-use stats::Stats;
 pub use stats::EngineStats;
+use stats::Stats;
 use tickets::Tickets;
 
 /// Most tokens listed beside each log-probability.

@@ -152,7 +152,8 @@ impl<F: Forward> Loop<F> {
 
     fn compute(&mut self, plan: &[Planned]) -> Result<Vec<Next>> {
         let span = |planned: &'_ Planned| {
-            let sequence = self.sequences.get(&planned.id).ok_or_else(|| Error::internal("a planned sequence is gone"))?;
+            let sequence =
+                self.sequences.get(&planned.id).ok_or_else(|| Error::internal("a planned sequence is gone"))?;
             Ok(Span {
                 ids: &sequence.ids[planned.start..planned.start + planned.count],
                 start: planned.start,
@@ -183,7 +184,8 @@ impl<F: Forward> Loop<F> {
             (self.scheduler.blocks().used(), self.scheduler.waiting(), self.scheduler.running());
         let idle = self.sequences.is_empty();
         if idle && (blocks, waiting, running) != (0, 0, 0) {
-            let left = format!("an idle engine holds {blocks} KV blocks, {waiting} waiting and {running} running entries");
+            let left =
+                format!("an idle engine holds {blocks} KV blocks, {waiting} waiting and {running} running entries");
             return Err(Error::internal(left));
         }
         if idle { Ok(()) } else { Err(Error::internal(format!("{} sequences are under way", self.sequences.len()))) }

@@ -67,7 +67,13 @@ pub struct Scheduler {
 
 impl Scheduler {
     pub fn new(bounds: Bounds, blocks: usize) -> Self {
-        Self { bounds, blocks: Blocks::new(blocks), waiting: VecDeque::new(), running: Vec::new(), served: HashMap::new() }
+        Self {
+            bounds,
+            blocks: Blocks::new(blocks),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            served: HashMap::new(),
+        }
     }
 
     /// Queues a sequence of `length` tokens. It must fit the whole pool at its longest.

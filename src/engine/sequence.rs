@@ -95,7 +95,7 @@ impl Sequence {
     pub fn commit(&mut self, text: &Text, context: usize, start: usize, completes: bool, logits: &[f32]) -> Next {
         match &mut self.work {
             Work::Score(scoring) => {
-                scoring.commit(&self.ids, start, logits, text.vocab_size());
+                scoring.commit(&self.ids, start, completes, logits, text.vocab_size());
                 if completes { Next::Finished } else { Next::Unchanged }
             }
             Work::Generate(_) if !completes => Next::Unchanged,
@@ -125,19 +125,18 @@ impl Sequence {
 }
 
 impl Scoring {
-    fn commit(&mut self, ids: &[u32], start: usize, logits: &[f32], vocab: usize) {
-        for (position, row) in (start..).zip(logits.chunks_exact(vocab)).skip(self.logprobs.len().saturating_sub(start)) {
+    fn commit(&mut self, ids: &[u32], start: usize, completes: bool, logits: &[f32], vocab: usize) {
+        let known = self.logprobs.len().saturating_sub(start);
+        for (position, row) in (start..).zip(logits.chunks_exact(vocab)).skip(known) {
             match ids.get(position + 1) {
                 Some(target) => self.logprobs.push(logprob(row, *target, self.top)),
                 None => self.next = top_logprobs(row, self.top),
             }
         }
-        if self.logprobs.len() + 1 == ids.len()
-            && let Some(answer) = self.answer.take_if(|_| start + logits.len() / vocab == ids.len())
-        {
-            let logprobs = std::mem::take(&mut self.logprobs);
+        if completes && let Some(answer) = self.answer.take() {
+            let (logprobs, next) = (std::mem::take(&mut self.logprobs), std::mem::take(&mut self.next));
             // A receiver that is gone needs no answer.
-            let _ = answer.send(Ok(ScoreOut { ids: ids.to_vec(), logprobs, next: std::mem::take(&mut self.next) }));
+            let _ = answer.send(Ok(ScoreOut { ids: ids.to_vec(), logprobs, next }));
         }
     }
 }
@@ -195,10 +194,8 @@ impl Generation {
     }
 
     fn send_finished(&self, reason: FinishReason, length: usize) {
-        let usage = Usage {
-            prompt_tokens: self.prompt_tokens as u32,
-            completion_tokens: (length - self.prompt_tokens) as u32,
-        };
+        let usage =
+            Usage { prompt_tokens: self.prompt_tokens as u32, completion_tokens: (length - self.prompt_tokens) as u32 };
         // As above.
         let _ = self.events.send(Ok(GenerateEvent::Finished { reason, usage }));
     }

@@ -1,0 +1,300 @@
+//! The engine on the tiny model: an answer does not depend on its company, and nothing is left behind.
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use futures::StreamExt as _;
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+use crate::adapter::Lora;
+use crate::adapter::format::Package;
+use crate::hub::{NewVersion, PublishGate};
+use crate::ids::{AdapterName, TenantId};
+use crate::request::{FinishReason, LoraSpec, ParityReport, Publish, Sampling, Target, TokenOut};
+use crate::store::Store;
+
+struct Pass;
+
+impl PublishGate for Pass {
+    fn check(&self, _lora: &Lora, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+        Ok(ParityReport {
+            tokens: 256,
+            mean_abs_difference: 0.0,
+            mean_abs_effect: 1.0,
+            threshold: 0.1,
+            no_effect: false,
+        })
+    }
+}
+
+/// A hub with adapters `a0` (rank 4 on q and v) and `a1` (rank 7 on all).
+struct World {
+    _dir: TempDir,
+    model: Arc<Model>,
+    text: Arc<Text>,
+    hub: Arc<Hub>,
+    tenant: Tenant,
+}
+
+fn runtime() -> &'static tokio::runtime::Runtime {
+    static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| tokio::runtime::Runtime::new().unwrap())
+}
+
+fn world() -> &'static World {
+    static WORLD: OnceLock<World> = OnceLock::new();
+    WORLD.get_or_init(|| runtime().block_on(make_world()))
+}
+
+async fn make_world() -> World {
+    let dir = TempDir::new().unwrap();
+    let (model, text) = Model::tiny(3);
+    let store = Store::open(dir.path()).await.unwrap();
+    let id = TenantId::new("t").unwrap();
+    store.create_tenant(&id, "", "").await.unwrap();
+    let tenant = Tenant::proven(id.clone());
+    let hub = Hub::new(store, model.shape().clone(), text.template_digest(), Arc::new(Pass), &Limits::default());
+    let specs = [
+        LoraSpec { rank: 4, targets: vec![Target::QProj, Target::VProj], ..LoraSpec::default() },
+        LoraSpec { rank: 7, ..LoraSpec::default() },
+    ];
+    for (i, spec) in specs.iter().enumerate() {
+        let mut lora = Lora::fresh(spec, model.shape(), i as u64).unwrap();
+        for layer in lora.layers.values_mut() {
+            layer.b.iter_mut().enumerate().for_each(|(j, b)| *b = ((i + 3 * j) as f32).sin() * 0.2);
+        }
+        let new = NewVersion {
+            adapter: AdapterName::new(&id, &format!("a{i}")).unwrap(),
+            package: Package::from_lora(&lora, model.shape()).unwrap(),
+            probes: Vec::new(),
+            publish: Publish::Auto,
+            job: None,
+            metrics: BTreeMap::new(),
+            request_id: String::new(),
+            validate_only: false,
+        };
+        hub.publish(&tenant, new).await.unwrap();
+    }
+    World { _dir: dir, model, text, hub, tenant }
+}
+
+fn engine(limits: &Limits) -> Engine {
+    let w = world();
+    Engine::start(w.model.clone(), w.text.clone(), w.hub.clone(), Arbiter::new(0.4), limits).unwrap()
+}
+
+#[derive(Debug, Clone)]
+struct Request {
+    adapter: Option<usize>,
+    prompt: Vec<u32>,
+    max_tokens: u32,
+    temperature: f32,
+    seed: u64,
+}
+
+impl Request {
+    fn spec(&self) -> GenerateSpec {
+        let adapter = self.adapter.map(|i| format!("tenants/t/adapters/a{i}").parse().unwrap());
+        GenerateSpec {
+            adapter,
+            prompt: Prompt::TokenIds(self.prompt.clone()),
+            sampling: Sampling { temperature: self.temperature, seed: self.seed, ..Sampling::default() },
+            stopping: Stopping { max_tokens: self.max_tokens, stop: Vec::new(), ignore_eos: true },
+            logprobs: Some(2),
+            deadline: None,
+        }
+    }
+}
+
+fn requests() -> impl Strategy<Value = Vec<Request>> {
+    let request = (
+        prop::option::of(0usize..2),
+        prop::collection::vec(0u32..256, 1..70),
+        1u32..24,
+        prop::sample::select(vec![0.0f32, 0.9]),
+        0u64..4,
+    );
+    let request = request.prop_map(|(adapter, prompt, max_tokens, temperature, seed)| Request {
+        adapter,
+        prompt,
+        max_tokens,
+        temperature,
+        seed,
+    });
+    prop::collection::vec(request, 1..9)
+}
+
+async fn tokens(engine: &Engine, request: &Request) -> Vec<TokenOut> {
+    let mut stream = engine.generate(&world().tenant, request.spec()).await.unwrap();
+    let mut all = Vec::new();
+    while let Some(event) = stream.next().await {
+        if let GenerateEvent::Delta { tokens, .. } = event.unwrap() {
+            all.extend(tokens);
+        }
+    }
+    all
+}
+
+/// Blocks of 8 tokens, enough for little more than the longest sequence.
+fn tight(step_rows: u64, blocks: u64) -> Limits {
+    let bytes = world().model.kv_bytes_per_token() * 8 * blocks;
+    Limits { kv_block_tokens: 8, kv_cache_bytes: bytes, max_step_rows: step_rows, ..Limits::default() }
+}
+
+async fn assert_idle(engine: &Engine) {
+    for _ in 0..500 {
+        if engine.check_integrity().await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    engine.check_integrity().await.unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Any company, any chunking, any preemption: the same tokens and the same log-probabilities, to the bit.
+    #[test]
+    fn an_answer_does_not_depend_on_its_company(requests in requests(), step_rows in 1u64..40, blocks in 12u64..20) {
+        runtime().block_on(async {
+            let alone = engine(&Limits::default());
+            let crowded = engine(&tight(step_rows, blocks));
+            let together = futures::future::join_all(requests.iter().map(|r| tokens(&crowded, r))).await;
+            for (request, got) in requests.iter().zip(together) {
+                assert_eq!(got, tokens(&alone, request).await);
+                assert_eq!(got.len(), request.max_tokens as usize);
+            }
+            assert_idle(&crowded).await;
+        });
+    }
+
+    /// Clients that vanish, deadlines and drops leave nothing, and the others get their answers.
+    #[test]
+    fn vanished_clients_leave_nothing(requests in requests(), fates in prop::collection::vec(0u8..3, 9)) {
+        runtime().block_on(async {
+            let engine = engine(&tight(16, 14));
+            let run = requests.iter().zip(&fates).map(|(request, fate)| {
+                let engine = &engine;
+                async move {
+                    let mut spec = request.spec();
+                    if *fate == 1 {
+                        spec.deadline = Some(Instant::now() + Duration::from_millis(u64::from(request.max_tokens) / 4));
+                    }
+                    let mut stream = engine.generate(&world().tenant, spec).await.unwrap();
+                    if *fate == 2 {
+                        stream.next().await;
+                        return true;
+                    }
+                    let last = stream.fold(None, |_, event| async { Some(event) }).await.unwrap();
+                    matches!(last, Ok(GenerateEvent::Finished { .. })) || (*fate == 1 && matches!(last, Err(Error::DeadlineExceeded)))
+                }
+            });
+            assert!(futures::future::join_all(run).await.into_iter().all(|ok| ok));
+            assert_idle(&engine).await;
+            assert_eq!(world().hub.stats().leases, 0);
+        });
+    }
+}
+
+#[test]
+fn scoring_rides_along_and_agrees_with_generation() {
+    runtime().block_on(async {
+        let engine = engine(&tight(5, 14));
+        let request =
+            Request { adapter: Some(1), prompt: (0..30).collect(), max_tokens: 12, temperature: 0.0, seed: 0 };
+        let generated = tokens(&engine, &request).await;
+        let ids = [request.prompt.clone(), generated.iter().map(|t| t.id).collect()].concat();
+        let spec = ScoreSpec {
+            adapter: request.spec().adapter,
+            inputs: vec![Prompt::TokenIds(ids.clone()), Prompt::TokenIds(vec![5])],
+            top_logprobs: 2,
+            deadline: None,
+        };
+        let (scored, _) = tokio::join!(engine.score(&world().tenant, spec), tokens(&engine, &request));
+        let results = scored.unwrap().results;
+        assert_eq!(results[0].logprobs.len(), ids.len() - 1);
+        let last: Vec<_> = generated.into_iter().filter_map(|t| t.logprob).collect();
+        assert_eq!(results[0].logprobs[29..], last[..], "the same bits by either way");
+        assert_eq!((results[1].logprobs.len(), results[1].next.len()), (0, 2));
+        assert_idle(&engine).await;
+    });
+}
+
+#[test]
+fn stop_strings_end_an_answer_before_them() {
+    runtime().block_on(async {
+        let engine = engine(&Limits::default());
+        let request = Request { adapter: None, prompt: vec![97, 98], max_tokens: 20, temperature: 0.0, seed: 0 };
+        let collect = async |stop: Vec<String>| {
+            let mut spec = request.spec();
+            spec.stopping.stop = stop;
+            let mut stream = engine.generate(&world().tenant, spec).await.unwrap();
+            let (mut text, mut reason, mut usage) = (String::new(), None, Usage::default());
+            while let Some(event) = stream.next().await {
+                match event.unwrap() {
+                    GenerateEvent::Delta { text: delta, .. } => text += &delta,
+                    GenerateEvent::Finished { reason: r, usage: u } => (reason, usage) = (Some(r), u),
+                    GenerateEvent::Started { .. } => {}
+                }
+            }
+            (text, reason.unwrap(), usage)
+        };
+        let (whole, reason, usage) = collect(Vec::new()).await;
+        assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 20));
+        let (at, stop) = whole
+            .char_indices()
+            .skip(3)
+            .map(|(at, _)| at)
+            .zip(whole[whole.char_indices().nth(3).unwrap().0..].split_inclusive(char::is_whitespace))
+            .next()
+            .unwrap();
+        let stop: String = stop.chars().take(3).collect();
+        let at = whole.find(&stop).unwrap_or(at);
+        let (text, reason, _) = collect(vec![stop]).await;
+        assert_eq!((text.as_str(), reason), (&whole[..at], FinishReason::Stop));
+    });
+}
+
+#[test]
+fn bad_requests_say_what_is_wrong() {
+    runtime().block_on(async {
+        let engine = engine(&tight(16, 14));
+        let refused = async |change: &dyn Fn(&mut GenerateSpec)| {
+            let base = Request { adapter: None, prompt: vec![1], max_tokens: 4, temperature: 0.0, seed: 0 };
+            let mut spec = base.spec();
+            change(&mut spec);
+            engine.generate(&world().tenant, spec).await.err().expect("refused").to_string()
+        };
+        let long = refused(&|s| s.prompt = Prompt::TokenIds(vec![1; 300])).await;
+        assert!(long.contains("300") && long.contains("256"), "both lengths: {long}");
+        assert!(refused(&|s| s.prompt = Prompt::TokenIds(Vec::new())).await.contains("no token"));
+        assert!(refused(&|s| s.prompt = Prompt::TokenIds(vec![9999])).await.contains("9999"));
+        assert!(refused(&|s| s.stopping.max_tokens = 0).await.contains("max_tokens"));
+        assert!(refused(&|s| s.stopping.max_tokens = 200).await.contains("kv_cache_bytes"));
+        assert!(refused(&|s| s.stopping.stop = vec![String::new()]).await.contains("stop"));
+        assert!(refused(&|s| s.sampling.top_p = 0.0).await.contains("top_p"));
+        assert!(refused(&|s| s.logprobs = Some(21)).await.contains("20"));
+        assert!(
+            refused(&|s| s.adapter = Some("tenants/t/adapters/none".parse().unwrap())).await.contains("does not exist")
+        );
+        assert_idle(&engine).await;
+    });
+}
+
+#[test]
+fn draining_ends_answers_with_what_they_have() {
+    runtime().block_on(async {
+        let engine = engine(&Limits::default());
+        let request = Request { adapter: None, prompt: vec![1; 10], max_tokens: 240, temperature: 0.0, seed: 0 };
+        let mut stream = engine.generate(&world().tenant, request.spec()).await.unwrap();
+        stream.next().await;
+        engine.drain(Duration::ZERO).await;
+        let last = stream.fold(None, |_, event| async { Some(event) }).await.unwrap().unwrap();
+        assert!(matches!(last, GenerateEvent::Finished { reason: FinishReason::Cancelled | FinishReason::Length, .. }));
+        assert!(matches!(engine.generate(&world().tenant, request.spec()).await, Err(Error::Unavailable { .. })));
+        assert_idle(&engine).await;
+    });
+}
