@@ -104,6 +104,14 @@ limits! {
     max_adapters_per_tenant = 10_000, "adapters";
     /// Versions of one adapter.
     max_versions_per_adapter = 10_000, "versions";
+    /// Blocked phrases of one tenant.
+    max_blocked_phrases = 1000, "phrases";
+    /// One blocked phrase.
+    max_phrase_bytes = 256, "bytes";
+    /// Text that one call checks for blocked phrases.
+    max_check_text_bytes = 65_536, "bytes";
+    /// Memory of blocked phrases kept compiled.
+    policy_cache_bytes = 64 * MIB, "bytes";
     /// Longest answer a request may ask for.
     max_answer_tokens = 8192, "tokens";
     /// Stop strings of one request.

@@ -1,1 +1,72 @@
-//! safety
+//! What a tenant's answers may say. [`Guard`] is the only door to the engine, so that no answer leaves without having passed the policy.
+
+mod filter;
+mod policy;
+
+use std::time::Duration;
+
+use crate::config::Limits;
+use crate::engine::{Engine, EngineStats, GenerateStream};
+use crate::error::Result;
+use crate::ids::Tenant;
+use crate::request::{GenerateSpec, ScoreAnswer, ScoreSpec};
+use crate::store::{PolicyRow, Store};
+pub use policy::PhraseMatch;
+use policy::Policies;
+
+/// The engine behind the policies of its tenants. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Guard {
+    engine: Engine,
+    policies: Policies,
+}
+
+impl Guard {
+    pub fn new(engine: Engine, store: Store, limits: &Limits) -> Self {
+        Self { engine, policies: Policies::new(store, limits) }
+    }
+
+    /// Starts an answer and ends it with `ContentFiltered` before the first phrase of the tenant's policy. The policy is the one of now: a
+    /// later change is for later answers. Errors: the engine's.
+    pub async fn generate(&self, tenant: &Tenant, spec: GenerateSpec) -> Result<GenerateStream> {
+        let phrases = self.policies.phrases(tenant).await?;
+        let events = self.engine.generate(tenant, spec).await?;
+        Ok(match phrases {
+            Some(phrases) => filter::filter(events, phrases),
+            None => events,
+        })
+    }
+
+    /// Scores sequences. The tenant gave all of their text, so there is nothing to filter. Errors: the engine's.
+    pub async fn score(&self, tenant: &Tenant, spec: ScoreSpec) -> Result<ScoreAnswer> {
+        self.engine.score(tenant, spec).await
+    }
+
+    pub async fn policy(&self, tenant: &Tenant) -> Result<PolicyRow> {
+        self.policies.get(tenant).await
+    }
+
+    /// Replaces the policy's phrases. `etag`: CONFLICT where it is not empty and not the current one.
+    pub async fn update_policy(&self, tenant: &Tenant, phrases: Vec<String>, etag: &str) -> Result<PolicyRow> {
+        self.policies.update(tenant, phrases, etag).await
+    }
+
+    /// The policy's phrases in a text, from left to right, none overlapping another; the first is where an answer with this text would end.
+    pub async fn check_text(&self, tenant: &Tenant, text: &str) -> Result<Vec<PhraseMatch>> {
+        self.policies.check_text(tenant, text).await
+    }
+
+    pub fn stats(&self) -> EngineStats {
+        self.engine.stats()
+    }
+
+    /// As [`Engine::drain`].
+    pub async fn drain(&self, timeout: Duration) {
+        self.engine.drain(timeout).await;
+    }
+
+    /// As [`Engine::check_integrity`].
+    pub async fn check_integrity(&self) -> Result<()> {
+        self.engine.check_integrity().await
+    }
+}
