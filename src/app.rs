@@ -1,1 +1,193 @@
 //! The composition root: puts a server together and runs it until told to stop.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
+use tokio::net::TcpListener;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::adapter::Lora;
+use crate::api::{self, auth::OPERATOR_TENANT};
+use crate::config::Config;
+use crate::device::{self, Arbiter};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::hub::{Hub, PublishGate};
+use crate::ids::TenantId;
+use crate::model::Model;
+use crate::model::parity::Parity;
+use crate::request::ParityReport;
+use crate::safety::Guard;
+use crate::store::{KeyOwner, Store};
+use crate::text::Text;
+use crate::train::{Trainer, TrainerParts};
+
+/// Upper bounds of the histogram of calls. Seconds.
+const CALL_SECONDS: [f64; 9] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0];
+
+/// How often the hub's figures are read.
+const HUB_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The base and its tokenizer.
+pub type Base = (Arc<Model>, Arc<Text>);
+
+/// Loads the base and serves it until `shutdown`, then drains.
+pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<()> {
+    check_listener(&config, listener.local_addr()?)?;
+    config.device.open()?;
+    let path = config.base.clone();
+    let base = tokio::task::spawn_blocking(move || Model::load(&path)).await.map_err(Error::internal)??;
+    run_with(base, config, listener, shutdown).await
+}
+
+/// [`run`] with a base that is in memory already.
+pub async fn run_with(
+    base: Base,
+    config: Config,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    let parts = assemble(base, &config).await?;
+    serve(parts, config, listener, shutdown).await
+}
+
+/// Puts the parts of a server together; nothing listens yet.
+pub async fn assemble((model, text): Base, config: &Config) -> Result<api::Parts> {
+    device::init_pool(config.threads);
+    let limits = config.limits.clone();
+    let store = Store::open(&config.data_dir).await?;
+    make_operator_tenant(&store).await?;
+    let arbiter = Arbiter::new(limits.train_share_percent as f64 / 100.0);
+    let gate = Arc::new(ParityGate(Parity::new(model.clone(), &text, arbiter.clone())?));
+    let hub = Hub::new(store.clone(), model.shape().clone(), text.template_digest(), gate, &limits);
+    let engine = Engine::start(model.clone(), text.clone(), hub.clone(), arbiter.clone(), &limits)?;
+    let guard = Guard::new(engine, store.clone(), &limits);
+    let context_length = model.context_length();
+    let trainer = Trainer::start(TrainerParts {
+        store: store.clone(),
+        hub: hub.clone(),
+        model,
+        text: text.clone(),
+        arbiter,
+        limits: limits.clone(),
+    })
+    .await?;
+    Ok(api::Parts { store, hub, guard, trainer, text, context_length, limits })
+}
+
+/// Serves assembled parts until `shutdown`, then drains.
+pub async fn serve(
+    parts: api::Parts,
+    config: Config,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    check_listener(&config, listener.local_addr()?)?;
+    let _observer = match config.metrics_listen {
+        Some(addr) => Some(serve_metrics(addr, parts.hub.clone())?),
+        None => None,
+    };
+    api::serve(parts, listener, config.tls.as_ref(), config.insecure_no_auth, shutdown).await
+}
+
+/// The model's parity, as the hub asks for it.
+struct ParityGate(Parity);
+
+impl PublishGate for ParityGate {
+    fn check(&self, lora: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
+        self.0.measure(lora, probes)
+    }
+}
+
+/// Makes the first operator key and gives its secret; `None` where there is a key already. Show it once: nobody can read it again.
+pub async fn bootstrap_operator_key(store: &Store) -> Result<Option<String>> {
+    if store.has_operator_key().await? {
+        return Ok(None);
+    }
+    let (_, secret) = store.create_key(&KeyOwner::Operator, "first operator key").await?;
+    Ok(Some(secret))
+}
+
+/// The tenant that operators' calls of the base are made for.
+async fn make_operator_tenant(store: &Store) -> Result<()> {
+    let id = TenantId::new(OPERATOR_TENANT)?;
+    match store.create_tenant(&id, "Operators' own calls", "").await {
+        Ok(_) | Err(Error::AlreadyExists { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Answers Prometheus on `addr`, and reads the hub's figures until the guard is dropped; all others report for themselves.
+fn serve_metrics(addr: SocketAddr, hub: Arc<Hub>) -> Result<AbortOnDropHandle<()>> {
+    let refused = |e: BuildError| Error::invalid("--metrics-listen", format!("{addr}: {e}"));
+    let exporter = PrometheusBuilder::new().with_http_listener(addr).set_buckets(&CALL_SECONDS).map_err(refused)?;
+    exporter.install().map_err(refused)?;
+    Ok(AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            let stats = hub.stats();
+            metrics::gauge!("tenora_adapters_resident").set(stats.resident as f64);
+            metrics::gauge!("tenora_adapters_resident_bytes").set(stats.resident_bytes as f64);
+            metrics::gauge!("tenora_adapter_leases").set(stats.leases as f64);
+            tokio::time::sleep(HUB_INTERVAL).await;
+        }
+    })))
+}
+
+/// Refuses what would let strangers in or show keys on the network.
+fn check_listener(config: &Config, addr: SocketAddr) -> Result<()> {
+    let refuse = |message: &str| Err(Error::precondition("INSECURE_LISTENER", addr, message));
+    if addr.ip().is_loopback() {
+        Ok(())
+    } else if config.insecure_no_auth {
+        refuse(
+            "--insecure-no-auth makes everyone the operator and is accepted on a loopback address only; leave it out or listen on 127.0.0.1",
+        )
+    } else if config.tls.is_none() && !config.allow_plaintext {
+        refuse(
+            "keys would travel in plain text; give --tls-cert and --tls-key, or --allow-plaintext where something in front ends TLS",
+        )
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Limits, TlsFiles};
+    use crate::device::DeviceSpec;
+
+    fn config() -> Config {
+        Config {
+            data_dir: "data".into(),
+            base: "base.gguf".into(),
+            device: DeviceSpec::Cpu,
+            threads: 1,
+            metrics_listen: None,
+            insecure_no_auth: false,
+            tls: None,
+            allow_plaintext: false,
+            limits: Limits::default(),
+        }
+    }
+
+    #[test]
+    fn only_safe_listeners_are_accepted() {
+        let text = |config: &Config, addr: &str| match check_listener(config, addr.parse().unwrap()) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        let tls = Some(TlsFiles { cert: "c".into(), key: "k".into() });
+        let open = Config { insecure_no_auth: true, ..config() };
+        assert_eq!(text(&open, "127.0.0.1:1"), "");
+        assert_eq!(text(&open, "[::1]:1"), "");
+        assert!(text(&open, "0.0.0.0:1").contains("--insecure-no-auth"));
+        assert!(text(&Config { tls: tls.clone(), ..open.clone() }, "10.0.0.1:1").contains("--insecure-no-auth"));
+        assert!(text(&config(), "0.0.0.0:1").contains("--allow-plaintext"));
+        assert_eq!(text(&config(), "127.0.0.1:1"), "");
+        assert_eq!(text(&Config { tls, ..config() }, "0.0.0.0:1"), "");
+        assert_eq!(text(&Config { allow_plaintext: true, ..config() }, "0.0.0.0:1"), "");
+    }
+}

@@ -122,6 +122,12 @@ limits! {
     train_share_percent = 40, "percent";
     /// Streams of one connection.
     max_streams_per_connection = 256, "streams";
+    /// Calls under way on all connections.
+    max_calls = 4096, "calls";
+    /// Uploads under way at once.
+    max_uploads = 8, "uploads";
+    /// A connection that is silent for this long is asked for a sign of life, and closed without one.
+    keepalive_seconds = 20, "seconds";
     /// Time that answers under way get after SIGTERM.
     drain_timeout_seconds = 30, "seconds";
     /// Uploads that send nothing for this long end.

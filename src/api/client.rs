@@ -286,6 +286,7 @@ impl Client {
         let mut endpoint =
             Endpoint::from_shared(server.clone()).map_err(|e| invalid(&e))?.connect_timeout(CONNECT_TIMEOUT);
         if let Some(tls) = tls_config(target)? {
+            super::choose_tls_library();
             endpoint = endpoint.tls_config(tls).map_err(|e| invalid(&e))?;
         }
         let bearer = bearer(target.key.as_deref())?;

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use residents::{Resident, Residents};
 
-use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+pub use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
 use crate::adapter::{BaseShape, Lora};
 use crate::config::Limits;
 use crate::error::{Error, Result};

@@ -1,0 +1,230 @@
+//! AdapterService: PEFT folders in and out, versions, the swap.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Streaming};
+
+use super::proto::adapter_service_server::AdapterService;
+use super::proto::{export_adapter_response as exported, import_adapter_request as imported};
+use super::server::Shared;
+use super::uploads::misplaced_header;
+use super::{Answer, Streamed, convert, proto as pb};
+use crate::error::{Error, Result};
+use crate::hub::{CONFIG_FILE, NewVersion, Package, TENSORS_FILE};
+use crate::ids::{AdapterName, AdapterRef, TenantId, VersionName};
+
+/// Most bytes of a file that one message of an export carries.
+const EXPORT_CHUNK: u64 = 256 << 10;
+
+pub struct Adapters(pub Arc<Shared>);
+
+#[tonic::async_trait]
+impl AdapterService for Adapters {
+    type ExportAdapterStream = Streamed<pb::ExportAdapterResponse>;
+
+    async fn import_adapter(
+        &self,
+        request: Request<Streaming<pb::ImportAdapterRequest>>,
+    ) -> Answer<pb::AdapterVersion> {
+        let (_, call, messages) = request.into_parts();
+        let mut upload = self.0.uploads.open(messages)?;
+        let Some(imported::Part::Header(header)) = upload.next().await?.and_then(|message| message.part) else {
+            return Err(misplaced_header().into());
+        };
+        let parent: TenantId = convert::name("header.parent", &header.parent)?;
+        let tenant = self.0.auth.tenant_for(&call, &parent).await?;
+        let mut folder = Folder::new(self.0.limits.max_adapter_bytes);
+        let adapter = AdapterName::new(&parent, &header.adapter_id)?;
+        while let Some(message) = upload.next().await? {
+            match message.part {
+                Some(imported::Part::Chunk(chunk)) => folder.add(&chunk)?,
+                _ => return Err(misplaced_header().into()),
+            }
+        }
+        let new = NewVersion {
+            adapter,
+            package: folder.package()?,
+            probes: Vec::new(),
+            publish: convert::publish(header.publish)?,
+            job: None,
+            metrics: Default::default(),
+            request_id: convert::request_id(header.request_id)?,
+            validate_only: header.validate_only,
+        };
+        let row = self.0.hub.publish(&tenant, new).await?;
+        Ok(Response::new(convert::version(row)))
+    }
+
+    async fn export_adapter(&self, request: Request<pb::ExportAdapterRequest>) -> Answer<Self::ExportAdapterStream> {
+        let name: AdapterRef = convert::name("name", &request.get_ref().name)?;
+        let tenant = self.0.auth.tenant_for(request.extensions(), name.tenant()).await?;
+        let (row, package) = self.0.hub.package(&tenant, &name).await?;
+        let size = (self.0.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK) as usize;
+        let answer = async_stream::stream! {
+            yield Ok(part(exported::Part::Version(convert::version(row))));
+            for (filename, bytes) in [(CONFIG_FILE, package.config), (TENSORS_FILE, package.tensors)] {
+                for data in bytes.chunks(size) {
+                    let chunk = pb::FileChunk { filename: filename.to_owned(), data: data.to_vec() };
+                    yield Ok(part(exported::Part::Chunk(chunk)));
+                }
+            }
+        };
+        Ok(Response::new(Box::pin(answer)))
+    }
+
+    async fn get_adapter(&self, request: Request<pb::GetAdapterRequest>) -> Answer<pb::Adapter> {
+        let name: AdapterName = convert::name("name", &request.get_ref().name)?;
+        self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        let row = self.0.store.get_adapter(&name).await?;
+        Ok(Response::new(convert::adapter_message(row)))
+    }
+
+    async fn list_adapters(&self, request: Request<pb::ListAdaptersRequest>) -> Answer<pb::ListAdaptersResponse> {
+        let (_, call, request) = request.into_parts();
+        let parent: TenantId = convert::name("parent", &request.parent)?;
+        self.0.auth.tenant_for(&call, &parent).await?;
+        let page = convert::page(request.page_size, request.page_token)?;
+        let listed = self.0.store.list_adapters(&parent, &page).await?;
+        let adapters = listed.items.into_iter().map(convert::adapter_message).collect();
+        Ok(Response::new(pb::ListAdaptersResponse { adapters, next_page_token: listed.next }))
+    }
+
+    async fn list_adapter_versions(
+        &self,
+        request: Request<pb::ListAdapterVersionsRequest>,
+    ) -> Answer<pb::ListAdapterVersionsResponse> {
+        let (_, call, request) = request.into_parts();
+        let parent: AdapterName = convert::name("parent", &request.parent)?;
+        self.0.auth.tenant_for(&call, &parent.tenant).await?;
+        let page = convert::page(request.page_size, request.page_token)?;
+        let listed = self.0.store.list_versions(&parent, &page).await?;
+        let versions = listed.items.into_iter().map(convert::version).collect();
+        Ok(Response::new(pb::ListAdapterVersionsResponse { versions, next_page_token: listed.next }))
+    }
+
+    async fn set_live_version(&self, request: Request<pb::SetLiveVersionRequest>) -> Answer<pb::Adapter> {
+        let (_, call, request) = request.into_parts();
+        let name: AdapterName = convert::name("name", &request.name)?;
+        let tenant = self.0.auth.tenant_for(&call, &name.tenant).await?;
+        let version: VersionName = convert::name("version", &request.version)?;
+        tenant.check_owns(version.tenant())?;
+        if version.adapter != name {
+            return Err(Error::invalid("version", format!("must be a version of {name}")).into());
+        }
+        let row = self.0.hub.set_live(&tenant, &version, &request.etag).await?;
+        Ok(Response::new(convert::adapter_message(row)))
+    }
+
+    async fn delete_adapter(&self, request: Request<pb::DeleteAdapterRequest>) -> Answer<pb::DeleteAdapterResponse> {
+        let (_, call, request) = request.into_parts();
+        let name: AdapterName = convert::name("name", &request.name)?;
+        let tenant = self.0.auth.tenant_for(&call, &name.tenant).await?;
+        self.0.hub.delete_adapter(&tenant, &name, &request.etag).await?;
+        Ok(Response::new(pb::DeleteAdapterResponse {}))
+    }
+}
+
+fn part(part: exported::Part) -> pb::ExportAdapterResponse {
+    pb::ExportAdapterResponse { part: Some(part) }
+}
+
+/// The files of an import as they come in; nothing is taken by any name but the two that PEFT writes.
+struct Folder {
+    config: Vec<u8>,
+    tensors: Vec<u8>,
+    limit: u64,
+}
+
+impl Folder {
+    fn new(limit: u64) -> Self {
+        Self { config: Vec::new(), tensors: Vec::new(), limit }
+    }
+
+    fn add(&mut self, chunk: &pb::FileChunk) -> Result<()> {
+        let size = (self.config.len() + self.tensors.len() + chunk.data.len()) as u64;
+        if size > self.limit {
+            return Err(Error::Exhausted {
+                limit: "max_adapter_bytes",
+                message: format!("the adapter's files have more than {} bytes", self.limit),
+                retry_after: None,
+            });
+        }
+        match chunk.filename.as_str() {
+            CONFIG_FILE => self.config.extend_from_slice(&chunk.data),
+            TENSORS_FILE => self.tensors.extend_from_slice(&chunk.data),
+            other => return Err(refused_file(other)),
+        }
+        Ok(())
+    }
+
+    fn package(self) -> Result<Package> {
+        for (name, bytes) in [(CONFIG_FILE, &self.config), (TENSORS_FILE, &self.tensors)] {
+            if bytes.is_empty() {
+                return Err(Error::invalid_because("MISSING_FILE", "chunk.filename", format!("{name} was not sent")));
+            }
+        }
+        Ok(Package { config: self.config, tensors: self.tensors })
+    }
+}
+
+fn refused_file(name: &str) -> Error {
+    let shown: String = name.chars().take(200).collect();
+    let (reason, why) = if name.contains("..") || name.contains(['/', '\\']) {
+        ("UNSAFE_FILE_NAME", "is a path")
+    } else if [".bin", ".pt", ".pth", ".pkl"].iter().any(|ending| name.ends_with(ending)) {
+        ("UNSUPPORTED_FILE", "is a pickle, which can run code")
+    } else {
+        ("UNSUPPORTED_FILE", "is not part of an adapter")
+    };
+    let message = format!("{shown:?} {why}; send {CONFIG_FILE} and {TENSORS_FILE}, by these names");
+    Error::invalid_because(reason, "chunk.filename", message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn add(folder: &mut Folder, filename: &str, data: &[u8]) -> Result<()> {
+        folder.add(&pb::FileChunk { filename: filename.into(), data: data.to_vec() })
+    }
+
+    #[test]
+    fn chunks_of_the_two_files_are_joined() {
+        let mut folder = Folder::new(100);
+        for (name, data) in [(CONFIG_FILE, "{"), (CONFIG_FILE, "}"), (TENSORS_FILE, "abc"), (TENSORS_FILE, "def")] {
+            add(&mut folder, name, data.as_bytes()).unwrap();
+        }
+        assert_eq!(folder.package().unwrap(), Package { config: b"{}".to_vec(), tensors: b"abcdef".to_vec() });
+    }
+
+    #[test]
+    fn other_names_are_refused_by_name() {
+        for (name, expected) in [
+            ("../adapter_config.json", "UNSAFE_FILE_NAME"),
+            ("a/adapter_config.json", "UNSAFE_FILE_NAME"),
+            ("a\\b", "UNSAFE_FILE_NAME"),
+            ("adapter_model.bin", "UNSUPPORTED_FILE"),
+            ("README.md", "UNSUPPORTED_FILE"),
+            ("", "UNSUPPORTED_FILE"),
+        ] {
+            match add(&mut Folder::new(100), name, b"x") {
+                Err(Error::Invalid { reason, message, .. }) => {
+                    assert_eq!(reason, expected, "{name}");
+                    assert!(message.contains(&format!("{name:?}")), "{message}");
+                }
+                other => panic!("{name}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn too_much_and_too_little_are_refused() {
+        let mut folder = Folder::new(3);
+        add(&mut folder, CONFIG_FILE, b"{}").unwrap();
+        assert!(matches!(
+            add(&mut folder, TENSORS_FILE, b"ab"),
+            Err(Error::Exhausted { limit: "max_adapter_bytes", .. })
+        ));
+        assert!(matches!(folder.package(), Err(Error::Invalid { reason: "MISSING_FILE", .. })));
+    }
+}

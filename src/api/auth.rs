@@ -1,0 +1,141 @@
+//! Who calls, and the only place where a call becomes a `Tenant`.
+//!
+//! The edge puts a [`Caller`] into every request it lets through. Handlers cannot act without a `Tenant`, and get one only here;
+//! a request without a caller (a route that went round the edge) gets nothing.
+
+use sha2::{Digest as _, Sha256};
+use subtle::ConstantTimeEq as _;
+use tonic::Extensions;
+use tonic::codegen::http::HeaderMap;
+
+use crate::error::{Error, Result};
+use crate::ids::{Tenant, TenantId};
+use crate::store::{KeyOwner, Store};
+
+/// The tenant that an operator's calls of the base are made for; `app` makes it.
+pub const OPERATOR_TENANT: &str = "operator";
+
+/// Whose key came with the call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Caller {
+    Operator,
+    Tenant(TenantId),
+}
+
+/// Checks keys against the store, at every call: a revoked key is worthless at once.
+#[derive(Debug, Clone)]
+pub struct Auth {
+    store: Store,
+    /// Everyone is the operator.
+    insecure: bool,
+}
+
+impl Auth {
+    pub fn new(store: Store, insecure: bool) -> Self {
+        Self { store, insecure }
+    }
+
+    /// The owner of the bearer key in the `authorization` header. One text for every wrong key.
+    pub async fn caller(&self, headers: &HeaderMap) -> Result<Caller> {
+        if self.insecure {
+            return Ok(Caller::Operator);
+        }
+        let secret = bearer(headers)?;
+        let key = match key_id(secret) {
+            Some(id) => self.store.find_key(id).await?,
+            None => None,
+        };
+        let given: [u8; 32] = Sha256::digest(secret).into();
+        match key {
+            Some(key) if bool::from(key.hash.ct_eq(&given)) && key.revoked.is_none() => Ok(match key.owner {
+                KeyOwner::Operator => Caller::Operator,
+                KeyOwner::Tenant(id) => Caller::Tenant(id),
+            }),
+            _ => Err(Error::Unauthenticated {
+                message: "this key is unknown or has been revoked; ask the operator for a new one".into(),
+            }),
+        }
+    }
+
+    /// Proof that the caller may act on `owner`'s names. A tenant is refused another's before anything is looked up; an operator
+    /// may act on every tenant's that exists.
+    pub async fn tenant_for(&self, call: &Extensions, owner: &TenantId) -> Result<Tenant> {
+        match caller_of(call)? {
+            Caller::Tenant(id) => {
+                let tenant = Tenant::proven(id.clone());
+                tenant.check_owns(owner)?;
+                Ok(tenant)
+            }
+            Caller::Operator => {
+                self.store.get_tenant(owner).await?;
+                Ok(Tenant::proven(owner.clone()))
+            }
+        }
+    }
+
+    /// The tenant that a call without a name is made for.
+    pub fn own_tenant(&self, call: &Extensions) -> Result<Tenant> {
+        match caller_of(call)? {
+            Caller::Tenant(id) => Ok(Tenant::proven(id.clone())),
+            Caller::Operator => Ok(Tenant::proven(TenantId::new(OPERATOR_TENANT)?)),
+        }
+    }
+
+    /// Lets only operators through.
+    pub fn operator(&self, call: &Extensions) -> Result<()> {
+        match caller_of(call)? {
+            Caller::Operator => Ok(()),
+            Caller::Tenant(_) => Err(Error::PermissionDenied),
+        }
+    }
+}
+
+fn caller_of(call: &Extensions) -> Result<&Caller> {
+    call.get().ok_or_else(no_key)
+}
+
+fn no_key() -> Error {
+    Error::Unauthenticated { message: "send a key as metadata `authorization: Bearer tnr_...`".into() }
+}
+
+fn bearer(headers: &HeaderMap) -> Result<&str> {
+    let value = headers.get("authorization").and_then(|value| value.to_str().ok()).ok_or_else(no_key)?;
+    let (scheme, secret) = value.split_once(' ').ok_or_else(no_key)?;
+    if scheme.eq_ignore_ascii_case("bearer") { Ok(secret.trim()) } else { Err(no_key()) }
+}
+
+/// The id inside `tnr_{id}_{random}`.
+fn key_id(secret: &str) -> Option<&str> {
+    Some(secret.strip_prefix("tnr_")?.split_once('_')?.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(value: &str) -> HeaderMap {
+        HeaderMap::from_iter([("authorization".parse().unwrap(), value.parse().unwrap())])
+    }
+
+    #[test]
+    fn bearer_tokens_are_found() {
+        assert_eq!(bearer(&headers("Bearer tnr_a_b")).unwrap(), "tnr_a_b");
+        assert_eq!(bearer(&headers("bearer tnr_a_b")).unwrap(), "tnr_a_b");
+        for wrong in ["", "tnr_a_b", "Basic tnr_a_b", "Bearer"] {
+            assert!(matches!(bearer(&headers(wrong)), Err(Error::Unauthenticated { .. })), "{wrong:?}");
+        }
+        assert!(bearer(&HeaderMap::new()).is_err());
+    }
+
+    #[test]
+    fn key_ids_are_found() {
+        assert_eq!(key_id("tnr_k1_x_y"), Some("k1"));
+        assert_eq!(key_id("tnr_k1"), None);
+        assert_eq!(key_id("sk_k1_x"), None);
+    }
+
+    #[test]
+    fn a_request_that_went_round_the_edge_gets_nothing() {
+        assert!(matches!(caller_of(&Extensions::default()), Err(Error::Unauthenticated { .. })));
+    }
+}

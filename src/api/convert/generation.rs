@@ -1,0 +1,154 @@
+//! Generate and Score. Values are checked by the engine, which names their fields as they are called here.
+
+use std::time::Instant;
+
+use super::{adapter, messages, or_empty};
+use crate::api::proto as pb;
+use crate::config::Limits;
+use crate::error::{Error, Result};
+use crate::request::{
+    FinishReason, GenerateEvent, GenerateSpec, Prompt, Sampling, ScoreAnswer, ScoreOut, ScoreSpec, Stopping,
+    TokenLogprob, Usage,
+};
+
+const DEFAULT_ANSWER_TOKENS: u64 = 256;
+
+pub fn generate_spec(request: pb::GenerateRequest, deadline: Option<Instant>, limits: &Limits) -> Result<GenerateSpec> {
+    let prompt = match request.prompt {
+        Some(pb::generate_request::Prompt::Text(text)) => Prompt::Text(text),
+        Some(pb::generate_request::Prompt::Chat(chat)) => Prompt::Chat(messages("chat", chat)?),
+        Some(pb::generate_request::Prompt::TokenIds(ids)) => Prompt::TokenIds(ids.ids),
+        None => return Err(Error::invalid("prompt", "give one of text, chat and token_ids")),
+    };
+    Ok(GenerateSpec {
+        adapter: adapter("adapter", &request.adapter)?,
+        prompt,
+        sampling: sampling(request.sampling.unwrap_or_default()),
+        stopping: stopping(request.stopping.unwrap_or_default(), limits),
+        logprobs: request.logprobs,
+        deadline,
+    })
+}
+
+fn sampling(message: pb::Sampling) -> Sampling {
+    let default = Sampling::default();
+    Sampling {
+        temperature: message.temperature.unwrap_or(default.temperature),
+        top_p: message.top_p.unwrap_or(default.top_p),
+        top_k: message.top_k.unwrap_or(default.top_k),
+        min_p: message.min_p.unwrap_or(default.min_p),
+        repetition_penalty: message.repetition_penalty.unwrap_or(default.repetition_penalty),
+        seed: message.seed.unwrap_or_else(rand::random),
+    }
+}
+
+fn stopping(message: pb::Stopping, limits: &Limits) -> Stopping {
+    let default = DEFAULT_ANSWER_TOKENS.min(limits.max_answer_tokens) as u32;
+    Stopping { max_tokens: message.max_tokens.unwrap_or(default), stop: message.stop, ignore_eos: message.ignore_eos }
+}
+
+/// One message for one event.
+pub fn response_of(event: GenerateEvent) -> pb::GenerateResponse {
+    match event {
+        GenerateEvent::Started { version, .. } => {
+            pb::GenerateResponse { adapter_version: or_empty(version), ..Default::default() }
+        }
+        GenerateEvent::Delta { text, tokens } => pb::GenerateResponse {
+            text,
+            token_ids: tokens.iter().map(|token| token.id).collect(),
+            logprobs: tokens.into_iter().filter_map(|token| token.logprob).map(logprob).collect(),
+            ..Default::default()
+        },
+        GenerateEvent::Finished { reason, usage } => pb::GenerateResponse {
+            finish_reason: finish_reason(reason).into(),
+            usage: Some(usage_of(usage)),
+            ..Default::default()
+        },
+    }
+}
+
+fn finish_reason(reason: FinishReason) -> pb::FinishReason {
+    match reason {
+        FinishReason::Stop => pb::FinishReason::Stop,
+        FinishReason::Length => pb::FinishReason::Length,
+        FinishReason::ContentFiltered => pb::FinishReason::ContentFiltered,
+        FinishReason::Cancelled => pb::FinishReason::Cancelled,
+    }
+}
+
+fn usage_of(usage: Usage) -> pb::Usage {
+    pb::Usage { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens }
+}
+
+fn logprob(entry: TokenLogprob) -> pb::TokenLogprob {
+    pb::TokenLogprob { token_id: entry.id, logprob: entry.logprob, top: top(entry.top) }
+}
+
+fn top(entries: Vec<(u32, f32)>) -> Vec<pb::TopLogprob> {
+    entries.into_iter().map(|(token_id, logprob)| pb::TopLogprob { token_id, logprob }).collect()
+}
+
+pub fn score_spec(request: pb::ScoreRequest, deadline: Option<Instant>) -> Result<ScoreSpec> {
+    Ok(ScoreSpec {
+        adapter: adapter("adapter", &request.adapter)?,
+        inputs: request.inputs.into_iter().enumerate().map(score_input).collect::<Result<_>>()?,
+        top_logprobs: request.top_logprobs,
+        deadline,
+    })
+}
+
+fn score_input((i, input): (usize, pb::ScoreInput)) -> Result<Prompt> {
+    match input.sequence {
+        Some(pb::score_input::Sequence::Text(text)) => Ok(Prompt::Text(text)),
+        Some(pb::score_input::Sequence::TokenIds(ids)) => Ok(Prompt::TokenIds(ids.ids)),
+        Some(pb::score_input::Sequence::Chat(chat)) => Ok(Prompt::Chat(messages(&format!("inputs[{i}].chat"), chat)?)),
+        None => Err(Error::invalid(format!("inputs[{i}]"), "give one of text, token_ids and chat")),
+    }
+}
+
+pub fn score_response(answer: ScoreAnswer) -> pb::ScoreResponse {
+    let result = |out: ScoreOut| pb::ScoreResult {
+        token_ids: out.ids,
+        logprobs: out.logprobs.into_iter().map(logprob).collect(),
+        next: top(out.next),
+    };
+    pb::ScoreResponse {
+        adapter_version: or_empty(answer.version),
+        results: answer.results.into_iter().map(result).collect(),
+        usage: Some(usage_of(answer.usage)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> pb::GenerateRequest {
+        pb::GenerateRequest { prompt: Some(pb::generate_request::Prompt::Text("hello".into())), ..Default::default() }
+    }
+
+    fn field_of(request: pb::GenerateRequest) -> String {
+        match generate_spec(request, None, &Limits::default()) {
+            Err(Error::Invalid { field, .. }) => field,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_proto() {
+        let spec = generate_spec(request(), None, &Limits::default()).unwrap();
+        assert_eq!(spec.adapter, None);
+        assert_eq!(spec.stopping, Stopping { max_tokens: 256, stop: vec![], ignore_eos: false });
+        assert_eq!(Sampling { seed: 0, ..spec.sampling }, Sampling::default());
+        let other = generate_spec(request(), None, &Limits::default()).unwrap();
+        assert_ne!(spec.sampling.seed, other.sampling.seed, "a seed is drawn where none is given");
+    }
+
+    #[test]
+    fn errors_name_the_path() {
+        assert_eq!(field_of(pb::GenerateRequest { prompt: None, ..request() }), "prompt");
+        assert_eq!(field_of(pb::GenerateRequest { adapter: "x".into(), ..request() }), "adapter");
+        let chat = Some(pb::generate_request::Prompt::Chat(pb::Chat::default()));
+        assert_eq!(field_of(pb::GenerateRequest { prompt: chat, ..request() }), "chat.messages");
+    }
+}

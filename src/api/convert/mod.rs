@@ -1,0 +1,135 @@
+//! Between protobuf messages and the crate's own types. Errors name the field by its path in the message.
+
+mod generation;
+mod pairs;
+mod rows;
+mod training;
+
+use std::str::FromStr;
+use std::time::SystemTime;
+
+use prost_types::Timestamp;
+
+pub use generation::{generate_spec, response_of, score_response, score_spec};
+pub use pairs::PairForm;
+pub use rows::*;
+pub use training::{event, job, job_spec};
+
+use crate::api::proto as pb;
+use crate::error::{Error, Result};
+use crate::ids::{AdapterRef, TenantId};
+use crate::request::{ChatMessage, Publish};
+use crate::store::Page;
+
+const DEFAULT_PAGE: u32 = 50;
+const MAX_PAGE: u32 = 1000;
+/// Longest name for people. Bytes.
+const MAX_DISPLAY_NAME: usize = 256;
+/// Longest request id. Bytes.
+const MAX_REQUEST_ID: usize = 128;
+
+/// Parses a name; errors name `field`.
+pub fn name<T: FromStr<Err = Error>>(field: &str, text: &str) -> Result<T> {
+    text.parse().map_err(|error| at(field, error))
+}
+
+/// Moves an error about a part of a message to the field's whole path.
+fn at(field: &str, error: Error) -> Error {
+    match error {
+        Error::Invalid { reason, message, field: _ } => Error::Invalid { reason, field: field.to_owned(), message },
+        other => other,
+    }
+}
+
+/// `tenants/{t}/safetyPolicy`.
+pub fn policy_owner(field: &str, text: &str) -> Result<TenantId> {
+    let form = || Error::invalid_because("INVALID_NAME", field, "must be of the form tenants/{tenant}/safetyPolicy");
+    text.strip_suffix("/safetyPolicy").ok_or_else(form)?.parse().map_err(|_| form())
+}
+
+/// Empty is the base.
+fn adapter(field: &str, text: &str) -> Result<Option<AdapterRef>> {
+    if text.is_empty() { Ok(None) } else { name(field, text).map(Some) }
+}
+
+pub fn page(size: i32, token: String) -> Result<Page> {
+    let size = u32::try_from(size).map_err(|_| Error::invalid("page_size", "must not be negative"))?;
+    let size = if size == 0 { DEFAULT_PAGE } else { size.min(MAX_PAGE) };
+    Ok(Page { size, token })
+}
+
+pub fn display_name(text: String) -> Result<String> {
+    at_most("display_name", text, MAX_DISPLAY_NAME)
+}
+
+pub fn request_id(text: String) -> Result<String> {
+    at_most("request_id", text, MAX_REQUEST_ID)
+}
+
+fn at_most(field: &str, text: String, bytes: usize) -> Result<String> {
+    if text.len() <= bytes { Ok(text) } else { Err(Error::invalid(field, format!("must have at most {bytes} bytes"))) }
+}
+
+pub fn publish(value: i32) -> Result<Publish> {
+    match known::<pb::Publish>("publish", value)? {
+        pb::Publish::Unspecified => Ok(Publish::Auto),
+        pb::Publish::Live => Ok(Publish::Live),
+        pb::Publish::VersionOnly => Ok(Publish::VersionOnly),
+    }
+}
+
+/// An enum's value that this server knows.
+fn known<T: TryFrom<i32>>(field: &str, value: i32) -> Result<T> {
+    T::try_from(value).map_err(|_| Error::invalid(field, format!("has no value {value}")))
+}
+
+pub fn messages(field: &str, chat: pb::Chat) -> Result<Vec<ChatMessage>> {
+    let check = |(i, message): (usize, pb::ChatMessage)| match message.role.as_str() {
+        "system" | "user" | "assistant" => Ok(ChatMessage { role: message.role, content: message.content }),
+        _ => Err(Error::invalid(format!("{field}.messages[{i}].role"), "must be system, user or assistant")),
+    };
+    if chat.messages.is_empty() {
+        return Err(Error::invalid(format!("{field}.messages"), "must have at least one message"));
+    }
+    chat.messages.into_iter().enumerate().map(check).collect()
+}
+
+pub fn timestamp(time: SystemTime) -> Option<Timestamp> {
+    Some(time.into())
+}
+
+/// A name that may be absent; absent is empty.
+fn or_empty(name: Option<impl ToString>) -> String {
+    name.map(|name| name.to_string()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::AdapterName;
+
+    #[test]
+    fn pages_have_a_default_and_a_limit() {
+        assert_eq!(page(0, String::new()).unwrap().size, 50);
+        assert_eq!(page(7, String::new()).unwrap().size, 7);
+        assert_eq!(page(i32::MAX, String::new()).unwrap().size, 1000);
+        assert!(page(-1, String::new()).is_err());
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        let error = name::<AdapterName>("from_version", "adapters/x").unwrap_err();
+        assert!(matches!(error, Error::Invalid { field, .. } if field == "from_version"));
+        let wrong_role = pb::Chat { messages: vec![pb::ChatMessage { role: "tool".into(), content: String::new() }] };
+        let error = messages("chat", wrong_role).unwrap_err();
+        assert!(matches!(error, Error::Invalid { field, .. } if field == "chat.messages[0].role"));
+    }
+
+    #[test]
+    fn a_policy_has_an_owner() {
+        assert_eq!(policy_owner("name", "tenants/a/safetyPolicy").unwrap().as_str(), "a");
+        for wrong in ["", "tenants/a", "tenants//safetyPolicy", "tenants/a/b/safetyPolicy"] {
+            assert!(policy_owner("name", wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Preference pairs: an upload sends them as messages or as JSON lines.
+
+use super::messages;
+use crate::api::proto as pb;
+use crate::data::{Preference, Record};
+use crate::error::{Error, Result};
+use crate::request::ChatMessage;
+
+/// Which of its two forms an upload of pairs has taken.
+#[derive(Debug, Default)]
+pub enum PairForm {
+    #[default]
+    Unknown,
+    Messages,
+    Lines,
+}
+
+impl PairForm {
+    /// A pair sent as a message.
+    pub fn record(&mut self, pair: pb::PreferencePair) -> Result<Record> {
+        if matches!(self, Self::Lines) {
+            return Err(mixed());
+        }
+        *self = Self::Messages;
+        let answer = |content: String| vec![ChatMessage { role: "assistant".to_owned(), content }];
+        Ok(Record::Preference(Preference {
+            prompt: messages("pair.prompt", pair.prompt.unwrap_or_default())?,
+            chosen: answer(pair.chosen),
+            rejected: answer(pair.rejected),
+        }))
+    }
+
+    /// JSON lines as they are.
+    pub fn data<'a>(&mut self, data: &'a [u8]) -> Result<&'a [u8]> {
+        if matches!(self, Self::Messages) {
+            return Err(mixed());
+        }
+        *self = Self::Lines;
+        Ok(data)
+    }
+}
+
+fn mixed() -> Error {
+    Error::invalid("part", "send pairs or JSON lines, not both in one upload")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> pb::PreferencePair {
+        let message = pb::ChatMessage { role: "user".into(), content: "hello".into() };
+        pb::PreferencePair {
+            prompt: Some(pb::Chat { messages: vec![message] }),
+            chosen: "hi".into(),
+            rejected: "no".into(),
+        }
+    }
+
+    #[test]
+    fn forms_do_not_mix() {
+        let mut form = PairForm::default();
+        form.record(pair()).unwrap();
+        assert!(form.data(b"{}").is_err());
+        let mut form = PairForm::default();
+        form.data(b"{").unwrap();
+        assert!(form.record(pair()).is_err());
+    }
+}

@@ -1,0 +1,103 @@
+//! Rows of the catalogue as messages.
+
+use super::{or_empty, timestamp};
+use crate::api::proto as pb;
+use crate::data::Report;
+use crate::ids::{KeyName, TenantId};
+use crate::request::ParityReport;
+use crate::safety::PhraseMatch;
+use crate::store::{AdapterRow, DatasetKind, DatasetRow, KeyRow, PolicyRow, TenantRow, UsageRow, VersionRow};
+
+pub fn adapter_message(row: AdapterRow) -> pb::Adapter {
+    pb::Adapter {
+        name: row.name.to_string(),
+        live_version: or_empty(row.live),
+        etag: row.etag,
+        create_time: timestamp(row.create_time),
+        update_time: timestamp(row.update_time),
+    }
+}
+
+pub fn version(row: VersionRow) -> pb::AdapterVersion {
+    pb::AdapterVersion {
+        name: row.name.to_string(),
+        digest: row.digest.to_string(),
+        base_digest: row.base_digest.to_string(),
+        template_digest: row.template_digest.to_string(),
+        size_bytes: row.size_bytes,
+        kind: "lora".to_owned(),
+        rank: row.rank,
+        target_modules: row.targets,
+        no_effect: row.parity.no_effect,
+        parity: Some(parity(row.parity)),
+        training_job: or_empty(row.job),
+        create_time: timestamp(row.create_time),
+        metrics: row.metrics.into_iter().collect(),
+    }
+}
+
+fn parity(report: ParityReport) -> pb::ParityReport {
+    pb::ParityReport {
+        tokens: report.tokens,
+        mean_abs_difference: report.mean_abs_difference,
+        mean_abs_effect: report.mean_abs_effect,
+        threshold: report.threshold,
+    }
+}
+
+pub fn dataset(row: DatasetRow) -> pb::Dataset {
+    let kind = match row.kind {
+        DatasetKind::Sft => pb::DatasetKind::Sft,
+        DatasetKind::Preferences => pb::DatasetKind::Preferences,
+    };
+    pb::Dataset {
+        name: row.name.to_string(),
+        kind: kind.into(),
+        records: u32::try_from(row.records).unwrap_or(u32::MAX),
+        size_bytes: row.size_bytes,
+        digest: row.digest.to_string(),
+        create_time: timestamp(row.create_time),
+    }
+}
+
+pub fn report(report: Report) -> pb::DatasetReport {
+    pb::DatasetReport {
+        dataset: Some(dataset(report.dataset)),
+        tokens: report.tokens,
+        loss_tokens: report.loss_tokens,
+        longest: report.longest,
+        duplicates: report.duplicates,
+        too_long: report.too_long,
+    }
+}
+
+pub fn tenant(row: TenantRow) -> pb::Tenant {
+    pb::Tenant { name: row.id.to_string(), display_name: row.display_name, create_time: timestamp(row.create_time) }
+}
+
+pub fn key(owner: &TenantId, row: KeyRow) -> pb::ApiKey {
+    pb::ApiKey {
+        name: KeyName { tenant: owner.clone(), key: row.id }.to_string(),
+        display_name: row.display_name,
+        create_time: timestamp(row.created),
+        revoke_time: row.revoked.and_then(timestamp),
+    }
+}
+
+pub fn usage(owner: &TenantId, row: UsageRow) -> pb::TenantUsage {
+    pb::TenantUsage {
+        name: owner.to_string(),
+        requests: row.requests,
+        prompt_tokens: row.prompt_tokens,
+        completion_tokens: row.completion_tokens,
+        training_tokens: row.training_tokens,
+    }
+}
+
+pub fn policy(owner: &TenantId, row: PolicyRow) -> pb::SafetyPolicy {
+    pb::SafetyPolicy { name: format!("{owner}/safetyPolicy"), blocked_phrases: row.phrases, etag: row.etag }
+}
+
+pub fn phrase_match(found: PhraseMatch) -> pb::PhraseMatch {
+    pb::PhraseMatch { phrase: found.phrase, start: found.start as u64, end: found.end as u64 }
+}

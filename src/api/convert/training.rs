@@ -1,0 +1,283 @@
+//! Training jobs: the recipe with its defaults, the job, its events.
+
+use std::collections::BTreeSet;
+
+use super::{at, known, name, or_empty, publish, timestamp};
+use crate::api::proto as pb;
+use crate::error::{Error, Result};
+use crate::ids::{AdapterName, TenantId, VersionName};
+use crate::request::{
+    Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, Publish, Start, Target,
+};
+use crate::store::{JobRow, StoredEvent};
+
+/// The recipe of a request. `from` is the version that `from_version` means.
+pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result<JobSpec> {
+    let tenant: TenantId = name("parent", &request.parent)?;
+    let objective = objective(request)?;
+    let start = match (&request.start, from) {
+        (_, Some(version)) => Start::From(version),
+        (Some(pb::train_request::Start::Lora(lora)), None) => Start::Fresh(lora_spec(lora)?),
+        (_, None) => Start::Fresh(LoraSpec::default()),
+    };
+    Ok(JobSpec {
+        adapter: AdapterName::new(&tenant, &request.adapter_id)?,
+        dataset: name("dataset", &request.dataset)?,
+        objective,
+        start,
+        hyperparameters: hyperparameters(request.hyperparameters.unwrap_or_default(), objective)?,
+        publish: publish(request.publish)?,
+    })
+}
+
+fn objective(request: &pb::TrainRequest) -> Result<Objective> {
+    match request.objective {
+        Some(pb::train_request::Objective::Sft(pb::SftSpec {})) => Ok(Objective::Sft),
+        Some(pb::train_request::Objective::Dpo(dpo)) => {
+            Ok(Objective::Dpo { beta: dpo.beta.unwrap_or(0.1), label_smoothing: dpo.label_smoothing.unwrap_or(0.0) })
+        }
+        None => Err(Error::invalid("objective", "give one of sft and dpo")),
+    }
+}
+
+fn lora_spec(message: &pb::LoraSpec) -> Result<LoraSpec> {
+    let default = LoraSpec::default();
+    let layers: BTreeSet<u32> = message.layers_to_transform.iter().copied().collect();
+    Ok(LoraSpec {
+        rank: message.rank.unwrap_or(default.rank),
+        alpha: message.alpha.unwrap_or(default.alpha),
+        dropout: message.dropout.unwrap_or(default.dropout),
+        targets: targets(&message.target_modules)?,
+        layers: (!layers.is_empty()).then(|| layers.into_iter().collect()),
+        use_rslora: message.use_rslora,
+    })
+}
+
+fn targets(names: &[String]) -> Result<Vec<Target>> {
+    let mut targets = BTreeSet::new();
+    for (i, name) in names.iter().enumerate() {
+        match (name.as_str(), Target::from_name(name)) {
+            ("all-linear", _) => targets.extend(Target::ALL),
+            (_, Some(target)) => drop(targets.insert(target)),
+            (_, None) => {
+                let names = Target::ALL.map(Target::name).join(", ");
+                let field = format!("lora.target_modules[{i}]");
+                return Err(Error::invalid(field, format!("must be one of {names}, all-linear")));
+            }
+        }
+    }
+    Ok(if targets.is_empty() { Target::ALL.to_vec() } else { targets.into_iter().collect() })
+}
+
+fn hyperparameters(message: pb::Hyperparameters, objective: Objective) -> Result<Hyperparameters> {
+    let learning_rate = match objective {
+        Objective::Sft => 2e-4,
+        Objective::Dpo { .. } => 5e-5,
+    };
+    let schedule = match known("schedule", message.schedule).map_err(|e| at("hyperparameters.schedule", e))? {
+        pb::LrSchedule::Unspecified | pb::LrSchedule::Cosine => LrSchedule::Cosine,
+        pb::LrSchedule::Linear => LrSchedule::Linear,
+        pb::LrSchedule::Constant => LrSchedule::Constant,
+    };
+    Ok(Hyperparameters {
+        learning_rate: message.learning_rate.unwrap_or(learning_rate),
+        epochs: message.epochs.unwrap_or(3),
+        max_steps: message.max_steps,
+        batch_size: message.batch_size.unwrap_or(4),
+        gradient_accumulation_steps: message.gradient_accumulation_steps.unwrap_or(1),
+        warmup_steps: message.warmup_steps,
+        schedule,
+        weight_decay: message.weight_decay.unwrap_or(0.0),
+        beta1: message.beta1.unwrap_or(0.9),
+        beta2: message.beta2.unwrap_or(0.999),
+        epsilon: message.epsilon.unwrap_or(1e-8),
+        max_grad_norm: message.max_grad_norm.unwrap_or(1.0),
+        seed: message.seed.unwrap_or(0),
+        sequential: message.sequential,
+        validation_split: message.validation_split.unwrap_or(0.0),
+        eval_steps: message.eval_steps,
+        max_length: message.max_length,
+    })
+}
+
+pub fn job(row: JobRow) -> pb::TrainingJob {
+    pb::TrainingJob {
+        name: row.name.to_string(),
+        state: state(row.state).into(),
+        spec: Some(recipe(&row.spec)),
+        step: row.step,
+        total_steps: row.total_steps,
+        adapter_version: or_empty(row.version),
+        error: row.error.unwrap_or_default(),
+        create_time: timestamp(row.create_time),
+        start_time: row.start_time.and_then(timestamp),
+        end_time: row.end_time.and_then(timestamp),
+    }
+}
+
+/// The request that asks for this, with nothing left to default.
+fn recipe(spec: &JobSpec) -> pb::TrainRequest {
+    let objective = match spec.objective {
+        Objective::Sft => pb::train_request::Objective::Sft(pb::SftSpec {}),
+        Objective::Dpo { beta, label_smoothing } => {
+            pb::train_request::Objective::Dpo(pb::DpoSpec { beta: Some(beta), label_smoothing: Some(label_smoothing) })
+        }
+    };
+    let start = match &spec.start {
+        Start::From(version) => pb::train_request::Start::FromVersion(version.to_string()),
+        Start::Fresh(lora) => pb::train_request::Start::Lora(pb::LoraSpec {
+            rank: Some(lora.rank),
+            alpha: Some(lora.alpha),
+            dropout: Some(lora.dropout),
+            target_modules: lora.targets.iter().map(|target| target.name().to_owned()).collect(),
+            layers_to_transform: lora.layers.clone().unwrap_or_default(),
+            use_rslora: lora.use_rslora,
+        }),
+    };
+    let publish = match spec.publish {
+        Publish::Auto => pb::Publish::Unspecified,
+        Publish::Live => pb::Publish::Live,
+        Publish::VersionOnly => pb::Publish::VersionOnly,
+    };
+    pb::TrainRequest {
+        parent: spec.adapter.tenant.to_string(),
+        adapter_id: spec.adapter.adapter.clone(),
+        dataset: spec.dataset.to_string(),
+        objective: Some(objective),
+        start: Some(start),
+        hyperparameters: Some(hyperparameter_message(&spec.hyperparameters)),
+        publish: publish.into(),
+        ..Default::default()
+    }
+}
+
+fn hyperparameter_message(values: &Hyperparameters) -> pb::Hyperparameters {
+    let schedule = match values.schedule {
+        LrSchedule::Cosine => pb::LrSchedule::Cosine,
+        LrSchedule::Linear => pb::LrSchedule::Linear,
+        LrSchedule::Constant => pb::LrSchedule::Constant,
+    };
+    pb::Hyperparameters {
+        learning_rate: Some(values.learning_rate),
+        epochs: Some(values.epochs),
+        max_steps: values.max_steps,
+        batch_size: Some(values.batch_size),
+        gradient_accumulation_steps: Some(values.gradient_accumulation_steps),
+        warmup_steps: values.warmup_steps,
+        schedule: schedule.into(),
+        weight_decay: Some(values.weight_decay),
+        beta1: Some(values.beta1),
+        beta2: Some(values.beta2),
+        epsilon: Some(values.epsilon),
+        max_grad_norm: Some(values.max_grad_norm),
+        seed: Some(values.seed),
+        sequential: values.sequential,
+        validation_split: Some(values.validation_split),
+        eval_steps: values.eval_steps,
+        max_length: values.max_length,
+    }
+}
+
+fn state(state: JobState) -> pb::JobState {
+    match state {
+        JobState::Queued => pb::JobState::Queued,
+        JobState::Running => pb::JobState::Running,
+        JobState::Pausing => pb::JobState::Pausing,
+        JobState::Paused => pb::JobState::Paused,
+        JobState::Interrupted => pb::JobState::Interrupted,
+        JobState::Succeeded => pb::JobState::Succeeded,
+        JobState::Failed => pb::JobState::Failed,
+        JobState::Cancelling => pb::JobState::Cancelling,
+        JobState::Cancelled => pb::JobState::Cancelled,
+    }
+}
+
+pub fn event(StoredEvent { sequence, time, event }: StoredEvent) -> pb::TrainingEvent {
+    use pb::training_event::Event;
+    let event = match event {
+        JobEvent::State { state: to, error, version } => Event::State(pb::StateChanged {
+            state: state(to).into(),
+            error: error.unwrap_or_default(),
+            adapter_version: or_empty(version),
+        }),
+        JobEvent::Step {
+            step,
+            total_steps,
+            loss,
+            learning_rate,
+            grad_norm,
+            tokens_per_second,
+            eta_seconds,
+            margin,
+            accuracy,
+        } => Event::Step(pb::StepTaken {
+            step,
+            total_steps,
+            loss,
+            learning_rate,
+            grad_norm,
+            tokens_per_second,
+            eta_seconds,
+            margin,
+            accuracy,
+        }),
+        JobEvent::Evaluated { step, loss, margin, accuracy } => {
+            Event::Evaluated(pb::Evaluated { step, loss, margin, accuracy })
+        }
+        JobEvent::Message(text) => Event::Message(text),
+    };
+    pb::TrainingEvent { sequence, time: timestamp(time), event: Some(event) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> pb::TrainRequest {
+        pb::TrainRequest {
+            parent: "tenants/a".into(),
+            adapter_id: "tone".into(),
+            dataset: "tenants/a/datasets/d".into(),
+            objective: Some(pb::train_request::Objective::Sft(pb::SftSpec {})),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_proto() {
+        let spec = job_spec(&request(), None).unwrap();
+        assert_eq!(spec.start, Start::Fresh(LoraSpec::default()));
+        assert_eq!(spec.hyperparameters.learning_rate, 2e-4);
+        assert_eq!((spec.hyperparameters.epochs, spec.hyperparameters.batch_size), (3, 4));
+        assert_eq!(spec.hyperparameters.max_grad_norm, 1.0);
+        let dpo = pb::train_request::Objective::Dpo(pb::DpoSpec::default());
+        let spec = job_spec(&pb::TrainRequest { objective: Some(dpo), ..request() }, None).unwrap();
+        assert_eq!(spec.objective, Objective::Dpo { beta: 0.1, label_smoothing: 0.0 });
+        assert_eq!(spec.hyperparameters.learning_rate, 5e-5);
+    }
+
+    /// What a job says it was asked for asks for the same job.
+    #[test]
+    fn recipes_round_trip() {
+        let lora = pb::LoraSpec {
+            rank: Some(3),
+            target_modules: vec!["v_proj".into(), "q_proj".into()],
+            layers_to_transform: vec![2, 0, 2],
+            use_rslora: true,
+            ..Default::default()
+        };
+        let start = Some(pb::train_request::Start::Lora(lora));
+        let spec = job_spec(&pb::TrainRequest { start, ..request() }, None).unwrap();
+        assert!(matches!(&spec.start, Start::Fresh(lora) if lora.layers == Some(vec![0, 2])
+            && lora.targets == [Target::QProj, Target::VProj]));
+        assert_eq!(job_spec(&recipe(&spec), None).unwrap(), spec);
+    }
+
+    #[test]
+    fn all_linear_is_all_seven() {
+        assert_eq!(targets(&["all-linear".into()]).unwrap(), Target::ALL);
+        assert_eq!(targets(&[]).unwrap(), Target::ALL);
+        let error = targets(&["q_proj".into(), "lm_head".into()]).unwrap_err();
+        assert!(matches!(error, Error::Invalid { field, .. } if field == "lora.target_modules[1]"));
+    }
+}

@@ -1,0 +1,103 @@
+//! DatasetService: training data in, its list, its report.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status, Streaming};
+
+use super::proto::dataset_service_server::DatasetService;
+use super::proto::{upload_dataset_request as records, upload_preferences_request as preferences};
+use super::server::Shared;
+use super::uploads::misplaced_header;
+use super::{Answer, convert, proto as pb};
+use crate::data::{self, Upload};
+use crate::ids::{DatasetName, TenantId};
+use crate::store::DatasetKind;
+
+pub struct Datasets(pub Arc<Shared>);
+
+impl Datasets {
+    async fn begin(
+        &self,
+        call: &tonic::Extensions,
+        header: pb::UploadHeader,
+        kind: DatasetKind,
+    ) -> Result<Upload, Status> {
+        let parent: TenantId = convert::name("header.parent", &header.parent)?;
+        let tenant = self.0.auth.tenant_for(call, &parent).await?;
+        let name = DatasetName::new(&parent, &header.dataset_id)?;
+        let request_id = convert::request_id(header.request_id)?;
+        let (store, limits) = (&self.0.store, &self.0.limits);
+        Ok(Upload::begin(store, limits, &tenant, name, kind, &request_id, header.validate_only).await?)
+    }
+}
+
+#[tonic::async_trait]
+impl DatasetService for Datasets {
+    async fn upload_dataset(&self, request: Request<Streaming<pb::UploadDatasetRequest>>) -> Answer<pb::Dataset> {
+        let (_, call, messages) = request.into_parts();
+        let mut incoming = self.0.uploads.open(messages)?;
+        let Some(records::Part::Header(header)) = incoming.next().await?.and_then(|message| message.part) else {
+            return Err(misplaced_header().into());
+        };
+        let mut upload = self.begin(&call, header, DatasetKind::Sft).await?;
+        while let Some(message) = incoming.next().await? {
+            match message.part {
+                Some(records::Part::Data(data)) => upload.write(&data).await?,
+                _ => return Err(misplaced_header().into()),
+            }
+        }
+        Ok(Response::new(convert::dataset(upload.finish().await?)))
+    }
+
+    async fn upload_preferences(
+        &self,
+        request: Request<Streaming<pb::UploadPreferencesRequest>>,
+    ) -> Answer<pb::Dataset> {
+        let (_, call, messages) = request.into_parts();
+        let mut incoming = self.0.uploads.open(messages)?;
+        let Some(preferences::Part::Header(header)) = incoming.next().await?.and_then(|message| message.part) else {
+            return Err(misplaced_header().into());
+        };
+        let mut upload = self.begin(&call, header, DatasetKind::Preferences).await?;
+        let mut form = convert::PairForm::default();
+        while let Some(message) = incoming.next().await? {
+            match message.part {
+                Some(preferences::Part::Pair(pair)) => upload.write_record(&form.record(pair)?).await?,
+                Some(preferences::Part::Data(data)) => upload.write(form.data(&data)?).await?,
+                _ => return Err(misplaced_header().into()),
+            }
+        }
+        Ok(Response::new(convert::dataset(upload.finish().await?)))
+    }
+
+    async fn get_dataset(&self, request: Request<pb::GetDatasetRequest>) -> Answer<pb::Dataset> {
+        let name: DatasetName = convert::name("name", &request.get_ref().name)?;
+        self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        let row = self.0.store.get_dataset(&name).await?;
+        Ok(Response::new(convert::dataset(row)))
+    }
+
+    async fn list_datasets(&self, request: Request<pb::ListDatasetsRequest>) -> Answer<pb::ListDatasetsResponse> {
+        let (_, call, request) = request.into_parts();
+        let parent: TenantId = convert::name("parent", &request.parent)?;
+        self.0.auth.tenant_for(&call, &parent).await?;
+        let page = convert::page(request.page_size, request.page_token)?;
+        let listed = self.0.store.list_datasets(&parent, &page).await?;
+        let datasets = listed.items.into_iter().map(convert::dataset).collect();
+        Ok(Response::new(pb::ListDatasetsResponse { datasets, next_page_token: listed.next }))
+    }
+
+    async fn inspect_dataset(&self, request: Request<pb::InspectDatasetRequest>) -> Answer<pb::DatasetReport> {
+        let name: DatasetName = convert::name("name", &request.get_ref().name)?;
+        let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        let report = data::inspect(&self.0.store, &self.0.text, &tenant, &name, self.0.context_length).await?;
+        Ok(Response::new(convert::report(report)))
+    }
+
+    async fn delete_dataset(&self, request: Request<pb::DeleteDatasetRequest>) -> Answer<pb::DeleteDatasetResponse> {
+        let name: DatasetName = convert::name("name", &request.get_ref().name)?;
+        let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        data::delete_dataset(&self.0.store, &tenant, &name).await?;
+        Ok(Response::new(pb::DeleteDatasetResponse {}))
+    }
+}

@@ -1,0 +1,109 @@
+//! TrainingService: jobs and their events.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::StreamExt as _;
+use tonic::{Request, Response};
+
+use super::edge::draining;
+use super::proto::train_request::Start;
+use super::proto::training_service_server::TrainingService;
+use super::server::Shared;
+use super::{Answer, Streamed, convert, deadline_of, proto as pb};
+use crate::error::{Error, Result};
+use crate::ids::{AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
+
+pub struct Training(pub Arc<Shared>);
+
+impl Training {
+    /// The version that a job starts from: an adapter's name means its live one now.
+    async fn start_version(&self, tenant: &Tenant, request: &pb::TrainRequest) -> Result<Option<VersionName>> {
+        let Some(Start::FromVersion(name)) = &request.start else { return Ok(None) };
+        let from: AdapterRef = convert::name("from_version", name)?;
+        tenant.check_owns(from.tenant())?;
+        Ok(Some(self.0.store.resolve(&from).await?.name))
+    }
+}
+
+#[tonic::async_trait]
+impl TrainingService for Training {
+    type WatchTrainingJobStream = Streamed<pb::TrainingEvent>;
+
+    async fn train(&self, request: Request<pb::TrainRequest>) -> Answer<pb::TrainingJob> {
+        let (_, call, request) = request.into_parts();
+        let parent: TenantId = convert::name("parent", &request.parent)?;
+        let tenant = self.0.auth.tenant_for(&call, &parent).await?;
+        tenant.check_owns(&convert::name::<DatasetName>("dataset", &request.dataset)?.tenant)?;
+        let from = self.start_version(&tenant, &request).await?;
+        let spec = convert::job_spec(&request, from)?;
+        let request_id = convert::request_id(request.request_id)?;
+        let row = self.0.trainer.submit(&tenant, spec, &request_id, request.validate_only).await?;
+        Ok(Response::new(convert::job(row)))
+    }
+
+    async fn get_training_job(&self, request: Request<pb::GetTrainingJobRequest>) -> Answer<pb::TrainingJob> {
+        let name: JobName = convert::name("name", &request.get_ref().name)?;
+        self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        let row = self.0.store.get_job(&name).await?;
+        Ok(Response::new(convert::job(row)))
+    }
+
+    async fn list_training_jobs(
+        &self,
+        request: Request<pb::ListTrainingJobsRequest>,
+    ) -> Answer<pb::ListTrainingJobsResponse> {
+        let (_, call, request) = request.into_parts();
+        let parent: TenantId = convert::name("parent", &request.parent)?;
+        self.0.auth.tenant_for(&call, &parent).await?;
+        let page = convert::page(request.page_size, request.page_token)?;
+        let listed = self.0.store.list_jobs(&parent, &page).await?;
+        let training_jobs = listed.items.into_iter().map(convert::job).collect();
+        Ok(Response::new(pb::ListTrainingJobsResponse { training_jobs, next_page_token: listed.next }))
+    }
+
+    async fn watch_training_job(
+        &self,
+        request: Request<pb::WatchTrainingJobRequest>,
+    ) -> Answer<Self::WatchTrainingJobStream> {
+        let name: JobName = convert::name("name", &request.get_ref().name)?;
+        let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        let deadline = deadline_of(request.extensions());
+        let mut events = self.0.trainer.watch(&tenant, &name, request.get_ref().after_sequence).await?;
+        let calls = self.0.calls.clone();
+        let answer = async_stream::try_stream! {
+            loop {
+                let next = tokio::select! {
+                    event = events.next() => event,
+                    () = calls.closing() => Some(Err(draining())),
+                    () = passed(deadline) => Some(Err(Error::DeadlineExceeded)),
+                };
+                match next {
+                    Some(event) => yield convert::event(event?),
+                    None => break,
+                }
+            }
+        };
+        Ok(Response::new(Box::pin(answer)))
+    }
+
+    async fn cancel_training_job(&self, request: Request<pb::CancelTrainingJobRequest>) -> Answer<pb::TrainingJob> {
+        let name: JobName = convert::name("name", &request.get_ref().name)?;
+        let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        Ok(Response::new(convert::job(self.0.trainer.cancel(&tenant, &name).await?)))
+    }
+
+    async fn resume_training_job(&self, request: Request<pb::ResumeTrainingJobRequest>) -> Answer<pb::TrainingJob> {
+        let name: JobName = convert::name("name", &request.get_ref().name)?;
+        let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        Ok(Response::new(convert::job(self.0.trainer.resume(&tenant, &name).await?)))
+    }
+}
+
+/// Waits for the deadline; for ever where there is none.
+async fn passed(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}

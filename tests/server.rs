@@ -1,0 +1,14 @@
+//! The whole server in this process, on a free port, with the tiny model: what a client sees, and what is left behind.
+
+mod server {
+    mod auth;
+    mod common;
+    mod drain;
+    mod errors;
+    mod imports;
+    mod load;
+    mod reflection;
+    mod swap;
+    mod tenants;
+    mod tls;
+}
