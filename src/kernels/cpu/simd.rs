@@ -1,12 +1,12 @@
 //! One source, two forms: [`multiversion!`] compiles a function for the baseline and for AVX2 and picks at run time. Rust never fuses
 //! or reorders float operations, so both forms give the same bits; the loops here are written in lanes that the compiler can vectorise.
 
-/// Whether the AVX2 forms may run.
+/// Whether the AVX2 forms may run; they use F16C too.
 #[inline]
 pub(super) fn has_avx2() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        std::arch::is_x86_feature_detected!("avx2")
+        std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("f16c")
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
