@@ -4,9 +4,18 @@
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
+#[path = "server/common.rs"]
+#[expect(dead_code, reason = "the server's own tests use the rest")]
+mod common;
+
+use common::TestServer;
 use serde_json::Value;
 use tenora::adapter::Lora;
 use tenora::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use tenora::api::proto::{
+    GenerateRequest, ScoreInput, ScoreRequest, Stopping, TokenIds, generate_request, score_input,
+};
+use tenora::config::Limits;
 use tenora::data::{Examples, Pair};
 use tenora::device::Arbiter;
 use tenora::model::Model;
@@ -34,13 +43,16 @@ fn base() -> &'static (Arc<Model>, Arc<Text>) {
     })
 }
 
+fn package(name: &str) -> Package {
+    let read = |file| std::fs::read(folder().join("adapters").join(name).join(file)).expect("the adapter's file");
+    Package { config: read(CONFIG_FILE), tensors: read(TENSORS_FILE) }
+}
+
 fn adapter(name: &str) -> Option<Arc<Lora>> {
     if name == "base" {
         return None;
     }
-    let read = |file| std::fs::read(folder().join("adapters").join(name).join(file)).expect("the adapter's file");
-    let package = Package { config: read(CONFIG_FILE), tensors: read(TENSORS_FILE) };
-    Some(Arc::new(package.read(base().0.shape(), 256).expect("the adapter is valid")))
+    Some(Arc::new(package(name).read(base().0.shape(), 256).expect("the adapter is valid")))
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -79,10 +91,6 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let largest = logits.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(f64::from(b)));
     let sum: f64 = logits.iter().map(|l| (f64::from(*l) - largest).exp()).sum();
     logits.iter().map(|l| f64::from(*l) - largest - sum.ln()).collect()
-}
-
-fn argmax(values: &[f64]) -> usize {
-    (0..values.len()).fold(0, |best, i| if values[i] > values[best] { i } else { best })
 }
 
 fn top(values: &[f64], n: usize) -> Vec<usize> {
@@ -337,31 +345,88 @@ fn dpo_follows_the_golden_curve() {
     assert_steps(curve, &steps);
 }
 
-/// Teacher-forced on the golden ids, the serving argmax is the golden token wherever the float32 top-2 gap is over 0.1 nat, and at
-/// 97 % of all positions.
-#[test]
-fn the_serving_argmax_is_the_golden_token() {
-    let Some(generate) = file("generate.json") else { return };
-    let (mut agree, mut all) = (0, 0);
-    for (name, entry) in entries(&generate) {
-        let lora = adapter(name);
-        let traced = lora.as_deref().map(|lora| TracedLora::frozen(lora).expect("tensors"));
+/// Serves the default base and imports the golden adapter `random`.
+async fn serve() -> (TestServer, String) {
+    let server = TestServer::start_on(base().clone(), |config| config.limits = Limits::default()).await;
+    let key = server.tenant("golden").await;
+    if folder().join("adapters/random").exists() {
+        server.import(&key, "golden", "random", &package("random")).await.expect("the golden adapter passes the gate");
+    }
+    (server, key)
+}
+
+/// The name under which a golden adapter is served.
+fn served_name(name: &str) -> String {
+    if name == "base" { String::new() } else { format!("tenants/golden/adapters/{name}") }
+}
+
+/// A golden answer and, by the float32 reference, the gap between the two likeliest tokens at each of its positions.
+struct Answer<'a> {
+    adapter: &'a str,
+    prompt: Vec<u32>,
+    greedy: Vec<u32>,
+    gaps: Vec<f64>,
+}
+
+fn answers(generate: &Value) -> Vec<Answer<'_>> {
+    let answer = |(adapter_name, entry): (_, &Value)| {
+        let lora = adapter(adapter_name).map(|lora| TracedLora::frozen(&lora).expect("tensors"));
         let (prompt, greedy) = (ids(&entry["prompt_ids"]), ids(&entry["greedy_ids"]));
         let sequence = [&prompt[..], &greedy[..]].concat();
         let wanted: Vec<_> = (prompt.len() - 1..sequence.len() - 1).map(|i| (0, i)).collect();
-        let reference = base().0.reference_logits(&[&sequence], &wanted, traced.as_ref()).expect("logits");
-        let reference: Vec<Vec<f32>> = reference.to_vec2().expect("values");
-        let served = served_logits(&sequence, lora.as_ref(), 16);
-        for (i, golden) in greedy.iter().enumerate() {
-            let logprobs = log_softmax(&reference[i]);
+        let logits = base().0.reference_logits(&[&sequence], &wanted, lora.as_ref()).expect("logits");
+        let rows: Vec<Vec<f32>> = logits.to_vec2().expect("values");
+        let gap = |row: &Vec<f32>| {
+            let logprobs = log_softmax(row);
             let [a, b] = top(&logprobs, 2)[..] else { panic!("two tokens") };
-            let gap = (logprobs[a] - logprobs[b]).abs();
-            let equal = argmax(&log_softmax(&served[prompt.len() - 1 + i])) == *golden as usize;
-            assert!(equal || gap <= 0.1, "{name}: token {i} of {:?} differs at a gap of {gap}", entry["prompt"]);
+            (logprobs[a] - logprobs[b]).abs()
+        };
+        Answer { adapter: adapter_name, prompt, greedy, gaps: rows.iter().map(gap).collect() }
+    };
+    entries(generate).into_iter().map(answer).collect()
+}
+
+/// Over gRPC. Teacher-forced on the golden ids, the likeliest token is the golden one wherever the float32 gap is over 0.1 nat, and at
+/// 97 % of all positions. Free-running, all answers at once, the first divergence comes only where the gap is at most 0.1.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_the_golden_ones() {
+    let Some(generate) = file("generate.json") else { return };
+    let (server, key) = serve().await;
+    let answers = answers(&generate);
+    let (mut agree, mut all) = (0, 0);
+    for golden in &answers {
+        let ids = [&golden.prompt[..], &golden.greedy[..]].concat();
+        let input = ScoreInput { sequence: Some(score_input::Sequence::TokenIds(TokenIds { ids })) };
+        let request = ScoreRequest { adapter: served_name(golden.adapter), inputs: vec![input], top_logprobs: 1 };
+        let scored = server.generation(&key).await.score(request).await.expect("scores").into_inner();
+        let positions = &scored.results[0].logprobs[golden.prompt.len() - 1..];
+        for ((position, want), gap) in positions.iter().zip(&golden.greedy).zip(&golden.gaps) {
+            let equal = position.top[0].token_id == *want;
+            assert!(equal || *gap <= 0.1, "{}: {want} is not the likeliest at a gap of {gap}", golden.adapter);
             agree += u32::from(equal);
             all += 1;
         }
     }
-    println!("serving argmax: {agree} of {all} golden tokens");
+    println!("teacher-forced: {agree} of {all} golden tokens are the likeliest");
     assert!(f64::from(agree) >= 0.97 * f64::from(all), "{agree} of {all}");
+
+    let client = server.generation(&key).await;
+    let free = answers.iter().map(|golden| {
+        let mut client = client.clone();
+        let request = GenerateRequest {
+            adapter: served_name(golden.adapter),
+            prompt: Some(generate_request::Prompt::TokenIds(TokenIds { ids: golden.prompt.clone() })),
+            stopping: Some(Stopping { max_tokens: Some(golden.greedy.len() as u32), ..Default::default() }),
+            ..Default::default()
+        };
+        async move { common::answer(&mut client, request).await.expect("an answer").ids }
+    });
+    let mut whole = 0;
+    for (got, golden) in futures::future::join_all(free).await.iter().zip(&answers) {
+        match got.iter().zip(&golden.greedy).position(|(got, want)| got != want) {
+            Some(at) => assert!(golden.gaps[at] <= 0.1, "{}: diverges at a gap of {}", golden.adapter, golden.gaps[at]),
+            None => whole += usize::from(got.len() == golden.greedy.len()),
+        }
+    }
+    println!("free-running: {whole} of {} answers are equal to the last token", answers.len());
 }

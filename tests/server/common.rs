@@ -63,6 +63,11 @@ impl TestServer {
 
     /// A server whose configuration differs from the tests' usual one.
     pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_on(Model::tiny(1), change).await
+    }
+
+    /// The same over another base.
+    pub async fn start_on(base: app::Base, change: impl FnOnce(&mut Config)) -> Self {
         let data = TempDir::new().unwrap();
         let mut config = Config {
             data_dir: data.path().to_owned(),
@@ -76,7 +81,6 @@ impl TestServer {
             limits: Limits { kv_cache_bytes: 8 << 20, ..Limits::default() },
         };
         change(&mut config);
-        let base = Model::tiny(1);
         let model = base.0.clone();
         let parts = app::assemble(base, &config).await.unwrap();
         let operator = app::bootstrap_operator_key(&parts.store).await.unwrap().expect("the first start makes a key");
