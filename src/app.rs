@@ -33,23 +33,35 @@ const HUB_INTERVAL: Duration = Duration::from_secs(5);
 /// The base and its tokenizer.
 pub type Base = (Arc<Model>, Arc<Text>);
 
+/// What a server that starts has to say.
+#[derive(Debug)]
+pub enum Announcement {
+    /// The first start has made it. Show it: nobody can read it again.
+    OperatorKey(String),
+    /// Nothing that could fail at the start is left to do.
+    Serving,
+}
+
 /// Loads the base and serves it until `shutdown`, then drains.
-pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<()> {
+pub async fn run(
+    config: Config,
+    listener: TcpListener,
+    mut announce: impl FnMut(Announcement),
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
     check_listener(&config, listener.local_addr()?)?;
     config.device.open()?;
     let path = config.base.clone();
     let base = tokio::task::spawn_blocking(move || Model::load(&path)).await.map_err(Error::internal)??;
-    run_with(base, config, listener, shutdown).await
-}
-
-/// [`run`] with a base that is in memory already.
-pub async fn run_with(
-    base: Base,
-    config: Config,
-    listener: TcpListener,
-    shutdown: impl Future<Output = ()>,
-) -> Result<()> {
     let parts = assemble(base, &config).await?;
+    if let Some(key) = bootstrap_operator_key(&parts.store).await? {
+        announce(Announcement::OperatorKey(key));
+    }
+    // The server awaits its end from the moment that it answers.
+    let shutdown = async {
+        announce(Announcement::Serving);
+        shutdown.await;
+    };
     serve(parts, config, listener, shutdown).await
 }
 

@@ -107,8 +107,8 @@ fn advice(status: &Status) -> Option<&'static str> {
     match status.code() {
         Code::Unauthenticated => Some("give a key with --key or TENORA_KEY"),
         Code::Unimplemented => Some("the server does not know this call: is it a Tenora server of this version?"),
-        Code::Unavailable if std::error::Error::source(status).is_some() => {
-            Some("the connection failed: is the server running? start one with `tenora serve`, name it with --server")
+        _ if std::error::Error::source(status).is_some() => {
+            Some("the connection failed: is the server still running, and does it speak TLS (https:// with --tls-ca)?")
         }
         _ => None,
     }

@@ -222,7 +222,7 @@ async fn stream_one(client: &Client, request: proto::GenerateRequest) -> Result<
     .await?;
     writeln!(stdout())?;
     score::print_tokens(&answer.token_ids, &answer.logprobs)?;
-    if stderr().is_terminal() {
+    if stderr().is_terminal() || answer.finish == proto::FinishReason::ContentFiltered {
         eprintln!("[{}]", summary(&answer));
     }
     Ok(())

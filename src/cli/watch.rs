@@ -17,7 +17,7 @@ use proto::training_event::Event;
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// Plot size in dots; a character is 2 x 4 dots.
-const PLOT: (u32, u32) = (120, 40);
+const PLOT: (u32, u32) = (120, 24);
 
 /// A job that has ended well.
 pub(super) struct Course {

@@ -67,8 +67,7 @@ fn faults(server: &TestServer) -> Vec<(Package, &'static str)> {
         (with_setting(&good, "bias", json!("all")), "bias"),
         (Package { tensors: good.tensors[..good.tensors.len() / 2].to_vec(), ..good.clone() }, TENSORS_FILE),
         (Package { tensors: huge, ..good.clone() }, TENSORS_FILE),
-        // Every tensor is wrong; which one is named is not settled.
-        (of_another_base(server.model.shape()), "_proj.lora_"),
+        (of_another_base(server.model.shape()), "lora_A"),
     ]
 }
 

@@ -176,7 +176,7 @@ async fn tenant(server: &Server, operator: &Client, id: &'static str, adapter: &
 
 /// Uploads, trains and follows one lesson; the version it makes. `from`: a version to continue.
 async fn learn(tenant: &Tenant, lesson: &Lesson, from: Option<&str>, measured: &mut Measured) -> Result<String> {
-    println!("  {}", lesson.title);
+    println!("\n  {}", lesson.title);
     let header = proto::UploadHeader {
         parent: tenant.parent(),
         dataset_id: lesson.dataset.into(),
@@ -194,7 +194,7 @@ async fn learn(tenant: &Tenant, lesson: &Lesson, from: Option<&str>, measured: &
     progress.clear();
     let course = course?;
     print!("{}", watch::plot(&course.steps));
-    println!("  {} records, {}\n", dataset.records, watch::summary(&course));
+    println!("  {} records, {}", dataset.records, watch::summary(&course));
     let loss = course.steps.last().map_or(f64::NAN, |step| step.loss);
     let rate = watch::tokens_per_second(&course.steps);
     measured.add(lesson.title, format!("{rate:.0} tokens/s, final loss {loss:.3}"));
@@ -261,9 +261,8 @@ async fn batch(harbor: &Tenant, orbit: &Tenant, expected: [&str; 2], measured: &
     let answers = try_join_all(answers).await?;
     let elapsed = start.elapsed();
     for (text, answers) in QUESTIONS.iter().zip(answers.chunks(sides.len())) {
-        println!("  {text}");
+        println!("\n  {text}");
         answers.iter().for_each(print_answer);
-        println!();
     }
     let tokens: u32 = answers.iter().map(|answer| answer.usage.completion_tokens).sum();
     let first = answers.iter().map(|answer| answer.first_token).max().unwrap_or_default();
@@ -304,7 +303,7 @@ async fn swap(tenant: &Tenant, versions: [&str; 2]) -> Result<()> {
     let swap = proto::SetLiveVersionRequest { name: name.clone(), version: versions[1].into(), etag: adapter.etag };
     let start = Instant::now();
     tenant.client.set_live_version(swap).await?;
-    println!("    SetLiveVersion: {} ms", start.elapsed().as_millis());
+    println!("    SetLiveVersion took {:.1} ms", start.elapsed().as_secs_f64() * 1e3);
     let after = generate::answer(&tenant.client, question(&name, QUESTIONS[0]), |_| Ok(())).await?;
     answered_by(&after, versions[1])?;
     print_answer(&after);
@@ -322,8 +321,8 @@ fn go_on(data_dir: Option<&Path>, harbor: &Tenant) {
         }
         None => {
             println!("  {tenora} serve        # the first start prints the operator key");
-            println!("  {tenora} generate \"Why is the sea salty?\"        # with TENORA_KEY set to a key");
-            println!("  {tenora} quickstart --data-dir DIR        # as now, but keeps tenants and adapters");
+            println!("  TENORA_KEY=<operator key> {tenora} generate {:?}", QUESTIONS[1]);
+            println!("Or keep what was trained: {tenora} quickstart --data-dir DIR");
         }
     }
 }
