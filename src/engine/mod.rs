@@ -126,9 +126,9 @@ impl Engine {
         self.check_stopping(&spec.stopping)?;
         check_logprobs("logprobs", spec.logprobs.unwrap_or(0))?;
         let patterns = Patterns::new(&spec.stopping.stop, false)?;
+        let ticket = Arc::new(self.tickets.take(tenant.id())?);
         let ids = self.encode(spec.prompt, Text::encode_prompt).await?;
         self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
-        let ticket = self.tickets.take(tenant.id())?;
         let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
         let (events, stream) = async_mpsc::unbounded_channel();
         let version = lease.as_ref().map(|lease| lease.name().clone());
@@ -141,6 +141,7 @@ impl Engine {
             logprobs: spec.logprobs,
             decoder: self.text.decoder(),
             hold_back: HoldBack::new(patterns),
+            open: Default::default(),
             events,
         };
         let work = Work::Generate(Box::new(generation));
@@ -155,23 +156,24 @@ impl Engine {
         if spec.inputs.is_empty() || spec.inputs.len() > MAX_SCORE_INPUTS {
             return Err(Error::invalid("inputs", format!("must hold 1 to {MAX_SCORE_INPUTS} sequences")));
         }
+        let ticket = Arc::new(self.tickets.take(tenant.id())?);
         let mut inputs = Vec::with_capacity(spec.inputs.len());
         for (i, input) in spec.inputs.into_iter().enumerate() {
             let ids = self.encode(input, Text::encode_sequence).await?;
             self.check_length(&format!("inputs[{i}]"), &ids, 0)?;
-            inputs.push((ids, self.tickets.take(tenant.id())?));
+            inputs.push(ids);
         }
         let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
         let version = lease.as_ref().map(|lease| lease.name().clone());
         let mut answers = Vec::with_capacity(inputs.len());
         let mut usage = Usage::default();
-        for (ids, ticket) in inputs {
+        for ids in inputs {
             usage.prompt_tokens += ids.len() as u32;
             let (sender, answer) = oneshot::channel();
             let top = spec.top_logprobs as usize;
-            let scoring = Scoring { top, logprobs: Vec::new(), next: Vec::new(), answer: Some(sender) };
+            let scoring = Scoring { top, logprobs: Vec::new(), answer: Some(sender) };
             let work = Work::Score(Box::new(scoring));
-            let (tenant, lease) = (ticket.number, lease.clone());
+            let (tenant, lease, ticket) = (ticket.number, lease.clone(), ticket.clone());
             self.submit(Sequence { ids, tenant, lease, deadline: spec.deadline, work, _ticket: ticket })?;
             answers.push(answer);
         }
@@ -189,8 +191,9 @@ impl Engine {
         while self.tickets.held() > 0 && Instant::now() < end {
             tokio::time::sleep(DRAIN_TICK).await;
         }
-        // A loop that is gone has nothing to cancel.
+        // A loop that is gone has nothing to cancel. Once it answers the second message it has seen to the first.
         let _ = self.inbox.send(Message::CancelAll);
+        let _ = self.check_integrity().await;
     }
 
     pub fn stats(&self) -> EngineStats {

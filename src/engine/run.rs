@@ -1,23 +1,21 @@
-//! The loop: drain the inbox, plan, compute, commit. One thread runs it and owns the executor and the KV cache.
+//! The loop: drain the inbox, plan, compute (build the batch, forward, sample), commit. One thread runs it and owns the executor and the KV cache.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
 
+use rayon::prelude::*;
 use tokio::sync::oneshot;
 
 use crate::device::Arbiter;
 use crate::engine::scheduler::{Planned, Scheduler};
-use crate::engine::sequence::{Next, Sequence};
+use crate::engine::sequence::{Next, Reading, Sequence};
 use crate::engine::stats::Stats;
 use crate::error::{Error, Result};
 use crate::model::exec::{Exec, Span};
 use crate::text::Text;
-
-/// How often an idle loop looks up.
-const IDLE: Duration = Duration::from_millis(500);
 
 /// What runs the model: the executor, or a fake in tests.
 pub trait Forward: Send {
@@ -61,7 +59,8 @@ impl<F: Forward> Loop<F> {
             self.drop_lost();
             let plan = self.scheduler.plan();
             if !plan.is_empty() {
-                self.step(&plan);
+                let readings = self.compute(&plan);
+                self.commit(&plan, readings);
             }
             self.stats.observe(&self.scheduler, self.sequences.len());
         }
@@ -71,10 +70,9 @@ impl<F: Forward> Loop<F> {
     /// Takes what has come; waits where there is nothing to compute. False once every handle is gone.
     fn drain_inbox(&mut self) -> bool {
         if self.sequences.is_empty() {
-            match self.inbox.recv_timeout(IDLE) {
+            match self.inbox.recv() {
                 Ok(message) => self.take(message),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return false,
+                Err(_) => return false,
             }
         }
         loop {
@@ -123,60 +121,39 @@ impl<F: Forward> Loop<F> {
         }
     }
 
-    /// Computes the planned rows and hands each sequence its logits. Where the model fails, the sequences of the step fail, and no others.
-    fn step(&mut self, plan: &[Planned]) {
+    /// Computes the planned rows and reads their logits. A model that panics has failed, no more.
+    fn compute(&mut self, plan: &[Planned]) -> Result<Vec<Reading>> {
         let arbiter = self.arbiter.clone();
-        let permit = arbiter.serve();
-        let computed = catch_unwind(AssertUnwindSafe(|| self.compute(plan)))
-            .unwrap_or_else(|_| Err(Error::internal("the model panicked")));
-        drop(permit);
-        self.stats.count_step(plan.iter().map(|p| p.count).sum());
-        match computed {
-            Ok(nexts) => {
-                for (planned, next) in plan.iter().zip(nexts) {
-                    match next {
-                        Next::Extended => self.scheduler.extend(planned.id),
-                        Next::Unchanged => {}
-                        Next::Finished => drop(self.remove(planned.id)),
-                    }
-                }
-            }
+        let _permit = arbiter.serve();
+        catch_unwind(AssertUnwindSafe(|| {
+            let batch = batch(plan, &self.sequences)?;
+            let logits = self.forward.forward(&batch)?;
+            read(plan, &batch, logits, &self.sequences, self.text.vocab_size())
+        }))
+        .unwrap_or_else(|_| Err(Error::internal("the model panicked")))
+    }
+
+    /// Hands each sequence what was read for it. Where the step failed, the sequences of the step fail, and no others.
+    fn commit(&mut self, plan: &[Planned], readings: Result<Vec<Reading>>) {
+        self.stats.count_step(plan.iter().map(|planned| planned.count).sum());
+        let readings = match readings {
+            Ok(readings) => readings,
             Err(error) => {
                 tracing::error!(%error, "an engine step failed");
                 for sequence in plan.iter().filter_map(|planned| self.remove(planned.id)).collect::<Vec<_>>() {
                     sequence.fail(error.clone());
                 }
+                return;
+            }
+        };
+        for (planned, reading) in plan.iter().zip(readings) {
+            let Some(sequence) = self.sequences.get_mut(&planned.id) else { continue };
+            match sequence.commit(reading, planned.completes, &self.text, self.context) {
+                Next::Extended => self.scheduler.extend(planned.id),
+                Next::Unchanged => {}
+                Next::Finished => drop(self.remove(planned.id)),
             }
         }
-    }
-
-    fn compute(&mut self, plan: &[Planned]) -> Result<Vec<Next>> {
-        let span = |planned: &'_ Planned| {
-            let sequence =
-                self.sequences.get(&planned.id).ok_or_else(|| Error::internal("a planned sequence is gone"))?;
-            Ok(Span {
-                ids: &sequence.ids[planned.start..planned.start + planned.count],
-                start: planned.start,
-                blocks: &[],
-                lora: sequence.lease.as_ref().map(|lease| lease.lora()),
-                logits: sequence.logit_rows(planned.completes),
-            })
-        };
-        let mut spans = plan.iter().map(span).collect::<Result<Vec<_>>>()?;
-        spans.iter_mut().zip(plan).for_each(|(span, planned)| span.blocks = &planned.blocks);
-        let rows: Vec<usize> = spans.iter().map(|span| span.logits.count(span.ids.len())).collect();
-        let logits = self.forward.forward(&spans)?;
-        let vocab = self.text.vocab_size();
-        let mut nexts = Vec::with_capacity(plan.len());
-        let mut at = 0;
-        for (planned, rows) in plan.iter().zip(rows) {
-            let logits = &logits[at..at + rows * vocab];
-            at += logits.len();
-            let sequence = self.sequences.get_mut(&planned.id);
-            let sequence = sequence.ok_or_else(|| Error::internal("a planned sequence is gone"))?;
-            nexts.push(sequence.commit(&self.text, self.context, planned.start, planned.completes, logits));
-        }
-        Ok(nexts)
     }
 
     fn check_integrity(&self) -> Result<()> {
@@ -190,4 +167,39 @@ impl<F: Forward> Loop<F> {
         }
         if idle { Ok(()) } else { Err(Error::internal(format!("{} sequences are under way", self.sequences.len()))) }
     }
+}
+
+/// The plan's rows as the model takes them.
+fn batch<'a>(plan: &'a [Planned], sequences: &'a HashMap<u64, Sequence>) -> Result<Vec<Span<'a>>> {
+    let span = |planned: &'a Planned| {
+        let sequence = sequences.get(&planned.id)?;
+        Some(Span {
+            ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
+            start: planned.start,
+            blocks: &planned.blocks,
+            lora: sequence.lease.as_ref().map(|lease| lease.lora()),
+            logits: sequence.logit_rows(planned.completes),
+        })
+    };
+    plan.iter().map(span).collect::<Option<_>>().ok_or_else(|| Error::internal("a planned sequence is gone"))
+}
+
+/// What the logits say to each sequence of the plan; every row is read by itself, on all cores.
+fn read(
+    plan: &[Planned],
+    batch: &[Span<'_>],
+    mut logits: &[f32],
+    sequences: &HashMap<u64, Sequence>,
+    vocab: usize,
+) -> Result<Vec<Reading>> {
+    let mut own = Vec::with_capacity(plan.len());
+    for (planned, span) in plan.iter().zip(batch) {
+        let rows = span.logits.count(span.ids.len());
+        let (these, rest) =
+            logits.split_at_checked(rows * vocab).ok_or_else(|| Error::internal("the model gave too few logits"))?;
+        let sequence = sequences.get(&planned.id).ok_or_else(|| Error::internal("a planned sequence is gone"))?;
+        own.push((sequence, planned.start, these));
+        logits = rest;
+    }
+    Ok(own.into_par_iter().map(|(sequence, start, logits)| sequence.read(start, logits, vocab)).collect())
 }

@@ -21,9 +21,6 @@ pub fn sample(logits: &[f32], history: &[u32], sampling: &Sampling, position: us
     }
     let largest = logits[best as usize];
     let weights: Vec<f64> = logits.iter().map(|l| f64::from((l - largest) / sampling.temperature).exp()).collect();
-    if weights.iter().any(|w| w.is_nan()) {
-        return None;
-    }
     let kept = candidates(&weights, sampling);
     let total: f64 = kept.iter().map(|id| weights[*id as usize]).sum();
     let uniform = Stream::new(sampling.seed, Purpose::Sampling).uniform(position as u64, 0);
@@ -52,8 +49,11 @@ fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
     logits
 }
 
-/// The lowest id among the largest logits; `None` where that is not a number.
+/// The lowest id among the largest logits; `None` where one is not a number or the largest is not finite.
 fn argmax(logits: &[f32]) -> Option<u32> {
+    if logits.iter().any(|logit| logit.is_nan()) {
+        return None;
+    }
     let mut best = (0, f32::NEG_INFINITY);
     for (id, &logit) in logits.iter().enumerate() {
         if logit > best.1 {
@@ -164,6 +164,7 @@ mod tests {
         assert_eq!(sample(&[1.0, 3.0, 3.0], &[], &Sampling::default(), 0), Some(1));
         assert_eq!(sample(&[f32::NAN; 3], &[], &Sampling::default(), 0), None);
         assert_eq!(sample(&[f32::NAN, 1.0], &[], &sampling(), 0), None);
+        assert_eq!(sample(&[f32::NAN, 1.0], &[], &Sampling::default(), 0), None);
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! Which rows the next step computes. Policy on integers: sequences, tenants and blocks are numbers here.
 //!
 //! Every running sequence that waits for one token gets its row; what is left of the step goes to prompts, the least-served tenant's
-//! first. A sequence that finds no block takes those of the newest running one, which starts over later (its tokens are kept, its KV is
-//! computed again). Fairness between tenants is a virtual token counter (Sheng et al. 2024): a tenant that comes back after a pause is
-//! lifted to the least-served active one, so that idling earns no credit.
+//! first. A sequence starts only where there are blocks for all the tokens it has and one more for each that runs, so that hardly any
+//! has to start over. One that finds no block all the same takes those of the newest running one, which starts over later (its tokens
+//! are kept, its KV is computed again). A tenant with nothing running takes a place from the tenant that runs most.
+//!
+//! Fairness between tenants is a virtual token counter (Sheng et al. 2024): a tenant that comes back after a pause is lifted to the
+//! least-served active one, so that idling earns no credit. Computing a token again is not counted again.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -21,6 +24,8 @@ struct Entry {
     length: usize,
     /// Tokens whose KV is in `blocks`.
     computed: usize,
+    /// Tokens that its tenant has been charged for.
+    charged: usize,
     blocks: Vec<u32>,
 }
 
@@ -80,11 +85,11 @@ impl Scheduler {
     pub fn add(&mut self, id: u64, tenant: u32, length: usize) {
         let entries = || self.waiting.iter().chain(&self.running);
         if entries().all(|entry| entry.tenant != tenant) {
-            let least = entries().map(|entry| self.served.get(&entry.tenant).copied().unwrap_or(0)).min();
+            let least = entries().map(|entry| self.served(entry.tenant)).min();
             let served = self.served.entry(tenant).or_default();
             *served = (*served).max(least.unwrap_or(0));
         }
-        self.waiting.push_back(Entry { id, tenant, length, computed: 0, blocks: Vec::new() });
+        self.waiting.push_back(Entry { id, tenant, length, computed: 0, charged: 0, blocks: Vec::new() });
     }
 
     /// Forgets a sequence and frees its blocks.
@@ -92,6 +97,10 @@ impl Scheduler {
         self.waiting.retain(|entry| entry.id != id);
         if let Some(at) = self.running.iter().position(|entry| entry.id == id) {
             self.blocks.release(&mut self.running.remove(at).blocks);
+        }
+        if self.waiting.is_empty() && self.running.is_empty() {
+            // Nobody is ahead of anybody.
+            self.served.clear();
         }
     }
 
@@ -104,73 +113,137 @@ impl Scheduler {
 
     /// Chooses the rows of the next step and takes their blocks; the rows count as computed. Empty only where nothing is queued.
     pub fn plan(&mut self) -> Vec<Planned> {
-        let decoding = self.running.iter().filter(|entry| entry.is_decoding()).count();
-        let mut prefill = self.bounds.max_step_rows.saturating_sub(decoding).max(MIN_PREFILL_ROWS);
-        let mut planned = Vec::new();
-        // Oldest first, so that a sequence only ever takes blocks from younger ones that are not planned yet.
-        let mut at = 0;
-        while at < self.running.len() {
-            let entry = &self.running[at];
-            let rows = if entry.is_decoding() { 1 } else { entry.pending().min(prefill) };
-            if rows > 0 && !self.reserve(at, rows) {
-                // It was the youngest itself, and has gone back to the queue.
+        self.admit();
+        let mut planned = self.plan_decoding();
+        self.plan_prefill(&mut planned);
+        planned
+    }
+
+    /// Starts waiting sequences: as many as keep the next step busy, and one for each tenant that has nothing running.
+    fn admit(&mut self) {
+        while let Some(next) = self.next_waiting() {
+            let entry = &self.waiting[next];
+            let pending: usize = self.running.iter().map(Entry::pending).sum();
+            let (tenant, needed) = (entry.tenant, entry.length.div_ceil(self.bounds.block_tokens));
+            if (pending >= self.bounds.max_step_rows && self.runs(tenant)) || !self.make_room(tenant, needed) {
                 break;
             }
-            if rows > 0 {
-                prefill -= if self.running[at].is_decoding() { 0 } else { rows };
-                planned.push(self.take_rows(at, rows));
-            }
-            at += 1;
-        }
-        while prefill > 0 && self.running.len() < self.bounds.max_running {
-            let Some(next) = self.next_waiting() else { break };
-            let rows = self.waiting[next].pending().min(prefill);
-            let needed = rows.div_ceil(self.bounds.block_tokens);
+            // Where one had to make room, it waits now before the others.
+            let Some(next) = self.next_waiting_of(tenant) else { break };
             let Some(mut entry) = self.waiting.remove(next) else { break };
             if !self.blocks.take(needed, &mut entry.blocks) {
                 self.waiting.insert(next, entry);
                 break;
             }
             self.running.push(entry);
-            prefill -= rows;
-            planned.push(self.take_rows(self.running.len() - 1, rows));
+        }
+    }
+
+    /// Whether a sequence of this tenant can start with `needed` blocks. Only a tenant with nothing running sends others back to the queue.
+    fn make_room(&mut self, tenant: u32, needed: usize) -> bool {
+        loop {
+            let places = self.running.len() < self.bounds.max_running;
+            if self.running.is_empty() || places && needed + self.running.len() <= self.blocks.free() {
+                return true;
+            }
+            if self.runs(tenant) {
+                return false;
+            }
+            let Some(victim) = self.cheapest_of_the_busiest() else { return false };
+            self.send_back(victim);
+        }
+    }
+
+    fn runs(&self, tenant: u32) -> bool {
+        self.running.iter().any(|entry| entry.tenant == tenant)
+    }
+
+    /// Of the tenant that runs most, two at least: the running sequence with the least to compute again.
+    fn cheapest_of_the_busiest(&self) -> Option<usize> {
+        let running_of = |tenant: u32| self.running.iter().filter(|entry| entry.tenant == tenant).count();
+        let most = self.running.iter().map(|entry| running_of(entry.tenant)).max().filter(|most| *most > 1)?;
+        let of_busiest = (0..self.running.len()).rev().filter(|at| running_of(self.running[*at].tenant) == most);
+        of_busiest.min_by_key(|at| self.running[*at].computed)
+    }
+
+    /// One row for each sequence that waits for one, oldest first: it takes blocks only from younger ones, which are not planned yet.
+    fn plan_decoding(&mut self) -> Vec<Planned> {
+        let mut planned = Vec::new();
+        let mut at = 0;
+        while at < self.running.len() {
+            if self.running[at].is_decoding() {
+                if !self.reserve(at) {
+                    // It was the youngest itself, and has gone back to the queue.
+                    break;
+                }
+                planned.push(self.take_rows(at, 1));
+            }
+            at += 1;
         }
         planned
     }
 
-    /// Sees that running sequence `at` has blocks for `rows` more, sending younger ones back to the queue; false where it had to go
+    /// Gives prompts what is left of the step. They have their blocks.
+    fn plan_prefill(&mut self, planned: &mut Vec<Planned>) {
+        let mut left = self.bounds.max_step_rows.saturating_sub(planned.len()).max(MIN_PREFILL_ROWS);
+        let mut turn: Vec<usize> = (0..self.running.len()).filter(|at| self.running[*at].pending() > 0).collect();
+        turn.sort_by_key(|at| (self.served(self.running[*at].tenant), *at));
+        for at in turn {
+            let rows = self.running[at].pending().min(left);
+            if rows == 0 {
+                break;
+            }
+            left -= rows;
+            planned.push(self.take_rows(at, rows));
+        }
+    }
+
+    /// Sees that running sequence `at` has a block for one more token, sending younger ones back to the queue; false where it had to go
     /// itself.
-    fn reserve(&mut self, at: usize, rows: usize) -> bool {
+    fn reserve(&mut self, at: usize) -> bool {
         loop {
             let entry = &mut self.running[at];
-            let needed = (entry.computed + rows).div_ceil(self.bounds.block_tokens) - entry.blocks.len();
+            let needed = (entry.computed + 1).div_ceil(self.bounds.block_tokens).saturating_sub(entry.blocks.len());
             if self.blocks.take(needed, &mut entry.blocks) {
                 return true;
             }
             let youngest = self.running.len() - 1;
-            let mut victim = self.running.remove(youngest);
-            self.blocks.release(&mut victim.blocks);
-            victim.computed = 0;
-            self.waiting.push_front(victim);
+            self.send_back(youngest);
             if youngest == at {
                 return false;
             }
         }
     }
 
+    /// Frees the blocks of a running sequence, which starts over later.
+    fn send_back(&mut self, at: usize) {
+        let mut entry = self.running.remove(at);
+        self.blocks.release(&mut entry.blocks);
+        entry.computed = 0;
+        self.waiting.push_front(entry);
+    }
+
     fn take_rows(&mut self, at: usize, rows: usize) -> Planned {
         let entry = &mut self.running[at];
         let start = entry.computed;
         entry.computed += rows;
-        *self.served.entry(entry.tenant).or_default() += rows as u64;
+        *self.served.entry(entry.tenant).or_default() += entry.computed.saturating_sub(entry.charged) as u64;
+        entry.charged = entry.charged.max(entry.computed);
         let completes = entry.pending() == 0;
         Planned { id: entry.id, start, count: rows, blocks: entry.blocks.clone(), completes }
     }
 
-    /// The oldest waiting sequence of the least-served tenant.
+    fn served(&self, tenant: u32) -> u64 {
+        self.served.get(&tenant).copied().unwrap_or(0)
+    }
+
+    /// The first waiting sequence of the least-served tenant.
     fn next_waiting(&self) -> Option<usize> {
-        let served = |entry: &Entry| self.served.get(&entry.tenant).copied().unwrap_or(0);
-        (0..self.waiting.len()).min_by_key(|at| (served(&self.waiting[*at]), *at))
+        (0..self.waiting.len()).min_by_key(|at| (self.served(self.waiting[*at].tenant), *at))
+    }
+
+    fn next_waiting_of(&self, tenant: u32) -> Option<usize> {
+        self.waiting.iter().position(|entry| entry.tenant == tenant)
     }
 
     pub fn waiting(&self) -> usize {
@@ -223,6 +296,61 @@ mod tests {
             s.remove(planned.id);
         }
         assert_eq!(order, [2, 4, 3], "tenant 1 was lifted to tenant 0's 40 tokens, no more and no less");
+    }
+
+    #[test]
+    fn a_prompt_that_does_not_fit_beside_the_others_waits_instead_of_starting_over() {
+        let mut s = scheduler(30);
+        s.add(1, 0, 40);
+        s.plan();
+        s.plan();
+        s.add(2, 0, 100);
+        for _ in 0..20 {
+            s.extend(1);
+            assert_eq!(s.plan().iter().map(|p| p.id).collect::<Vec<_>>(), [1]);
+        }
+        s.remove(1);
+        assert_eq!(s.plan()[0].id, 2);
+    }
+
+    #[test]
+    fn a_tenant_with_nothing_running_takes_a_place_from_the_busiest() {
+        let mut s = scheduler(100);
+        (1..=6).for_each(|id| s.add(id, 0, 4));
+        s.plan();
+        (1..=4).for_each(|id| s.extend(id));
+        s.add(7, 1, 4);
+        // Now both have had as much, and the other tenant's next was there before.
+        s.plan();
+        (1..=4).for_each(|id| s.extend(id));
+        let ids: Vec<_> = s.plan().iter().map(|p| p.id).collect();
+        assert_eq!(ids, [1, 2, 3, 7], "with all places taken");
+        s.add(8, 1, 4);
+        [1, 2, 3, 7].iter().for_each(|id| s.extend(*id));
+        let ids: Vec<_> = s.plan().iter().map(|p| p.id).collect();
+        assert_eq!(ids, [1, 2, 3, 7], "and only one");
+    }
+
+    #[test]
+    fn a_short_prompt_does_not_stand_behind_another_tenants_long_one() {
+        let mut s = scheduler(100);
+        s.add(1, 0, 200);
+        s.plan();
+        s.add(2, 1, 4);
+        // Both tenants have had as much now, and the long one was there before.
+        s.plan();
+        let plan = s.plan();
+        let short = plan.iter().find(|p| p.id == 2).unwrap();
+        assert!(short.completes && plan.iter().any(|p| p.id == 1), "the long one goes on with the rest of the step");
+    }
+
+    #[test]
+    fn an_idle_scheduler_remembers_nobody() {
+        let mut s = scheduler(100);
+        (0..5).for_each(|tenant| s.add(u64::from(tenant), tenant, 4));
+        s.plan();
+        (0..5).for_each(|id| s.remove(id));
+        assert!(s.served.is_empty());
     }
 
     proptest! {

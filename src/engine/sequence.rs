@@ -1,8 +1,10 @@
 //! A sequence under way: its tokens, its lease, and where its results go. What to compute is the scheduler's; what a row of logits means
 //! is decided here.
 
+use std::sync::Arc;
 use std::time::Instant;
 
+use rayon::prelude::*;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
@@ -24,8 +26,8 @@ pub struct Sequence {
     pub lease: Option<Lease>,
     pub deadline: Option<Instant>,
     pub work: Work,
-    /// Counts the request against the limits for as long as it lives.
-    pub _ticket: Ticket,
+    /// Counts the request against the limits for as long as one of its sequences lives.
+    pub _ticket: Arc<Ticket>,
 }
 
 /// What the logits are for.
@@ -44,6 +46,9 @@ pub struct Generation {
     pub logprobs: Option<u32>,
     pub decoder: Decoder,
     pub hold_back: HoldBack,
+    /// Text and tokens that end inside a character. They go on with the rest of it, so that a character's first token does not leave
+    /// before it is known what it begins.
+    pub open: (String, Vec<TokenOut>),
     /// Never blocks the engine; `max_tokens` bounds what it can hold.
     pub events: UnboundedSender<Result<GenerateEvent>>,
 }
@@ -54,9 +59,23 @@ pub struct Scoring {
     pub top: usize,
     /// Of the rows so far; a sequence that starts over scores only what is missing.
     pub logprobs: Vec<TokenLogprob>,
-    pub next: Vec<(u32, f32)>,
     /// Taken when the answer is sent.
     pub answer: Option<oneshot::Sender<Result<ScoreOut>>>,
+}
+
+/// What the logits of a step say.
+#[derive(Debug)]
+pub enum Reading {
+    /// None were asked for.
+    Nothing,
+    /// The next token.
+    Token(TokenOut),
+    Scores {
+        logprobs: Vec<TokenLogprob>,
+        /// The most likely ids after the last one; empty where the chunk does not end the sequence.
+        next: Vec<(u32, f32)>,
+    },
+    NotNumbers,
 }
 
 /// Whether a sequence goes on after a step.
@@ -91,31 +110,55 @@ impl Sequence {
         }
     }
 
-    /// Takes the logits `[rows, vocab]` that [`Sequence::logit_rows`] asked for, of a chunk that began at `start`.
-    pub fn commit(&mut self, text: &Text, context: usize, start: usize, completes: bool, logits: &[f32]) -> Next {
-        match &mut self.work {
-            Work::Score(scoring) => {
-                scoring.commit(&self.ids, start, completes, logits, text.vocab_size());
-                if completes { Next::Finished } else { Next::Unchanged }
+    /// Reads the logits `[rows, vocab]` that [`Sequence::logit_rows`] asked for, of a chunk that began at `start`.
+    pub fn read(&self, start: usize, logits: &[f32], vocab: usize) -> Reading {
+        match &self.work {
+            Work::Score(scoring) => scoring.read(&self.ids, start, logits, vocab),
+            Work::Generate(_) if logits.is_empty() => Reading::Nothing,
+            Work::Generate(generation) => generation.read(&self.ids, logits),
+        }
+    }
+
+    /// Takes what was read; `completes` says that the chunk ended the sequence.
+    pub fn commit(&mut self, reading: Reading, completes: bool, text: &Text, context: usize) -> Next {
+        match (&mut self.work, reading) {
+            (_, Reading::Nothing) => Next::Unchanged,
+            (Work::Generate(generation), Reading::Token(token)) => {
+                self.ids.push(token.id);
+                generation.commit(token, self.ids.len(), text, context)
             }
-            Work::Generate(_) if !completes => Next::Unchanged,
-            Work::Generate(generation) => generation.commit(&mut self.ids, text, context, logits),
+            (Work::Score(scoring), Reading::Scores { logprobs, next }) => {
+                scoring.logprobs.extend(logprobs);
+                if completes {
+                    scoring.finish(std::mem::take(&mut self.ids), next);
+                    return Next::Finished;
+                }
+                Next::Unchanged
+            }
+            _ => {
+                self.send_error(Error::internal("the model gave logits that are not numbers"));
+                Next::Finished
+            }
         }
     }
 
     /// Ends it with an error.
-    pub fn fail(self, error: Error) {
+    pub fn fail(mut self, error: Error) {
+        self.send_error(error);
+    }
+
+    fn send_error(&mut self, error: Error) {
         // A receiver that is gone needs no answer.
-        match self.work {
+        match &mut self.work {
             Work::Generate(generation) => drop(generation.events.send(Err(error))),
-            Work::Score(mut scoring) => drop(scoring.answer.take().map(|answer| answer.send(Err(error)))),
+            Work::Score(scoring) => drop(scoring.answer.take().map(|answer| answer.send(Err(error)))),
         }
     }
 
     /// Ends it because the server goes away: an answer keeps what it has.
     pub fn cancel(mut self) {
         match &mut self.work {
-            Work::Generate(generation) => generation.finish(FinishReason::Cancelled, self.ids.len()),
+            Work::Generate(generation) => generation.finish(FinishReason::Cancelled, None, self.ids.len()),
             Work::Score(_) => {
                 let message = "the server is shutting down; send the call again".to_owned();
                 self.fail(Error::Unavailable { message, retry_after: None });
@@ -125,71 +168,78 @@ impl Sequence {
 }
 
 impl Scoring {
-    fn commit(&mut self, ids: &[u32], start: usize, completes: bool, logits: &[f32], vocab: usize) {
+    fn read(&self, ids: &[u32], start: usize, logits: &[f32], vocab: usize) -> Reading {
         let known = self.logprobs.len().saturating_sub(start);
-        for (position, row) in (start..).zip(logits.chunks_exact(vocab)).skip(known) {
-            match ids.get(position + 1) {
-                Some(target) => self.logprobs.push(logprob(row, *target, self.top)),
-                None => self.next = top_logprobs(row, self.top),
-            }
+        let rows: Vec<(usize, &[f32])> = (start..).zip(logits.chunks_exact(vocab)).skip(known).collect();
+        let logprobs = rows.par_iter().filter_map(|(position, row)| Some((ids.get(position + 1)?, row)));
+        let logprobs: Vec<_> = logprobs.map(|(target, row)| logprob(row, *target, self.top)).collect();
+        let last = rows.last().filter(|(position, _)| position + 1 == ids.len());
+        let next = last.map(|(_, row)| top_logprobs(row, self.top)).unwrap_or_default();
+        if logprobs.iter().any(|scored| scored.logprob.is_nan()) || next.iter().any(|(_, logprob)| logprob.is_nan()) {
+            return Reading::NotNumbers;
         }
-        if completes && let Some(answer) = self.answer.take() {
-            let (logprobs, next) = (std::mem::take(&mut self.logprobs), std::mem::take(&mut self.next));
+        Reading::Scores { logprobs, next }
+    }
+
+    fn finish(&mut self, ids: Vec<u32>, next: Vec<(u32, f32)>) {
+        if let Some(answer) = self.answer.take() {
             // A receiver that is gone needs no answer.
-            let _ = answer.send(Ok(ScoreOut { ids: ids.to_vec(), logprobs, next }));
+            let _ = answer.send(Ok(ScoreOut { ids, logprobs: std::mem::take(&mut self.logprobs), next }));
         }
     }
 }
 
 impl Generation {
-    /// Draws the next token and passes on what may go out.
-    fn commit(&mut self, ids: &mut Vec<u32>, text: &Text, context: usize, logits: &[f32]) -> Next {
-        let Some(id) = sample(logits, ids, &self.sampling, ids.len()) else {
-            let message = "the model gave logits that are not numbers";
-            let _ = self.events.send(Err(Error::internal(message)));
-            return Next::Finished;
-        };
-        ids.push(id);
-        let logprob = self.logprobs.map(|top| logprob(logits, id, top as usize));
-        let ends = text.is_end(id) && !self.stopping.ignore_eos;
-        let piece = if ends { String::new() } else { self.decoder.push(id) };
-        let released = self.hold_back.push(&piece, vec![TokenOut { id, logprob }]);
-        let matched = released.matched;
-        self.send(released);
-        let generated = ids.len() - self.prompt_tokens;
-        let reason = if ends || matched {
-            FinishReason::Stop
-        } else if generated >= self.stopping.max_tokens as usize || ids.len() >= context {
-            FinishReason::Length
-        } else {
-            return Next::Extended;
-        };
-        if matched {
-            self.send_finished(reason, ids.len());
-        } else {
-            self.finish(reason, ids.len());
-        }
-        Next::Finished
+    /// Draws the next token.
+    fn read(&self, ids: &[u32], logits: &[f32]) -> Reading {
+        let Some(id) = sample(logits, ids, &self.sampling, ids.len()) else { return Reading::NotNumbers };
+        Reading::Token(TokenOut { id, logprob: self.logprobs.map(|top| logprob(logits, id, top as usize)) })
     }
 
-    /// Lets out what was held back, and ends the stream.
-    fn finish(&mut self, reason: FinishReason, length: usize) {
-        let rest = self.decoder.finish();
-        let last = self.hold_back.push(&rest, Vec::new());
-        let matched = last.matched;
-        self.send(last);
-        if matched {
+    /// Passes on what may go out now that the sequence has `length` tokens.
+    fn commit(&mut self, token: TokenOut, length: usize, text: &Text, context: usize) -> Next {
+        if text.is_end(token.id) && !self.stopping.ignore_eos {
+            self.finish(FinishReason::Stop, Some(token), length);
+            return Next::Finished;
+        }
+        self.open.0 += &self.decoder.push(token.id);
+        self.open.1.push(token);
+        if !self.decoder.is_mid_character() && self.send_open() {
+            self.send_finished(FinishReason::Stop, length);
+            return Next::Finished;
+        }
+        if length - self.prompt_tokens >= self.stopping.max_tokens as usize || length >= context {
+            self.finish(FinishReason::Length, None, length);
+            return Next::Finished;
+        }
+        Next::Extended
+    }
+
+    /// Lets out what was held back, then the token that ended the answer, and ends the stream.
+    fn finish(&mut self, reason: FinishReason, end: Option<TokenOut>, length: usize) {
+        self.open.0 += &self.decoder.finish();
+        if self.send_open() {
             return self.send_finished(FinishReason::Stop, length);
         }
         let held = self.hold_back.finish();
         self.send(held);
+        self.send(Released { tokens: end.into_iter().collect(), ..Released::default() });
         self.send_finished(reason, length);
     }
 
-    fn send(&self, Released { text, tokens, .. }: Released) {
-        if !text.is_empty() || !tokens.is_empty() {
+    /// Lets out what cannot begin a stop string any more; true at one.
+    fn send_open(&mut self) -> bool {
+        let (text, tokens) = std::mem::take(&mut self.open);
+        let released = self.hold_back.push(&text, tokens);
+        let matched = released.matched;
+        self.send(released);
+        matched
+    }
+
+    fn send(&self, released: Released) {
+        if !released.is_empty() {
             // A receiver that is gone is noticed at the next step.
-            let _ = self.events.send(Ok(GenerateEvent::Delta { text, tokens }));
+            let _ = self.events.send(Ok(GenerateEvent::Delta { text: released.text, tokens: released.tokens }));
         }
     }
 

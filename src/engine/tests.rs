@@ -302,3 +302,42 @@ fn draining_ends_answers_with_what_they_have() {
         assert_idle(&engine).await;
     });
 }
+
+/// The text of the answer to `request` with these stop strings, its ids, and why it ended.
+async fn answer(engine: &Engine, request: &Request, stop: &[String]) -> (String, Vec<u32>, FinishReason) {
+    let mut spec = request.spec();
+    spec.stopping.stop = stop.to_vec();
+    let mut stream = engine.generate(&world().tenant, spec).await.unwrap();
+    let (mut text, mut ids, mut reason) = (String::new(), Vec::new(), None);
+    while let Some(event) = stream.next().await {
+        match event.unwrap() {
+            GenerateEvent::Delta { text: delta, tokens } => {
+                text += &delta;
+                ids.extend(tokens.iter().map(|token| token.id));
+            }
+            GenerateEvent::Finished { reason: why, .. } => reason = Some(why),
+            GenerateEvent::Started { .. } => {}
+        }
+    }
+    (text, ids, reason.unwrap())
+}
+
+/// Draws, from a model whose tokens are bytes, an answer with a character of several tokens in it.
+#[test]
+fn no_token_of_a_stop_string_leaves_not_even_the_first_byte_of_a_character() {
+    run(async {
+        let engine = engine(&Limits::default());
+        for seed in 0..200 {
+            let request = Request { adapter: None, prompt: vec![97], max_tokens: 100, temperature: 2.0, seed };
+            let (whole, ids, _) = answer(&engine, &request, &[]).await;
+            let of_two = |c: &char| c.len_utf8() == 2 && *c != char::REPLACEMENT_CHARACTER;
+            let Some(stop) = whole.chars().find(of_two).map(String::from) else { continue };
+            let first = ids.windows(2).position(|pair| pair == [0, 1].map(|i| u32::from(stop.as_bytes()[i]))).unwrap();
+            let (text, sent, reason) = answer(&engine, &request, &[stop.clone()]).await;
+            assert_eq!((text.as_str(), reason), (&whole[..whole.find(&stop).unwrap()], FinishReason::Stop));
+            assert_eq!(sent, ids[..first], "up to the first byte of {stop:?}");
+            return;
+        }
+        panic!("no seed gave a character of two bytes");
+    });
+}

@@ -22,7 +22,8 @@ pub struct Tickets {
 #[derive(Debug, Default)]
 struct Counts {
     all: u64,
-    /// Tenants with a ticket, and a number for each that the scheduler knows it by.
+    /// Tenants since the engine was last idle: their tickets, and the number that the scheduler knows each by. It stays the same while
+    /// others are served, so that a tenant who comes back comes back with what it has had.
     tenants: HashMap<TenantId, (u64, u32)>,
     next_number: u32,
     closed: bool,
@@ -33,7 +34,7 @@ struct Counts {
 pub struct Ticket {
     counts: Arc<Mutex<Counts>>,
     tenant: TenantId,
-    /// The tenant as the scheduler's number, the same for as long as the tenant has a ticket.
+    /// The tenant as the scheduler's number.
     pub number: u32,
 }
 
@@ -84,11 +85,10 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         let mut counts = lock(&self.counts);
         counts.all -= 1;
-        if let Some((held, _)) = counts.tenants.get_mut(&self.tenant) {
+        if counts.all == 0 {
+            counts.tenants.clear();
+        } else if let Some((held, _)) = counts.tenants.get_mut(&self.tenant) {
             *held -= 1;
-            if *held == 0 {
-                counts.tenants.remove(&self.tenant);
-            }
         }
     }
 }
@@ -107,8 +107,11 @@ mod tests {
         let other = tickets.take(&b).unwrap();
         assert_ne!(other.number, held[0].number);
         assert!(matches!(tickets.take(&b), Err(Error::Exhausted { limit: "max_queued", .. })));
-        drop((held, other));
-        assert_eq!(tickets.held(), 0);
+        let number = other.number;
+        drop(other);
+        assert_eq!(tickets.take(&b).unwrap().number, number, "what it has had is not forgotten while others wait");
+        drop(held);
+        assert_eq!((tickets.held(), lock(&tickets.counts).tenants.len()), (0, 0));
         tickets.close();
         assert!(matches!(tickets.take(&a), Err(Error::Unavailable { .. })));
     }

@@ -219,6 +219,9 @@ impl Task<'_> {
     }
 }
 
+/// Gradients of a task: of each query head, of K, of V; `[len, head_dim]` each.
+type TaskGradients = (Vec<Vec<f32>>, Vec<f32>, Vec<f32>);
+
 impl Attention {
     fn tasks(&self) -> Vec<Task<'_>> {
         let sequences = self.sequences.iter();
@@ -274,7 +277,7 @@ impl CustomOp3 for Attention {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (qs, ks, vs, d) = (to_vec(q)?, to_vec(k)?, to_vec(v)?, to_vec(dy)?);
         let tasks = self.tasks();
-        let parts: Vec<(Vec<Vec<f32>>, Vec<f32>, Vec<f32>)> = tasks
+        let parts: Vec<TaskGradients> = tasks
             .par_iter()
             .map(|task| {
                 let mut dk = vec![0.0; task.len() * self.head_dim];

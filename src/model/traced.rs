@@ -92,7 +92,7 @@ impl Dropout {
     /// 0 or 1 / (1 - rate) for each element of `[rows, width]`.
     fn mask(&self, site: Site, shape: (usize, usize)) -> Result<Tensor> {
         let stream = Stream::new(self.seed, Purpose::Dropout);
-        let place = (self.step << 16) | u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
+        let place = (self.step << 16) + u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
         let keep = 1.0 / (1.0 - self.rate);
         let mask = (0..shape.0 * shape.1).map(|i| {
             let dropped = stream.uniform(place, i as u32) < self.rate;

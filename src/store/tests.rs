@@ -436,7 +436,7 @@ async fn keys_keep_a_hash_and_nothing_more() {
 
     let (operator, _) = store.create_key(&KeyOwner::Operator, "").await.unwrap();
     assert!(store.has_operator_key().await.unwrap());
-    assert_eq!(store.list_keys(&id, &Page::default()).await.unwrap().items, [key.clone()]);
+    assert_eq!(store.list_keys(&id, &Page::default()).await.unwrap().items, std::slice::from_ref(&key));
     let not_its_own = KeyName::new(&id, &operator.id).unwrap();
     assert!(matches!(store.revoke_key(&not_its_own).await, Err(Error::NotFound { .. })));
 

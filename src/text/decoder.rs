@@ -37,6 +37,11 @@ impl Decoder {
         out
     }
 
+    /// Whether the last id left a character incomplete.
+    pub fn is_mid_character(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// What is left at the end: incomplete bytes as U+FFFD.
     pub fn finish(&mut self) -> String {
         let out = String::from_utf8_lossy(&self.pending).into_owned();
@@ -63,7 +68,9 @@ mod tests {
         assert_eq!(decoder.push(0xF0), "");
         assert_eq!(decoder.push(b'a'.into()), "\u{FFFD}a");
         assert_eq!(decoder.push(0xC3), "");
+        assert!(decoder.is_mid_character());
         assert_eq!(decoder.finish(), "\u{FFFD}");
+        assert!(!decoder.is_mid_character());
         assert_eq!(decoder.push(257), "", "control tokens have no text");
     }
 

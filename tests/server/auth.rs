@@ -94,6 +94,38 @@ async fn a_tenant_reaches_only_its_own_names() {
     server.stopped().await;
 }
 
+/// Where a request has several names, each must be the caller's own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_name_is_refused_as_the_first_is() {
+    let server = TestServer::start().await;
+    furnish(&server, "b").await;
+    let (key, _) = furnish(&server, "a").await;
+    let mut training = server.training(&key).await;
+    let mut adapters = server.adapters(&key).await;
+    let mut refusals = Vec::new();
+    for id in ["real", "absent"] {
+        let (adapter, dataset) = (format!("tenants/b/adapters/{id}"), format!("tenants/b/datasets/{id}"));
+        let train = TrainRequest {
+            parent: "tenants/a".into(),
+            adapter_id: "x".into(),
+            dataset: "tenants/a/datasets/real".into(),
+            objective: Some(train_request::Objective::Sft(SftSpec {})),
+            ..Default::default()
+        };
+        refusals.push(training.train(TrainRequest { dataset, ..train.clone() }).await.unwrap_err());
+        let start = Some(train_request::Start::FromVersion(adapter.clone()));
+        refusals.push(training.train(TrainRequest { start, ..train }).await.unwrap_err());
+        let version = format!("{adapter}/versions/1");
+        let swap = SetLiveVersionRequest { name: "tenants/a/adapters/real".into(), version, ..Default::default() };
+        refusals.push(adapters.set_live_version(swap).await.unwrap_err());
+    }
+    for status in &refusals {
+        assert_eq!(status.code(), Code::PermissionDenied, "{status:?}");
+        assert_eq!(status.message(), refusals[0].message());
+    }
+    server.stopped().await;
+}
+
 /// The same requests with the owner's key are let through, so that the test above tests what it says.
 #[tokio::test(flavor = "multi_thread")]
 async fn owners_and_operators_are_let_through() {

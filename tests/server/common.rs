@@ -197,6 +197,17 @@ impl TestServer {
         files_below(&self.data.path().join("blobs"))
     }
 
+    /// A broken upload's file is removed soon after the call has ended, off the runtime's threads.
+    pub async fn wait_for_no_blobs(&self) {
+        for _ in 0..200 {
+            if self.blobs().is_empty() {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        panic!("left behind: {:?}", self.blobs());
+    }
+
     /// Waits until nothing is under way, and holds the engine's books to account.
     pub async fn idle(&self) {
         let mut last = Ok(());

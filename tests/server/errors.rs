@@ -103,7 +103,7 @@ async fn silent_uploads_end_and_leave_nothing() {
     assert_eq!(status.code(), Code::ResourceExhausted);
     assert!(status.message().contains("upload_idle_seconds"), "{}", status.message());
     drop(sender);
-    assert_eq!(server.blobs(), Vec::<std::path::PathBuf>::new());
+    server.wait_for_no_blobs().await;
     server.upload(&key, "a", "e").await.unwrap();
     server.stopped().await;
 }
