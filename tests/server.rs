@@ -7,6 +7,7 @@ mod server {
     mod errors;
     mod imports;
     mod load;
+    mod metrics;
     mod reflection;
     mod swap;
     mod tenants;
