@@ -1,0 +1,210 @@
+//! `kill -9` of the real program on the real base, in the middle of training, an upload and a publish.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use tempfile::TempDir;
+use tenora::api::client::{Client, Target};
+use tenora::api::proto::*;
+
+/// The program, killed when dropped.
+struct Server {
+    process: Child,
+    address: String,
+    /// Shown by a first start only.
+    operator: Option<String>,
+}
+
+impl Server {
+    fn start(data: &Path, base: &Path) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tenora"));
+        command.args(["serve", "--listen", "127.0.0.1:0", "--threads", "2", "--data-dir"]).arg(data);
+        command.arg("--base").arg(base).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut process = command.spawn().expect("the program starts");
+        let mut operator = None;
+        for line in BufReader::new(process.stdout.take().expect("its output")).lines() {
+            let line = line.expect("a line");
+            if let Some(address) = line.strip_prefix("listening on ") {
+                return Self { process, address: address.to_owned(), operator };
+            }
+            operator = line.split_whitespace().find(|word| word.starts_with("tnr_")).map(String::from).or(operator);
+        }
+        panic!("the server ended before it listened");
+    }
+
+    async fn client(&self, key: &str) -> Client {
+        let target = Target { server: self.address.clone(), key: Some(key.to_owned()), tls_ca: None };
+        Client::connect(&target).await.expect("a connection")
+    }
+
+    /// SIGKILL, and gone.
+    fn kill(mut self) {
+        self.process.kill().expect("killed");
+        self.process.wait().expect("gone");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn base() -> PathBuf {
+    tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base can be fetched")
+}
+
+async fn make_tenant(server: &Server) -> String {
+    let operator = server.client(server.operator.as_deref().expect("the first start shows the key")).await;
+    operator
+        .create_tenant(CreateTenantRequest { tenant_id: "t".into(), ..Default::default() })
+        .await
+        .expect("a tenant");
+    let request = CreateApiKeyRequest { parent: "tenants/t".into(), ..Default::default() };
+    operator.create_api_key(request).await.expect("a key").secret
+}
+
+fn upload(id: &str) -> Vec<UploadDatasetRequest> {
+    let header = UploadHeader { parent: "tenants/t".into(), dataset_id: id.into(), ..Default::default() };
+    let line = "{\"prompt\":\"How are you?\",\"completion\":\"Fine, thank you.\"}\n".repeat(8);
+    let parts = [upload_dataset_request::Part::Header(header), upload_dataset_request::Part::Data(line.into())];
+    parts.map(|part| UploadDatasetRequest { part: Some(part) }).into()
+}
+
+fn import(id: &str) -> Vec<ImportAdapterRequest> {
+    let header = ImportAdapterHeader { parent: "tenants/t".into(), adapter_id: id.into(), ..Default::default() };
+    let file = |name: &str| {
+        let data = std::fs::read(format!("tests/golden/adapters/random/{name}")).expect("a file");
+        import_adapter_request::Part::Chunk(FileChunk { filename: name.into(), data })
+    };
+    let files = ["adapter_config.json", "adapter_model.safetensors"].map(file);
+    let parts = std::iter::once(import_adapter_request::Part::Header(header)).chain(files);
+    parts.map(|part| ImportAdapterRequest { part: Some(part) }).collect()
+}
+
+async fn start_job(client: &Client) -> TrainingJob {
+    let request = TrainRequest {
+        parent: "tenants/t".into(),
+        adapter_id: "trained".into(),
+        dataset: "tenants/t/datasets/kept".into(),
+        objective: Some(train_request::Objective::Sft(SftSpec {})),
+        hyperparameters: Some(Hyperparameters { max_steps: Some(10_000), batch_size: Some(1), ..Default::default() }),
+        ..Default::default()
+    };
+    client.train(request).await.expect("a job")
+}
+
+/// Waits until the job has taken a step after `seen` events.
+async fn wait_for_step(client: &Client, job: &str, seen: u64) -> u64 {
+    let request = WatchTrainingJobRequest { name: job.into(), after_sequence: seen };
+    let mut events = client.watch_training_job(request).await.expect("events");
+    while let Some(event) = events.next().await {
+        let event = event.expect("an event");
+        if matches!(event.event, Some(training_event::Event::Step(_))) {
+            return event.sequence;
+        }
+    }
+    panic!("the job ended without a step");
+}
+
+async fn state(client: &Client, job: &str) -> JobState {
+    client.get_training_job(GetTrainingJobRequest { name: job.into() }).await.expect("the job").state()
+}
+
+/// Every version of every adapter answers; gives each adapter's number of versions.
+async fn assert_versions_serve(client: &Client) -> BTreeMap<String, usize> {
+    let request = ListAdaptersRequest { parent: "tenants/t".into(), ..Default::default() };
+    let mut found = BTreeMap::new();
+    for adapter in client.list_adapters(request).await.expect("a list").adapters {
+        let request = ListAdapterVersionsRequest { parent: adapter.name.clone(), ..Default::default() };
+        let versions = client.list_adapter_versions(request).await.expect("a list").versions;
+        assert!(!versions.is_empty(), "{} has a version", adapter.name);
+        for version in &versions {
+            let sequence = Some(score_input::Sequence::Text("All is well.".into()));
+            let inputs = vec![ScoreInput { sequence }];
+            let request = ScoreRequest { adapter: version.name.clone(), inputs, top_logprobs: 0 };
+            let answer = client.score(request).await.expect("the version serves");
+            assert_eq!(answer.adapter_version, version.name);
+        }
+        found.insert(adapter.name, versions.len());
+    }
+    found
+}
+
+/// Files below a folder.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let paths = entries.map(|entry| entry.expect("an entry").path());
+    paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_server_comes_back_whole() {
+    let (data, base) = (TempDir::new().expect("a folder"), base());
+    let server = Server::start(data.path(), &base);
+    let key = make_tenant(&server).await;
+    let client = server.client(&key).await;
+    client.upload_dataset(futures::stream::iter(upload("kept"))).await.expect("uploaded");
+    client.import_adapter(futures::stream::iter(import("kept"))).await.expect("imported");
+    let blobs = files(&data.path().join("blobs")).len();
+    let job = start_job(&client).await.name;
+    let mut seen = wait_for_step(&client, &job, 0).await;
+
+    // An upload that never ends, and a publish that the kill catches at another point each time.
+    let half = futures::stream::iter(upload("half")).chain(futures::stream::pending());
+    let uploading = tokio::spawn({
+        let client = client.clone();
+        async move { client.upload_dataset(half).await }
+    });
+    let importing = tokio::spawn({
+        let client = client.clone();
+        async move { client.import_adapter(futures::stream::iter(import("cut-0"))).await }
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    server.kill();
+    assert!(uploading.await.expect("the call ends").is_err());
+    drop(importing.await);
+
+    for round in 1..4 {
+        let server = Server::start(data.path(), &base);
+        assert!(server.operator.is_none(), "the key was made once");
+        let client = server.client(&key).await;
+        assert_eq!(state(&client, &job).await, JobState::Interrupted);
+        let request = ListDatasetsRequest { parent: "tenants/t".into(), ..Default::default() };
+        let datasets = client.list_datasets(request).await.expect("a list").datasets;
+        assert_eq!(datasets.iter().map(|d| d.name.as_str()).collect::<Vec<_>>(), ["tenants/t/datasets/kept"]);
+        let adapters = assert_versions_serve(&client).await;
+        assert_eq!(adapters.get("tenants/t/adapters/kept"), Some(&1));
+        let extra = adapters.len() - 1;
+        let now = files(&data.path().join("blobs")).len();
+        assert!(now <= blobs + 2 * extra, "{now} files, {blobs} before, {extra} adapters more");
+
+        let resumed =
+            client.resume_training_job(ResumeTrainingJobRequest { name: job.clone() }).await.expect("resumed");
+        assert!([JobState::Queued, JobState::Running].contains(&resumed.state()));
+        seen = wait_for_step(&client, &job, seen).await;
+        let importing = tokio::spawn({
+            let client = client.clone();
+            async move { client.import_adapter(futures::stream::iter(import(&format!("cut-{round}")))).await }
+        });
+        tokio::time::sleep(Duration::from_millis(700 * round)).await;
+        server.kill();
+        drop(importing.await);
+    }
+
+    let server = Server::start(data.path(), &base);
+    let client = server.client(&key).await;
+    client.resume_training_job(ResumeTrainingJobRequest { name: job.clone() }).await.expect("resumed");
+    wait_for_step(&client, &job, seen).await;
+    client.cancel_training_job(CancelTrainingJobRequest { name: job.clone() }).await.expect("cancelled");
+    let request = WatchTrainingJobRequest { name: job.clone(), after_sequence: 0 };
+    let events: Vec<_> = client.watch_training_job(request).await.expect("events").collect().await;
+    assert!(events.iter().all(Result::is_ok), "the events of all its lives, in one list");
+    assert_eq!(state(&client, &job).await, JobState::Cancelled);
+}
