@@ -23,7 +23,8 @@ fn base() -> Base {
         let path = tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base can be fetched");
         Model::load(&path).expect("the default base loads")
     };
-    BASE.get_or_init(load).clone()
+    // On a thread of its own: it blocks, which a thread of the runtime must not.
+    BASE.get_or_init(|| std::thread::spawn(load).join().expect("loaded")).clone()
 }
 
 async fn serve() -> (TestServer, String) {

@@ -37,10 +37,12 @@ fn file(name: &str) -> Option<Value> {
 
 fn base() -> &'static (Arc<Model>, Arc<Text>) {
     static BASE: OnceLock<(Arc<Model>, Arc<Text>)> = OnceLock::new();
-    BASE.get_or_init(|| {
+    let load = || {
         let path = tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base can be fetched");
         Model::load(&path).expect("the default base loads")
-    })
+    };
+    // On a thread of its own: it blocks, which a thread of the runtime must not.
+    BASE.get_or_init(|| std::thread::spawn(load).join().expect("loaded"))
 }
 
 fn package(name: &str) -> Package {

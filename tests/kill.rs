@@ -57,7 +57,9 @@ impl Drop for Server {
 }
 
 fn base() -> PathBuf {
-    tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base can be fetched")
+    // On a thread of its own: it blocks, which a thread of the runtime must not.
+    let fetch = || tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base can be fetched");
+    std::thread::spawn(fetch).join().expect("fetched")
 }
 
 async fn make_tenant(server: &Server) -> String {
