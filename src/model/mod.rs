@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::adapter::{BaseShape, Site};
 use crate::error::{Error, Result};
-use crate::kernels::blocks::QMatrixRef;
+use crate::kernels::blocks::{QMatrixRef, QType};
 use crate::kernels::cpu::MAX_HEAD_DIM;
 use crate::request::Target;
 use crate::text::Text;
@@ -53,6 +53,11 @@ impl Model {
                 "llama.rope.dimension_count",
                 format!("is {}; heads of up to {MAX_HEAD_DIM} are supported", config.head_dim),
             ));
+        }
+        let linears = weights.blocks.iter().flat_map(|block| &block.linears);
+        if linears.chain([weights.head()]).any(|matrix| matrix.qtype == QType::F32) {
+            let message = "holds a float32 matrix; Q4_0, Q4_1 and Q8_0 are served";
+            return Err(Error::invalid_because("UNSUPPORTED_BASE", "base", message));
         }
         let shape = BaseShape {
             name: config.name.clone(),
