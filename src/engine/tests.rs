@@ -341,3 +341,47 @@ fn no_token_of_a_stop_string_leaves_not_even_the_first_byte_of_a_character() {
         panic!("no seed gave a character of two bytes");
     });
 }
+
+/// Panics, then fails, then gives what is no number, then always prefers token 65.
+struct Faulty {
+    steps: usize,
+    logits: Vec<f32>,
+}
+
+impl Forward for Faulty {
+    fn forward(&mut self, spans: &[crate::model::exec::Span<'_>]) -> Result<&[f32]> {
+        let vocab = world().text.vocab_size();
+        let rows: usize = spans.iter().map(|span| span.logits.count(span.ids.len())).sum();
+        self.steps += 1;
+        let value = match self.steps {
+            1 => panic!("on purpose"),
+            2 => return Err(Error::internal("on purpose")),
+            3 => f32::NAN,
+            _ => 0.0,
+        };
+        self.logits = vec![value; rows * vocab];
+        self.logits.iter_mut().skip(65).step_by(vocab).for_each(|logit| *logit += 1.0);
+        Ok(&self.logits)
+    }
+}
+
+#[test]
+fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
+    run(async {
+        let w = world();
+        let layout = KvLayout { block_tokens: 8, blocks: 16 };
+        let faulty = Faulty { steps: 0, logits: Vec::new() };
+        let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
+        let engine = Engine::start_with(faulty, layout, 100, text, hub, arbiter, &Limits::default()).unwrap();
+        let request = Request { adapter: Some(0), prompt: vec![1; 5], max_tokens: 3, temperature: 0.0, seed: 0 };
+        for fault in ["panic", "error", "no number"] {
+            let stream = engine.generate(&w.tenant, request.spec()).await.unwrap();
+            let last = stream.fold(None, |_, event| async { Some(event) }).await.unwrap();
+            assert!(matches!(last, Err(Error::Internal(_))), "{fault}: {last:?}");
+            assert_idle(&engine).await;
+        }
+        let (text, ids, _) = answer(&engine, &request, &[]).await;
+        assert_eq!((text.as_str(), &ids[..]), ("AAA", &[65; 3][..]));
+        assert_idle(&engine).await;
+    });
+}
