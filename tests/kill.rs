@@ -24,14 +24,16 @@ impl Server {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tenora"));
         command.args(["serve", "--listen", "127.0.0.1:0", "--threads", "2", "--data-dir"]).arg(data);
         command.arg("--base").arg(base).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut process = command.spawn().expect("the program starts");
-        let mut operator = None;
-        for line in BufReader::new(process.stdout.take().expect("its output")).lines() {
+        let process = command.spawn().expect("the program starts");
+        let mut server = Self { process, address: String::new(), operator: None };
+        for line in BufReader::new(server.process.stdout.take().expect("its output")).lines() {
             let line = line.expect("a line");
             if let Some(address) = line.strip_prefix("listening on ") {
-                return Self { process, address: address.to_owned(), operator };
+                server.address = address.to_owned();
+                return server;
             }
-            operator = line.split_whitespace().find(|word| word.starts_with("tnr_")).map(String::from).or(operator);
+            let key = line.split_whitespace().find(|word| word.starts_with("tnr_"));
+            server.operator = key.map(String::from).or(server.operator.take());
         }
         panic!("the server ended before it listened");
     }

@@ -333,7 +333,7 @@ fn no_token_of_a_stop_string_leaves_not_even_the_first_byte_of_a_character() {
             let of_two = |c: &char| c.len_utf8() == 2 && *c != char::REPLACEMENT_CHARACTER;
             let Some(stop) = whole.chars().find(of_two).map(String::from) else { continue };
             let first = ids.windows(2).position(|pair| pair == [0, 1].map(|i| u32::from(stop.as_bytes()[i]))).unwrap();
-            let (text, sent, reason) = answer(&engine, &request, &[stop.clone()]).await;
+            let (text, sent, reason) = answer(&engine, &request, std::slice::from_ref(&stop)).await;
             assert_eq!((text.as_str(), reason), (&whole[..whole.find(&stop).unwrap()], FinishReason::Stop));
             assert_eq!(sent, ids[..first], "up to the first byte of {stop:?}");
             return;
