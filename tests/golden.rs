@@ -229,9 +229,11 @@ struct Step {
     margin: Option<f64>,
 }
 
-/// Trains through the code that `Train` runs, from `adapters/sft_init`.
-fn train(examples: &Examples, objective: Objective, recipe: &Hyperparameters) -> (FitOutcome, Vec<Step>) {
-    let start = adapter("sft_init").expect("the starting adapter");
+/// Trains through the code that `Train` runs, from the adapter that the file names, `adapters/sft_init` where it names none.
+fn train(file: &Value, examples: &Examples, objective: Objective, batch: usize) -> (FitOutcome, Vec<Step>) {
+    let init = file["recipe"]["init"].as_str().unwrap_or("adapters/sft_init");
+    let start = adapter(init.trim_start_matches("adapters/")).expect("the starting adapter");
+    let recipe = &recipe(&file["recipe"], file["curve"].as_array().expect("a curve").len(), batch);
     let (arbiter, control) = (Arbiter::new(0.5), Control::default());
     let validation = match examples {
         Examples::Sft(_) => Examples::Sft(Vec::new()),
@@ -281,7 +283,7 @@ fn sft_follows_the_golden_curve() {
         Examples::Sft(examples.map(|e| example(&ids(&e["prompt_ids"]), &ids(&e["completion_ids"]))).collect());
     let curve = sft["curve"].as_array().expect("a curve");
     let batch = sft["recipe"]["batch"].as_u64().expect("a batch") as usize;
-    let (outcome, steps) = train(&examples, Objective::Sft, &recipe(&sft["recipe"], curve.len(), batch));
+    let (outcome, steps) = train(&sft, &examples, Objective::Sft, batch);
     assert_steps(curve, &steps);
     let lora = TracedLora::frozen(&outcome.lora).expect("tensors");
     for after in sft["after"].as_array().expect("scores after training") {
@@ -342,24 +344,30 @@ fn dpo_follows_the_golden_curve() {
     }
     let beta = dpo["recipe"]["beta"].as_f64().expect("beta") as f32;
     let curve = dpo["curve"].as_array().expect("a curve");
-    let recipe = recipe(&dpo["recipe"], curve.len(), pairs.len());
-    let (_, steps) = train(&Examples::Dpo(examples), Objective::Dpo { beta, label_smoothing: 0.0 }, &recipe);
+    let objective = Objective::Dpo { beta, label_smoothing: 0.0 };
+    let (_, steps) = train(&dpo, &Examples::Dpo(examples), objective, pairs.len());
     assert_steps(curve, &steps);
 }
 
-/// Serves the default base and imports the golden adapter `random`.
-async fn serve() -> (TestServer, String) {
+/// Serves the default base and imports the adapters that a file has answers of.
+async fn serve(generate: &Value) -> (TestServer, String) {
     let server = TestServer::start_on(base().clone(), |config| config.limits = Limits::default()).await;
     let key = server.tenant("golden").await;
-    if folder().join("adapters/random").exists() {
-        server.import(&key, "golden", "random", &package("random")).await.expect("the golden adapter passes the gate");
+    for name in generate.as_object().expect("an object").keys().filter(|name| *name != "base") {
+        let imported = server.import(&key, "golden", &resource_id(name), &package(name)).await;
+        imported.unwrap_or_else(|e| panic!("{name} passes the gate: {e}"));
     }
     (server, key)
 }
 
+/// A folder's name as a resource's id.
+fn resource_id(name: &str) -> String {
+    name.to_lowercase().replace(|c: char| !c.is_ascii_alphanumeric(), "-")
+}
+
 /// The name under which a golden adapter is served.
 fn served_name(name: &str) -> String {
-    if name == "base" { String::new() } else { format!("tenants/golden/adapters/{name}") }
+    if name == "base" { String::new() } else { format!("tenants/golden/adapters/{}", resource_id(name)) }
 }
 
 /// A golden answer and, by the float32 reference, the gap between the two likeliest tokens at each of its positions.
@@ -393,7 +401,7 @@ fn answers(generate: &Value) -> Vec<Answer<'_>> {
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_are_the_golden_ones() {
     let Some(generate) = file("generate.json") else { return };
-    let (server, key) = serve().await;
+    let (server, key) = serve(&generate).await;
     let answers = answers(&generate);
     let (mut agree, mut all) = (0, 0);
     for golden in &answers {

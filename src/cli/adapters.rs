@@ -33,6 +33,7 @@ enum Command {
     Import {
         /// The adapter that gets the version; made if there is none.
         adapter: String,
+        /// Holds adapter_config.json and adapter_model.safetensors.
         folder: PathBuf,
         #[command(flatten)]
         publish: PublishArg,
