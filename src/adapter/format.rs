@@ -60,10 +60,9 @@ impl Package {
         let settings = Settings::read(&self.config)?;
         settings.check_ranks(max_rank)?;
         let spec = settings.spec();
-        let tensors = self.safetensors()?;
         let mut pairs: BTreeMap<Site, [Option<TensorView<'_>>; 2]> = BTreeMap::new();
-        for (name, view) in tensors.iter() {
-            let (site, which) = parse_name(name, shape)?;
+        for (name, view) in self.sorted_tensors()? {
+            let (site, which) = parse_name(&name, shape)?;
             let (inputs, outputs) = shape.dims(site.target);
             let rank = settings.rank(site) as usize;
             let want = if which == 0 { [rank, inputs] } else { [outputs, rank] };
@@ -93,10 +92,12 @@ impl Package {
         Ok(Lora { spec, layers })
     }
 
-    fn safetensors(&self) -> Result<SafeTensors<'_>> {
-        SafeTensors::deserialize(&self.tensors).map_err(|e| {
+    /// By name, so that of several faults it is always the same one that is named.
+    fn sorted_tensors(&self) -> Result<BTreeMap<String, TensorView<'_>>> {
+        let tensors = SafeTensors::deserialize(&self.tensors).map_err(|e| {
             refuse("MALFORMED_SAFETENSORS", TENSORS_FILE, format!("is truncated or not a safetensors file: {e}"))
-        })
+        })?;
+        Ok(tensors.tensors().into_iter().collect())
     }
 
     /// Over the sorted (name, dtype, shape, bytes) and the settings that change their meaning; not over JSON text.
@@ -108,9 +109,7 @@ impl Package {
         };
         field(b"tenora lora 1");
         field(Settings::read(&self.config)?.canonical().as_bytes());
-        let tensors = self.safetensors()?;
-        let sorted: BTreeMap<_, _> = tensors.iter().collect();
-        for (name, view) in sorted {
+        for (name, view) in self.sorted_tensors()? {
             field(name.as_bytes());
             field(format!("{:?} {:?}", view.dtype(), view.shape()).as_bytes());
             field(view.data());
