@@ -1,5 +1,6 @@
 //! From logits to a token. The same logits, history, settings, seed and position give the same token.
 
+use crate::kernels::log_sum_exp;
 use crate::kernels::philox::{Purpose, Stream};
 use crate::request::{Sampling, TokenLogprob};
 
@@ -125,11 +126,6 @@ pub fn logprob(logits: &[f32], id: u32, top: usize) -> TokenLogprob {
 /// The most likely ids of a row with their log-probabilities, best first.
 pub fn top_logprobs(logits: &[f32], top: usize) -> Vec<(u32, f32)> {
     logprob(logits, 0, top).top
-}
-
-fn log_sum_exp(logits: &[f32]) -> f64 {
-    let largest = logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-    f64::from(largest) + logits.iter().map(|l| f64::from((l - largest).exp())).sum::<f64>().ln()
 }
 
 fn top_ids(logits: &[f32], n: usize) -> Vec<u32> {

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::kernels::cpu::{self, QuantizedRows};
 use crate::model::Model;
 use crate::model::kv::KvCache;
+pub use crate::model::kv::KvLayout;
 use crate::model::llama::{self, Norm, Ops};
 
 /// Which rows of a span get logits.
@@ -40,13 +41,6 @@ pub struct Span<'a> {
     /// `None` is the base.
     pub lora: Option<&'a Arc<Lora>>,
     pub logits: LogitRows,
-}
-
-/// The KV cache's size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvLayout {
-    pub block_tokens: usize,
-    pub blocks: usize,
 }
 
 /// The serving executor: its buffers and its KV cache.

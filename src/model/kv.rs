@@ -1,8 +1,14 @@
 //! The paged KV cache: blocks of positions in half precision, for every layer.
 
 use crate::kernels::cpu::{KvView, f16_bits};
-use crate::model::exec::KvLayout;
 use crate::weights::LlamaConfig;
+
+/// The KV cache's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    pub block_tokens: usize,
+    pub blocks: usize,
+}
 
 /// Keys (rotated) and values of all layers.
 #[derive(Debug)]

@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use crate::adapter::Lora;
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
+use crate::kernels::log_sum_exp;
 use crate::model::Model;
 use crate::model::exec::{Exec, KvLayout, LogitRows, Span};
 use crate::model::traced::{Pass, TracedLora};
@@ -113,7 +114,7 @@ impl Parity {
                 let span = Span { ids: chunk, start, blocks: &blocks, lora, logits: LogitRows::All };
                 let logits = exec.forward(&[span])?;
                 for (row, target) in logits.chunks_exact(self.model.vocab_size()).zip(&ids[start + 1..]) {
-                    logprobs.push(row[*target as usize] - log_sum_exp(row));
+                    logprobs.push((f64::from(row[*target as usize]) - log_sum_exp(row)) as f32);
                 }
                 let bits = logits.iter().map(|x| u64::from(x.to_bits()));
                 fingerprint = bits.fold(fingerprint, |sum, bits| sum.rotate_left(5).wrapping_add(bits));
@@ -174,11 +175,6 @@ fn limited(probes: &[Vec<u32>]) -> Vec<Vec<u32>> {
         room
     };
     probes.iter().take_while(fits).cloned().collect()
-}
-
-fn log_sum_exp(row: &[f32]) -> f32 {
-    let largest = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-    largest + row.iter().map(|x| f64::from((x - largest).exp())).sum::<f64>().ln() as f32
 }
 
 #[cfg(test)]
