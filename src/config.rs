@@ -79,12 +79,12 @@ limits! {
     /// Rank of an adapter.
     max_rank = 256, "rank";
     /// Sequences decoded at once.
-    max_running = 64, "sequences";
+    max_running = 48, "sequences";
     /// Requests of one tenant waiting or running.
     max_queued_per_tenant = 256, "requests";
     /// Requests of all tenants waiting or running.
     max_queued = 1024, "requests";
-    /// Rows of one engine step.
+    /// Rows of one engine step: one for each sequence that decodes, the others for prompts. Must be more than `max_running`.
     max_step_rows = 64, "rows";
     /// Tokens a KV block holds.
     kv_block_tokens = 16, "tokens";

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 /// Most characters of one segment of a name.
 pub const MAX_ID_LEN: usize = 63;
 
-/// Checks one segment: lower-case letters, digits and dashes, starting with a letter (versions and jobs may start with a digit).
+/// Checks one segment: lower-case letters, digits and dashes, with no dash at either end.
 pub fn check_id(field: &str, id: &str) -> Result<()> {
     let ok = !id.is_empty()
         && id.len() <= MAX_ID_LEN

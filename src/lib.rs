@@ -2,7 +2,7 @@
 //!
 //! The map, bottom up; a module imports only what stands above it in this list, as `tests/architecture.rs` enforces.
 //!
-//! - leaves: [`error`], [`ids`], [`config`], [`telemetry`], [`device`], [`text`], [`request`], [`process`], [`bases`]
+//! - leaves: [`error`], [`ids`], [`config`], [`telemetry`], [`device`], [`text`], [`request`], [`random`], [`process`], [`bases`]
 //! - [`kernels`] quantised matmul, attention, batched adapters; [`weights`] GGUF to frozen tensors; [`adapter`] LoRA and PEFT files
 //! - [`model`] the architecture once, over two executors
 //! - [`store`] the catalogue and the blobs; [`hub`] which versions are resident
@@ -24,6 +24,7 @@ pub mod ids;
 pub mod kernels;
 pub mod model;
 pub mod process;
+pub mod random;
 pub mod request;
 pub mod safety;
 pub mod store;

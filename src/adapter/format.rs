@@ -182,9 +182,12 @@ struct Settings {
     targets: Vec<Target>,
     layers: Option<Vec<u32>>,
     use_rslora: bool,
-    rank_pattern: BTreeMap<String, f64>,
-    alpha_pattern: BTreeMap<String, f64>,
+    rank_pattern: Pattern,
+    alpha_pattern: Pattern,
 }
+
+/// Values by module name, in the order of the file: the first that matches counts.
+type Pattern = Vec<(String, f64)>;
 
 /// Settings that matter only while training or describe where the adapter comes from.
 const WITHOUT_MEANING: [&str; 9] = [
@@ -228,7 +231,8 @@ impl Settings {
                 return Err(refuse("UNSUPPORTED_SETTING", key, format!("is {shown}; this setting is not supported")));
             }
         }
-        let bias = config.get("bias").and_then(Value::as_str).unwrap_or("none");
+        let number = |value: &Value| value.as_f64().filter(|x| x.is_finite());
+        let bias = setting(&config, "bias", "a string", Value::as_str)?.unwrap_or("none");
         if bias != "none" {
             return Err(refuse("UNSUPPORTED_SETTING", "bias", format!("is {bias:?}; only \"none\" is supported")));
         }
@@ -239,23 +243,17 @@ impl Settings {
                 return Err(refuse("UNSUPPORTED_SETTING", "peft_type", message));
             }
         }
-        let wrong = |field: &str, want: &str| refuse("INVALID_SETTING", field, format!("must be {want}"));
-        let rank = config.get("r").and_then(Value::as_u64).and_then(|r| u32::try_from(r).ok()).filter(|r| *r > 0);
-        let number = |key: &str, default: Option<f64>| {
-            config
-                .get(key)
-                .and_then(Value::as_f64)
-                .or(default)
-                .filter(|x| x.is_finite())
-                .ok_or_else(|| wrong(key, "a number"))
-        };
+        let whole = |value: &Value| value.as_u64().and_then(|r| u32::try_from(r).ok()).filter(|r| *r > 0);
+        let missing = |key: &str| refuse("INVALID_SETTING", key, "is missing");
+        let rank = setting(&config, "r", "a whole number of at least 1", whole)?;
+        let alpha = setting(&config, "lora_alpha", "a number", number)?;
         Ok(Self {
-            rank: rank.ok_or_else(|| wrong("r", "a whole number of at least 1"))?,
-            alpha: number("lora_alpha", None)? as f32,
-            dropout: number("lora_dropout", Some(0.0))? as f32,
+            rank: rank.ok_or_else(|| missing("r"))?,
+            alpha: alpha.ok_or_else(|| missing("lora_alpha"))? as f32,
+            dropout: setting(&config, "lora_dropout", "a number", number)?.unwrap_or(0.0) as f32,
             targets: targets(config.get("target_modules"))?,
             layers: layers(config.get("layers_to_transform"))?,
-            use_rslora: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+            use_rslora: setting(&config, "use_rslora", "true or false", Value::as_bool)?.unwrap_or(false),
             rank_pattern: pattern("rank_pattern", config.get("rank_pattern"))?,
             alpha_pattern: pattern("alpha_pattern", config.get("alpha_pattern"))?,
         })
@@ -300,15 +298,36 @@ impl Settings {
     /// A text that is equal for equal meanings.
     fn canonical(&self) -> String {
         let names: Vec<_> = self.targets.iter().map(|t| t.name()).collect();
-        json!([self.rank, self.alpha, names, self.layers, self.use_rslora, self.rank_pattern, self.alpha_pattern])
-            .to_string()
+        let object = |pattern: &Pattern| pattern.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
+        let (ranks, alphas): (Map<_, _>, Map<_, _>) = (object(&self.rank_pattern), object(&self.alpha_pattern));
+        json!([self.rank, self.alpha, names, self.layers, self.use_rslora, ranks, alphas]).to_string()
     }
 }
 
-/// PEFT's matching for patterns that are plain module names: the whole name or a suffix after a dot.
-fn lookup(pattern: &BTreeMap<String, f64>, site: Site) -> Option<f64> {
+/// What a setting says, `None` where it says nothing; a value of another type is refused, never taken for the default.
+fn setting<'v, T>(
+    config: &'v Map<String, Value>,
+    key: &str,
+    want: &str,
+    read: impl Fn(&'v Value) -> Option<T>,
+) -> Result<Option<T>> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => {
+            read(value).map(Some).ok_or_else(|| refuse("INVALID_SETTING", key, format!("is {value}; must be {want}")))
+        }
+    }
+}
+
+/// PEFT's matching for patterns that are plain module names: the first one that is the whole name, or its end after a dot. A dot in
+/// one stands for any character, as it does in the regular expression that PEFT makes of it.
+fn lookup(pattern: &Pattern, site: Site) -> Option<f64> {
     let name = module_name(site);
-    let matches = |key: &str| name.strip_suffix(key).is_some_and(|head| head.is_empty() || head.ends_with('.'));
+    let matches = |key: &str| {
+        let Some((head, tail)) = name.len().checked_sub(key.len()).map(|at| name.split_at(at)) else { return false };
+        let is_end = tail.bytes().zip(key.bytes()).all(|(c, k)| k == b'.' || k == c);
+        is_end && (head.is_empty() || head.ends_with('.'))
+    };
     pattern.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
 }
 
@@ -357,10 +376,10 @@ fn layers(value: Option<&Value>) -> Result<Option<Vec<u32>>> {
 }
 
 /// Keys are regular expressions in PEFT; those that are plain names can be read.
-fn pattern(field: &str, value: Option<&Value>) -> Result<BTreeMap<String, f64>> {
+fn pattern(field: &str, value: Option<&Value>) -> Result<Pattern> {
     let Some(Value::Object(map)) = value else {
         return match value {
-            None | Some(Value::Null) => Ok(BTreeMap::new()),
+            None | Some(Value::Null) => Ok(Pattern::new()),
             Some(_) => Err(refuse("INVALID_SETTING", field, "must be an object")),
         };
     };
@@ -405,4 +424,52 @@ fn config_json(spec: &LoraSpec, shape: &BaseShape) -> Value {
         "use_dora": false,
         "use_rslora": spec.use_rslora,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(extra: Value) -> Result<Settings> {
+        let mut config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]});
+        for (key, value) in extra.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        Settings::read(config.to_string().as_bytes())
+    }
+
+    #[test]
+    fn a_setting_of_another_type_is_never_taken_for_its_default() {
+        for (key, value) in [
+            ("use_rslora", json!("yes")),
+            ("use_rslora", json!(1)),
+            ("bias", json!(true)),
+            ("lora_dropout", json!("0.1")),
+            ("lora_alpha", json!("8")),
+            ("r", json!(4.5)),
+            ("r", json!(0)),
+            ("rank_pattern", json!([1])),
+        ] {
+            match settings(json!({ key: value })) {
+                Err(Error::Invalid { field, .. }) => assert_eq!(field, key),
+                other => panic!("{key} {value}: {other:?}"),
+            }
+        }
+        assert!(!settings(json!({"use_rslora": null, "bias": "none"})).unwrap().use_rslora);
+    }
+
+    #[test]
+    fn patterns_match_as_in_peft() {
+        let site = |layer, target| Site { layer, target };
+        let read = settings(json!({
+            "alpha_pattern": {"v_proj": 1, "layers.0.self_attn.v_proj": 2, "1.self_attn.q.proj": 3, "proj": 4},
+            "rank_pattern": {"model.layers.1.self_attn.q_proj": 16},
+        }))
+        .unwrap();
+        assert_eq!(read.alpha(site(0, Target::VProj)), 1.0, "the first in the file counts");
+        assert_eq!(read.alpha(site(1, Target::QProj)), 3.0, "a dot is any character");
+        assert_eq!(read.alpha(site(11, Target::QProj)), 8.0, "a name begins after a dot");
+        assert_eq!((read.rank(site(1, Target::QProj)), read.rank(site(0, Target::QProj))), (16, 4));
+        assert!(settings(json!({"rank_pattern": {".*q_proj": 2}})).is_err());
+    }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 use crate::ids::Digest;
-use crate::kernels::philox::{Purpose, Stream};
+use crate::random::{Purpose, Stream};
 use crate::request::{LoraSpec, Target};
 
 /// The shapes an adapter must fit.

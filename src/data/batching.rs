@@ -1,11 +1,6 @@
 //! Which records a step sees: the validation split and the order, functions of the seed alone.
 
-/// Keeps the streams of random numbers of one seed apart.
-#[derive(Debug, Clone, Copy)]
-enum Purpose {
-    Split = 1,
-    Order = 2,
-}
+use crate::random::{Purpose, Stream};
 
 /// Record indices, each part ascending.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,7 +19,7 @@ impl Split {
     }
 
     pub fn new(records: usize, share: f32, seed: u64) -> Self {
-        let shuffled = permutation(records, seed, Purpose::Split, 0);
+        let shuffled = permutation(records, Stream::new(seed, Purpose::Split), 0);
         let (validation, train) = shuffled.split_at(Self::held_out(records, share));
         let sorted = |part: &[usize]| {
             let mut part = part.to_vec();
@@ -55,30 +50,21 @@ impl Order {
         let (epoch, index) = (position / self.records as u64, (position % self.records as u64) as usize);
         let Some(seed) = self.seed else { return index };
         if self.epoch.as_ref().is_none_or(|(shuffled, _)| *shuffled != epoch) {
-            self.epoch = Some((epoch, permutation(self.records, seed, Purpose::Order, epoch)));
+            self.epoch = Some((epoch, permutation(self.records, Stream::new(seed, Purpose::Order), epoch)));
         }
         self.epoch.as_ref().map_or(index, |(_, order)| order[index])
     }
 }
 
 /// Fisher-Yates.
-fn permutation(n: usize, seed: u64, purpose: Purpose, epoch: u64) -> Vec<usize> {
-    let mut state = mix(mix(seed ^ mix(purpose as u64)) ^ epoch);
+fn permutation(n: usize, stream: Stream, epoch: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..n).collect();
     for last in (1..n).rev() {
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        // The high half of the product is uniform over 0..=last to within 2^-64 of its share.
-        let pick = (u128::from(mix(state)) * (last as u128 + 1)) >> 64;
+        // The high half of the product is uniform over 0..=last to within 2^-32 of its share.
+        let pick = (u64::from(stream.bits(epoch, last as u32)) * (last as u64 + 1)) >> 32;
         order.swap(last, pick as usize);
     }
     order
-}
-
-/// The finaliser of SplitMix64 (Steele, Lea & Flood 2014).
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

@@ -98,11 +98,7 @@ impl Engine {
     ) -> Result<Self> {
         let (sender, inbox) = mpsc::channel();
         let stats = Arc::new(Stats::default());
-        let bounds = Bounds {
-            block_tokens: layout.block_tokens,
-            max_running: limits.max_running.max(1) as usize,
-            max_step_rows: limits.max_step_rows as usize,
-        };
+        let bounds = bounds(layout, limits)?;
         let state = Loop {
             inbox,
             scheduler: Scheduler::new(bounds, layout.blocks),
@@ -143,10 +139,11 @@ impl Engine {
             hold_back: HoldBack::new(patterns),
             open: Default::default(),
             events,
+            end: None,
         };
         let work = Work::Generate(Box::new(generation));
         let tenant = ticket.number;
-        self.submit(Sequence { ids, tenant, lease, deadline: spec.deadline, work, _ticket: ticket })?;
+        self.submit(Sequence { ids, tenant, deadline: spec.deadline, lease, _ticket: ticket, work })?;
         Ok(Box::pin(UnboundedReceiverStream::new(stream)))
     }
 
@@ -171,15 +168,15 @@ impl Engine {
             usage.prompt_tokens += ids.len() as u32;
             let (sender, answer) = oneshot::channel();
             let top = spec.top_logprobs as usize;
-            let scoring = Scoring { top, logprobs: Vec::new(), answer: Some(sender) };
+            let scoring = Scoring { top, logprobs: Vec::new(), answer: Some(sender), end: None };
             let work = Work::Score(Box::new(scoring));
             let (tenant, lease, ticket) = (ticket.number, lease.clone(), ticket.clone());
-            self.submit(Sequence { ids, tenant, lease, deadline: spec.deadline, work, _ticket: ticket })?;
+            self.submit(Sequence { ids, tenant, deadline: spec.deadline, lease, _ticket: ticket, work })?;
             answers.push(answer);
         }
         let mut results = Vec::with_capacity(answers.len());
         for answer in answers {
-            results.push(answer.await.map_err(|_| Error::internal("the engine dropped a sequence"))??);
+            results.push(answer.await.map_err(|_| sequence::lost())??);
         }
         Ok(ScoreAnswer { version, results, usage })
     }
@@ -279,6 +276,19 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+fn bounds(layout: KvLayout, limits: &Limits) -> Result<Bounds> {
+    let Limits { max_running, max_step_rows, .. } = *limits;
+    if max_running == 0 {
+        return Err(Error::invalid("max_running", "must be at least 1"));
+    }
+    if max_step_rows <= max_running {
+        let message = format!("is {max_step_rows}; it must be more than max_running, {max_running}");
+        return Err(Error::invalid("max_step_rows", message));
+    }
+    let block_tokens = layout.block_tokens;
+    Ok(Bounds { block_tokens, max_running: max_running as usize, max_step_rows: max_step_rows as usize })
 }
 
 fn check_logprobs(field: &str, top: u32) -> Result<()> {

@@ -55,16 +55,38 @@ pub struct Loop<F> {
 impl<F: Forward> Loop<F> {
     /// Runs until every handle is gone.
     pub fn run(mut self) {
-        while self.drain_inbox() {
-            self.drop_lost();
-            let plan = self.scheduler.plan();
-            if !plan.is_empty() {
-                let readings = self.compute(&plan);
-                self.commit(&plan, readings);
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(_) => self.start_over(),
             }
-            self.stats.observe(&self.scheduler, self.sequences.len());
         }
         self.cancel_all();
+    }
+
+    /// One step; false once every handle is gone.
+    pub(super) fn turn(&mut self) -> bool {
+        if !self.drain_inbox() {
+            return false;
+        }
+        self.drop_lost();
+        let plan = self.scheduler.plan();
+        if !plan.is_empty() {
+            let readings = self.compute(&plan);
+            self.commit(&plan, readings);
+        }
+        self.stats.observe(&self.scheduler, self.sequences.len());
+        true
+    }
+
+    /// A panic outside the model leaves the plan in doubt: everything under way fails, and the next request finds an empty engine.
+    pub(super) fn start_over(&mut self) {
+        tracing::error!("the engine's loop panicked; {} sequences fail", self.sequences.len());
+        self.scheduler.reset();
+        for (_, sequence) in self.sequences.drain() {
+            sequence.fail(Error::internal("the engine's loop panicked"));
+        }
     }
 
     /// Takes what has come; waits where there is nothing to compute. False once every handle is gone.
@@ -151,12 +173,13 @@ impl<F: Forward> Loop<F> {
             match sequence.commit(reading, planned.completes, &self.text, self.context) {
                 Next::Extended => self.scheduler.extend(planned.id),
                 Next::Unchanged => {}
+                // Its reader is told the end by the drop, after all that it held has been given back.
                 Next::Finished => drop(self.remove(planned.id)),
             }
         }
     }
 
-    fn check_integrity(&self) -> Result<()> {
+    pub(super) fn check_integrity(&self) -> Result<()> {
         let (blocks, waiting, running) =
             (self.scheduler.blocks().used(), self.scheduler.waiting(), self.scheduler.running());
         let idle = self.sequences.is_empty();

@@ -1,7 +1,7 @@
 //! From logits to a token. The same logits, history, settings, seed and position give the same token.
 
 use crate::kernels::log_sum_exp;
-use crate::kernels::philox::{Purpose, Stream};
+use crate::random::{Purpose, Stream};
 use crate::request::{Sampling, TokenLogprob};
 
 /// First guess of how many tokens a nucleus holds; doubled until it fits.

@@ -12,9 +12,6 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::engine::blocks::Blocks;
 
-/// Rows that prompts get in every step, however many sequences are decoding.
-const MIN_PREFILL_ROWS: usize = 16;
-
 /// What the scheduler knows of a sequence.
 #[derive(Debug)]
 struct Entry {
@@ -56,6 +53,7 @@ pub struct Bounds {
     pub block_tokens: usize,
     /// Sequences decoded at once.
     pub max_running: usize,
+    /// More than `max_running`, so that prompts go on however many sequences are decoding.
     pub max_step_rows: usize,
 }
 
@@ -79,6 +77,11 @@ impl Scheduler {
             running: Vec::new(),
             served: HashMap::new(),
         }
+    }
+
+    /// Forgets every sequence and what tenants have had.
+    pub fn reset(&mut self) {
+        *self = Self::new(self.bounds, self.blocks.total());
     }
 
     /// Queues a sequence of `length` tokens. It must fit the whole pool at its longest.
@@ -185,7 +188,7 @@ impl Scheduler {
 
     /// Gives prompts what is left of the step. They have their blocks.
     fn plan_prefill(&mut self, planned: &mut Vec<Planned>) {
-        let mut left = self.bounds.max_step_rows.saturating_sub(planned.len()).max(MIN_PREFILL_ROWS);
+        let mut left = self.bounds.max_step_rows - planned.len();
         let mut turn: Vec<usize> = (0..self.running.len()).filter(|at| self.running[*at].pending() > 0).collect();
         turn.sort_by_key(|at| (self.served(self.running[*at].tenant), *at));
         for at in turn {

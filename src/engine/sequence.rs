@@ -18,16 +18,19 @@ use crate::text::matcher::{HoldBack, Released};
 use crate::text::{Decoder, Text};
 
 /// What a sequence brings along, whatever it is for.
+///
+/// The fields are dropped in their order: what the sequence holds is given back before its reader learns the end, so that a client
+/// which asks again at once finds the room it has just left.
 #[derive(Debug)]
 pub struct Sequence {
     pub ids: Vec<u32>,
     pub tenant: u32,
+    pub deadline: Option<Instant>,
     /// `None` is the base. Keeps the version it started with.
     pub lease: Option<Lease>,
-    pub deadline: Option<Instant>,
-    pub work: Work,
     /// Counts the request against the limits for as long as one of its sequences lives.
     pub _ticket: Arc<Ticket>,
+    pub work: Work,
 }
 
 /// What the logits are for.
@@ -51,6 +54,16 @@ pub struct Generation {
     pub open: (String, Vec<TokenOut>),
     /// Never blocks the engine; `max_tokens` bounds what it can hold.
     pub events: UnboundedSender<Result<GenerateEvent>>,
+    /// How it ended; sent by the drop.
+    pub end: Option<Result<GenerateEvent>>,
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        let end = self.end.take().unwrap_or_else(|| Err(lost()));
+        // A receiver that is gone needs no answer.
+        let _ = self.events.send(end);
+    }
 }
 
 /// A sequence being scored.
@@ -61,6 +74,21 @@ pub struct Scoring {
     pub logprobs: Vec<TokenLogprob>,
     /// Taken when the answer is sent.
     pub answer: Option<oneshot::Sender<Result<ScoreOut>>>,
+    /// How it ended; sent by the drop.
+    pub end: Option<Result<ScoreOut>>,
+}
+
+impl Drop for Scoring {
+    fn drop(&mut self) {
+        let end = self.end.take().unwrap_or_else(|| Err(lost()));
+        // As above.
+        let _ = self.answer.take().map(|answer| answer.send(end));
+    }
+}
+
+/// What the reader of a sequence gets that was dropped without an end.
+pub fn lost() -> Error {
+    Error::internal("the engine dropped a sequence")
 }
 
 /// What the logits of a step say.
@@ -136,7 +164,7 @@ impl Sequence {
                 Next::Unchanged
             }
             _ => {
-                self.send_error(Error::internal("the model gave logits that are not numbers"));
+                self.set_error(Error::internal("the model gave logits that are not numbers"));
                 Next::Finished
             }
         }
@@ -144,14 +172,13 @@ impl Sequence {
 
     /// Ends it with an error.
     pub fn fail(mut self, error: Error) {
-        self.send_error(error);
+        self.set_error(error);
     }
 
-    fn send_error(&mut self, error: Error) {
-        // A receiver that is gone needs no answer.
+    fn set_error(&mut self, error: Error) {
         match &mut self.work {
-            Work::Generate(generation) => drop(generation.events.send(Err(error))),
-            Work::Score(scoring) => drop(scoring.answer.take().map(|answer| answer.send(Err(error)))),
+            Work::Generate(generation) => generation.end = Some(Err(error)),
+            Work::Score(scoring) => scoring.end = Some(Err(error)),
         }
     }
 
@@ -182,10 +209,7 @@ impl Scoring {
     }
 
     fn finish(&mut self, ids: Vec<u32>, next: Vec<(u32, f32)>) {
-        if let Some(answer) = self.answer.take() {
-            // A receiver that is gone needs no answer.
-            let _ = answer.send(Ok(ScoreOut { ids, logprobs: std::mem::take(&mut self.logprobs), next }));
-        }
+        self.end = Some(Ok(ScoreOut { ids, logprobs: std::mem::take(&mut self.logprobs), next }));
     }
 }
 
@@ -205,7 +229,7 @@ impl Generation {
         self.open.0 += &self.decoder.push(token.id);
         self.open.1.push(token);
         if !self.decoder.is_mid_character() && self.send_open() {
-            self.send_finished(FinishReason::Stop, length);
+            self.set_finished(FinishReason::Stop, length);
             return Next::Finished;
         }
         if length - self.prompt_tokens >= self.stopping.max_tokens as usize || length >= context {
@@ -219,12 +243,12 @@ impl Generation {
     fn finish(&mut self, reason: FinishReason, end: Option<TokenOut>, length: usize) {
         self.open.0 += &self.decoder.finish();
         if self.send_open() {
-            return self.send_finished(FinishReason::Stop, length);
+            return self.set_finished(FinishReason::Stop, length);
         }
         let held = self.hold_back.finish();
         self.send(held);
         self.send(Released { tokens: end.into_iter().collect(), ..Released::default() });
-        self.send_finished(reason, length);
+        self.set_finished(reason, length);
     }
 
     /// Lets out what cannot begin a stop string any more; true at one.
@@ -243,10 +267,9 @@ impl Generation {
         }
     }
 
-    fn send_finished(&self, reason: FinishReason, length: usize) {
+    fn set_finished(&mut self, reason: FinishReason, length: usize) {
         let usage =
             Usage { prompt_tokens: self.prompt_tokens as u32, completion_tokens: (length - self.prompt_tokens) as u32 };
-        // As above.
-        let _ = self.events.send(Ok(GenerateEvent::Finished { reason, usage }));
+        self.end = Some(Ok(GenerateEvent::Finished { reason, usage }));
     }
 }

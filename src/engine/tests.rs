@@ -142,10 +142,11 @@ async fn tokens(engine: &Engine, request: &Request) -> Vec<TokenOut> {
     all
 }
 
-/// Blocks of 8 tokens, enough for little more than the longest sequence.
+/// Blocks of 8 tokens, enough for little more than the longest sequence; as many sequences as the rows of a step allow.
 fn tight(step_rows: u64, blocks: u64) -> Limits {
     let bytes = world().model.kv_bytes_per_token() * 8 * blocks;
-    Limits { kv_block_tokens: 8, kv_cache_bytes: bytes, max_step_rows: step_rows, ..Limits::default() }
+    let max_running = step_rows - 1;
+    Limits { kv_block_tokens: 8, kv_cache_bytes: bytes, max_step_rows: step_rows, max_running, ..Limits::default() }
 }
 
 async fn assert_idle(engine: &Engine) {
@@ -163,7 +164,7 @@ proptest! {
 
     /// Any company, any chunking, any preemption: the same tokens and the same log-probabilities, to the bit.
     #[test]
-    fn an_answer_does_not_depend_on_its_company(requests in requests(), step_rows in 1u64..40, blocks in 12u64..20) {
+    fn an_answer_does_not_depend_on_its_company(requests in requests(), step_rows in 2u64..40, blocks in 12u64..20) {
         run(async {
             let alone = engine(&Limits::default());
             let crowded = engine(&tight(step_rows, blocks));
@@ -201,6 +202,79 @@ proptest! {
             assert_idle(&engine).await;
         });
     }
+}
+
+/// A client that asks one thing after the other is never refused for what it has just been told the end of.
+#[test]
+fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
+    run(async {
+        let engine = engine(&Limits { max_queued_per_tenant: 1, ..Limits::default() });
+        let request = Request { adapter: Some(0), prompt: vec![1; 9], max_tokens: 2, temperature: 0.0, seed: 0 };
+        let score =
+            || ScoreSpec { adapter: None, inputs: vec![request.spec().prompt], top_logprobs: 0, deadline: None };
+        for _ in 0..200 {
+            let mut stream = engine.generate(&world().tenant, request.spec()).await.unwrap();
+            while !matches!(stream.next().await.unwrap().unwrap(), GenerateEvent::Finished { .. }) {}
+            assert!(engine.score(&world().tenant, score()).await.is_ok());
+        }
+    });
+}
+
+#[test]
+fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
+    run(async {
+        let w = world();
+        let (sender, inbox) = mpsc::channel();
+        let layout = KvLayout { block_tokens: 8, blocks: 16 };
+        let mut state = Loop {
+            inbox,
+            scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap(), layout.blocks),
+            forward: Faulty { steps: 3, logits: Vec::new() },
+            arbiter: Arbiter::new(0.4),
+            text: w.text.clone(),
+            context: 100,
+            stats: Arc::default(),
+            sequences: HashMap::new(),
+            next_id: 0,
+        };
+        let mut readers = Vec::new();
+        for _ in 0..3 {
+            let (events, reader) = async_mpsc::unbounded_channel();
+            let generation = Generation {
+                prompt_tokens: 20,
+                sampling: Sampling::default(),
+                stopping: Stopping { max_tokens: 5, stop: Vec::new(), ignore_eos: true },
+                logprobs: None,
+                decoder: w.text.decoder(),
+                hold_back: HoldBack::new(Patterns::new(&[], false).unwrap()),
+                open: Default::default(),
+                events,
+                end: None,
+            };
+            let ticket = Arc::new(Tickets::new(&Limits::default()).take(w.tenant.id()).unwrap());
+            let work = Work::Generate(Box::new(generation));
+            let ids = vec![1; 20];
+            let sequence = Sequence { ids, tenant: 0, deadline: None, lease: None, _ticket: ticket, work };
+            sender.send(Message::Submit(Box::new(sequence))).unwrap();
+            readers.push(reader);
+        }
+        assert!(state.turn());
+        assert!(state.scheduler.blocks().used() > 0);
+        state.start_over();
+        for mut reader in readers {
+            assert!(matches!(reader.recv().await, Some(Err(Error::Internal(_)))));
+            assert!(reader.recv().await.is_none());
+        }
+        state.check_integrity().unwrap();
+    });
+}
+
+#[test]
+fn limits_that_leave_prompts_no_row_are_refused() {
+    let w = world();
+    let limits = Limits { max_running: 64, max_step_rows: 64, ..Limits::default() };
+    let engine = Engine::start(w.model.clone(), w.text.clone(), w.hub.clone(), Arbiter::new(0.4), &limits);
+    assert!(engine.unwrap_err().to_string().contains("max_running"));
 }
 
 #[test]

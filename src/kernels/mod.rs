@@ -3,7 +3,6 @@
 pub mod blocks;
 pub mod cpu;
 pub mod gemm;
-pub mod philox;
 
 /// ln of the sum of e^x over a row, summed in its order in double precision: what every log-probability of the serving path rests on.
 pub fn log_sum_exp(row: &[f32]) -> f64 {

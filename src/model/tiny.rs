@@ -2,7 +2,7 @@
 
 use crate::ids::Digest;
 use crate::kernels::blocks::{BLOCK, QType};
-use crate::kernels::philox::philox4x32;
+use crate::random::philox4x32;
 use crate::request::Target;
 use crate::weights::{Block, LlamaConfig, QMatrix, Weights};
 

@@ -9,11 +9,11 @@ use candle_core::{Device, Tensor, Var};
 use crate::adapter::{Lora, LoraLayer, Site};
 use crate::device::TrainPermit;
 use crate::error::{Error, Result};
-use crate::kernels::philox::{Purpose, Stream};
 use crate::model::Model;
 use crate::model::autograd::{Attention, RmsNorm, Rope, SwiGlu, to_vec};
 use crate::model::linear::{FrozenLinear, TokenLogprobs};
 use crate::model::llama::{self, Norm, Ops};
+use crate::random::{Purpose, Stream};
 use crate::request::{LoraSpec, Target};
 
 /// A LoRA as candle tensors: `Var`s where it is trained.
