@@ -42,7 +42,7 @@ pub enum Announcement {
     Serving,
 }
 
-/// Loads the base and serves it until `shutdown`, then drains.
+/// Loads the base and serves it until `shutdown`, then drains. Health and errors are answered while it loads.
 pub async fn run(
     config: Config,
     listener: TcpListener,
@@ -51,25 +51,22 @@ pub async fn run(
 ) -> Result<()> {
     check_listener(&config, listener.local_addr()?)?;
     config.device.open()?;
-    let path = config.base.clone();
-    let base = tokio::task::spawn_blocking(move || Model::load(&path)).await.map_err(Error::internal)??;
-    let parts = assemble(base, &config).await?;
-    if let Some(key) = bootstrap_operator_key(&parts.store).await? {
+    let store = Store::open(&config.data_dir).await?;
+    if let Some(key) = bootstrap_operator_key(&store).await? {
         announce(Announcement::OperatorKey(key));
     }
-    // The server awaits its end from the moment that it answers.
-    let shutdown = async {
-        announce(Announcement::Serving);
-        shutdown.await;
+    let path = config.base.clone();
+    let parts = async {
+        let base = tokio::task::spawn_blocking(move || Model::load(&path)).await.map_err(Error::internal)??;
+        assemble(base, store.clone(), &config).await
     };
-    serve(parts, config, listener, shutdown).await
+    serve(&config, store.clone(), parts, || announce(Announcement::Serving), listener, shutdown).await
 }
 
 /// Puts the parts of a server together; nothing listens yet.
-pub async fn assemble((model, text): Base, config: &Config) -> Result<api::Parts> {
+pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Result<api::Parts> {
     device::init_pool(config.threads);
     let limits = config.limits.clone();
-    let store = Store::open(&config.data_dir).await?;
     make_operator_tenant(&store).await?;
     let arbiter = Arbiter::new(limits.train_share_percent as f64 / 100.0);
     let gate = Arc::new(ParityGate(Parity::new(model.clone(), &text, arbiter.clone())?));
@@ -89,19 +86,25 @@ pub async fn assemble((model, text): Base, config: &Config) -> Result<api::Parts
     Ok(api::Parts { store, hub, guard, trainer, text, context_length, limits })
 }
 
-/// Serves assembled parts until `shutdown`, then drains.
+/// Serves parts, once they are there, until `shutdown`, then drains.
 pub async fn serve(
-    parts: api::Parts,
-    config: Config,
+    config: &Config,
+    store: Store,
+    parts: impl Future<Output = Result<api::Parts>>,
+    ready: impl FnOnce(),
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    check_listener(&config, listener.local_addr()?)?;
-    let _observer = match config.metrics_listen {
-        Some(addr) => Some(serve_metrics(addr, parts.hub.clone())?),
-        None => None,
+    check_listener(config, listener.local_addr()?)?;
+    let mut _observer = None;
+    let parts = async {
+        let parts = parts.await?;
+        if let Some(addr) = config.metrics_listen {
+            _observer = Some(serve_metrics(addr, parts.hub.clone())?);
+        }
+        Ok(parts)
     };
-    api::serve(parts, listener, config.tls.as_ref(), config.insecure_no_auth, shutdown).await
+    api::serve(config, store, parts, ready, listener, shutdown).await
 }
 
 /// The model's parity, as the hub asks for it.

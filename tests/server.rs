@@ -7,6 +7,7 @@ mod server {
     mod errors;
     mod imports;
     mod load;
+    mod loading;
     mod metrics;
     mod reflection;
     mod swap;

@@ -6,7 +6,7 @@ use tonic::{Request, Response, Streaming};
 
 use super::proto::adapter_service_server::AdapterService;
 use super::proto::{export_adapter_response as exported, import_adapter_request as imported};
-use super::server::Shared;
+use super::shared::Shared;
 use super::uploads::misplaced_header;
 use super::{Answer, Streamed, convert, proto as pb};
 use crate::error::{Error, Result};
@@ -33,7 +33,7 @@ impl AdapterService for Adapters {
         };
         let parent: TenantId = convert::name("header.parent", &header.parent)?;
         let tenant = self.0.auth.tenant_for(&call, &parent).await?;
-        let mut folder = Folder::new(self.0.limits.max_adapter_bytes);
+        let mut folder = Folder::new(self.0.parts.limits.max_adapter_bytes);
         let adapter = AdapterName::new(&parent, &header.adapter_id)?;
         while let Some(message) = upload.next().await? {
             match message.part {
@@ -51,15 +51,15 @@ impl AdapterService for Adapters {
             request_id: convert::request_id(header.request_id)?,
             validate_only: header.validate_only,
         };
-        let row = self.0.hub.publish(&tenant, new).await?;
+        let row = self.0.parts.hub.publish(&tenant, new).await?;
         Ok(Response::new(convert::version(row)))
     }
 
     async fn export_adapter(&self, request: Request<pb::ExportAdapterRequest>) -> Answer<Self::ExportAdapterStream> {
         let name: AdapterRef = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), name.tenant()).await?;
-        let (row, package) = self.0.hub.package(&tenant, &name).await?;
-        let size = (self.0.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK) as usize;
+        let (row, package) = self.0.parts.hub.package(&tenant, &name).await?;
+        let size = (self.0.parts.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK) as usize;
         let answer = async_stream::stream! {
             yield Ok(part(exported::Part::Version(convert::version(row))));
             for (filename, bytes) in [(CONFIG_FILE, package.config), (TENSORS_FILE, package.tensors)] {
@@ -75,7 +75,7 @@ impl AdapterService for Adapters {
     async fn get_adapter(&self, request: Request<pb::GetAdapterRequest>) -> Answer<pb::Adapter> {
         let name: AdapterName = convert::name("name", &request.get_ref().name)?;
         self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        let row = self.0.store.get_adapter(&name).await?;
+        let row = self.0.parts.store.get_adapter(&name).await?;
         Ok(Response::new(convert::adapter_message(row)))
     }
 
@@ -84,7 +84,7 @@ impl AdapterService for Adapters {
         let parent: TenantId = convert::name("parent", &request.parent)?;
         self.0.auth.tenant_for(&call, &parent).await?;
         let page = convert::page(request.page_size, request.page_token)?;
-        let listed = self.0.store.list_adapters(&parent, &page).await?;
+        let listed = self.0.parts.store.list_adapters(&parent, &page).await?;
         let adapters = listed.items.into_iter().map(convert::adapter_message).collect();
         Ok(Response::new(pb::ListAdaptersResponse { adapters, next_page_token: listed.next }))
     }
@@ -97,7 +97,7 @@ impl AdapterService for Adapters {
         let parent: AdapterName = convert::name("parent", &request.parent)?;
         self.0.auth.tenant_for(&call, &parent.tenant).await?;
         let page = convert::page(request.page_size, request.page_token)?;
-        let listed = self.0.store.list_versions(&parent, &page).await?;
+        let listed = self.0.parts.store.list_versions(&parent, &page).await?;
         let versions = listed.items.into_iter().map(convert::version).collect();
         Ok(Response::new(pb::ListAdapterVersionsResponse { versions, next_page_token: listed.next }))
     }
@@ -111,7 +111,7 @@ impl AdapterService for Adapters {
         if version.adapter != name {
             return Err(Error::invalid("version", format!("must be a version of {name}")).into());
         }
-        let row = self.0.hub.set_live(&tenant, &version, &request.etag).await?;
+        let row = self.0.parts.hub.set_live(&tenant, &version, &request.etag).await?;
         Ok(Response::new(convert::adapter_message(row)))
     }
 
@@ -119,7 +119,7 @@ impl AdapterService for Adapters {
         let (_, call, request) = request.into_parts();
         let name: AdapterName = convert::name("name", &request.name)?;
         let tenant = self.0.auth.tenant_for(&call, &name.tenant).await?;
-        self.0.hub.delete_adapter(&tenant, &name, &request.etag).await?;
+        self.0.parts.hub.delete_adapter(&tenant, &name, &request.etag).await?;
         Ok(Response::new(pb::DeleteAdapterResponse {}))
     }
 }

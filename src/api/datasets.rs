@@ -6,7 +6,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::proto::dataset_service_server::DatasetService;
 use super::proto::{upload_dataset_request as records, upload_preferences_request as preferences};
-use super::server::Shared;
+use super::shared::Shared;
 use super::uploads::misplaced_header;
 use super::{Answer, convert, proto as pb};
 use crate::data::{self, Upload};
@@ -26,7 +26,7 @@ impl Datasets {
         let tenant = self.0.auth.tenant_for(call, &parent).await?;
         let name = DatasetName::new(&parent, &header.dataset_id)?;
         let request_id = convert::request_id(header.request_id)?;
-        let (store, limits) = (&self.0.store, &self.0.limits);
+        let (store, limits) = (&self.0.parts.store, &self.0.parts.limits);
         Ok(Upload::begin(store, limits, &tenant, name, kind, &request_id, header.validate_only).await?)
     }
 }
@@ -73,7 +73,7 @@ impl DatasetService for Datasets {
     async fn get_dataset(&self, request: Request<pb::GetDatasetRequest>) -> Answer<pb::Dataset> {
         let name: DatasetName = convert::name("name", &request.get_ref().name)?;
         self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        let row = self.0.store.get_dataset(&name).await?;
+        let row = self.0.parts.store.get_dataset(&name).await?;
         Ok(Response::new(convert::dataset(row)))
     }
 
@@ -82,7 +82,7 @@ impl DatasetService for Datasets {
         let parent: TenantId = convert::name("parent", &request.parent)?;
         self.0.auth.tenant_for(&call, &parent).await?;
         let page = convert::page(request.page_size, request.page_token)?;
-        let listed = self.0.store.list_datasets(&parent, &page).await?;
+        let listed = self.0.parts.store.list_datasets(&parent, &page).await?;
         let datasets = listed.items.into_iter().map(convert::dataset).collect();
         Ok(Response::new(pb::ListDatasetsResponse { datasets, next_page_token: listed.next }))
     }
@@ -90,14 +90,15 @@ impl DatasetService for Datasets {
     async fn inspect_dataset(&self, request: Request<pb::InspectDatasetRequest>) -> Answer<pb::DatasetReport> {
         let name: DatasetName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        let report = data::inspect(&self.0.store, &self.0.text, &tenant, &name, self.0.context_length).await?;
+        let report =
+            data::inspect(&self.0.parts.store, &self.0.parts.text, &tenant, &name, self.0.parts.context_length).await?;
         Ok(Response::new(convert::report(report)))
     }
 
     async fn delete_dataset(&self, request: Request<pb::DeleteDatasetRequest>) -> Answer<pb::DeleteDatasetResponse> {
         let name: DatasetName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        data::delete_dataset(&self.0.store, &tenant, &name).await?;
+        data::delete_dataset(&self.0.parts.store, &tenant, &name).await?;
         Ok(Response::new(pb::DeleteDatasetResponse {}))
     }
 }

@@ -5,7 +5,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use tonic::body::Body;
 use tonic::codegen::http::{self, HeaderMap};
 use tonic::codegen::{BoxFuture, Bytes, Service};
+use tonic::service::Routes;
 use tonic::{Code, Status};
 
 use super::auth::Auth;
@@ -86,41 +87,61 @@ pub fn draining() -> Error {
     }
 }
 
+/// What calls get before the services are there.
+fn loading() -> Error {
+    Error::Unavailable {
+        message: "the server is loading its base; try again in a moment".into(),
+        retry_after: Some(Duration::from_secs(1)),
+    }
+}
+
+/// The services behind the edge; none until they are opened. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct Services(Arc<OnceLock<Routes>>);
+
+impl Services {
+    /// Lets calls through to these services. Once.
+    pub fn open(&self, routes: Routes) {
+        // A second set would be a mistake of ours, and the first one goes on.
+        let _ = self.0.set(routes);
+    }
+}
+
 /// The service around the router.
 #[derive(Debug, Clone)]
-pub struct Edge<S> {
-    inner: S,
+pub struct Edge {
+    health: Routes,
+    services: Services,
     auth: Auth,
     calls: Calls,
 }
 
-impl<S> Edge<S> {
-    pub fn new(inner: S, auth: Auth, calls: Calls) -> Self {
-        Self { inner, auth, calls }
+impl Edge {
+    /// `health` is open to everyone from the start.
+    pub fn new(health: Routes, auth: Auth, calls: Calls) -> Self {
+        Self { health, services: Services::default(), auth, calls }
+    }
+
+    pub fn services(&self) -> Services {
+        self.services.clone()
     }
 }
 
-impl<S> Service<http::Request<Body>> for Edge<S>
-where
-    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible> + Clone + Send + 'static,
-    S::Future: Send,
-{
+impl Service<http::Request<Body>> for Edge {
     type Response = http::Response<Body>;
     type Error = Infallible;
     type Future = BoxFuture<Self::Response, Infallible>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(cx)
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        // A router is always ready.
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        // The clone may not be ready; the one that is goes with the call.
-        let fresh = self.inner.clone();
-        let mut inner = std::mem::replace(&mut self.inner, fresh);
         if request.uri().path().starts_with(HEALTH) {
-            return Box::pin(inner.call(request));
+            return Box::pin(self.health.call(request));
         }
-        let (auth, calls) = (self.auth.clone(), self.calls.clone());
+        let Self { services, auth, calls, .. } = self.clone();
         let mut record = Record::new(request.uri().path(), &calls);
         let time = timeout_of(request.headers());
         if let Some(deadline) = time.and_then(|time| record.since.checked_add(time)) {
@@ -133,6 +154,7 @@ where
                 Ok(place) => record.place = Some(place),
                 Err(error) => return Ok(record.refused(error.into())),
             }
+            let Some(mut routes) = services.0.get().cloned() else { return Ok(record.refused(loading().into())) };
             let expired = async move {
                 match timer {
                     Some(timer) => timer.await,
@@ -141,7 +163,7 @@ where
             };
             tokio::select! {
                 biased;
-                response = inner.call(request) => response.map(|response| record.answered(response)),
+                response = routes.call(request) => response.map(|response| record.answered(response)),
                 () = expired => Ok(record.refused(Error::DeadlineExceeded.into())),
             }
         };

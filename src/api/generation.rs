@@ -6,7 +6,7 @@ use futures::StreamExt as _;
 use tonic::{Extensions, Request, Response};
 
 use super::proto::generation_service_server::GenerationService;
-use super::server::Shared;
+use super::shared::Shared;
 use super::{Answer, Streamed, convert, deadline_of, proto as pb};
 use crate::error::Result;
 use crate::ids::{AdapterRef, Tenant, TenantId};
@@ -37,8 +37,8 @@ impl GenerationService for Generation {
     async fn generate(&self, request: Request<pb::GenerateRequest>) -> Answer<Self::GenerateStream> {
         let (_, call, request) = request.into_parts();
         let tenant = self.tenant(&call, &request.adapter).await?;
-        let spec = convert::generate_spec(request, deadline_of(&call), &self.0.limits)?;
-        let mut events = self.0.guard.generate(&tenant, spec).await?;
+        let spec = convert::generate_spec(request, deadline_of(&call), &self.0.parts.limits)?;
+        let mut events = self.0.parts.guard.generate(&tenant, spec).await?;
         let mut meter = self.meter(&tenant);
         let answer = async_stream::try_stream! {
             while let Some(event) = events.next().await {
@@ -54,7 +54,7 @@ impl GenerationService for Generation {
         let (_, call, request) = request.into_parts();
         let tenant = self.tenant(&call, &request.adapter).await?;
         let spec = convert::score_spec(request, deadline_of(&call))?;
-        let answer = self.0.guard.score(&tenant, spec).await?;
+        let answer = self.0.parts.guard.score(&tenant, spec).await?;
         self.meter(&tenant).used = answer.usage;
         Ok(Response::new(convert::score_response(answer)))
     }
@@ -87,7 +87,7 @@ impl Drop for Meter {
         };
         let (shared, tenant) = (self.shared.clone(), self.tenant.clone());
         self.shared.calls.afterwards(async move {
-            if let Err(error) = shared.store.add_usage(&tenant, delta).await {
+            if let Err(error) = shared.parts.store.add_usage(&tenant, delta).await {
                 tracing::error!(%tenant, %error, "usage was not counted");
             }
         });

@@ -16,12 +16,14 @@ mod edge;
 mod generation;
 mod safety;
 mod server;
+mod shared;
 mod status;
 mod tenants;
 mod training;
 mod uploads;
 
-pub use server::{Parts, serve};
+pub use server::serve;
+pub use shared::Parts;
 
 /// The messages and services of `tenora.v1`.
 #[expect(clippy::large_enum_variant, reason = "generated")]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response};
 
 use super::proto::safety_service_server::SafetyService;
-use super::server::Shared;
+use super::shared::Shared;
 use super::{Answer, convert, proto as pb};
 use crate::ids::TenantId;
 
@@ -16,7 +16,7 @@ impl SafetyService for Safety {
     async fn get_safety_policy(&self, request: Request<pb::GetSafetyPolicyRequest>) -> Answer<pb::SafetyPolicy> {
         let owner = convert::policy_owner("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &owner).await?;
-        let row = self.0.guard.policy(&tenant).await?;
+        let row = self.0.parts.guard.policy(&tenant).await?;
         Ok(Response::new(convert::policy(&owner, row)))
     }
 
@@ -25,7 +25,7 @@ impl SafetyService for Safety {
         let policy = request.safety_policy.unwrap_or_default();
         let owner = convert::policy_owner("safety_policy.name", &policy.name)?;
         let tenant = self.0.auth.tenant_for(&call, &owner).await?;
-        let row = self.0.guard.update_policy(&tenant, policy.blocked_phrases, &policy.etag).await?;
+        let row = self.0.parts.guard.update_policy(&tenant, policy.blocked_phrases, &policy.etag).await?;
         Ok(Response::new(convert::policy(&owner, row)))
     }
 
@@ -33,7 +33,7 @@ impl SafetyService for Safety {
         let (_, call, request) = request.into_parts();
         let parent: TenantId = convert::name("parent", &request.parent)?;
         let tenant = self.0.auth.tenant_for(&call, &parent).await?;
-        let found = self.0.guard.check_text(&tenant, &request.text).await?;
+        let found = self.0.parts.guard.check_text(&tenant, &request.text).await?;
         let matches: Vec<_> = found.into_iter().map(convert::phrase_match).collect();
         Ok(Response::new(pb::CheckTextResponse { allowed: matches.is_empty(), matches }))
     }

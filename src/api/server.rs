@@ -22,16 +22,13 @@ use super::proto::{
     training_service_server as training,
 };
 use super::safety::Safety;
+use super::shared::{Parts, Shared};
 use super::tenants::Tenants;
 use super::training::Training;
 use super::uploads::Uploads;
-use crate::config::{Limits, TlsFiles};
+use crate::config::{Config, Limits, TlsFiles};
 use crate::error::{Error, Result};
-use crate::hub::Hub;
-use crate::safety::Guard;
 use crate::store::Store;
-use crate::text::Text;
-use crate::train::Trainer;
 
 /// The services that health reports on, beside the server as a whole (the empty name).
 const SERVICES: [&str; 7] = [
@@ -47,70 +44,52 @@ const SERVICES: [&str; 7] = [
 /// Time that clients get to close their connections once everything is answered.
 const GOODBYE: Duration = Duration::from_millis(500);
 
-/// What the services stand on.
-#[derive(Debug, Clone)]
-pub struct Parts {
-    pub store: Store,
-    pub hub: Arc<Hub>,
-    pub guard: Guard,
-    pub trainer: Trainer,
-    pub text: Arc<Text>,
-    /// The base's, in tokens.
-    pub context_length: usize,
-    pub limits: Limits,
-}
-
-/// What the handlers share.
-pub struct Shared {
-    pub store: Store,
-    pub hub: Arc<Hub>,
-    pub guard: Guard,
-    pub trainer: Trainer,
-    pub text: Arc<Text>,
-    pub context_length: usize,
-    pub limits: Limits,
-    pub auth: Auth,
-    pub calls: Calls,
-    pub uploads: Uploads,
-}
-
-/// Serves until `shutdown`, then drains: health says NOT_SERVING, new calls get UNAVAILABLE, those under way have
-/// `drain_timeout_seconds`. `insecure`: everyone is the operator.
+/// Answers from the first moment on, and serves once `parts` are there, which it tells `ready`: until then health says NOT_SERVING
+/// and calls get UNAVAILABLE. Drains at `shutdown`: health says NOT_SERVING, new calls get UNAVAILABLE, those under way have
+/// `drain_timeout_seconds`.
 pub async fn serve(
-    parts: Parts,
+    config: &Config,
+    store: Store,
+    parts: impl Future<Output = Result<Parts>>,
+    ready: impl FnOnce(),
     listener: TcpListener,
-    tls: Option<&TlsFiles>,
-    insecure: bool,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let limits = parts.limits.clone();
-    let (guard, trainer) = (parts.guard.clone(), parts.trainer.clone());
-    let auth = Auth::new(parts.store.clone(), insecure);
-    let calls = Calls::new(&limits);
-    let mut server = configured(&limits);
-    if let Some(files) = tls {
+    let auth = Auth::new(store, config.insecure_no_auth);
+    let calls = Calls::new(&config.limits);
+    let mut server = configured(&config.limits);
+    if let Some(files) = &config.tls {
         super::choose_tls_library();
         server = server.tls_config(identity(files)?).map_err(|e| bad_tls(files, e))?;
     }
     let (health, health_service) = tonic_health::server::health_reporter();
-    let routes = routes(parts, auth.clone(), calls.clone())?.add_service(health_service).prepare();
-    let edge = Edge::new(routes, auth, calls.clone());
+    report(&health, ServingStatus::NotServing).await;
+    let edge = Edge::new(Routes::new(health_service).prepare(), auth.clone(), calls.clone());
+    let services = edge.services();
 
     let stop = CancellationToken::new();
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let transport = server.serve_with_incoming_shutdown(edge, incoming, stop.clone().cancelled_owned());
-    tokio::pin!(transport);
+    tokio::pin!(transport, shutdown);
+    let parts = tokio::select! {
+        ended = &mut transport => return ended.map_err(Error::internal),
+        parts = parts => parts?,
+        () = &mut shutdown => return Ok(()),
+    };
+    let (guard, trainer) = (parts.guard.clone(), parts.trainer.clone());
+    services.open(routes(parts, auth, calls.clone())?);
     report(&health, ServingStatus::Serving).await;
+    ready();
     tokio::select! {
         ended = &mut transport => return ended.map_err(Error::internal),
-        () = shutdown => {}
+        () = &mut shutdown => {}
     }
     tracing::info!("draining");
     report(&health, ServingStatus::NotServing).await;
     calls.close();
     let drained = async {
         // Answers still running at the end of the time are cut short by the guard, and then only have to be read.
-        let time = limits.drain_timeout();
+        let time = config.limits.drain_timeout();
         let finished = tokio::time::timeout(time + GOODBYE, calls.finished());
         let (_, (), ()) = tokio::join!(finished, guard.drain(time), trainer.shutdown());
     };
@@ -158,10 +137,9 @@ async fn report(health: &HealthReporter, status: ServingStatus) {
 }
 
 fn routes(parts: Parts, auth: Auth, calls: Calls) -> Result<Routes> {
-    let Parts { store, hub, guard, trainer, text, context_length, limits } = parts;
-    let size = usize::try_from(limits.max_message_bytes).unwrap_or(usize::MAX);
-    let uploads = Uploads::new(&limits);
-    let shared = Arc::new(Shared { store, hub, guard, trainer, text, context_length, limits, auth, calls, uploads });
+    let size = usize::try_from(parts.limits.max_message_bytes).unwrap_or(usize::MAX);
+    let uploads = Uploads::new(&parts.limits);
+    let shared = Arc::new(Shared { parts, auth, calls, uploads });
     macro_rules! sized {
         ($service:expr) => {
             $service.max_decoding_message_size(size).max_encoding_message_size(size)
@@ -178,5 +156,6 @@ fn routes(parts: Parts, auth: Auth, calls: Calls) -> Result<Routes> {
         .add_service(sized!(generation::GenerationServiceServer::new(Generation(shared.clone()))))
         .add_service(sized!(safety::SafetyServiceServer::new(Safety(shared.clone()))))
         .add_service(sized!(tenant::TenantServiceServer::new(Tenants(shared.clone()))))
-        .add_service(sized!(training::TrainingServiceServer::new(Training(shared)))))
+        .add_service(sized!(training::TrainingServiceServer::new(Training(shared))))
+        .prepare())
 }

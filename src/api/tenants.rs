@@ -6,7 +6,7 @@ use tonic::{Request, Response};
 
 use super::auth::OPERATOR_TENANT;
 use super::proto::tenant_service_server::TenantService;
-use super::server::Shared;
+use super::shared::Shared;
 use super::{Answer, convert, proto as pb};
 use crate::error::Error;
 use crate::ids::{KeyName, TenantId};
@@ -22,14 +22,14 @@ impl TenantService for Tenants {
         let id = TenantId::new(&request.tenant_id)?;
         let display_name = convert::display_name(request.display_name)?;
         let request_id = convert::request_id(request.request_id)?;
-        let row = self.0.store.create_tenant(&id, &display_name, &request_id).await?;
+        let row = self.0.parts.store.create_tenant(&id, &display_name, &request_id).await?;
         Ok(Response::new(convert::tenant(row)))
     }
 
     async fn list_tenants(&self, request: Request<pb::ListTenantsRequest>) -> Answer<pb::ListTenantsResponse> {
         self.0.auth.operator(request.extensions())?;
         let request = request.into_inner();
-        let listed = self.0.store.list_tenants(&convert::page(request.page_size, request.page_token)?).await?;
+        let listed = self.0.parts.store.list_tenants(&convert::page(request.page_size, request.page_token)?).await?;
         let tenants = listed.items.into_iter().map(convert::tenant).collect();
         Ok(Response::new(pb::ListTenantsResponse { tenants, next_page_token: listed.next }))
     }
@@ -40,8 +40,8 @@ impl TenantService for Tenants {
         if id.as_str() == OPERATOR_TENANT {
             return Err(Error::precondition("TENANT_IN_USE", id, "operators' own calls are counted under it").into());
         }
-        self.0.store.delete_tenant(&id).await?;
-        self.0.hub.forget_tenant(&id).await;
+        self.0.parts.store.delete_tenant(&id).await?;
+        self.0.parts.hub.forget_tenant(&id).await;
         Ok(Response::new(pb::DeleteTenantResponse {}))
     }
 
@@ -50,7 +50,7 @@ impl TenantService for Tenants {
         let request = request.into_inner();
         let owner: TenantId = convert::name("parent", &request.parent)?;
         let display_name = convert::display_name(request.display_name)?;
-        let (row, secret) = self.0.store.create_key(&KeyOwner::Tenant(owner.clone()), &display_name).await?;
+        let (row, secret) = self.0.parts.store.create_key(&KeyOwner::Tenant(owner.clone()), &display_name).await?;
         Ok(Response::new(pb::CreateApiKeyResponse { api_key: Some(convert::key(&owner, row)), secret }))
     }
 
@@ -59,7 +59,7 @@ impl TenantService for Tenants {
         let request = request.into_inner();
         let owner: TenantId = convert::name("parent", &request.parent)?;
         let page = convert::page(request.page_size, request.page_token)?;
-        let listed = self.0.store.list_keys(&owner, &page).await?;
+        let listed = self.0.parts.store.list_keys(&owner, &page).await?;
         let api_keys = listed.items.into_iter().map(|row| convert::key(&owner, row)).collect();
         Ok(Response::new(pb::ListApiKeysResponse { api_keys, next_page_token: listed.next }))
     }
@@ -67,14 +67,14 @@ impl TenantService for Tenants {
     async fn revoke_api_key(&self, request: Request<pb::RevokeApiKeyRequest>) -> Answer<pb::RevokeApiKeyResponse> {
         self.0.auth.operator(request.extensions())?;
         let name: KeyName = convert::name("name", &request.get_ref().name)?;
-        self.0.store.revoke_key(&name).await?;
+        self.0.parts.store.revoke_key(&name).await?;
         Ok(Response::new(pb::RevokeApiKeyResponse {}))
     }
 
     async fn get_usage(&self, request: Request<pb::GetUsageRequest>) -> Answer<pb::TenantUsage> {
         let owner: TenantId = convert::name("name", &request.get_ref().name)?;
         self.0.auth.tenant_for(request.extensions(), &owner).await?;
-        let row = self.0.store.get_usage(&owner).await?;
+        let row = self.0.parts.store.get_usage(&owner).await?;
         Ok(Response::new(convert::usage(&owner, row)))
     }
 }

@@ -9,7 +9,7 @@ use tonic::{Request, Response};
 use super::edge::draining;
 use super::proto::train_request::Start;
 use super::proto::training_service_server::TrainingService;
-use super::server::Shared;
+use super::shared::Shared;
 use super::{Answer, Streamed, convert, deadline_of, proto as pb};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
@@ -22,7 +22,7 @@ impl Training {
         let Some(Start::FromVersion(name)) = &request.start else { return Ok(None) };
         let from: AdapterRef = convert::name("from_version", name)?;
         tenant.check_owns(from.tenant())?;
-        Ok(Some(self.0.store.resolve(&from).await?.name))
+        Ok(Some(self.0.parts.store.resolve(&from).await?.name))
     }
 }
 
@@ -38,14 +38,14 @@ impl TrainingService for Training {
         let from = self.start_version(&tenant, &request).await?;
         let spec = convert::job_spec(&request, from)?;
         let request_id = convert::request_id(request.request_id)?;
-        let row = self.0.trainer.submit(&tenant, spec, &request_id, request.validate_only).await?;
+        let row = self.0.parts.trainer.submit(&tenant, spec, &request_id, request.validate_only).await?;
         Ok(Response::new(convert::job(row)))
     }
 
     async fn get_training_job(&self, request: Request<pb::GetTrainingJobRequest>) -> Answer<pb::TrainingJob> {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
         self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        let row = self.0.store.get_job(&name).await?;
+        let row = self.0.parts.store.get_job(&name).await?;
         Ok(Response::new(convert::job(row)))
     }
 
@@ -57,7 +57,7 @@ impl TrainingService for Training {
         let parent: TenantId = convert::name("parent", &request.parent)?;
         self.0.auth.tenant_for(&call, &parent).await?;
         let page = convert::page(request.page_size, request.page_token)?;
-        let listed = self.0.store.list_jobs(&parent, &page).await?;
+        let listed = self.0.parts.store.list_jobs(&parent, &page).await?;
         let training_jobs = listed.items.into_iter().map(convert::job).collect();
         Ok(Response::new(pb::ListTrainingJobsResponse { training_jobs, next_page_token: listed.next }))
     }
@@ -69,7 +69,7 @@ impl TrainingService for Training {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
         let deadline = deadline_of(request.extensions());
-        let mut events = self.0.trainer.watch(&tenant, &name, request.get_ref().after_sequence).await?;
+        let mut events = self.0.parts.trainer.watch(&tenant, &name, request.get_ref().after_sequence).await?;
         let calls = self.0.calls.clone();
         let answer = async_stream::try_stream! {
             loop {
@@ -90,13 +90,13 @@ impl TrainingService for Training {
     async fn cancel_training_job(&self, request: Request<pb::CancelTrainingJobRequest>) -> Answer<pb::TrainingJob> {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        Ok(Response::new(convert::job(self.0.trainer.cancel(&tenant, &name).await?)))
+        Ok(Response::new(convert::job(self.0.parts.trainer.cancel(&tenant, &name).await?)))
     }
 
     async fn resume_training_job(&self, request: Request<pb::ResumeTrainingJobRequest>) -> Answer<pb::TrainingJob> {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        Ok(Response::new(convert::job(self.0.trainer.resume(&tenant, &name).await?)))
+        Ok(Response::new(convert::job(self.0.parts.trainer.resume(&tenant, &name).await?)))
     }
 }
 

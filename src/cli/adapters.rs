@@ -6,7 +6,7 @@ use async_stream::stream;
 use tokio::io::AsyncWriteExt as _;
 use tokio_stream::StreamExt as _;
 
-use super::connection::{Connection, all_pages};
+use super::connection::Connection;
 use super::{Failure, Result, request_id, show};
 use crate::api::client::{Client, proto};
 
@@ -136,23 +136,21 @@ pub(super) async fn run(args: Args) -> Result<()> {
 }
 
 async fn list(connection: &Connection) -> Result<Vec<proto::Adapter>> {
-    let (client, parent) = (connection.client().await?, connection.parent()?);
-    all_pages(async |page_token| {
-        let request = proto::ListAdaptersRequest { parent: parent.clone(), page_size: 0, page_token };
-        let page = client.list_adapters(request).await?;
+    let list = connection.list(connection.parent()?, async |client, parent, page_token| {
+        let page = client.list_adapters(proto::ListAdaptersRequest { parent, page_size: 0, page_token }).await?;
         Ok((page.adapters, page.next_page_token))
-    })
-    .await
+    });
+    list.await
 }
 
 async fn versions(connection: &Connection, parent: String) -> Result<Vec<proto::AdapterVersion>> {
-    let client = connection.client().await?;
-    all_pages(async |page_token| {
-        let request = proto::ListAdapterVersionsRequest { parent: parent.clone(), page_size: 0, page_token };
-        let page = client.list_adapter_versions(request).await?;
+    let list = connection.list(parent, async |client, parent, page_token| {
+        let page = client
+            .list_adapter_versions(proto::ListAdapterVersionsRequest { parent, page_size: 0, page_token })
+            .await?;
         Ok((page.versions, page.next_page_token))
-    })
-    .await
+    });
+    list.await
 }
 
 /// Sends the files of a folder, all but PEFT's README.md and hidden ones. The server refuses what it does not know.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Failure, Result};
-use crate::api::client::{Client, Target};
+use crate::api::client::{Client, ClientError, Target};
 
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Server")]
@@ -29,6 +29,16 @@ impl Connection {
     pub(super) async fn client(&self) -> Result<Client> {
         let target = Target { server: self.server.clone(), key: self.key.clone(), tls_ca: self.tls_ca.clone() };
         Ok(Client::connect(&target).await?)
+    }
+
+    /// All of `parent`'s items of a list; `next` gets a page token and gives a page and the token of the one after.
+    pub(super) async fn list<T>(
+        &self,
+        parent: String,
+        mut next: impl AsyncFnMut(&Client, String, String) -> Result<(Vec<T>, String), ClientError>,
+    ) -> Result<Vec<T>> {
+        let client = self.client().await?;
+        all_pages(async |page_token| next(&client, parent.clone(), page_token).await).await
     }
 
     /// `tenants/{t}` of --tenant.
@@ -68,7 +78,7 @@ pub(super) fn tenant_name(given: &str) -> String {
 
 /// All items of a list that comes in pages: `next` gets a page token and gives a page and the token of the one after.
 pub(super) async fn all_pages<T>(
-    mut next: impl AsyncFnMut(String) -> Result<(Vec<T>, String), crate::api::client::ClientError>,
+    mut next: impl AsyncFnMut(String) -> Result<(Vec<T>, String), ClientError>,
 ) -> Result<Vec<T>> {
     let mut items = Vec::new();
     let mut token = String::new();

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use async_stream::stream;
 
-use super::connection::{Connection, all_pages};
+use super::connection::Connection;
 use super::{Failure, Result, request_id, show};
 use crate::api::client::{Client, proto};
 
@@ -85,13 +85,11 @@ pub(super) async fn run(args: Args) -> Result<()> {
 }
 
 async fn list(connection: &Connection) -> Result<Vec<proto::Dataset>> {
-    let (client, parent) = (connection.client().await?, connection.parent()?);
-    all_pages(async |page_token| {
-        let request = proto::ListDatasetsRequest { parent: parent.clone(), page_size: 0, page_token };
-        let page = client.list_datasets(request).await?;
+    let list = connection.list(connection.parent()?, async |client, parent, page_token| {
+        let page = client.list_datasets(proto::ListDatasetsRequest { parent, page_size: 0, page_token }).await?;
         Ok((page.datasets, page.next_page_token))
-    })
-    .await
+    });
+    list.await
 }
 
 async fn run_upload(connection: &Connection, args: &UploadArgs, kind: proto::DatasetKind) -> Result<proto::Dataset> {

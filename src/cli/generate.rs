@@ -1,6 +1,6 @@
 //! `tenora generate`: answers, streamed to the terminal as they come.
 
-use std::io::{IsTerminal as _, Read as _, Write as _, stderr, stdin, stdout};
+use std::io::{IsTerminal as _, Write as _, stderr, stdout};
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
@@ -8,8 +8,9 @@ use serde_json::{Value, json};
 use tokio_stream::StreamExt as _;
 
 use super::connection::Connection;
-use super::show::printable;
-use super::{Failure, Result, score};
+use super::prompt::{chat, read_stdin};
+use super::show::{print_tokens, printable, token_json};
+use super::{Failure, Result};
 use crate::api::client::{Client, proto};
 
 /// Answer prompts with the base or an adapter.
@@ -194,25 +195,6 @@ fn request(args: &Args, adapter: String, prompt: &str) -> proto::GenerateRequest
     }
 }
 
-/// A chat of one user message.
-pub(super) fn chat(system: Option<&str>, prompt: &str) -> proto::Chat {
-    let message = |role: &str, content: &str| proto::ChatMessage { role: role.into(), content: content.into() };
-    let system = system.map(|text| message("system", text));
-    proto::Chat { messages: system.into_iter().chain([message("user", prompt)]).collect() }
-}
-
-pub(super) fn read_stdin() -> Result<String> {
-    if stdin().is_terminal() {
-        eprintln!("reading standard input; ctrl-d ends it");
-    }
-    let mut text = String::new();
-    stdin().lock().read_to_string(&mut text)?;
-    match text.trim_end_matches('\n') {
-        "" => Err(Failure::other("there is nothing to send: give a text or standard input")),
-        text => Ok(text.to_owned()),
-    }
-}
-
 async fn stream_one(client: &Client, request: proto::GenerateRequest) -> Result<()> {
     let answer = answer(client, request, |text| {
         let mut out = stdout().lock();
@@ -221,7 +203,7 @@ async fn stream_one(client: &Client, request: proto::GenerateRequest) -> Result<
     })
     .await?;
     writeln!(stdout())?;
-    score::print_tokens(&answer.token_ids, &answer.logprobs)?;
+    print_tokens(&answer.token_ids, &answer.logprobs)?;
     if stderr().is_terminal() || answer.finish == proto::FinishReason::ContentFiltered {
         eprintln!("[{}]", summary(&answer));
     }
@@ -230,7 +212,7 @@ async fn stream_one(client: &Client, request: proto::GenerateRequest) -> Result<
 
 fn print_under(prompt: &str, answer: &Answer) -> Result<()> {
     writeln!(stdout(), "> {}\n{}", printable(prompt), printable(&answer.text))?;
-    score::print_tokens(&answer.token_ids, &answer.logprobs)?;
+    print_tokens(&answer.token_ids, &answer.logprobs)?;
     Ok(writeln!(stdout(), "[{}]\n", summary(answer))?)
 }
 
@@ -249,7 +231,7 @@ fn finish(reason: proto::FinishReason) -> &'static str {
 }
 
 fn print_json(answer: &Answer) -> Result<()> {
-    let logprobs: Vec<Value> = answer.logprobs.iter().map(score::token_json).collect();
+    let logprobs: Vec<Value> = answer.logprobs.iter().map(token_json).collect();
     let value = json!({
         "adapter_version": answer.version, "text": answer.text, "token_ids": answer.token_ids, "logprobs": logprobs,
         "finish_reason": finish(answer.finish),

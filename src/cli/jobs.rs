@@ -1,6 +1,6 @@
 //! `tenora jobs`: training jobs after they have been started.
 
-use super::connection::{Connection, all_pages};
+use super::connection::Connection;
 use super::{Result, show, watch};
 use crate::api::client::proto;
 
@@ -57,11 +57,10 @@ pub(super) async fn run(args: Args) -> Result<()> {
 }
 
 async fn list(connection: &Connection) -> Result<Vec<proto::TrainingJob>> {
-    let (client, parent) = (connection.client().await?, connection.parent()?);
-    all_pages(async |page_token| {
-        let request = proto::ListTrainingJobsRequest { parent: parent.clone(), page_size: 0, page_token };
-        let page = client.list_training_jobs(request).await?;
+    let list = connection.list(connection.parent()?, async |client, parent, page_token| {
+        let page =
+            client.list_training_jobs(proto::ListTrainingJobsRequest { parent, page_size: 0, page_token }).await?;
         Ok((page.training_jobs, page.next_page_token))
-    })
-    .await
+    });
+    list.await
 }

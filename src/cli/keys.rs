@@ -1,6 +1,6 @@
 //! `tenora keys`: bearer keys of tenants. Needs an operator key.
 
-use super::connection::{Connection, all_pages};
+use super::connection::Connection;
 use super::{Result, show};
 use crate::api::client::proto;
 
@@ -39,10 +39,8 @@ pub(super) async fn run(args: Args) -> Result<()> {
             show::one(json, &connection.client().await?.create_api_key(request).await?)
         }
         Command::List => {
-            let (parent, client) = (connection.parent()?, connection.client().await?);
-            let keys = all_pages(async |page_token| {
-                let request = proto::ListApiKeysRequest { parent: parent.clone(), page_size: 0, page_token };
-                let page = client.list_api_keys(request).await?;
+            let keys = connection.list(connection.parent()?, async |client, parent, page_token| {
+                let page = client.list_api_keys(proto::ListApiKeysRequest { parent, page_size: 0, page_token }).await?;
                 Ok((page.api_keys, page.next_page_token))
             });
             show::many(json, &keys.await?)

@@ -8,6 +8,7 @@ mod jobs;
 mod keys;
 mod models;
 mod policy;
+mod prompt;
 mod quickstart;
 mod score;
 mod serve;

@@ -5,7 +5,8 @@ use std::io::{Write as _, stdout};
 use serde_json::{Value, json};
 
 use super::connection::Connection;
-use super::generate::{chat, read_stdin};
+use super::prompt::{chat, read_stdin};
+use super::show::{print_tokens, token_json, top_json, top_text};
 use super::{Failure, Result};
 use crate::api::client::proto;
 
@@ -100,28 +101,6 @@ fn print(i: usize, version: &str, result: &proto::ScoreResult) -> Result<()> {
         writeln!(stdout(), "{:>8}  {:>9}  {}", "next", "", next.join(" "))?;
     }
     Ok(())
-}
-
-/// A line a token: id, log-probability, and the most likely ones in its place.
-pub(super) fn print_tokens(ids: &[u32], logprobs: &[proto::TokenLogprob]) -> Result<()> {
-    for (id, token) in ids.iter().zip(logprobs) {
-        let top: Vec<String> = token.top.iter().map(top_text).collect();
-        let line = format!("{id:>8}  {:>9.4}  {}", token.logprob, top.join(" "));
-        writeln!(stdout(), "{}", line.trim_end())?;
-    }
-    Ok(())
-}
-
-fn top_text(top: &proto::TopLogprob) -> String {
-    format!("{}:{:.3}", top.token_id, top.logprob)
-}
-
-pub(super) fn token_json(token: &proto::TokenLogprob) -> Value {
-    json!({ "token_id": token.token_id, "logprob": token.logprob, "top": top_json(&token.top) })
-}
-
-fn top_json(top: &[proto::TopLogprob]) -> Vec<Value> {
-    top.iter().map(|top| json!({ "token_id": top.token_id, "logprob": top.logprob })).collect()
 }
 
 fn print_json(version: &str, result: &proto::ScoreResult) -> Result<()> {

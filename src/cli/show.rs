@@ -78,6 +78,28 @@ fn table(columns: &[&str], rows: &[Value]) -> String {
     lines.iter().map(join).collect()
 }
 
+/// A line a token: id, log-probability, and the most likely ones in its place.
+pub(super) fn print_tokens(ids: &[u32], logprobs: &[proto::TokenLogprob]) -> Result<()> {
+    for (id, token) in ids.iter().zip(logprobs) {
+        let top: Vec<String> = token.top.iter().map(top_text).collect();
+        let line = format!("{id:>8}  {:>9.4}  {}", token.logprob, top.join(" "));
+        writeln!(stdout(), "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+pub(super) fn top_text(top: &proto::TopLogprob) -> String {
+    format!("{}:{:.3}", top.token_id, top.logprob)
+}
+
+pub(super) fn token_json(token: &proto::TokenLogprob) -> Value {
+    json!({ "token_id": token.token_id, "logprob": token.logprob, "top": top_json(&token.top) })
+}
+
+pub(super) fn top_json(top: &[proto::TopLogprob]) -> Vec<Value> {
+    top.iter().map(|top| json!({ "token_id": top.token_id, "logprob": top.logprob })).collect()
+}
+
 /// RFC 3339.
 fn time(stamp: &Option<impl ToString>) -> Option<String> {
     stamp.as_ref().map(ToString::to_string)

@@ -20,6 +20,7 @@ use tenora::device::DeviceSpec;
 use tenora::hub::{CONFIG_FILE, Package, TENSORS_FILE};
 use tenora::model::Model;
 use tenora::request::LoraSpec;
+use tenora::store::Store;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -68,6 +69,15 @@ impl TestServer {
 
     /// The same over another base.
     pub async fn start_on(base: app::Base, change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_after(std::future::ready(Ok(())), base, change).await
+    }
+
+    /// A server that still loads its base until `loaded`.
+    pub async fn start_after(
+        loaded: impl Future<Output = tenora::error::Result<()>> + Send + 'static,
+        base: app::Base,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let data = TempDir::new().unwrap();
         let mut config = Config {
             data_dir: data.path().to_owned(),
@@ -82,13 +92,16 @@ impl TestServer {
         };
         change(&mut config);
         let model = base.0.clone();
-        let parts = app::assemble(base, &config).await.unwrap();
-        let operator = app::bootstrap_operator_key(&parts.store).await.unwrap().expect("the first start makes a key");
+        let store = Store::open(data.path()).await.unwrap();
+        let parts = app::assemble(base, store.clone(), &config).await.unwrap();
+        let operator = app::bootstrap_operator_key(&store).await.unwrap().expect("the first start makes a key");
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
         let shutdown = async move { drop(stopped.await) };
-        let done = tokio::spawn(app::serve(parts.clone(), config, listener, shutdown));
+        let inside = parts.clone();
+        let loaded = async { loaded.await.map(|()| inside) };
+        let done = tokio::spawn(async move { app::serve(&config, store, loaded, || {}, listener, shutdown).await });
         Self { addr, parts, model, operator, data, stop: Some(stop), done }
     }
 
@@ -100,7 +113,12 @@ impl TestServer {
     /// Waits for the end of the drain.
     pub async fn stopped(mut self) {
         self.begin_stop();
-        self.done.await.unwrap().unwrap();
+        self.ended().await.unwrap();
+    }
+
+    /// Waits for the end, whatever brings it.
+    pub async fn ended(self) -> tenora::error::Result<()> {
+        self.done.await.unwrap()
     }
 
     /// A connection of its own.

@@ -21,8 +21,6 @@ use crate::ids::{AdapterRef, TenantId};
 use crate::request::{ChatMessage, Publish};
 use crate::store::Page;
 
-const DEFAULT_PAGE: u32 = 50;
-const MAX_PAGE: u32 = 1000;
 /// Longest name for people. Bytes.
 const MAX_DISPLAY_NAME: usize = 256;
 /// Longest request id. Bytes.
@@ -54,7 +52,6 @@ fn adapter(field: &str, text: &str) -> Result<Option<AdapterRef>> {
 
 pub fn page(size: i32, token: String) -> Result<Page> {
     let size = u32::try_from(size).map_err(|_| Error::invalid("page_size", "must not be negative"))?;
-    let size = if size == 0 { DEFAULT_PAGE } else { size.min(MAX_PAGE) };
     Ok(Page { size, token })
 }
 
@@ -109,10 +106,8 @@ mod tests {
     use crate::ids::AdapterName;
 
     #[test]
-    fn pages_have_a_default_and_a_limit() {
-        assert_eq!(page(0, String::new()).unwrap().size, 50);
+    fn a_negative_page_is_refused() {
         assert_eq!(page(7, String::new()).unwrap().size, 7);
-        assert_eq!(page(i32::MAX, String::new()).unwrap().size, 1000);
         assert!(page(-1, String::new()).is_err());
     }
 

@@ -9,7 +9,7 @@ use futures::future::try_join_all;
 
 use super::generate::{self, Answer};
 use super::show::printable;
-use super::{Failure, Result, datasets, models, request_id, watch};
+use super::{Failure, Result, datasets, models, prompt, request_id, watch};
 use crate::api::client::{Client, proto};
 use crate::bases;
 use server::Server;
@@ -238,7 +238,7 @@ async fn tokens_used(operator: &Client, tenants: [&Tenant; 2], measured: &mut Me
 fn question(adapter: &str, question: &str) -> proto::GenerateRequest {
     proto::GenerateRequest {
         adapter: adapter.to_owned(),
-        prompt: Some(proto::generate_request::Prompt::Chat(generate::chat(Some(SYSTEM), question))),
+        prompt: Some(proto::generate_request::Prompt::Chat(prompt::chat(Some(SYSTEM), question))),
         stopping: Some(proto::Stopping { max_tokens: Some(MAX_TOKENS), ..Default::default() }),
         ..Default::default()
     }

@@ -1,0 +1,25 @@
+//! What `generate` and `score` send: a chat of one turn, or what standard input holds.
+
+use std::io::{IsTerminal as _, Read as _, stdin};
+
+use super::{Failure, Result};
+use crate::api::client::proto;
+
+/// A chat of one user message.
+pub(super) fn chat(system: Option<&str>, prompt: &str) -> proto::Chat {
+    let message = |role: &str, content: &str| proto::ChatMessage { role: role.into(), content: content.into() };
+    let system = system.map(|text| message("system", text));
+    proto::Chat { messages: system.into_iter().chain([message("user", prompt)]).collect() }
+}
+
+pub(super) fn read_stdin() -> Result<String> {
+    if stdin().is_terminal() {
+        eprintln!("reading standard input; ctrl-d ends it");
+    }
+    let mut text = String::new();
+    stdin().lock().read_to_string(&mut text)?;
+    match text.trim_end_matches('\n') {
+        "" => Err(Failure::other("there is nothing to send: give a text or standard input")),
+        text => Ok(text.to_owned()),
+    }
+}
