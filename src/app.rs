@@ -50,14 +50,15 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     check_listener(&config, listener.local_addr()?)?;
-    config.device.open()?;
+    let device = config.device.open()?;
     let store = Store::open(&config.data_dir).await?;
     if let Some(key) = bootstrap_operator_key(&store).await? {
         announce(Announcement::OperatorKey(key));
     }
     let path = config.base.clone();
     let parts = async {
-        let base = tokio::task::spawn_blocking(move || Model::load(&path)).await.map_err(Error::internal)??;
+        let base =
+            tokio::task::spawn_blocking(move || Model::load(&path, &device)).await.map_err(Error::internal)??;
         assemble(base, store.clone(), &config).await
     };
     serve(&config, store.clone(), parts, || announce(Announcement::Serving), listener, shutdown).await
@@ -111,7 +112,7 @@ pub async fn serve(
 struct ParityGate(Parity);
 
 impl PublishGate for ParityGate {
-    fn check(&self, lora: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport> {
         self.0.measure(lora, probes)
     }
 }

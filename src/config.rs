@@ -112,6 +112,8 @@ limits! {
     max_check_text_bytes = 65_536, "bytes";
     /// Memory of blocked phrases kept compiled.
     policy_cache_bytes = 64 * MIB, "bytes";
+    /// Messages of one chat, in a request or in a record of a dataset.
+    max_chat_messages = 1000, "messages";
     /// Longest answer a request may ask for.
     max_answer_tokens = 8192, "tokens";
     /// Stop strings of one request.

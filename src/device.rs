@@ -8,9 +8,11 @@ use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use candle_core::Device;
+
 use crate::error::{Error, Result};
 
-/// Where the model runs.
+/// Where the model serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceSpec {
     /// A GPU where the build and the machine have one, else the CPU.
@@ -32,17 +34,44 @@ impl FromStr for DeviceSpec {
 }
 
 impl DeviceSpec {
-    /// The device to run on, or an error that says what is missing.
-    pub fn open(self) -> Result<candle_core::Device> {
+    /// The device to serve on, or an error that says what is missing.
+    pub fn open(self) -> Result<Device> {
         match self {
-            Self::Auto | Self::Cpu => Ok(candle_core::Device::Cpu),
-            Self::Cuda(n) => Err(Error::precondition(
-                "DEVICE_UNAVAILABLE",
-                format!("cuda:{n}"),
-                "this version serves on the CPU only; start with --device cpu",
-            )),
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda(ordinal) => open_cuda(ordinal).map_err(|why| {
+                Error::precondition("DEVICE_UNAVAILABLE", format!("cuda:{ordinal}"), format!("{why}, or --device cpu"))
+            }),
+            Self::Auto => Ok(open_cuda(0).unwrap_or_else(|why| {
+                tracing::debug!(why, "serving on the CPU");
+                Device::Cpu
+            })),
         }
     }
+}
+
+/// Opens a GPU; else says what to do about it.
+#[cfg(feature = "cuda")]
+fn open_cuda(ordinal: usize) -> Result<Device, String> {
+    // The driver and its libraries are looked for now, and where one is missing the lookup panics: that is no fault to be shown.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    // With a stream of its own: all threads then submit to the same one, in the order in which the arbiter lets them.
+    let opened = std::panic::catch_unwind(|| Device::new_cuda_with_stream(ordinal));
+    std::panic::set_hook(hook);
+    match opened {
+        Ok(Ok(device)) => Ok(device),
+        Ok(Err(e)) => Err(format!("it cannot be opened ({e}); see what nvidia-smi says, take another one")),
+        Err(_) => {
+            Err("the NVIDIA driver or a CUDA library cannot be loaded; set LD_LIBRARY_PATH to where they are"
+                .to_owned())
+        }
+    }
+}
+
+/// As above, in a build that knows no GPU.
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(_ordinal: usize) -> Result<Device, String> {
+    Err("this build has no CUDA; take one that was built with --features cuda".to_owned())
 }
 
 /// Makes the compute pool of `threads` workers: rayon's global pool, which candle's matmul uses too. The first call wins.
@@ -58,9 +87,17 @@ const MAX_CREDIT: Duration = Duration::from_millis(20);
 struct State {
     busy: bool,
     serve_waiting: usize,
-    train_waiting: bool,
+    /// Trainers take turns in the order in which they asked: the number of the next one to ask, and of the next one to run.
+    next_turn: u64,
+    turn: u64,
     /// Compute that training is owed; serving adds to it, training's own use takes from it. Seconds.
     credit: f64,
+}
+
+impl State {
+    fn train_waiting(&self) -> bool {
+        self.next_turn > self.turn
+    }
 }
 
 /// Hands out the compute, to one holder at a time.
@@ -87,7 +124,7 @@ impl Arbiter {
     pub fn serve(&self) -> ServePermit<'_> {
         let mut state = self.lock();
         state.serve_waiting += 1;
-        while state.busy || (state.train_waiting && state.credit > 0.0) {
+        while state.busy || (state.train_waiting() && state.credit > 0.0) {
             state = self.freed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
         }
         state.serve_waiting -= 1;
@@ -103,11 +140,12 @@ impl Arbiter {
 
     fn take_for_training(&self) {
         let mut state = self.lock();
-        state.train_waiting = true;
-        while state.busy || (state.serve_waiting > 0 && state.credit <= 0.0) {
+        let turn = state.next_turn;
+        state.next_turn += 1;
+        while state.busy || state.turn < turn || (state.serve_waiting > 0 && state.credit <= 0.0) {
             state = self.freed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
         }
-        state.train_waiting = false;
+        state.turn += 1;
         state.busy = true;
     }
 
@@ -145,11 +183,12 @@ impl TrainPermit {
         self.since.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).elapsed().as_secs_f64()
     }
 
-    /// Lets waiting engine steps run, unless training is owed the time. Call it at least every few milliseconds of work.
+    /// Lets waiting engine steps run, unless training is owed the time, and other trainers. Call it at least every few milliseconds of
+    /// work.
     pub fn give_way(&self) {
         let wanted = {
             let state = self.arbiter.lock();
-            state.serve_waiting > 0 && state.credit <= self.used()
+            state.train_waiting() || state.serve_waiting > 0 && state.credit <= self.used()
         };
         if wanted {
             self.arbiter.release(-self.used());
@@ -174,6 +213,28 @@ mod tests {
     fn specs_parse() {
         assert_eq!("cuda:1".parse::<DeviceSpec>().unwrap(), DeviceSpec::Cuda(1));
         assert!("cuda".parse::<DeviceSpec>().is_err());
+    }
+
+    /// A short training (the gate's) does not wait for the end of a long one that never pauses.
+    #[test]
+    fn trainers_take_turns() {
+        let arbiter = Arbiter::new(0.4);
+        let done = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            let long = arbiter.train();
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    let short = arbiter.train();
+                    (0..5).for_each(|_| short.give_way());
+                    done.fetch_add(1, Ordering::Relaxed);
+                });
+            }
+            while done.load(Ordering::Relaxed) < 3 {
+                std::thread::sleep(Duration::from_micros(200));
+                long.give_way();
+            }
+        });
+        assert!(!arbiter.lock().busy && !arbiter.lock().train_waiting());
     }
 
     /// While training holds the compute and gives way, steps run; and training goes on between them.

@@ -35,7 +35,7 @@ impl Stream {
         Self { seed, purpose }
     }
 
-    /// 32 random bits at a place; `major` below 2^32 where `minor` needs all its bits.
+    /// 32 random bits at a place.
     pub fn bits(&self, major: u64, minor: u32) -> u32 {
         let key = [self.seed as u32, (self.seed >> 32) as u32];
         philox4x32(key, [minor, major as u32, (major >> 32) as u32, self.purpose as u32])[0]

@@ -52,7 +52,7 @@ impl Sampling {
         range("temperature", (0.0..=10.0).contains(&self.temperature), "in [0, 10]")?;
         range("top_p", self.top_p > 0.0 && self.top_p <= 1.0, "in (0, 1]")?;
         range("min_p", (0.0..=1.0).contains(&self.min_p), "in [0, 1]")?;
-        range("repetition_penalty", self.repetition_penalty > 0.0 && self.repetition_penalty <= 10.0, "in (0, 10]")
+        range("repetition_penalty", (0.01..=10.0).contains(&self.repetition_penalty), "in [0.01, 10]")
     }
 }
 
@@ -76,7 +76,7 @@ pub struct GenerateSpec {
     pub deadline: Option<Instant>,
 }
 
-/// One call of Score: sequences of ids, already encoded by the door.
+/// One call of Score.
 #[derive(Debug, Clone)]
 pub struct ScoreSpec {
     pub adapter: Option<AdapterRef>,

@@ -51,7 +51,7 @@ impl Package {
             .collect::<Result<Vec<_>>>()?;
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         let tensors = safetensors::serialize(views, Some(metadata)).map_err(Error::internal)?;
-        let config = serde_json::to_vec_pretty(&config_json(&lora.spec, shape)).map_err(Error::internal)?;
+        let config = serde_json::to_vec_pretty(&config_json(lora, shape)).map_err(Error::internal)?;
         Ok(Self { config, tensors })
     }
 
@@ -80,10 +80,10 @@ impl Package {
                 Some([a, _]) => return Err(missing(site, if a.is_some() { "lora_B" } else { "lora_A" })),
                 None => return Err(missing(site, "lora_A")),
             };
-            let rank = settings.rank(site);
+            let (rank, alpha) = (settings.rank(site), settings.alpha(site));
             let a = values(&tensor_name(site, "lora_A"), &a)?;
             let b = values(&tensor_name(site, "lora_B"), &b)?;
-            layers.insert(site, LoraLayer { rank: rank as usize, scale: spec.scale(settings.alpha(site), rank), a, b });
+            layers.insert(site, LoraLayer { rank: rank as usize, alpha, scale: spec.scale(alpha, rank), a, b });
         }
         if let Some(site) = pairs.keys().next() {
             let message = "is not selected by target_modules and layers_to_transform of the config";
@@ -190,11 +190,10 @@ struct Settings {
 type Pattern = Vec<(String, f64)>;
 
 /// Settings that matter only while training or describe where the adapter comes from.
-const WITHOUT_MEANING: [&str; 9] = [
+const WITHOUT_MEANING: [&str; 8] = [
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
-    "init_lora_weights",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -202,9 +201,14 @@ const WITHOUT_MEANING: [&str; 9] = [
     "task_type",
 ];
 
-/// Settings that the fields of [`Settings`] are read from.
-const READ: [&str; 10] = [
+/// Initialisations that leave the base as it is. Others (PiSSA, OLoRA, CorDA, LoftQ) change it: their files mean something only on the
+/// changed base.
+const INITIALISATIONS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+
+/// Settings that the fields of [`Settings`] are read from, or that are checked beside them.
+const READ: [&str; 11] = [
     "peft_type",
+    "init_lora_weights",
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -242,6 +246,13 @@ impl Settings {
                 let message = format!("is {other:?}; \"LORA\" adapters can be imported");
                 return Err(refuse("UNSUPPORTED_SETTING", "peft_type", message));
             }
+        }
+        if let Some(Value::String(init)) = config.get("init_lora_weights")
+            && !INITIALISATIONS.contains(&init.as_str())
+        {
+            let message =
+                format!("is {init:?}, which changes the base; convert the adapter to plain LoRA when saving it");
+            return Err(refuse("UNSUPPORTED_SETTING", "init_lora_weights", message));
         }
         let whole = |value: &Value| value.as_u64().and_then(|r| u32::try_from(r).ok()).filter(|r| *r > 0);
         let missing = |key: &str| refuse("INVALID_SETTING", key, "is missing");
@@ -400,10 +411,17 @@ fn pattern(field: &str, value: Option<&Value>) -> Result<Pattern> {
     map.iter().map(entry).collect()
 }
 
-/// The config of an adapter trained here, in PEFT's words.
-fn config_json(spec: &LoraSpec, shape: &BaseShape) -> Value {
+/// The config of an adapter trained here, in PEFT's words. Layers with a rank or alpha of their own keep it: a continued adapter is
+/// published as it was trained.
+fn config_json(lora: &Lora, shape: &BaseShape) -> Value {
+    let spec = &lora.spec;
+    let own = |value: &dyn Fn(&LoraLayer) -> Option<Value>| -> Map<String, Value> {
+        lora.layers.iter().filter_map(|(site, layer)| Some((module_name(*site), value(layer)?))).collect()
+    };
+    let ranks = own(&|layer| (layer.rank != spec.rank as usize).then(|| json!(layer.rank)));
+    let alphas = own(&|layer| (layer.alpha != spec.alpha).then(|| json!(layer.alpha)));
     json!({
-        "alpha_pattern": {},
+        "alpha_pattern": alphas,
         "auto_mapping": null,
         "base_model_name_or_path": shape.name,
         "bias": "none",
@@ -417,7 +435,7 @@ fn config_json(spec: &LoraSpec, shape: &BaseShape) -> Value {
         "modules_to_save": null,
         "peft_type": "LORA",
         "r": spec.rank,
-        "rank_pattern": {},
+        "rank_pattern": ranks,
         "revision": null,
         "target_modules": spec.targets.iter().map(|t| t.name()).collect::<Vec<_>>(),
         "task_type": "CAUSAL_LM",
@@ -456,6 +474,37 @@ mod tests {
             }
         }
         assert!(!settings(json!({"use_rslora": null, "bias": "none"})).unwrap().use_rslora);
+    }
+
+    #[test]
+    fn initialisations_that_change_the_base_are_refused() {
+        for plain in [json!(true), json!(false), json!(null), json!("gaussian"), json!("eva")] {
+            assert!(settings(json!({ "init_lora_weights": plain })).is_ok(), "{plain}");
+        }
+        for changing in ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "something_new"] {
+            let refused = settings(json!({ "init_lora_weights": changing }));
+            assert!(matches!(refused, Err(Error::Invalid { field, .. }) if field == "init_lora_weights"), "{changing}");
+        }
+    }
+
+    /// What a job continues from is what it publishes, ranks and scales of single layers included.
+    #[test]
+    fn files_give_back_the_adapter_they_were_made_from() {
+        let dims = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)];
+        let shape = BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 2, dims };
+        let spec = LoraSpec { rank: 4, targets: vec![Target::QProj, Target::DownProj], ..LoraSpec::default() };
+        let mut lora = Lora::fresh(&spec, &shape, 1).unwrap();
+        for (i, (site, layer)) in lora.layers.iter_mut().enumerate().skip(1) {
+            let (inputs, outputs) = shape.dims(site.target);
+            layer.rank = 2 + i;
+            layer.alpha = 0.1 + i as f32;
+            layer.scale = spec.scale(layer.alpha, layer.rank as u32);
+            (layer.a, layer.b) = (vec![0.5; layer.rank * inputs], vec![i as f32; layer.rank * outputs]);
+        }
+        let package = Package::from_lora(&lora, &shape).unwrap();
+        assert_eq!(package.read(&shape, 8).unwrap(), lora);
+        let again = Package::from_lora(&package.read(&shape, 8).unwrap(), &shape).unwrap();
+        assert_eq!(again.digest().unwrap(), package.digest().unwrap());
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub struct Site {
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraLayer {
     pub rank: usize,
+    /// The spec's, or this layer's own.
+    pub alpha: f32,
     /// alpha / r, or alpha / sqrt(r) for a rank-stabilised adapter.
     pub scale: f32,
     /// `[rank, in]`, row-major.
@@ -95,7 +97,7 @@ impl Lora {
             let place = u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
             let a = (0..rank * inputs).map(|i| bound * (2.0 * stream.uniform(place, i as u32) - 1.0)).collect();
             let scale = spec.scale(spec.alpha, spec.rank);
-            (site, LoraLayer { rank, scale, a, b: vec![0.0; outputs * rank] })
+            (site, LoraLayer { rank, alpha: spec.alpha, scale, a, b: vec![0.0; outputs * rank] })
         });
         Ok(Self { spec: spec.clone(), layers: layers.collect() })
     }
@@ -109,10 +111,5 @@ impl Lora {
     pub fn is_zero(&self) -> bool {
         let zero = |values: &[f32]| values.iter().all(|x| *x == 0.0);
         self.layers.values().all(|l| l.scale == 0.0 || zero(&l.a) || zero(&l.b))
-    }
-
-    /// The largest rank of any site.
-    pub fn max_rank(&self) -> u32 {
-        self.layers.values().map(|l| l.rank as u32).max().unwrap_or(0)
     }
 }

@@ -115,6 +115,7 @@ struct Checker {
     max_bytes: u64,
     max_records: u64,
     max_record_bytes: u64,
+    max_messages: u64,
     /// The line under way.
     partial: Vec<u8>,
     lines: u64,
@@ -137,6 +138,7 @@ impl Checker {
             max_bytes: limits.max_dataset_bytes,
             max_records: limits.max_dataset_records,
             max_record_bytes: limits.max_record_bytes,
+            max_messages: limits.max_chat_messages,
             partial: Vec::new(),
             lines: 0,
             records: 0,
@@ -174,7 +176,11 @@ impl Checker {
                 let message = format!("the dataset has more than {} records", self.max_records);
                 return Err(exhausted("max_dataset_records", message));
             }
-            Record::parse(self.kind, &self.partial).map_err(|e| at_line(e, self.lines))?;
+            let record = Record::parse(self.kind, &self.partial).map_err(|e| at_line(e, self.lines))?;
+            if record.messages() as u64 > self.max_messages {
+                let message = format!("line {} has more than {} messages", self.lines, self.max_messages);
+                return Err(exhausted("max_chat_messages", message));
+            }
             self.records += 1;
         }
         self.partial.clear();
@@ -214,7 +220,13 @@ mod tests {
     const GOOD: &str = r#"{"prompt":"p","completion":"é"}"#;
 
     fn limits() -> Limits {
-        Limits { max_dataset_bytes: 400, max_dataset_records: 5, max_record_bytes: 60, ..Limits::default() }
+        Limits {
+            max_dataset_bytes: 400,
+            max_dataset_records: 5,
+            max_record_bytes: 60,
+            max_chat_messages: 2,
+            ..Limits::default()
+        }
     }
 
     fn check<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> Result<Checked> {
@@ -252,6 +264,10 @@ mod tests {
         assert_eq!(limit(&format!("{GOOD}\n").repeat(6)), "max_dataset_records");
         assert_eq!(limit(&"a".repeat(61)), "max_record_bytes");
         assert_eq!(limit(&"\n".repeat(401)), "max_dataset_bytes");
+        let turn = r#"{"role":"assistant","content":""}"#;
+        let mut checker = Checker::new(DatasetKind::Sft, &Limits { max_record_bytes: 1000, ..limits() });
+        let error = checker.push(format!("{{\"messages\":[{turn},{turn},{turn}]}}\n").as_bytes()).unwrap_err();
+        assert!(matches!(error, Error::Exhausted { limit: "max_chat_messages", .. }));
     }
 
     fn line() -> impl Strategy<Value = String> {

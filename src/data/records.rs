@@ -64,6 +64,16 @@ impl Record {
         }
     }
 
+    /// Messages of the longest chat in it.
+    pub fn messages(&self) -> usize {
+        match self {
+            Self::Chat(chat) => chat.messages.len(),
+            Self::Preference(Preference { prompt, chosen, rejected }) => {
+                prompt.len() + chosen.len().max(rejected.len())
+            }
+        }
+    }
+
     /// The line that [`Record::parse`] reads back as this record.
     pub fn to_line(&self) -> String {
         match self {

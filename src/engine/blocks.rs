@@ -4,7 +4,7 @@
 #[derive(Debug)]
 pub struct Blocks {
     free: Vec<u32>,
-    /// Holders of each block; more than one where a prefix is shared.
+    /// Holders of each block.
     holders: Vec<u32>,
 }
 

@@ -20,7 +20,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use futures::Stream;
-use tokio::sync::{mpsc as async_mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc as async_mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::config::Limits;
@@ -29,16 +29,14 @@ use crate::error::{Error, Result};
 use crate::hub::{Hub, Lease};
 use crate::ids::{AdapterRef, Tenant};
 use crate::model::Model;
-use crate::model::exec::{Exec, KvLayout};
+use crate::model::batch::{Executor, KvLayout};
 use crate::request::{GenerateEvent, GenerateSpec, Prompt, ScoreAnswer, ScoreSpec, Stopping, Usage};
 use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
-use run::{Forward, Loop, Message};
+use run::{Loop, Message};
 use scheduler::{Bounds, Scheduler};
 use sequence::{Generation, Scoring, Sequence, Work};
-pub use stats::EngineStats;
-use stats::Stats;
-use tickets::Tickets;
+use tickets::{Ticket, Tickets};
 
 /// Most tokens listed beside each log-probability.
 pub const MAX_LOGPROBS: u32 = 20;
@@ -46,8 +44,15 @@ pub const MAX_LOGPROBS: u32 = 20;
 /// Most sequences of one call of Score.
 pub const MAX_SCORE_INPUTS: usize = 64;
 
-/// Prompts of more bytes are encoded off the runtime's threads.
-const INLINE_ENCODE_BYTES: usize = 64 << 10;
+/// Prompts of more bytes, or of more messages, are encoded off the runtime's threads.
+const INLINE_ENCODE_BYTES: usize = 16 << 10;
+const INLINE_ENCODE_MESSAGES: usize = 32;
+
+/// Large prompts encoded at once: encoding takes a hundred times the memory of its text.
+const LARGE_ENCODES: usize = 2;
+
+/// Bytes that a message has for each log-probability of a Score, at most.
+const SCORE_ENTRY_BYTES: usize = 16;
 
 /// How often a draining engine is looked at.
 const DRAIN_TICK: Duration = Duration::from_millis(20);
@@ -62,8 +67,8 @@ pub struct Engine {
     text: Arc<Text>,
     hub: Arc<Hub>,
     tickets: Tickets,
-    stats: Arc<Stats>,
     limits: Arc<Limits>,
+    large_encodes: Arc<Semaphore>,
     context: usize,
     kv_tokens: usize,
 }
@@ -83,12 +88,12 @@ impl Engine {
         let useful = limits.max_running.saturating_mul(model.context_length().div_ceil(block_tokens) as u64);
         let layout = KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize };
         let context = model.context_length();
-        let exec = Exec::new(model, layout)?;
-        Self::start_with(exec, layout, context, text, hub, arbiter, limits)
+        let executor = model.executor(layout)?;
+        Self::start_with(executor, layout, context, text, hub, arbiter, limits)
     }
 
-    fn start_with<F: Forward + 'static>(
-        forward: F,
+    fn start_with(
+        executor: Box<dyn Executor>,
         layout: KvLayout,
         context: usize,
         text: Arc<Text>,
@@ -97,23 +102,32 @@ impl Engine {
         limits: &Limits,
     ) -> Result<Self> {
         let (sender, inbox) = mpsc::channel();
-        let stats = Arc::new(Stats::default());
         let bounds = bounds(layout, limits)?;
         let state = Loop {
             inbox,
             scheduler: Scheduler::new(bounds, layout.blocks),
-            forward,
+            executor,
             arbiter,
             text: text.clone(),
             context,
-            stats: stats.clone(),
             sequences: HashMap::new(),
             next_id: 0,
+            closed: false,
         };
         std::thread::Builder::new().name("engine".into()).spawn(move || state.run())?;
         let tickets = Tickets::new(limits);
         let kv_tokens = layout.blocks * layout.block_tokens;
-        Ok(Self { inbox: sender, text, hub, tickets, stats, limits: Arc::new(limits.clone()), context, kv_tokens })
+        let large_encodes = Arc::new(Semaphore::new(LARGE_ENCODES));
+        Ok(Self {
+            inbox: sender,
+            text,
+            hub,
+            tickets,
+            limits: Arc::new(limits.clone()),
+            large_encodes,
+            context,
+            kv_tokens,
+        })
     }
 
     /// Starts an answer. Errors before the first token are given here: bad settings, NOT_FOUND, limits.
@@ -123,7 +137,8 @@ impl Engine {
         check_logprobs("logprobs", spec.logprobs.unwrap_or(0))?;
         let patterns = Patterns::new(&spec.stopping.stop, false)?;
         let ticket = Arc::new(self.tickets.take(tenant.id())?);
-        let ids = self.encode(spec.prompt, Text::encode_prompt).await?;
+        self.check_prompt("prompt", &spec.prompt)?;
+        let ids = self.encode(vec![spec.prompt], Text::encode_prompt, &ticket).await?.pop().unwrap_or_default();
         self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
         let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
         let (events, stream) = async_mpsc::unbounded_channel();
@@ -154,12 +169,14 @@ impl Engine {
             return Err(Error::invalid("inputs", format!("must hold 1 to {MAX_SCORE_INPUTS} sequences")));
         }
         let ticket = Arc::new(self.tickets.take(tenant.id())?);
-        let mut inputs = Vec::with_capacity(spec.inputs.len());
-        for (i, input) in spec.inputs.into_iter().enumerate() {
-            let ids = self.encode(input, Text::encode_sequence).await?;
-            self.check_length(&format!("inputs[{i}]"), &ids, 0)?;
-            inputs.push(ids);
+        for (i, input) in spec.inputs.iter().enumerate() {
+            self.check_prompt(&format!("inputs[{i}]"), input)?;
         }
+        let inputs = self.encode(spec.inputs, Text::encode_sequence, &ticket).await?;
+        for (i, ids) in inputs.iter().enumerate() {
+            self.check_length(&format!("inputs[{i}]"), ids, 0)?;
+        }
+        self.check_score_size(&inputs, spec.top_logprobs as usize)?;
         let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
         let version = lease.as_ref().map(|lease| lease.name().clone());
         let mut answers = Vec::with_capacity(inputs.len());
@@ -193,10 +210,6 @@ impl Engine {
         let _ = self.check_integrity().await;
     }
 
-    pub fn stats(&self) -> EngineStats {
-        self.stats.read()
-    }
-
     /// Fails unless the engine is idle and holds no block, entry or ticket.
     pub async fn check_integrity(&self) -> Result<()> {
         let (sender, answer) = oneshot::channel();
@@ -221,17 +234,72 @@ impl Engine {
         }
     }
 
-    async fn encode(&self, prompt: Prompt, encode: fn(&Text, &Prompt) -> Result<Vec<u32>>) -> Result<Vec<u32>> {
-        let bytes = match &prompt {
-            Prompt::Text(text) => text.len(),
-            Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
-            Prompt::TokenIds(_) => 0,
+    /// The ids of prompts that [`Engine::check_prompt`] has let through. Large ones a few at a time, on threads of their own; they hold
+    /// the ticket to their end, also where the caller has gone.
+    async fn encode(
+        &self,
+        prompts: Vec<Prompt>,
+        encode: fn(&Text, &Prompt) -> Result<Vec<u32>>,
+        ticket: &Arc<Ticket>,
+    ) -> Result<Vec<Vec<u32>>> {
+        let size = |prompt: &Prompt| match prompt {
+            Prompt::Text(text) => (text.len(), 1),
+            Prompt::Chat(messages) => (messages.iter().map(|m| m.content.len()).sum(), messages.len()),
+            Prompt::TokenIds(_) => (0, 0),
         };
-        if bytes <= INLINE_ENCODE_BYTES {
-            return encode(&self.text, &prompt);
+        let (bytes, messages) =
+            prompts.iter().map(size).fold((0, 0), |(bytes, messages), (b, m)| (bytes + b, messages + m));
+        if bytes <= INLINE_ENCODE_BYTES && messages <= INLINE_ENCODE_MESSAGES {
+            return prompts.iter().map(|prompt| encode(&self.text, prompt)).collect();
         }
-        let text = self.text.clone();
-        tokio::task::spawn_blocking(move || encode(&text, &prompt)).await.map_err(Error::internal)?
+        let place = self.large_encodes.clone().acquire_owned().await.map_err(Error::internal)?;
+        let (text, ticket) = (self.text.clone(), ticket.clone());
+        let work = move || {
+            let _held = (place, ticket);
+            prompts.iter().map(|prompt| encode(&text, prompt)).collect()
+        };
+        tokio::task::spawn_blocking(work).await.map_err(Error::internal)?
+    }
+
+    /// What is known of a prompt before it is encoded: more text than the context's tokens could hold, or too many messages.
+    fn check_prompt(&self, field: &str, prompt: &Prompt) -> Result<()> {
+        let longest = self.text.longest_token();
+        let check_text = |bytes: usize| {
+            let (least, context) = (bytes.div_ceil(longest), self.context);
+            if least <= context {
+                return Ok(());
+            }
+            let message = format!(
+                "has {bytes} bytes, at least {least} tokens; the base's context is {context} tokens, the answer's included"
+            );
+            Err(Error::invalid_because("PROMPT_TOO_LONG", field, message))
+        };
+        match prompt {
+            Prompt::Text(text) => check_text(text.len()),
+            Prompt::Chat(messages) => {
+                let most = self.limits.max_chat_messages;
+                if messages.len() as u64 > most {
+                    let message =
+                        format!("has {} messages, over the limit max_chat_messages of {most}", messages.len());
+                    return Err(Error::invalid_because("TOO_MANY_MESSAGES", field, message));
+                }
+                check_text(messages.iter().map(|message| message.content.len()).sum())
+            }
+            Prompt::TokenIds(_) => Ok(()),
+        }
+    }
+
+    /// The answer must fit one message.
+    fn check_score_size(&self, inputs: &[Vec<u32>], top: usize) -> Result<()> {
+        let entries = inputs.iter().map(Vec::len).sum::<usize>() * (1 + top);
+        let most = self.limits.max_message_bytes;
+        if (entries * SCORE_ENTRY_BYTES) as u64 > most {
+            let message = format!(
+                "{entries} log-probabilities do not fit one message of {most} bytes; score fewer tokens a call, or lower top_logprobs"
+            );
+            return Err(Error::Exhausted { limit: "max_message_bytes", message, retry_after: None });
+        }
+        Ok(())
     }
 
     fn check_stopping(&self, stopping: &Stopping) -> Result<()> {

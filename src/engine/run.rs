@@ -12,47 +12,36 @@ use tokio::sync::oneshot;
 use crate::device::Arbiter;
 use crate::engine::scheduler::{Planned, Scheduler};
 use crate::engine::sequence::{Next, Reading, Sequence};
-use crate::engine::stats::Stats;
+use crate::engine::stats;
 use crate::error::{Error, Result};
-use crate::model::exec::{Exec, Span};
+use crate::model::batch::{Executor, Span};
 use crate::text::Text;
-
-/// What runs the model: the executor, or a fake in tests.
-pub trait Forward: Send {
-    /// See [`Exec::forward`].
-    fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]>;
-}
-
-impl Forward for Exec {
-    fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
-        Exec::forward(self, spans)
-    }
-}
 
 /// What reaches the loop from outside.
 pub enum Message {
     Submit(Box<Sequence>),
-    /// Ends every sequence with what it has.
+    /// Ends every sequence with what it has, and from now on every new one.
     CancelAll,
     /// Fails where an idle engine still holds something.
     CheckIntegrity(oneshot::Sender<Result<()>>),
 }
 
 /// The engine's state, owned by its thread.
-pub struct Loop<F> {
+pub struct Loop {
     pub inbox: Receiver<Message>,
     pub scheduler: Scheduler,
-    pub forward: F,
+    pub executor: Box<dyn Executor>,
     pub arbiter: Arc<Arbiter>,
     pub text: Arc<Text>,
     /// Tokens.
     pub context: usize,
-    pub stats: Arc<Stats>,
     pub sequences: HashMap<u64, Sequence>,
     pub next_id: u64,
+    /// Everything has been cancelled, and so is what comes now: a request that was still encoded or leased meanwhile.
+    pub closed: bool,
 }
 
-impl<F: Forward> Loop<F> {
+impl Loop {
     /// Runs until every handle is gone.
     pub fn run(mut self) {
         loop {
@@ -76,7 +65,7 @@ impl<F: Forward> Loop<F> {
             let readings = self.compute(&plan);
             self.commit(&plan, readings);
         }
-        self.stats.observe(&self.scheduler, self.sequences.len());
+        stats::observe(&self.scheduler, self.sequences.len());
         true
     }
 
@@ -108,12 +97,16 @@ impl<F: Forward> Loop<F> {
 
     fn take(&mut self, message: Message) {
         match message {
+            Message::Submit(sequence) if self.closed => sequence.cancel(),
             Message::Submit(sequence) => {
                 self.next_id += 1;
                 self.scheduler.add(self.next_id, sequence.tenant, sequence.ids.len());
                 self.sequences.insert(self.next_id, *sequence);
             }
-            Message::CancelAll => self.cancel_all(),
+            Message::CancelAll => {
+                self.closed = true;
+                self.cancel_all();
+            }
             // A receiver that is gone needs no answer.
             Message::CheckIntegrity(answer) => drop(answer.send(self.check_integrity())),
         }
@@ -149,7 +142,7 @@ impl<F: Forward> Loop<F> {
         let _permit = arbiter.serve();
         catch_unwind(AssertUnwindSafe(|| {
             let batch = batch(plan, &self.sequences)?;
-            let logits = self.forward.forward(&batch)?;
+            let logits = self.executor.forward(&batch)?;
             read(plan, &batch, logits, &self.sequences, self.text.vocab_size())
         }))
         .unwrap_or_else(|_| Err(Error::internal("the model panicked")))
@@ -157,7 +150,7 @@ impl<F: Forward> Loop<F> {
 
     /// Hands each sequence what was read for it. Where the step failed, the sequences of the step fail, and no others.
     fn commit(&mut self, plan: &[Planned], readings: Result<Vec<Reading>>) {
-        self.stats.count_step(plan.iter().map(|planned| planned.count).sum());
+        stats::count_step(plan.iter().map(|planned| planned.count).sum());
         let readings = match readings {
             Ok(readings) => readings,
             Err(error) => {

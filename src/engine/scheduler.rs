@@ -122,7 +122,8 @@ impl Scheduler {
         planned
     }
 
-    /// Starts waiting sequences: as many as keep the next step busy, and one for each tenant that has nothing running.
+    /// Starts waiting sequences, the least-served tenant's first: as many as keep the next step busy, and one of a tenant that has
+    /// nothing running.
     fn admit(&mut self) {
         while let Some(next) = self.next_waiting() {
             let entry = &self.waiting[next];
@@ -143,30 +144,41 @@ impl Scheduler {
     }
 
     /// Whether a sequence of this tenant can start with `needed` blocks. Only a tenant with nothing running sends others back to the queue.
+    /// None is sent back where that would not make room enough.
     fn make_room(&mut self, tenant: u32, needed: usize) -> bool {
+        let mut staying: Vec<usize> = (0..self.running.len()).collect();
+        let mut free = self.blocks.free();
+        let mut victims = Vec::new();
         loop {
-            let places = self.running.len() < self.bounds.max_running;
-            if self.running.is_empty() || places && needed + self.running.len() <= self.blocks.free() {
-                return true;
+            let places = staying.len() < self.bounds.max_running;
+            if staying.is_empty() || places && needed + staying.len() <= free {
+                break;
             }
             if self.runs(tenant) {
                 return false;
             }
-            let Some(victim) = self.cheapest_of_the_busiest() else { return false };
-            self.send_back(victim);
+            let Some(victim) = self.cheapest_of_the_busiest(&staying) else { return false };
+            staying.retain(|at| *at != victim);
+            free += self.running[victim].blocks.len();
+            victims.push(victim);
         }
+        // The last first: so the others keep their places in the list, and their order in the queue.
+        victims.sort_unstable();
+        victims.into_iter().rev().for_each(|victim| self.send_back(victim));
+        true
     }
 
     fn runs(&self, tenant: u32) -> bool {
         self.running.iter().any(|entry| entry.tenant == tenant)
     }
 
-    /// Of the tenant that runs most, two at least: the running sequence with the least to compute again.
-    fn cheapest_of_the_busiest(&self) -> Option<usize> {
-        let running_of = |tenant: u32| self.running.iter().filter(|entry| entry.tenant == tenant).count();
-        let most = self.running.iter().map(|entry| running_of(entry.tenant)).max().filter(|most| *most > 1)?;
-        let of_busiest = (0..self.running.len()).rev().filter(|at| running_of(self.running[*at].tenant) == most);
-        of_busiest.min_by_key(|at| self.running[*at].computed)
+    /// Of these running sequences, of the tenant that has most of them, two at least: the one with the least to compute again.
+    fn cheapest_of_the_busiest(&self, among: &[usize]) -> Option<usize> {
+        let tenant = |at: &usize| self.running[*at].tenant;
+        let beside = |at: &usize| among.iter().filter(|other| tenant(other) == tenant(at)).count();
+        let most = among.iter().map(beside).max().filter(|most| *most > 1)?;
+        let of_busiest = among.iter().rev().filter(|at| beside(at) == most);
+        of_busiest.min_by_key(|at| self.running[**at].computed).copied()
     }
 
     /// One row for each sequence that waits for one, oldest first: it takes blocks only from younger ones, which are not planned yet.
@@ -332,6 +344,19 @@ mod tests {
         [1, 2, 3, 7].iter().for_each(|id| s.extend(*id));
         let ids: Vec<_> = s.plan().iter().map(|p| p.id).collect();
         assert_eq!(ids, [1, 2, 3, 7], "and only one");
+    }
+
+    #[test]
+    fn nobody_starts_over_for_one_that_does_not_fit_all_the_same() {
+        let mut s = scheduler(30);
+        (1..=3).for_each(|id| s.add(id, 0, 4));
+        s.add(4, 1, 80);
+        while s.plan().iter().any(|p| !p.completes) {}
+        assert_eq!(s.blocks().free(), 30 - 3 - 20);
+        // Two of tenant 0's would give their two blocks, which with the free ones are too few.
+        s.add(5, 2, 60);
+        (1..=4).for_each(|id| s.extend(id));
+        assert_eq!(s.plan().iter().map(|p| p.id).collect::<Vec<_>>(), [1, 2, 3, 4]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::engine::sampler::{logprob, sample, top_logprobs};
 use crate::engine::tickets::Ticket;
 use crate::error::{Error, Result};
 use crate::hub::Lease;
-use crate::model::exec::LogitRows;
+use crate::model::batch::LogitRows;
 use crate::request::{FinishReason, GenerateEvent, Sampling, ScoreOut, Stopping, TokenLogprob, TokenOut, Usage};
 use crate::text::matcher::{HoldBack, Released};
 use crate::text::{Decoder, Text};

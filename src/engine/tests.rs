@@ -12,13 +12,13 @@ use crate::adapter::Lora;
 use crate::adapter::format::Package;
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
-use crate::request::{FinishReason, LoraSpec, ParityReport, Publish, Sampling, Target, TokenOut};
+use crate::request::{ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Target, TokenOut};
 use crate::store::Store;
 
 struct Pass;
 
 impl PublishGate for Pass {
-    fn check(&self, _lora: &Lora, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         Ok(ParityReport {
             tokens: 256,
             mean_abs_difference: 0.0,
@@ -229,13 +229,13 @@ fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
         let mut state = Loop {
             inbox,
             scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap(), layout.blocks),
-            forward: Faulty { steps: 3, logits: Vec::new() },
+            executor: Box::new(Faulty { steps: 3, logits: Vec::new() }),
             arbiter: Arbiter::new(0.4),
             text: w.text.clone(),
             context: 100,
-            stats: Arc::default(),
             sequences: HashMap::new(),
             next_id: 0,
+            closed: false,
         };
         let mut readers = Vec::new();
         for _ in 0..3 {
@@ -348,17 +348,35 @@ fn bad_requests_say_what_is_wrong() {
         };
         let long = refused(&|s| s.prompt = Prompt::TokenIds(vec![1; 300])).await;
         assert!(long.contains("300") && long.contains("256"), "both lengths: {long}");
+        let far_too_long = refused(&|s| s.prompt = Prompt::Text("x".repeat(100_000))).await;
+        assert!(far_too_long.contains("100000 bytes") && far_too_long.contains("256"), "{far_too_long}");
+        let message = ChatMessage { role: "user".into(), content: String::new() };
+        let turns = refused(&|s| s.prompt = Prompt::Chat(vec![message.clone(); 1001])).await;
+        assert!(turns.contains("max_chat_messages"), "{turns}");
         assert!(refused(&|s| s.prompt = Prompt::TokenIds(Vec::new())).await.contains("no token"));
         assert!(refused(&|s| s.prompt = Prompt::TokenIds(vec![9999])).await.contains("9999"));
         assert!(refused(&|s| s.stopping.max_tokens = 0).await.contains("max_tokens"));
         assert!(refused(&|s| s.stopping.max_tokens = 200).await.contains("kv_cache_bytes"));
         assert!(refused(&|s| s.stopping.stop = vec![String::new()]).await.contains("stop"));
         assert!(refused(&|s| s.sampling.top_p = 0.0).await.contains("top_p"));
+        assert!(refused(&|s| s.sampling.repetition_penalty = 1e-38).await.contains("repetition_penalty"));
         assert!(refused(&|s| s.logprobs = Some(21)).await.contains("20"));
         assert!(
             refused(&|s| s.adapter = Some("tenants/t/adapters/none".parse().unwrap())).await.contains("does not exist")
         );
         assert_idle(&engine).await;
+    });
+}
+
+#[test]
+fn a_score_that_no_message_can_hold_is_refused_before_it_is_computed() {
+    run(async {
+        let engine = engine(&Limits { max_message_bytes: 64 << 10, ..Limits::default() });
+        let inputs = vec![Prompt::TokenIds(vec![1; 200]); 20];
+        let spec = |top_logprobs| ScoreSpec { adapter: None, inputs: inputs.clone(), top_logprobs, deadline: None };
+        let refused = engine.score(&world().tenant, spec(1)).await.unwrap_err();
+        assert!(matches!(refused, Error::Exhausted { limit: "max_message_bytes", .. }), "{refused}");
+        assert_eq!(engine.score(&world().tenant, spec(0)).await.unwrap().results.len(), 20);
     });
 }
 
@@ -422,8 +440,8 @@ struct Faulty {
     logits: Vec<f32>,
 }
 
-impl Forward for Faulty {
-    fn forward(&mut self, spans: &[crate::model::exec::Span<'_>]) -> Result<&[f32]> {
+impl Executor for Faulty {
+    fn forward(&mut self, spans: &[crate::model::batch::Span<'_>]) -> Result<&[f32]> {
         let vocab = world().text.vocab_size();
         let rows: usize = spans.iter().map(|span| span.logits.count(span.ids.len())).sum();
         self.steps += 1;
@@ -444,7 +462,7 @@ fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
     run(async {
         let w = world();
         let layout = KvLayout { block_tokens: 8, blocks: 16 };
-        let faulty = Faulty { steps: 0, logits: Vec::new() };
+        let faulty = Box::new(Faulty { steps: 0, logits: Vec::new() });
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
         let engine = Engine::start_with(faulty, layout, 100, text, hub, arbiter, &Limits::default()).unwrap();
         let request = Request { adapter: Some(0), prompt: vec![1; 5], max_tokens: 3, temperature: 0.0, seed: 0 };

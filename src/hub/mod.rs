@@ -26,7 +26,7 @@ use crate::store::{AdapterRow, Store, VersionRow};
 pub trait PublishGate: Send + Sync {
     /// Compares the serving with the training path on at least 256 scored tokens; blocking, seconds of compute.
     /// `probes`: sequences of ids to score (a job's validation rows); empty: the built-in probe set.
-    fn check(&self, lora: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport>;
+    fn check(&self, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport>;
 }
 
 /// An adapter on its way to become a version.

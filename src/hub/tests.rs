@@ -44,7 +44,7 @@ impl FakeGate {
 }
 
 impl PublishGate for FakeGate {
-    fn check(&self, _lora: &Lora, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let _open = self.opened.wait_while(self.shut.lock().unwrap(), |shut| *shut).unwrap();
         self.report.lock().unwrap().clone()
@@ -133,7 +133,7 @@ async fn add_tenant(store: &Store, id: &str) -> Tenant {
 
 fn lora(rank: usize, fill: f32) -> Lora {
     let spec = LoraSpec { rank: rank as u32, alpha: rank as f32, targets: vec![Target::QProj], ..LoraSpec::default() };
-    let layer = LoraLayer { rank, scale: 1.0, a: vec![fill; rank * 4], b: vec![-fill; rank * 4] };
+    let layer = LoraLayer { rank, alpha: rank as f32, scale: 1.0, a: vec![fill; rank * 4], b: vec![-fill; rank * 4] };
     Lora { spec, layers: [(Site { layer: 0, target: Target::QProj }, layer)].into() }
 }
 

@@ -1,51 +1,19 @@
-//! Serving: a flat batch of rows of different lengths, paged KV, each span its own adapter. A row's bits depend on nothing but
+//! Serving on the CPU: a flat batch of rows of different lengths, paged KV, each span its own adapter. A row's bits depend on nothing but
 //! its own sequence and adapter: not on the batch, the chunking, or the blocks it lies in.
 
 use std::sync::{Arc, Mutex};
 
-use crate::adapter::{Lora, Site};
-use crate::error::{Error, Result};
+use crate::adapter::Site;
+use crate::error::Result;
 use crate::kernels::cpu::{self, QuantizedRows};
 use crate::model::Model;
+use crate::model::batch::{Executor, KvLayout, Span};
 use crate::model::kv::KvCache;
-pub use crate::model::kv::KvLayout;
 use crate::model::llama::{self, Norm, Ops};
-
-/// Which rows of a span get logits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LogitRows {
-    None,
-    Last,
-    All,
-}
-
-impl LogitRows {
-    /// Rows of logits that a span of `rows` gives.
-    pub fn count(self, rows: usize) -> usize {
-        match self {
-            Self::None => 0,
-            Self::Last => rows.min(1),
-            Self::All => rows,
-        }
-    }
-}
-
-/// New tokens of one sequence.
-#[derive(Debug, Clone)]
-pub struct Span<'a> {
-    /// The new ids, at positions `start..start + ids.len()`.
-    pub ids: &'a [u32],
-    pub start: usize,
-    /// The sequence's KV blocks in order; they cover `start + ids.len()` positions. Positions below `start` hold KV already.
-    pub blocks: &'a [u32],
-    /// `None` is the base.
-    pub lora: Option<&'a Arc<Lora>>,
-    pub logits: LogitRows,
-}
 
 /// The serving executor: its buffers and its KV cache.
 #[derive(Debug)]
-pub struct Exec {
+pub(super) struct Exec {
     model: Arc<Model>,
     kv: KvCache,
     buffers: Buffers,
@@ -55,17 +23,15 @@ pub struct Exec {
 
 impl Exec {
     pub fn new(model: Arc<Model>, kv: KvLayout) -> Result<Self> {
-        if kv.blocks == 0 || kv.block_tokens == 0 {
-            return Err(Error::invalid("kv_cache_bytes", "is too small for one block; raise the limit"));
-        }
+        kv.check()?;
         let kv = KvCache::new(model.config(), kv);
         Ok(Self { model, kv, buffers: Buffers::default(), quantized: QuantizedRows::default(), logits: Vec::new() })
     }
+}
 
-    /// Runs the spans and gives the logits of the rows that asked for them, in order, `[rows, vocab]` row-major. Spans of the same
-    /// sequence must not share a batch.
-    pub fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
-        self.check(spans)?;
+impl Executor for Exec {
+    fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
+        self.kv.layout().check_spans(&self.model, spans)?;
         let model = self.model.clone();
         let rows = spans
             .iter()
@@ -87,22 +53,6 @@ impl Exec {
         self.logits.resize(hidden.data.len() / model.config().width * head.rows, 0.0);
         cpu::matmul(head, &self.quantized, &mut self.logits);
         Ok(&self.logits)
-    }
-
-    fn check(&self, spans: &[Span<'_>]) -> Result<()> {
-        let KvLayout { block_tokens, blocks } = self.kv.layout();
-        for span in spans {
-            let end = span.start + span.ids.len();
-            let fits = !span.ids.is_empty()
-                && end <= self.model.context_length()
-                && end <= span.blocks.len() * block_tokens
-                && span.blocks.iter().all(|b| (*b as usize) < blocks)
-                && span.ids.iter().all(|id| (*id as usize) < self.model.vocab_size());
-            if !fits {
-                return Err(Error::internal("a span does not fit the context, its blocks or the vocabulary"));
-            }
-        }
-        Ok(())
     }
 }
 
@@ -245,5 +195,27 @@ impl Ops for ExecPass<'_> {
             row = end;
         }
         Ok(kept)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::Lora;
+    use crate::model::batch::LogitRows;
+    use crate::request::LoraSpec;
+
+    /// Logits that look like some answer would be sent as one.
+    #[test]
+    fn an_overflow_is_never_taken_for_zeros() {
+        let (model, _) = Model::tiny(1);
+        let mut lora = Lora::fresh(&LoraSpec::default(), model.shape(), 5).unwrap();
+        lora.layers.values_mut().for_each(|layer| layer.b.fill(1e38));
+        let lora = Arc::new(lora);
+        let mut exec = Exec::new(model, KvLayout { block_tokens: 4, blocks: 4 }).unwrap();
+        let span = |ids, start, lora| Span { ids, start, blocks: &[2, 0], lora, logits: LogitRows::All };
+        assert!(exec.forward(&[span(&[1, 2, 3], 0, Some(&lora))]).unwrap().iter().all(|x| x.is_nan()));
+        assert!(exec.forward(&[span(&[4], 3, None)]).unwrap().iter().all(|x| x.is_nan()), "nor by a later row");
+        assert!(exec.forward(&[span(&[1, 2, 3], 0, None)]).unwrap().iter().all(|x| x.is_finite()));
     }
 }

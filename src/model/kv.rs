@@ -1,14 +1,8 @@
-//! The paged KV cache: blocks of positions in half precision, for every layer.
+//! The paged KV cache of the CPU: blocks of positions in half precision, for every layer.
 
 use crate::kernels::cpu::{KvView, f16_bits};
+use crate::model::batch::KvLayout;
 use crate::weights::LlamaConfig;
-
-/// The KV cache's size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvLayout {
-    pub block_tokens: usize,
-    pub blocks: usize,
-}
 
 /// Keys (rotated) and values of all layers.
 #[derive(Debug)]
@@ -31,9 +25,7 @@ impl KvCache {
 
     /// Rounds and keeps one row of a sequence whose blocks are given. `key`, `value`: `[kv_heads * head_dim]`.
     pub fn write(&mut self, layer: usize, blocks: &[u32], position: usize, key: &[f32], value: &[f32]) {
-        let tokens = self.layout.block_tokens;
-        let token = blocks[position / tokens] as usize * tokens + position % tokens;
-        let at = token * key.len();
+        let at = self.layout.slot(blocks, position) * key.len();
         for (cache, row) in [(&mut self.keys[layer], key), (&mut self.values[layer], value)] {
             for (bits, x) in cache[at..at + row.len()].iter_mut().zip(row) {
                 *bits = f16_bits(*x);

@@ -7,25 +7,15 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Model;
-use super::autograd::{slice, to_vec};
+use super::autograd::{PIECE_MACS, give_way, slice, to_vec};
 use crate::adapter::Site;
 use crate::device::TrainPermit;
 use crate::kernels::blocks::QMatrixRef;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt};
 
-/// Multiply-adds between two offers to give way: a few milliseconds on a core.
-const PIECE_MACS: usize = 1 << 28;
-
-/// Offers the compute to serving, where this is training.
-fn give_way(permit: &Option<Arc<TrainPermit>>) {
-    if let Some(permit) = permit {
-        permit.give_way();
-    }
-}
-
 /// Runs `f(first row, dequantised rows)` over pieces of `w` small enough that `rows` activations against one take about [`PIECE_MACS`].
 fn pieces(w: QMatrixRef<'_>, rows: usize, permit: &Option<Arc<TrainPermit>>, mut f: impl FnMut(usize, &[f32])) {
-    let piece = (PIECE_MACS / (w.cols * rows.max(1))).next_multiple_of(64).min(w.rows.min(4096));
+    let piece = (PIECE_MACS / (w.cols * rows.max(1))).max(1).next_multiple_of(64).min(w.rows.min(4096));
     let mut dense = vec![0.0; piece * w.cols];
     for from in (0..w.rows).step_by(piece) {
         let count = piece.min(w.rows - from);

@@ -1,16 +1,21 @@
-//! The base model: one architecture ([`llama`]) over two executors, [`traced`] for training and reference, [`exec`] for serving.
+//! The base model: one architecture ([`llama`]) over its executors: [`traced`] for training and reference, [`exec`] for serving on the
+//! CPU, [`tensors`] for serving on a GPU.
 
 mod autograd;
-pub mod exec;
+pub mod batch;
+mod exec;
 mod kv;
 mod linear;
 pub mod llama;
 pub mod parity;
+mod tensors;
 mod tiny;
 pub mod traced;
 
 use std::path::Path;
 use std::sync::Arc;
+
+use candle_core::Device;
 
 use crate::adapter::{BaseShape, Site};
 use crate::error::{Error, Result};
@@ -19,21 +24,26 @@ use crate::kernels::cpu::MAX_HEAD_DIM;
 use crate::request::Target;
 use crate::text::Text;
 use crate::weights::{LlamaConfig, Weights};
+use batch::{Executor, KvLayout};
+use exec::Exec;
 use llama::Norm;
+use tensors::{DeviceWeights, TensorExec};
 
-/// The frozen base. Shared as `Arc<Model>`; training and serving read the same bytes.
+/// The frozen base. Shared as `Arc<Model>`; training and serving read the same bytes, which a GPU has a copy of.
 #[derive(Debug)]
 pub struct Model {
     weights: Weights,
     shape: BaseShape,
     rope: RopeTable,
+    /// `None` where the CPU serves.
+    on_device: Option<Arc<DeviceWeights>>,
 }
 
 impl Model {
-    /// Loads a GGUF file of the llama architecture and its tokenizer.
-    pub fn load(path: &Path) -> Result<(Arc<Self>, Arc<Text>)> {
+    /// Loads a GGUF file of the llama architecture and its tokenizer, to be served on `device`.
+    pub fn load(path: &Path, device: &Device) -> Result<(Arc<Self>, Arc<Text>)> {
         let (weights, vocabulary) = Weights::load(path)?;
-        Ok((Self::new(weights)?, Text::new(vocabulary)?))
+        Ok((Self::new(weights, device)?, Text::new(vocabulary)?))
     }
 
     /// A small random model over `Text::tiny`'s vocabulary, the same for the same seed: 2 layers, width 64, 4 heads, 2 KV heads,
@@ -41,11 +51,11 @@ impl Model {
     pub fn tiny(seed: u64) -> (Arc<Self>, Arc<Text>) {
         let text = Text::tiny();
         #[expect(clippy::expect_used, reason = "the weights are made to fit, and a test builds them")]
-        let model = Self::new(tiny::weights(seed, text.vocab_size())).expect("the tiny model is valid");
+        let model = Self::new(tiny::weights(seed, text.vocab_size()), &Device::Cpu).expect("the tiny model is valid");
         (model, text)
     }
 
-    fn new(weights: Weights) -> Result<Arc<Self>> {
+    fn new(weights: Weights, device: &Device) -> Result<Arc<Self>> {
         let config = &weights.config;
         if config.head_dim > MAX_HEAD_DIM {
             return Err(Error::invalid_because(
@@ -66,7 +76,19 @@ impl Model {
             dims: Target::ALL.map(|target| config.dims(target)),
         };
         let rope = RopeTable::new(config);
-        Ok(Arc::new(Self { shape, rope, weights }))
+        let on_device = match device {
+            Device::Cpu => None,
+            device => Some(DeviceWeights::new(&weights, &rope, device)?),
+        };
+        Ok(Arc::new(Self { shape, rope, on_device, weights }))
+    }
+
+    /// What serves on the model's device, with a KV cache of its own.
+    pub fn executor(self: &Arc<Self>, kv: KvLayout) -> Result<Box<dyn Executor>> {
+        Ok(match &self.on_device {
+            None => Box::new(Exec::new(self.clone(), kv)?),
+            Some(weights) => Box::new(TensorExec::new(self.clone(), weights.clone(), kv)?),
+        })
     }
 
     pub fn shape(&self) -> &BaseShape {

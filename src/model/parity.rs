@@ -11,7 +11,7 @@ use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
 use crate::model::Model;
-use crate::model::exec::{Exec, KvLayout, LogitRows, Span};
+use crate::model::batch::{KvLayout, LogitRows, Span};
 use crate::model::traced::{Pass, TracedLora};
 use crate::request::ParityReport;
 use crate::text::Text;
@@ -66,8 +66,8 @@ impl Parity {
 
     /// Scores `probes` (where they hold fewer than 256 tokens to score: the built-in ones) with and without the adapter, on both
     /// paths. Takes seconds of compute, and gives way to serving.
-    pub fn measure(&self, lora: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
-        self.compare(&Arc::new(lora.clone()), lora, probes)
+    pub fn measure(&self, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport> {
+        self.compare(lora, lora, probes)
     }
 
     /// As [`Parity::measure`], with the adapters of the two paths apart.
@@ -106,7 +106,7 @@ impl Parity {
         let longest = probes.iter().map(Vec::len).max().unwrap_or(0);
         let layout = KvLayout { block_tokens: CHUNK, blocks: longest.div_ceil(CHUNK) };
         let blocks: Vec<u32> = (0..layout.blocks as u32).collect();
-        let mut exec = Exec::new(self.model.clone(), layout)?;
+        let mut exec = self.model.executor(layout)?;
         let (mut logprobs, mut fingerprint) = (Vec::new(), 0u64);
         for ids in probes {
             for start in (0..ids.len()).step_by(CHUNK) {
@@ -194,11 +194,11 @@ mod tests {
     #[test]
     fn a_sound_adapter_passes() {
         let (parity, lora) = setup();
-        let report = parity.measure(&lora, &[]).unwrap();
+        let report = parity.measure(&Arc::new(lora.clone()), &[]).unwrap();
         assert!(report.tokens as usize >= MIN_TOKENS && !report.no_effect, "{report:?}");
         assert!(report.mean_abs_difference <= report.threshold, "{report:?}");
         let probes: Vec<Vec<u32>> = (0..4).map(|s| (0..100).map(|i| (i * 7 + s) % 256).collect()).collect();
-        let report = parity.measure(&lora, &probes).unwrap();
+        let report = parity.measure(&Arc::new(lora.clone()), &probes).unwrap();
         assert_eq!(report.tokens, 396);
         assert!(report.mean_abs_difference <= report.threshold, "{report:?}");
     }
@@ -226,13 +226,13 @@ mod tests {
         let (parity, lora) = setup();
         let (model, _) = Model::tiny(1);
         let zero = Lora::fresh(&lora.spec, model.shape(), 5).unwrap();
-        assert!(parity.measure(&zero, &[]).unwrap().no_effect);
+        assert!(parity.measure(&Arc::new(zero), &[]).unwrap().no_effect);
     }
 
     #[test]
     fn an_exploding_adapter_is_refused() {
         let (parity, mut lora) = setup();
         lora.layers.values_mut().for_each(|layer| layer.b.iter_mut().for_each(|b| *b = 1e38));
-        assert!(parity.measure(&lora, &[]).is_err());
+        assert!(parity.measure(&Arc::new(lora.clone()), &[]).is_err());
     }
 }

@@ -28,6 +28,7 @@ pub struct TracedLora {
 struct TracedLayer {
     a: Tensor,
     b: Tensor,
+    alpha: f32,
     scale: f32,
 }
 
@@ -59,7 +60,7 @@ impl TracedLora {
             let (inputs, outputs) = (layer.a.len() / layer.rank, layer.b.len() / layer.rank);
             let a = tensor("lora_A", &layer.a, (layer.rank, inputs))?;
             let b = tensor("lora_B", &layer.b, (outputs, layer.rank))?;
-            layers.insert(site, TracedLayer { a, b, scale: layer.scale });
+            layers.insert(site, TracedLayer { a, b, alpha: layer.alpha, scale: layer.scale });
         }
         Ok(Self { spec: lora.spec.clone(), layers, vars })
     }
@@ -72,8 +73,8 @@ impl TracedLora {
     /// The present values.
     pub fn to_lora(&self) -> Result<Lora> {
         let layers = self.layers.iter().map(|(&site, layer)| {
-            let rank = layer.a.dims()[0];
-            Ok((site, LoraLayer { rank, scale: layer.scale, a: to_vec(&layer.a)?, b: to_vec(&layer.b)? }))
+            let (rank, a, b) = (layer.a.dims()[0], to_vec(&layer.a)?, to_vec(&layer.b)?);
+            Ok((site, LoraLayer { rank, alpha: layer.alpha, scale: layer.scale, a, b }))
         });
         Ok(Lora { spec: self.spec.clone(), layers: layers.collect::<Result<_>>()? })
     }
@@ -215,7 +216,8 @@ impl Ops for TracedPass<'_> {
     fn attention(&mut self, _layer: usize, q: Tensor, k: Tensor, v: Tensor) -> Result<Tensor> {
         let config = self.model.config();
         let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
-        let op = Attention { heads, kv_heads, head_dim, sequences: self.sequences.clone() };
+        let (sequences, permit) = (self.sequences.clone(), self.pass.permit.cloned());
+        let op = Attention { heads, kv_heads, head_dim, sequences, permit };
         Ok(q.apply_op3(&k, &v, op)?)
     }
 

@@ -6,7 +6,7 @@ mod policy;
 use std::time::Duration;
 
 use crate::config::Limits;
-use crate::engine::{Engine, EngineStats, GenerateStream};
+use crate::engine::{Engine, GenerateStream};
 use crate::error::Result;
 use crate::ids::Tenant;
 use crate::request::{GenerateSpec, ScoreAnswer, ScoreSpec};
@@ -54,10 +54,6 @@ impl Guard {
     /// The policy's phrases in a text, from left to right, none overlapping another; the first is where an answer with this text would end.
     pub async fn check_text(&self, tenant: &Tenant, text: &str) -> Result<Vec<PhraseMatch>> {
         self.policies.check_text(tenant, text).await
-    }
-
-    pub fn stats(&self) -> EngineStats {
-        self.engine.stats()
     }
 
     /// As [`Engine::drain`].

@@ -26,6 +26,7 @@ pub struct Text {
     template: Template,
     end_of_turn: u32,
     ends: Vec<u32>,
+    longest_token: usize,
 }
 
 /// A conversation as training sees it: `in_loss[i]` says whether `ids[i]` is a token to be learnt.
@@ -56,7 +57,8 @@ impl Text {
         let ends = (0..vocabulary.tokens.len() as u32)
             .filter(|&id| id == end_of_turn || END_TOKENS.contains(&vocabulary.tokens[id as usize].as_str()))
             .collect();
-        Ok(Arc::new(Self { tokenizer: Tokenizer::new(vocabulary)?, template, end_of_turn, ends }))
+        let tokenizer = Tokenizer::new(vocabulary)?;
+        Ok(Arc::new(Self { longest_token: tokenizer.longest_token(), tokenizer, template, end_of_turn, ends }))
     }
 
     /// A byte-level toy vocabulary: ids 0..256 are bytes, 256 is `<|im_start|>`, 257 `<|im_end|>` (the end of a turn). For tests.
@@ -151,6 +153,11 @@ impl Text {
 
     pub fn vocab_size(&self) -> usize {
         self.tokenizer.vocab_size()
+    }
+
+    /// Most bytes of text that one token stands for.
+    pub fn longest_token(&self) -> usize {
+        self.longest_token
     }
 
     pub fn template_digest(&self) -> Digest {

@@ -157,6 +157,12 @@ impl Tokenizer {
         }
     }
 
+    /// Bytes of the longest token, at least 1.
+    pub fn longest_token(&self) -> usize {
+        let plain = self.starts.windows(2).map(|ends| (ends[1] - ends[0]) as usize);
+        plain.chain(self.tokens.iter().map(String::len)).max().unwrap_or(0).max(1)
+    }
+
     pub fn vocab_size(&self) -> usize {
         self.tokens.len()
     }

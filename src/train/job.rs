@@ -12,11 +12,13 @@ use crate::model::Model;
 use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start};
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::{Conversation, Text};
+use crate::train::fit::Control;
 use crate::train::objective::loss_tokens;
 use crate::train::schedule::Schedule;
 
 /// Longest record, in tokens, where the recipe does not say and the base could take more.
 const DEFAULT_MAX_LENGTH: usize = 2048;
+
 /// Where jobs look things up.
 #[derive(Debug, Clone)]
 pub struct Sources {
@@ -81,21 +83,25 @@ impl Sources {
         Ok(Checked { dataset, total_steps: schedule.total_steps })
     }
 
-    /// Loads the starting adapter and turns every record into ids, so that nothing about the data can fail once training runs.
-    pub async fn prepare(&self, tenant: &Tenant, spec: &JobSpec) -> Result<Prepared> {
+    /// Loads the starting adapter and turns every record into ids, so that nothing about the data can fail once training runs. CANCELLED
+    /// soon after `control` has been told to stop.
+    pub async fn prepare(&self, tenant: &Tenant, spec: &JobSpec, control: Arc<Control>) -> Result<Prepared> {
         let Checked { dataset, .. } = self.check(tenant, spec).await?;
         let shape = self.model.shape();
         let (start, continued) = match &spec.start {
             Start::Fresh(lora) => (Lora::fresh(lora, shape, spec.hyperparameters.seed)?, false),
             Start::From(version) => {
                 let (_, package) = self.hub.package(tenant, &AdapterRef::Version(version.clone())).await?;
-                (package.read(shape, self.limits.max_rank)?, true)
+                let shape = shape.clone();
+                // The limit on ranks is for what comes in: a version that exists can be continued whatever the limit is now.
+                let read = tokio::task::spawn_blocking(move || package.read(&shape, u64::MAX));
+                (read.await.map_err(Error::internal)??, true)
             }
         };
         let records = data::read(&self.store, &dataset).await?;
         let (text, recipe) = (self.text.clone(), spec.hyperparameters.clone());
         let max_length = max_length(&recipe, self.model.context_length());
-        let encode = move || encode(&records, dataset.kind, &text, &recipe, max_length);
+        let encode = move || encode(&records, dataset.kind, &text, &recipe, max_length, &control);
         let (train, validation) = tokio::task::spawn_blocking(encode).await.map_err(Error::internal)??;
         Ok(Prepared { start, continued, train, validation })
     }
@@ -112,17 +118,18 @@ fn encode(
     text: &Text,
     recipe: &Hyperparameters,
     max_length: usize,
+    control: &Control,
 ) -> Result<(Examples, Examples)> {
     let split = Split::new(records.len(), recipe.validation_split, recipe.seed);
     Ok(match kind {
         DatasetKind::Sft => {
             let (train, validation) =
-                encode_parts(records, &split, |n, record| encode_chat(n, record, text, max_length))?;
+                encode_parts(records, &split, control, |n, record| encode_chat(n, record, text, max_length))?;
             (Examples::Sft(train), Examples::Sft(validation))
         }
         DatasetKind::Preferences => {
             let (train, validation) =
-                encode_parts(records, &split, |n, record| encode_pair(n, record, text, max_length))?;
+                encode_parts(records, &split, control, |n, record| encode_pair(n, record, text, max_length))?;
             (Examples::Dpo(train), Examples::Dpo(validation))
         }
     })
@@ -132,10 +139,12 @@ fn encode(
 fn encode_parts<T>(
     records: &[Record],
     split: &Split,
+    control: &Control,
     encode: impl Fn(usize, &Record) -> Result<T>,
 ) -> Result<(Vec<T>, Vec<T>)> {
     let (mut train, mut validation) = (Vec::new(), Vec::new());
     for (index, record) in records.iter().enumerate() {
+        control.check()?;
         let held_out = split.validation.binary_search(&index).is_ok();
         let part = if held_out { &mut validation } else { &mut train };
         part.push(encode(index + 1, record)?);
@@ -206,12 +215,8 @@ fn check_objective(objective: Objective) -> Result<()> {
 
 fn check_lora(lora: &LoraSpec, shape: &BaseShape, max_rank: u64) -> Result<()> {
     rule((1..=max_rank).contains(&u64::from(lora.rank)), "lora.rank", format!("in 1..={max_rank} (limit max_rank)"))?;
-    rule(lora.alpha > 0.0 && lora.alpha.is_finite(), "lora.alpha", "positive")?;
-    rule((0.0..1.0).contains(&lora.dropout), "lora.dropout", "in [0, 1)")?;
-    rule(!lora.targets.is_empty(), "lora.target_modules", "at least one")?;
-    let Some(layers) = &lora.layers else { return Ok(()) };
-    let known = !layers.is_empty() && layers.iter().all(|layer| *layer < shape.layers);
-    rule(known, "lora.layers_to_transform", format!("layers in 0..{}", shape.layers))
+    rule(lora.alpha > 0.0, "lora.alpha", "positive")?;
+    lora.sites(shape).map(drop)
 }
 
 fn check_recipe(recipe: &Hyperparameters, limits: &Limits, context: usize) -> Result<()> {

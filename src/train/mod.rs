@@ -128,7 +128,7 @@ impl Trainer {
         let name = JobName::new(tenant.id(), &new_id())?;
         let job = NewJob { name, spec, total_steps: checked.total_steps };
         if validate_only {
-            sources.prepare(tenant, &job.spec).await?;
+            sources.prepare(tenant, &job.spec, Arc::default()).await?;
             return Ok(job.into_row());
         }
         let row = sources.store.insert_job(&job, request_id, sources.limits.max_jobs_per_tenant).await?;

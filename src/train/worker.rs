@@ -82,7 +82,7 @@ async fn train_and_publish(
     control: &Arc<Control>,
 ) -> Result<VersionName> {
     let sources = &inner.sources;
-    let prepared = Arc::new(sources.prepare(tenant, &job.spec).await?);
+    let prepared = Arc::new(sources.prepare(tenant, &job.spec, control.clone()).await?);
     let outcome = train(inner, job, prepared.clone(), control.clone()).await?;
     control.check()?;
     let version = NewVersion {

@@ -30,11 +30,13 @@ multiversion! {
     fn quantize_row(x: &[f32], q: &mut [i16], scale: &mut [f32], sum: &mut [f32]) {
         let blocks = x.as_chunks::<BLOCK>().0.iter().zip(q.as_chunks_mut::<BLOCK>().0);
         for ((x, q), (scale, sum)) in blocks.zip(scale.iter_mut().zip(sum)) {
-            let mut largest = 0.0f32;
+            let (mut largest, mut finite) = (0.0f32, true);
             for x in x {
                 largest = largest.max(x.abs());
+                finite &= x.is_finite();
             }
-            *scale = largest / LARGEST;
+            // What is broken must not look like zeros.
+            *scale = if finite { largest / LARGEST } else { f32::NAN };
             let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
             let mut total = 0i32;
             for (x, q) in x.iter().zip(q) {

@@ -79,11 +79,12 @@ pub(super) fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { value }
 }
 
-/// The value of half-precision bits of a finite number.
+/// The value of half-precision bits; infinity is taken for not a number, which is what a cache that saturates can hold beside numbers.
 #[inline(always)]
 pub fn f16_value(bits: u16) -> f32 {
     // The exponents' biases differ by 112: a multiplication by 2^112 sets it right, subnormals included.
     let magnitude = f32::from_bits(u32::from(bits & 0x7FFF) << 13) * f32::from_bits(0x7780_0000);
+    let magnitude = if magnitude < 65536.0 { magnitude } else { f32::NAN };
     f32::from_bits(magnitude.to_bits() | (u32::from(bits & 0x8000) << 16))
 }
 
@@ -115,7 +116,10 @@ mod tests {
             if want.is_finite() {
                 assert_eq!(f16_value(bits).to_bits(), want.to_f32().to_bits(), "{bits:#x}");
                 assert_eq!(f16_bits(want.to_f32()), bits);
+            } else {
+                assert!(f16_value(bits).is_nan());
             }
         }
+        assert!(f16_value(f16_bits(f32::NAN)).is_nan());
     }
 }

@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 struct Pass;
 
 impl PublishGate for Pass {
-    fn check(&self, lora: &Lora, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         let no_effect = lora.is_zero();
         Ok(ParityReport { tokens: 256, mean_abs_difference: 0.0, mean_abs_effect: 1.0, threshold: 0.1, no_effect })
     }

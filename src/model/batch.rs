@@ -1,0 +1,90 @@
+//! A serving batch: new tokens of several sequences, each with its own length, KV blocks and adapter; and what runs it.
+
+use std::sync::Arc;
+
+use crate::adapter::Lora;
+use crate::error::{Error, Result};
+use crate::model::Model;
+
+/// Runs batches over a KV cache of its own.
+pub trait Executor: Send {
+    /// Runs the spans and gives the logits of the rows that asked for them, in order, `[rows, vocab]` row-major. Spans of the same
+    /// sequence must not share a batch.
+    fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]>;
+}
+
+/// The KV cache's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    pub block_tokens: usize,
+    pub blocks: usize,
+}
+
+/// Which rows of a span get logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogitRows {
+    None,
+    Last,
+    All,
+}
+
+impl LogitRows {
+    /// Rows of logits that a span of `rows` gives.
+    pub fn count(self, rows: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Last => rows.min(1),
+            Self::All => rows,
+        }
+    }
+}
+
+/// New tokens of one sequence.
+#[derive(Debug, Clone)]
+pub struct Span<'a> {
+    /// The new ids, at positions `start..start + ids.len()`.
+    pub ids: &'a [u32],
+    pub start: usize,
+    /// The sequence's KV blocks in order; they cover `start + ids.len()` positions. Positions below `start` hold KV already.
+    pub blocks: &'a [u32],
+    /// `None` is the base.
+    pub lora: Option<&'a Arc<Lora>>,
+    pub logits: LogitRows,
+}
+
+impl Span<'_> {
+    /// Positions that its sequence has after it.
+    pub fn end(&self) -> usize {
+        self.start + self.ids.len()
+    }
+}
+
+impl KvLayout {
+    /// Fails where there is no room for a single token.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.blocks == 0 || self.block_tokens == 0 {
+            return Err(Error::invalid("kv_cache_bytes", "is too small for one block; raise the limit"));
+        }
+        Ok(())
+    }
+
+    /// Where the cache holds a position of the sequence whose blocks are given.
+    pub(super) fn slot(&self, blocks: &[u32], position: usize) -> usize {
+        blocks[position / self.block_tokens] as usize * self.block_tokens + position % self.block_tokens
+    }
+
+    /// Fails where a span does not fit the model or this cache.
+    pub(super) fn check_spans(&self, model: &Model, spans: &[Span<'_>]) -> Result<()> {
+        for span in spans {
+            let fits = !span.ids.is_empty()
+                && span.end() <= model.context_length()
+                && span.end() <= span.blocks.len() * self.block_tokens
+                && span.blocks.iter().all(|block| (*block as usize) < self.blocks)
+                && span.ids.iter().all(|id| (*id as usize) < model.vocab_size());
+            if !fits {
+                return Err(Error::internal("a span does not fit the context, its blocks or the vocabulary"));
+            }
+        }
+        Ok(())
+    }
+}
