@@ -20,7 +20,7 @@ use crate::model::Model;
 use crate::model::parity::Parity;
 use crate::request::ParityReport;
 use crate::safety::Guard;
-use crate::store::{KeyOwner, Store};
+use crate::store::{NewKey, Store};
 use crate::text::Text;
 use crate::train::{Trainer, TrainerParts};
 
@@ -52,9 +52,8 @@ pub async fn run(
     check_listener(&config, listener.local_addr()?)?;
     let device = config.device.open()?;
     let store = Store::open(&config.data_dir).await?;
-    if let Some(key) = bootstrap_operator_key(&store).await? {
-        announce(Announcement::OperatorKey(key));
-    }
+    let show = |key| announce(Announcement::OperatorKey(key));
+    bootstrap_operator_key(&store, config.rotate_operator_key, show).await?;
     let path = config.base.clone();
     let parts = async {
         let base =
@@ -117,13 +116,16 @@ impl PublishGate for ParityGate {
     }
 }
 
-/// Makes the first operator key and gives its secret; `None` where there is a key already. Show it once: nobody can read it again.
-pub async fn bootstrap_operator_key(store: &Store) -> Result<Option<String>> {
-    if store.has_operator_key().await? {
-        return Ok(None);
+/// Makes an operator key where there is none, or a new one in place of all others; shows it, then keeps its hash, so that a process that
+/// dies in between leaves no key that nobody has seen.
+pub async fn bootstrap_operator_key(store: &Store, rotate: bool, show: impl FnOnce(String)) -> Result<()> {
+    if !rotate && store.has_operator_key().await? {
+        return Ok(());
     }
-    let (_, secret) = store.create_key(&KeyOwner::Operator, "first operator key").await?;
-    Ok(Some(secret))
+    let key = NewKey::new();
+    show(key.secret.clone());
+    store.revoke_operator_keys().await?;
+    store.insert_operator_key(&key, if rotate { "rotated operator key" } else { "first operator key" }).await
 }
 
 /// The tenant that operators' calls of the base are made for.
@@ -183,6 +185,7 @@ mod tests {
             threads: 1,
             metrics_listen: None,
             insecure_no_auth: false,
+            rotate_operator_key: false,
             tls: None,
             allow_plaintext: false,
             limits: Limits::default(),

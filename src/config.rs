@@ -21,6 +21,8 @@ pub struct Config {
     pub metrics_listen: Option<SocketAddr>,
     /// Everyone is the operator and every tenant. Refused beyond loopback.
     pub insecure_no_auth: bool,
+    /// Revokes all operator keys at the start and makes a new one.
+    pub rotate_operator_key: bool,
     pub tls: Option<TlsFiles>,
     /// Plaintext beyond loopback is refused unless this is set.
     pub allow_plaintext: bool,
@@ -50,6 +52,10 @@ macro_rules! limits {
 
             /// Sets one by name.
             pub fn set(&mut self, name: &str, value: u64) -> Result<()> {
+                if let Some((_, range)) = RANGES.iter().find(|(known, range)| *known == name && !range.contains(&value)) {
+                    let message = format!("{name} is {value}; it must be in {}..={}", range.start(), range.end());
+                    return Err(Error::invalid("limit", message));
+                }
                 match name {
                     $(stringify!($name) => self.$name = value,)*
                     _ => {
@@ -94,6 +100,8 @@ limits! {
     adapter_cache_bytes = 1024 * MIB, "bytes";
     /// Jobs of one tenant that have not ended.
     max_jobs_per_tenant = 32, "jobs";
+    /// Tokens of one record in training: a token takes a megabyte and more while its gradient is computed.
+    max_record_tokens = 2048, "tokens";
     /// Optimizer steps of one job.
     max_training_steps = 1_000_000, "steps";
     /// Records of one optimizer step: batch size times accumulation.
@@ -124,10 +132,18 @@ limits! {
     train_share_percent = 40, "percent";
     /// Streams of one connection.
     max_streams_per_connection = 256, "streams";
-    /// Calls under way on all connections.
+    /// Calls of tenants under way on all connections.
     max_calls = 4096, "calls";
-    /// Uploads under way at once.
+    /// Calls of one tenant under way.
+    max_calls_per_tenant = 1024, "calls";
+    /// Uploads under way at once, imports to the end of their publication.
     max_uploads = 8, "uploads";
+    /// Uploads of one tenant under way.
+    max_uploads_per_tenant = 4, "uploads";
+    /// Datasets and adapters read whole at once for inspection, validation or export.
+    max_reads = 8, "reads";
+    /// The same of one tenant.
+    max_reads_per_tenant = 2, "reads";
     /// A connection that is silent for this long is asked for a sign of life, and closed without one.
     keepalive_seconds = 20, "seconds";
     /// Time that answers under way get after SIGTERM.
@@ -136,8 +152,36 @@ limits! {
     upload_idle_seconds = 60, "seconds";
 }
 
+/// Values that a limit may have, where not all make sense.
+const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
+    ("max_message_bytes", 1024..=1 << 30),
+    ("kv_block_tokens", 1..=4096),
+    ("train_share_percent", 0..=95),
+    ("keepalive_seconds", 1..=86_400),
+    ("drain_timeout_seconds", 0..=86_400),
+    ("upload_idle_seconds", 1..=86_400),
+];
+
 impl Limits {
     pub fn drain_timeout(&self) -> Duration {
         Duration::from_secs(self.drain_timeout_seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_set_by_name_within_their_range() {
+        let mut limits = Limits::default();
+        limits.set("max_rank", 7).unwrap();
+        assert_eq!(limits.max_rank, 7);
+        assert!(limits.set("no_such", 1).unwrap_err().to_string().contains("max_rank"));
+        assert!(limits.set("keepalive_seconds", 0).unwrap_err().to_string().contains("1..="));
+        for (name, default, _) in Limits::TABLE {
+            limits.set(name, *default).unwrap();
+        }
+        assert!(RANGES.iter().all(|(name, _)| Limits::TABLE.iter().any(|row| row.0 == *name)));
     }
 }

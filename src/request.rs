@@ -256,7 +256,7 @@ pub struct Hyperparameters {
     pub validation_split: f32,
     /// `None`: once an epoch.
     pub eval_steps: Option<u32>,
-    /// Tokens. `None`: the least of 2048 and the base's context.
+    /// Tokens. `None`: the least of the limit `max_record_tokens` and the base's context.
     pub max_length: Option<u32>,
 }
 

@@ -7,9 +7,15 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use serde_json::Value;
 use tempfile::TempDir;
 use tenora::api::client::{Client, Target};
 use tenora::api::proto::*;
+use tenora::hub::{CONFIG_FILE, TENSORS_FILE};
+
+/// The `lora_alpha` of `kept` and of the import that the first kill cuts; each later one has the next.
+const KEPT_ALPHA: u64 = 8;
+const CUT_ALPHA: u64 = KEPT_ALPHA + 1;
 
 /// The program, killed when dropped.
 struct Server {
@@ -81,13 +87,15 @@ fn upload(id: &str) -> Vec<UploadDatasetRequest> {
     parts.map(|part| UploadDatasetRequest { part: Some(part) }).into()
 }
 
-fn import(id: &str) -> Vec<ImportAdapterRequest> {
+/// The golden adapter with another `lora_alpha`, which is another content: its files are no other version's.
+fn import(id: &str, alpha: u64) -> Vec<ImportAdapterRequest> {
     let header = ImportAdapterHeader { parent: "tenants/t".into(), adapter_id: id.into(), ..Default::default() };
-    let file = |name: &str| {
-        let data = std::fs::read(format!("tests/golden/adapters/random/{name}")).expect("a file");
-        import_adapter_request::Part::Chunk(FileChunk { filename: name.into(), data })
-    };
-    let files = ["adapter_config.json", "adapter_model.safetensors"].map(file);
+    let read = |name: &str| std::fs::read(format!("tests/golden/adapters/random/{name}")).expect("a file");
+    let mut config: Value = serde_json::from_slice(&read(CONFIG_FILE)).expect("its settings");
+    config["lora_alpha"] = alpha.into();
+    let file =
+        |(name, data): (&str, Vec<u8>)| import_adapter_request::Part::Chunk(FileChunk { filename: name.into(), data });
+    let files = [(CONFIG_FILE, config.to_string().into_bytes()), (TENSORS_FILE, read(TENSORS_FILE))].map(file);
     let parts = std::iter::once(import_adapter_request::Part::Header(header)).chain(files);
     parts.map(|part| ImportAdapterRequest { part: Some(part) }).collect()
 }
@@ -141,6 +149,19 @@ async fn assert_versions_serve(client: &Client) -> BTreeMap<String, usize> {
     found
 }
 
+/// The dataset and the adapter that no kill caught are there, every version answers, and the only files are those of what
+/// the catalogue lists: two a version, one a dataset.
+async fn assert_whole(client: &Client, data: &Path) {
+    let request = ListDatasetsRequest { parent: "tenants/t".into(), ..Default::default() };
+    let datasets = client.list_datasets(request).await.expect("a list").datasets;
+    assert_eq!(datasets.iter().map(|d| d.name.as_str()).collect::<Vec<_>>(), ["tenants/t/datasets/kept"]);
+    let adapters = assert_versions_serve(client).await;
+    assert_eq!(adapters.get("tenants/t/adapters/kept"), Some(&1));
+    let versions: usize = adapters.values().sum();
+    let found = files(&data.join("blobs"));
+    assert_eq!(found.len(), 2 * versions + datasets.len(), "{adapters:?}: {found:?}");
+}
+
 /// Files below a folder.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
@@ -155,8 +176,8 @@ async fn a_killed_server_comes_back_whole() {
     let key = make_tenant(&server).await;
     let client = server.client(&key).await;
     client.upload_dataset(futures::stream::iter(upload("kept"))).await.expect("uploaded");
-    client.import_adapter(futures::stream::iter(import("kept"))).await.expect("imported");
-    let blobs = files(&data.path().join("blobs")).len();
+    client.import_adapter(futures::stream::iter(import("kept", KEPT_ALPHA))).await.expect("imported");
+    assert_whole(&client, data.path()).await;
     let job = start_job(&client).await.name;
     let mut seen = wait_for_step(&client, &job, 0).await;
 
@@ -168,7 +189,7 @@ async fn a_killed_server_comes_back_whole() {
     });
     let importing = tokio::spawn({
         let client = client.clone();
-        async move { client.import_adapter(futures::stream::iter(import("cut-0"))).await }
+        async move { client.import_adapter(futures::stream::iter(import("cut-0", CUT_ALPHA))).await }
     });
     tokio::time::sleep(Duration::from_millis(300)).await;
     server.kill();
@@ -180,22 +201,16 @@ async fn a_killed_server_comes_back_whole() {
         assert!(server.operator.is_none(), "the key was made once");
         let client = server.client(&key).await;
         assert_eq!(state(&client, &job).await, JobState::Interrupted);
-        let request = ListDatasetsRequest { parent: "tenants/t".into(), ..Default::default() };
-        let datasets = client.list_datasets(request).await.expect("a list").datasets;
-        assert_eq!(datasets.iter().map(|d| d.name.as_str()).collect::<Vec<_>>(), ["tenants/t/datasets/kept"]);
-        let adapters = assert_versions_serve(&client).await;
-        assert_eq!(adapters.get("tenants/t/adapters/kept"), Some(&1));
-        let extra = adapters.len() - 1;
-        let now = files(&data.path().join("blobs")).len();
-        assert!(now <= blobs + 2 * extra, "{now} files, {blobs} before, {extra} adapters more");
+        assert_whole(&client, data.path()).await;
 
         let resumed =
             client.resume_training_job(ResumeTrainingJobRequest { name: job.clone() }).await.expect("resumed");
         assert!([JobState::Queued, JobState::Running].contains(&resumed.state()));
         seen = wait_for_step(&client, &job, seen).await;
+        let cut = import(&format!("cut-{round}"), CUT_ALPHA + round);
         let importing = tokio::spawn({
             let client = client.clone();
-            async move { client.import_adapter(futures::stream::iter(import(&format!("cut-{round}")))).await }
+            async move { client.import_adapter(futures::stream::iter(cut)).await }
         });
         tokio::time::sleep(Duration::from_millis(700 * round)).await;
         server.kill();
@@ -204,6 +219,7 @@ async fn a_killed_server_comes_back_whole() {
 
     let server = Server::start(data.path(), &base);
     let client = server.client(&key).await;
+    assert_whole(&client, data.path()).await;
     client.resume_training_job(ResumeTrainingJobRequest { name: job.clone() }).await.expect("resumed");
     wait_for_step(&client, &job, seen).await;
     client.cancel_training_job(CancelTrainingJobRequest { name: job.clone() }).await.expect("cancelled");

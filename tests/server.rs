@@ -10,7 +10,9 @@ mod server {
     mod loading;
     mod metrics;
     mod reflection;
+    mod safety;
     mod swap;
     mod tenants;
     mod tls;
+    mod training;
 }

@@ -92,6 +92,12 @@ impl Package {
         Ok(Lora { spec, layers })
     }
 
+    /// Bytes that the adapter takes in memory, by the header alone.
+    pub fn memory_bytes(&self) -> Result<u64> {
+        let elements = |view: &TensorView<'_>| view.shape().iter().product::<usize>() as u64;
+        Ok(self.sorted_tensors()?.values().map(|view| 4 * elements(view)).sum())
+    }
+
     /// By name, so that of several faults it is always the same one that is named.
     fn sorted_tensors(&self) -> Result<BTreeMap<String, TensorView<'_>>> {
         let tensors = SafeTensors::deserialize(&self.tensors).map_err(|e| {
@@ -107,7 +113,7 @@ impl Package {
             hasher.update((bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         };
-        field(b"tenora lora 1");
+        field(b"tenora lora 2");
         field(Settings::read(&self.config)?.canonical().as_bytes());
         for (name, view) in self.sorted_tensors()? {
             field(name.as_bytes());
@@ -311,7 +317,8 @@ impl Settings {
         let names: Vec<_> = self.targets.iter().map(|t| t.name()).collect();
         let object = |pattern: &Pattern| pattern.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
         let (ranks, alphas): (Map<_, _>, Map<_, _>) = (object(&self.rank_pattern), object(&self.alpha_pattern));
-        json!([self.rank, self.alpha, names, self.layers, self.use_rslora, ranks, alphas]).to_string()
+        // Dropout means something to a job that continues from it.
+        json!([self.rank, self.alpha, self.dropout, names, self.layers, self.use_rslora, ranks, alphas]).to_string()
     }
 }
 

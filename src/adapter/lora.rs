@@ -86,6 +86,17 @@ impl LoraSpec {
     }
 }
 
+impl LoraSpec {
+    /// Bytes of its float32 tensors.
+    pub fn byte_size(&self, shape: &BaseShape) -> Result<u64> {
+        let of_site = |site: &Site| {
+            let (inputs, outputs) = shape.dims(site.target);
+            4 * u64::from(self.rank) * (inputs + outputs) as u64
+        };
+        Ok(self.sites(shape)?.iter().map(of_site).sum())
+    }
+}
+
 impl Lora {
     /// As PEFT starts one: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), B zero. A function of the seed alone.
     pub fn fresh(spec: &LoraSpec, shape: &BaseShape, seed: u64) -> Result<Self> {

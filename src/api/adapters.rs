@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Streaming};
 
+use super::auth::caller_of;
 use super::proto::adapter_service_server::AdapterService;
 use super::proto::{export_adapter_response as exported, import_adapter_request as imported};
 use super::shared::Shared;
@@ -12,6 +13,7 @@ use super::{Answer, Streamed, convert, proto as pb};
 use crate::error::{Error, Result};
 use crate::hub::{CONFIG_FILE, NewVersion, Package, TENSORS_FILE};
 use crate::ids::{AdapterName, AdapterRef, TenantId, VersionName};
+use crate::store::uninterrupted;
 
 /// Most bytes of a file that one message of an export carries.
 const EXPORT_CHUNK: u64 = 256 << 10;
@@ -27,14 +29,14 @@ impl AdapterService for Adapters {
         request: Request<Streaming<pb::ImportAdapterRequest>>,
     ) -> Answer<pb::AdapterVersion> {
         let (_, call, messages) = request.into_parts();
-        let mut upload = self.0.uploads.open(messages)?;
+        let mut upload = self.0.uploads.open(&call, messages)?;
         let Some(imported::Part::Header(header)) = upload.next().await?.and_then(|message| message.part) else {
             return Err(misplaced_header().into());
         };
         let parent: TenantId = convert::name("header.parent", &header.parent)?;
         let tenant = self.0.auth.tenant_for(&call, &parent).await?;
         let mut folder = Folder::new(self.0.parts.limits.max_adapter_bytes);
-        let adapter = AdapterName::new(&parent, &header.adapter_id)?;
+        let adapter = AdapterName::new(&parent, &header.adapter_id).map_err(|e| convert::at("header.adapter_id", e))?;
         while let Some(message) = upload.next().await? {
             match message.part {
                 Some(imported::Part::Chunk(chunk)) => folder.add(&chunk)?,
@@ -45,22 +47,29 @@ impl AdapterService for Adapters {
             adapter,
             package: folder.package()?,
             probes: Vec::new(),
-            publish: convert::publish(header.publish)?,
+            publish: convert::publish(header.publish).map_err(|e| convert::at("header.publish", e))?,
             job: None,
             metrics: Default::default(),
-            request_id: convert::request_id(header.request_id)?,
+            request_id: convert::request_id(header.request_id).map_err(|e| convert::at("header.request_id", e))?,
             validate_only: header.validate_only,
         };
-        let row = self.0.parts.hub.publish(&tenant, new).await?;
-        Ok(Response::new(convert::version(row)))
+        // A client that goes away keeps its place until what it has begun is done.
+        let (place, hub) = (upload.into_place(), self.0.parts.hub.clone());
+        let publish = async move {
+            let _place = place;
+            hub.publish(&tenant, new).await
+        };
+        Ok(Response::new(convert::version(uninterrupted(publish).await?)))
     }
 
     async fn export_adapter(&self, request: Request<pb::ExportAdapterRequest>) -> Answer<Self::ExportAdapterStream> {
         let name: AdapterRef = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), name.tenant()).await?;
+        let place = self.0.reads.take(caller_of(request.extensions())?)?;
         let (row, package) = self.0.parts.hub.package(&tenant, &name).await?;
         let size = (self.0.parts.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK) as usize;
         let answer = async_stream::stream! {
+            let _place = place;
             yield Ok(part(exported::Part::Version(convert::version(row))));
             for (filename, bytes) in [(CONFIG_FILE, package.config), (TENSORS_FILE, package.tensors)] {
                 for data in bytes.chunks(size) {

@@ -90,7 +90,8 @@ impl Auth {
     }
 }
 
-fn caller_of(call: &Extensions) -> Result<&Caller> {
+/// Who calls; the edge has put it there.
+pub fn caller_of(call: &Extensions) -> Result<&Caller> {
     call.get().ok_or_else(no_key)
 }
 

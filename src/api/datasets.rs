@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status, Streaming};
 
+use super::auth::caller_of;
 use super::proto::dataset_service_server::DatasetService;
 use super::proto::{upload_dataset_request as records, upload_preferences_request as preferences};
 use super::shared::Shared;
@@ -11,7 +12,7 @@ use super::uploads::misplaced_header;
 use super::{Answer, convert, proto as pb};
 use crate::data::{self, Upload};
 use crate::ids::{DatasetName, TenantId};
-use crate::store::DatasetKind;
+use crate::store::{DatasetKind, uninterrupted};
 
 pub struct Datasets(pub Arc<Shared>);
 
@@ -24,8 +25,8 @@ impl Datasets {
     ) -> Result<Upload, Status> {
         let parent: TenantId = convert::name("header.parent", &header.parent)?;
         let tenant = self.0.auth.tenant_for(call, &parent).await?;
-        let name = DatasetName::new(&parent, &header.dataset_id)?;
-        let request_id = convert::request_id(header.request_id)?;
+        let name = DatasetName::new(&parent, &header.dataset_id).map_err(|e| convert::at("header.dataset_id", e))?;
+        let request_id = convert::request_id(header.request_id).map_err(|e| convert::at("header.request_id", e))?;
         let (store, limits) = (&self.0.parts.store, &self.0.parts.limits);
         Ok(Upload::begin(store, limits, &tenant, name, kind, &request_id, header.validate_only).await?)
     }
@@ -35,7 +36,7 @@ impl Datasets {
 impl DatasetService for Datasets {
     async fn upload_dataset(&self, request: Request<Streaming<pb::UploadDatasetRequest>>) -> Answer<pb::Dataset> {
         let (_, call, messages) = request.into_parts();
-        let mut incoming = self.0.uploads.open(messages)?;
+        let mut incoming = self.0.uploads.open(&call, messages)?;
         let Some(records::Part::Header(header)) = incoming.next().await?.and_then(|message| message.part) else {
             return Err(misplaced_header().into());
         };
@@ -54,7 +55,7 @@ impl DatasetService for Datasets {
         request: Request<Streaming<pb::UploadPreferencesRequest>>,
     ) -> Answer<pb::Dataset> {
         let (_, call, messages) = request.into_parts();
-        let mut incoming = self.0.uploads.open(messages)?;
+        let mut incoming = self.0.uploads.open(&call, messages)?;
         let Some(preferences::Part::Header(header)) = incoming.next().await?.and_then(|message| message.part) else {
             return Err(misplaced_header().into());
         };
@@ -90,8 +91,14 @@ impl DatasetService for Datasets {
     async fn inspect_dataset(&self, request: Request<pb::InspectDatasetRequest>) -> Answer<pb::DatasetReport> {
         let name: DatasetName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        let report =
-            data::inspect(&self.0.parts.store, &self.0.parts.text, &tenant, &name, self.0.parts.context_length).await?;
+        let place = self.0.reads.take(caller_of(request.extensions())?)?;
+        let parts = self.0.parts.clone();
+        let inspect = async move {
+            // Held to the end of the work, also where the client has gone.
+            let _place = place;
+            data::inspect(&parts.store, &parts.text, &tenant, &name, parts.context_length).await
+        };
+        let report = uninterrupted(inspect).await?;
         Ok(Response::new(convert::report(report)))
     }
 

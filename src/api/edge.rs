@@ -2,15 +2,17 @@
 //!
 //! It stands before the router, so that a method cannot be added without it.
 
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use http_body::{Frame, SizeHint};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use prost::Message as _;
+use prost_types::FileDescriptorSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -20,10 +22,25 @@ use tonic::codegen::{BoxFuture, Bytes, Service};
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
-use super::auth::Auth;
-use super::{Deadline, status};
+use super::auth::{Auth, Caller};
+use super::places::{Place, Places};
+use super::{Deadline, proto, status};
 use crate::config::Limits;
 use crate::error::{Error, Result};
+
+/// The paths of all methods that can be called with a key.
+static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
+    let reflection = tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET;
+    let sets = [proto::DESCRIPTORS, reflection].map(|bytes| FileDescriptorSet::decode(bytes).unwrap_or_default());
+    let mut methods = HashSet::new();
+    for file in sets.iter().flat_map(|set| &set.file) {
+        for service in &file.service {
+            let name = |method: &str| format!("/{}.{}/{method}", file.package(), service.name());
+            methods.extend(service.method.iter().map(|method| name(method.name())));
+        }
+    }
+    methods
+});
 
 /// Open to everyone, at all times.
 const HEALTH: &str = "/grpc.health.v1.Health/";
@@ -33,16 +50,17 @@ const HEALTH: &str = "/grpc.health.v1.Health/";
 pub struct Calls {
     closing: CancellationToken,
     under_way: TaskTracker,
-    places: Arc<Semaphore>,
+    places: Places,
 }
 
 impl Calls {
     pub fn new(limits: &Limits) -> Self {
-        let places = usize::try_from(limits.max_calls).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        let all = ("max_calls", limits.max_calls);
+        let per_tenant = ("max_calls_per_tenant", limits.max_calls_per_tenant);
         Self {
             closing: CancellationToken::new(),
             under_way: TaskTracker::new(),
-            places: Arc::new(Semaphore::new(places)),
+            places: Places::new("calls", all, per_tenant, Duration::from_secs(1)),
         }
     }
 
@@ -67,15 +85,11 @@ impl Calls {
         self.under_way.spawn(work);
     }
 
-    fn enter(&self) -> Result<OwnedSemaphorePermit> {
+    fn enter(&self, caller: &Caller) -> Result<Place> {
         if self.closing.is_cancelled() {
             return Err(draining());
         }
-        self.places.clone().try_acquire_owned().map_err(|_| Error::Exhausted {
-            limit: "max_calls",
-            message: "the server has as many calls under way as it takes; try again".into(),
-            retry_after: Some(Duration::from_secs(1)),
-        })
+        self.places.take(caller)
     }
 }
 
@@ -172,9 +186,9 @@ impl Service<http::Request<Body>> for Edge {
 }
 
 /// Finds out who calls, first of all: a stranger learns nothing about the server's state.
-async fn admit(auth: &Auth, calls: &Calls, request: &mut http::Request<Body>) -> Result<OwnedSemaphorePermit> {
+async fn admit(auth: &Auth, calls: &Calls, request: &mut http::Request<Body>) -> Result<Place> {
     let caller = auth.caller(request.headers()).await?;
-    let place = calls.enter()?;
+    let place = calls.enter(&caller)?;
     request.extensions_mut().insert(caller);
     Ok(place)
 }
@@ -185,7 +199,7 @@ struct Record {
     path: String,
     since: Instant,
     code: Code,
-    place: Option<OwnedSemaphorePermit>,
+    place: Option<Place>,
     _under_way: TaskTrackerToken,
 }
 
@@ -221,7 +235,7 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         // A path that no service has is the caller's invention and must not become a label.
-        let method = if self.code == Code::Unimplemented { "unknown" } else { self.path.as_str() }.to_owned();
+        let method = if METHODS.contains(&self.path) { self.path.as_str() } else { "unknown" }.to_owned();
         let code = format!("{:?}", self.code);
         metrics::counter!("tenora_calls_total", "method" => method.clone(), "code" => code).increment(1);
         metrics::histogram!("tenora_call_seconds", "method" => method).record(self.since.elapsed().as_secs_f64());
@@ -291,15 +305,23 @@ mod tests {
         }
     }
 
+    #[test]
+    fn only_methods_that_exist_become_labels() {
+        assert!(METHODS.contains("/tenora.v1.GenerationService/Generate"));
+        assert!(METHODS.contains("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"));
+        assert!(!METHODS.contains("/tenora.v1.GenerationService/Other"));
+    }
+
     #[tokio::test]
     async fn a_full_server_refuses_and_a_closed_one_says_so() {
         let calls = Calls::new(&Limits { max_calls: 1, ..Limits::default() });
-        let place = calls.enter().unwrap();
-        assert!(matches!(calls.enter(), Err(Error::Exhausted { limit: "max_calls", .. })));
+        let caller = Caller::Tenant(crate::ids::TenantId::new("a").unwrap());
+        let place = calls.enter(&caller).unwrap();
+        assert!(matches!(calls.enter(&caller), Err(Error::Exhausted { limit: "max_calls", .. })));
         drop(place);
-        assert!(calls.enter().is_ok());
+        assert!(calls.enter(&caller).is_ok());
         calls.close();
-        assert!(matches!(calls.enter(), Err(Error::Unavailable { .. })));
+        assert!(matches!(calls.enter(&caller), Err(Error::Unavailable { .. })));
         calls.finished().await;
     }
 }

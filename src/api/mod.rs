@@ -14,6 +14,7 @@ mod convert;
 mod datasets;
 mod edge;
 mod generation;
+mod places;
 mod safety;
 mod server;
 mod shared;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::auth::Auth;
 use super::edge::Calls;
+use super::places::Places;
 use super::uploads::Uploads;
 use crate::config::Limits;
 use crate::hub::Hub;
@@ -31,4 +32,6 @@ pub struct Shared {
     pub auth: Auth,
     pub calls: Calls,
     pub uploads: Uploads,
+    /// For reading whole datasets and adapters.
+    pub reads: Places,
 }

@@ -61,18 +61,21 @@ pub fn with_details(status: Status) -> Status {
         return status;
     }
     let reason = match status.code() {
-        Code::Unimplemented => "UNKNOWN_METHOD",
+        // tonic says nothing of a method that it does not know, and says which encoding it does not.
+        Code::Unimplemented if status.message().is_empty() => "UNKNOWN_METHOD",
+        Code::Unimplemented => "UNSUPPORTED_ENCODING",
         Code::OutOfRange | Code::ResourceExhausted => "MESSAGE_TOO_LARGE",
         Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
         Code::Cancelled => "CANCELLED",
         _ => "MALFORMED_MESSAGE",
     };
     let text = match status.code() {
-        Code::Unimplemented => "this server has no such method".to_owned(),
+        Code::Unimplemented if status.message().is_empty() => "this server has no such method".to_owned(),
         Code::OutOfRange | Code::ResourceExhausted => format!("{} (limit max_message_bytes)", status.message()),
         _ => status.message().to_owned(),
     };
-    plain(status.code(), reason, text)
+    let metadata = status.metadata().clone();
+    Status::with_error_details_and_metadata(status.code(), text, info(reason, []), metadata)
 }
 
 fn info<const N: usize>(reason: &str, metadata: [(&str, &str); N]) -> ErrorDetails {
@@ -163,5 +166,8 @@ mod tests {
         let status = with_details(Status::out_of_range("decoded message length too large"));
         assert_eq!(status.get_error_details().error_info().unwrap().reason, "MESSAGE_TOO_LARGE");
         assert!(status.message().contains("max_message_bytes"));
+        let reason = |status: Status| with_details(status).get_error_details().error_info().unwrap().reason.clone();
+        assert_eq!(reason(Status::unimplemented("")), "UNKNOWN_METHOD");
+        assert_eq!(reason(Status::unimplemented("Content is compressed with `gzip`")), "UNSUPPORTED_ENCODING");
     }
 }

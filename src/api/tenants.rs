@@ -10,7 +10,6 @@ use super::shared::Shared;
 use super::{Answer, convert, proto as pb};
 use crate::error::Error;
 use crate::ids::{KeyName, TenantId};
-use crate::store::KeyOwner;
 
 pub struct Tenants(pub Arc<Shared>);
 
@@ -40,8 +39,7 @@ impl TenantService for Tenants {
         if id.as_str() == OPERATOR_TENANT {
             return Err(Error::precondition("TENANT_IN_USE", id, "operators' own calls are counted under it").into());
         }
-        self.0.parts.store.delete_tenant(&id).await?;
-        self.0.parts.hub.forget_tenant(&id).await;
+        self.0.parts.hub.delete_tenant(&id).await?;
         Ok(Response::new(pb::DeleteTenantResponse {}))
     }
 
@@ -50,7 +48,8 @@ impl TenantService for Tenants {
         let request = request.into_inner();
         let owner: TenantId = convert::name("parent", &request.parent)?;
         let display_name = convert::display_name(request.display_name)?;
-        let (row, secret) = self.0.parts.store.create_key(&KeyOwner::Tenant(owner.clone()), &display_name).await?;
+        let request_id = convert::request_id(request.request_id)?;
+        let (row, secret) = self.0.parts.store.create_key(&owner, &display_name, &request_id).await?;
         Ok(Response::new(pb::CreateApiKeyResponse { api_key: Some(convert::key(&owner, row)), secret }))
     }
 

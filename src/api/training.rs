@@ -6,6 +6,7 @@ use std::time::Instant;
 use futures::StreamExt as _;
 use tonic::{Request, Response};
 
+use super::auth::caller_of;
 use super::edge::draining;
 use super::proto::train_request::Start;
 use super::proto::training_service_server::TrainingService;
@@ -38,6 +39,11 @@ impl TrainingService for Training {
         let from = self.start_version(&tenant, &request).await?;
         let spec = convert::job_spec(&request, from)?;
         let request_id = convert::request_id(request.request_id)?;
+        // Validation reads the whole dataset.
+        let _place = match request.validate_only {
+            true => Some(self.0.reads.take(caller_of(&call)?)?),
+            false => None,
+        };
         let row = self.0.parts.trainer.submit(&tenant, spec, &request_id, request.validate_only).await?;
         Ok(Response::new(convert::job(row)))
     }

@@ -1,35 +1,33 @@
 //! Client streams: a header, then pieces. Limits how many run at once and how long each may send nothing.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::{Status, Streaming};
+use tonic::{Extensions, Status, Streaming};
 
+use super::auth::caller_of;
+use super::places::{Place, Places};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 
 /// The places for uploads. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Uploads {
-    places: Arc<Semaphore>,
+    places: Places,
     idle: Duration,
 }
 
 impl Uploads {
     pub fn new(limits: &Limits) -> Self {
-        let places = usize::try_from(limits.max_uploads).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
-        Self { places: Arc::new(Semaphore::new(places)), idle: Duration::from_secs(limits.upload_idle_seconds) }
+        let all = ("max_uploads", limits.max_uploads);
+        let per_tenant = ("max_uploads_per_tenant", limits.max_uploads_per_tenant);
+        let places = Places::new("uploads", all, per_tenant, Duration::from_secs(5));
+        Self { places, idle: Duration::from_secs(limits.upload_idle_seconds) }
     }
 
     /// Takes a place until the upload is dropped.
-    pub fn open<T>(&self, messages: Streaming<T>) -> Result<Incoming<T>> {
-        let place = self.places.clone().try_acquire_owned().map_err(|_| Error::Exhausted {
-            limit: "max_uploads",
-            message: "the server has as many uploads under way as it takes; try again".into(),
-            retry_after: Some(Duration::from_secs(5)),
-        })?;
-        Ok(Incoming { messages, idle: self.idle, _place: place })
+    pub fn open<T>(&self, call: &Extensions, messages: Streaming<T>) -> Result<Incoming<T>> {
+        let place = self.places.take(caller_of(call)?)?;
+        Ok(Incoming { messages, idle: self.idle, place })
     }
 }
 
@@ -38,10 +36,15 @@ impl Uploads {
 pub struct Incoming<T> {
     messages: Streaming<T>,
     idle: Duration,
-    _place: OwnedSemaphorePermit,
+    place: Place,
 }
 
 impl<T> Incoming<T> {
+    /// The place alone, for work that goes on after the stream.
+    pub fn into_place(self) -> Place {
+        self.place
+    }
+
     /// The next message; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<T>, Status> {
         match tokio::time::timeout(self.idle, self.messages.message()).await {

@@ -1,7 +1,7 @@
 //! `tenora keys`: bearer keys of tenants. Needs an operator key.
 
 use super::connection::Connection;
-use super::{Result, show};
+use super::{Result, request_id, show};
 use crate::api::client::proto;
 
 /// Create, list and revoke a tenant's keys. Needs an operator key.
@@ -35,7 +35,8 @@ pub(super) async fn run(args: Args) -> Result<()> {
     let json = connection.json;
     match args.command {
         Command::Create { display_name } => {
-            let request = proto::CreateApiKeyRequest { parent: connection.parent()?, display_name };
+            let request =
+                proto::CreateApiKeyRequest { parent: connection.parent()?, display_name, request_id: request_id() };
             show::one(json, &connection.client().await?.create_api_key(request).await?)
         }
         Command::List => {

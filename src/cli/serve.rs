@@ -45,6 +45,9 @@ pub(super) struct Args {
     /// Let everyone on this machine be operator and every tenant. On a loopback address only.
     #[arg(long)]
     insecure_no_auth: bool,
+    /// Revoke all operator keys and make a new one, which is printed at this start.
+    #[arg(long)]
+    rotate_operator_key: bool,
     /// Set a limit; may be repeated. --list-limits shows them.
     #[arg(long = "limit", value_name = "NAME=VALUE", value_parser = parse_limit)]
     limits: Vec<(String, u64)>,
@@ -88,6 +91,7 @@ impl Args {
             threads: self.threads(),
             metrics_listen: self.metrics_listen,
             insecure_no_auth: self.insecure_no_auth,
+            rotate_operator_key: self.rotate_operator_key,
             tls: self.tls_cert.zip(self.tls_key).map(|(cert, key)| TlsFiles { cert, key }),
             allow_plaintext: self.allow_plaintext,
             limits,

@@ -6,7 +6,7 @@ use crate::config::Limits;
 use crate::data::{Record, is_blank};
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
-use crate::store::{BlobUpload, DatasetKind, DatasetRow, NewDataset, Store, fresh_token};
+use crate::store::{BlobUpload, DatasetKind, DatasetRow, NewDataset, Store, fresh_token, uninterrupted};
 
 /// Bytes that go to the disk at once.
 const PART_BYTES: usize = 1 << 20;
@@ -48,7 +48,7 @@ impl Upload {
         validate_only: bool,
     ) -> Result<Self> {
         tenant.check_owns(&name.tenant)?;
-        let destination = match store.dataset_to_make(&name, request_id).await? {
+        let destination = match store.dataset_to_make(&name, kind, request_id).await? {
             Some(made) => Destination::Made(made),
             None if validate_only => Destination::Nowhere,
             None => {
@@ -92,17 +92,18 @@ impl Upload {
             Destination::Made(row) => Ok(row),
             Destination::Nowhere => Ok(new(String::new()).into_row()),
             Destination::Blob { key, mut file, part } => {
-                file.write(part).await?;
-                let dataset = new(key);
-                let custody = self.store.custody(&dataset.name.tenant, &dataset.blob).await;
-                file.finish().await?;
-                let row = self.store.insert_dataset(&dataset, &self.request_id, self.most_datasets).await;
-                drop(custody);
-                if row.as_ref().ok().is_none_or(|row| row.blob != dataset.blob) {
-                    // Refused, or another call with this request id was quicker.
-                    self.store.collect_blob(&dataset.blob).await?;
-                }
-                row
+                let (dataset, store, request_id, most) = (new(key), self.store, self.request_id, self.most_datasets);
+                let make = async move {
+                    file.write(part).await?;
+                    let custody = store.custody(&dataset.name.tenant, &dataset.blob).await;
+                    file.finish().await?;
+                    let row = store.insert_dataset(&dataset, &request_id, most).await;
+                    drop(custody);
+                    // It has no owner where it was refused, or where another call with this request id was quicker.
+                    store.collect_blobs(&[dataset.blob]).await;
+                    row
+                };
+                uninterrupted(make).await
             }
         }
     }

@@ -55,9 +55,7 @@ impl Record {
     pub fn parse(kind: DatasetKind, line: &[u8]) -> Result<Self> {
         let value: Value = serde_json::from_slice(line).map_err(|e| bad(format!("not JSON: {e}")))?;
         let Value::Object(fields) = value else { return Err(bad("must be a JSON object, one a line")) };
-        if let Some(name) = UNSUPPORTED_FIELDS.iter().find(|name| fields.contains_key(**name)) {
-            return Err(bad(format!("{name:?} is not supported; remove it if the record means the same without it")));
-        }
+        refuse_unsupported(&fields)?;
         match kind {
             DatasetKind::Sft => chat(&fields).map(Self::Chat),
             DatasetKind::Preferences => preference(&fields).map(Self::Preference),
@@ -133,6 +131,22 @@ impl Examples {
     }
 }
 
+fn refuse_unsupported(fields: &Map<String, Value>) -> Result<()> {
+    match UNSUPPORTED_FIELDS.iter().find(|name| fields.contains_key(**name)) {
+        Some(name) => Err(bad(format!("{name:?} is not supported; remove it if the record means the same without it"))),
+        None => Ok(()),
+    }
+}
+
+/// No template can ask for an answer to nothing.
+fn check_beginning(messages: &[ChatMessage]) -> Result<()> {
+    match messages.first() {
+        Some(first) if first.role == "assistant" => Err(bad("the first message must not be the assistant's")),
+        Some(_) => Ok(()),
+        None => Err(bad("the prompt must have at least one message")),
+    }
+}
+
 fn bad(message: impl Into<String>) -> Error {
     Error::invalid_because("INVALID_RECORD", "line", message)
 }
@@ -154,6 +168,7 @@ fn chat(fields: &Map<String, Value>) -> Result<Chat> {
     if messages.last().is_none_or(|last| last.role != "assistant") {
         return Err(bad("the last message must be the assistant's"));
     }
+    check_beginning(&messages)?;
     if !learn.contains(&true) {
         return Err(bad("no assistant message has a weight of 1, so there is nothing to learn"));
     }
@@ -164,23 +179,25 @@ fn chat(fields: &Map<String, Value>) -> Result<Chat> {
 /// `{"input": {"messages"}, "preferred_output", "non_preferred_output"}`.
 fn preference(fields: &Map<String, Value>) -> Result<Preference> {
     let record = if let Some(input) = fields.get("input") {
+        if let Some(name) = ["prompt", "chosen", "rejected"].iter().find(|name| fields.contains_key(**name)) {
+            return Err(bad(format!("must have either \"input\" or {name:?}, not both")));
+        }
+        let input = input.as_object().ok_or_else(|| bad("\"input\" must be an object with \"messages\""))?;
+        refuse_unsupported(input)?;
         let messages = input.get("messages").ok_or_else(|| bad("\"input\" must be an object with \"messages\""))?;
         Preference {
             prompt: prompt_messages("input.messages", messages)?,
-            chosen: answer_messages("preferred_output", required(fields, "preferred_output")?)?.0,
-            rejected: answer_messages("non_preferred_output", required(fields, "non_preferred_output")?)?.0,
+            chosen: preferred("preferred_output", fields)?,
+            rejected: preferred("non_preferred_output", fields)?,
         }
     } else {
-        let chosen = answer_messages("chosen", required(fields, "chosen")?)?.0;
-        let rejected = answer_messages("rejected", required(fields, "rejected")?)?.0;
+        let (chosen, rejected) = (preferred("chosen", fields)?, preferred("rejected", fields)?);
         match fields.get("prompt") {
             Some(prompt) => Preference { prompt: prompt_messages("prompt", prompt)?, chosen, rejected },
             None => split_common_prompt(chosen, rejected),
         }
     };
-    if record.prompt.is_empty() {
-        return Err(bad("the prompt must have at least one message"));
-    }
+    check_beginning(&record.prompt)?;
     for (field, answer) in [("chosen", &record.chosen), ("rejected", &record.rejected)] {
         if answer.last().is_none_or(|last| last.role != "assistant") {
             return Err(bad(format!("the {field} answer must end with the assistant's message")));
@@ -192,14 +209,20 @@ fn preference(fields: &Map<String, Value>) -> Result<Preference> {
     Ok(record)
 }
 
+/// One of the two answers; all of its assistant's turns are learnt.
+fn preferred(field: &str, fields: &Map<String, Value>) -> Result<Vec<ChatMessage>> {
+    let value = fields.get(field).ok_or_else(|| bad(format!("{field:?} is missing")))?;
+    let (messages, learn) = answer_messages(field, value)?;
+    match messages.iter().zip(learn).position(|(message, learn)| message.role == "assistant" && !learn) {
+        Some(i) => Err(bad(format!("{field}[{i}].weight is not supported in a preference"))),
+        None => Ok(messages),
+    }
+}
+
 fn split_common_prompt(mut chosen: Vec<ChatMessage>, mut rejected: Vec<ChatMessage>) -> Preference {
     let common = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
     rejected.drain(..common);
     Preference { prompt: chosen.drain(..common).collect(), chosen, rejected }
-}
-
-fn required<'a>(fields: &'a Map<String, Value>, name: &str) -> Result<&'a Value> {
-    fields.get(name).ok_or_else(|| bad(format!("{name:?} is missing")))
 }
 
 /// A string is the user's message.
@@ -348,6 +371,8 @@ mod tests {
             (r#"{"messages":[{"role":"assistant","content":"","tool_calls":[]}]}"#, "tool_calls"),
             (r#"{"prompt":"a","completion":"b","messages":[]}"#, "either"),
             (r#"{"prompt":1,"completion":"b"}"#, "\"prompt\" must be a list of messages"),
+            (r#"{"prompt":[],"completion":"b"}"#, "first message must not be"),
+            (r#"{"messages":[{"role":"assistant","content":"a"}]}"#, "first message must not be"),
         ] {
             let error = sft(line).unwrap_err().to_string();
             assert!(error.contains(words), "{line}: {error}");
@@ -358,6 +383,13 @@ mod tests {
             (r#"{"chosen":"a","rejected":"b"}"#, "at least one message"),
             (r#"{"prompt":"p","chosen":[],"rejected":"b"}"#, "chosen answer must end"),
             (r#"{"input":{},"preferred_output":[],"non_preferred_output":[]}"#, "\"messages\""),
+            (r#"{"input":{"messages":[],"tools":[]},"preferred_output":[],"non_preferred_output":[]}"#, "\"tools\""),
+            (r#"{"input":{},"chosen":"a","rejected":"b"}"#, "not both"),
+            (r#"{"prompt":[{"role":"assistant","content":"x"}],"chosen":"a","rejected":"b"}"#, "first message"),
+            (
+                r#"{"prompt":"p","chosen":[{"role":"assistant","content":"a","weight":0}],"rejected":"b"}"#,
+                "chosen[0].weight",
+            ),
         ] {
             let error = dpo(line).unwrap_err().to_string();
             assert!(error.contains(words), "{line}: {error}");

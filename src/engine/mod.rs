@@ -138,7 +138,8 @@ impl Engine {
         let patterns = Patterns::new(&spec.stopping.stop, false)?;
         let ticket = Arc::new(self.tickets.take(tenant.id())?);
         self.check_prompt("prompt", &spec.prompt)?;
-        let ids = self.encode(vec![spec.prompt], Text::encode_prompt, &ticket).await?.pop().unwrap_or_default();
+        let encode = |text: &Text, _: usize, prompt: &Prompt| text.encode_prompt(prompt);
+        let ids = self.encode(vec![spec.prompt], encode, &ticket).await?.pop().unwrap_or_default();
         self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
         let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
         let (events, stream) = async_mpsc::unbounded_channel();
@@ -172,7 +173,7 @@ impl Engine {
         for (i, input) in spec.inputs.iter().enumerate() {
             self.check_prompt(&format!("inputs[{i}]"), input)?;
         }
-        let inputs = self.encode(spec.inputs, Text::encode_sequence, &ticket).await?;
+        let inputs = self.encode(spec.inputs, encode_input, &ticket).await?;
         for (i, ids) in inputs.iter().enumerate() {
             self.check_length(&format!("inputs[{i}]"), ids, 0)?;
         }
@@ -239,7 +240,7 @@ impl Engine {
     async fn encode(
         &self,
         prompts: Vec<Prompt>,
-        encode: fn(&Text, &Prompt) -> Result<Vec<u32>>,
+        encode: fn(&Text, usize, &Prompt) -> Result<Vec<u32>>,
         ticket: &Arc<Ticket>,
     ) -> Result<Vec<Vec<u32>>> {
         let size = |prompt: &Prompt| match prompt {
@@ -250,13 +251,13 @@ impl Engine {
         let (bytes, messages) =
             prompts.iter().map(size).fold((0, 0), |(bytes, messages), (b, m)| (bytes + b, messages + m));
         if bytes <= INLINE_ENCODE_BYTES && messages <= INLINE_ENCODE_MESSAGES {
-            return prompts.iter().map(|prompt| encode(&self.text, prompt)).collect();
+            return prompts.iter().enumerate().map(|(i, prompt)| encode(&self.text, i, prompt)).collect();
         }
         let place = self.large_encodes.clone().acquire_owned().await.map_err(Error::internal)?;
         let (text, ticket) = (self.text.clone(), ticket.clone());
         let work = move || {
             let _held = (place, ticket);
-            prompts.iter().map(|prompt| encode(&text, prompt)).collect()
+            prompts.iter().enumerate().map(|(i, prompt)| encode(&text, i, prompt)).collect()
         };
         tokio::task::spawn_blocking(work).await.map_err(Error::internal)?
     }
@@ -344,6 +345,16 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+/// Errors name the input.
+fn encode_input(text: &Text, i: usize, prompt: &Prompt) -> Result<Vec<u32>> {
+    text.encode_sequence(prompt).map_err(|error| match error {
+        Error::Invalid { reason, field, message } => {
+            Error::Invalid { reason, field: format!("inputs[{i}].{field}"), message }
+        }
+        other => other,
+    })
 }
 
 fn bounds(layout: KvLayout, limits: &Limits) -> Result<Bounds> {

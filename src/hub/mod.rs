@@ -20,7 +20,7 @@ use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, Tenant, TenantId, VersionName};
 use crate::request::{ParityReport, Publish};
-use crate::store::{AdapterRow, Store, VersionRow};
+use crate::store::{AdapterRow, Store, VersionRow, uninterrupted};
 
 /// Judges a version before it exists. Injected by `app`, so that the hub needs no model.
 pub trait PublishGate: Send + Sync {
@@ -152,17 +152,34 @@ impl Hub {
     }
 
     /// Deletes an adapter and its versions; leases go on until they drop. See [`Store::delete_adapter`].
-    pub async fn delete_adapter(&self, tenant: &Tenant, name: &AdapterName, etag: &str) -> Result<()> {
+    pub async fn delete_adapter(self: &Arc<Self>, tenant: &Tenant, name: &AdapterName, etag: &str) -> Result<()> {
         tenant.check_owns(&name.tenant)?;
-        for uid in self.store.delete_adapter(name, etag).await? {
-            self.residents.retire(&uid);
-        }
-        Ok(())
+        let (hub, name, etag) = (Arc::clone(self), name.clone(), etag.to_owned());
+        let delete = async move {
+            let (uids, blobs) = hub.store.delete_adapter(&name, &etag).await?;
+            uids.iter().for_each(|uid| hub.residents.retire(uid));
+            hub.store.collect_blobs(&blobs).await;
+            Ok(())
+        };
+        uninterrupted(delete).await
     }
 
-    /// Lets go of the versions of a tenant that has been deleted; leases go on until they drop.
-    pub async fn forget_tenant(&self, tenant: &TenantId) {
-        self.residents.retire_tenant(tenant);
+    /// Deletes a tenant with all of its own; leases go on until they drop. See [`Store::delete_tenant`].
+    pub async fn delete_tenant(self: &Arc<Self>, tenant: &TenantId) -> Result<()> {
+        let (hub, tenant) = (Arc::clone(self), tenant.clone());
+        let delete = async move {
+            let deleted = hub.store.delete_tenant(&tenant).await;
+            if hub.store.get_tenant(&tenant).await.is_err() {
+                hub.residents.retire_tenant(&tenant);
+            }
+            deleted
+        };
+        uninterrupted(delete).await
+    }
+
+    /// Fails where an adapter of so many bytes could never be in memory.
+    pub fn check_size(&self, bytes: u64) -> Result<()> {
+        self.residents.check_size(bytes)
     }
 
     pub fn stats(&self) -> HubStats {

@@ -8,11 +8,11 @@ use std::time::SystemTime;
 use crate::adapter::Lora;
 use crate::adapter::format::{CONFIG_FILE, TENSORS_FILE};
 use crate::error::{Error, Result};
-use crate::hub::residents::Resident;
+use crate::hub::residents::{Reservation, Resident};
 use crate::hub::{Hub, NewVersion, blocking};
 use crate::ids::{AdapterName, Digest, Tenant, VersionName};
 use crate::request::ParityReport;
-use crate::store::{NewVersionRow, VersionRow, fresh_token};
+use crate::store::{NewVersionRow, VersionRow, fresh_token, uninterrupted};
 
 /// An adapter that fits the base.
 struct Checked {
@@ -27,25 +27,26 @@ impl Hub {
     pub async fn publish(self: &Arc<Self>, tenant: &Tenant, new: NewVersion) -> Result<VersionRow> {
         tenant.check_owns(&new.adapter.tenant)?;
         let hub = Arc::clone(self);
-        tokio::spawn(async move { hub.run_publish(new).await }).await.map_err(Error::internal)?
+        uninterrupted(async move { hub.run_publish(new).await }).await
     }
 
     async fn run_publish(&self, new: NewVersion) -> Result<VersionRow> {
+        let reserved = self.residents.reserve(new.package.memory_bytes()?)?;
         let checked = self.check(new).await?;
         let tenant = checked.new.adapter.tenant.clone();
         // By content and by tenant: two versions of a tenant may share files, two tenants never do.
         let blob = format!("{}/adapters/{}", tenant.as_str(), checked.digest.hex());
         let custody = self.store.custody(&tenant, &blob).await;
-        let outcome = self.make_version(checked, &blob).await;
+        let outcome = self.make_version(checked, reserved, &blob).await;
         drop(custody);
-        if let Err(e) = self.store.collect_blob(&blob).await {
-            tracing::warn!(blob, error = %e, "a blob that may have no owner stays until the next start");
-        }
+        self.store.collect_blobs(&[blob]).await;
         outcome
     }
 
     async fn check(&self, new: NewVersion) -> Result<Checked> {
-        let (shape, max_rank) = (Arc::clone(&self.shape), self.limits.max_rank);
+        // The limit on ranks is for what comes in; a job was held to it when it was accepted.
+        let max_rank = if new.job.is_some() { u64::MAX } else { self.limits.max_rank };
+        let shape = Arc::clone(&self.shape);
         blocking(move || {
             let lora = new.package.read(&shape, max_rank)?;
             let digest = new.package.digest()?;
@@ -55,7 +56,7 @@ impl Hub {
     }
 
     /// The steps that leave something, each given back unless the last one commits.
-    async fn make_version(&self, checked: Checked, blob: &str) -> Result<VersionRow> {
+    async fn make_version(&self, checked: Checked, reserved: Reservation, blob: &str) -> Result<VersionRow> {
         let Checked { new, lora, digest } = checked;
         let tenant = &new.adapter.tenant;
         if let Some(row) = self.store.published_before(tenant, new.job.is_some(), &new.request_id).await? {
@@ -66,7 +67,6 @@ impl Hub {
         self.store.blobs().put(&format!("{blob}/{TENSORS_FILE}"), new.package.tensors).await?;
 
         let (uid, memory_bytes) = (fresh_token(), lora.byte_size());
-        let reserved = self.residents.reserve(memory_bytes)?;
         let unnamed = self.residents.admit(&uid, tenant, Resident::new(digest, lora, reserved));
         let lora = Arc::clone(&unnamed.resident().lora);
         let parity = self.pass_gate(&new.adapter, &lora, new.probes, new.job.is_some()).await?;

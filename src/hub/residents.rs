@@ -89,12 +89,18 @@ impl Residents {
             if budget.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).is_ok() {
                 return Ok(Reservation { bytes, budget: Arc::clone(budget) });
             }
-            if bytes > budget.limit {
-                return Err(no_room(bytes, budget.limit, "it never fits; raise the limit", None));
-            }
+            self.check_size(bytes)?;
             if !self.evict_one() {
                 return Err(no_room(bytes, budget.limit, "all others are in use; retry", Some(RETRY_AFTER)));
             }
+        }
+    }
+
+    /// Fails where so many bytes never fit.
+    pub(super) fn check_size(&self, bytes: u64) -> Result<()> {
+        match self.budget.limit {
+            limit if bytes > limit => Err(no_room(bytes, limit, "it never fits; raise the limit", None)),
+            _ => Ok(()),
         }
     }
 

@@ -379,7 +379,7 @@ async fn a_version_deleted_while_it_loads_does_not_stay_in_memory() {
     let loaded = load().await.unwrap();
     assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: UNIT, leases: 0 });
     drop((loaded, files_stay));
-    bench.store.collect_blob(&row.blob).await.unwrap();
+    bench.store.collect_blobs(std::slice::from_ref(&row.blob)).await;
     assert!(matches!(load().await, Err(Error::NotFound { .. })));
     bench.assert_nothing_left().await;
 }
@@ -391,8 +391,7 @@ async fn a_tenants_memory_goes_with_it() {
     let other = add_tenant(&bench.store, "b").await;
     let new = NewVersion { adapter: AdapterName::new(other.id(), "x").unwrap(), ..bench.new_version("x", 1, 0.5) };
     let kept = bench.hub.publish(&other, new).await.unwrap();
-    bench.store.delete_tenant(bench.tenant.id()).await.unwrap();
-    bench.hub.forget_tenant(bench.tenant.id()).await;
+    bench.hub.delete_tenant(bench.tenant.id()).await.unwrap();
     assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 0 });
     let lease = bench.hub.lease(&other, &AdapterRef::Live(kept.name.adapter.clone())).await.unwrap();
     assert_eq!(lease.name(), &kept.name);

@@ -18,6 +18,10 @@ impl<'a> Mat<'a> {
         Self { data, rows, cols, stride }
     }
 
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Rows without gaps.
     pub fn dense(data: &'a [f32], cols: usize) -> Self {
         Self::new(data, data.len() / cols, cols, cols)

@@ -128,14 +128,7 @@ impl CustomOp2 for SwiGlu {
 
     fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (mut g, mut u, d) = (to_vec(gate)?, to_vec(up)?, to_vec(dy)?);
-        g.par_chunks_mut(8192).zip(u.par_chunks_mut(8192)).zip(d.par_chunks(8192)).for_each(|((g, u), d)| {
-            for ((g, u), d) in g.iter_mut().zip(u).zip(d) {
-                let sigmoid = 1.0 / (1.0 + (-*g).exp());
-                let silu = *g * sigmoid;
-                *g = d * *u * sigmoid * (1.0 + *g * (1.0 - sigmoid));
-                *u = d * silu;
-            }
-        });
+        cpu::swiglu_backward(&mut g, &mut u, &d);
         let tensor = |values| Tensor::from_vec(values, gate.shape(), gate.device()).map(Some);
         Ok((tensor(g)?, tensor(u)?))
     }
@@ -152,7 +145,7 @@ pub(super) struct Attention {
     pub permit: Option<Arc<TrainPermit>>,
 }
 
-/// Some queries of a sequence, and a KV head: about [`PIECE_MACS`] at most.
+/// Some queries of a sequence, and a KV head: a part of [`PIECE_MACS`].
 struct Task<'a> {
     op: &'a Attention,
     /// The first row of the sequence.
@@ -196,14 +189,8 @@ impl Task<'_> {
         let scale = 1.0 / (self.op.head_dim as f32).sqrt();
         for (query, row) in self.queries.clone().zip(p.chunks_exact_mut(seen)) {
             let (seen, unseen) = row.split_at_mut(query + 1);
+            cpu::softmax(seen, scale);
             unseen.fill(0.0);
-            let largest = seen.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-            let mut sum = 0.0;
-            for x in seen.iter_mut() {
-                *x = ((*x - largest) * scale).exp();
-                sum += *x;
-            }
-            seen.iter_mut().for_each(|x| *x /= sum);
         }
         p
     }
@@ -226,8 +213,7 @@ impl Task<'_> {
         mul_nt(Out { data: &mut ds, stride: seen, accumulate: false }, d, v, false);
         let scale = 1.0 / (dim as f32).sqrt();
         for (ds, p) in ds.chunks_exact_mut(seen).zip(p.chunks_exact(seen)) {
-            let dot: f32 = ds.iter().zip(p).map(|(ds, p)| ds * p).sum();
-            ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = p * (*ds - dot) * scale);
+            cpu::softmax_backward(p, ds, scale);
         }
         let mut dq = vec![0.0; self.queries.len() * dim];
         mul(Out { data: &mut dq, stride: dim, accumulate: false }, Mat::dense(&ds, seen), k, false);
@@ -263,7 +249,7 @@ impl Attention {
         let of_sequence = |rows: &Range<usize>| {
             // The backward has five products.
             let macs_a_query = 5 * self.heads / self.kv_heads * rows.len() * self.head_dim;
-            let most = (PIECE_MACS / macs_a_query.max(1)).max(1);
+            let most = (PIECE_MACS / 4 / macs_a_query.max(1)).max(1);
             let (start, len) = (rows.start, rows.len());
             let of_head = move |kv_head| {
                 (0..len).step_by(most).map(move |first| Task {
@@ -278,13 +264,13 @@ impl Attention {
         self.sequences.iter().flat_map(of_sequence).collect()
     }
 
-    /// Runs the tasks, about [`PIECE_MACS`] a thread at a time, and takes their results in order.
+    /// Runs the tasks, about [`PIECE_MACS`] at a time, and takes their results in order.
     fn run<R: Send>(&self, work: impl Fn(&Task<'_>) -> R + Sync, mut take: impl FnMut(&Task<'_>, R)) {
         let macs = |task: &Task<'_>| 5 * task.query_heads().len() * task.queries.len() * task.seen() * self.head_dim;
         let tasks = self.tasks();
         let mut rest = &tasks[..];
         while !rest.is_empty() {
-            let mut left = (PIECE_MACS * rayon::current_num_threads()) as isize;
+            let mut left = PIECE_MACS as isize;
             let mut fits = |task: &Task<'_>| {
                 let fits = left > 0;
                 left -= macs(task) as isize;

@@ -1,9 +1,10 @@
-//! The frozen matrices under autograd: `y = x W^T` and, at the head, log-probabilities. Weights are dequantised piece by piece per
-//! call; the backward gives dL/dx and never dL/dW. Between pieces, training gives way to serving.
+//! The frozen matrices under autograd: `y = x W^T`, with or without an adapter on top, and, at the head, log-probabilities. Weights are
+//! dequantised piece by piece per call; the backward gives dL/dx and never dL/dW. Between pieces, training gives way to serving.
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex};
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Model;
@@ -11,7 +12,9 @@ use super::autograd::{PIECE_MACS, give_way, slice, to_vec};
 use crate::adapter::Site;
 use crate::device::TrainPermit;
 use crate::kernels::blocks::QMatrixRef;
-use crate::kernels::gemm::{Mat, Out, mul, mul_nt};
+use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
+use crate::random::{Purpose, Stream};
+use crate::request::Target;
 
 /// Runs `f(first row, dequantised rows)` over pieces of `w` small enough that `rows` activations against one take about [`PIECE_MACS`].
 fn pieces(w: QMatrixRef<'_>, rows: usize, permit: &Option<Arc<TrainPermit>>, mut f: impl FnMut(usize, &[f32])) {
@@ -33,33 +36,154 @@ pub(super) struct FrozenLinear {
     pub permit: Option<Arc<TrainPermit>>,
 }
 
-impl CustomOp1 for FrozenLinear {
-    fn name(&self) -> &'static str {
-        "frozen-linear"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+impl FrozenLinear {
+    fn forward(&self, x: &[f32]) -> Vec<f32> {
         let w = self.model.matrix(self.site);
-        let x = Mat::dense(slice(x, layout)?, w.cols);
-        let rows = layout.dims()[0];
-        let mut y = vec![0.0; rows * w.rows];
-        pieces(w, rows, &self.permit, |from, dense| {
+        let x = Mat::dense(x, w.cols);
+        let mut y = vec![0.0; x.rows() * w.rows];
+        pieces(w, x.rows(), &self.permit, |from, dense| {
             mul_nt(Out { data: &mut y[from..], stride: w.rows, accumulate: false }, x, Mat::dense(dense, w.cols), true);
         });
-        Ok((CpuStorage::F32(y), (rows, w.rows).into()))
+        y
     }
 
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+    fn backward(&self, dy: &[f32]) -> Vec<f32> {
         let w = self.model.matrix(self.site);
-        let rows = x.dims()[0];
-        let dy = to_vec(dy)?;
+        let rows = dy.len() / w.rows;
         let mut dx = vec![0.0; rows * w.cols];
         pieces(w, rows, &self.permit, |from, dense| {
             let count = dense.len() / w.cols;
             let dy = Mat::new(&dy[from..], rows, count, w.rows);
             mul(Out { data: &mut dx, stride: w.cols, accumulate: true }, dy, Mat::dense(dense, w.cols), true);
         });
-        Tensor::from_vec(dx, (rows, w.cols), x.device()).map(Some)
+        dx
+    }
+}
+
+impl CustomOp1 for FrozenLinear {
+    fn name(&self) -> &'static str {
+        "frozen-linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = self.forward(slice(x, layout)?);
+        let rows = layout.dims()[0];
+        let shape = (rows, y.len() / rows).into();
+        Ok((CpuStorage::F32(y), shape))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Tensor::from_vec(self.backward(&to_vec(dy)?), x.shape(), x.device()).map(Some)
+    }
+}
+
+/// Dropout on the adapter's input: masks are a function of (seed, step, site, element) by Philox.
+#[derive(Debug, Clone, Copy)]
+pub struct Dropout {
+    pub rate: f32,
+    pub seed: u64,
+    /// Counts forward passes of the training.
+    pub step: u64,
+}
+
+impl Dropout {
+    /// x times 0 or 1 / (1 - rate), element by element.
+    fn apply(&self, site: Site, x: &mut [f32]) {
+        let stream = Stream::new(self.seed, Purpose::Dropout);
+        let place = (self.step << 16) + u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
+        let keep = 1.0 / (1.0 - self.rate);
+        x.par_iter_mut().with_min_len(4096).enumerate().for_each(|(i, x)| {
+            *x *= if stream.uniform(place, i as u32) < self.rate { 0.0 } else { keep };
+        });
+    }
+}
+
+/// The frozen layer and an adapter on top as one node: `y = x W^T + scale * (drop(x) A^T) B^T`, with gradients of x, A and B. Kept
+/// are x and y alone; A: `[rank, in]`, B: `[out, rank]`.
+pub(super) struct AdaptedLinear {
+    pub frozen: FrozenLinear,
+    pub scale: f32,
+    pub dropout: Option<Dropout>,
+}
+
+impl AdaptedLinear {
+    /// The adapter's input, and scale * input A^T, `[rows, rank]`.
+    fn shrink<'x>(&self, x: &'x [f32], a: &[f32]) -> (Cow<'x, [f32]>, Vec<f32>) {
+        let width = self.frozen.model.matrix(self.frozen.site).cols;
+        let mut input = Cow::Borrowed(x);
+        if let Some(dropout) = self.dropout {
+            dropout.apply(self.frozen.site, input.to_mut());
+        }
+        let rank = a.len() / width;
+        let mut shrunk = vec![0.0; x.len() / width * rank];
+        let out = Out { data: &mut shrunk, stride: rank, accumulate: false };
+        mul_nt(out, Mat::dense(&input, width), Mat::dense(a, width), true);
+        shrunk.iter_mut().for_each(|h| *h *= self.scale);
+        (input, shrunk)
+    }
+}
+
+impl CustomOp3 for AdaptedLinear {
+    fn name(&self) -> &'static str {
+        "adapted-linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        l1: &Layout,
+        a: &CpuStorage,
+        l2: &Layout,
+        b: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, a, b) = (slice(x, l1)?, slice(a, l2)?, slice(b, l3)?);
+        let (out, rank) = l3.shape().dims2()?;
+        let mut y = self.frozen.forward(x);
+        let (_, shrunk) = self.shrink(x, a);
+        mul_nt(
+            Out { data: &mut y, stride: out, accumulate: true },
+            Mat::dense(&shrunk, rank),
+            Mat::dense(b, rank),
+            true,
+        );
+        give_way(&self.frozen.permit);
+        Ok((CpuStorage::F32(y), (l1.dims()[0], out).into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (xs, av, bv, dy) = (to_vec(x)?, to_vec(a)?, to_vec(b)?, to_vec(dy)?);
+        let ((out, rank), width) = (b.dims2()?, x.dims()[1]);
+        let mut dx = self.frozen.backward(&dy);
+        let dy = Mat::dense(&dy, out);
+        let (input, shrunk) = self.shrink(&xs, &av);
+        let mut db = vec![0.0; bv.len()];
+        mul_tn(Out { data: &mut db, stride: rank, accumulate: false }, dy, Mat::dense(&shrunk, rank), true);
+        let mut dshrunk = vec![0.0; shrunk.len()];
+        mul(Out { data: &mut dshrunk, stride: rank, accumulate: false }, dy, Mat::dense(&bv, rank), true);
+        dshrunk.iter_mut().for_each(|d| *d *= self.scale);
+        let (dshrunk, av) = (Mat::dense(&dshrunk, rank), Mat::dense(&av, width));
+        let mut da = vec![0.0; rank * width];
+        mul_tn(Out { data: &mut da, stride: width, accumulate: false }, dshrunk, Mat::dense(&input, width), true);
+        match self.dropout {
+            None => mul(Out { data: &mut dx, stride: width, accumulate: true }, dshrunk, av, true),
+            Some(dropout) => {
+                let mut dinput = vec![0.0; dx.len()];
+                mul(Out { data: &mut dinput, stride: width, accumulate: false }, dshrunk, av, true);
+                dropout.apply(self.frozen.site, &mut dinput);
+                dx.iter_mut().zip(dinput).for_each(|(dx, d)| *dx += d);
+            }
+        }
+        give_way(&self.frozen.permit);
+        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);
+        Ok((tensor(dx, x)?, tensor(da, a)?, tensor(db, b)?))
     }
 }
 
@@ -144,5 +268,45 @@ impl CustomOp1 for TokenLogprobs {
             mul(Out { data: &mut dx, stride: width, accumulate: true }, dlogits, weights, true);
         });
         Tensor::from_vec(dx, (rows, width), x.device()).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    /// One node with its own backward against candle's operations around the frozen layer, with and without dropout.
+    #[test]
+    fn an_adapted_layer_is_the_sum_of_its_parts() {
+        let (model, _) = Model::tiny(1);
+        let site = Site { layer: 1, target: Target::DownProj };
+        let (inputs, outputs, rank, rows) = (96, 64, 3, 10);
+        let wave = |shape: (usize, usize), step: f32| {
+            let values: Vec<f32> = (0..shape.0 * shape.1).map(|i| (i as f32 * step).sin()).collect();
+            Var::from_vec(values, shape, &Device::Cpu).unwrap()
+        };
+        let (x, a, b) = (wave((rows, inputs), 0.7), wave((rank, inputs), 0.3), wave((outputs, rank), 1.1));
+        let weights = wave((rows, outputs), 0.21);
+        let frozen = || FrozenLinear { model: model.clone(), site, permit: None };
+        for dropout in [None, Some(Dropout { rate: 0.4, seed: 3, step: 5 })] {
+            let mut mask = vec![1.0; rows * inputs];
+            dropout.iter().for_each(|dropout| dropout.apply(site, &mut mask));
+            assert_eq!(mask.contains(&0.0), dropout.is_some());
+            let mask = Tensor::from_vec(mask, (rows, inputs), &Device::Cpu).unwrap();
+            let ours = x.apply_op3(&a, &b, AdaptedLinear { frozen: frozen(), scale: 0.5, dropout }).unwrap();
+            let shrunk = ((x.as_tensor() * mask).unwrap().matmul(&a.t().unwrap()).unwrap() * 0.5).unwrap();
+            let plain = (x.apply_op1(frozen()).unwrap() + shrunk.matmul(&b.t().unwrap()).unwrap()).unwrap();
+            let close = |a: &Tensor, b: &Tensor| {
+                let difference = (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(difference < 1e-4, "{difference}");
+            };
+            close(&ours, &plain);
+            let gradients = |y: &Tensor| (y * weights.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+            let (ours, plain) = (gradients(&ours), gradients(&plain));
+            for var in [&x, &a, &b] {
+                close(ours.get(var).unwrap(), plain.get(var).unwrap());
+            }
+        }
     }
 }

@@ -11,10 +11,10 @@ use crate::device::TrainPermit;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::autograd::{Attention, RmsNorm, Rope, SwiGlu, to_vec};
-use crate::model::linear::{FrozenLinear, TokenLogprobs};
+pub use crate::model::linear::Dropout;
+use crate::model::linear::{AdaptedLinear, FrozenLinear, TokenLogprobs};
 use crate::model::llama::{self, Norm, Ops};
-use crate::random::{Purpose, Stream};
-use crate::request::{LoraSpec, Target};
+use crate::request::LoraSpec;
 
 /// A LoRA as candle tensors: `Var`s where it is trained.
 #[derive(Debug)]
@@ -77,29 +77,6 @@ impl TracedLora {
             Ok((site, LoraLayer { rank, alpha: layer.alpha, scale: layer.scale, a, b }))
         });
         Ok(Lora { spec: self.spec.clone(), layers: layers.collect::<Result<_>>()? })
-    }
-}
-
-/// Dropout on the adapter's input: masks are a function of (seed, step, site, element) by Philox.
-#[derive(Debug, Clone, Copy)]
-pub struct Dropout {
-    pub rate: f32,
-    pub seed: u64,
-    /// Counts forward passes of the training.
-    pub step: u64,
-}
-
-impl Dropout {
-    /// 0 or 1 / (1 - rate) for each element of `[rows, width]`.
-    fn mask(&self, site: Site, shape: (usize, usize)) -> Result<Tensor> {
-        let stream = Stream::new(self.seed, Purpose::Dropout);
-        let place = (self.step << 16) + u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
-        let keep = 1.0 / (1.0 - self.rate);
-        let mask = (0..shape.0 * shape.1).map(|i| {
-            let dropped = stream.uniform(place, i as u32) < self.rate;
-            if dropped { 0.0 } else { keep }
-        });
-        Ok(Tensor::from_vec(mask.collect(), shape, &Device::Cpu)?)
     }
 }
 
@@ -197,16 +174,12 @@ impl Ops for TracedPass<'_> {
     }
 
     fn linear(&mut self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let y = x.apply_op1(FrozenLinear { model: self.model.clone(), site, permit: self.pass.permit.cloned() })?;
+        let frozen = FrozenLinear { model: self.model.clone(), site, permit: self.pass.permit.cloned() };
         let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&site)) else {
-            return Ok(y);
+            return Ok(x.apply_op1(frozen)?);
         };
-        let input = match self.pass.dropout.filter(|dropout| dropout.rate > 0.0) {
-            Some(dropout) => (x * dropout.mask(site, x.dims2()?)?)?,
-            None => x.clone(),
-        };
-        let shrunk = (input.matmul(&layer.a.t()?)? * f64::from(layer.scale))?;
-        Ok((y + shrunk.matmul(&layer.b.t()?)?)?)
+        let dropout = self.pass.dropout.filter(|dropout| dropout.rate > 0.0);
+        Ok(x.apply_op3(&layer.a, &layer.b, AdaptedLinear { frozen, scale: layer.scale, dropout })?)
     }
 
     fn rope(&mut self, x: Tensor) -> Result<Tensor> {

@@ -157,8 +157,15 @@ impl Store {
         }
     }
 
+    /// Fails where another version of the adapter would be refused. Limits `max_adapters_per_tenant` and `max_versions_per_adapter`.
+    pub async fn check_room(&self, name: &AdapterName, limits: &Limits) -> Result<()> {
+        let mut tx = self.write().await?;
+        make_adapter(&mut tx, name, limits).await?;
+        next_number(&mut tx, name, limits).await.map(drop)
+    }
+
     /// One transaction: makes the adapter where it is new, numbers the version, moves the live name as asked. An earlier result of
-    /// the same request id is given again. Limits `max_adapters_per_tenant` and `max_versions_per_adapter`.
+    /// the same request id is given again. CANCELLED where the version's job is being cancelled. Limits `max_adapters_per_tenant` and `max_versions_per_adapter`.
     pub async fn insert_version(&self, new: NewVersionRow, limits: &Limits) -> Result<VersionRow> {
         let mut tx = self.write().await?;
         let adapter = new.draft.name.adapter.clone();
@@ -166,11 +173,16 @@ impl Store {
             return read_version(&mut tx, &name.parse()?).await;
         }
         require_tenant(&mut tx, &adapter.tenant).await?;
+        if let Some(job) = &new.draft.job {
+            check_job(&mut tx, job).await?;
+        }
         make_adapter(&mut tx, &adapter, limits).await?;
         let name = VersionName { version: next_number(&mut tx, &adapter, limits).await?, adapter };
         insert_row(&mut tx, &name, &new.draft).await?;
         if moves_live(&mut tx, &name, new.publish).await? {
             move_live(&mut tx, &name).await?;
+        } else {
+            change_etag(&mut tx, &name.adapter).await?;
         }
         record_result(&mut tx, name.tenant(), new.method(), &new.request_id, &name.to_string()).await?;
         let row = read_version(&mut tx, &name).await?;
@@ -194,9 +206,9 @@ impl Store {
         Ok(adapter)
     }
 
-    /// Deletes an adapter with its versions and the blobs that only they own; gives the versions' uids. Refused (ADAPTER_IN_USE)
+    /// Deletes an adapter with its versions; gives the versions' uids and blobs, for the caller to collect. Refused (ADAPTER_IN_USE)
     /// while a job that has not ended starts from it or trains into it; CONFLICT where `etag` (empty: none) is not the current one.
-    pub async fn delete_adapter(&self, name: &AdapterName, etag: &str) -> Result<Vec<String>> {
+    pub async fn delete_adapter(&self, name: &AdapterName, etag: &str) -> Result<(Vec<String>, Vec<String>)> {
         let mut tx = self.write().await?;
         check_etag(&read_adapter(&mut tx, name).await?, etag)?;
         check_unused(&mut tx, name).await?;
@@ -212,11 +224,7 @@ impl Store {
             .execute(&mut *tx)
             .await?;
         tx.commit().await?;
-        let (uids, blobs): (Vec<_>, Vec<_>) = owned.into_iter().unzip();
-        for blob in blobs {
-            self.collect_blob(&blob).await?;
-        }
-        Ok(uids)
+        Ok(owned.into_iter().unzip())
     }
 }
 
@@ -355,6 +363,26 @@ async fn move_live(db: &mut SqliteConnection, version: &VersionName) -> Result<(
         .execute(db)
         .await?;
     Ok(())
+}
+
+async fn change_etag(db: &mut SqliteConnection, adapter: &AdapterName) -> Result<()> {
+    sqlx::query("UPDATE adapters SET etag = ? WHERE tenant = ? AND adapter = ?")
+        .bind(fresh_token())
+        .bind(adapter.tenant.as_str())
+        .bind(&adapter.adapter)
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
+/// A job that is being cancelled publishes nothing.
+async fn check_job(db: &mut SqliteConnection, job: &JobName) -> Result<()> {
+    let state: Option<String> = sqlx::query_scalar("SELECT state FROM jobs WHERE tenant = ? AND job = ?")
+        .bind(job.tenant.as_str())
+        .bind(&job.job)
+        .fetch_optional(db)
+        .await?;
+    if state.as_deref() == Some("CANCELLING") { Err(Error::Cancelled) } else { Ok(()) }
 }
 
 fn adapter_row(row: &SqliteRow) -> Result<AdapterRow> {

@@ -61,6 +61,14 @@ impl DatasetKind {
         }
     }
 
+    /// The method that makes one, whose request ids are its own.
+    fn method(self) -> &'static str {
+        match self {
+            Self::Sft => "UploadDataset",
+            Self::Preferences => "UploadPreferences",
+        }
+    }
+
     fn from_name(name: &str) -> Result<Self> {
         [Self::Sft, Self::Preferences]
             .into_iter()
@@ -69,8 +77,6 @@ impl DatasetKind {
     }
 }
 
-const UPLOAD_METHOD: &str = "UploadDataset";
-
 impl Store {
     /// Makes a dataset whose blob is there already. A request id that has been seen gives the dataset it made, with another blob.
     /// `most`: datasets of the tenant (limit `max_datasets_per_tenant`).
@@ -78,7 +84,7 @@ impl Store {
         let NewDataset { name, kind, records, size_bytes, digest, blob } = dataset;
         let mut tx = self.write().await?;
         require_tenant(&mut tx, &name.tenant).await?;
-        if let Some(made) = made_by(&mut tx, &name.tenant, request_id).await? {
+        if let Some(made) = made_by(&mut tx, &name.tenant, *kind, request_id).await? {
             return Ok(made);
         }
         let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM datasets WHERE tenant = ?")
@@ -104,16 +110,21 @@ impl Store {
         .fetch_optional(&mut *tx)
         .await?;
         let row = dataset_row(&made.ok_or_else(|| taken(name))?)?;
-        record_result(&mut tx, &name.tenant, UPLOAD_METHOD, request_id, &name.to_string()).await?;
+        record_result(&mut tx, &name.tenant, kind.method(), request_id, blob).await?;
         tx.commit().await?;
         Ok(row)
     }
 
     /// The dataset that this request id made; else the name must be free. What an upload asks before it begins.
-    pub async fn dataset_to_make(&self, name: &DatasetName, request_id: &str) -> Result<Option<DatasetRow>> {
+    pub async fn dataset_to_make(
+        &self,
+        name: &DatasetName,
+        kind: DatasetKind,
+        request_id: &str,
+    ) -> Result<Option<DatasetRow>> {
         let db = &mut *self.pool().acquire().await?;
         require_tenant(db, &name.tenant).await?;
-        match made_by(db, &name.tenant, request_id).await? {
+        match made_by(db, &name.tenant, kind, request_id).await? {
             Some(made) => Ok(Some(made)),
             None if find(db, name).await?.is_some() => Err(taken(name)),
             None => Ok(None),
@@ -136,8 +147,8 @@ impl Store {
         Ok(Listed::cut(items, page, |row: &DatasetRow| row.name.dataset.clone()))
     }
 
-    /// Deletes a dataset and its blob. Refused (DATASET_IN_USE) while a job that has not ended uses it.
-    pub async fn delete_dataset(&self, name: &DatasetName) -> Result<()> {
+    /// Deletes a dataset; gives its blob, for the caller to collect. Refused (DATASET_IN_USE) while a job that has not ended uses it.
+    pub async fn delete_dataset(&self, name: &DatasetName) -> Result<String> {
         let mut tx = self.write().await?;
         let user: Option<String> = sqlx::query_scalar(
             "SELECT job FROM jobs WHERE tenant = ? AND dataset = ? AND state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED') LIMIT 1",
@@ -158,7 +169,7 @@ impl Store {
                 .await?;
         let blob = blob.ok_or_else(|| Error::not_found(name))?;
         tx.commit().await?;
-        self.collect_blob(&blob).await
+        Ok(blob)
     }
 }
 
@@ -166,11 +177,22 @@ fn taken(name: &DatasetName) -> Error {
     Error::AlreadyExists { name: name.to_string(), message: "delete it first, or upload under another name".into() }
 }
 
-async fn made_by(db: &mut SqliteConnection, tenant: &TenantId, request_id: &str) -> Result<Option<DatasetRow>> {
-    match first_result(db, tenant, UPLOAD_METHOD, request_id).await? {
-        Some(name) => find(db, &name.parse()?).await,
-        None => Ok(None),
-    }
+/// What the first call with this request id made, known by its blob: the name may mean another dataset by now. NOT_FOUND where it has been
+/// deleted since.
+async fn made_by(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    kind: DatasetKind,
+    request_id: &str,
+) -> Result<Option<DatasetRow>> {
+    let Some(blob) = first_result(db, tenant, kind.method(), request_id).await? else { return Ok(None) };
+    let row = sqlx::query("SELECT * FROM datasets WHERE tenant = ? AND blob = ?")
+        .bind(tenant.as_str())
+        .bind(&blob)
+        .fetch_optional(db)
+        .await?;
+    let gone = || Error::not_found(format!("what the first call with request_id {request_id:?} has made"));
+    dataset_row(&row.ok_or_else(gone)?).map(Some)
 }
 
 async fn find(db: &mut SqliteConnection, name: &DatasetName) -> Result<Option<DatasetRow>> {

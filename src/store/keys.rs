@@ -3,12 +3,12 @@
 use std::time::SystemTime;
 
 use sha2::{Digest as _, Sha256};
-use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
 
 use crate::error::{Error, Result};
 use crate::ids::{KeyName, TenantId};
-use crate::store::rows::{from_millis, now, random, require_tenant};
+use crate::store::rows::{first_result, from_millis, now, random, record_result, require_tenant};
 use crate::store::{Listed, Page, Store, fresh_token};
 
 /// Whom a key speaks for.
@@ -30,31 +30,54 @@ pub struct KeyRow {
     pub revoked: Option<SystemTime>,
 }
 
-impl Store {
-    /// Makes a key. The second value is the secret, `tnr_{key id}_{64 hex digits}`, which nobody can read again.
-    pub async fn create_key(&self, owner: &KeyOwner, display_name: &str) -> Result<(KeyRow, String)> {
-        let tenant = match owner {
-            KeyOwner::Operator => None,
-            KeyOwner::Tenant(id) => Some(id),
-        };
+/// A key that is not kept yet.
+#[derive(Debug, Clone)]
+pub struct NewKey {
+    id: String,
+    /// `tnr_{key id}_{64 hex digits}`.
+    pub secret: String,
+}
+
+impl NewKey {
+    #[expect(clippy::new_without_default, reason = "every one is another")]
+    pub fn new() -> Self {
         let id = format!("{:016x}", u64::from_le_bytes(random()));
-        let secret = format!("tnr_{id}_{}{}", fresh_token(), fresh_token());
-        let hash: [u8; 32] = Sha256::digest(secret.as_bytes()).into();
+        Self { secret: format!("tnr_{id}_{}{}", fresh_token(), fresh_token()), id }
+    }
+}
+
+const CREATE_METHOD: &str = "CreateApiKey";
+
+impl Store {
+    /// Makes a tenant's key, and its secret, which nobody can read again. ALREADY_EXISTS for a `request_id` (empty: none) that has made one.
+    pub async fn create_key(&self, owner: &TenantId, display_name: &str, request_id: &str) -> Result<(KeyRow, String)> {
+        let key = NewKey::new();
         let mut tx = self.write().await?;
-        if let Some(tenant) = tenant {
-            require_tenant(&mut tx, tenant).await?;
+        require_tenant(&mut tx, owner).await?;
+        if let Some(name) = first_result(&mut tx, owner, CREATE_METHOD, request_id).await? {
+            let message = "its secret went with the first answer; revoke it and make another".to_owned();
+            return Err(Error::AlreadyExists { name, message });
         }
-        sqlx::query("INSERT INTO api_keys (key, tenant, hash, display_name, create_time) VALUES (?, ?, ?, ?, ?)")
-            .bind(&id)
-            .bind(tenant.map(TenantId::as_str))
-            .bind(hash.as_slice())
-            .bind(display_name)
-            .bind(now())
-            .execute(&mut *tx)
-            .await?;
+        insert(&mut tx, &key, Some(owner), display_name).await?;
+        let name = KeyName { tenant: owner.clone(), key: key.id.clone() };
+        record_result(&mut tx, owner, CREATE_METHOD, request_id, &name.to_string()).await?;
         tx.commit().await?;
-        let row = self.find_key(&id).await?.ok_or_else(|| Error::not_found(&id))?;
-        Ok((row, secret))
+        let row = self.find_key(&key.id).await?.ok_or_else(|| Error::not_found(&key.id))?;
+        Ok((row, key.secret))
+    }
+
+    /// Keeps an operator key that has been shown.
+    pub async fn insert_operator_key(&self, key: &NewKey, display_name: &str) -> Result<()> {
+        insert(&mut *self.pool().acquire().await?, key, None, display_name).await
+    }
+
+    /// Makes all operator keys worthless.
+    pub async fn revoke_operator_keys(&self) -> Result<()> {
+        sqlx::query("UPDATE api_keys SET revoke_time = ? WHERE tenant IS NULL AND revoke_time IS NULL")
+            .bind(now())
+            .execute(self.pool())
+            .await?;
+        Ok(())
     }
 
     /// The key of an id, revoked or not.
@@ -94,6 +117,19 @@ impl Store {
             sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM api_keys WHERE tenant IS NULL AND revoke_time IS NULL)");
         Ok(found.fetch_one(self.pool()).await?)
     }
+}
+
+async fn insert(db: &mut SqliteConnection, key: &NewKey, tenant: Option<&TenantId>, display_name: &str) -> Result<()> {
+    let hash: [u8; 32] = Sha256::digest(key.secret.as_bytes()).into();
+    sqlx::query("INSERT INTO api_keys (key, tenant, hash, display_name, create_time) VALUES (?, ?, ?, ?, ?)")
+        .bind(&key.id)
+        .bind(tenant.map(TenantId::as_str))
+        .bind(hash.as_slice())
+        .bind(display_name)
+        .bind(now())
+        .execute(db)
+        .await?;
+    Ok(())
 }
 
 fn key_row(row: &SqliteRow) -> Result<KeyRow> {

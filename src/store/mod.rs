@@ -29,7 +29,7 @@ pub use adapters::{AdapterRow, NewVersionRow, VersionRow};
 pub use blobs::{BlobUpload, Blobs};
 pub use datasets::{DatasetKind, DatasetRow, NewDataset};
 pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent};
-pub use keys::{KeyOwner, KeyRow};
+pub use keys::{KeyOwner, KeyRow, NewKey};
 pub use locks::Custody;
 pub use rows::{Listed, Page, fresh_token};
 pub use tenants::{PolicyRow, TenantRow, UsageDelta, UsageRow};
@@ -44,7 +44,10 @@ const FOLDER_WAIT: Duration = Duration::from_secs(5);
 const CONNECTIONS: u32 = 4;
 
 /// The schema, in the order it grew. Applied ones never change; a change is a new file at the end.
-const MIGRATIONS: &[(i64, &str, &str)] = &[(1, "init", include_str!("migrations/0001_init.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] = &[
+    (1, "init", include_str!("migrations/0001_init.sql")),
+    (2, "deleted tenants", include_str!("migrations/0002_deleted_tenants.sql")),
+];
 
 /// The catalogue and the blobs of one data folder. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -107,8 +110,22 @@ impl Store {
         Ok(rows.into_iter().collect())
     }
 
-    /// Deletes a blob unless a row owns it or a [`Custody`] of it is held, whose holder then answers for it.
-    pub async fn collect_blob(&self, blob: &str) -> Result<()> {
+    /// Deletes those blobs that no row owns and of which no [`Custody`] is held, whose holder then answers for it. What cannot be deleted
+    /// now stays until the next start.
+    pub async fn collect_blobs(&self, blobs: &[String]) {
+        let collect = async {
+            self.sync().await?;
+            for blob in blobs {
+                self.collect(blob).await?;
+            }
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = collect.await {
+            tracing::warn!(%error, ?blobs, "blobs that may have no owner stay until the next start");
+        }
+    }
+
+    async fn collect(&self, blob: &str) -> Result<()> {
         let Some(_alone) = self.inner.locks.try_exclusive(blob) else { return Ok(()) };
         let owned: bool = sqlx::query_scalar(
             "SELECT EXISTS (SELECT 1 FROM versions WHERE blob = ?1 UNION ALL SELECT 1 FROM datasets WHERE blob = ?1)",
@@ -116,17 +133,19 @@ impl Store {
         .bind(blob)
         .fetch_one(self.pool())
         .await?;
-        if owned { Ok(()) } else { self.delete_blobs(&[blob]).await }
+        if owned { Ok(()) } else { self.blobs().delete(blob).await }
     }
 
-    /// Deletes blobs whose rows are gone. Their deletion reaches the disk first, lest a power loss bring back a row without its blob.
-    async fn delete_blobs(&self, blobs: &[&str]) -> Result<()> {
-        sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(self.pool()).await?;
-        for blob in blobs {
-            self.blobs().delete(blob).await?;
-        }
+    /// Rows that are gone are gone on the disk too, lest a power loss bring one back without its blob.
+    async fn sync(&self) -> Result<()> {
+        sqlx::query("PRAGMA wal_checkpoint(FULL)").execute(self.pool()).await?;
         Ok(())
     }
+}
+
+/// Runs work to its end even where the caller goes away in the middle.
+pub async fn uninterrupted<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work).await.map_err(Error::internal)?
 }
 
 fn migrator() -> Migrator {

@@ -39,12 +39,20 @@ pub struct PolicyRow {
 }
 
 impl Store {
-    /// ALREADY_EXISTS unless it was made by the same `request_id` (empty: none).
+    /// ALREADY_EXISTS unless it was made by the same `request_id` (empty: none); also for the id of a deleted one.
     pub async fn create_tenant(&self, id: &TenantId, display_name: &str, request_id: &str) -> Result<TenantRow> {
         let mut tx = self.write().await?;
         if first_result(&mut tx, id, CREATE_METHOD, request_id).await?.is_some() {
             drop(tx);
             return self.get_tenant(id).await;
+        }
+        let gone: bool = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM deleted_tenants WHERE tenant = ?)")
+            .bind(id.as_str())
+            .fetch_one(&mut *tx)
+            .await?;
+        if gone {
+            let message = "it was deleted, and its id is never given again; choose another".to_owned();
+            return Err(Error::AlreadyExists { name: id.to_string(), message });
         }
         let made = sqlx::query(
             "INSERT INTO tenants (tenant, display_name, policy_etag, create_time) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
@@ -99,8 +107,14 @@ impl Store {
         if gone.rows_affected() == 0 {
             return Err(Error::not_found(id));
         }
+        sqlx::query("INSERT INTO deleted_tenants (tenant, delete_time) VALUES (?, ?)")
+            .bind(id.as_str())
+            .bind(now())
+            .execute(&mut *tx)
+            .await?;
         tx.commit().await?;
-        self.delete_blobs(&[id.as_str()]).await
+        self.sync().await?;
+        self.blobs().delete(id.as_str()).await
     }
 
     /// Adds to a tenant's counters. A tenant deleted meanwhile is no error: its counters went with it.

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::traced::{Dropout, Pass, TracedLora};
 use crate::request::{self, Hyperparameters, JobEvent};
-use crate::train::objective::{Dpo, DpoLoss, Objective, PreferenceSum, Reference, Sft};
+use crate::train::objective::{Dpo, DpoLoss, Objective, PreferenceSum, Sft};
 use crate::train::optim::{AdamW, clip, global_norm};
 use crate::train::schedule::Schedule;
 
@@ -65,6 +65,16 @@ impl Control {
     }
 }
 
+/// Tells the work to stop when it is dropped.
+#[derive(Debug)]
+pub struct StopOnDrop(pub Arc<Control>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
 /// A finished run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FitOutcome {
@@ -80,6 +90,7 @@ pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent) -> Result<()
         let pairs = run.train.count() + run.validation.count();
         observe(JobEvent::Message(format!("computing the reference's log-probabilities of {pairs} pairs")))?;
         run.score_reference()?;
+        run.started = Instant::now();
     }
     for step in 1..=run.schedule.total_steps {
         observe(run.step(step)?)?;
@@ -169,14 +180,15 @@ impl<'a> Run<'a> {
 
     fn score_reference(&mut self) -> Result<()> {
         let lora = self.inputs.reference.map(TracedLora::frozen).transpose()?;
+        let lora = lora.as_ref();
         let most = self.inputs.recipe.batch_size as usize;
         for objective in [&mut self.train, &mut self.validation] {
             let all: Vec<usize> = (0..objective.count()).collect();
             for piece in pieces(&**objective, &all, most) {
                 self.inputs.control.check()?;
                 let permit = Arc::new(self.inputs.arbiter.train());
-                let reference = Reference { lora: lora.as_ref(), permit: Some(&permit) };
-                objective.score_reference(self.inputs.model, piece, reference)?;
+                let pass = Pass { lora, permit: Some(&permit), ..Pass::default() };
+                objective.score_reference(self.inputs.model, piece, pass)?;
             }
         }
         Ok(())
@@ -195,7 +207,9 @@ impl<'a> Run<'a> {
         let (sums, mut gradients) = self.gradients(&batch)?;
         let (loss, grad_norm) = (sums.loss(), global_norm(&gradients)?);
         if !loss.is_finite() || !grad_norm.is_finite() {
-            return Err(diverged(step, loss, grad_norm));
+            let message =
+                format!("step {step} gave loss {loss} and gradient norm {grad_norm}; lower the learning rate");
+            return Err(diverged(message));
         }
         let learning_rate = self.schedule.learning_rate(step - 1);
         clip(&mut gradients, grad_norm, self.inputs.recipe.max_grad_norm)?;
@@ -271,8 +285,13 @@ impl<'a> Run<'a> {
             let part = self.validation.loss(self.inputs.model, piece, pass)?;
             sums.add(part.loss.to_scalar::<f32>()?, piece.len(), part.preference);
         }
+        let loss = sums.loss();
+        if !loss.is_finite() {
+            let message = format!("the validation after step {step} gave loss {loss}; lower the learning rate");
+            return Err(diverged(message));
+        }
         sums.record("eval", &mut self.metrics);
-        Ok(JobEvent::Evaluated { step, loss: sums.loss(), margin: sums.margin(), accuracy: sums.accuracy() })
+        Ok(JobEvent::Evaluated { step, loss, margin: sums.margin(), accuracy: sums.accuracy() })
     }
 }
 
@@ -305,7 +324,6 @@ fn pieces<'b>(objective: &dyn Objective, batch: &'b [usize], most: usize) -> Vec
     pieces
 }
 
-fn diverged(step: u32, loss: f64, grad_norm: f64) -> Error {
-    let message = format!("step {step} gave loss {loss} and gradient norm {grad_norm}; lower the learning rate");
+fn diverged(message: String) -> Error {
     Error::precondition("TRAINING_DIVERGED", "the training run", message)
 }

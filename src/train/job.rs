@@ -16,9 +16,6 @@ use crate::train::fit::Control;
 use crate::train::objective::loss_tokens;
 use crate::train::schedule::Schedule;
 
-/// Longest record, in tokens, where the recipe does not say and the base could take more.
-const DEFAULT_MAX_LENGTH: usize = 2048;
-
 /// Where jobs look things up.
 #[derive(Debug, Clone)]
 pub struct Sources {
@@ -63,17 +60,25 @@ impl Sources {
         tenant.check_owns(&spec.dataset.tenant)?;
         check_objective(spec.objective)?;
         check_recipe(&spec.hyperparameters, &self.limits, self.model.context_length())?;
-        match &spec.start {
-            Start::Fresh(lora) => check_lora(lora, self.model.shape(), self.limits.max_rank)?,
+        let shape = self.model.shape();
+        let bytes = match &spec.start {
+            Start::Fresh(lora) => {
+                check_lora(lora, shape, self.limits.max_rank)?;
+                lora.byte_size(shape)?
+            }
             Start::From(version) => {
                 tenant.check_owns(version.tenant())?;
                 let row = self.store.get_version(version).await?;
-                if row.base_digest != self.model.shape().digest {
+                if row.base_digest != shape.digest {
                     let message = "was made for another base; start from a version of this one or from a fresh adapter";
                     return Err(Error::precondition("BASE_MISMATCH", version, message));
                 }
+                row.memory_bytes
             }
-        }
+        };
+        // What would refuse the version in the end refuses the job now.
+        self.hub.check_size(bytes)?;
+        self.store.check_room(&spec.adapter, &self.limits).await?;
         let dataset = self.store.get_dataset(&spec.dataset).await?;
         check_kind(spec.objective, &dataset)?;
         let recipe = &spec.hyperparameters;
@@ -100,15 +105,17 @@ impl Sources {
         };
         let records = data::read(&self.store, &dataset).await?;
         let (text, recipe) = (self.text.clone(), spec.hyperparameters.clone());
-        let max_length = max_length(&recipe, self.model.context_length());
+        let max_length = max_length(&recipe, &self.limits, self.model.context_length());
         let encode = move || encode(&records, dataset.kind, &text, &recipe, max_length, &control);
         let (train, validation) = tokio::task::spawn_blocking(encode).await.map_err(Error::internal)??;
         Ok(Prepared { start, continued, train, validation })
     }
 }
 
-fn max_length(recipe: &Hyperparameters, context: usize) -> usize {
-    recipe.max_length.map_or(DEFAULT_MAX_LENGTH.min(context), |length| length as usize)
+/// The longest record, in tokens.
+fn max_length(recipe: &Hyperparameters, limits: &Limits, context: usize) -> usize {
+    let most = usize::try_from(limits.max_record_tokens).unwrap_or(usize::MAX).min(context);
+    recipe.max_length.map_or(most, |length| length as usize)
 }
 
 /// All records as ids, split into training and validation.
@@ -147,9 +154,22 @@ fn encode_parts<T>(
         control.check()?;
         let held_out = split.validation.binary_search(&index).is_ok();
         let part = if held_out { &mut validation } else { &mut train };
-        part.push(encode(index + 1, record)?);
+        let number = index + 1;
+        part.push(encode(number, record).map_err(|error| in_record(number, error))?);
     }
     Ok((train, validation))
+}
+
+/// Says in which record it is wrong, unless it does already.
+fn in_record(number: usize, error: Error) -> Error {
+    match error {
+        Error::Invalid { reason, field, message } if field != "dataset" => Error::Invalid {
+            reason,
+            field: "dataset".to_owned(),
+            message: format!("record {number}: {field}: {message}"),
+        },
+        other => other,
+    }
 }
 
 fn encode_chat(number: usize, record: &Record, text: &Text, max_length: usize) -> Result<Conversation> {
@@ -234,8 +254,11 @@ fn check_recipe(recipe: &Hyperparameters, limits: &Limits, context: usize) -> Re
     check(r.max_grad_norm >= 0.0 && r.max_grad_norm.is_finite(), "max_grad_norm", "0 (off) or more")?;
     check((0.0..=0.5).contains(&r.validation_split), "validation_split", "in [0, 0.5]")?;
     check(r.eval_steps != Some(0), "eval_steps", "at least 1")?;
-    let lengths = r.max_length.is_none_or(|length| (2..=context).contains(&(length as usize)));
-    check(lengths, "max_length", &format!("in 2..={context}, the base's context"))?;
+    let validates = r.eval_steps.is_none() || r.validation_split > 0.0;
+    check(validates, "eval_steps", "given with a validation_split, without which there is nothing to evaluate")?;
+    let longest = limits.max_record_tokens.min(context as u64);
+    let lengths = r.max_length.is_none_or(|length| (2..=longest).contains(&u64::from(length)));
+    check(lengths, "max_length", &format!("in 2..={longest} (limit max_record_tokens, and the base's context)"))?;
     let batch = u64::from(r.batch_size) * u64::from(r.gradient_accumulation_steps);
     if batch > limits.max_batch_records {
         let message =

@@ -12,7 +12,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use futures::Stream;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -25,11 +25,14 @@ use crate::model::Model;
 use crate::request::{JobEvent, JobSpec, JobState};
 use crate::store::{JobEnd, JobRow, NewJob, Store, StoredEvent};
 use crate::text::Text;
-use crate::train::fit::Control;
+use crate::train::fit::{Control, StopOnDrop};
 use crate::train::job::Sources;
 
 /// Stored events read at once by a watcher.
 const EVENT_PAGE: u32 = 256;
+
+/// Events that a watcher may be behind before it looks at the store unasked.
+const EVENTS_BEHIND: usize = 256;
 
 /// What a trainer works with.
 #[derive(Debug, Clone)]
@@ -60,8 +63,8 @@ struct Inner {
     worker: String,
     /// A job may be waiting.
     queued: Notify,
-    /// Changes whenever an event has been stored.
-    events: watch::Sender<()>,
+    /// Says whenever an event of a job has been stored.
+    events: broadcast::Sender<JobName>,
     running: Mutex<Option<Running>>,
     shutdown: CancellationToken,
 }
@@ -76,12 +79,13 @@ impl Inner {
     /// Stores an event, then wakes the watchers.
     async fn record(&self, job: &JobName, event: JobEvent) -> Result<()> {
         self.sources.store.append_event(job, &event).await?;
-        self.announce();
+        self.announce(job);
         Ok(())
     }
 
-    fn announce(&self) {
-        self.events.send_replace(());
+    fn announce(&self, job: &JobName) {
+        // Nobody may be watching.
+        let _ = self.events.send(job.clone());
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Running>> {
@@ -103,7 +107,7 @@ impl Trainer {
             arbiter,
             worker: new_id(),
             queued: Notify::new(),
-            events: watch::Sender::new(()),
+            events: broadcast::Sender::new(EVENTS_BEHIND),
             running: Mutex::default(),
             shutdown: CancellationToken::new(),
         });
@@ -128,11 +132,14 @@ impl Trainer {
         let name = JobName::new(tenant.id(), &new_id())?;
         let job = NewJob { name, spec, total_steps: checked.total_steps };
         if validate_only {
-            sources.prepare(tenant, &job.spec, Arc::default()).await?;
+            // Told to stop where the caller goes away.
+            let control = Arc::new(Control::default());
+            let _stop = StopOnDrop(control.clone());
+            sources.prepare(tenant, &job.spec, control).await?;
             return Ok(job.into_row());
         }
         let row = sources.store.insert_job(&job, request_id, sources.limits.max_jobs_per_tenant).await?;
-        self.inner.announce();
+        self.inner.announce(&row.name);
         self.inner.queued.notify_one();
         Ok(row)
     }
@@ -143,12 +150,12 @@ impl Trainer {
         let store = &self.inner.sources.store;
         let idle = [JobState::Queued, JobState::Paused, JobState::Interrupted];
         if let Some(row) = store.transition(job, &idle, JobState::Cancelled, JobEnd::default()).await? {
-            self.inner.announce();
+            self.inner.announce(job);
             return Ok(row);
         }
         let busy = [JobState::Running, JobState::Pausing];
         if let Some(row) = store.transition(job, &busy, JobState::Cancelling, JobEnd::default()).await? {
-            self.inner.announce();
+            self.inner.announce(job);
             if let Some(running) = self.inner.running().as_ref().filter(|running| running.job == *job) {
                 running.control.stop();
             }
@@ -171,7 +178,7 @@ impl Trainer {
             let message = format!("is {state:?}; only an interrupted job can be resumed");
             return Err(Error::precondition("JOB_NOT_INTERRUPTED", job, message));
         };
-        self.inner.announce();
+        self.inner.announce(job);
         self.inner.queued.notify_one();
         Ok(row)
     }
@@ -185,7 +192,6 @@ impl Trainer {
             let mut after = after;
             let mut changed = inner.events.subscribe();
             loop {
-                changed.borrow_and_update();
                 // Read before the events, so that a final state's own event is among them.
                 let ended = inner.sources.store.get_job(&job).await?.state.is_final();
                 let events = inner.sources.store.events_after(&job, after, EVENT_PAGE).await?;
@@ -194,7 +200,7 @@ impl Trainer {
                         return;
                     }
                     let going_down = tokio::select! {
-                        _ = changed.changed() => false,
+                        () = changed_for(&mut changed, &job) => false,
                         () = inner.shutdown.cancelled() => true,
                     };
                     if going_down {
@@ -219,6 +225,11 @@ impl Trainer {
             tracing::error!(%error, "the training worker ended badly");
         }
     }
+}
+
+/// Waits for an event of this job, or until so many of others have passed that one may have been missed.
+async fn changed_for(events: &mut broadcast::Receiver<JobName>, job: &JobName) {
+    while matches!(events.recv().await, Ok(other) if other != *job) {}
 }
 
 fn going_away() -> Error {

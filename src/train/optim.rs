@@ -23,11 +23,11 @@ impl From<&Hyperparameters> for AdamWConfig {
 
 /// What AdamW remembers of one variable.
 #[derive(Debug, Clone)]
-pub struct Moments {
+struct Moments {
     /// Running mean of the gradient, in the variable's shape.
-    pub first: Tensor,
+    first: Tensor,
     /// Running mean of its square.
-    pub second: Tensor,
+    second: Tensor,
 }
 
 /// The optimizer: its variables, and its state beside them in the same order.
@@ -64,11 +64,6 @@ impl AdamW {
             between();
         }
         Ok(())
-    }
-
-    /// The state, in the order of the variables, and the number of steps taken.
-    pub fn state(&self) -> (&[Moments], i32) {
-        (&self.moments, self.steps)
     }
 }
 
@@ -129,7 +124,7 @@ mod tests {
         for (value, expected) in values.iter().zip(expected) {
             assert!((f64::from(*value) - expected).abs() < 1e-6, "{value} {expected}");
         }
-        assert_eq!(optimizer.state().1, 3);
+        assert_eq!(optimizer.steps, 3);
     }
 
     #[test]

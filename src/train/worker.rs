@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::hub::NewVersion;
 use crate::ids::{JobName, Tenant, VersionName};
 use crate::request::{JobEvent, JobState};
-use crate::store::{JobEnd, JobRow, UsageDelta};
+use crate::store::{JobEnd, JobRow, UsageDelta, VersionRow};
 use crate::train::fit::{Control, FitInputs, FitOutcome, fit};
 use crate::train::job::Prepared;
 use crate::train::{Inner, Running};
@@ -16,7 +16,9 @@ use crate::train::{Inner, Running};
 /// How long a claim holds without a heartbeat.
 const LEASE: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Pause after the catalogue could not be read.
+/// How often an idle worker looks for jobs unasked.
+const LOOK: Duration = Duration::from_secs(15);
+/// Pause after the catalogue could not be read or written.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Takes jobs until the trainer shuts down.
@@ -27,6 +29,8 @@ pub(super) async fn run(inner: Arc<Inner>) {
             Ok(None) => {
                 tokio::select! {
                     () = inner.queued.notified() => {}
+                    // A caller that goes away between the commit of its job and its notice leaves none.
+                    () = tokio::time::sleep(LOOK) => {}
                     () = inner.shutdown.cancelled() => return,
                 }
             }
@@ -39,7 +43,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
 }
 
 async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
-    inner.announce();
+    inner.announce(&job.name);
     tracing::info!(job = %job.name, "training");
     let control = Arc::new(Control::default());
     inner.set_running(Some(Running { job: job.name.clone(), control: control.clone() }));
@@ -52,8 +56,13 @@ async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
     if let Err(error) = inner.sources.store.add_usage(tenant.id(), usage).await {
         tracing::error!(job = %job.name, %error, "could not record the usage");
     }
-    if let Err(error) = finish(inner, &job.name, outcome).await {
+    // Until it is written the job is RUNNING to everyone, and nothing it uses can be deleted.
+    while let Err(error) = finish(inner, &job.name, outcome.clone()).await {
         tracing::error!(job = %job.name, %error, "could not record how the job ended");
+        if inner.shutdown.is_cancelled() {
+            return;
+        }
+        tokio::time::sleep(RETRY).await;
     }
 }
 
@@ -96,14 +105,30 @@ async fn train_and_publish(
         validate_only: false,
     };
     inner.record(&job.name, JobEvent::Message("checking that serving gives what training gave".into())).await?;
-    let row = sources.hub.publish(tenant, version).await?;
+    let row = publish(inner, tenant, version, control).await?;
     let parity = row.parity;
     let line = format!(
         "parity gate: mean difference {:.4} nats over {} tokens, at most {:.4} allowed; mean effect {:.4}",
         parity.mean_abs_difference, parity.tokens, parity.threshold, parity.mean_abs_effect
     );
-    inner.record(&job.name, JobEvent::Message(line)).await?;
+    // The version is there: nothing that fails now may say otherwise.
+    if let Err(error) = inner.record(&job.name, JobEvent::Message(line)).await {
+        tracing::warn!(job = %job.name, %error, "could not record what the gate measured");
+    }
     Ok(row.name)
+}
+
+/// Publishes, again and again where there is no room for the moment: the training must not be lost for that.
+async fn publish(inner: &Inner, tenant: &Tenant, new: NewVersion, control: &Control) -> Result<VersionRow> {
+    loop {
+        match inner.sources.hub.publish(tenant, new.clone()).await {
+            Err(Error::Exhausted { retry_after: Some(pause), .. }) => {
+                control.check()?;
+                tokio::time::sleep(pause).await;
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 /// `fit` on a thread of its own, its events recorded as they come.
@@ -151,7 +176,7 @@ async fn finish(inner: &Inner, job: &JobName, outcome: Result<VersionName>) -> R
             store.transition(job, &running, JobState::Failed, JobEnd { version: None, error: Some(error) }).await?
         }
     };
-    inner.announce();
+    inner.announce(job);
     Ok(())
 }
 

@@ -86,6 +86,7 @@ impl TestServer {
             threads: 2,
             metrics_listen: None,
             insecure_no_auth: false,
+            rotate_operator_key: false,
             tls: None,
             allow_plaintext: false,
             limits: Limits { kv_cache_bytes: 8 << 20, ..Limits::default() },
@@ -94,7 +95,8 @@ impl TestServer {
         let model = base.0.clone();
         let store = Store::open(data.path()).await.unwrap();
         let parts = app::assemble(base, store.clone(), &config).await.unwrap();
-        let operator = app::bootstrap_operator_key(&store).await.unwrap().expect("the first start makes a key");
+        let mut operator = String::new();
+        app::bootstrap_operator_key(&store, false, |key| operator = key).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();

@@ -32,7 +32,7 @@ pub fn name<T: FromStr<Err = Error>>(field: &str, text: &str) -> Result<T> {
 }
 
 /// Moves an error about a part of a message to the field's whole path.
-fn at(field: &str, error: Error) -> Error {
+pub fn at(field: &str, error: Error) -> Error {
     match error {
         Error::Invalid { reason, message, field: _ } => Error::Invalid { reason, field: field.to_owned(), message },
         other => other,

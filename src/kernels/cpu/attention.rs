@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Shared;
-use super::simd::{dot, exp, f16_value, multiversion};
+use super::simd::{dot, f16_value, multiversion, softmax};
 
 /// Widest head the kernel's buffer holds.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -72,11 +72,11 @@ multiversion! {
         for t in 0..length {
             widen(&kv.keys[kv.at(blocks, t, kv_head)..][..dim], wide);
             for (head, q) in q.chunks_exact(dim).enumerate() {
-                scores[head * length + t] = dot(q, wide) * scale;
+                scores[head * length + t] = dot(q, wide);
             }
         }
         for scores in scores.chunks_exact_mut(length) {
-            softmax(scores);
+            softmax(scores, scale);
         }
         out.fill(0.0);
         for t in 0..length {
@@ -95,19 +95,5 @@ multiversion! {
 fn widen(bits: &[u16], out: &mut [f32]) {
     for (out, bits) in out.iter_mut().zip(bits) {
         *out = f16_value(*bits);
-    }
-}
-
-#[inline(always)]
-fn softmax(x: &mut [f32]) {
-    let largest = x.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-    let mut sum = 0.0;
-    for x in x.iter_mut() {
-        *x = exp(*x - largest);
-        sum += *x;
-    }
-    let inverse = 1.0 / sum;
-    for x in x {
-        *x *= inverse;
     }
 }

@@ -9,7 +9,7 @@ mod simd;
 
 pub use attention::{KvView, MAX_HEAD_DIM, attention};
 pub use matmul::{QuantizedRows, matmul};
-pub use rows::{add, lora, rms_norm, rope, swiglu};
+pub use rows::{add, lora, rms_norm, rope, softmax, softmax_backward, swiglu, swiglu_backward};
 pub use simd::{f16_bits, f16_value};
 
 /// A pointer that the workers of one kernel share; each writes to places of its own.

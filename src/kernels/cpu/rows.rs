@@ -57,6 +57,39 @@ pub fn swiglu(gate: &mut [f32], up: &[f32]) {
     gate.par_chunks_mut(8192).zip(up.par_chunks(8192)).for_each(|(gate, up)| part(gate, up));
 }
 
+/// The gradient of [`swiglu`]'s result, d, becomes that of gate and of up, in their places.
+pub fn swiglu_backward(gate: &mut [f32], up: &mut [f32], d: &[f32]) {
+    multiversion! {
+        fn part(gate: &mut [f32], up: &mut [f32], d: &[f32]) {
+            for ((gate, up), d) in gate.iter_mut().zip(up).zip(d) {
+                let sigmoid = 1.0 / (1.0 + exp(-*gate));
+                let silu = *gate * sigmoid;
+                *gate = d * *up * sigmoid * (1.0 + *gate * (1.0 - sigmoid));
+                *up = d * silu;
+            }
+        }
+    }
+    let parts = gate.par_chunks_mut(8192).zip(up.par_chunks_mut(8192)).zip(d.par_chunks(8192));
+    parts.for_each(|((gate, up), d)| part(gate, up, d));
+}
+
+multiversion! {
+    /// x = softmax(scale * x).
+    pub fn softmax(x: &mut [f32], scale: f32) {
+        super::simd::softmax(x, scale);
+    }
+}
+
+multiversion! {
+    /// The gradient of a softmax with result p, times `scale`: d = scale * p * (d - p . d).
+    pub fn softmax_backward(p: &[f32], d: &mut [f32], scale: f32) {
+        let mean = dot(p, d);
+        for (d, p) in d.iter_mut().zip(p) {
+            *d = p * (*d - mean) * scale;
+        }
+    }
+}
+
 /// x += y.
 pub fn add(x: &mut [f32], y: &[f32]) {
     multiversion! {

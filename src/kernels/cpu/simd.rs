@@ -54,6 +54,33 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     for (a, b) in a_rest.iter().zip(b_rest) {
         rest += a * b;
     }
+    sum_pairwise(lanes) + rest
+}
+
+/// x = softmax(scale * x), its sum in 16 lanes, then pairwise.
+#[inline(always)]
+pub(super) fn softmax(x: &mut [f32], scale: f32) {
+    let largest = x.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    let mut lanes = [0.0f32; LANES];
+    let (whole, rest) = x.as_chunks_mut::<LANES>();
+    for chunk in whole {
+        for i in 0..LANES {
+            chunk[i] = exp((chunk[i] - largest) * scale);
+            lanes[i] += chunk[i];
+        }
+    }
+    for (x, lane) in rest.iter_mut().zip(&mut lanes) {
+        *x = exp((*x - largest) * scale);
+        *lane += *x;
+    }
+    let inverse = 1.0 / sum_pairwise(lanes);
+    for x in x {
+        *x *= inverse;
+    }
+}
+
+#[inline(always)]
+fn sum_pairwise(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -61,7 +88,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
         width /= 2;
     }
-    lanes[0] + rest
+    lanes[0]
 }
 
 /// e^x to about one unit in the last place (Cephes' polynomial); 0 below -87.

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::traced::Pass;
 use crate::text::Conversation;
-use crate::train::objective::{LossSum, Objective, PreferenceSum, Reference, loss_logprobs};
+use crate::train::objective::{LossSum, Objective, PreferenceSum, loss_logprobs};
 
 /// The loss of pairs of sequence log-probabilities.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -91,9 +91,8 @@ impl Objective for Dpo<'_> {
         self.loss.sum(&chosen, &rejected, &reference)
     }
 
-    fn score_reference(&mut self, model: &Arc<Model>, examples: &[usize], reference: Reference<'_>) -> Result<()> {
-        let pass = Pass { lora: reference.lora, permit: reference.permit, ..Pass::default() };
-        let (chosen, rejected) = self.sequence_logprobs(model, examples, pass)?;
+    fn score_reference(&mut self, model: &Arc<Model>, examples: &[usize], reference: Pass<'_>) -> Result<()> {
+        let (chosen, rejected) = self.sequence_logprobs(model, examples, reference)?;
         for (example, margin) in examples.iter().zip((chosen - rejected)?.to_vec1::<f32>()?) {
             self.reference_margins[*example] = Some(margin);
         }

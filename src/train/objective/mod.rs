@@ -7,10 +7,9 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use crate::device::TrainPermit;
 use crate::error::Result;
 use crate::model::Model;
-use crate::model::traced::{Pass, TracedLora};
+use crate::model::traced::Pass;
 use crate::text::Conversation;
 
 pub use dpo::{Dpo, DpoLoss};
@@ -30,8 +29,8 @@ pub trait Objective {
     /// The sum of the loss over the examples, which a step divides by the sum of their weights.
     fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<LossSum>;
 
-    /// Scores the examples once with the reference, before any step or evaluation.
-    fn score_reference(&mut self, _model: &Arc<Model>, _examples: &[usize], _reference: Reference<'_>) -> Result<()> {
+    /// Scores the examples once with the frozen policy that preferences are measured against, before any step or evaluation.
+    fn score_reference(&mut self, _model: &Arc<Model>, _examples: &[usize], _reference: Pass<'_>) -> Result<()> {
         Ok(())
     }
 
@@ -39,13 +38,6 @@ pub trait Objective {
     fn needs_reference(&self) -> bool {
         false
     }
-}
-
-/// The frozen policy that preferences are measured against: the base where `lora` is `None`.
-#[derive(Debug, Clone, Copy)]
-pub struct Reference<'a> {
-    pub lora: Option<&'a TracedLora>,
-    pub permit: Option<&'a Arc<TrainPermit>>,
 }
 
 /// A summed loss and what else is reported about its examples.

@@ -56,6 +56,12 @@ impl Bench {
     }
 
     fn fit(&self, run: &Run<'_>) -> Result<(FitOutcome, Vec<JobEvent>)> {
+        let (outcome, events) = self.observed(run);
+        outcome.map(|outcome| (outcome, events))
+    }
+
+    /// The events also of a run that fails.
+    fn observed(&self, run: &Run<'_>) -> (Result<FitOutcome>, Vec<JobEvent>) {
         let (control, none) = (Control::default(), run.validation_or_none());
         let inputs = FitInputs {
             model: &self.model,
@@ -76,7 +82,7 @@ impl Bench {
             events.push(event);
             Ok(())
         });
-        outcome.map(|outcome| (outcome, events))
+        (outcome, events)
     }
 }
 
@@ -196,7 +202,9 @@ fn a_stopped_run_takes_no_further_step() {
     let (start, train) = (bench.start(lora()), bench.chats(4));
     let recipe = Hyperparameters { max_steps: Some(10), ..recipe() };
     let run = Run { stop_after: Some(2), ..Run::new(&start, &train, recipe) };
-    assert!(matches!(bench.fit(&run), Err(Error::Cancelled)));
+    let (outcome, events) = bench.observed(&run);
+    assert!(matches!(outcome, Err(Error::Cancelled)));
+    assert_eq!(curve(&events).len(), 2, "{events:?}");
 }
 
 #[test]

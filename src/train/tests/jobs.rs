@@ -114,6 +114,15 @@ fn last_state(events: &[StoredEvent]) -> JobState {
     }
 }
 
+/// What preferences say of the adapter before anything is learnt.
+fn first_margin(events: &[StoredEvent]) -> f64 {
+    let of_first = |event: &StoredEvent| match event.event {
+        JobEvent::Step { step: 1, margin, .. } => margin,
+        _ => None,
+    };
+    events.iter().find_map(of_first).unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_ends_as_a_version_and_a_continued_one_as_the_next() {
     let bench = Bench::new().await;
@@ -135,7 +144,9 @@ async fn a_job_ends_as_a_version_and_a_continued_one_as_the_next() {
     let dpo = Objective::Dpo { beta: 0.1, label_smoothing: 0.0 };
     let continued = JobSpec { start: Start::From(version), ..bench.spec("pairs", dpo, 2) };
     let job = bench.submit(continued).await;
-    assert_eq!(last_state(&bench.events(&job, 0).await), JobState::Succeeded);
+    let events = bench.events(&job, 0).await;
+    assert_eq!(last_state(&events), JobState::Succeeded, "{events:?}");
+    assert!(first_margin(&events).abs() < 1e-3, "the version it continues is its reference: {events:?}");
     assert_eq!(bench.versions().await, 2);
     bench.trainer.shutdown().await;
 }

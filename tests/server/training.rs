@@ -1,0 +1,248 @@
+//! Training and its data over the wire: pairs in both forms, a job that continues another's version, retries, cancelling.
+
+use tenora::api::proto::train_request::{Objective, Start};
+use tenora::api::proto::training_event::Event;
+use tenora::api::proto::training_service_client::TrainingServiceClient;
+use tenora::api::proto::upload_preferences_request::Part;
+use tenora::api::proto::*;
+use tonic::{Code, Status, Streaming};
+
+use super::common::{TestServer, Transport, reason};
+
+const LINE: &str = "{\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":\"no\"}\n";
+const SFT: Objective = Objective::Sft(SftSpec {});
+const DPO: Objective = Objective::Dpo(DpoSpec { beta: None, label_smoothing: None });
+const ADAPTER: &str = "tenants/a/adapters/tone";
+
+fn header(id: &str, request_id: &str) -> UploadHeader {
+    UploadHeader {
+        parent: "tenants/a".into(),
+        dataset_id: id.into(),
+        request_id: request_id.into(),
+        ..Default::default()
+    }
+}
+
+/// What [`LINE`] says.
+fn pair() -> Part {
+    let message = ChatMessage { role: "user".into(), content: "a".into() };
+    let prompt = Some(Chat { messages: vec![message] });
+    Part::Pair(PreferencePair { prompt, chosen: "b".into(), rejected: "no".into() })
+}
+
+fn data(text: &str) -> Part {
+    Part::Data(text.as_bytes().to_vec())
+}
+
+async fn upload_pairs(
+    server: &TestServer,
+    key: &str,
+    header: UploadHeader,
+    parts: Vec<Part>,
+) -> Result<Dataset, Status> {
+    let parts = std::iter::once(Part::Header(header)).chain(parts);
+    let messages: Vec<_> = parts.map(|part| UploadPreferencesRequest { part: Some(part) }).collect();
+    Ok(server.datasets(key).await.upload_preferences(futures::stream::iter(messages)).await?.into_inner())
+}
+
+async fn upload_chats(server: &TestServer, key: &str, header: UploadHeader) -> Result<Dataset, Status> {
+    let line = b"{\"prompt\":\"a\",\"completion\":\"b\"}\n".to_vec();
+    let parts = [upload_dataset_request::Part::Header(header), upload_dataset_request::Part::Data(line)];
+    let messages = parts.map(|part| UploadDatasetRequest { part: Some(part) });
+    Ok(server.datasets(key).await.upload_dataset(futures::stream::iter(messages)).await?.into_inner())
+}
+
+async fn datasets(server: &TestServer, key: &str) -> Vec<Dataset> {
+    let request = ListDatasetsRequest { parent: "tenants/a".into(), ..Default::default() };
+    server.datasets(key).await.list_datasets(request).await.unwrap().into_inner().datasets
+}
+
+async fn inspect(server: &TestServer, key: &str, dataset: &Dataset) -> DatasetReport {
+    let request = InspectDatasetRequest { name: dataset.name.clone() };
+    server.datasets(key).await.inspect_dataset(request).await.unwrap().into_inner()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_mixes_the_forms_of_pairs_leaves_nothing() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    for parts in [vec![pair(), data(LINE)], vec![data(LINE), pair()]] {
+        let status = upload_pairs(&server, &key, header("mixed", ""), parts).await.unwrap_err();
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::InvalidArgument, "INVALID_ARGUMENT"));
+    }
+    assert_eq!(datasets(&server, &key).await, []);
+    server.wait_for_no_blobs().await;
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_forms_of_pairs_mean_the_same() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    let of_messages = upload_pairs(&server, &key, header("messages", ""), vec![pair(), pair()]).await.unwrap();
+    // Cut in the middle of a line.
+    let lines = LINE.repeat(2);
+    let (head, tail) = lines.split_at(LINE.len() + 7);
+    let of_lines = upload_pairs(&server, &key, header("lines", ""), vec![data(head), data(tail)]).await.unwrap();
+    for dataset in [&of_messages, &of_lines] {
+        assert_eq!((dataset.kind(), dataset.records), (DatasetKind::Preferences, 2));
+    }
+    let measured = |report: DatasetReport| DatasetReport { dataset: None, ..report };
+    let by_messages = measured(inspect(&server, &key, &of_messages).await);
+    assert_eq!(by_messages, measured(inspect(&server, &key, &of_lines).await));
+    assert!(by_messages.loss_tokens > 0);
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_id_is_its_methods_own_and_outlives_its_dataset() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    let chats = upload_chats(&server, &key, header("chats", "r")).await.unwrap();
+    let pairs = upload_pairs(&server, &key, header("pairs", "r"), vec![pair()]).await.unwrap();
+    assert_eq!((pairs.name.as_str(), pairs.kind()), ("tenants/a/datasets/pairs", DatasetKind::Preferences));
+    assert_eq!(upload_chats(&server, &key, header("chats", "r")).await.unwrap(), chats);
+    assert_eq!(upload_pairs(&server, &key, header("pairs", "r"), vec![pair()]).await.unwrap(), pairs);
+
+    let request = DeleteDatasetRequest { name: pairs.name };
+    server.datasets(&key).await.delete_dataset(request).await.unwrap();
+    for id in ["pairs", "others"] {
+        let status = upload_pairs(&server, &key, header(id, "r"), vec![pair()]).await.unwrap_err();
+        assert_eq!(status.code(), Code::NotFound, "{id}: {status:?}");
+    }
+    assert_eq!(datasets(&server, &key).await, [chats]);
+    upload_pairs(&server, &key, header("pairs", "r2"), vec![pair()]).await.unwrap();
+    server.stopped().await;
+}
+
+/// Trains `tone`, fast enough that a few steps show.
+fn recipe(dataset: &str, objective: Objective, max_steps: u32) -> TrainRequest {
+    let hyperparameters =
+        Hyperparameters { max_steps: Some(max_steps), learning_rate: Some(1e-2), ..Default::default() };
+    TrainRequest {
+        parent: "tenants/a".into(),
+        adapter_id: "tone".into(),
+        dataset: format!("tenants/a/datasets/{dataset}"),
+        objective: Some(objective),
+        hyperparameters: Some(hyperparameters),
+        ..Default::default()
+    }
+}
+
+async fn watch(client: &mut TrainingServiceClient<Transport>, job: &str) -> Streaming<TrainingEvent> {
+    let request = WatchTrainingJobRequest { name: job.into(), after_sequence: 0 };
+    client.watch_training_job(request).await.unwrap().into_inner()
+}
+
+async fn next(events: &mut Streaming<TrainingEvent>) -> Option<Event> {
+    events.message().await.unwrap().map(|event| event.event.unwrap())
+}
+
+/// All events that are left, up to the job's end.
+async fn rest(mut events: Streaming<TrainingEvent>) -> Vec<Event> {
+    let mut all = Vec::new();
+    while let Some(event) = next(&mut events).await {
+        all.push(event);
+    }
+    all
+}
+
+async fn job(client: &mut TrainingServiceClient<Transport>, name: &str) -> TrainingJob {
+    client.get_training_job(GetTrainingJobRequest { name: name.into() }).await.unwrap().into_inner()
+}
+
+/// Runs a job to its success: its events, and what it is then.
+async fn run(client: &mut TrainingServiceClient<Transport>, request: TrainRequest) -> (Vec<Event>, TrainingJob) {
+    let name = client.train(request).await.unwrap().into_inner().name;
+    let events = rest(watch(client, &name).await).await;
+    assert_eq!(last_state(&events), JobState::Succeeded, "{events:?}");
+    (events, job(client, &name).await)
+}
+
+fn last_state(events: &[Event]) -> JobState {
+    match events.last() {
+        Some(Event::State(change)) => change.state(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn steps(events: &[Event]) -> Vec<&StepTaken> {
+    events.iter().filter_map(|event| if let Event::Step(step) = event { Some(step) } else { None }).collect()
+}
+
+async fn jobs(client: &mut TrainingServiceClient<Transport>) -> Vec<String> {
+    let request = ListTrainingJobsRequest { parent: "tenants/a".into(), ..Default::default() };
+    let listed = client.list_training_jobs(request).await.unwrap().into_inner().training_jobs;
+    listed.into_iter().map(|job| job.name).collect()
+}
+
+async fn versions(server: &TestServer, key: &str) -> Result<Vec<String>, Status> {
+    let request = ListAdapterVersionsRequest { parent: ADAPTER.into(), ..Default::default() };
+    let listed = server.adapters(key).await.list_adapter_versions(request).await?.into_inner().versions;
+    Ok(listed.into_iter().map(|version| version.name).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn preferences_continue_a_version_that_is_their_reference() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "chats").await.unwrap();
+    upload_pairs(&server, &key, header("pairs", ""), vec![data(&LINE.repeat(4))]).await.unwrap();
+    let mut training = server.training(&key).await;
+    let (events, first) = run(&mut training, recipe("chats", SFT, 10)).await;
+    let learnt = steps(&events);
+    assert!(learnt[9].loss < learnt[0].loss, "what was not learnt would be its own reference: {learnt:?}");
+    assert_eq!(first.adapter_version, format!("{ADAPTER}/versions/1"));
+
+    let start = Some(Start::FromVersion(first.adapter_version.clone()));
+    let (events, second) = run(&mut training, TrainRequest { start, ..recipe("pairs", DPO, 2) }).await;
+    let taken = steps(&events);
+    assert_eq!(taken.iter().map(|step| step.step).collect::<Vec<_>>(), [1, 2]);
+    assert!(taken[0].margin.expect("a margin").abs() < 1e-3, "{taken:?}");
+    assert_eq!((second.state(), second.step, second.total_steps), (JobState::Succeeded, 2, 2));
+    assert_eq!(second.adapter_version, format!("{ADAPTER}/versions/2"));
+    assert_eq!(versions(&server, &key).await.unwrap(), [second.adapter_version, first.adapter_version.clone()]);
+    let request = GetAdapterRequest { name: ADAPTER.into() };
+    let adapter = server.adapters(&key).await.get_adapter(request).await.unwrap().into_inner();
+    assert_eq!(adapter.live_version, first.adapter_version, "the next version waits to be set live");
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retried_call_makes_one_job_and_a_validated_one_none() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "chats").await.unwrap();
+    let mut training = server.training(&key).await;
+    let request = recipe("chats", SFT, 1);
+    let validate = TrainRequest { validate_only: true, ..request.clone() };
+    let validated = training.train(validate.clone()).await.unwrap().into_inner();
+    assert_eq!(validated.total_steps, 1);
+    assert_eq!(jobs(&mut training).await, Vec::<String>::new());
+
+    let request = TrainRequest { request_id: "r".into(), ..request };
+    let first = training.train(request.clone()).await.unwrap().into_inner();
+    training.train(validate).await.unwrap();
+    let retried = training.train(request).await.unwrap().into_inner();
+    assert_eq!(retried.name, first.name);
+    assert_eq!(jobs(&mut training).await, [first.name]);
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_job_leaves_no_version() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "chats").await.unwrap();
+    let mut training = server.training(&key).await;
+    let name = training.train(recipe("chats", SFT, 100_000)).await.unwrap().into_inner().name;
+    let mut events = watch(&mut training, &name).await;
+    while !matches!(next(&mut events).await.expect("the job goes on"), Event::Step(_)) {}
+    let request = CancelTrainingJobRequest { name: name.clone() };
+    let cancelled = training.cancel_training_job(request).await.unwrap().into_inner();
+    assert_eq!(cancelled.state(), JobState::Cancelling);
+    assert_eq!(last_state(&rest(events).await), JobState::Cancelled);
+    assert_eq!(job(&mut training, &name).await.state(), JobState::Cancelled);
+    assert_eq!(versions(&server, &key).await.unwrap_err().code(), Code::NotFound);
+    server.stopped().await;
+}
