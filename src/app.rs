@@ -51,6 +51,7 @@ pub async fn run(
 ) -> Result<()> {
     check_listener(&config, listener.local_addr()?)?;
     let device = config.device.open()?;
+    let location = device.location();
     let store = Store::open(&config.data_dir).await?;
     let show = |key| announce(Announcement::OperatorKey(key));
     bootstrap_operator_key(&store, config.rotate_operator_key, show).await?;
@@ -60,7 +61,11 @@ pub async fn run(
             tokio::task::spawn_blocking(move || Model::load(&path, &device)).await.map_err(Error::internal)??;
         assemble(base, store.clone(), &config).await
     };
-    serve(&config, store.clone(), parts, || announce(Announcement::Serving), listener, shutdown).await
+    let ready = || {
+        tracing::info!(base = %config.base.display(), ?location, "serving");
+        announce(Announcement::Serving);
+    };
+    serve(&config, store.clone(), parts, ready, listener, shutdown).await
 }
 
 /// Puts the parts of a server together; nothing listens yet.

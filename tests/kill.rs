@@ -149,8 +149,8 @@ async fn assert_versions_serve(client: &Client) -> BTreeMap<String, usize> {
     found
 }
 
-/// The dataset and the adapter that no kill caught are there, every version answers, and the only files are those of what
-/// the catalogue lists: two a version, one a dataset.
+/// The dataset and the adapter that no kill caught are there, every version answers, and the only files are those
+/// of what the catalogue lists: two a version, one a dataset.
 async fn assert_whole(client: &Client, data: &Path) {
     let request = ListDatasetsRequest { parent: "tenants/t".into(), ..Default::default() };
     let datasets = client.list_datasets(request).await.expect("a list").datasets;

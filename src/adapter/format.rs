@@ -58,9 +58,32 @@ impl Package {
     /// Checks everything and gives the adapter in float32. `max_rank` is the limit of that name.
     pub fn read(&self, shape: &BaseShape, max_rank: u64) -> Result<Lora> {
         let settings = Settings::read(&self.config)?;
-        settings.check_ranks(max_rank)?;
         let spec = settings.spec();
-        let mut pairs: BTreeMap<Site, [Option<TensorView<'_>>; 2]> = BTreeMap::new();
+        let layers = self.pairs(&settings, shape, max_rank)?.into_iter().map(|(site, [a, b])| {
+            let (rank, alpha) = (settings.rank(site), settings.alpha(site));
+            let a = values(&tensor_name(site, "lora_A"), &a)?;
+            let b = values(&tensor_name(site, "lora_B"), &b)?;
+            Ok((site, LoraLayer { rank: rank as usize, alpha, scale: spec.scale(alpha, rank), a, b }))
+        });
+        Ok(Lora { layers: layers.collect::<Result<_>>()?, spec })
+    }
+
+    /// Checks everything but the values; gives the bytes that the adapter takes in memory.
+    pub fn memory_bytes(&self, shape: &BaseShape, max_rank: u64) -> Result<u64> {
+        let pairs = self.pairs(&Settings::read(&self.config)?, shape, max_rank)?;
+        let elements = |view: &TensorView<'_>| view.shape().iter().product::<usize>() as u64;
+        Ok(pairs.values().flatten().map(|view| 4 * elements(view)).sum())
+    }
+
+    /// A and B of every site that the settings select, each of its shape, and no tensor beside them.
+    fn pairs(
+        &self,
+        settings: &Settings,
+        shape: &BaseShape,
+        max_rank: u64,
+    ) -> Result<BTreeMap<Site, [TensorView<'_>; 2]>> {
+        settings.check_ranks(max_rank)?;
+        let mut found: BTreeMap<Site, [Option<TensorView<'_>>; 2]> = BTreeMap::new();
         for (name, view) in self.sorted_tensors()? {
             let (site, which) = parse_name(&name, shape)?;
             let (inputs, outputs) = shape.dims(site.target);
@@ -71,31 +94,21 @@ impl Package {
                     format!("has shape {:?}; for this base and the config's rank it must be {want:?}", view.shape());
                 return Err(refuse("SHAPE_MISMATCH", name, message));
             }
-            pairs.entry(site).or_default()[which] = Some(view);
+            found.entry(site).or_default()[which] = Some(view);
         }
-        let mut layers = BTreeMap::new();
-        for site in spec.sites(shape)? {
-            let (a, b) = match pairs.remove(&site) {
-                Some([Some(a), Some(b)]) => (a, b),
-                Some([a, _]) => return Err(missing(site, if a.is_some() { "lora_B" } else { "lora_A" })),
-                None => return Err(missing(site, "lora_A")),
-            };
-            let (rank, alpha) = (settings.rank(site), settings.alpha(site));
-            let a = values(&tensor_name(site, "lora_A"), &a)?;
-            let b = values(&tensor_name(site, "lora_B"), &b)?;
-            layers.insert(site, LoraLayer { rank: rank as usize, alpha, scale: spec.scale(alpha, rank), a, b });
+        let pairs = settings.spec().sites(shape)?.into_iter().map(|site| match found.remove(&site) {
+            Some([Some(a), Some(b)]) => Ok((site, [a, b])),
+            Some([a, _]) => Err(missing(site, if a.is_some() { "lora_B" } else { "lora_A" })),
+            None => Err(missing(site, "lora_A")),
+        });
+        let pairs = pairs.collect::<Result<_>>()?;
+        match found.keys().next() {
+            Some(site) => {
+                let message = "is not selected by target_modules and layers_to_transform of the config";
+                Err(refuse("EXTRA_TENSOR", tensor_name(*site, "lora_A"), message))
+            }
+            None => Ok(pairs),
         }
-        if let Some(site) = pairs.keys().next() {
-            let message = "is not selected by target_modules and layers_to_transform of the config";
-            return Err(refuse("EXTRA_TENSOR", tensor_name(*site, "lora_A"), message));
-        }
-        Ok(Lora { spec, layers })
-    }
-
-    /// Bytes that the adapter takes in memory, by the header alone.
-    pub fn memory_bytes(&self) -> Result<u64> {
-        let elements = |view: &TensorView<'_>| view.shape().iter().product::<usize>() as u64;
-        Ok(self.sorted_tensors()?.values().map(|view| 4 * elements(view)).sum())
     }
 
     /// By name, so that of several faults it is always the same one that is named.

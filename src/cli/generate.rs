@@ -147,7 +147,7 @@ pub(super) async fn answer(
 
 pub(super) async fn run(mut args: Args) -> Result<()> {
     if args.prompts.is_empty() {
-        args.prompts.push(read_stdin()?);
+        args.prompts.push(read_stdin().await?);
     }
     let adapter = args.adapter.as_deref().map(|given| args.connection.name("adapters", given)).transpose()?;
     let client = args.connection.client().await?;

@@ -1,6 +1,7 @@
 //! `tenora models`: the bases in the cache, and the progress bar of fetching one.
 
-use std::path::PathBuf;
+use std::io::{Write as _, stdout};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -42,28 +43,30 @@ enum Command {
 
 pub(super) async fn run(args: Args) -> Result<()> {
     match args.command {
-        Command::List { json } => list(json)?,
-        Command::Fetch { spec } => println!("{}", fetch(&spec).await?.display()),
+        Command::List { json } => list(json),
+        Command::Fetch { spec } => print(&fetch(&spec).await?),
         Command::Path { spec } => match bases::find(&spec)? {
-            Some(path) => println!("{}", path.display()),
-            None => {
-                return Err(Failure::other(format!("{spec} has not been fetched; run `tenora models fetch {spec}`")));
-            }
+            Some(path) => print(&path),
+            None => Err(Failure::other(format!("{spec} has not been fetched; run `tenora models fetch {spec}`"))),
         },
     }
-    Ok(())
+}
+
+fn print(path: &Path) -> Result<()> {
+    Ok(writeln!(stdout(), "{}", path.display())?)
 }
 
 fn list(json: bool) -> Result<()> {
     let cached = bases::cached()?;
     if !json && !cached.iter().any(|base| base.spec == bases::DEFAULT) {
-        println!("{}  (default; not fetched yet)", bases::DEFAULT);
+        writeln!(stdout(), "{}  (default; not fetched yet)", bases::DEFAULT)?;
     }
     for base in cached {
-        match json {
-            true => println!("{}", json!({ "spec": base.spec, "path": base.path, "bytes": base.bytes })),
-            false => println!("{}  {:.1} MB  {}", base.spec, base.bytes as f64 / 1e6, base.path.display()),
-        }
+        let line = match json {
+            true => json!({ "spec": base.spec, "path": base.path, "bytes": base.bytes }).to_string(),
+            false => format!("{}  {:.1} MB  {}", base.spec, base.bytes as f64 / 1e6, base.path.display()),
+        };
+        writeln!(stdout(), "{line}")?;
     }
     Ok(())
 }

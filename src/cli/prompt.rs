@@ -1,6 +1,6 @@
 //! What `generate` and `score` send: a chat of one turn, or what standard input holds.
 
-use std::io::{IsTerminal as _, Read as _, stdin};
+use std::io::{IsTerminal as _, read_to_string, stdin};
 
 use super::{Failure, Result};
 use crate::api::client::proto;
@@ -12,12 +12,14 @@ pub(super) fn chat(system: Option<&str>, prompt: &str) -> proto::Chat {
     proto::Chat { messages: system.into_iter().chain([message("user", prompt)]).collect() }
 }
 
-pub(super) fn read_stdin() -> Result<String> {
+/// Reads on a thread of its own: the future that waits for it gives way to a signal.
+pub(super) async fn read_stdin() -> Result<String> {
     if stdin().is_terminal() {
         eprintln!("reading standard input; ctrl-d ends it");
     }
-    let mut text = String::new();
-    stdin().lock().read_to_string(&mut text)?;
+    let text = tokio::task::spawn_blocking(|| read_to_string(stdin()))
+        .await
+        .map_err(|e| Failure::other(format!("cannot read standard input: {e}")))??;
     match text.trim_end_matches('\n') {
         "" => Err(Failure::other("there is nothing to send: give a text or standard input")),
         text => Ok(text.to_owned()),

@@ -54,8 +54,8 @@ fn parse_ids(text: &str) -> std::result::Result<Ids, String> {
 
 pub(super) async fn run(args: Args) -> Result<()> {
     let adapter = args.adapter.as_deref().map(|given| args.connection.name("adapters", given)).transpose()?;
-    let request =
-        proto::ScoreRequest { adapter: adapter.unwrap_or_default(), inputs: inputs(&args)?, top_logprobs: args.top };
+    let inputs = inputs(&args).await?;
+    let request = proto::ScoreRequest { adapter: adapter.unwrap_or_default(), inputs, top_logprobs: args.top };
     let answer = args.connection.client().await?.score(request).await?;
     for (i, result) in answer.results.iter().enumerate() {
         match args.connection.json {
@@ -66,7 +66,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn inputs(args: &Args) -> Result<Vec<proto::ScoreInput>> {
+async fn inputs(args: &Args) -> Result<Vec<proto::ScoreInput>> {
     use proto::score_input::Sequence;
     let mut sequences: Vec<Sequence> = args.texts.iter().cloned().map(Sequence::Text).collect();
     sequences.extend(args.ids.iter().map(|ids| Sequence::TokenIds(proto::TokenIds { ids: ids.0.clone() })));
@@ -76,7 +76,7 @@ fn inputs(args: &Args) -> Result<Vec<proto::ScoreInput>> {
         sequences.push(Sequence::Chat(chat));
     }
     if sequences.is_empty() {
-        sequences.push(Sequence::Text(read_stdin()?));
+        sequences.push(Sequence::Text(read_stdin().await?));
     }
     Ok(sequences.into_iter().map(|sequence| proto::ScoreInput { sequence: Some(sequence) }).collect())
 }

@@ -1,5 +1,6 @@
 //! `tenora serve`: the options of a server, and the base fetched before it starts.
 
+use std::io::{Write as _, stdout};
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -73,7 +74,7 @@ impl Args {
     /// The configuration and the address, with the base on disk; `None` where there was only something to print.
     pub(super) async fn prepare(self) -> Result<Option<(Config, SocketAddr)>> {
         if self.list_limits {
-            print_limits();
+            print_limits()?;
             return Ok(None);
         }
         let mut limits = Limits::default();
@@ -109,11 +110,12 @@ fn default_data_dir() -> Result<PathBuf> {
         .ok_or_else(|| Failure::other("where should data lie? HOME is not set; give --data-dir"))
 }
 
-fn print_limits() {
+fn print_limits() -> Result<()> {
     let width = Limits::TABLE.iter().map(|(name, ..)| name.len()).max().unwrap_or(0);
     for (name, default, unit) in Limits::TABLE {
-        println!("{name:width$}  {default:>12}  {unit}");
+        writeln!(stdout(), "{name:width$}  {default:>12}  {unit}")?;
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -9,11 +9,14 @@ use crate::api::client::proto;
 
 /// Something a server answers with.
 pub(super) trait Show {
-    /// The columns of a table of many.
-    const COLUMNS: &'static [&'static str];
-
     /// Its fields, in the order to print them.
     fn json(&self) -> Value;
+}
+
+/// Something of which there are lists.
+pub(super) trait Listed: Show {
+    /// The columns of a table of many, each a field.
+    const COLUMNS: &'static [&'static str];
 }
 
 pub(super) fn one(json: bool, item: &impl Show) -> Result<()> {
@@ -22,7 +25,7 @@ pub(super) fn one(json: bool, item: &impl Show) -> Result<()> {
     Ok(stdout().lock().write_all(text.as_bytes())?)
 }
 
-pub(super) fn many<T: Show>(json: bool, items: &[T]) -> Result<()> {
+pub(super) fn many<T: Listed>(json: bool, items: &[T]) -> Result<()> {
     let values: Vec<Value> = items.iter().map(Show::json).collect();
     let text = match json {
         true => values.iter().map(|value| format!("{value}\n")).collect(),
@@ -110,9 +113,11 @@ pub(super) fn state(job: proto::JobState) -> &'static str {
     job.as_str_name().trim_start_matches("JOB_STATE_")
 }
 
-impl Show for proto::Adapter {
+impl Listed for proto::Adapter {
     const COLUMNS: &'static [&'static str] = &["name", "live_version", "update_time"];
+}
 
+impl Show for proto::Adapter {
     fn json(&self) -> Value {
         json!({
             "name": self.name, "live_version": self.live_version, "etag": self.etag,
@@ -121,9 +126,11 @@ impl Show for proto::Adapter {
     }
 }
 
-impl Show for proto::AdapterVersion {
+impl Listed for proto::AdapterVersion {
     const COLUMNS: &'static [&'static str] = &["name", "rank", "target_modules", "size_bytes", "create_time"];
+}
 
+impl Show for proto::AdapterVersion {
     fn json(&self) -> Value {
         let parity = self.parity.as_ref().map(|parity| {
             json!({
@@ -143,9 +150,11 @@ impl Show for proto::AdapterVersion {
     }
 }
 
-impl Show for proto::Dataset {
+impl Listed for proto::Dataset {
     const COLUMNS: &'static [&'static str] = &["name", "kind", "records", "size_bytes", "create_time"];
+}
 
+impl Show for proto::Dataset {
     fn json(&self) -> Value {
         json!({
             "name": self.name, "kind": self.kind().as_str_name().trim_start_matches("DATASET_KIND_"),
@@ -156,8 +165,6 @@ impl Show for proto::Dataset {
 }
 
 impl Show for proto::DatasetReport {
-    const COLUMNS: &'static [&'static str] = &["name", "tokens", "loss_tokens", "longest", "duplicates", "too_long"];
-
     fn json(&self) -> Value {
         let dataset = self.dataset.clone().unwrap_or_default();
         json!({
@@ -167,10 +174,12 @@ impl Show for proto::DatasetReport {
     }
 }
 
-impl Show for proto::TrainingJob {
+impl Listed for proto::TrainingJob {
     const COLUMNS: &'static [&'static str] =
         &["name", "state", "step", "total_steps", "adapter_version", "create_time"];
+}
 
+impl Show for proto::TrainingJob {
     fn json(&self) -> Value {
         let spec = self.spec.clone().unwrap_or_default();
         let objective = match spec.objective {
@@ -186,18 +195,17 @@ impl Show for proto::TrainingJob {
     }
 }
 
-impl Show for proto::Tenant {
+impl Listed for proto::Tenant {
     const COLUMNS: &'static [&'static str] = &["name", "display_name", "create_time"];
+}
 
+impl Show for proto::Tenant {
     fn json(&self) -> Value {
         json!({ "name": self.name, "display_name": self.display_name, "create_time": time(&self.create_time) })
     }
 }
 
 impl Show for proto::TenantUsage {
-    const COLUMNS: &'static [&'static str] =
-        &["name", "requests", "prompt_tokens", "completion_tokens", "training_tokens"];
-
     fn json(&self) -> Value {
         json!({
             "name": self.name, "requests": self.requests, "prompt_tokens": self.prompt_tokens,
@@ -206,9 +214,11 @@ impl Show for proto::TenantUsage {
     }
 }
 
-impl Show for proto::ApiKey {
+impl Listed for proto::ApiKey {
     const COLUMNS: &'static [&'static str] = &["name", "display_name", "create_time", "revoke_time"];
+}
 
+impl Show for proto::ApiKey {
     fn json(&self) -> Value {
         json!({
             "name": self.name, "display_name": self.display_name, "create_time": time(&self.create_time),
@@ -218,8 +228,6 @@ impl Show for proto::ApiKey {
 }
 
 impl Show for proto::CreateApiKeyResponse {
-    const COLUMNS: &'static [&'static str] = &["name", "secret"];
-
     fn json(&self) -> Value {
         let mut key = self.api_key.clone().unwrap_or_default().json();
         key["secret"] = json!(self.secret);
@@ -228,16 +236,12 @@ impl Show for proto::CreateApiKeyResponse {
 }
 
 impl Show for proto::SafetyPolicy {
-    const COLUMNS: &'static [&'static str] = &["name", "blocked_phrases", "etag"];
-
     fn json(&self) -> Value {
         json!({ "name": self.name, "blocked_phrases": self.blocked_phrases, "etag": self.etag })
     }
 }
 
 impl Show for proto::CheckTextResponse {
-    const COLUMNS: &'static [&'static str] = &["allowed", "matches"];
-
     fn json(&self) -> Value {
         let found = |m: &proto::PhraseMatch| json!({ "phrase": m.phrase, "start": m.start, "end": m.end });
         json!({ "allowed": self.allowed, "matches": self.matches.iter().map(found).collect::<Vec<_>>() })

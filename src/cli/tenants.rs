@@ -1,10 +1,12 @@
-//! `tenora tenants`: who may use the server. Needs an operator key.
+//! `tenora tenants`: who may use the server. Needs an operator key; `usage` takes the tenant's own key too.
 
 use super::connection::{Connection, all_pages, tenant_name};
 use super::{Result, request_id, show};
 use crate::api::client::proto;
 
-/// Create, list and delete tenants; show what they have used. Needs an operator key.
+/// Create, list and delete tenants; show what they have used.
+///
+/// Needs an operator key; `usage` takes the tenant's own key too.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   tenora tenants create acme --display-name \"Acme Ltd\"
@@ -30,7 +32,7 @@ enum Command {
     List,
     /// Delete a tenant and all of its own: adapters, datasets, jobs, keys, policy.
     Delete { id: String },
-    /// Show the tokens a tenant has used.
+    /// Show the tokens a tenant has used. The tenant's own key is enough.
     Usage { id: String },
 }
 

