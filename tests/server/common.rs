@@ -54,6 +54,8 @@ pub struct TestServer {
     pub operator: String,
     pub data: TempDir,
     stop: Option<oneshot::Sender<()>>,
+    /// Told once it serves.
+    ready: Option<oneshot::Receiver<()>>,
     done: JoinHandle<tenora::error::Result<()>>,
 }
 
@@ -69,7 +71,11 @@ impl TestServer {
 
     /// The same over another base.
     pub async fn start_on(base: app::Base, change: impl FnOnce(&mut Config)) -> Self {
-        Self::start_after(std::future::ready(Ok(())), base, change).await
+        let mut server = Self::start_after(std::future::ready(Ok(())), base, change).await;
+        if let Some(ready) = server.ready.take() {
+            ready.await.expect("the server serves");
+        }
+        server
     }
 
     /// A server that still loads its base until `loaded`.
@@ -103,8 +109,13 @@ impl TestServer {
         let shutdown = async move { drop(stopped.await) };
         let inside = parts.clone();
         let loaded = async { loaded.await.map(|()| inside) };
-        let done = tokio::spawn(async move { app::serve(&config, store, loaded, || {}, listener, shutdown).await });
-        Self { addr, parts, model, operator, data, stop: Some(stop), done }
+        let (serving, ready) = oneshot::channel();
+        let tell = || {
+            // A test that does not wait has dropped the other end.
+            let _ = serving.send(());
+        };
+        let done = tokio::spawn(async move { app::serve(&config, store, loaded, tell, listener, shutdown).await });
+        Self { addr, parts, model, operator, data, stop: Some(stop), ready: Some(ready), done }
     }
 
     /// Begins the drain.
