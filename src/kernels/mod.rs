@@ -3,6 +3,9 @@
 pub mod blocks;
 pub mod cpu;
 pub mod gemm;
+pub mod packed;
+#[cfg(test)]
+mod testing;
 
 /// ln of the sum of e^x over a row, summed in its order in double precision: what every log-probability of the serving path rests on.
 pub fn log_sum_exp(row: &[f32]) -> f64 {

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use crate::adapter::Lora;
+use crate::adapter::{Lora, PackedLora};
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
@@ -71,7 +71,8 @@ impl Parity {
     }
 
     /// As [`Parity::measure`], with the adapters of the two paths apart.
-    fn compare(&self, served: &Arc<Lora>, trained: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn compare(&self, served: &Lora, trained: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
+        let served = Arc::new(PackedLora::new(served, self.model.shape())?);
         let permit = Arc::new(self.arbiter.train());
         let own;
         let (probes, base) = if scored(probes) >= MIN_TOKENS {
@@ -88,7 +89,7 @@ impl Parity {
             };
             (&self.probes, base)
         };
-        let (serve, fingerprint) = self.serve(probes, Some(served), &permit)?;
+        let (serve, fingerprint) = self.serve(probes, Some(&served), &permit)?;
         let train = self.train(probes, Some(&TracedLora::frozen(trained)?), &permit)?;
         report(base, &serve, &train, fingerprint == base.serve.1)
     }
@@ -100,7 +101,7 @@ impl Parity {
     fn serve(
         &self,
         probes: &[Vec<u32>],
-        lora: Option<&Arc<Lora>>,
+        lora: Option<&Arc<PackedLora>>,
         permit: &TrainPermit,
     ) -> Result<(Logprobs, Fingerprint)> {
         let longest = probes.iter().map(Vec::len).max().unwrap_or(0);

@@ -13,10 +13,12 @@ use candle_core::{D, DType, Device, Module as _, Tensor};
 use super::RopeTable;
 use super::batch::{Executor, KvLayout, LogitRows, Span};
 use super::llama::{self, Norm, Ops};
-use crate::adapter::{Lora, Site};
+use crate::adapter::{PackedLora, Site};
 use crate::error::Result;
-use crate::kernels::blocks::{QMatrixRef, QType};
+use crate::kernels::blocks::QType;
+use crate::kernels::packed::PackedMatrix;
 use crate::model::Model;
+use crate::request::Target;
 use crate::weights::Weights;
 
 /// The largest finite half-precision number.
@@ -50,13 +52,13 @@ impl DeviceWeights {
             Ok(DeviceBlock {
                 attn_norm: vector(&block.attn_norm)?,
                 ffn_norm: vector(&block.ffn_norm)?,
-                linears: block.linears.iter().map(|matrix| upload(matrix.view(), device)).collect::<Result<_>>()?,
+                linears: block.linears.iter().map(|matrix| upload(matrix, device)).collect::<Result<_>>()?,
             })
         });
         Ok(Arc::new(Self {
             blocks: blocks.collect::<Result<_>>()?,
             final_norm: vector(&weights.final_norm)?,
-            head: upload(weights.head().view(), device)?,
+            head: upload(weights.head(), device)?,
             cos: table(&rope.cos)?,
             sin: table(&rope.sin)?,
             device: device.clone(),
@@ -74,15 +76,14 @@ impl DeviceWeights {
 
 /// The bytes as they are. Not through `QTensor::quantize`, which on CUDA leaves the padding of rows that are no multiple of 256
 /// uninitialised.
-fn upload(matrix: QMatrixRef<'_>, device: &Device) -> Result<QMatMul> {
-    let dtype = match matrix.qtype {
-        QType::F32 => GgmlDType::F32,
+fn upload(matrix: &PackedMatrix, device: &Device) -> Result<QMatMul> {
+    let dtype = match matrix.qtype() {
         QType::Q4_0 => GgmlDType::Q4_0,
         QType::Q4_1 => GgmlDType::Q4_1,
         QType::Q8_0 => GgmlDType::Q8_0,
     };
-    let storage = QStorage::from_data(matrix.data.into(), device, dtype)?;
-    Ok(QMatMul::from_qtensor(QTensor::new(storage, (matrix.rows, matrix.cols))?)?)
+    let storage = QStorage::from_data(matrix.unpack().into(), device, dtype)?;
+    Ok(QMatMul::from_qtensor(QTensor::new(storage, (matrix.rows(), matrix.cols()))?)?)
 }
 
 /// The executor of a device: its KV cache and the adapters in its memory.
@@ -140,15 +141,16 @@ type DeviceLora = BTreeMap<Site, (Tensor, Tensor, f64)>;
 
 /// The adapters on the device, for as long as someone holds them on the host.
 #[derive(Debug, Default)]
-struct Adapters(Vec<(Weak<Lora>, Arc<DeviceLora>)>);
+struct Adapters(Vec<(Weak<PackedLora>, Arc<DeviceLora>)>);
 
 impl Adapters {
-    fn get(&mut self, lora: &Arc<Lora>, device: &Device) -> Result<Arc<DeviceLora>> {
+    fn get(&mut self, lora: &Arc<PackedLora>, device: &Device) -> Result<Arc<DeviceLora>> {
         self.0.retain(|(held, _)| held.strong_count() > 0);
         if let Some((_, found)) = self.0.iter().find(|(held, _)| std::ptr::eq(held.as_ptr(), Arc::as_ptr(lora))) {
             return Ok(found.clone());
         }
-        let layers = lora.layers.iter().map(|(&site, layer)| {
+        let unpacked = lora.to_lora();
+        let layers = unpacked.layers.iter().map(|(&site, layer)| {
             let (inputs, outputs) = (layer.a.len() / layer.rank, layer.b.len() / layer.rank);
             let a = Tensor::from_slice(&layer.a, (layer.rank, inputs), device)?.t()?.contiguous()?;
             let b = Tensor::from_slice(&layer.b, (outputs, layer.rank), device)?.t()?.contiguous()?;
@@ -238,6 +240,35 @@ impl TensorPass<'_> {
     }
 }
 
+impl TensorPass<'_> {
+    fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
+        let y = self.weights.blocks[site.layer as usize].linears[site.target as usize].forward(x)?;
+        let adapted = |place: &Place| place.lora.as_ref().is_some_and(|lora| lora.contains_key(&site));
+        if !self.places.iter().any(adapted) {
+            return Ok(y);
+        }
+        let part = |place: &Place| -> Result<Tensor> {
+            let (start, count) = (place.rows.start, place.rows.len());
+            let y = y.narrow(0, start, count)?;
+            let Some((a, b, scale)) = place.lora.as_ref().and_then(|lora| lora.get(&site)) else { return Ok(y) };
+            let shrunk = (x.narrow(0, start, count)?.matmul(a)? * *scale)?;
+            Ok((y + shrunk.matmul(b)?)?)
+        };
+        Ok(Tensor::cat(&self.places.iter().map(part).collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
+    fn rope(&self, x: Tensor) -> Result<Tensor> {
+        let (rows, width) = x.dims2()?;
+        let half = self.model.rope.half;
+        let x = x.reshape((rows, width / (2 * half), 2 * half))?;
+        let (low, high) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+        let (cos, sin) = (self.cos.unsqueeze(1)?, self.sin.unsqueeze(1)?);
+        let turned_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
+        let turned_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
+        Ok(Tensor::cat(&[turned_low, turned_high], 2)?.reshape((rows, width))?)
+    }
+}
+
 impl Ops for TensorPass<'_> {
     type Rows = Tensor;
 
@@ -256,34 +287,13 @@ impl Ops for TensorPass<'_> {
         Ok(x.broadcast_div(&scale)?.broadcast_mul(self.weights.norm(norm))?)
     }
 
-    fn linear(&mut self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let y = self.weights.blocks[site.layer as usize].linears[site.target as usize].forward(x)?;
-        let adapted = |place: &Place| place.lora.as_ref().is_some_and(|lora| lora.contains_key(&site));
-        if !self.places.iter().any(adapted) {
-            return Ok(y);
-        }
-        let part = |place: &Place| -> Result<Tensor> {
-            let (start, count) = (place.rows.start, place.rows.len());
-            let y = y.narrow(0, start, count)?;
-            let Some((a, b, scale)) = place.lora.as_ref().and_then(|lora| lora.get(&site)) else { return Ok(y) };
-            let shrunk = (x.narrow(0, start, count)?.matmul(a)? * *scale)?;
-            Ok((y + shrunk.matmul(b)?)?)
-        };
-        Ok(Tensor::cat(&self.places.iter().map(part).collect::<Result<Vec<_>>>()?, 0)?)
+    fn qkv(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 3]> {
+        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
+        Ok([linear(Target::QProj)?, linear(Target::KProj)?, linear(Target::VProj)?])
     }
 
-    fn rope(&mut self, x: Tensor) -> Result<Tensor> {
-        let (rows, width) = x.dims2()?;
-        let half = self.model.rope.half;
-        let x = x.reshape((rows, width / (2 * half), 2 * half))?;
-        let (low, high) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
-        let (cos, sin) = (self.cos.unsqueeze(1)?, self.sin.unsqueeze(1)?);
-        let turned_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
-        let turned_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
-        Ok(Tensor::cat(&[turned_low, turned_high], 2)?.reshape((rows, width))?)
-    }
-
-    fn attention(&mut self, layer: usize, q: Tensor, k: Tensor, v: Tensor) -> Result<Tensor> {
+    fn attention(&mut self, layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
+        let (q, k) = (self.rope(q)?, self.rope(k)?);
         let (keys, values) = &self.kv[layer];
         for (pool, x) in [(keys, k), (values, v)] {
             let halves = x.clamp(-LARGEST_HALF, LARGEST_HALF)?.to_dtype(DType::F16)?;
@@ -295,12 +305,17 @@ impl Ops for TensorPass<'_> {
         Ok(Tensor::cat(&parts, 0)?)
     }
 
-    fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
+    fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
+        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
+        Ok([linear(Target::GateProj)?, linear(Target::UpProj)?])
+    }
+
+    fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
         Ok((gate.silu()? * up)?)
     }
 
-    fn add(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {
-        Ok((x + y)?)
+    fn add_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
+        Ok((x + self.linear(&y, site)?)?)
     }
 
     fn select(&mut self, x: Tensor) -> Result<Tensor> {
