@@ -48,16 +48,16 @@ pub struct PackedLayer<'a> {
 
 /// Where the pair of one layer lies.
 #[derive(Debug, Clone, PartialEq)]
-struct Place {
-    rank: usize,
-    scale: f32,
+pub(super) struct Place {
+    pub(super) rank: usize,
+    pub(super) scale: f32,
     a: Range<usize>,
     b: Range<usize>,
 }
 
 /// The tensors, from a multiple of 64 bytes on.
 #[derive(Debug)]
-struct Values {
+pub(super) struct Values {
     /// With room to align.
     all: Vec<u16>,
     start: usize,
@@ -65,7 +65,7 @@ struct Values {
 }
 
 impl Values {
-    fn zeros(len: usize) -> Self {
+    pub(super) fn zeros(len: usize) -> Self {
         let all = vec![0; len + ALIGN];
         let start = all.as_ptr().align_offset(2 * ALIGN).min(ALIGN);
         Self { all, start, len }
@@ -75,7 +75,7 @@ impl Values {
         &self.all[self.start..self.start + self.len]
     }
 
-    fn get_mut(&mut self) -> &mut [u16] {
+    pub(super) fn get_mut(&mut self) -> &mut [u16] {
         &mut self.all[self.start..self.start + self.len]
     }
 }
@@ -87,12 +87,12 @@ fn lengths(rank: usize, (inputs, outputs): (usize, usize)) -> [usize; 2] {
 }
 
 /// Bytes that a layer of this rank takes when it is packed.
-pub fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
+pub(super) fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
     lengths(rank, dims).iter().map(|len| 2 * len.next_multiple_of(ALIGN) as u64).sum()
 }
 
 /// The place of a site among all of a base.
-fn index(site: Site) -> usize {
+pub(super) fn index(site: Site) -> usize {
     site.layer as usize * Target::ALL.len() + site.target as usize
 }
 
@@ -109,7 +109,7 @@ impl PackedLora {
         Ok(Self::of(places, values))
     }
 
-    fn of(places: Vec<Option<Place>>, values: Values) -> Self {
+    pub(super) fn of(places: Vec<Option<Place>>, values: Values) -> Self {
         let rank = places.iter().flatten().map(|place| place.rank).max().unwrap_or_default();
         Self { places: places.into(), values: Arc::new(values), rank }
     }
@@ -125,6 +125,35 @@ impl PackedLora {
             a: &values[place.a.clone()],
             b: &values[place.b.clone()],
         })
+    }
+
+    /// The rounded values as kernels for float32 take them.
+    pub fn to_lora(&self) -> Lora {
+        let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+        let layers = self.places.iter().enumerate().filter_map(|(at, place)| {
+            place.as_ref()?;
+            let (layer, target) = (at / Target::ALL.len(), at % Target::ALL.len());
+            let site = Site { layer: layer as u32, target: Target::ALL[target] };
+            let PackedLayer { rank, padded, scale, a, b } = self.layer(site)?;
+            let (inputs, outputs) = (a.len() / padded, b.len() / padded);
+            let a = (0..rank * inputs).map(|i| value(a[i % inputs * padded + i / inputs])).collect();
+            let b = (0..outputs * rank)
+                .map(|i| (i / rank, i % rank))
+                .map(|(output, rank)| {
+                    value(b[output / OUT_TILE * padded * OUT_TILE + rank * OUT_TILE + output % OUT_TILE])
+                })
+                .collect();
+            Some((site, LoraLayer { rank, alpha: scale, scale, a, b }))
+        });
+        Lora { layers: layers.collect(), spec: Default::default() }
+    }
+
+    pub(super) fn places(&self) -> &[Option<Place>] {
+        &self.places
+    }
+
+    pub(super) fn values(&self) -> &[u16] {
+        self.values.get()
     }
 
     /// The largest of its layers.
@@ -143,7 +172,10 @@ fn misfit(site: Site) -> Error {
 }
 
 /// Places for layers of (site, rank, scale), and the length of all.
-fn place(layers: impl Iterator<Item = (Site, usize, f32)>, shape: &BaseShape) -> (Vec<Option<Place>>, usize) {
+pub(super) fn place(
+    layers: impl Iterator<Item = (Site, usize, f32)>,
+    shape: &BaseShape,
+) -> (Vec<Option<Place>>, usize) {
     let (mut places, mut end) = (Vec::new(), 0);
     for (site, rank, scale) in layers {
         let [a, b] = lengths(rank, shape.dims(site.target)).map(|len| {
