@@ -96,8 +96,12 @@ limits! {
     kv_block_tokens = 16, "tokens";
     /// Memory of the KV cache.
     kv_cache_bytes = 768 * MIB, "bytes";
-    /// Memory of adapter versions kept ready.
+    /// Memory of adapter versions that are ready to serve.
     adapter_cache_bytes = 1024 * MIB, "bytes";
+    /// Host memory for adapter versions that had to leave `adapter_cache_bytes`: they come back without a read. 0: none.
+    adapter_host_bytes = 256 * MIB, "bytes";
+    /// Time that a request waits for its adapter's version to find room while all others are in use.
+    adapter_wait_seconds = 10, "seconds";
     /// Jobs of one tenant that have not ended.
     max_jobs_per_tenant = 32, "jobs";
     /// Tokens of one record in training: a token takes a megabyte and more while its gradient is computed.
@@ -157,6 +161,7 @@ const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("max_message_bytes", 1024..=1 << 30),
     ("kv_block_tokens", 1..=4096),
     ("train_share_percent", 0..=95),
+    ("adapter_wait_seconds", 0..=86_400),
     ("keepalive_seconds", 1..=86_400),
     ("drain_timeout_seconds", 0..=86_400),
     ("upload_idle_seconds", 1..=86_400),

@@ -10,6 +10,7 @@ mod server {
     mod loading;
     mod metrics;
     mod reflection;
+    mod residency;
     mod safety;
     mod swap;
     mod tenants;

@@ -34,16 +34,16 @@ pub struct PackedLora {
 
 /// Where the pair of one layer lies.
 #[derive(Debug, Clone, PartialEq)]
-struct Place {
-    rank: usize,
-    scale: f32,
+pub(super) struct Place {
+    pub(super) rank: usize,
+    pub(super) scale: f32,
     a: Range<usize>,
     b: Range<usize>,
 }
 
 /// The tensors, from a multiple of 64 bytes on.
 #[derive(Debug)]
-struct Values {
+pub(super) struct Values {
     /// With room to align.
     all: Vec<u16>,
     start: usize,
@@ -51,7 +51,7 @@ struct Values {
 }
 
 impl Values {
-    fn zeros(len: usize) -> Self {
+    pub(super) fn zeros(len: usize) -> Self {
         let all = vec![0; len + ALIGN];
         let start = all.as_ptr().align_offset(2 * ALIGN).min(ALIGN);
         Self { all, start, len }
@@ -61,7 +61,7 @@ impl Values {
         &self.all[self.start..self.start + self.len]
     }
 
-    fn get_mut(&mut self) -> &mut [u16] {
+    pub(super) fn get_mut(&mut self) -> &mut [u16] {
         &mut self.all[self.start..self.start + self.len]
     }
 }
@@ -72,12 +72,12 @@ fn lengths(rank: usize, (inputs, outputs): (usize, usize)) -> [usize; 2] {
 }
 
 /// Bytes that a layer of this rank takes when it is packed.
-pub fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
+pub(super) fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
     lengths(rank, dims).iter().map(|len| 2 * len.next_multiple_of(ALIGN) as u64).sum()
 }
 
 /// The place of a site among all of a base.
-fn index(site: Site) -> usize {
+pub(super) fn index(site: Site) -> usize {
     site.layer as usize * Target::ALL.len() + site.target as usize
 }
 
@@ -94,7 +94,7 @@ impl PackedLora {
         Ok(Self::of(places, values))
     }
 
-    fn of(places: Vec<Option<Place>>, values: Values) -> Self {
+    pub(super) fn of(places: Vec<Option<Place>>, values: Values) -> Self {
         let rank = places.iter().flatten().map(|place| place.rank).max().unwrap_or_default();
         Self { places: places.into(), values: Arc::new(values), rank }
     }
@@ -122,6 +122,14 @@ impl PackedLora {
         Lora { layers: layers.collect(), spec: Default::default() }
     }
 
+    pub(super) fn places(&self) -> &[Option<Place>] {
+        &self.places
+    }
+
+    pub(super) fn values(&self) -> &[u16] {
+        self.values.get()
+    }
+
     /// The largest of its layers.
     pub fn rank(&self) -> usize {
         self.rank
@@ -138,7 +146,7 @@ fn misfit(site: Site) -> Error {
 }
 
 /// Places for layers of (site, rank, scale), and the length of all.
-fn place(layers: impl Iterator<Item = (Site, usize, f32)>, shape: &BaseShape) -> (Vec<Option<Place>>, usize) {
+pub(super) fn place(layers: impl Iterator<Item = (Site, usize, f32)>, shape: &BaseShape) -> (Vec<Option<Place>>, usize) {
     let (mut places, mut end) = (Vec::new(), 0);
     for (site, rank, scale) in layers {
         let [a, b] = lengths(rank, shape.dims(site.target)).map(|len| {

@@ -114,20 +114,22 @@ pub(super) fn state(job: proto::JobState) -> &'static str {
 }
 
 impl Listed for proto::Adapter {
-    const COLUMNS: &'static [&'static str] = &["name", "live_version", "update_time"];
+    const COLUMNS: &'static [&'static str] = &["name", "live_version", "tier", "last_use_time", "update_time"];
 }
 
 impl Show for proto::Adapter {
     fn json(&self) -> Value {
-        json!({
+        let value = json!({
             "name": self.name, "live_version": self.live_version, "etag": self.etag,
             "create_time": time(&self.create_time), "update_time": time(&self.update_time),
-        })
+        });
+        with_residency(value, &self.residency)
     }
 }
 
 impl Listed for proto::AdapterVersion {
-    const COLUMNS: &'static [&'static str] = &["name", "rank", "target_modules", "size_bytes", "create_time"];
+    const COLUMNS: &'static [&'static str] =
+        &["name", "rank", "target_modules", "size_bytes", "tier", "last_use_time", "create_time"];
 }
 
 impl Show for proto::AdapterVersion {
@@ -141,13 +143,26 @@ impl Show for proto::AdapterVersion {
         let mut metrics: Vec<_> = self.metrics.iter().collect();
         metrics.sort_by_key(|(name, _)| *name);
         let metrics: serde_json::Map<_, _> = metrics.into_iter().map(|(k, v)| (k.clone(), json!(v))).collect();
-        json!({
+        let value = json!({
             "name": self.name, "digest": self.digest, "base_digest": self.base_digest,
             "template_digest": self.template_digest, "size_bytes": self.size_bytes, "kind": self.kind, "rank": self.rank,
             "target_modules": self.target_modules, "no_effect": self.no_effect, "parity": parity,
             "training_job": self.training_job, "create_time": time(&self.create_time), "metrics": metrics,
-        })
+        });
+        with_residency(value, &self.residency)
     }
+}
+
+/// Adds where a version is; nothing for an adapter without a live one.
+fn with_residency(mut value: Value, residency: &Option<proto::Residency>) -> Value {
+    if let Some(residency) = residency {
+        let seconds = residency.last_load_duration.map(|took| took.seconds as f64 + f64::from(took.nanos) * 1e-9);
+        value["tier"] = json!(residency.tier().as_str_name().trim_start_matches("TIER_"));
+        value["memory_bytes"] = json!(residency.memory_bytes);
+        value["last_use_time"] = json!(time(&residency.last_use_time));
+        value["last_load_seconds"] = json!(seconds);
+    }
+    value
 }
 
 impl Listed for proto::Dataset {

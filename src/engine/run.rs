@@ -193,7 +193,7 @@ fn batch<'a>(plan: &'a [Planned], sequences: &'a HashMap<u64, Sequence>) -> Resu
             ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
             start: planned.start,
             blocks: &planned.blocks,
-            lora: sequence.lease.as_ref().map(|lease| lease.lora()),
+            lora: sequence.lease.as_ref().map(|lease| lease.packed()),
             logits: sequence.logit_rows(planned.completes),
         })
     };

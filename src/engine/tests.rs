@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::adapter::Lora;
 use crate::adapter::format::Package;
+use crate::adapter::{Lora, PackedLora};
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
 use crate::request::{ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Target, TokenOut};
@@ -18,7 +18,7 @@ use crate::store::Store;
 struct Pass;
 
 impl PublishGate for Pass {
-    fn check(&self, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, _packed: &Arc<PackedLora>, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         Ok(ParityReport {
             tokens: 256,
             mean_abs_difference: 0.0,

@@ -25,7 +25,7 @@ use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{SqlSafeStr, Sqlite, Transaction};
 
-pub use adapters::{AdapterRow, NewVersionRow, VersionRow};
+pub use adapters::{AdapterRow, LiveMemory, NewVersionRow, VersionRow};
 pub use blobs::{BlobUpload, Blobs};
 pub use datasets::{DatasetKind, DatasetRow, NewDataset};
 pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent};
