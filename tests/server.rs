@@ -11,6 +11,7 @@ mod server {
     mod metrics;
     mod reflection;
     mod safety;
+    mod scheduling;
     mod swap;
     mod tenants;
     mod tls;
