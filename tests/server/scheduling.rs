@@ -65,7 +65,9 @@ async fn an_operator_sets_weights() {
     let updated = tenants.update_tenant(update(3, "weight")).await.unwrap().into_inner();
     assert_eq!((updated.weight, &updated.display_name), (3, &tenant.display_name));
     assert_eq!(tenants.update_tenant(update(4, "weight")).await.unwrap_err().code(), Code::Aborted, "a stale etag");
-    for (weight, path, field) in [(0, "weight", "tenant.weight"), (1001, "weight", "tenant.weight"), (1, "name", "update_mask")] {
+    for (weight, path, field) in
+        [(0, "weight", "tenant.weight"), (1001, "weight", "tenant.weight"), (1, "name", "update_mask")]
+    {
         let status = tenants.update_tenant(update(weight, path)).await.unwrap_err();
         let details = status.get_error_details();
         assert_eq!(details.bad_request().unwrap().field_violations[0].field, field);
