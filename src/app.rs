@@ -136,7 +136,7 @@ pub async fn bootstrap_operator_key(store: &Store, rotate: bool, show: impl FnOn
 /// The tenant that operators' calls of the base are made for.
 async fn make_operator_tenant(store: &Store) -> Result<()> {
     let id = TenantId::new(OPERATOR_TENANT)?;
-    match store.create_tenant(&id, "Operators' own calls", "").await {
+    match store.create_tenant(&id, "Operators' own calls", 1, "").await {
         Ok(_) | Err(Error::AlreadyExists { .. }) => Ok(()),
         Err(error) => Err(error),
     }

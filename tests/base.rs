@@ -80,6 +80,7 @@ async fn sixteen_requests_give_the_bits_of_each_alone() {
             sampling: Some(Sampling { temperature: Some(temperature), seed: Some(i as u64), ..Default::default() }),
             stopping: Some(Stopping { max_tokens: Some(8 + i as u32 % 3 * 4), ignore_eos: true, ..Default::default() }),
             logprobs: Some(0),
+            priority: None,
         }
     };
     let client = server.generation(&key).await;
@@ -99,7 +100,7 @@ async fn sixteen_requests_give_the_bits_of_each_alone() {
 async fn scores(server: &TestServer, key: &str, adapter: &str) -> Vec<u32> {
     let text = "The ferry leaves at nine. Bring a warm coat and a ticket.";
     let input = ScoreInput { sequence: Some(score_input::Sequence::Text(text.into())) };
-    let request = ScoreRequest { adapter: adapter.into(), inputs: vec![input], top_logprobs: 0 };
+    let request = ScoreRequest { adapter: adapter.into(), inputs: vec![input], top_logprobs: 0, priority: None };
     let answer = server.generation(key).await.score(request).await.expect("scores").into_inner();
     answer.results[0].logprobs.iter().map(|l| l.logprob.to_bits()).collect()
 }

@@ -12,6 +12,7 @@ mod server {
     mod reflection;
     mod residency;
     mod safety;
+    mod scheduling;
     mod swap;
     mod tenants;
     mod tls;

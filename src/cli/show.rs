@@ -211,12 +211,15 @@ impl Show for proto::TrainingJob {
 }
 
 impl Listed for proto::Tenant {
-    const COLUMNS: &'static [&'static str] = &["name", "display_name", "create_time"];
+    const COLUMNS: &'static [&'static str] = &["name", "display_name", "weight", "create_time"];
 }
 
 impl Show for proto::Tenant {
     fn json(&self) -> Value {
-        json!({ "name": self.name, "display_name": self.display_name, "create_time": time(&self.create_time) })
+        json!({
+            "name": self.name, "display_name": self.display_name, "weight": self.weight, "etag": self.etag,
+            "create_time": time(&self.create_time),
+        })
     }
 }
 
@@ -269,10 +272,13 @@ mod tests {
 
     #[test]
     fn one_is_lines_and_many_a_table() {
-        let tenant = proto::Tenant { name: "tenants/a".into(), display_name: "A".into(), create_time: None };
-        assert_eq!(fields(&tenant.json()), "name          tenants/a\ndisplay_name  A\ncreate_time   -\n");
+        let tenant = proto::TenantUsage { name: "tenants/a".into(), requests: 2, ..Default::default() };
+        let lines = fields(&tenant.json());
+        assert!(lines.starts_with("name               tenants/a\nrequests           2\n"), "{lines}");
+        let tenant =
+            proto::Tenant { name: "tenants/a".into(), display_name: "A".into(), weight: 1, ..Default::default() };
         let table = table(proto::Tenant::COLUMNS, &[tenant.json()]);
-        assert_eq!(table, "NAME       DISPLAY_NAME  CREATE_TIME\ntenants/a  A             -\n");
+        assert_eq!(table, "NAME       DISPLAY_NAME  WEIGHT  CREATE_TIME\ntenants/a  A             1       -\n");
     }
 
     #[test]

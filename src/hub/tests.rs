@@ -135,7 +135,7 @@ fn shape(base: &[u8]) -> BaseShape {
 
 async fn add_tenant(store: &Store, id: &str) -> Tenant {
     let id = TenantId::new(id).unwrap();
-    store.create_tenant(&id, "", "").await.unwrap();
+    store.create_tenant(&id, "", 1, "").await.unwrap();
     Tenant::proven(id)
 }
 

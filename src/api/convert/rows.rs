@@ -90,7 +90,13 @@ pub fn report(report: Report) -> pb::DatasetReport {
 }
 
 pub fn tenant(row: TenantRow) -> pb::Tenant {
-    pb::Tenant { name: row.id.to_string(), display_name: row.display_name, create_time: timestamp(row.create_time) }
+    pb::Tenant {
+        name: row.id.to_string(),
+        display_name: row.display_name,
+        create_time: timestamp(row.create_time),
+        weight: row.weight,
+        etag: row.etag,
+    }
 }
 
 pub fn key(owner: &TenantId, row: KeyRow) -> pb::ApiKey {

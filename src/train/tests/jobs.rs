@@ -42,7 +42,7 @@ impl Bench {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).await.unwrap();
         let tenant = Tenant::proven("tenants/one".parse().unwrap());
-        store.create_tenant(tenant.id(), "", "").await.unwrap();
+        store.create_tenant(tenant.id(), "", 1, "").await.unwrap();
         let (model, text) = Model::tiny(1);
         let limits = Limits::default();
         let hub = Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(Pass), &limits);
