@@ -2,6 +2,7 @@
 
 mod server {
     mod auth;
+    mod bench;
     mod common;
     mod drain;
     mod errors;
