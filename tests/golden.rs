@@ -10,8 +10,8 @@ mod common;
 
 use common::TestServer;
 use serde_json::Value;
-use tenora::adapter::{Lora, PackedLora};
 use tenora::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use tenora::adapter::{Lora, PackedLora};
 use tenora::api::proto::{
     GenerateRequest, ScoreInput, ScoreRequest, Stopping, TokenIds, generate_request, score_input,
 };

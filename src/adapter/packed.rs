@@ -146,7 +146,10 @@ fn misfit(site: Site) -> Error {
 }
 
 /// Places for layers of (site, rank, scale), and the length of all.
-pub(super) fn place(layers: impl Iterator<Item = (Site, usize, f32)>, shape: &BaseShape) -> (Vec<Option<Place>>, usize) {
+pub(super) fn place(
+    layers: impl Iterator<Item = (Site, usize, f32)>,
+    shape: &BaseShape,
+) -> (Vec<Option<Place>>, usize) {
     let (mut places, mut end) = (Vec::new(), 0);
     for (site, rank, scale) in layers {
         let [a, b] = lengths(rank, shape.dims(site.target)).map(|len| {

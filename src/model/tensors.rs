@@ -344,12 +344,12 @@ mod tests {
         TensorExec::new(model.clone(), weights, layout).unwrap()
     }
 
-    fn adapter(model: &Model, spec: &LoraSpec) -> Arc<Lora> {
-        let mut lora = Lora::fresh(spec, model.shape(), 5).unwrap();
+    fn adapter(model: &Model, spec: &LoraSpec) -> Arc<PackedLora> {
+        let mut lora = crate::adapter::Lora::fresh(spec, model.shape(), 5).unwrap();
         for (i, layer) in lora.layers.values_mut().enumerate() {
             layer.b.iter_mut().enumerate().for_each(|(j, b)| *b = ((i * 31 + j) as f32).sin() * 0.1);
         }
-        Arc::new(lora)
+        Arc::new(PackedLora::new(&lora, model.shape()).unwrap())
     }
 
     fn logprobs(logits: &[f32], vocab: usize) -> Vec<f32> {

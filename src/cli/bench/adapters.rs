@@ -192,7 +192,8 @@ fn module_name(layer: usize, target: Target) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::{BaseShape, Package};
+    use crate::adapter::BaseShape;
+    use crate::adapter::format::Package;
     use crate::ids::Digest;
 
     fn kind(targets: &[Target]) -> Kind {
