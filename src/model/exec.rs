@@ -15,6 +15,8 @@ use crate::model::kv::KvCache;
 use crate::model::llama::{self, Norm, Ops};
 use crate::request::Target;
 
+pub static TT: std::sync::Mutex<[f32; 5]> = std::sync::Mutex::new([0.0; 5]);
+fn t(i: usize) -> f32 { TT.lock().unwrap()[i] }
 /// Rows of logits whose memory is kept between steps.
 const KEPT_LOGITS: usize = 64;
 
@@ -261,7 +263,7 @@ impl Ops for ExecPass<'_> {
         let normed = |row: usize, out: &mut [f32]| cpu::rms_norm_row(&x[row * width..][..width], weight, eps, out);
         self.rows.with_adapters(sites, |adapters| {
             let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, groups, (input, width), quantized, adapters, normed);
+            cpu::prepare(self.team, groups, (input, width), (quantized, t(match norm { Norm::Attention(_) => 0, Norm::Ffn(_) => 2, Norm::Final => 4 })), adapters, normed);
         });
         Ok(())
     }
@@ -282,7 +284,7 @@ impl Ops for ExecPass<'_> {
         cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), config.heads, input);
         rows.with_adapters(&sites(layer, [Target::OProj]), |adapters| {
             let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
+            cpu::prepare(self.team, &rows.groups, (input, width), (quantized, t(1)), adapters, |_, _| {});
         });
         Ok(())
     }
@@ -298,7 +300,7 @@ impl Ops for ExecPass<'_> {
         let gated = |row: usize, gate: &mut [f32]| cpu::swiglu_row(gate, &up[row * width..][..width]);
         self.rows.with_adapters(&sites(layer, [Target::DownProj]), |adapters| {
             let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, &self.rows.groups, (gate, width), quantized, adapters, gated);
+            cpu::prepare(self.team, &self.rows.groups, (gate, width), (quantized, t(3)), adapters, gated);
         });
         Ok(())
     }

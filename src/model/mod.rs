@@ -3,7 +3,7 @@
 
 mod autograd;
 pub mod batch;
-mod exec;
+pub mod exec;
 mod kv;
 mod linear;
 pub mod llama;

@@ -194,33 +194,61 @@ trait Lanes: Copy {
     fn dot_bytes(self, w: &[Self::Bytes; FOURS], x: &[i8; BLOCK]) -> Self::Int;
     /// 128 * high + low.
     fn join(self, high: Self::Int, low: Self::Int) -> Self::Int;
+    /// Says that these bytes will be read soon.
+    fn prefetch(self, bytes: &[u8]);
 }
 
 /// All outputs of a strip for rows of activations, in groups.
 #[inline(always)]
 fn strip<L: Lanes, F: Format>(l: L, w: &PackedMatrix, x: &QuantizedRows, rows: std::ops::Range<usize>, out: Outputs) {
     let tiles = w.strip(out.strip);
+    // While the first rows pass, the next strip is on its way: what fetches memory by itself stops at every page.
+    // A single row is through before that could help.
+    let mut ahead = if rows.len() > 1 && out.strip + 1 < w.strips() { w.strip(out.strip + 1) } else { &[] };
     let mut row = rows.start;
     macro_rules! groups {
         ($($n:literal)*) => {
             $(while $n <= L::GROUP && row + $n <= rows.end {
-                group::<L, F, $n>(l, tiles, x, row, out);
+                group::<L, F, $n>(l, tiles, ahead, x, row, out);
                 row += $n;
+                ahead = &[];
             })*
         };
     }
     groups!(8 4 2 1);
 }
 
+/// The body for each r below N, at most 8, without a loop: what is indexed by r then stays in registers.
+macro_rules! unrolled {
+    ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, $body, 0 1 2 3 4 5 6 7) };
+    (@ $r:ident, $n:ident, $body:block, $($i:literal)*) => {
+        $(if $i < $n {
+            let $r = $i;
+            $body
+        })*
+    };
+}
+
 /// A strip times N rows.
 #[inline(always)]
-fn group<L: Lanes, F: Format, const N: usize>(l: L, tiles: &[u8], x: &QuantizedRows, row: usize, out: Outputs) {
+fn group<L: Lanes, F: Format, const N: usize>(
+    l: L,
+    tiles: &[u8],
+    ahead: &[u8],
+    x: &QuantizedRows,
+    row: usize,
+    out: Outputs,
+) {
     let blocks = x.cols() / BLOCK;
     let x: [QRow<'_>; N] = std::array::from_fn(|r| x.row(row + r));
     for at in (0..TILE_ROWS).step_by(L::ROWS) {
         let mut sums = [l.zero(); N];
         let mut fine = 0;
-        for (b, tile) in tiles.chunks_exact(tile_bytes(F::QTYPE)).enumerate().take(blocks) {
+        for b in 0..blocks {
+            let tile = &tiles[b * tile_bytes(F::QTYPE)..][..tile_bytes(F::QTYPE)];
+            if let Some(ahead) = ahead.get(b * tile_bytes(F::QTYPE)..(b + 1) * tile_bytes(F::QTYPE)) {
+                l.prefetch(ahead);
+            }
             if b % 64 == 0 {
                 fine = x.iter().fold(0, |bits, x| bits | x.fine[b / 64]);
             }
@@ -233,17 +261,17 @@ fn group<L: Lanes, F: Format, const N: usize>(l: L, tiles: &[u8], x: &QuantizedR
             let w = if F::NIBBLES { l.nibbles(quants, 4 * at) } else { l.bytes(quants, 4 * at) };
             if fine & 1 == 1 {
                 // A coarse row beside a fine one has zeros below: the same number by another way, to the bit.
-                for r in 0..N {
+                unrolled!(r in N => {
                     let t = l.join(dot::<L, F>(l, &w, &x[r].high[b]), dot::<L, F>(l, &w, &x[r].low[b]));
                     sums[r] = l.mul_add(m, x[r].sum[b], sums[r]);
                     sums[r] = l.add_product(t, d, x[r].scale[b], sums[r]);
-                }
+                });
             } else {
-                for r in 0..N {
+                unrolled!(r in N => {
                     let t = dot::<L, F>(l, &w, &x[r].high[b]);
                     sums[r] = l.mul_add(m, x[r].sum[b], sums[r]);
                     sums[r] = l.add_product(t, d, x[r].coarse_scale[b], sums[r]);
-                }
+                });
             }
             fine >>= 1;
         }
@@ -349,6 +377,8 @@ impl Lanes for Plain {
     fn join(self, high: Self::Int, low: Self::Int) -> Self::Int {
         std::array::from_fn(|r| 128 * high[r] + low[r])
     }
+    #[inline(always)]
+    fn prefetch(self, _bytes: &[u8]) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -362,6 +392,14 @@ mod x86 {
     fn four(x: &[i8; BLOCK], g: usize) -> i32 {
         let [a, b, c, d] = x.as_chunks::<4>().0[g];
         i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
+    }
+
+    #[inline(always)]
+    fn prefetch(bytes: &[u8]) {
+        for line in bytes.chunks(64) {
+            // SAFETY: a prefetch may name any place.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        }
     }
 
     // SAFETY of all blocks below: these types are used only within functions that enable the features they need, and every load is from
@@ -444,6 +482,10 @@ mod x86 {
         #[inline(always)]
         fn join(self, high: __m512i, low: __m512i) -> __m512i {
             unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low) }
+        }
+        #[inline(always)]
+        fn prefetch(self, bytes: &[u8]) {
+            prefetch(bytes);
         }
     }
 
@@ -536,6 +578,10 @@ mod x86 {
         fn join(self, high: __m256i, low: __m256i) -> __m256i {
             unsafe { _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low) }
         }
+        #[inline(always)]
+        fn prefetch(self, bytes: &[u8]) {
+            prefetch(bytes);
+        }
     }
 }
 
@@ -567,7 +613,8 @@ mod tests {
             if outlier {
                 x[seed as usize % (rows * cols)] = 1000.0;
             }
-            let q = QuantizedRows::of(&x, cols);
+            let coarse = if seed % 2 == 0 { 4.0 } else { 0.0 };
+            let q = QuantizedRows::of(&x, cols, coarse);
             let y = product(Level::Portable, &w, &q);
             for level in Level::all() {
                 prop_assert_eq!(&product(level, &w, &q), &y, "{:?}", level);
@@ -575,7 +622,7 @@ mod tests {
             let mut dense = vec![0.0; out * cols];
             w.dequantize(0, &mut dense);
             for row in 0..rows {
-                let alone = product(Level::best(), &w, &QuantizedRows::of(&x[row * cols..][..cols], cols));
+                let alone = product(Level::best(), &w, &QuantizedRows::of(&x[row * cols..][..cols], cols, coarse));
                 prop_assert_eq!(&alone[..], &y[row * out..][..out]);
                 for column in 0..out {
                     let terms = (0..cols).map(|i| q.value(row, i) * f64::from(dense[column * cols + i]));
@@ -589,7 +636,7 @@ mod tests {
         #[test]
         fn layers_share_an_input(rows in 1usize..6, first in 1usize..70, second in 1usize..40, seed in any::<u64>()) {
             let matrices = [first, second].map(|out| PackedMatrix::pack(QType::Q4_1, out, 64, &random_matrix(QType::Q4_1, out, 64, seed)));
-            let q = QuantizedRows::of(&wave(rows * 64, seed), 64);
+            let q = QuantizedRows::of(&wave(rows * 64, seed), 64, 0.0);
             let mut ys = [vec![2.0; rows * first], vec![0.0; rows * second]];
             let [a, b] = &mut ys;
             linear(Team::get(), &q, &mut [
@@ -611,7 +658,7 @@ mod tests {
             block[..2].copy_from_slice(&half::f16::from_f32(1.0).to_le_bytes());
             let w = PackedMatrix::pack(qtype, 1, BLOCK, &block);
             for level in Level::all() {
-                let y = product(level, &w, &QuantizedRows::of(&[-1.0; BLOCK], BLOCK));
+                let y = product(level, &w, &QuantizedRows::of(&[-1.0; BLOCK], BLOCK, 0.0));
                 assert!((y[0] + 32.0 * want).abs() < 0.1, "{level:?} {qtype:?} {}", y[0]);
             }
         }

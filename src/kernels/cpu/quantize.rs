@@ -4,11 +4,8 @@
 //! the matmul takes `low` too. Else it is *coarse*: 8 bits, `low` is zero and is not read. A few huge activations that take the range of
 //! their block are what costs accuracy on real models; see `docs/LOG.md` for what each choice does to log-probabilities.
 
-use super::simd::multiversion;
+use super::simd::{LANES, Simd, dispatch, dot, max_pairwise};
 use crate::kernels::blocks::BLOCK;
-
-/// A block is coarse where its largest value is at most so many times its row's root mean square. 0: all are fine.
-pub const COARSE: f32 = 0.0;
 
 const LARGEST_COARSE: f32 = 127.0;
 const LARGEST_FINE: f32 = 127.0 * 128.0;
@@ -108,87 +105,79 @@ impl QuantizedRows {
 }
 
 impl RowWriter {
-    /// Quantises `x` as row `row`.
+    /// Quantises `x` as row `row`. Its blocks are coarse where their largest value is at most `coarse` times the row's root mean square.
     ///
     /// # Safety
     /// The rows this was made of are alive, and nobody else reads or writes this one.
-    pub unsafe fn write(&self, row: usize, x: &[f32]) {
+    pub unsafe fn write(&self, row: usize, x: &[f32], coarse: f32) {
         assert!(row < self.rows && x.len() == self.blocks * BLOCK, "a row fits");
         let (at, n) = (row * self.blocks, self.blocks);
         // SAFETY: the row lies within the buffers, which were made for `rows` rows, and is ours.
-        unsafe {
-            quantize(
-                x,
-                std::slice::from_raw_parts_mut(self.high.add(at * BLOCK), n * BLOCK),
-                std::slice::from_raw_parts_mut(self.low.add(at * BLOCK), n * BLOCK),
-                std::slice::from_raw_parts_mut(self.scale.add(at), n),
-                std::slice::from_raw_parts_mut(self.coarse_scale.add(at), n),
-                std::slice::from_raw_parts_mut(self.sum.add(at), n),
-                std::slice::from_raw_parts_mut(self.fine.add(row * self.words), self.words),
-            );
-        }
+        let mut to = unsafe {
+            Place {
+                high: std::slice::from_raw_parts_mut(self.high.add(at * BLOCK), n * BLOCK),
+                low: std::slice::from_raw_parts_mut(self.low.add(at * BLOCK), n * BLOCK),
+                scale: std::slice::from_raw_parts_mut(self.scale.add(at), n),
+                coarse_scale: std::slice::from_raw_parts_mut(self.coarse_scale.add(at), n),
+                sum: std::slice::from_raw_parts_mut(self.sum.add(at), n),
+                fine: std::slice::from_raw_parts_mut(self.fine.add(row * self.words), self.words),
+            }
+        };
+        let to = &mut to;
+        dispatch!(super::simd::Level::best(), quantize, x: &[f32], coarse: f32, to: &mut Place<'_>);
     }
 }
 
-multiversion! {
-    fn quantize(
-        x: &[f32],
-        high: &mut [i8],
-        low: &mut [i8],
-        scale: &mut [f32],
-        coarse_scale: &mut [f32],
-        sum: &mut [f32],
-        fine: &mut [u64],
-    ) {
-        let rms = (super::simd::dot(x, x) / x.len() as f32).sqrt();
-        fine.fill(0);
-        let parts = x.as_chunks::<BLOCK>().0.iter();
-        let parts = parts.zip(high.as_chunks_mut::<BLOCK>().0.iter_mut().zip(low.as_chunks_mut::<BLOCK>().0));
-        for (b, (x, (high, low))) in parts.enumerate() {
-            let mut lanes = [0.0f32; 16];
-            let mut broken = [0u32; 16];
-            for half in x.as_chunks::<16>().0 {
-                for i in 0..16 {
-                    lanes[i] = lanes[i].max(half[i].abs());
-                    // All ones in the exponent: infinite or not a number.
-                    broken[i] |= u32::from(half[i].to_bits() & 0x7F80_0000 == 0x7F80_0000);
-                }
-            }
-            let largest = lanes.iter().fold(0.0f32, |a, &b| a.max(b));
-            let is_coarse = largest <= COARSE * rms;
-            let (range, step) = if is_coarse { (LARGEST_COARSE, 128.0) } else { (LARGEST_FINE, 1.0) };
-            let inverse = if largest > 0.0 { range / largest } else { 0.0 };
-            let mut total = [0i32; 16];
-            for half in 0..2 {
-                for i in 0..16 {
-                    // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
-                    let rounded = (x[16 * half + i] * inverse + 12_582_912.0) - 12_582_912.0;
-                    // SAFETY-free cast: what is not a number becomes 0, and the scale says so below.
-                    let q = (rounded * step) as i32;
-                    let upper = (q + 64) >> 7;
-                    high[16 * half + i] = upper as i8;
-                    low[16 * half + i] = (q - (upper << 7)) as i8;
-                    total[i] += q;
-                }
-            }
-            // What is broken must not look like zeros.
-            let unit = if broken.contains(&1) { f32::NAN } else { largest / LARGEST_FINE };
-            scale[b] = unit;
-            coarse_scale[b] = unit * 128.0;
-            sum[b] = unit * total.iter().sum::<i32>() as f32;
-            fine[b / 64] |= u64::from(!is_coarse) << (b % 64);
+/// Where a quantised row goes.
+struct Place<'a> {
+    high: &'a mut [i8],
+    low: &'a mut [i8],
+    scale: &'a mut [f32],
+    coarse_scale: &'a mut [f32],
+    sum: &'a mut [f32],
+    fine: &'a mut [u64],
+}
+
+#[inline(always)]
+fn quantize<S: Simd>(s: S, x: &[f32], coarse: f32, to: &mut Place<'_>) {
+    let limit = if coarse > 0.0 { coarse * (dot(x, x) / x.len() as f32).sqrt() } else { 0.0 };
+    to.fine.fill(0);
+    let quants = to.high.as_chunks_mut::<LANES>().0.iter_mut().zip(to.low.as_chunks_mut::<LANES>().0);
+    let mut quants = quants.map(|(high, low)| (high, low));
+    for (b, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
+        let [first, second] = [&x.as_chunks::<LANES>().0[0], &x.as_chunks::<LANES>().0[1]].map(|x| s.load(x));
+        let mut lanes = [0.0; LANES];
+        s.store(s.max_abs(first, s.max_abs(second, s.splat(0.0))), &mut lanes);
+        let largest = max_pairwise(lanes);
+        // Zeros times what is not finite are not numbers, and neither is a sum with one.
+        let zeros = s.mul_add(first, s.splat(0.0), s.mul_add(second, s.splat(0.0), s.splat(0.0)));
+        s.store(zeros, &mut lanes);
+        let is_finite = lanes.iter().fold(0, |bits, x| bits | x.to_bits() << 1) == 0;
+        let is_coarse = largest <= limit;
+        let (range, shift) = if is_coarse { (LARGEST_COARSE, 7) } else { (LARGEST_FINE, 0) };
+        let inverse = if largest > 0.0 { range / largest } else { 0.0 };
+        let mut sums = [0; LANES];
+        for x in [first, second] {
+            let Some(out) = quants.next() else { return };
+            s.split(x, inverse, shift, &mut sums, out);
         }
+        // What is broken must not look like zeros.
+        let unit = if is_finite { largest / LARGEST_FINE } else { f32::NAN };
+        to.scale[b] = unit;
+        to.coarse_scale[b] = unit * 128.0;
+        to.sum[b] = unit * sums.iter().sum::<i32>() as f32;
+        to.fine[b / 64] |= u64::from(!is_coarse) << (b % 64);
     }
 }
 
 #[cfg(test)]
 impl QuantizedRows {
     /// Quantises whole rows on this thread.
-    pub fn of(x: &[f32], cols: usize) -> Self {
+    pub fn of(x: &[f32], cols: usize, coarse: f32) -> Self {
         let mut q = Self::default();
         let writer = q.resize(x.len() / cols, cols);
         // SAFETY: the rows are alive and written one by one.
-        x.chunks_exact(cols).enumerate().for_each(|(row, x)| unsafe { writer.write(row, x) });
+        x.chunks_exact(cols).enumerate().for_each(|(row, x)| unsafe { writer.write(row, x, coarse) });
         q
     }
 
@@ -207,7 +196,7 @@ mod tests {
     fn an_outlier_makes_its_block_fine_and_no_other() {
         let mut x: Vec<f32> = (0..96).map(|i| (i as f32 * 0.7).sin()).collect();
         x[40] = 500.0;
-        let q = QuantizedRows::of(&x, 96);
+        let q = QuantizedRows::of(&x, 96, 4.0);
         let row = q.row(0);
         assert_eq!(row.fine[0] & 2, 2);
         for (col, x) in x.iter().enumerate() {
@@ -222,7 +211,7 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = [1.0; 64];
             x[3] = bad;
-            let q = QuantizedRows::of(&x, 64);
+            let q = QuantizedRows::of(&x, 64, 0.0);
             assert!(q.row(0).scale[0].is_nan() && q.row(0).sum[0].is_nan() && q.row(0).scale[1] == 1.0 / LARGEST_FINE);
         }
     }

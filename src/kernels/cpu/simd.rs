@@ -126,6 +126,11 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn halves(self, bits: &[u16; LANES]) -> Self::F;
     /// The values of bfloat16 bits.
     fn brains(self, bits: &[u16; LANES]) -> Self::F;
+    /// The larger of |a| and b.
+    fn max_abs(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Integers q = round(a * by) << shift, ties to even, as `128 * high + low` with low in [-64, 63]; gives the sum of each q and `sums`.
+    /// |a * by| is at most 127 * 128; where it is not a number q is anything.
+    fn split(self, a: Self::F, by: f32, shift: u32, sums: &mut [i32; LANES], out: (&mut [i8; LANES], &mut [i8; LANES]));
 }
 
 /// Any machine.
@@ -158,6 +163,19 @@ impl Simd for Portable {
     #[inline(always)]
     fn brains(self, bits: &[u16; LANES]) -> Self::F {
         bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+    #[inline(always)]
+    fn max_abs(self, a: Self::F, b: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i].abs().max(b[i]))
+    }
+    #[inline(always)]
+    fn split(self, a: Self::F, by: f32, shift: u32, sums: &mut [i32; LANES], out: (&mut [i8; LANES], &mut [i8; LANES])) {
+        for i in 0..LANES {
+            let q = ((a[i] * by).round_ties_even() as i32) << shift;
+            let high = (q + 64) >> 7;
+            (out.0[i], out.1[i]) = (high as i8, (q - (high << 7)) as i8);
+            sums[i] += q;
+        }
     }
 }
 
@@ -233,6 +251,33 @@ mod x86 {
                 [wide(_mm_loadu_si128(bits)), wide(_mm_loadu_si128(bits.add(1)))]
             }
         }
+        #[inline(always)]
+        fn max_abs(self, a: Self::F, b: Self::F) -> Self::F {
+            unsafe {
+                let sign = _mm256_set1_ps(-0.0);
+                [_mm256_max_ps(_mm256_andnot_ps(sign, a[0]), b[0]), _mm256_max_ps(_mm256_andnot_ps(sign, a[1]), b[1])]
+            }
+        }
+        #[inline(always)]
+        fn split(self, a: Self::F, by: f32, shift: u32, sums: &mut [i32; LANES], out: (&mut [i8; LANES], &mut [i8; LANES])) {
+            unsafe {
+                let (by, shift, half) = (_mm256_set1_ps(by), _mm_cvtsi32_si128(shift as i32), _mm256_set1_epi32(64));
+                let (mut high, mut low) = ([half; 2], [half; 2]);
+                for i in 0..2 {
+                    let q = _mm256_sll_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(a[i], by)), shift);
+                    high[i] = _mm256_srai_epi32::<7>(_mm256_add_epi32(q, half));
+                    low[i] = _mm256_sub_epi32(q, _mm256_slli_epi32::<7>(high[i]));
+                    let sum = sums.as_mut_ptr().add(8 * i).cast::<__m256i>();
+                    _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), q));
+                }
+                for (parts, out) in [(high, out.0), (low, out.1)] {
+                    // The packing works within 128 bits: the middle quarters are to be exchanged.
+                    let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(parts[0], parts[1]));
+                    let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+                    _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+                }
+            }
+        }
     }
 
     impl Simd for Avx512 {
@@ -263,6 +308,23 @@ mod x86 {
             unsafe {
                 let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits.as_ptr().cast()));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+        }
+        #[inline(always)]
+        fn max_abs(self, a: Self::F, b: Self::F) -> Self::F {
+            unsafe { _mm512_max_ps(_mm512_abs_ps(a), b) }
+        }
+        #[inline(always)]
+        fn split(self, a: Self::F, by: f32, shift: u32, sums: &mut [i32; LANES], out: (&mut [i8; LANES], &mut [i8; LANES])) {
+            unsafe {
+                let q = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(by)));
+                let q = _mm512_sll_epi32(q, _mm_cvtsi32_si128(shift as i32));
+                let high = _mm512_srai_epi32::<7>(_mm512_add_epi32(q, _mm512_set1_epi32(64)));
+                let low = _mm512_sub_epi32(q, _mm512_slli_epi32::<7>(high));
+                let sum = sums.as_mut_ptr().cast::<__m512i>();
+                _mm512_storeu_si512(sum, _mm512_add_epi32(_mm512_loadu_si512(sum), q));
+                _mm_storeu_si128(out.0.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(high));
+                _mm_storeu_si128(out.1.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(low));
             }
         }
     }
@@ -309,6 +371,19 @@ pub(super) fn softmax(x: &mut [f32], scale: f32) {
     for x in x {
         *x *= inverse;
     }
+}
+
+/// The largest of the lanes.
+#[inline(always)]
+pub(super) fn max_pairwise(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = lanes[i].max(lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 /// The sum of the lanes: halves on halves.
