@@ -29,9 +29,14 @@ impl Hub {
             let message = format!("was made for base {}, this server runs {}", row.base_digest, self.shape.digest);
             return Err(Error::precondition("WRONG_BASE", &row.name, message));
         }
+        // It leaves host memory first: what has to leave the device for it may take its place there.
+        let kept = self.residents.ledger.take(&row.uid);
         let reserved = self.residents.room(row.memory_bytes).await?;
         let begun = Instant::now();
-        let (packed, from) = self.fetch(row).await?;
+        let (packed, from) = match kept {
+            Some(packed) => (packed, Tier::Host),
+            None => (self.fetch(row).await?, Tier::Disk),
+        };
         let took = begun.elapsed();
         stats::count_load(from, took);
         self.residents.ledger.loaded(&row.uid, took);
@@ -42,16 +47,13 @@ impl Hub {
         Ok(Arc::new(Resident::new(row.digest, packed, reserved)))
     }
 
-    async fn fetch(&self, row: &VersionRow) -> Result<(PackedLora, Tier)> {
-        if let Some(packed) = self.residents.ledger.take(&row.uid) {
-            return Ok((packed, Tier::Host));
-        }
+    /// From its files.
+    async fn fetch(&self, row: &VersionRow) -> Result<PackedLora> {
         let _place = self.loads.acquire().await.map_err(Error::internal)?;
-        let packed = match self.read_packed(row).await {
-            Ok(packed) => packed,
-            Err(error) => self.pack_again(row, error).await?,
-        };
-        Ok((packed, Tier::Disk))
+        match self.read_packed(row).await {
+            Ok(packed) => Ok(packed),
+            Err(error) => self.pack_again(row, error).await,
+        }
     }
 
     async fn read_packed(&self, row: &VersionRow) -> Result<PackedLora> {
