@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import subprocess
+import time
 
 from places import CACHE, REPOSITORY, Process, THREADS, run
 from llama import MODELS
@@ -32,11 +33,10 @@ class Server(Process):
             '--base', MODELS['Q4_1'], '--threads', THREADS, *options])
 
     def wait_until_ready(self):
-        line = None
-        while line is None:
+        while not (lines := [line for line in self.log.read_text().splitlines() if line.startswith('listening on ')]):
             self.check_alive()
-            line = next((line for line in self.log.read_text().splitlines() if line.startswith('listening on ')), None)
-        self.url = line.removeprefix('listening on ')
+            time.sleep(0.05)
+        self.url = lines[0].removeprefix('listening on ')
         tenants = run(BINARY, 'tenants', '--server', self.url, 'list', '--json')
         if f'"tenants/{TENANT}"' not in tenants:
             run(BINARY, 'tenants', '--server', self.url, 'create', TENANT)
