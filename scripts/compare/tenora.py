@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import subprocess
+import time
 
 from places import CACHE, REPOSITORY, Process, THREADS, run
 from llama import MODELS
@@ -32,30 +33,29 @@ class Server(Process):
             '--base', MODELS['Q4_1'], '--threads', THREADS, *options])
 
     def wait_until_ready(self):
-        line = None
-        while line is None:
+        while not (lines := [line for line in self.log.read_text().splitlines() if line.startswith('listening on ')]):
             self.check_alive()
-            line = next((line for line in self.log.read_text().splitlines() if line.startswith('listening on ')), None)
-        self.url = line.removeprefix('listening on ')
+            time.sleep(0.05)
+        self.url = lines[0].removeprefix('listening on ')
         tenants = run(BINARY, 'tenants', '--server', self.url, 'list', '--json')
         if f'"tenants/{TENANT}"' not in tenants:
             run(BINARY, 'tenants', '--server', self.url, 'create', TENANT)
 
-    def command(self, *options):
+    def bench_command(self, *options):
         return [str(word) for word in (
             BINARY, 'bench', '--json', '--server', self.url, '--tenant', TENANT, '--base', MODELS['Q4_1'],
             '--seed', random.randrange(1 << 31), *options)]
 
     def bench(self, *options):
         """What `tenora bench` reports: all of it, as it prints it with --json. Every call sends prompts of its own."""
-        report = json.loads(run(*self.command(*options)))
+        report = json.loads(run(*self.bench_command(*options)))
         if report['errors']:
             raise SystemExit(f'requests have failed: {report["errors"]}')
         return report
 
     def start_bench(self, *options):
         """The same in the background; `result` waits for it."""
-        return subprocess.Popen(self.command(*options), stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(self.bench_command(*options), stdout=subprocess.PIPE, text=True)
 
     def generated_per_second(self, *options):
         return self.bench(*options)['median']['generated_per_second']

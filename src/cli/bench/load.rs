@@ -157,7 +157,7 @@ impl Load {
         }
     }
 
-    /// When `count` requests from `first` on come, `rate` a second: the gaps of a Poisson process are exponential.
+    /// When the requests from `first` on come, `rate` a second on average: the gaps of a Poisson process are exponential.
     pub(super) fn arrivals(&self, first: u64, rate: f64) -> impl Iterator<Item = Duration> {
         (first..).scan(0.0, move |at, number| {
             *at -= (1.0 - self.draw(number, Draw::Arrival)).ln() / rate;
