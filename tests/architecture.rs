@@ -11,7 +11,7 @@ const LEAVES: &[&str] =
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("kernels", &[]),
     ("weights", &["kernels"]),
-    ("adapter", &[]),
+    ("adapter", &["kernels"]),
     ("model", &["weights", "adapter", "kernels"]),
     ("store", &[]),
     ("hub", &["adapter", "store"]),

@@ -120,6 +120,8 @@ impl Engine {
             inbox,
             scheduler: Scheduler::new(bounds),
             plan: Vec::new(),
+            spans: Vec::new(),
+            readings: Vec::new(),
             executor,
             arbiter,
             text: text.clone(),

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
-use rayon::prelude::*;
 use tokio::sync::oneshot;
 
 use crate::device::Arbiter;
@@ -14,6 +13,7 @@ use crate::engine::scheduler::{Demand, Planned, Scheduler};
 use crate::engine::sequence::{Next, Reading, Sequence};
 use crate::engine::stats;
 use crate::error::{Error, Result};
+use crate::kernels::cpu::Team;
 use crate::model::batch::{Executor, Span};
 use crate::text::Text;
 
@@ -32,6 +32,9 @@ pub struct Loop {
     pub scheduler: Scheduler,
     /// The rows of the step; the buffer of all plans.
     pub plan: Vec<Planned>,
+    /// The buffers of all steps.
+    pub spans: Vec<Span<'static>>,
+    pub readings: Vec<Reading>,
     pub executor: Box<dyn Executor>,
     pub arbiter: Arc<Arbiter>,
     pub text: Arc<Text>,
@@ -64,8 +67,8 @@ impl Loop {
         self.drop_lost();
         self.scheduler.plan(&mut self.plan);
         if !self.plan.is_empty() {
-            let readings = self.compute();
-            self.commit(readings);
+            let done = self.compute();
+            self.commit(done);
         }
         stats::observe(&self.scheduler, self.sequences.len());
         true
@@ -138,24 +141,30 @@ impl Loop {
         }
     }
 
-    /// Computes the planned rows and reads their logits. A model that panics has failed, no more.
-    fn compute(&mut self) -> Result<Vec<Reading>> {
+    /// Computes the planned rows and reads their logits into `readings`, one of each planned sequence. A model that panics has failed, no
+    /// more. Allocates nothing once its buffers have grown, but for what log-probabilities hold.
+    pub(super) fn compute(&mut self) -> Result<()> {
         let arbiter = self.arbiter.clone();
         let _permit = arbiter.serve();
         catch_unwind(AssertUnwindSafe(|| {
-            let batch = batch(&self.plan, &self.scheduler, &self.sequences)?;
-            let logits = self.executor.forward(&batch)?;
-            read(&self.plan, &batch, logits, &self.sequences, self.text.vocab_size())
+            let mut spans = reused(std::mem::take(&mut self.spans));
+            let done = fill(&mut spans, &self.plan, &self.scheduler, &self.sequences).and_then(|()| {
+                let logits = self.executor.forward(&spans)?;
+                read(&self.plan, &spans, logits, &self.sequences, self.text.vocab_size(), &mut self.readings)
+            });
+            self.spans = reused(spans);
+            done
         }))
         .unwrap_or_else(|_| Err(Error::internal("the model panicked")))
     }
 
     /// Hands each sequence what was read for it. Where the step failed, the sequences of the step fail, and no others.
-    fn commit(&mut self, readings: Result<Vec<Reading>>) {
-        let plan = std::mem::take(&mut self.plan);
+    pub(super) fn commit(&mut self, done: Result<()>) {
+        let (plan, mut readings) = (std::mem::take(&mut self.plan), std::mem::take(&mut self.readings));
         stats::count_step(plan.iter().map(|planned| planned.count).sum());
-        match readings {
-            Ok(readings) => {
+        match done {
+            Ok(()) => {
+                let readings = readings.iter_mut().map(std::mem::take);
                 plan.iter().zip(readings).for_each(|(planned, reading)| self.commit_one(planned, reading));
             }
             Err(error) => {
@@ -165,7 +174,7 @@ impl Loop {
                 }
             }
         }
-        self.plan = plan;
+        (self.plan, self.readings) = (plan, readings);
     }
 
     fn commit_one(&mut self, planned: &Planned, reading: Reading) {
@@ -196,41 +205,58 @@ impl Loop {
     }
 }
 
+/// The memory of a list of spans, for spans of other sequences. (Collecting an emptied list in place keeps its memory.)
+fn reused<'a>(mut spans: Vec<Span<'_>>) -> Vec<Span<'a>> {
+    spans.clear();
+    spans.into_iter().filter_map(|_| None).collect()
+}
+
 /// The plan's rows as the model takes them.
-fn batch<'a>(
+fn fill<'a>(
+    spans: &mut Vec<Span<'a>>,
     plan: &[Planned],
     scheduler: &'a Scheduler,
     sequences: &'a HashMap<u64, Sequence>,
-) -> Result<Vec<Span<'a>>> {
-    let span = |planned: &Planned| {
-        let sequence = sequences.get(&planned.id)?;
-        Some(Span {
-            ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
-            start: planned.start,
-            blocks: scheduler.blocks_of(planned)?,
-            lora: sequence.lease.as_ref().map(|lease| lease.packed()),
-            logits: sequence.logit_rows(planned.completes),
-        })
-    };
-    plan.iter().map(span).collect::<Option<_>>().ok_or_else(|| Error::internal("a planned sequence is gone"))
+) -> Result<()> {
+    for planned in plan {
+        let span = || {
+            let sequence = sequences.get(&planned.id)?;
+            Some(Span {
+                ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
+                start: planned.start,
+                blocks: scheduler.blocks_of(planned)?,
+                lora: sequence.lease.as_ref().map(|lease| lease.packed()),
+                logits: sequence.logit_rows(planned.completes),
+            })
+        };
+        spans.push(span().ok_or_else(|| Error::internal("a planned sequence is gone"))?);
+    }
+    Ok(())
 }
 
 /// What the logits say to each sequence of the plan; every row is read by itself, on all cores.
 fn read(
     plan: &[Planned],
-    batch: &[Span<'_>],
-    mut logits: &[f32],
+    spans: &[Span<'_>],
+    logits: &[f32],
     sequences: &HashMap<u64, Sequence>,
     vocab: usize,
-) -> Result<Vec<Reading>> {
-    let mut own = Vec::with_capacity(plan.len());
-    for (planned, span) in plan.iter().zip(batch) {
-        let rows = span.logits.count(span.ids.len());
-        let (these, rest) =
-            logits.split_at_checked(rows * vocab).ok_or_else(|| Error::internal("the model gave too few logits"))?;
-        let sequence = sequences.get(&planned.id).ok_or_else(|| Error::internal("a planned sequence is gone"))?;
-        own.push((sequence, planned.start, these));
-        logits = rest;
+    readings: &mut Vec<Reading>,
+) -> Result<()> {
+    let count = |span: &Span<'_>| span.logits.count(span.ids.len()) * vocab;
+    if logits.len() != spans.iter().map(count).sum::<usize>() {
+        return Err(Error::internal("the model gave another number of logits"));
     }
-    Ok(own.into_par_iter().map(|(sequence, start, logits)| sequence.read(start, logits, vocab)).collect())
+    readings.clear();
+    readings.resize_with(plan.len(), Reading::default);
+    let own = |i: usize| {
+        let from = spans[..i].iter().map(count).sum::<usize>();
+        (sequences.get(&plan[i].id), plan[i].start, &logits[from..from + count(&spans[i])])
+    };
+    Team::get().each_mut(readings, |i, reading| {
+        if let (Some(sequence), start, logits) = own(i) {
+            *reading = sequence.read(start, logits, vocab);
+        }
+    });
+    Ok(())
 }

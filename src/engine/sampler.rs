@@ -1,6 +1,6 @@
 //! From logits to a token. The same logits, history, settings, seed and position give the same token.
 
-use crate::kernels::log_sum_exp;
+use crate::kernels::{argmax, log_sum_exp};
 use crate::random::{Purpose, Stream};
 use crate::request::{Sampling, TokenLogprob};
 
@@ -16,7 +16,7 @@ pub fn sample(logits: &[f32], history: &[u32], sampling: &Sampling, position: us
         penalised = penalise(logits, history, sampling.repetition_penalty);
         &penalised
     };
-    let best = argmax(logits)?;
+    let best = argmax(logits)? as u32;
     if sampling.temperature == 0.0 {
         return Some(best);
     }
@@ -48,20 +48,6 @@ fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
         }
     }
     logits
-}
-
-/// The lowest id among the largest logits; `None` where one is not a number or the largest is not finite.
-fn argmax(logits: &[f32]) -> Option<u32> {
-    if logits.iter().any(|logit| logit.is_nan()) {
-        return None;
-    }
-    let mut best = (0, f32::NEG_INFINITY);
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > best.1 {
-            best = (id, logit);
-        }
-    }
-    best.1.is_finite().then_some(best.0 as u32)
 }
 
 /// The ids that top-k, then top-p, then min-p leave.

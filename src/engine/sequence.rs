@@ -4,7 +4,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use rayon::prelude::*;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
@@ -95,9 +94,10 @@ pub fn lost() -> Error {
 }
 
 /// What the logits of a step say.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub enum Reading {
     /// None were asked for.
+    #[default]
     Nothing,
     /// The next token.
     Token(TokenOut),
@@ -209,7 +209,7 @@ impl Scoring {
     fn read(&self, ids: &[u32], start: usize, logits: &[f32], vocab: usize) -> Reading {
         let known = self.logprobs.len().saturating_sub(start);
         let rows: Vec<(usize, &[f32])> = (start..).zip(logits.chunks_exact(vocab)).skip(known).collect();
-        let logprobs = rows.par_iter().filter_map(|(position, row)| Some((ids.get(position + 1)?, row)));
+        let logprobs = rows.iter().filter_map(|(position, row)| Some((ids.get(position + 1)?, row)));
         let logprobs: Vec<_> = logprobs.map(|(target, row)| logprob(row, *target, self.top)).collect();
         let last = rows.last().filter(|(position, _)| position + 1 == ids.len());
         let next = last.map(|(_, row)| top_logprobs(row, self.top)).unwrap_or_default();

@@ -239,46 +239,95 @@ fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
     });
 }
 
+/// The loop without its thread.
+fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (Loop, mpsc::Sender<Message>) {
+    let (sender, inbox) = mpsc::channel();
+    let state = Loop {
+        inbox,
+        scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap()),
+        plan: Vec::new(),
+        spans: Vec::new(),
+        readings: Vec::new(),
+        executor,
+        arbiter: Arbiter::new(0.4),
+        text: world().text.clone(),
+        context: 100,
+        sequences: HashMap::new(),
+        next_id: 0,
+        closed: false,
+    };
+    (state, sender)
+}
+
+/// Sends a sequence of 20 tokens to a bare loop.
+fn submit(
+    sender: &mpsc::Sender<Message>,
+    lease: Option<Lease>,
+    max_tokens: u32,
+) -> async_mpsc::UnboundedReceiver<Result<GenerateEvent>> {
+    let w = world();
+    let (events, reader) = async_mpsc::unbounded_channel();
+    let generation = Generation {
+        prompt_tokens: 20,
+        cached_tokens: None,
+        sampling: Sampling::default(),
+        stopping: Stopping { max_tokens, stop: Vec::new(), ignore_eos: true },
+        logprobs: None,
+        decoder: w.text.decoder(),
+        hold_back: HoldBack::new(Patterns::new(&[], false).unwrap()),
+        open: Default::default(),
+        events,
+        end: None,
+    };
+    let ticket = Arc::new(Tickets::new(&Limits::default()).take(w.tenant.id()).unwrap());
+    let work = Work::Generate(Box::new(generation));
+    let longest = 20 + max_tokens as usize;
+    let demand = Demand { tenant: 0, weight: 1, priority: 0, length: 20, longest, chain: None };
+    let sequence = Sequence { ids: vec![1; 20], deadline: None, lease, _ticket: ticket, work };
+    sender.send(Message::Submit(demand, Box::new(sequence))).unwrap();
+    reader
+}
+
+/// A steady batch, adapters of two ranks in it, is computed in the memory of the steps before.
+#[test]
+fn a_steady_step_allocates_nothing() {
+    run(async {
+        let w = world();
+        let layout = KvLayout { block_tokens: 8, blocks: 64 };
+        let (mut state, sender) = bare_loop(layout, w.model.executor(layout).unwrap());
+        let mut readers = Vec::new();
+        for adapter in [None, Some("a0"), Some("a1"), None] {
+            let lease = match adapter {
+                Some(name) => {
+                    Some(w.hub.lease(&w.tenant, &format!("tenants/t/adapters/{name}").parse().unwrap()).await.unwrap())
+                }
+                None => None,
+            };
+            readers.push(submit(&sender, lease, 60));
+        }
+        // The prompts, and one step with all of them.
+        (0..10).for_each(|_| assert!(state.turn()));
+        for _ in 0..20 {
+            let mut plan = std::mem::take(&mut state.plan);
+            state.scheduler.plan(&mut plan);
+            state.plan = plan;
+            assert!(state.plan.len() == 4 && state.plan.iter().all(|planned| planned.count == 1));
+            let before = crate::kernels::testing::allocations();
+            let done = state.compute();
+            assert_eq!(crate::kernels::testing::allocations() - before, 0);
+            state.commit(done);
+        }
+        drop(readers);
+    });
+}
+
 #[test]
 fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
     run(async {
-        let w = world();
-        let (sender, inbox) = mpsc::channel();
         let layout = KvLayout { block_tokens: 8, blocks: 16 };
-        let mut state = Loop {
-            inbox,
-            scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap()),
-            plan: Vec::new(),
-            executor: Box::new(Faulty { steps: 3, logits: Vec::new() }),
-            arbiter: Arbiter::new(0.4),
-            text: w.text.clone(),
-            context: 100,
-            sequences: HashMap::new(),
-            next_id: 0,
-            closed: false,
-        };
-        let mut readers = Vec::new();
-        for _ in 0..3 {
-            let (events, reader) = async_mpsc::unbounded_channel();
-            let generation = Generation {
-                prompt_tokens: 20,
-                cached_tokens: None,
-                sampling: Sampling::default(),
-                stopping: Stopping { max_tokens: 5, stop: Vec::new(), ignore_eos: true },
-                logprobs: None,
-                decoder: w.text.decoder(),
-                hold_back: HoldBack::new(Patterns::new(&[], false).unwrap()),
-                open: Default::default(),
-                events,
-                end: None,
-            };
-            let ticket = Arc::new(Tickets::new(&Limits::default()).take(w.tenant.id()).unwrap());
-            let work = Work::Generate(Box::new(generation));
-            let demand = Demand { tenant: 0, weight: 1, priority: 0, length: 20, longest: 25, chain: None };
-            let sequence = Sequence { ids: vec![1; 20], deadline: None, lease: None, _ticket: ticket, work };
-            sender.send(Message::Submit(demand, Box::new(sequence))).unwrap();
-            readers.push(reader);
-        }
+        let faulty = Box::new(Faulty { steps: 3, logits: Vec::new() });
+        let (mut state, sender) = bare_loop(layout, faulty);
+        let readers: Vec<_> = (0..3).map(|_| submit(&sender, None, 5)).collect();
         assert!(state.turn());
         assert!(state.scheduler.blocks().used() > 0);
         state.start_over();
@@ -528,7 +577,7 @@ fn nobody_waits_for_what_another_request_loads() {
         let cold = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(Pass), &Limits::default());
         let engine =
             Engine::start(w.model.clone(), w.text.clone(), cold, Arbiter::new(0.4), &Limits::default()).unwrap();
-        let mut files = tensor_files(w.dir.path());
+        let mut files = packed_files(w.dir.path());
         files.sort_by_key(|file| file.metadata().unwrap().len());
         // Of `a1`, which has the higher rank.
         let pipe = files.pop().unwrap();
@@ -554,12 +603,12 @@ fn nobody_waits_for_what_another_request_loads() {
 }
 
 #[cfg(unix)]
-fn tensor_files(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+fn packed_files(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
     let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     paths
         .flat_map(|path| match path.is_dir() {
-            true => tensor_files(&path),
-            false => Vec::from_iter(path.ends_with(crate::hub::TENSORS_FILE).then_some(path)),
+            true => packed_files(&path),
+            false => Vec::from_iter(path.ends_with("packed.bin").then_some(path)),
         })
         .collect()
 }

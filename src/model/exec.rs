@@ -16,7 +16,9 @@ use crate::model::llama::{self, Norm, Ops};
 use crate::request::Target;
 
 pub static TT: std::sync::Mutex<[f32; 5]> = std::sync::Mutex::new([0.0; 5]);
-fn t(i: usize) -> f32 { TT.lock().unwrap()[i] }
+fn t(i: usize) -> f32 {
+    TT.lock().unwrap()[i]
+}
 /// Rows of logits whose memory is kept between steps.
 const KEPT_LOGITS: usize = 64;
 
@@ -33,8 +35,10 @@ pub(super) struct Exec {
 impl Exec {
     pub fn new(model: Arc<Model>, kv: KvLayout) -> Result<Self> {
         kv.check()?;
+        // As many as the cache has, so that growing sequences take no memory.
+        let rows = Rows { tables: Vec::with_capacity(kv.blocks), ..Rows::default() };
         let kv = KvCache::new(model.config(), kv);
-        Ok(Self { model, kv, rows: Rows::default(), buffers: Buffers::default(), logits: Vec::new() })
+        Ok(Self { model, kv, rows, buffers: Buffers::default(), logits: Vec::new() })
     }
 }
 
@@ -263,7 +267,21 @@ impl Ops for ExecPass<'_> {
         let normed = |row: usize, out: &mut [f32]| cpu::rms_norm_row(&x[row * width..][..width], weight, eps, out);
         self.rows.with_adapters(sites, |adapters| {
             let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, groups, (input, width), (quantized, t(match norm { Norm::Attention(_) => 0, Norm::Ffn(_) => 2, Norm::Final => 4 })), adapters, normed);
+            cpu::prepare(
+                self.team,
+                groups,
+                (input, width),
+                (
+                    quantized,
+                    t(match norm {
+                        Norm::Attention(_) => 0,
+                        Norm::Ffn(_) => 2,
+                        Norm::Final => 4,
+                    }),
+                ),
+                adapters,
+                normed,
+            );
         });
         Ok(())
     }

@@ -13,10 +13,11 @@ use super::reflection::{Api, call};
 const HEALTH: &str = "/grpc.health.v1.Health/";
 
 /// Requests of these carry no resource name. A method that is new here must be meant to.
-const NAMELESS: [&str; 3] = [
+const NAMELESS: [&str; 4] = [
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/tenora.v1.TenantService/CreateTenant",
     "/tenora.v1.TenantService/ListTenants",
+    "/tenora.v1.TenantService/UpdateTenant",
 ];
 
 /// Need an operator even for a tenant's own names.

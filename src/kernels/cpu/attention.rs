@@ -340,11 +340,9 @@ fn score<S: Simd, const N: usize>(
 fn weigh(scores: &mut [f32; SPAN], seen: usize, scale: f32, running: &mut Running, out: &mut [f32]) {
     scores[seen..].fill(f32::NEG_INFINITY);
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let mut broken = false;
     for chunk in scores.as_chunks::<LANES>().0 {
         for i in 0..LANES {
             lanes[i] = lanes[i].max(chunk[i]);
-            broken |= chunk[i].is_nan();
         }
     }
     let here = scale * lanes.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
@@ -362,7 +360,8 @@ fn weigh(scores: &mut [f32; SPAN], seen: usize, scale: f32, running: &mut Runnin
         running.sum *= shrink;
         running.largest = largest;
     }
-    running.sum += if broken { f32::NAN } else { sum_pairwise(sums) };
+    // What is not a number stays so.
+    running.sum += sum_pairwise(sums);
 }
 
 /// out += weights * V over the positions `start + range` for queries `i..i + N`.

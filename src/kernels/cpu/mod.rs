@@ -18,7 +18,9 @@ pub use lora::{Adapters, GROUP_ROWS, LoraPair, RowGroup, shrinks};
 pub use matmul::{Linear, linear};
 pub use prepare::prepare;
 pub use quantize::QuantizedRows;
-pub use rows::{rms_norm, rms_norm_row, rope, softmax, softmax_backward, swiglu, swiglu_backward, swiglu_row};
+pub use rows::{
+    argmax, log_sum_exp, rms_norm, rms_norm_row, rope, softmax, softmax_backward, swiglu, swiglu_backward, swiglu_row,
+};
 pub use simd::{f16_bits, f16_value};
 pub use team::Team;
 

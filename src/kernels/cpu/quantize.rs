@@ -4,7 +4,7 @@
 //! the matmul takes `low` too. Else it is *coarse*: 8 bits, `low` is zero and is not read. A few huge activations that take the range of
 //! their block are what costs accuracy on real models; see `docs/LOG.md` for what each choice does to log-probabilities.
 
-use super::simd::{LANES, Simd, dispatch, dot, max_pairwise};
+use super::simd::{LANES, Simd, dispatch, dot};
 use crate::kernels::blocks::BLOCK;
 
 const LARGEST_COARSE: f32 = 127.0;
@@ -142,30 +142,20 @@ struct Place<'a> {
 fn quantize<S: Simd>(s: S, x: &[f32], coarse: f32, to: &mut Place<'_>) {
     let limit = if coarse > 0.0 { coarse * (dot(x, x) / x.len() as f32).sqrt() } else { 0.0 };
     to.fine.fill(0);
-    let quants = to.high.as_chunks_mut::<LANES>().0.iter_mut().zip(to.low.as_chunks_mut::<LANES>().0);
-    let mut quants = quants.map(|(high, low)| (high, low));
-    for (b, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
-        let [first, second] = [&x.as_chunks::<LANES>().0[0], &x.as_chunks::<LANES>().0[1]].map(|x| s.load(x));
-        let mut lanes = [0.0; LANES];
-        s.store(s.max_abs(first, s.max_abs(second, s.splat(0.0))), &mut lanes);
-        let largest = max_pairwise(lanes);
-        // Zeros times what is not finite are not numbers, and neither is a sum with one.
-        let zeros = s.mul_add(first, s.splat(0.0), s.mul_add(second, s.splat(0.0), s.splat(0.0)));
-        s.store(zeros, &mut lanes);
-        let is_finite = lanes.iter().fold(0, |bits, x| bits | x.to_bits() << 1) == 0;
+    let quants = to.high.as_chunks_mut::<BLOCK>().0.iter_mut().zip(to.low.as_chunks_mut::<BLOCK>().0);
+    for (b, (x, (high, low))) in x.as_chunks::<BLOCK>().0.iter().zip(quants).enumerate() {
+        let halves = x.as_chunks::<LANES>().0;
+        let x = [s.load(&halves[0]), s.load(&halves[1])];
+        let largest = f32::from_bits(s.largest(x));
         let is_coarse = largest <= limit;
         let (range, shift) = if is_coarse { (LARGEST_COARSE, 7) } else { (LARGEST_FINE, 0) };
         let inverse = if largest > 0.0 { range / largest } else { 0.0 };
-        let mut sums = [0; LANES];
-        for x in [first, second] {
-            let Some(out) = quants.next() else { return };
-            s.split(x, inverse, shift, &mut sums, out);
-        }
+        let sum = s.split(x, inverse, shift, high, low);
         // What is broken must not look like zeros.
-        let unit = if is_finite { largest / LARGEST_FINE } else { f32::NAN };
+        let unit = if largest.is_finite() { largest / LARGEST_FINE } else { f32::NAN };
         to.scale[b] = unit;
         to.coarse_scale[b] = unit * 128.0;
-        to.sum[b] = unit * sums.iter().sum::<i32>() as f32;
+        to.sum[b] = unit * sum as f32;
         to.fine[b / 64] |= u64::from(!is_coarse) << (b % 64);
     }
 }

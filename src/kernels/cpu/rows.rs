@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::simd::{dot, exp, multiversion};
+use super::simd::{LANES, dot, exp, max_pairwise, multiversion};
 
 /// Rows a task takes at least, so that small batches stay on one core.
 const MIN_ROWS: usize = 8;
@@ -91,5 +91,47 @@ multiversion! {
         for (d, p) in d.iter_mut().zip(p) {
             *d = p * (*d - mean) * scale;
         }
+    }
+}
+
+multiversion! {
+    /// ln of the sum of e^x over a row, in 16 lanes of double precision: what every log-probability of the serving path rests on.
+    pub fn log_sum_exp(row: &[f32]) -> f64 {
+        let mut tops = [f32::NEG_INFINITY; LANES];
+        let (whole, rest) = row.as_chunks::<LANES>();
+        for chunk in whole {
+            for i in 0..LANES {
+                tops[i] = tops[i].max(chunk[i]);
+            }
+        }
+        let largest = rest.iter().fold(max_pairwise(tops), |a, &b| a.max(b));
+        let mut sums = [0.0f64; LANES];
+        for chunk in whole {
+            for i in 0..LANES {
+                sums[i] += f64::from(exp(chunk[i] - largest));
+            }
+        }
+        let rest: f64 = rest.iter().map(|x| f64::from(exp(x - largest))).sum();
+        f64::from(largest) + (sums.iter().sum::<f64>() + rest).ln()
+    }
+}
+
+multiversion! {
+    /// The lowest place of the largest value; `None` where one is not a number or the largest is not finite.
+    pub fn argmax(row: &[f32]) -> Option<usize> {
+        let mut tops = [f32::NEG_INFINITY; LANES];
+        let mut broken = [false; LANES];
+        let (whole, rest) = row.as_chunks::<LANES>();
+        for chunk in whole {
+            for i in 0..LANES {
+                tops[i] = tops[i].max(chunk[i]);
+                broken[i] |= chunk[i].is_nan();
+            }
+        }
+        let largest = rest.iter().fold(max_pairwise(tops), |a, &b| a.max(b));
+        if broken.contains(&true) || rest.iter().any(|x| x.is_nan()) || !largest.is_finite() {
+            return None;
+        }
+        row.iter().position(|x| *x == largest)
     }
 }

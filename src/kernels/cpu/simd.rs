@@ -5,6 +5,8 @@
 
 use std::sync::OnceLock;
 
+use crate::kernels::blocks::BLOCK;
+
 /// What the machine can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -126,11 +128,11 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn halves(self, bits: &[u16; LANES]) -> Self::F;
     /// The values of bfloat16 bits.
     fn brains(self, bits: &[u16; LANES]) -> Self::F;
-    /// The larger of |a| and b.
-    fn max_abs(self, a: Self::F, b: Self::F) -> Self::F;
-    /// Integers q = round(a * by) << shift, ties to even, as `128 * high + low` with low in [-64, 63]; gives the sum of each q and `sums`.
-    /// |a * by| is at most 127 * 128; where it is not a number q is anything.
-    fn split(self, a: Self::F, by: f32, shift: u32, sums: &mut [i32; LANES], out: (&mut [i8; LANES], &mut [i8; LANES]));
+    /// The bits of the largest magnitude; those of infinity or more where a value is not finite.
+    fn largest(self, x: [Self::F; 2]) -> u32;
+    /// Integers q = round(x * by) << shift, ties to even, as `128 * high + low` with low in [-64, 63]; gives the sum of q. |x * by| is at
+    /// most 127 * 128; where it is not a number q is anything.
+    fn split(self, x: [Self::F; 2], by: f32, shift: u32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32;
 }
 
 /// Any machine.
@@ -165,17 +167,19 @@ impl Simd for Portable {
         bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
-    fn max_abs(self, a: Self::F, b: Self::F) -> Self::F {
-        std::array::from_fn(|i| a[i].abs().max(b[i]))
+    fn largest(self, x: [Self::F; 2]) -> u32 {
+        x.as_flattened().iter().fold(0, |largest, x| largest.max(x.to_bits() & MAGNITUDE))
     }
     #[inline(always)]
-    fn split(self, a: Self::F, by: f32, shift: u32, sums: &mut [i32; LANES], out: (&mut [i8; LANES], &mut [i8; LANES])) {
-        for i in 0..LANES {
-            let q = ((a[i] * by).round_ties_even() as i32) << shift;
-            let high = (q + 64) >> 7;
-            (out.0[i], out.1[i]) = (high as i8, (q - (high << 7)) as i8);
-            sums[i] += q;
+    fn split(self, x: [Self::F; 2], by: f32, shift: u32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
+        let mut sum = 0i32;
+        for (x, (high, low)) in x.as_flattened().iter().zip(high.iter_mut().zip(low)) {
+            let q = ((x * by).round_ties_even() as i32) << shift;
+            let upper = (q + 64) >> 7;
+            (*high, *low) = (upper as i8, (q - (upper << 7)) as i8);
+            sum = sum.wrapping_add(q);
         }
+        sum
     }
 }
 
@@ -184,7 +188,8 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{LANES, Simd};
+    use super::{LANES, MAGNITUDE, Simd};
+    use crate::kernels::blocks::BLOCK;
     use std::arch::x86_64::*;
 
     /// Proof of AVX2, FMA and F16C.
@@ -252,30 +257,39 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn max_abs(self, a: Self::F, b: Self::F) -> Self::F {
+        fn largest(self, x: [Self::F; 2]) -> u32 {
             unsafe {
-                let sign = _mm256_set1_ps(-0.0);
-                [_mm256_max_ps(_mm256_andnot_ps(sign, a[0]), b[0]), _mm256_max_ps(_mm256_andnot_ps(sign, a[1]), b[1])]
+                let mask = _mm256_set1_epi32(MAGNITUDE as i32);
+                let mut largest = _mm256_setzero_si256();
+                for x in [x[0][0], x[0][1], x[1][0], x[1][1]] {
+                    largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(x), mask));
+                }
+                let four = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
+                let two = _mm_max_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
+                _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two))) as u32
             }
         }
         #[inline(always)]
-        fn split(self, a: Self::F, by: f32, shift: u32, sums: &mut [i32; LANES], out: (&mut [i8; LANES], &mut [i8; LANES])) {
+        fn split(self, x: [Self::F; 2], by: f32, shift: u32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
             unsafe {
                 let (by, shift, half) = (_mm256_set1_ps(by), _mm_cvtsi32_si128(shift as i32), _mm256_set1_epi32(64));
-                let (mut high, mut low) = ([half; 2], [half; 2]);
-                for i in 0..2 {
-                    let q = _mm256_sll_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(a[i], by)), shift);
-                    high[i] = _mm256_srai_epi32::<7>(_mm256_add_epi32(q, half));
-                    low[i] = _mm256_sub_epi32(q, _mm256_slli_epi32::<7>(high[i]));
-                    let sum = sums.as_mut_ptr().add(8 * i).cast::<__m256i>();
-                    _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), q));
+                let (mut highs, mut lows, mut sum) = ([half; 4], [half; 4], _mm256_setzero_si256());
+                for (i, x) in [x[0][0], x[0][1], x[1][0], x[1][1]].into_iter().enumerate() {
+                    let q = _mm256_sll_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(x, by)), shift);
+                    highs[i] = _mm256_srai_epi32::<7>(_mm256_add_epi32(q, half));
+                    lows[i] = _mm256_sub_epi32(q, _mm256_slli_epi32::<7>(highs[i]));
+                    sum = _mm256_add_epi32(sum, q);
                 }
-                for (parts, out) in [(high, out.0), (low, out.1)] {
-                    // The packing works within 128 bits: the middle quarters are to be exchanged.
-                    let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(parts[0], parts[1]));
-                    let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
-                    _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+                for (parts, out) in [(highs, high), (lows, low)] {
+                    // Packing works within 128 bits: the groups of four are to be put in order again.
+                    let first = _mm256_packs_epi32(parts[0], parts[1]);
+                    let bytes = _mm256_packs_epi16(first, _mm256_packs_epi32(parts[2], parts[3]));
+                    let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+                    _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_permutevar8x32_epi32(bytes, order));
                 }
+                let four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+                let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
+                _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two)))
             }
         }
     }
@@ -311,24 +325,35 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn max_abs(self, a: Self::F, b: Self::F) -> Self::F {
-            unsafe { _mm512_max_ps(_mm512_abs_ps(a), b) }
+        fn largest(self, x: [Self::F; 2]) -> u32 {
+            unsafe {
+                let mask = _mm512_set1_epi32(MAGNITUDE as i32);
+                let [first, second] = [_mm512_castps_si512(x[0]), _mm512_castps_si512(x[1])];
+                let larger = _mm512_max_epi32(_mm512_and_si512(first, mask), _mm512_and_si512(second, mask));
+                _mm512_reduce_max_epi32(larger) as u32
+            }
         }
         #[inline(always)]
-        fn split(self, a: Self::F, by: f32, shift: u32, sums: &mut [i32; LANES], out: (&mut [i8; LANES], &mut [i8; LANES])) {
+        fn split(self, x: [Self::F; 2], by: f32, shift: u32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
             unsafe {
-                let q = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(by)));
-                let q = _mm512_sll_epi32(q, _mm_cvtsi32_si128(shift as i32));
-                let high = _mm512_srai_epi32::<7>(_mm512_add_epi32(q, _mm512_set1_epi32(64)));
-                let low = _mm512_sub_epi32(q, _mm512_slli_epi32::<7>(high));
-                let sum = sums.as_mut_ptr().cast::<__m512i>();
-                _mm512_storeu_si512(sum, _mm512_add_epi32(_mm512_loadu_si512(sum), q));
-                _mm_storeu_si128(out.0.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(high));
-                _mm_storeu_si128(out.1.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(low));
+                let (by, shift, half) = (_mm512_set1_ps(by), _mm_cvtsi32_si128(shift as i32), _mm512_set1_epi32(64));
+                let mut sum = _mm512_setzero_si512();
+                for (i, x) in x.into_iter().enumerate() {
+                    let q = _mm512_sll_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, by)), shift);
+                    let upper = _mm512_srai_epi32::<7>(_mm512_add_epi32(q, half));
+                    let lower = _mm512_sub_epi32(q, _mm512_slli_epi32::<7>(upper));
+                    _mm_storeu_si128(high.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(upper));
+                    _mm_storeu_si128(low.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(lower));
+                    sum = _mm512_add_epi32(sum, q);
+                }
+                _mm512_reduce_add_epi32(sum)
             }
         }
     }
 }
+
+/// The bits of a float but its sign.
+const MAGNITUDE: u32 = 0x7FFF_FFFF;
 
 /// Floats of a vector, and partial sums of a dot product.
 pub(super) const LANES: usize = 16;

@@ -106,6 +106,13 @@ impl Team {
         assert!(!helper_panicked, "a kernel panicked on another thread");
     }
 
+    /// Runs `f(i, item)` once for each item, on whichever thread is free.
+    pub fn each_mut<T: Send>(&self, items: &mut [T], f: impl Fn(usize, &mut T) + Sync) {
+        let (count, items) = (items.len(), Items(items.as_mut_ptr()));
+        // SAFETY: each number is given out once.
+        self.each(count, |i| f(i, unsafe { items.get(i) }));
+    }
+
     /// Runs `f` once for each of `0..count`, on whichever thread is free.
     pub fn each(&self, count: usize, f: impl Fn(usize) + Sync) {
         if count <= 1 || self.helpers.is_empty() {
@@ -121,6 +128,24 @@ impl Team {
                 f(i);
             }
         });
+    }
+}
+
+/// A pointer to items of which each thread takes its own.
+struct Items<T>(*mut T);
+
+// SAFETY: `each_mut` hands every item to one thread.
+unsafe impl<T: Send> Send for Items<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Items<T> {}
+
+impl<T> Items<T> {
+    /// # Safety
+    /// `i` lies within the items, and nobody else has it.
+    #[expect(clippy::mut_from_ref, reason = "the caller vouches that nobody else has it")]
+    unsafe fn get(&self, i: usize) -> &mut T {
+        // SAFETY: the caller vouches for it.
+        unsafe { &mut *self.0.add(i) }
     }
 }
 
@@ -168,6 +193,13 @@ mod tests {
             });
             assert!(done.iter().all(|n| n.load(Ordering::Relaxed) == 1));
         }
+    }
+
+    #[test]
+    fn every_item_has_one_visitor() {
+        let mut items = vec![1; 100];
+        Team::new(3).each_mut(&mut items, |i, item| *item += i);
+        assert!(items.iter().enumerate().all(|(i, item)| *item == i + 1));
     }
 
     #[test]
