@@ -97,7 +97,9 @@ impl Api {
 
 /// "`tenants/{t}/adapters/{a}`" at the start of a field's comment.
 fn form(file: &FileDescriptorProto, message: &DescriptorProto, i: usize, j: usize) -> Option<String> {
-    if !message.name().ends_with("Request") && !message.name().ends_with("Header") && message.name() != "SafetyPolicy" {
+    // Two resources are sent whole to be updated.
+    let name = message.name();
+    if !name.ends_with("Request") && !name.ends_with("Header") && !["SafetyPolicy", "Tenant"].contains(&name) {
         return None;
     }
     let path = [4, i as i32, 2, j as i32];
