@@ -227,8 +227,7 @@ struct Running {
     sum: f32,
 }
 
-/// Calls `$f::<S, N>($before.., i, $after..)` for runs of N of the queries `$from..$end` that a kernel keeps in registers: of six, three and
-/// one. A macro, because a closure would lose the form that it is compiled for.
+/// Calls `$f::<S, N>($before.., i, $after..)` for runs of N of the queries `$from..$end` that a kernel keeps in registers: of six, three and one. A macro, because a closure would lose the form that it is compiled for.
 macro_rules! runs {
     ($from:expr, $end:expr, $f:ident($($before:expr),*; $($after:expr),*)) => {{
         let mut i = $from;

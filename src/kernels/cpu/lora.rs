@@ -159,12 +159,19 @@ pub(super) unsafe fn expand(
 
 #[inline(always)]
 fn expand_row<S: Simd>(s: S, b: &[[u16; LANES]], shrunk: &[f32], y: &mut [f32]) {
+    if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
+        return s.store(expanded(s, b, shrunk, s.load(y)), y);
+    }
     let mut values = [0.0; LANES];
     values[..y.len()].copy_from_slice(y);
-    let mut sum = s.load(&values);
+    s.store(expanded(s, b, shrunk, s.load(&values)), &mut values);
+    y.copy_from_slice(&values[..y.len()]);
+}
+
+#[inline(always)]
+fn expanded<S: Simd>(s: S, b: &[[u16; LANES]], shrunk: &[f32], mut sum: S::F) -> S::F {
     for (b, h) in b.iter().zip(shrunk) {
         sum = s.mul_add(s.brains(b), s.splat(*h), sum);
     }
-    s.store(sum, &mut values);
-    y.copy_from_slice(&values[..y.len()]);
+    sum
 }

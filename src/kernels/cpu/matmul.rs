@@ -4,7 +4,7 @@
 use super::Shared;
 use super::lora::{Adapters, expand};
 use super::quantize::{QRow, QuantizedRows};
-use super::simd::{Level, f16_value};
+use super::simd::{Level, f16_value, unrolled};
 use super::team::Team;
 use crate::kernels::blocks::{BLOCK, QType};
 use crate::kernels::packed::{PackedMatrix, TILE_ROWS, tile_bytes};
@@ -111,20 +111,23 @@ struct Outputs {
 }
 
 impl Outputs {
-    /// Puts the outputs `at..at + values.len()` of the strip for a row.
+    /// Puts the outputs of the strip from `at` on for a row.
     #[inline(always)]
-    fn put(self, row: usize, at: usize, values: &[f32]) {
+    fn put<L: Lanes>(self, l: L, row: usize, at: usize, values: L::Float) {
         let column = self.strip * TILE_ROWS + at;
-        let n = values.len().min(self.width.saturating_sub(column));
+        let n = L::ROWS.min(self.width.saturating_sub(column));
         if n == 0 {
             return;
         }
         // SAFETY: the strip is this task's alone, and (row, column..column + n) lies in y.
         let y = unsafe { self.y.part(row * self.width + column, n) };
-        if self.accumulate {
-            y.iter_mut().zip(values).for_each(|(y, value)| *y += value);
-        } else {
-            y.copy_from_slice(&values[..n]);
+        if n == L::ROWS {
+            return l.store(if self.accumulate { l.add(l.load(y), values) } else { values }, y);
+        }
+        let mut whole = [0.0; TILE_ROWS];
+        l.store(values, &mut whole[..L::ROWS]);
+        for (y, value) in y.iter_mut().zip(whole) {
+            *y = if self.accumulate { *y + value } else { value };
         }
     }
 }
@@ -184,6 +187,9 @@ trait Lanes: Copy {
     fn mul_add(self, a: Self::Float, b: f32, c: Self::Float) -> Self::Float;
     /// float(t) * (d * s) + c, the product and the sum rounded once together.
     fn add_product(self, t: Self::Int, d: Self::Float, s: f32, c: Self::Float) -> Self::Float;
+    fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    /// `ROWS` floats.
+    fn load(self, from: &[f32]) -> Self::Float;
     fn store(self, a: Self::Float, out: &mut [f32]);
 
     /// The quants of a block, `ROWS * 4` bytes of each 64: four or eight bits.
@@ -216,17 +222,6 @@ fn strip<L: Lanes, F: Format>(l: L, w: &PackedMatrix, x: &QuantizedRows, rows: s
         };
     }
     groups!(8 4 2 1);
-}
-
-/// The body for each r below N, at most 8, without a loop: what is indexed by r then stays in registers.
-macro_rules! unrolled {
-    ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, $body, 0 1 2 3 4 5 6 7) };
-    (@ $r:ident, $n:ident, $body:block, $($i:literal)*) => {
-        $(if $i < $n {
-            let $r = $i;
-            $body
-        })*
-    };
 }
 
 /// A strip times N rows.
@@ -275,11 +270,9 @@ fn group<L: Lanes, F: Format, const N: usize>(
             }
             fine >>= 1;
         }
-        for (r, sums) in sums.into_iter().enumerate() {
-            let mut values = [0.0; TILE_ROWS];
-            l.store(sums, &mut values);
-            out.put(row + r, at, &values[..L::ROWS]);
-        }
+        unrolled!(r in N => {
+            out.put(l, row + r, at, sums[r]);
+        });
     }
 }
 
@@ -344,6 +337,14 @@ impl Lanes for Plain {
     #[inline(always)]
     fn add_product(self, t: Self::Int, d: Self::Float, s: f32, c: Self::Float) -> Self::Float {
         std::array::from_fn(|r| (t[r] as f32).mul_add(d[r] * s, c[r]))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        std::array::from_fn(|r| a[r] + b[r])
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32]) -> Self::Float {
+        std::array::from_fn(|r| from[r])
     }
     #[inline(always)]
     fn store(self, a: Self::Float, out: &mut [f32]) {
@@ -437,6 +438,14 @@ mod x86 {
             unsafe { _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), _mm512_mul_ps(d, _mm512_set1_ps(s)), c) }
         }
         #[inline(always)]
+        fn add(self, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        fn load(self, from: &[f32]) -> __m512 {
+            unsafe { _mm512_loadu_ps(from[..16].as_ptr()) }
+        }
+        #[inline(always)]
         fn store(self, a: __m512, out: &mut [f32]) {
             unsafe { _mm512_storeu_ps(out[..16].as_mut_ptr(), a) }
         }
@@ -519,6 +528,14 @@ mod x86 {
         #[inline(always)]
         fn add_product(self, t: __m256i, d: __m256, s: f32, c: __m256) -> __m256 {
             unsafe { _mm256_fmadd_ps(_mm256_cvtepi32_ps(t), _mm256_mul_ps(d, _mm256_set1_ps(s)), c) }
+        }
+        #[inline(always)]
+        fn add(self, a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_add_ps(a, b) }
+        }
+        #[inline(always)]
+        fn load(self, from: &[f32]) -> __m256 {
+            unsafe { _mm256_loadu_ps(from[..8].as_ptr()) }
         }
         #[inline(always)]
         fn store(self, a: __m256, out: &mut [f32]) {

@@ -115,6 +115,18 @@ macro_rules! dispatch {
 }
 pub(super) use dispatch;
 
+/// The body for each r below N, at most 8, without a loop: what is indexed by r then stays in registers.
+macro_rules! unrolled {
+    ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, $body, 0 1 2 3 4 5 6 7) };
+    (@ $r:ident, $n:ident, $body:block, $($i:literal)*) => {
+        $(if $i < $n {
+            let $r = $i;
+            $body
+        })*
+    };
+}
+pub(super) use unrolled;
+
 /// 16 floats at a time. The value is the proof that the machine can do it.
 pub(super) trait Simd: Copy + Send + Sync {
     type F: Copy;
