@@ -1,0 +1,303 @@
+//! The form in which an adapter is served: its tensors in bf16, in the order in which the kernels read them, in one allocation.
+//!
+//! Of each adapted layer, with the rank padded by zeros to a multiple of [`RANK_LANES`] (`padded`):
+//! - A as `[in][padded]`: the ranks of one input lie together, so shrinking adds a vector for each input;
+//! - B as `[out / OUT_TILE][padded][OUT_TILE]`, the outputs padded with zeros: the outputs of one rank lie together, so expanding adds a
+//!   vector for each rank;
+//! - the scale in float32, to be applied to what A gives: folded into a tensor it would be rounded with it.
+//!
+//! Rounding is to nearest, ties to even. What is not finite stays so and what overflows becomes infinite: no broken number looks good.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::adapter::{BaseShape, Lora, LoraLayer, Site};
+use crate::error::{Error, Result};
+use crate::request::Target;
+
+/// Ranks are padded to a multiple of this.
+pub const RANK_LANES: usize = 8;
+
+/// Outputs in a tile of B.
+pub const OUT_TILE: usize = 16;
+
+/// Tensors begin at a multiple of so many values, 64 bytes: no vector load crosses a cache line.
+const ALIGN: usize = 32;
+
+/// An adapter as it is served. Immutable; a clone shares the tensors.
+#[derive(Debug, Clone)]
+pub struct PackedLora {
+    /// By [`index`]; layers beyond the last adapted one are left out.
+    places: Arc<[Option<Place>]>,
+    values: Arc<Values>,
+    rank: usize,
+}
+
+/// The pair of one layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PackedLayer<'a> {
+    pub rank: usize,
+    /// The rank with its padding.
+    pub padded: usize,
+    pub scale: f32,
+    /// `[in][padded]`, bf16.
+    pub a: &'a [u16],
+    /// `[out / OUT_TILE][padded][OUT_TILE]`, bf16, the last tile padded with zeros.
+    pub b: &'a [u16],
+}
+
+/// Where the pair of one layer lies.
+#[derive(Debug, Clone, PartialEq)]
+struct Place {
+    rank: usize,
+    scale: f32,
+    a: Range<usize>,
+    b: Range<usize>,
+}
+
+/// The tensors, from a multiple of 64 bytes on.
+#[derive(Debug)]
+struct Values {
+    /// With room to align.
+    all: Vec<u16>,
+    start: usize,
+    len: usize,
+}
+
+impl Values {
+    fn zeros(len: usize) -> Self {
+        let all = vec![0; len + ALIGN];
+        let start = all.as_ptr().align_offset(2 * ALIGN).min(ALIGN);
+        Self { all, start, len }
+    }
+
+    fn get(&self) -> &[u16] {
+        &self.all[self.start..self.start + self.len]
+    }
+
+    fn get_mut(&mut self) -> &mut [u16] {
+        &mut self.all[self.start..self.start + self.len]
+    }
+}
+
+/// Lengths of A and B of a layer of this rank as they are packed.
+fn lengths(rank: usize, (inputs, outputs): (usize, usize)) -> [usize; 2] {
+    let padded = rank.next_multiple_of(RANK_LANES);
+    [inputs * padded, outputs.next_multiple_of(OUT_TILE) * padded]
+}
+
+/// Bytes that a layer of this rank takes when it is packed.
+pub fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
+    lengths(rank, dims).iter().map(|len| 2 * len.next_multiple_of(ALIGN) as u64).sum()
+}
+
+/// The place of a site among all of a base.
+fn index(site: Site) -> usize {
+    site.layer as usize * Target::ALL.len() + site.target as usize
+}
+
+impl PackedLora {
+    /// Packs an adapter that fits the base.
+    pub fn new(lora: &Lora, shape: &BaseShape) -> Result<Self> {
+        let layers = lora.layers.iter().map(|(site, layer)| (*site, layer.rank, layer.scale));
+        let (places, len) = place(layers, shape);
+        let mut values = Values::zeros(len);
+        for (site, layer) in &lora.layers {
+            let Some(Some(place)) = places.get(index(*site)) else { return Err(misfit(*site)) };
+            pack(layer, shape.dims(site.target), place, values.get_mut()).ok_or_else(|| misfit(*site))?;
+        }
+        Ok(Self::of(places, values))
+    }
+
+    fn of(places: Vec<Option<Place>>, values: Values) -> Self {
+        let rank = places.iter().flatten().map(|place| place.rank).max().unwrap_or_default();
+        Self { places: places.into(), values: Arc::new(values), rank }
+    }
+
+    /// What is to be added at a site; `None` where the base stays as it is.
+    pub fn layer(&self, site: Site) -> Option<PackedLayer<'_>> {
+        let place = self.places.get(index(site))?.as_ref()?;
+        let values = self.values.get();
+        Some(PackedLayer {
+            rank: place.rank,
+            padded: place.rank.next_multiple_of(RANK_LANES),
+            scale: place.scale,
+            a: &values[place.a.clone()],
+            b: &values[place.b.clone()],
+        })
+    }
+
+    /// The largest of its layers.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Bytes of the tensors.
+    pub fn byte_size(&self) -> u64 {
+        2 * self.values.len as u64
+    }
+}
+
+fn misfit(site: Site) -> Error {
+    Error::internal(format!("an adapter does not fit the base at {site:?}"))
+}
+
+/// Places for layers of (site, rank, scale), and the length of all.
+fn place(layers: impl Iterator<Item = (Site, usize, f32)>, shape: &BaseShape) -> (Vec<Option<Place>>, usize) {
+    let (mut places, mut end) = (Vec::new(), 0);
+    for (site, rank, scale) in layers {
+        let [a, b] = lengths(rank, shape.dims(site.target)).map(|len| {
+            let start = end;
+            end += len.next_multiple_of(ALIGN);
+            start..start + len
+        });
+        let at = index(site);
+        if places.len() <= at {
+            places.resize(at + 1, None);
+        }
+        places[at] = Some(Place { rank, scale, a, b });
+    }
+    (places, end)
+}
+
+/// Writes a layer into its place; `None` where it does not fit.
+fn pack(layer: &LoraLayer, (inputs, outputs): (usize, usize), place: &Place, values: &mut [u16]) -> Option<()> {
+    let (rank, padded) = (layer.rank, layer.rank.next_multiple_of(RANK_LANES));
+    if rank == 0 || layer.a.len() != rank * inputs || layer.b.len() != outputs * rank {
+        return None;
+    }
+    transpose(&layer.a, inputs, values.get_mut(place.a.clone())?, padded);
+    let tiles = values.get_mut(place.b.clone())?.chunks_exact_mut(padded * OUT_TILE);
+    for (rows, tile) in layer.b.chunks(OUT_TILE * rank).zip(tiles) {
+        transpose(rows, rank, tile, OUT_TILE);
+    }
+    Some(())
+}
+
+/// Rows and columns that are transposed at a time: they fit the first-level cache, and the compiler keeps them in registers.
+const BLOCK: usize = 8;
+
+/// Rounds rows of `cols` values and writes them as columns: `to[col][row]`, `width` apart.
+fn transpose(from: &[f32], cols: usize, to: &mut [u16], width: usize) {
+    let rows = from.len() / cols;
+    for row in (0..rows).step_by(BLOCK) {
+        for col in (0..cols).step_by(BLOCK) {
+            if row + BLOCK <= rows && col + BLOCK <= cols {
+                let mut block = [[0; BLOCK]; BLOCK];
+                for (i, line) in block.iter_mut().enumerate() {
+                    let from = &from[(row + i) * cols + col..][..BLOCK];
+                    line.iter_mut().zip(from).for_each(|(to, from)| *to = round(*from));
+                }
+                for (j, to) in to[col * width..].chunks_mut(width).take(BLOCK).enumerate() {
+                    to[row..row + BLOCK].iter_mut().zip(&block).for_each(|(to, line)| *to = line[j]);
+                }
+            } else {
+                for i in row..rows.min(row + BLOCK) {
+                    (col..cols.min(col + BLOCK)).for_each(|j| to[j * width + i] = round(from[i * cols + j]));
+                }
+            }
+        }
+    }
+}
+
+/// The nearest bf16, ties to even; NaN stays NaN. Written without a branch, for the compiler to take eight at a time.
+fn round(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    // Rounding could carry a NaN over into another number.
+    let quiet = bits | 0x0040_0000;
+    (if x.is_nan() { quiet } else { nearest } >> 16) as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use half::bf16;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ids::Digest;
+    use crate::request::LoraSpec;
+
+    fn shape() -> BaseShape {
+        let dims = [(8, 8), (8, 20), (24, 4), (9, 17), (8, 16), (31, 33), (16, 8)];
+        BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 3, dims }
+    }
+
+    /// Values of any kind, a function of the seed.
+    fn values(len: usize, seed: u64) -> Vec<f32> {
+        let special = [0.0, -0.0, f32::MAX, f32::INFINITY, f32::NAN, 1e-40, f32::from_bits(0x7f80_0001)];
+        let value = |i: u64| {
+            let x = (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_mul(seed | 1) >> 32;
+            if x.is_multiple_of(17) { special[(x / 17) as usize % special.len()] } else { f32::from_bits(x as u32) }
+        };
+        (0..len as u64).map(value).collect()
+    }
+
+    /// A and B in the order of [`LoraLayer`], and all padding.
+    fn unpack(layer: PackedLayer<'_>, (inputs, outputs): (usize, usize)) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
+        let (mut a, mut b, mut padding) = (vec![0; layer.rank * inputs], vec![0; outputs * layer.rank], Vec::new());
+        for (at, value) in layer.a.iter().enumerate() {
+            let (input, rank) = (at / layer.padded, at % layer.padded);
+            if rank < layer.rank { a[rank * inputs + input] = *value } else { padding.push(*value) }
+        }
+        for (at, value) in layer.b.iter().enumerate() {
+            let output = at / (layer.padded * OUT_TILE) * OUT_TILE + at % OUT_TILE;
+            let rank = at / OUT_TILE % layer.padded;
+            let inside = rank < layer.rank && output < outputs;
+            if inside { b[output * layer.rank + rank] = *value } else { padding.push(*value) }
+        }
+        (a, b, padding)
+    }
+
+    fn rounded(values: &[f32]) -> Vec<u16> {
+        values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn packing_rounds_and_moves_and_no_more(sites in prop::collection::btree_map((0..3_u32, 0..7_usize), 1..20_usize, 1..8), seed: u64) {
+            let shape = shape();
+            let layer = |(i, (&(layer, target), &rank)): (usize, (&(u32, usize), &usize))| {
+                let site = Site { layer, target: Target::ALL[target] };
+                let (inputs, outputs) = shape.dims(site.target);
+                let (a, b) = (values(rank * inputs, seed ^ i as u64), values(outputs * rank, !seed ^ i as u64));
+                (site, LoraLayer { rank, alpha: 1.0, scale: 0.3 + i as f32, a, b })
+            };
+            let layers: BTreeMap<_, _> = sites.iter().enumerate().map(layer).collect();
+            let lora = Lora { spec: LoraSpec::default(), layers };
+            let packed = PackedLora::new(&lora, &shape).unwrap();
+            for site in (0..4).flat_map(|layer| Target::ALL.map(|target| Site { layer, target })) {
+                let (Some(layer), Some(found)) = (lora.layers.get(&site), packed.layer(site)) else {
+                    prop_assert_eq!(lora.layers.contains_key(&site), packed.layer(site).is_some());
+                    continue;
+                };
+                prop_assert_eq!((found.rank, found.scale), (layer.rank, layer.scale));
+                let (a, b, padding) = unpack(found, shape.dims(site.target));
+                prop_assert_eq!((a, b), (rounded(&layer.a), rounded(&layer.b)));
+                prop_assert!(padding.iter().all(|x| *x == 0));
+                prop_assert!([found.a, found.b].iter().all(|tensor| tensor.as_ptr().addr() % 64 == 0));
+            }
+            let ranks = lora.layers.iter().map(|(site, layer)| (layer.rank, layer_bytes(layer.rank, shape.dims(site.target))));
+            let (ranks, bytes): (Vec<_>, Vec<_>) = ranks.unzip();
+            prop_assert_eq!((packed.rank(), packed.byte_size()), (*ranks.iter().max().unwrap(), bytes.iter().sum::<u64>()));
+        }
+
+        #[test]
+        fn rounding_is_that_of_bf16(bits: u32) {
+            let x = f32::from_bits(bits);
+            prop_assert_eq!(round(x), bf16::from_f32(x).to_bits());
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let shape = shape();
+        let lora = Lora::fresh(&LoraSpec { rank: 2, ..LoraSpec::default() }, &shape, 1).unwrap();
+        let mut short = lora.clone();
+        short.layers.values_mut().for_each(|layer| layer.a.truncate(1));
+        assert!(PackedLora::new(&short, &shape).is_err());
+        assert!(PackedLora::new(&lora, &shape).is_ok());
+    }
+}
