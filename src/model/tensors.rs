@@ -8,10 +8,10 @@ use candle_core::{Device, Tensor};
 use super::RopeTable;
 use super::batch::{Best, Executor, KvLayout, Span};
 use super::llama::{self, Norm, Ops};
-use crate::adapter::{Lora, LoraLayer, Site};
+use crate::adapter::{Lora, PackedLayer, PackedLora, Site};
 use crate::error::Result;
 use crate::kernels::tensors::{
-    self, DeviceLora, DeviceMatrix, HeadShape, KvLayer, LoraSite, OUT_TILE, Plan, Rope, Rows, TensorKernels,
+    self, DeviceLora, DeviceMatrix, HeadShape, KvLayer, LoraSite, Plan, Rope, Rows, TensorKernels,
 };
 use crate::model::Model;
 use crate::request::Target;
@@ -173,43 +173,15 @@ impl Adapters {
 
 /// Brings an adapter to the device as it is served.
 fn upload(lora: &Lora, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
+    let packed = PackedLora::new(lora, model.shape())?;
     let layers = 0..model.shape().layers;
     let sites = layers.flat_map(|layer| Target::ALL.map(|target| Site { layer, target }));
-    let packed: Vec<_> = sites.map(|site| lora.layers.get(&site).map(Packed::new)).collect();
-    let sites: Vec<_> = packed.iter().map(|site| site.as_ref().map(Packed::view)).collect();
+    let view = |layer: PackedLayer<'_>| {
+        let PackedLayer { rank, padded, scale, a, b } = layer;
+        LoraSite { rank, padded, scale, a, b }
+    };
+    let sites: Vec<_> = sites.map(|site| packed.layer(site).map(view)).collect();
     kernels.adapter(&sites)
-}
-
-/// The pair of one site in bf16, as the kernels take it.
-struct Packed {
-    rank: usize,
-    padded: usize,
-    scale: f32,
-    a: Vec<u16>,
-    b: Vec<u16>,
-}
-
-impl Packed {
-    fn new(layer: &LoraLayer) -> Self {
-        let (rank, padded) = (layer.rank, layer.rank.next_multiple_of(8));
-        let (inputs, outputs) = (layer.a.len() / rank, layer.b.len() / rank);
-        let bits = |x: f32| half::bf16::from_f32(x).to_bits();
-        let a = (0..inputs * padded).map(|i| match (i / padded, i % padded) {
-            (input, r) if r < rank => bits(layer.a[r * inputs + input]),
-            _ => 0,
-        });
-        let b = (0..outputs.next_multiple_of(OUT_TILE) * padded).map(|i| {
-            match (i / (OUT_TILE * padded) * OUT_TILE + i % OUT_TILE, i / OUT_TILE % padded) {
-                (output, r) if r < rank && output < outputs => bits(layer.b[output * rank + r]),
-                _ => 0,
-            }
-        });
-        Self { rank, padded, scale: layer.scale, a: a.collect(), b: b.collect() }
-    }
-
-    fn view(&self) -> LoraSite<'_> {
-        LoraSite { rank: self.rank, padded: self.padded, scale: self.scale, a: &self.a, b: &self.b }
-    }
 }
 
 /// One batch going through the model.

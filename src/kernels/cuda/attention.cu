@@ -32,39 +32,6 @@ struct Cache {
     int block_tokens;
 };
 
-__device__ inline void copy_16_bytes(void* to, const void* from, bool real) {
-    const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    const int bytes = real ? 16 : 0;  // the rest is filled with zeros
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes));
-}
-
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
-
-template <int PENDING>
-__device__ inline void await_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
-}
-
-// Four 8x8 matrices of halves; lane i gives the address of a row.
-__device__ inline void load_matrices(uint32_t (&to)[4], const __half* row) {
-    const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared));
-}
-
-__device__ inline void load_matrices_transposed(uint32_t (&to)[4], const __half* row) {
-    const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(row));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared));
-}
-
-// c += a b, with a 16x16, b 16x8.
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ inline uint32_t pack(float low, float high) {
     const __half2 pair = __halves2half2(to_half(low), to_half(high));
     return *reinterpret_cast<const uint32_t*>(&pair);
@@ -150,8 +117,8 @@ __device__ void attend(
         for (int d = 0; d < DIM / 32; ++d) {
             uint32_t k[4];  // of 8 keys, 32 dimensions
             load_matrices(k, keys + (n * 8 + lane % 8) * PITCH<DIM> + d * 32 + lane / 8 * 8);
-            multiply(scores[n], q[2 * d], k[0], k[1]);
-            multiply(scores[n], q[2 * d + 1], k[2], k[3]);
+            multiply_halves(scores[n], q[2 * d], k[0], k[1]);
+            multiply_halves(scores[n], q[2 * d + 1], k[2], k[3]);
         }
     }
     float top[2] = {state.top[0], state.top[1]};
@@ -205,8 +172,8 @@ __device__ void attend(
         for (int d = 0; d < DIM / 16; ++d) {
             uint32_t v[4];  // of 16 keys, 16 dimensions
             load_matrices_transposed(v, values + (k * 16 + lane % 16) * PITCH<DIM> + d * 16 + lane / 16 * 8);
-            multiply(state.values[2 * d], weights, v[0], v[1]);
-            multiply(state.values[2 * d + 1], weights, v[2], v[3]);
+            multiply_halves(state.values[2 * d], weights, v[0], v[1]);
+            multiply_halves(state.values[2 * d + 1], weights, v[2], v[3]);
         }
     }
 }
@@ -240,7 +207,7 @@ template <int DIM, int WARPS, bool SPLIT>
 __device__ void attention(
     const float* q, Cache cache, float* out, const Task* tasks, const Sequence* sequences, int heads, int kv_heads, float scale
 ) {
-    extern __shared__ __align__(16) __half tiles[];  // [2 stages][keys, values][TILE][PITCH]
+    DYNAMIC_SHARED(__half, tiles);  // [2 stages][keys, values][TILE][PITCH]
     constexpr int PLANE = TILE * PITCH<DIM>;
     const Task task = tasks[blockIdx.x];
     const Sequence sequence = sequences[task.sequence];

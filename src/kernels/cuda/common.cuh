@@ -2,9 +2,11 @@
 // compiler then fuses nothing on its own.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cstdint>
+#ifdef __CUDACC__
+#include "ptx.cuh"
+#else
+#include "emulation.h"  // of the tests
+#endif
 
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;

@@ -90,7 +90,7 @@ constexpr int EXPAND_THREADS = 128;
 // y[rows[i]] += B shrunk[i], two outputs a thread. grid: (tasks, tiles of 256 outputs).
 extern "C" __global__ void __launch_bounds__(EXPAND_THREADS)
 lora_expand(const float* shrunk, const Task* tasks, const uint32_t* rows, int site, int outputs, float* y, int stride) {
-    extern __shared__ float held[];  // [ROWS][stride]
+    DYNAMIC_SHARED(float, held);  // [ROWS][stride]
     const Task task = tasks[blockIdx.x];
     const Layer layer = task.layer(site);
     if (layer.rank == 0) {

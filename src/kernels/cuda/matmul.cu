@@ -9,20 +9,6 @@
 constexpr int WARPS = 4;
 constexpr int INPUTS = 32;  // of a block of weights
 
-// x, rounded to nearest as a tf32.
-__device__ inline uint32_t to_tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return bits;
-}
-
-// c += a b, with a 16x8, b 8x8.
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ inline float half_at(const uint8_t* block, int at) {
     return __half2float(*reinterpret_cast<const __half*>(block + at));
 }
@@ -112,7 +98,7 @@ __device__ void matmul(const uint8_t* weights, const float* x, float* y, int row
 #pragma unroll
                 for (int m = 0; m < OUT_TILES; ++m) {
                     const uint32_t a[4] = {w[m][0][k], w[m][1][k], w[m][0][k + 1], w[m][1][k + 1]};
-                    multiply(sum[m][n], a, b[k], b[k + 1]);
+                    multiply_tf32(sum[m][n], a, b[k], b[k + 1]);
                 }
             }
         }
