@@ -321,6 +321,23 @@ mod tests {
         assert!(effect > 0.3, "{effect}");
     }
 
+    /// What the device picks is what the logits say, and where none were asked for there is nothing to pick.
+    #[test]
+    fn the_best_ids_are_those_of_the_logits() {
+        let (model, _) = Model::tiny(1);
+        let mut exec = on_the_cpu(&model, KvLayout { block_tokens: 4, blocks: 4 });
+        let span = |logits| Span { ids: &[1, 2, 3], start: 0, blocks: &[2, 0], lora: None, logits };
+        let logits = exec.forward(&[span(LogitRows::All)]).unwrap().to_vec();
+        let best = exec.forward_best(&[span(LogitRows::All)]).unwrap().unwrap();
+        assert_eq!(best.len(), 3);
+        for (row, best) in logits.chunks_exact(model.vocab_size()).zip(best) {
+            let top = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+            assert_eq!(best.id, row.iter().position(|x| *x == top).map(|id| id as u32));
+            assert_eq!(best.logprob, (f64::from(top) - log_sum_exp(row)) as f32);
+        }
+        assert_eq!(exec.forward_best(&[span(LogitRows::None)]).unwrap(), Some(vec![]));
+    }
+
     #[test]
     fn an_adapter_leaves_the_device_with_its_last_holder() {
         let (model, _) = Model::tiny(1);

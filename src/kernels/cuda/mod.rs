@@ -150,12 +150,16 @@ impl Functions {
             some(load(device, code!("attention"), &names.each_ref().map(String::as_str))?)?;
         let [lora_shrink, lora_expand] = some(load(device, code!("lora"), &["lora_shrink", "lora_expand"])?)?;
         let [best] = some(load(device, code!("sampling"), &["best"])?)?;
-        let format = |qtype, name: &str| {
-            let names = ["matmul_few", "matmul_many", "embed"].map(|kernel| format!("{kernel}_{name}"));
-            let [few, many, embed] = some(load(device, code!("matmul"), &names.each_ref().map(String::as_str))?)?;
-            Ok::<_, Error>(Format { qtype, few, many, embed })
-        };
-        let formats = [format(QType::Q4_0, "q4_0")?, format(QType::Q4_1, "q4_1")?, format(QType::Q8_0, "q8_0")?];
+        let names = ["q4_0", "q4_1", "q8_0"]
+            .map(|format| ["matmul_few", "matmul_many", "embed"].map(|kernel| format!("{kernel}_{format}")));
+        let names: Vec<&str> = names.iter().flatten().map(String::as_str).collect();
+        let [few_0, many_0, embed_0, few_1, many_1, embed_1, few_8, many_8, embed_8] =
+            some(load(device, code!("matmul"), &names)?)?;
+        let formats = [
+            Format { qtype: QType::Q4_0, few: few_0, many: many_0, embed: embed_0 },
+            Format { qtype: QType::Q4_1, few: few_1, many: many_1, embed: embed_1 },
+            Format { qtype: QType::Q8_0, few: few_8, many: many_8, embed: embed_8 },
+        ];
         for function in [&attention_short, &attention_long] {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(attribute, tile_bytes(dim) as i32).w()?;
@@ -213,11 +217,6 @@ impl Kernels {
             batch: Batch { host: Vec::new(), device: device.alloc_zeros(1)?, places: Default::default() },
             device: device.clone(),
         })
-    }
-
-    /// The same kernels with another multiplication.
-    pub fn with_matmul(self, multiply: Matmul) -> Self {
-        Self { multiply, ..self }
     }
 
     /// The quantised bytes.
