@@ -176,12 +176,12 @@ fn upload(lora: &Lora, kernels: &dyn TensorKernels, model: &Model) -> Result<Dev
     let packed = PackedLora::new(lora, model.shape())?;
     let layers = 0..model.shape().layers;
     let sites = layers.flat_map(|layer| Target::ALL.map(|target| Site { layer, target }));
-    let view = |layer: PackedLayer<'_>| {
-        let PackedLayer { rank, padded, scale, a, b } = layer;
-        LoraSite { rank, padded, scale, a, b }
-    };
-    let sites: Vec<_> = sites.map(|site| packed.layer(site).map(view)).collect();
+    let sites: Vec<_> = sites.map(|site| packed.layer(site).map(as_site)).collect();
     kernels.adapter(&sites)
+}
+
+fn as_site(PackedLayer { rank, padded, scale, a, b }: PackedLayer<'_>) -> LoraSite<'_> {
+    LoraSite { rank, padded, scale, a, b }
 }
 
 /// One batch going through the model.
