@@ -10,6 +10,9 @@ use crate::random::philox4x32;
 
 const SHAPE: HeadShape = HeadShape { heads: 9, kv_heads: 3, head_dim: 64, block_tokens: 16 };
 
+/// Rows of values.
+type Table = Vec<Vec<f32>>;
+
 /// The kernels of every device that is here, by name. What is not here is said.
 fn devices(shape: HeadShape) -> Vec<(&'static str, Box<dyn TensorKernels>)> {
     let mut all: Vec<(_, Box<dyn TensorKernels>)> = vec![("cpu", Box::new(Reference::new(&Device::Cpu)))];
@@ -30,7 +33,7 @@ fn tensor(values: Vec<f32>, width: usize, device: &Device) -> Tensor {
     Tensor::from_vec(values.clone(), (values.len() / width, width), device).unwrap()
 }
 
-fn rows(x: &Tensor) -> Vec<Vec<f32>> {
+fn rows(x: &Tensor) -> Table {
     x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap().to_vec2().unwrap()
 }
 
@@ -80,7 +83,7 @@ fn frozen_matrices() {
             let mut exact = vec![0.0; out * cols];
             view.dequantize(0, &mut exact);
             let weights = Tensor::from_slice(&exact, (out, cols), &Device::Cpu).unwrap();
-            let mut first: Vec<Vec<f32>> = Vec::new();
+            let mut first: Table = Vec::new();
             for count in [1, 8, 9, 17, 64] {
                 let x = values(count * cols, 2);
                 let y = rows(&kernels.matmul(&tensor(x.clone(), cols, kernels.device()), &matrix).unwrap());
@@ -169,7 +172,7 @@ fn attended(
     mut kernels: Box<dyn TensorKernels>,
     shape: HeadShape,
     sequences: &[(usize, usize)],
-) -> Vec<(Vec<Vec<f32>>, Vec<Vec<f32>>)> {
+) -> Vec<(Table, Table)> {
     let device = kernels.device().clone();
     let ids = vec![0; 1024];
     let blocks = |sequence: usize| {
@@ -248,7 +251,7 @@ fn batched_adapters() {
 
 /// y of two sites (576 to 200, and 64 to 33), for spans of these lengths: the first of the base, then adapters in turn. The last adapter
 /// leaves the second site alone.
-fn adapted(mut kernels: Box<dyn TensorKernels>, lengths: &[usize]) -> Vec<Vec<Vec<f32>>> {
+fn adapted(mut kernels: Box<dyn TensorKernels>, lengths: &[usize]) -> Vec<Table> {
     let dims = [(576, 200), (64, 33)];
     let adapters: Vec<_> = [1, 8, 40, 16]
         .into_iter()
