@@ -8,7 +8,7 @@ use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::adapter::Lora;
+use crate::adapter::{Lora, PackedLora};
 use crate::api::{self, auth::OPERATOR_TENANT};
 use crate::config::Config;
 use crate::device::{self, Arbiter};
@@ -116,8 +116,8 @@ pub async fn serve(
 struct ParityGate(Parity);
 
 impl PublishGate for ParityGate {
-    fn check(&self, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport> {
-        self.0.measure(lora, probes)
+    fn check(&self, packed: &Arc<PackedLora>, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport> {
+        self.0.measure(packed, lora, probes)
     }
 }
 
@@ -136,7 +136,7 @@ pub async fn bootstrap_operator_key(store: &Store, rotate: bool, show: impl FnOn
 /// The tenant that operators' calls of the base are made for.
 async fn make_operator_tenant(store: &Store) -> Result<()> {
     let id = TenantId::new(OPERATOR_TENANT)?;
-    match store.create_tenant(&id, "Operators' own calls", "").await {
+    match store.create_tenant(&id, "Operators' own calls", 1, "").await {
         Ok(_) | Err(Error::AlreadyExists { .. }) => Ok(()),
         Err(error) => Err(error),
     }
@@ -149,10 +149,7 @@ fn serve_metrics(addr: SocketAddr, hub: Arc<Hub>) -> Result<AbortOnDropHandle<()
     exporter.install().map_err(refused)?;
     Ok(AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
-            let stats = hub.stats();
-            metrics::gauge!("tenora_adapters_resident").set(stats.resident as f64);
-            metrics::gauge!("tenora_adapters_resident_bytes").set(stats.resident_bytes as f64);
-            metrics::gauge!("tenora_adapter_leases").set(stats.leases as f64);
+            hub.stats().show();
             tokio::time::sleep(HUB_INTERVAL).await;
         }
     })))

@@ -91,13 +91,22 @@ limits! {
     /// Requests of all tenants waiting or running.
     max_queued = 1024, "requests";
     /// Rows of one engine step: one for each sequence that decodes, the others for prompts. Must be more than `max_running`.
-    max_step_rows = 64, "rows";
+    max_step_rows = 256, "rows";
+    /// Rows of prompts in a step in which other sequences decode: what a long prompt may add to the time between their tokens.
+    max_prefill_rows_while_decoding = 64, "rows";
     /// Tokens a KV block holds.
     kv_block_tokens = 16, "tokens";
     /// Memory of the KV cache.
     kv_cache_bytes = 768 * MIB, "bytes";
-    /// Memory of adapter versions kept ready.
+    /// Part of the KV cache that may keep what has been computed, for requests that begin alike, while nobody uses it. 0 turns the prefix
+    /// cache off.
+    prefix_cache_percent = 100, "percent";
+    /// Memory of adapter versions that are ready to serve.
     adapter_cache_bytes = 1024 * MIB, "bytes";
+    /// Host memory for adapter versions that had to leave `adapter_cache_bytes`: they come back without a read. 0: none.
+    adapter_host_bytes = 256 * MIB, "bytes";
+    /// Time that a request waits for its adapter's version to find room while all others are in use.
+    adapter_wait_seconds = 10, "seconds";
     /// Jobs of one tenant that have not ended.
     max_jobs_per_tenant = 32, "jobs";
     /// Tokens of one record in training: a token takes a megabyte and more while its gradient is computed.
@@ -155,8 +164,11 @@ limits! {
 /// Values that a limit may have, where not all make sense.
 const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("max_message_bytes", 1024..=1 << 30),
+    ("max_prefill_rows_while_decoding", 1..=u64::MAX),
     ("kv_block_tokens", 1..=4096),
+    ("prefix_cache_percent", 0..=100),
     ("train_share_percent", 0..=95),
+    ("adapter_wait_seconds", 0..=86_400),
     ("keepalive_seconds", 1..=86_400),
     ("drain_timeout_seconds", 0..=86_400),
     ("upload_idle_seconds", 1..=86_400),

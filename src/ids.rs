@@ -61,22 +61,35 @@ impl FromStr for TenantId {
 
 /// A tenant whose right to act has been checked. Made by `api/auth.rs` from a key and by `store` for a job's row, nowhere else
 /// (`tests/architecture.rs`).
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Tenant(TenantId);
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tenant {
+    id: TenantId,
+    weight: u32,
+}
 
 impl Tenant {
     /// The caller has just proved it.
     pub fn proven(id: TenantId) -> Self {
-        Self(id)
+        Self { id, weight: 1 }
+    }
+
+    /// The same with its weight, as the operator has set it.
+    pub fn with_weight(self, weight: u32) -> Self {
+        Self { weight, ..self }
     }
 
     pub fn id(&self) -> &TenantId {
-        &self.0
+        &self.id
+    }
+
+    /// Its share of the engine beside others': one of weight 3 gets three times the tokens of one of weight 1.
+    pub fn weight(&self) -> u32 {
+        self.weight
     }
 
     /// Refuses names of other tenants, existing or not, with one text.
     pub fn check_owns(&self, owner: &TenantId) -> Result<()> {
-        if &self.0 == owner { Ok(()) } else { Err(Error::PermissionDenied) }
+        if &self.id == owner { Ok(()) } else { Err(Error::PermissionDenied) }
     }
 }
 
@@ -225,6 +238,13 @@ impl Digest {
 
     pub fn hex(&self) -> String {
         self.0.iter().map(|b| format!("{b:02x}")).collect()
+    }
+}
+
+/// Its 32 bytes.
+impl AsRef<[u8]> for Digest {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
 }
 

@@ -73,6 +73,8 @@ pub struct GenerateSpec {
     pub stopping: Stopping,
     /// `Some(n)`: log-probabilities, with the n most likely tokens beside each.
     pub logprobs: Option<u32>,
+    /// Higher goes first among the requests of one tenant.
+    pub priority: i32,
     pub deadline: Option<Instant>,
 }
 
@@ -82,6 +84,8 @@ pub struct ScoreSpec {
     pub adapter: Option<AdapterRef>,
     pub inputs: Vec<Prompt>,
     pub top_logprobs: u32,
+    /// Higher goes first among the requests of one tenant.
+    pub priority: i32,
     pub deadline: Option<Instant>,
 }
 
@@ -112,6 +116,8 @@ pub enum FinishReason {
 pub struct Usage {
     pub prompt_tokens: u32,
     pub completion_tokens: u32,
+    /// Of the prompt's, those found in the prefix cache, where it is known.
+    pub cached_tokens: Option<u32>,
 }
 
 /// What a generation stream yields: `Started`, then deltas, then `Finished`. An `Err` ends the stream too.

@@ -4,7 +4,9 @@
 #[expect(dead_code, reason = "the server's own tests use the rest")]
 mod common;
 
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use common::{TestServer, Transport};
 use futures::StreamExt as _;
@@ -81,6 +83,7 @@ async fn sixteen_requests_give_the_bits_of_each_alone() {
             sampling: Some(Sampling { temperature: Some(temperature), seed: Some(i as u64), ..Default::default() }),
             stopping: Some(Stopping { max_tokens: Some(8 + i as u32 % 3 * 4), ignore_eos: true, ..Default::default() }),
             logprobs: Some(0),
+            priority: None,
         }
     };
     let client = server.generation(&key).await;
@@ -100,7 +103,7 @@ async fn sixteen_requests_give_the_bits_of_each_alone() {
 async fn scores(server: &TestServer, key: &str, adapter: &str) -> Vec<u32> {
     let text = "The ferry leaves at nine. Bring a warm coat and a ticket.";
     let input = ScoreInput { sequence: Some(score_input::Sequence::Text(text.into())) };
-    let request = ScoreRequest { adapter: adapter.into(), inputs: vec![input], top_logprobs: 0 };
+    let request = ScoreRequest { adapter: adapter.into(), inputs: vec![input], top_logprobs: 0, priority: None };
     let answer = server.generation(key).await.score(request).await.expect("scores").into_inner();
     answer.results[0].logprobs.iter().map(|l| l.logprob.to_bits()).collect()
 }
@@ -165,4 +168,82 @@ async fn a_trained_adapter_survives_export_and_import() {
     let trained = scores(&server, &key, &job.adapter_version).await;
     assert_eq!(trained, scores(&server, &key, &again.name).await);
     assert_ne!(trained, scores(&server, &key, "").await, "and they are not the base's");
+}
+
+/// What an attach may add to the first token of its request.
+const ATTACH: Duration = Duration::from_millis(30);
+
+/// Requests for a warm adapter and for a cold one, in turn.
+const ATTACHES: usize = 40;
+
+/// The time that a share of them is below, in milliseconds.
+fn quantile(times: &mut [Duration], share: f64) -> f64 {
+    times.sort();
+    times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3
+}
+
+/// A request for one token: the time to it.
+async fn first_token(client: &mut GenerationServiceClient<Transport>, adapter: &str) -> Duration {
+    let begun = Instant::now();
+    let mut messages = client.generate(common::generate(adapter, "Hello", 1)).await.expect("a stream").into_inner();
+    while messages.next().await.expect("a token").expect("a message").token_ids.is_empty() {}
+    let took = begun.elapsed();
+    while messages.next().await.is_some() {}
+    took
+}
+
+/// There is room for one of two adapters of rank 16 on all layers. While another stream keeps the cores busy, requests take up the one that is there
+/// or the one that is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cold_adapter_attaches_in_its_time() {
+    let limits = Limits { adapter_cache_bytes: 10 << 20, adapter_host_bytes: 0, ..Limits::default() };
+    let server = TestServer::start_on(base(), |config| config.limits = limits).await;
+    let key = server.tenant("t").await;
+    for seed in [1, 2] {
+        server.import(&key, "t", &format!("r{seed}"), &random_package(seed)).await.expect("imported");
+    }
+    let done = Arc::new(AtomicBool::new(false));
+    let stream = tokio::spawn({
+        let (mut client, request) = (server.generation(&key).await, common::generate("", "Once", 8000));
+        let done = done.clone();
+        async move {
+            let mut messages = client.generate(request).await.expect("a stream").into_inner();
+            let mut tokens = vec![Instant::now()];
+            while !done.load(Ordering::Relaxed)
+                && let Some(message) = messages.next().await
+            {
+                tokens.extend((!message.expect("a message").token_ids.is_empty()).then(Instant::now));
+            }
+            tokens
+        }
+    });
+    let mut client = server.generation(&key).await;
+    let (mut spans, mut adapter) = (Vec::new(), 1);
+    for i in 0..2 * ATTACHES {
+        let cold = i % 2 == 1;
+        adapter = if cold { 3 - adapter } else { adapter };
+        let begun = Instant::now();
+        let took = first_token(&mut client, &format!("tenants/t/adapters/r{adapter}")).await;
+        spans.push((cold, took, begun..Instant::now()));
+    }
+    done.store(true, Ordering::Relaxed);
+    let tokens = stream.await.expect("the stream ends");
+    let [mut warm, mut cold] = [false, true].map(|kind| {
+        let of_kind = spans.iter().filter(|(cold, ..)| *cold == kind);
+        let first: Vec<Duration> = of_kind.clone().map(|(_, took, _)| *took).collect();
+        let during =
+            |pair: &&[Instant]| of_kind.clone().any(|(_, _, span)| span.start <= pair[1] && pair[0] <= span.end);
+        let gaps: Vec<Duration> = tokens.windows(2).filter(during).map(|pair| pair[1] - pair[0]).collect();
+        (first, gaps)
+    });
+    for (name, (first, gaps)) in [("warm", &mut warm), ("cold", &mut cold)] {
+        let [p50, p99] = [0.5, 0.99].map(|share| quantile(first, share));
+        print!("{name}: first token p50 {p50:.1} ms, p99 {p99:.1} ms");
+        let [p50, p99] = [0.5, 0.99].map(|share| quantile(gaps, share));
+        println!("; the other stream's tokens p50 {p50:.1} ms, p99 {p99:.1} ms of {}", gaps.len());
+    }
+    let added = quantile(&mut cold.0, 0.5) - quantile(&mut warm.0, 0.5);
+    println!("a load adds {added:.1} ms");
+    assert!(added <= ATTACH.as_secs_f64() * 1e3, "{added} ms");
+    server.stopped().await;
 }

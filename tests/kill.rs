@@ -140,7 +140,7 @@ async fn assert_versions_serve(client: &Client) -> BTreeMap<String, usize> {
         for version in &versions {
             let sequence = Some(score_input::Sequence::Text("All is well.".into()));
             let inputs = vec![ScoreInput { sequence }];
-            let request = ScoreRequest { adapter: version.name.clone(), inputs, top_logprobs: 0 };
+            let request = ScoreRequest { adapter: version.name.clone(), inputs, top_logprobs: 0, priority: None };
             let answer = client.score(request).await.expect("the version serves");
             assert_eq!(answer.adapter_version, version.name);
         }
@@ -150,7 +150,7 @@ async fn assert_versions_serve(client: &Client) -> BTreeMap<String, usize> {
 }
 
 /// The dataset and the adapter that no kill caught are there, every version answers, and the only files are those
-/// of what the catalogue lists: two a version, one a dataset.
+/// of what the catalogue lists: three a version, one a dataset.
 async fn assert_whole(client: &Client, data: &Path) {
     let request = ListDatasetsRequest { parent: "tenants/t".into(), ..Default::default() };
     let datasets = client.list_datasets(request).await.expect("a list").datasets;
@@ -159,7 +159,7 @@ async fn assert_whole(client: &Client, data: &Path) {
     assert_eq!(adapters.get("tenants/t/adapters/kept"), Some(&1));
     let versions: usize = adapters.values().sum();
     let found = files(&data.join("blobs"));
-    assert_eq!(found.len(), 2 * versions + datasets.len(), "{adapters:?}: {found:?}");
+    assert_eq!(found.len(), 3 * versions + datasets.len(), "{adapters:?}: {found:?}");
 }
 
 /// Files below a folder.

@@ -2,6 +2,7 @@
 
 mod server {
     mod auth;
+    mod bench;
     mod common;
     mod drain;
     mod errors;
@@ -10,7 +11,9 @@ mod server {
     mod loading;
     mod metrics;
     mod reflection;
+    mod residency;
     mod safety;
+    mod scheduling;
     mod swap;
     mod tenants;
     mod tls;

@@ -8,6 +8,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
+use crate::adapter::packed::layer_bytes;
 use crate::adapter::{BaseShape, Lora, LoraLayer, Site};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
@@ -68,11 +69,11 @@ impl Package {
         Ok(Lora { layers: layers.collect::<Result<_>>()?, spec })
     }
 
-    /// Checks everything but the values; gives the bytes that the adapter takes in memory.
+    /// Checks everything but the values; gives the bytes that the adapter takes where it serves.
     pub fn memory_bytes(&self, shape: &BaseShape, max_rank: u64) -> Result<u64> {
-        let pairs = self.pairs(&Settings::read(&self.config)?, shape, max_rank)?;
-        let elements = |view: &TensorView<'_>| view.shape().iter().product::<usize>() as u64;
-        Ok(pairs.values().flatten().map(|view| 4 * elements(view)).sum())
+        let settings = Settings::read(&self.config)?;
+        let sites = self.pairs(&settings, shape, max_rank)?.into_keys();
+        Ok(sites.map(|site| layer_bytes(settings.rank(site) as usize, shape.dims(site.target))).sum())
     }
 
     /// A and B of every site that the settings select, each of its shape, and no tensor beside them.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::adapter::packed::layer_bytes;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::random::{Purpose, Stream};
@@ -87,12 +88,9 @@ impl LoraSpec {
 }
 
 impl LoraSpec {
-    /// Bytes of its float32 tensors.
-    pub fn byte_size(&self, shape: &BaseShape) -> Result<u64> {
-        let of_site = |site: &Site| {
-            let (inputs, outputs) = shape.dims(site.target);
-            4 * u64::from(self.rank) * (inputs + outputs) as u64
-        };
+    /// Bytes that it takes where it serves.
+    pub fn memory_bytes(&self, shape: &BaseShape) -> Result<u64> {
+        let of_site = |site: &Site| layer_bytes(self.rank as usize, shape.dims(site.target));
         Ok(self.sites(shape)?.iter().map(of_site).sum())
     }
 }
@@ -111,11 +109,6 @@ impl Lora {
             (site, LoraLayer { rank, alpha: spec.alpha, scale, a, b: vec![0.0; outputs * rank] })
         });
         Ok(Self { spec: spec.clone(), layers: layers.collect() })
-    }
-
-    /// Bytes of the float32 tensors.
-    pub fn byte_size(&self) -> u64 {
-        self.layers.values().map(|l| 4 * (l.a.len() + l.b.len()) as u64).sum()
     }
 
     /// True where every effective delta is zero: for each site the product B A is, or the scale.

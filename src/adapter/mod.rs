@@ -1,8 +1,9 @@
-//! LoRA adapters: their tensors as they are trained ([`Lora`]), as they are served ([`packed`]), and as PEFT files ([`format`]).
+//! LoRA adapters: their tensors as they are trained ([`Lora`]), as they are served ([`packed`], also as a file), and as PEFT files ([`format`]).
 
 pub mod format;
 mod lora;
 pub mod packed;
+mod packed_file;
 
 pub use lora::{BaseShape, Lora, LoraLayer, Site};
-pub use packed::{PackedLayer, PackedLora};
+pub use packed::PackedLora;

@@ -1,9 +1,9 @@
 //! The form in which an adapter is served: its tensors in bf16, in the order in which the kernels read them, in one allocation.
 //!
-//! Of each adapted layer, with the rank padded by zeros to a multiple of [`RANK_LANES`] (`padded`):
-//! - A as `[in][padded]`: the ranks of one input lie together, so shrinking adds a vector for each input;
-//! - B as `[out / OUT_TILE][padded][OUT_TILE]`, the outputs padded with zeros: the outputs of one rank lie together, so expanding adds a
-//!   vector for each rank;
+//! Of each adapted layer:
+//! - A as PEFT has it, `[rank][in]`: shrinking is a dot product for each value of the rank;
+//! - B as `[out / OUT_TILE][rank][OUT_TILE]`, the outputs padded with zeros: the outputs of one rank lie together, so expanding adds a
+//!   vector for each value of the rank;
 //! - the scale in float32, to be applied to what A gives: folded into a tensor it would be rounded with it.
 //!
 //! Rounding is to nearest, ties to even. What is not finite stays so and what overflows becomes infinite: no broken number looks good.
@@ -13,13 +13,12 @@ use std::sync::Arc;
 
 use crate::adapter::{BaseShape, Lora, LoraLayer, Site};
 use crate::error::{Error, Result};
+use crate::kernels::cpu::LoraPair;
+use crate::kernels::packed::TILE_ROWS;
 use crate::request::Target;
 
-/// Ranks are padded to a multiple of this.
-pub const RANK_LANES: usize = 8;
-
 /// Outputs in a tile of B.
-pub const OUT_TILE: usize = 16;
+const OUT_TILE: usize = TILE_ROWS;
 
 /// Tensors begin at a multiple of so many values, 64 bytes: no vector load crosses a cache line.
 const ALIGN: usize = 32;
@@ -33,31 +32,18 @@ pub struct PackedLora {
     rank: usize,
 }
 
-/// The pair of one layer.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PackedLayer<'a> {
-    pub rank: usize,
-    /// The rank with its padding.
-    pub padded: usize,
-    pub scale: f32,
-    /// `[in][padded]`, bf16.
-    pub a: &'a [u16],
-    /// `[out / OUT_TILE][padded][OUT_TILE]`, bf16, the last tile padded with zeros.
-    pub b: &'a [u16],
-}
-
 /// Where the pair of one layer lies.
 #[derive(Debug, Clone, PartialEq)]
-struct Place {
-    rank: usize,
-    scale: f32,
+pub(super) struct Place {
+    pub(super) rank: usize,
+    pub(super) scale: f32,
     a: Range<usize>,
     b: Range<usize>,
 }
 
 /// The tensors, from a multiple of 64 bytes on.
 #[derive(Debug)]
-struct Values {
+pub(super) struct Values {
     /// With room to align.
     all: Vec<u16>,
     start: usize,
@@ -65,7 +51,7 @@ struct Values {
 }
 
 impl Values {
-    fn zeros(len: usize) -> Self {
+    pub(super) fn zeros(len: usize) -> Self {
         let all = vec![0; len + ALIGN];
         let start = all.as_ptr().align_offset(2 * ALIGN).min(ALIGN);
         Self { all, start, len }
@@ -75,24 +61,23 @@ impl Values {
         &self.all[self.start..self.start + self.len]
     }
 
-    fn get_mut(&mut self) -> &mut [u16] {
+    pub(super) fn get_mut(&mut self) -> &mut [u16] {
         &mut self.all[self.start..self.start + self.len]
     }
 }
 
 /// Lengths of A and B of a layer of this rank as they are packed.
 fn lengths(rank: usize, (inputs, outputs): (usize, usize)) -> [usize; 2] {
-    let padded = rank.next_multiple_of(RANK_LANES);
-    [inputs * padded, outputs.next_multiple_of(OUT_TILE) * padded]
+    [inputs * rank, outputs.next_multiple_of(OUT_TILE) * rank]
 }
 
 /// Bytes that a layer of this rank takes when it is packed.
-pub fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
+pub(super) fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
     lengths(rank, dims).iter().map(|len| 2 * len.next_multiple_of(ALIGN) as u64).sum()
 }
 
 /// The place of a site among all of a base.
-fn index(site: Site) -> usize {
+pub(super) fn index(site: Site) -> usize {
     site.layer as usize * Target::ALL.len() + site.target as usize
 }
 
@@ -109,22 +94,40 @@ impl PackedLora {
         Ok(Self::of(places, values))
     }
 
-    fn of(places: Vec<Option<Place>>, values: Values) -> Self {
+    pub(super) fn of(places: Vec<Option<Place>>, values: Values) -> Self {
         let rank = places.iter().flatten().map(|place| place.rank).max().unwrap_or_default();
         Self { places: places.into(), values: Arc::new(values), rank }
     }
 
     /// What is to be added at a site; `None` where the base stays as it is.
-    pub fn layer(&self, site: Site) -> Option<PackedLayer<'_>> {
+    pub fn layer(&self, site: Site) -> Option<LoraPair<'_>> {
         let place = self.places.get(index(site))?.as_ref()?;
         let values = self.values.get();
-        Some(PackedLayer {
-            rank: place.rank,
-            padded: place.rank.next_multiple_of(RANK_LANES),
-            scale: place.scale,
-            a: &values[place.a.clone()],
-            b: &values[place.b.clone()],
-        })
+        let (a, b) = (&values[place.a.clone()], &values[place.b.clone()]);
+        Some(LoraPair { rank: place.rank, scale: place.scale, a, b })
+    }
+
+    /// The rounded values in PEFT's order.
+    pub fn to_lora(&self) -> Lora {
+        let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+        let sites = (0..self.places.len())
+            .map(|at| Site { layer: (at / Target::ALL.len()) as u32, target: Target::ALL[at % Target::ALL.len()] });
+        let layers = sites.filter_map(|site| {
+            let LoraPair { rank, scale, a, b } = self.layer(site)?;
+            let a = a.iter().map(|bits| value(*bits)).collect();
+            let of = |i: usize| (i / rank / OUT_TILE * rank + i % rank) * OUT_TILE + i / rank % OUT_TILE;
+            let b = (0..b.len()).map(|i| value(b[of(i)])).collect();
+            Some((site, LoraLayer { rank, alpha: scale, scale, a, b }))
+        });
+        Lora { layers: layers.collect(), spec: Default::default() }
+    }
+
+    pub(super) fn places(&self) -> &[Option<Place>] {
+        &self.places
+    }
+
+    pub(super) fn values(&self) -> &[u16] {
+        self.values.get()
     }
 
     /// The largest of its layers.
@@ -143,7 +146,10 @@ fn misfit(site: Site) -> Error {
 }
 
 /// Places for layers of (site, rank, scale), and the length of all.
-fn place(layers: impl Iterator<Item = (Site, usize, f32)>, shape: &BaseShape) -> (Vec<Option<Place>>, usize) {
+pub(super) fn place(
+    layers: impl Iterator<Item = (Site, usize, f32)>,
+    shape: &BaseShape,
+) -> (Vec<Option<Place>>, usize) {
     let (mut places, mut end) = (Vec::new(), 0);
     for (site, rank, scale) in layers {
         let [a, b] = lengths(rank, shape.dims(site.target)).map(|len| {
@@ -162,12 +168,12 @@ fn place(layers: impl Iterator<Item = (Site, usize, f32)>, shape: &BaseShape) ->
 
 /// Writes a layer into its place; `None` where it does not fit.
 fn pack(layer: &LoraLayer, (inputs, outputs): (usize, usize), place: &Place, values: &mut [u16]) -> Option<()> {
-    let (rank, padded) = (layer.rank, layer.rank.next_multiple_of(RANK_LANES));
+    let rank = layer.rank;
     if rank == 0 || layer.a.len() != rank * inputs || layer.b.len() != outputs * rank {
         return None;
     }
-    transpose(&layer.a, inputs, values.get_mut(place.a.clone())?, padded);
-    let tiles = values.get_mut(place.b.clone())?.chunks_exact_mut(padded * OUT_TILE);
+    values.get_mut(place.a.clone())?.iter_mut().zip(&layer.a).for_each(|(to, from)| *to = round(*from));
+    let tiles = values.get_mut(place.b.clone())?.chunks_exact_mut(rank * OUT_TILE);
     for (rows, tile) in layer.b.chunks(OUT_TILE * rank).zip(tiles) {
         transpose(rows, rank, tile, OUT_TILE);
     }
@@ -236,19 +242,14 @@ mod tests {
     }
 
     /// A and B in the order of [`LoraLayer`], and all padding.
-    fn unpack(layer: PackedLayer<'_>, (inputs, outputs): (usize, usize)) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
-        let (mut a, mut b, mut padding) = (vec![0; layer.rank * inputs], vec![0; outputs * layer.rank], Vec::new());
-        for (at, value) in layer.a.iter().enumerate() {
-            let (input, rank) = (at / layer.padded, at % layer.padded);
-            if rank < layer.rank { a[rank * inputs + input] = *value } else { padding.push(*value) }
-        }
+    fn unpack(layer: LoraPair<'_>, outputs: usize) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
+        let (mut b, mut padding) = (vec![0; outputs * layer.rank], Vec::new());
         for (at, value) in layer.b.iter().enumerate() {
-            let output = at / (layer.padded * OUT_TILE) * OUT_TILE + at % OUT_TILE;
-            let rank = at / OUT_TILE % layer.padded;
-            let inside = rank < layer.rank && output < outputs;
-            if inside { b[output * layer.rank + rank] = *value } else { padding.push(*value) }
+            let output = at / (layer.rank * OUT_TILE) * OUT_TILE + at % OUT_TILE;
+            let rank = at / OUT_TILE % layer.rank;
+            if output < outputs { b[output * layer.rank + rank] = *value } else { padding.push(*value) }
         }
-        (a, b, padding)
+        (layer.a.to_vec(), b, padding)
     }
 
     fn rounded(values: &[f32]) -> Vec<u16> {
@@ -274,7 +275,7 @@ mod tests {
                     continue;
                 };
                 prop_assert_eq!((found.rank, found.scale), (layer.rank, layer.scale));
-                let (a, b, padding) = unpack(found, shape.dims(site.target));
+                let (a, b, padding) = unpack(found, shape.dims(site.target).1);
                 prop_assert_eq!((a, b), (rounded(&layer.a), rounded(&layer.b)));
                 prop_assert!(padding.iter().all(|x| *x == 0));
                 prop_assert!([found.a, found.b].iter().all(|tensor| tensor.as_ptr().addr() % 64 == 0));

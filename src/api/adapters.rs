@@ -13,12 +13,26 @@ use super::{Answer, Streamed, convert, proto as pb};
 use crate::error::{Error, Result};
 use crate::hub::{CONFIG_FILE, NewVersion, Package, TENSORS_FILE};
 use crate::ids::{AdapterName, AdapterRef, TenantId, VersionName};
-use crate::store::uninterrupted;
+use crate::store::{AdapterRow, VersionRow, uninterrupted};
 
 /// Most bytes of a file that one message of an export carries.
 const EXPORT_CHUNK: u64 = 256 << 10;
 
 pub struct Adapters(pub Arc<Shared>);
+
+impl Adapters {
+    /// A row, and where its live version is.
+    fn adapter(&self, row: AdapterRow) -> pb::Adapter {
+        let live = row.live_memory.as_ref().map(|live| self.0.parts.hub.residency(&live.uid, live.memory_bytes));
+        convert::adapter_message(row, live)
+    }
+
+    /// A row, and where the version is.
+    fn version(&self, row: VersionRow) -> pb::AdapterVersion {
+        let residency = self.0.parts.hub.residency(&row.uid, row.memory_bytes);
+        convert::version(row, residency)
+    }
+}
 
 #[tonic::async_trait]
 impl AdapterService for Adapters {
@@ -59,7 +73,8 @@ impl AdapterService for Adapters {
             let _place = place;
             hub.publish(&tenant, new).await
         };
-        Ok(Response::new(convert::version(uninterrupted(publish).await?)))
+        let row = uninterrupted(publish).await?;
+        Ok(Response::new(self.version(row)))
     }
 
     async fn export_adapter(&self, request: Request<pb::ExportAdapterRequest>) -> Answer<Self::ExportAdapterStream> {
@@ -68,9 +83,10 @@ impl AdapterService for Adapters {
         let place = self.0.reads.take(caller_of(request.extensions())?)?;
         let (row, package) = self.0.parts.hub.package(&tenant, &name).await?;
         let size = (self.0.parts.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK) as usize;
+        let version = self.version(row);
         let answer = async_stream::stream! {
             let _place = place;
-            yield Ok(part(exported::Part::Version(convert::version(row))));
+            yield Ok(part(exported::Part::Version(version)));
             for (filename, bytes) in [(CONFIG_FILE, package.config), (TENSORS_FILE, package.tensors)] {
                 for data in bytes.chunks(size) {
                     let chunk = pb::FileChunk { filename: filename.to_owned(), data: data.to_vec() };
@@ -85,7 +101,7 @@ impl AdapterService for Adapters {
         let name: AdapterName = convert::name("name", &request.get_ref().name)?;
         self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
         let row = self.0.parts.store.get_adapter(&name).await?;
-        Ok(Response::new(convert::adapter_message(row)))
+        Ok(Response::new(self.adapter(row)))
     }
 
     async fn list_adapters(&self, request: Request<pb::ListAdaptersRequest>) -> Answer<pb::ListAdaptersResponse> {
@@ -94,7 +110,7 @@ impl AdapterService for Adapters {
         self.0.auth.tenant_for(&call, &parent).await?;
         let page = convert::page(request.page_size, request.page_token)?;
         let listed = self.0.parts.store.list_adapters(&parent, &page).await?;
-        let adapters = listed.items.into_iter().map(convert::adapter_message).collect();
+        let adapters = listed.items.into_iter().map(|row| self.adapter(row)).collect();
         Ok(Response::new(pb::ListAdaptersResponse { adapters, next_page_token: listed.next }))
     }
 
@@ -107,7 +123,7 @@ impl AdapterService for Adapters {
         self.0.auth.tenant_for(&call, &parent.tenant).await?;
         let page = convert::page(request.page_size, request.page_token)?;
         let listed = self.0.parts.store.list_versions(&parent, &page).await?;
-        let versions = listed.items.into_iter().map(convert::version).collect();
+        let versions = listed.items.into_iter().map(|row| self.version(row)).collect();
         Ok(Response::new(pb::ListAdapterVersionsResponse { versions, next_page_token: listed.next }))
     }
 
@@ -121,7 +137,7 @@ impl AdapterService for Adapters {
             return Err(Error::invalid("version", format!("must be a version of {name}")).into());
         }
         let row = self.0.parts.hub.set_live(&tenant, &version, &request.etag).await?;
-        Ok(Response::new(convert::adapter_message(row)))
+        Ok(Response::new(self.adapter(row)))
     }
 
     async fn delete_adapter(&self, request: Request<pb::DeleteAdapterRequest>) -> Answer<pb::DeleteAdapterResponse> {

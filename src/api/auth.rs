@@ -19,7 +19,7 @@ pub const OPERATOR_TENANT: &str = "operator";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Caller {
     Operator,
-    Tenant(TenantId),
+    Tenant(Tenant),
 }
 
 /// Checks keys against the store, at every call: a revoked key is worthless at once.
@@ -49,7 +49,7 @@ impl Auth {
         match key {
             Some(key) if bool::from(key.hash.ct_eq(&given)) && key.revoked.is_none() => Ok(match key.owner {
                 KeyOwner::Operator => Caller::Operator,
-                KeyOwner::Tenant(id) => Caller::Tenant(id),
+                KeyOwner::Tenant(id, weight) => Caller::Tenant(Tenant::proven(id).with_weight(weight)),
             }),
             _ => Err(Error::Unauthenticated {
                 message: "this key is unknown or has been revoked; ask the operator for a new one".into(),
@@ -61,14 +61,13 @@ impl Auth {
     /// may act on every tenant's that exists.
     pub async fn tenant_for(&self, call: &Extensions, owner: &TenantId) -> Result<Tenant> {
         match caller_of(call)? {
-            Caller::Tenant(id) => {
-                let tenant = Tenant::proven(id.clone());
+            Caller::Tenant(tenant) => {
                 tenant.check_owns(owner)?;
-                Ok(tenant)
+                Ok(tenant.clone())
             }
             Caller::Operator => {
-                self.store.get_tenant(owner).await?;
-                Ok(Tenant::proven(owner.clone()))
+                let row = self.store.get_tenant(owner).await?;
+                Ok(Tenant::proven(row.id).with_weight(row.weight))
             }
         }
     }
@@ -76,7 +75,7 @@ impl Auth {
     /// The tenant that a call without a name is made for.
     pub fn own_tenant(&self, call: &Extensions) -> Result<Tenant> {
         match caller_of(call)? {
-            Caller::Tenant(id) => Ok(Tenant::proven(id.clone())),
+            Caller::Tenant(tenant) => Ok(tenant.clone()),
             Caller::Operator => Ok(Tenant::proven(TenantId::new(OPERATOR_TENANT)?)),
         }
     }

@@ -16,6 +16,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 pub use super::proto;
+pub use prost_types::FieldMask;
 use proto::adapter_service_client::AdapterServiceClient;
 use proto::dataset_service_client::DatasetServiceClient;
 use proto::generation_service_client::GenerationServiceClient;
@@ -262,6 +263,8 @@ calls! {
     TenantServiceClient {
         /// Makes a tenant.
         unary create_tenant(proto::CreateTenantRequest) -> proto::Tenant;
+        /// Changes a tenant.
+        unary update_tenant(proto::UpdateTenantRequest) -> proto::Tenant;
         /// One page of tenants.
         unary list_tenants(proto::ListTenantsRequest) -> proto::ListTenantsResponse;
         /// Deletes a tenant and all of its own.

@@ -315,7 +315,7 @@ mod tests {
     #[tokio::test]
     async fn a_full_server_refuses_and_a_closed_one_says_so() {
         let calls = Calls::new(&Limits { max_calls: 1, ..Limits::default() });
-        let caller = Caller::Tenant(crate::ids::TenantId::new("a").unwrap());
+        let caller = Caller::Tenant(crate::ids::Tenant::proven("tenants/a".parse().unwrap()));
         let place = calls.enter(&caller).unwrap();
         assert!(matches!(calls.enter(&caller), Err(Error::Exhausted { limit: "max_calls", .. })));
         drop(place);

@@ -39,6 +39,7 @@ impl Places {
     /// A place, or EXHAUSTED with the limit's name.
     pub fn take(&self, caller: &Caller) -> Result<Place> {
         let Caller::Tenant(tenant) = caller else { return Ok(Place { _all: None, tenant: None }) };
+        let tenant = tenant.id();
         let full = |limit, whose: &str| Error::Exhausted {
             limit,
             message: format!("{whose} has as many {} under way as it may; try again", self.what),
@@ -78,9 +79,10 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::Tenant;
 
     fn tenant(id: &str) -> Caller {
-        Caller::Tenant(TenantId::new(id).unwrap())
+        Caller::Tenant(Tenant::proven(TenantId::new(id).unwrap()))
     }
 
     fn limit_of(result: Result<Place>) -> &'static str {

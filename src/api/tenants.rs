@@ -20,8 +20,20 @@ impl TenantService for Tenants {
         let request = request.into_inner();
         let id = TenantId::new(&request.tenant_id)?;
         let display_name = convert::display_name(request.display_name)?;
+        let weight = convert::weight("weight", request.weight.unwrap_or(1))?;
         let request_id = convert::request_id(request.request_id)?;
-        let row = self.0.parts.store.create_tenant(&id, &display_name, &request_id).await?;
+        let row = self.0.parts.store.create_tenant(&id, &display_name, weight, &request_id).await?;
+        Ok(Response::new(convert::tenant(row)))
+    }
+
+    async fn update_tenant(&self, request: Request<pb::UpdateTenantRequest>) -> Answer<pb::Tenant> {
+        self.0.auth.operator(request.extensions())?;
+        let request = request.into_inner();
+        let tenant = request.tenant.unwrap_or_default();
+        let id: TenantId = convert::name("tenant.name", &tenant.name)?;
+        let etag = tenant.etag.clone();
+        let change = convert::tenant_change(tenant, request.update_mask)?;
+        let row = self.0.parts.store.update_tenant(&id, &change, &etag).await?;
         Ok(Response::new(convert::tenant(row)))
     }
 

@@ -155,8 +155,16 @@ async fn versions(connection: &Connection, parent: String) -> Result<Vec<proto::
 
 /// Sends the files of a folder, all but PEFT's README.md and hidden ones. The server refuses what it does not know.
 async fn import(client: &Client, header: proto::ImportAdapterHeader, folder: &Path) -> Result<proto::AdapterVersion> {
+    upload(client, header, read_folder(folder)?).await
+}
+
+/// Sends files by their names.
+pub(super) async fn upload(
+    client: &Client,
+    header: proto::ImportAdapterHeader,
+    files: Vec<(String, Vec<u8>)>,
+) -> Result<proto::AdapterVersion> {
     use proto::import_adapter_request::Part;
-    let files = read_folder(folder)?;
     let part = |part| proto::ImportAdapterRequest { part: Some(part) };
     let parts = stream! {
         yield part(Part::Header(header));

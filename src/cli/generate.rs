@@ -38,6 +38,9 @@ pub(super) struct Args {
     /// Also print each token's log-probability, with this many most likely tokens beside it.
     #[arg(long, value_name = "N")]
     logprobs: Option<u32>,
+    /// Higher goes first among the tenant's own requests, -100 to 100 [default: 0]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    priority: Option<i32>,
     #[command(flatten)]
     sampling: Sampling,
     #[command(flatten)]
@@ -192,6 +195,7 @@ fn request(args: &Args, adapter: String, prompt: &str) -> proto::GenerateRequest
             ignore_eos: stopping.ignore_eos,
         }),
         logprobs: args.logprobs,
+        priority: args.priority,
     }
 }
 
@@ -235,7 +239,10 @@ fn print_json(answer: &Answer) -> Result<()> {
     let value = json!({
         "adapter_version": answer.version, "text": answer.text, "token_ids": answer.token_ids, "logprobs": logprobs,
         "finish_reason": finish(answer.finish),
-        "usage": { "prompt_tokens": answer.usage.prompt_tokens, "completion_tokens": answer.usage.completion_tokens },
+        "usage": {
+            "prompt_tokens": answer.usage.prompt_tokens, "completion_tokens": answer.usage.completion_tokens,
+            "cached_tokens": answer.usage.cached_tokens,
+        },
         "first_token_seconds": answer.first_token.as_secs_f64(), "seconds": answer.elapsed.as_secs_f64(),
     });
     Ok(writeln!(stdout(), "{value}")?)

@@ -1,6 +1,7 @@
 //! The command line: which commands there are and how they end. All but `serve` and `models` are thin clients of a server.
 
 mod adapters;
+mod bench;
 mod connection;
 mod datasets;
 mod generate;
@@ -89,6 +90,7 @@ enum Command {
     Keys(keys::Args),
     Policy(policy::Args),
     Models(models::Args),
+    Bench(Box<bench::Args>),
 }
 
 impl CommandLine {
@@ -141,6 +143,7 @@ impl Command {
             Self::Keys(args) => keys::run(args).await,
             Self::Policy(args) => policy::run(args).await,
             Self::Models(args) => models::run(args).await,
+            Self::Bench(args) => bench::run(*args).await,
             Self::Serve(_) => unreachable!("CommandLine::run hands it to the server"),
         }
     }
@@ -208,6 +211,8 @@ mod tests {
             "keys revoke tenants/t/apiKeys/k",
             "policy set one two",
             "models fetch",
+            "bench --streams 16 --adapters distinct --rank 16 --rounds 5 --warm-up",
+            "bench --rate 2 --duration 60 --prompt-tokens 64..512 -n 16..128 --adapters zipf --adapter-count 1000 --json",
         ] {
             let parsed = CommandLine::try_parse_from(["tenora"].into_iter().chain(line.split(' ')));
             assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
@@ -224,6 +229,7 @@ mod tests {
             "generate --raw --system s hello",
             "train d --adapter a --beta 0.2",
             "train d --adapter a --from a --rank 4",
+            "bench --rate 2 --streams 3",
         ] {
             assert!(CommandLine::try_parse_from(["tenora"].into_iter().chain(line.split(' '))).is_err(), "{line}");
         }

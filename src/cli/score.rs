@@ -40,6 +40,9 @@ pub(super) struct Args {
     /// Also print this many most likely tokens at each position.
     #[arg(long, default_value_t = 0, value_name = "N")]
     top: u32,
+    /// Higher goes first among the tenant's own requests, -100 to 100 [default: 0]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    priority: Option<i32>,
     #[command(flatten)]
     connection: Connection,
 }
@@ -55,7 +58,8 @@ fn parse_ids(text: &str) -> std::result::Result<Ids, String> {
 pub(super) async fn run(args: Args) -> Result<()> {
     let adapter = args.adapter.as_deref().map(|given| args.connection.name("adapters", given)).transpose()?;
     let inputs = inputs(&args).await?;
-    let request = proto::ScoreRequest { adapter: adapter.unwrap_or_default(), inputs, top_logprobs: args.top };
+    let (adapter, priority) = (adapter.unwrap_or_default(), args.priority);
+    let request = proto::ScoreRequest { adapter, inputs, top_logprobs: args.top, priority };
     let answer = args.connection.client().await?.score(request).await?;
     for (i, result) in answer.results.iter().enumerate() {
         match args.connection.json {

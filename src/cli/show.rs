@@ -114,20 +114,22 @@ pub(super) fn state(job: proto::JobState) -> &'static str {
 }
 
 impl Listed for proto::Adapter {
-    const COLUMNS: &'static [&'static str] = &["name", "live_version", "update_time"];
+    const COLUMNS: &'static [&'static str] = &["name", "live_version", "tier", "last_use_time", "update_time"];
 }
 
 impl Show for proto::Adapter {
     fn json(&self) -> Value {
-        json!({
+        let value = json!({
             "name": self.name, "live_version": self.live_version, "etag": self.etag,
             "create_time": time(&self.create_time), "update_time": time(&self.update_time),
-        })
+        });
+        with_residency(value, &self.residency)
     }
 }
 
 impl Listed for proto::AdapterVersion {
-    const COLUMNS: &'static [&'static str] = &["name", "rank", "target_modules", "size_bytes", "create_time"];
+    const COLUMNS: &'static [&'static str] =
+        &["name", "rank", "target_modules", "size_bytes", "tier", "last_use_time", "create_time"];
 }
 
 impl Show for proto::AdapterVersion {
@@ -141,13 +143,26 @@ impl Show for proto::AdapterVersion {
         let mut metrics: Vec<_> = self.metrics.iter().collect();
         metrics.sort_by_key(|(name, _)| *name);
         let metrics: serde_json::Map<_, _> = metrics.into_iter().map(|(k, v)| (k.clone(), json!(v))).collect();
-        json!({
+        let value = json!({
             "name": self.name, "digest": self.digest, "base_digest": self.base_digest,
             "template_digest": self.template_digest, "size_bytes": self.size_bytes, "kind": self.kind, "rank": self.rank,
             "target_modules": self.target_modules, "no_effect": self.no_effect, "parity": parity,
             "training_job": self.training_job, "create_time": time(&self.create_time), "metrics": metrics,
-        })
+        });
+        with_residency(value, &self.residency)
     }
+}
+
+/// Adds where a version is; nothing for an adapter without a live one.
+fn with_residency(mut value: Value, residency: &Option<proto::Residency>) -> Value {
+    if let Some(residency) = residency {
+        let seconds = residency.last_load_duration.map(|took| took.seconds as f64 + f64::from(took.nanos) * 1e-9);
+        value["tier"] = json!(residency.tier().as_str_name().trim_start_matches("TIER_"));
+        value["memory_bytes"] = json!(residency.memory_bytes);
+        value["last_use_time"] = json!(time(&residency.last_use_time));
+        value["last_load_seconds"] = json!(seconds);
+    }
+    value
 }
 
 impl Listed for proto::Dataset {
@@ -196,12 +211,15 @@ impl Show for proto::TrainingJob {
 }
 
 impl Listed for proto::Tenant {
-    const COLUMNS: &'static [&'static str] = &["name", "display_name", "create_time"];
+    const COLUMNS: &'static [&'static str] = &["name", "display_name", "weight", "create_time"];
 }
 
 impl Show for proto::Tenant {
     fn json(&self) -> Value {
-        json!({ "name": self.name, "display_name": self.display_name, "create_time": time(&self.create_time) })
+        json!({
+            "name": self.name, "display_name": self.display_name, "weight": self.weight, "etag": self.etag,
+            "create_time": time(&self.create_time),
+        })
     }
 }
 
@@ -254,10 +272,13 @@ mod tests {
 
     #[test]
     fn one_is_lines_and_many_a_table() {
-        let tenant = proto::Tenant { name: "tenants/a".into(), display_name: "A".into(), create_time: None };
-        assert_eq!(fields(&tenant.json()), "name          tenants/a\ndisplay_name  A\ncreate_time   -\n");
+        let tenant = proto::TenantUsage { name: "tenants/a".into(), requests: 2, ..Default::default() };
+        let lines = fields(&tenant.json());
+        assert!(lines.starts_with("name               tenants/a\nrequests           2\n"), "{lines}");
+        let tenant =
+            proto::Tenant { name: "tenants/a".into(), display_name: "A".into(), weight: 1, ..Default::default() };
         let table = table(proto::Tenant::COLUMNS, &[tenant.json()]);
-        assert_eq!(table, "NAME       DISPLAY_NAME  CREATE_TIME\ntenants/a  A             -\n");
+        assert_eq!(table, "NAME       DISPLAY_NAME  WEIGHT  CREATE_TIME\ntenants/a  A             1       -\n");
     }
 
     #[test]

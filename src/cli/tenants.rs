@@ -2,14 +2,15 @@
 
 use super::connection::{Connection, all_pages, tenant_name};
 use super::{Result, request_id, show};
-use crate::api::client::proto;
+use crate::api::client::{FieldMask, proto};
 
-/// Create, list and delete tenants; show what they have used.
+/// Create, change, list and delete tenants; show what they have used.
 ///
 /// Needs an operator key; `usage` takes the tenant's own key too.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   tenora tenants create acme --display-name \"Acme Ltd\"
+  tenora tenants update acme --weight 3
   tenora tenants usage acme")]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -27,6 +28,20 @@ enum Command {
         /// For people.
         #[arg(long, default_value = "")]
         display_name: String,
+        /// Its share of the engine: a tenant of weight 3 is served three times the tokens of one of weight 1, where both wait
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        weight: u32,
+    },
+    /// Change a tenant's display name or weight.
+    #[command(group = clap::ArgGroup::new("change").required(true).multiple(true))]
+    Update {
+        id: String,
+        /// For people.
+        #[arg(long, group = "change")]
+        display_name: Option<String>,
+        /// Its share of the engine, 1 to 1000
+        #[arg(long, value_name = "N", group = "change")]
+        weight: Option<u32>,
     },
     /// List the tenants.
     List,
@@ -40,9 +55,22 @@ pub(super) async fn run(args: Args) -> Result<()> {
     let json = args.connection.json;
     let client = args.connection.client().await?;
     match args.command {
-        Command::Create { id, display_name } => {
-            let request = proto::CreateTenantRequest { tenant_id: id, display_name, request_id: request_id() };
+        Command::Create { id, display_name, weight } => {
+            let (request_id, weight) = (request_id(), Some(weight));
+            let request = proto::CreateTenantRequest { tenant_id: id, display_name, request_id, weight };
             show::one(json, &client.create_tenant(request).await?)
+        }
+        Command::Update { id, display_name, weight } => {
+            let given = [("display_name", display_name.is_some()), ("weight", weight.is_some())];
+            let paths = given.iter().filter(|(_, given)| *given).map(|(path, _)| path.to_string()).collect();
+            let tenant = proto::Tenant {
+                name: tenant_name(&id),
+                display_name: display_name.unwrap_or_default(),
+                weight: weight.unwrap_or_default(),
+                ..Default::default()
+            };
+            let request = proto::UpdateTenantRequest { tenant: Some(tenant), update_mask: Some(FieldMask { paths }) };
+            show::one(json, &client.update_tenant(request).await?)
         }
         Command::List => {
             let tenants = all_pages(async |page_token| {

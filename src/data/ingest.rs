@@ -302,7 +302,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).await.unwrap();
         let tenant = Tenant::proven("tenants/one".parse().unwrap());
-        store.create_tenant(tenant.id(), "", "").await.unwrap();
+        store.create_tenant(tenant.id(), "", 1, "").await.unwrap();
         (folder, store, tenant)
     }
 

@@ -1,50 +1,147 @@
-//! KV blocks as integers: which are free, and how many hold each.
+//! KV blocks as integers: which are free, how many hold each, and which are found again by what they hold.
+//!
+//! A block with a key is never written again. Where nobody holds it, it stays findable until its room is needed: the least recently
+//! used goes first. Holders hold whole prefixes and give up the last block first, so a block goes before the one that it follows.
 
-/// Hands out the blocks of the KV cache. A block is free again when its last holder has released it.
+use std::collections::HashMap;
+
+use crate::engine::lru::Lru;
+use crate::ids::Digest;
+
+/// Hands out the blocks of the KV cache. A block is there for others when its last holder has released it.
 #[derive(Debug)]
 pub struct Blocks {
+    /// Neither held nor with a key.
     free: Vec<u32>,
+    /// With a key, and not held.
+    idle: Lru,
+    /// Most idle ones.
+    max_idle: usize,
     /// Holders of each block.
     holders: Vec<u32>,
+    /// What each block is found by.
+    keys: Vec<Option<Digest>>,
+    by_key: HashMap<Digest, u32>,
 }
 
 impl Blocks {
-    pub fn new(count: usize) -> Self {
-        Self { free: (0..count as u32).rev().collect(), holders: vec![0; count] }
+    /// `max_idle`: blocks that are kept for others while nobody holds them, at most.
+    pub fn new(count: usize, max_idle: usize) -> Self {
+        Self {
+            free: (0..count as u32).rev().collect(),
+            idle: Lru::new(count),
+            max_idle,
+            holders: vec![0; count],
+            keys: vec![None; count],
+            // With twice the room it needs, the map cleans itself up in place and never grows.
+            by_key: HashMap::with_capacity(2 * count),
+        }
     }
 
-    /// Adds `count` blocks to `held`, or none where fewer are free.
+    /// Adds `count` blocks to `held`, or none where fewer are available.
     pub fn take(&mut self, count: usize, held: &mut Vec<u32>) -> bool {
-        if count > self.free.len() {
+        if count > self.available() {
             return false;
         }
-        let taken = self.free.split_off(self.free.len() - count);
-        taken.iter().for_each(|block| self.holders[*block as usize] = 1);
-        held.extend(taken);
+        for _ in 0..count {
+            let Some(block) = self.free.pop().or_else(|| self.forget_oldest()) else { return false };
+            self.holders[block as usize] = 1;
+            held.push(block);
+        }
         true
     }
 
-    /// Gives up one hold on each.
-    pub fn release(&mut self, held: &mut Vec<u32>) {
-        for block in held.drain(..) {
-            let holders = &mut self.holders[block as usize];
-            *holders -= 1;
-            if *holders == 0 {
-                self.free.push(block);
+    /// Adds to `held` the blocks found by `keys`, up to the first that is not; says how many.
+    pub fn reuse(&mut self, keys: &[Digest], held: &mut Vec<u32>) -> usize {
+        let before = held.len();
+        for key in keys {
+            let Some(block) = self.by_key.get(key).copied() else { break };
+            self.hold(block);
+            held.push(block);
+        }
+        held.len() - before
+    }
+
+    /// Makes a held block findable by what it holds. Where another with the same contents is, the hold moves to that one, which is given
+    /// back: so two that have computed the same at once share it from now on.
+    pub fn publish(&mut self, key: Digest, block: u32) -> u32 {
+        match self.by_key.get(&key).copied() {
+            Some(known) if known != block => {
+                self.hold(known);
+                self.release_one(block);
+                known
+            }
+            Some(_) => block,
+            None => {
+                self.keys[block as usize] = Some(key);
+                self.by_key.insert(key, block);
+                block
             }
         }
+    }
+
+    /// Gives up one hold on each, from the last to the first.
+    pub fn release(&mut self, held: &mut Vec<u32>) {
+        while let Some(block) = held.pop() {
+            self.release_one(block);
+        }
+    }
+
+    fn hold(&mut self, block: u32) {
+        let holders = &mut self.holders[block as usize];
+        if *holders == 0 {
+            self.idle.remove(block);
+        }
+        *holders += 1;
+    }
+
+    fn release_one(&mut self, block: u32) {
+        let holders = &mut self.holders[block as usize];
+        *holders -= 1;
+        if *holders > 0 {
+            return;
+        }
+        if self.keys[block as usize].is_none() {
+            return self.free.push(block);
+        }
+        self.idle.push(block);
+        if self.idle.len() > self.max_idle {
+            let oldest = self.forget_oldest();
+            self.free.extend(oldest);
+        }
+    }
+
+    /// The least recently used idle block, which is found no more.
+    fn forget_oldest(&mut self) -> Option<u32> {
+        let block = self.idle.pop()?;
+        if let Some(key) = self.keys[block as usize].take() {
+            self.by_key.remove(&key);
+        }
+        Some(block)
+    }
+
+    /// Of these held blocks, those that nobody else holds.
+    pub fn held_alone(&self, held: &[u32]) -> usize {
+        held.iter().filter(|block| self.holders[**block as usize] == 1).count()
     }
 
     pub fn total(&self) -> usize {
         self.holders.len()
     }
 
-    pub fn free(&self) -> usize {
-        self.free.len()
+    /// Blocks that nobody holds.
+    pub fn available(&self) -> usize {
+        self.free.len() + self.idle.len()
     }
 
+    /// Blocks that somebody holds.
     pub fn used(&self) -> usize {
-        self.holders.len() - self.free.len()
+        self.total() - self.available()
+    }
+
+    /// Blocks that are kept for others while nobody holds them.
+    pub fn idle(&self) -> usize {
+        self.idle.len()
     }
 }
 
@@ -52,25 +149,115 @@ impl Blocks {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    /// A key for each prefix of a sequence of small numbers.
+    fn keys(contents: &[u8]) -> Vec<Digest> {
+        (1..=contents.len()).map(|end| Digest::of(&contents[..end])).collect()
+    }
+
+    /// Holders of whole prefixes, as sequences are, against what must be true of any pool.
+    struct Pool {
+        blocks: Blocks,
+        /// What each sequence holds, and what its blocks contain; how many of them are published.
+        sequences: Vec<(Vec<u32>, Vec<u8>, usize)>,
+        parents: BTreeMap<Digest, Digest>,
+    }
+
+    impl Pool {
+        fn check(&self) -> Result<(), TestCaseError> {
+            let blocks = &self.blocks;
+            let mut holders = vec![0; blocks.total()];
+            self.sequences.iter().flat_map(|s| &s.0).for_each(|block| holders[*block as usize] += 1);
+            prop_assert_eq!(&holders, &blocks.holders, "holds are counted");
+            let held: BTreeSet<u32> = (0..).zip(&holders).filter(|(_, n)| **n > 0).map(|(block, _)| block).collect();
+            let free: BTreeSet<u32> = blocks.free.iter().copied().collect();
+            prop_assert_eq!(free.len(), blocks.free.len(), "none is free twice");
+            prop_assert!(free.is_disjoint(&held), "none is free and held");
+            prop_assert_eq!(held.len() + blocks.available(), blocks.total(), "none is lost");
+            prop_assert!(blocks.idle() <= blocks.max_idle);
+            prop_assert!(free.iter().all(|block| blocks.keys[*block as usize].is_none()), "what is free is not found");
+            let named = blocks.keys.iter().flatten().count();
+            prop_assert_eq!(named, blocks.by_key.len());
+            for (key, block) in &blocks.by_key {
+                prop_assert_eq!(blocks.keys[*block as usize], Some(*key));
+                let parent = self.parents.get(key);
+                prop_assert!(
+                    parent.is_none_or(|parent| blocks.by_key.contains_key(parent)),
+                    "children go before parents"
+                );
+            }
+            for (held, contents, published) in &self.sequences {
+                for (block, key) in held.iter().zip(keys(contents)).take(*published) {
+                    prop_assert_eq!(blocks.keys[*block as usize], Some(key), "what is held stays what it is");
+                }
+            }
+            Ok(())
+        }
+    }
 
     proptest! {
         #[test]
-        fn no_block_is_lost_or_handed_out_twice(steps in prop::collection::vec((0usize..4, 0usize..6), 0..60)) {
-            let mut blocks = Blocks::new(10);
-            let mut holders: [Vec<u32>; 4] = Default::default();
-            for (who, count) in steps {
-                let free = blocks.total() - blocks.used();
-                if count == 0 {
-                    blocks.release(&mut holders[who]);
-                } else {
-                    prop_assert_eq!(blocks.take(count, &mut holders[who]), count <= free);
+        fn no_block_is_lost_or_two_things(
+            steps in prop::collection::vec((0usize..4, 0u8..8, 0u8..3), 0..80),
+            max_idle in 0usize..12,
+        ) {
+            let mut pool = Pool { blocks: Blocks::new(10, max_idle), sequences: vec![Default::default(); 4], parents: BTreeMap::new() };
+            for (who, what, value) in steps {
+                let Pool { blocks, sequences, parents } = &mut pool;
+                let (held, contents, published) = &mut sequences[who];
+                match what {
+                    // Ends, whatever it has published.
+                    0 => {
+                        blocks.release(held);
+                        contents.clear();
+                        *published = 0;
+                    }
+                    // Publishes what it has.
+                    1 | 2 => {
+                        let keys = keys(contents);
+                        parents.extend(keys.windows(2).map(|pair| (pair[1], pair[0])));
+                        for (block, key) in held.iter_mut().zip(keys).skip(*published) {
+                            *block = blocks.publish(key, *block);
+                        }
+                        *published = held.len();
+                    }
+                    // Starts with what is there of three equal blocks.
+                    3 if held.is_empty() => {
+                        contents.extend([value; 3]);
+                        *published = blocks.reuse(&keys(contents), held);
+                        contents.truncate(held.len());
+                    }
+                    // Goes on with a block of its own.
+                    _ => {
+                        let there = blocks.available() > 0;
+                        prop_assert_eq!(blocks.take(1, held), there);
+                        contents.extend(there.then_some(value));
+                    }
                 }
-                let mut all = holders.concat();
-                prop_assert_eq!(all.len(), blocks.used());
-                all.sort_unstable();
-                all.dedup();
-                prop_assert_eq!(all.len(), blocks.used());
+                pool.check()?;
             }
+            pool.sequences.iter_mut().for_each(|(held, ..)| pool.blocks.release(held));
+            prop_assert_eq!(pool.blocks.used(), 0);
         }
+    }
+
+    #[test]
+    fn the_least_recently_used_block_goes_first_and_children_before_parents() {
+        let mut blocks = Blocks::new(4, 4);
+        let [first, second] = [keys(&[1, 1]), keys(&[2, 2])];
+        for keys in [&first, &second] {
+            let mut held = Vec::new();
+            assert!(blocks.take(2, &mut held));
+            held.iter_mut().zip(keys).for_each(|(block, key)| *block = blocks.publish(*key, *block));
+            blocks.release(&mut held);
+        }
+        let mut held = Vec::new();
+        assert_eq!(blocks.reuse(&first, &mut held), 2);
+        blocks.release(&mut held);
+        assert_eq!((blocks.used(), blocks.idle()), (0, 4));
+        assert!(blocks.take(3, &mut held));
+        let mut found = Vec::new();
+        assert_eq!((blocks.reuse(&second, &mut found), blocks.reuse(&first, &mut found)), (0, 1));
     }
 }

@@ -4,6 +4,8 @@
 //! sequence.
 
 mod blocks;
+mod lru;
+mod prefix;
 mod run;
 mod sampler;
 mod scheduler;
@@ -27,14 +29,15 @@ use crate::config::Limits;
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, Lease};
-use crate::ids::{AdapterRef, Tenant};
+use crate::ids::{AdapterRef, Digest, Tenant};
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout};
 use crate::request::{GenerateEvent, GenerateSpec, Prompt, ScoreAnswer, ScoreSpec, Stopping, Usage};
 use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
+use prefix::{Chain, Scope};
 use run::{Loop, Message};
-use scheduler::{Bounds, Scheduler};
+use scheduler::{Bounds, Demand, Scheduler};
 use sequence::{Generation, Scoring, Sequence, Work};
 use tickets::{Ticket, Tickets};
 
@@ -54,6 +57,9 @@ const LARGE_ENCODES: usize = 2;
 /// Bytes that a message has for each log-probability of a Score, at most.
 const SCORE_ENTRY_BYTES: usize = 16;
 
+/// Priorities go from minus this to this.
+pub const MAX_PRIORITY: i32 = 100;
+
 /// How often a draining engine is looked at.
 const DRAIN_TICK: Duration = Duration::from_millis(20);
 
@@ -69,8 +75,16 @@ pub struct Engine {
     tickets: Tickets,
     limits: Arc<Limits>,
     large_encodes: Arc<Semaphore>,
+    facts: Facts,
+}
+
+/// What the handle knows of the base and its cache.
+#[derive(Debug, Clone, Copy)]
+struct Facts {
+    base: Digest,
+    /// Tokens.
     context: usize,
-    kv_tokens: usize,
+    layout: KvLayout,
 }
 
 impl Engine {
@@ -87,47 +101,37 @@ impl Engine {
         // No more than all sequences at once could use at their longest.
         let useful = limits.max_running.saturating_mul(model.context_length().div_ceil(block_tokens) as u64);
         let layout = KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize };
-        let context = model.context_length();
+        let facts = Facts { base: model.shape().digest, context: model.context_length(), layout };
         let executor = model.executor(layout)?;
-        Self::start_with(executor, layout, context, text, hub, arbiter, limits)
+        Self::start_with(executor, facts, text, hub, arbiter, limits)
     }
 
     fn start_with(
         executor: Box<dyn Executor>,
-        layout: KvLayout,
-        context: usize,
+        facts: Facts,
         text: Arc<Text>,
         hub: Arc<Hub>,
         arbiter: Arc<Arbiter>,
         limits: &Limits,
     ) -> Result<Self> {
         let (sender, inbox) = mpsc::channel();
-        let bounds = bounds(layout, limits)?;
+        let bounds = bounds(facts.layout, limits)?;
         let state = Loop {
             inbox,
-            scheduler: Scheduler::new(bounds, layout.blocks),
+            scheduler: Scheduler::new(bounds),
+            plan: Vec::new(),
             executor,
             arbiter,
             text: text.clone(),
-            context,
+            context: facts.context,
             sequences: HashMap::new(),
             next_id: 0,
             closed: false,
         };
         std::thread::Builder::new().name("engine".into()).spawn(move || state.run())?;
         let tickets = Tickets::new(limits);
-        let kv_tokens = layout.blocks * layout.block_tokens;
         let large_encodes = Arc::new(Semaphore::new(LARGE_ENCODES));
-        Ok(Self {
-            inbox: sender,
-            text,
-            hub,
-            tickets,
-            limits: Arc::new(limits.clone()),
-            large_encodes,
-            context,
-            kv_tokens,
-        })
+        Ok(Self { inbox: sender, text, hub, tickets, limits: Arc::new(limits.clone()), large_encodes, facts })
     }
 
     /// Starts an answer. Errors before the first token are given here: bad settings, NOT_FOUND, limits.
@@ -135,19 +139,23 @@ impl Engine {
         spec.sampling.check()?;
         self.check_stopping(&spec.stopping)?;
         check_logprobs("logprobs", spec.logprobs.unwrap_or(0))?;
+        check_priority(spec.priority)?;
         let patterns = Patterns::new(&spec.stopping.stop, false)?;
         let ticket = Arc::new(self.tickets.take(tenant.id())?);
         self.check_prompt("prompt", &spec.prompt)?;
         let encode = |text: &Text, _: usize, prompt: &Prompt| text.encode_prompt(prompt);
-        let ids = self.encode(vec![spec.prompt], encode, &ticket).await?.pop().unwrap_or_default();
-        self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
+        let mut ids = self.encode(vec![spec.prompt], encode, &ticket).await?.pop().unwrap_or_default();
+        let longest = self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
+        ids.reserve_exact(longest - ids.len());
         let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
         let (events, stream) = async_mpsc::unbounded_channel();
         let version = lease.as_ref().map(|lease| lease.name().clone());
         // The receiver is here.
         let _ = events.send(Ok(GenerateEvent::Started { version, prompt_tokens: ids.len() as u32 }));
+        let chain = self.chain(tenant, lease.as_ref(), &ids, longest);
         let generation = Generation {
             prompt_tokens: ids.len(),
+            cached_tokens: None,
             sampling: spec.sampling,
             stopping: spec.stopping,
             logprobs: spec.logprobs,
@@ -158,14 +166,16 @@ impl Engine {
             end: None,
         };
         let work = Work::Generate(Box::new(generation));
-        let tenant = ticket.number;
-        self.submit(Sequence { ids, tenant, deadline: spec.deadline, lease, _ticket: ticket, work })?;
+        let (weight, priority, length) = (tenant.weight(), spec.priority, ids.len());
+        let demand = Demand { tenant: ticket.number, weight, priority, length, longest, chain };
+        self.submit(demand, Sequence { ids, deadline: spec.deadline, lease, _ticket: ticket, work })?;
         Ok(Box::pin(UnboundedReceiverStream::new(stream)))
     }
 
     /// Scores every sequence under one version; they ride in the same batches as generation.
     pub async fn score(&self, tenant: &Tenant, spec: ScoreSpec) -> Result<ScoreAnswer> {
         check_logprobs("top_logprobs", spec.top_logprobs)?;
+        check_priority(spec.priority)?;
         if spec.inputs.is_empty() || spec.inputs.len() > MAX_SCORE_INPUTS {
             return Err(Error::invalid("inputs", format!("must hold 1 to {MAX_SCORE_INPUTS} sequences")));
         }
@@ -188,8 +198,11 @@ impl Engine {
             let top = spec.top_logprobs as usize;
             let scoring = Scoring { top, logprobs: Vec::new(), answer: Some(sender), end: None };
             let work = Work::Score(Box::new(scoring));
-            let (tenant, lease, ticket) = (ticket.number, lease.clone(), ticket.clone());
-            self.submit(Sequence { ids, tenant, deadline: spec.deadline, lease, _ticket: ticket, work })?;
+            let (number, weight, priority, length) = (ticket.number, tenant.weight(), spec.priority, ids.len());
+            // Every row's logits are asked for, so none can be left out, and such texts are seldom begun again.
+            let demand = Demand { tenant: number, weight, priority, length, longest: length, chain: None };
+            let (lease, ticket) = (lease.clone(), ticket.clone());
+            self.submit(demand, Sequence { ids, deadline: spec.deadline, lease, _ticket: ticket, work })?;
             answers.push(answer);
         }
         let mut results = Vec::with_capacity(answers.len());
@@ -223,8 +236,8 @@ impl Engine {
         }
     }
 
-    fn submit(&self, sequence: Sequence) -> Result<()> {
-        let message = Message::Submit(Box::new(sequence));
+    fn submit(&self, demand: Demand, sequence: Sequence) -> Result<()> {
+        let message = Message::Submit(demand, Box::new(sequence));
         self.inbox.send(message).map_err(|_| Error::internal("the engine's loop has ended"))
     }
 
@@ -233,6 +246,14 @@ impl Engine {
             Some(adapter) => Ok(Some(self.hub.lease(tenant, adapter).await?)),
             None => Ok(None),
         }
+    }
+
+    /// The keys under which a sequence's blocks are found, unless none are kept.
+    fn chain(&self, tenant: &Tenant, lease: Option<&Lease>, ids: &[u32], longest: usize) -> Option<Chain> {
+        let Facts { base, layout, .. } = self.facts;
+        let (template, version) = (self.text.template_digest(), lease.map(Lease::digest));
+        let scope = Scope { tenant: tenant.id(), base, template, version };
+        (self.limits.prefix_cache_percent > 0).then(|| Chain::new(&scope, layout.block_tokens, ids, longest))
     }
 
     /// The ids of prompts that [`Engine::check_prompt`] has let through. Large ones a few at a time, on threads of their own; they hold
@@ -266,7 +287,7 @@ impl Engine {
     fn check_prompt(&self, field: &str, prompt: &Prompt) -> Result<()> {
         let longest = self.text.longest_token();
         let check_text = |bytes: usize| {
-            let (least, context) = (bytes.div_ceil(longest), self.context);
+            let (least, context) = (bytes.div_ceil(longest), self.facts.context);
             if least <= context {
                 return Ok(());
             }
@@ -324,26 +345,27 @@ impl Engine {
         Ok(())
     }
 
-    /// The ids must fit the context with a token of the answer, and at their longest the whole KV cache.
-    fn check_length(&self, field: &str, ids: &[u32], answer: usize) -> Result<()> {
+    /// The ids must fit the context with a token of the answer, and at their longest the whole KV cache. Gives how many they may become.
+    fn check_length(&self, field: &str, ids: &[u32], answer: usize) -> Result<usize> {
         if ids.is_empty() {
             return Err(Error::invalid_because("PROMPT_EMPTY", field, "has no token"));
         }
+        let Facts { context, layout, .. } = self.facts;
         let room = ids.len() + answer.min(1);
-        if room > self.context {
-            let (has, context) = (ids.len(), self.context);
+        if room > context {
+            let has = ids.len();
             let message = format!("has {has} tokens; the base's context is {context} tokens, the answer's included");
             return Err(Error::invalid_because("PROMPT_TOO_LONG", field, message));
         }
-        let longest = (ids.len() + answer).min(self.context);
-        if longest > self.kv_tokens {
+        let longest = (ids.len() + answer).min(context);
+        let holds = layout.blocks * layout.block_tokens;
+        if longest > holds {
             let message = format!(
-                "and its answer may need {longest} tokens of KV cache; the cache holds {} (limit kv_cache_bytes)",
-                self.kv_tokens
+                "and its answer may need {longest} tokens of KV cache; the cache holds {holds} (limit kv_cache_bytes)"
             );
             return Err(Error::invalid_because("KV_CACHE_TOO_SMALL", field, message));
         }
-        Ok(())
+        Ok(longest)
     }
 }
 
@@ -366,10 +388,23 @@ fn bounds(layout: KvLayout, limits: &Limits) -> Result<Bounds> {
         let message = format!("is {max_step_rows}; it must be more than max_running, {max_running}");
         return Err(Error::invalid("max_step_rows", message));
     }
-    let block_tokens = layout.block_tokens;
-    Ok(Bounds { block_tokens, max_running: max_running as usize, max_step_rows: max_step_rows as usize })
+    Ok(Bounds {
+        block_tokens: layout.block_tokens,
+        blocks: layout.blocks,
+        max_idle_blocks: layout.blocks * limits.prefix_cache_percent.min(100) as usize / 100,
+        max_running: max_running as usize,
+        max_step_rows: max_step_rows as usize,
+        max_prefill_rows: limits.max_prefill_rows_while_decoding as usize,
+    })
 }
 
 fn check_logprobs(field: &str, top: u32) -> Result<()> {
     if top > MAX_LOGPROBS { Err(Error::invalid(field, format!("must be at most {MAX_LOGPROBS}"))) } else { Ok(()) }
+}
+
+fn check_priority(priority: i32) -> Result<()> {
+    if (-MAX_PRIORITY..=MAX_PRIORITY).contains(&priority) {
+        return Ok(());
+    }
+    Err(Error::invalid("priority", format!("must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")))
 }

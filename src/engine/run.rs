@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use tokio::sync::oneshot;
 
 use crate::device::Arbiter;
-use crate::engine::scheduler::{Planned, Scheduler};
+use crate::engine::scheduler::{Demand, Planned, Scheduler};
 use crate::engine::sequence::{Next, Reading, Sequence};
 use crate::engine::stats;
 use crate::error::{Error, Result};
@@ -19,7 +19,7 @@ use crate::text::Text;
 
 /// What reaches the loop from outside.
 pub enum Message {
-    Submit(Box<Sequence>),
+    Submit(Demand, Box<Sequence>),
     /// Ends every sequence with what it has, and from now on every new one.
     CancelAll,
     /// Fails where an idle engine still holds something.
@@ -30,6 +30,8 @@ pub enum Message {
 pub struct Loop {
     pub inbox: Receiver<Message>,
     pub scheduler: Scheduler,
+    /// The rows of the step; the buffer of all plans.
+    pub plan: Vec<Planned>,
     pub executor: Box<dyn Executor>,
     pub arbiter: Arc<Arbiter>,
     pub text: Arc<Text>,
@@ -60,10 +62,10 @@ impl Loop {
             return false;
         }
         self.drop_lost();
-        let plan = self.scheduler.plan();
-        if !plan.is_empty() {
-            let readings = self.compute(&plan);
-            self.commit(&plan, readings);
+        self.scheduler.plan(&mut self.plan);
+        if !self.plan.is_empty() {
+            let readings = self.compute();
+            self.commit(readings);
         }
         stats::observe(&self.scheduler, self.sequences.len());
         true
@@ -97,10 +99,10 @@ impl Loop {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Submit(sequence) if self.closed => sequence.cancel(),
-            Message::Submit(sequence) => {
+            Message::Submit(_, sequence) if self.closed => sequence.cancel(),
+            Message::Submit(demand, sequence) => {
                 self.next_id += 1;
-                self.scheduler.add(self.next_id, sequence.tenant, sequence.ids.len());
+                self.scheduler.add(self.next_id, demand);
                 self.sequences.insert(self.next_id, *sequence);
             }
             Message::CancelAll => {
@@ -137,38 +139,47 @@ impl Loop {
     }
 
     /// Computes the planned rows and reads their logits. A model that panics has failed, no more.
-    fn compute(&mut self, plan: &[Planned]) -> Result<Vec<Reading>> {
+    fn compute(&mut self) -> Result<Vec<Reading>> {
         let arbiter = self.arbiter.clone();
         let _permit = arbiter.serve();
         catch_unwind(AssertUnwindSafe(|| {
-            let batch = batch(plan, &self.sequences)?;
+            let batch = batch(&self.plan, &self.scheduler, &self.sequences)?;
             let logits = self.executor.forward(&batch)?;
-            read(plan, &batch, logits, &self.sequences, self.text.vocab_size())
+            read(&self.plan, &batch, logits, &self.sequences, self.text.vocab_size())
         }))
         .unwrap_or_else(|_| Err(Error::internal("the model panicked")))
     }
 
     /// Hands each sequence what was read for it. Where the step failed, the sequences of the step fail, and no others.
-    fn commit(&mut self, plan: &[Planned], readings: Result<Vec<Reading>>) {
+    fn commit(&mut self, readings: Result<Vec<Reading>>) {
+        let plan = std::mem::take(&mut self.plan);
         stats::count_step(plan.iter().map(|planned| planned.count).sum());
-        let readings = match readings {
-            Ok(readings) => readings,
+        match readings {
+            Ok(readings) => {
+                plan.iter().zip(readings).for_each(|(planned, reading)| self.commit_one(planned, reading));
+            }
             Err(error) => {
                 tracing::error!(%error, "an engine step failed");
                 for sequence in plan.iter().filter_map(|planned| self.remove(planned.id)).collect::<Vec<_>>() {
                     sequence.fail(error.clone());
                 }
-                return;
             }
-        };
-        for (planned, reading) in plan.iter().zip(readings) {
-            let Some(sequence) = self.sequences.get_mut(&planned.id) else { continue };
-            match sequence.commit(reading, planned.completes, &self.text, self.context) {
-                Next::Extended => self.scheduler.extend(planned.id),
-                Next::Unchanged => {}
-                // Its reader is told the end by the drop, after all that it held has been given back.
-                Next::Finished => drop(self.remove(planned.id)),
-            }
+        }
+        self.plan = plan;
+    }
+
+    fn commit_one(&mut self, planned: &Planned, reading: Reading) {
+        let Some(sequence) = self.sequences.get_mut(&planned.id) else { return };
+        let next = sequence.commit(planned, reading, &self.text, self.context);
+        if matches!(next, Next::Extended | Next::Finished) {
+            // Its logits are numbers, and all that it has computed went into them.
+            self.scheduler.publish(planned.id, &sequence.ids);
+        }
+        match next {
+            Next::Extended => self.scheduler.extend(planned.id),
+            Next::Unchanged => {}
+            // Its reader is told the end by the drop, after all that it held has been given back.
+            Next::Finished | Next::Failed => drop(self.remove(planned.id)),
         }
     }
 
@@ -186,14 +197,18 @@ impl Loop {
 }
 
 /// The plan's rows as the model takes them.
-fn batch<'a>(plan: &'a [Planned], sequences: &'a HashMap<u64, Sequence>) -> Result<Vec<Span<'a>>> {
-    let span = |planned: &'a Planned| {
+fn batch<'a>(
+    plan: &[Planned],
+    scheduler: &'a Scheduler,
+    sequences: &'a HashMap<u64, Sequence>,
+) -> Result<Vec<Span<'a>>> {
+    let span = |planned: &Planned| {
         let sequence = sequences.get(&planned.id)?;
         Some(Span {
             ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
             start: planned.start,
-            blocks: &planned.blocks,
-            lora: sequence.lease.as_ref().map(|lease| lease.lora()),
+            blocks: scheduler.blocks_of(planned)?,
+            lora: sequence.lease.as_ref().map(|lease| lease.packed()),
             logits: sequence.logit_rows(planned.completes),
         })
     };

@@ -1,29 +1,57 @@
 //! Which rows the next step computes. Policy on integers: sequences, tenants and blocks are numbers here.
 //!
 //! Every running sequence that waits for one token gets its row; what is left of the step goes to prompts, the least-served tenant's
-//! first. A sequence starts only where there are blocks for all the tokens it has and one more for each that runs, so that hardly any
-//! has to start over. One that finds no block all the same takes those of the newest running one, which starts over later (its tokens
-//! are kept, its KV is computed again). A tenant with nothing running takes a place from the tenant that runs most.
+//! first, but no more than a budget while others decode: a long prompt must not make every step long. A sequence starts only where
+//! there are blocks for all the tokens it has and one more for each that runs, so that hardly any has to start over. One that finds no
+//! block all the same takes those of the newest running one, which starts over later (its tokens are kept, its KV is computed again,
+//! unless it is found again). A tenant with nothing running takes a place from the tenant that runs most for its weight.
 //!
-//! Fairness between tenants is a virtual token counter (Sheng et al. 2024): a tenant that comes back after a pause is lifted to the
-//! least-served active one, so that idling earns no credit. Computing a token again is not counted again.
+//! Fairness between tenants is a virtual token counter (Sheng et al. 2024): the tenant that has had the fewest tokens for its weight
+//! comes first, and one that comes back after a pause is lifted to the least-served active one, so that idling earns no credit. What is
+//! not computed is not counted: tokens found in the cache, and tokens computed again. Priorities order the sequences of one tenant and
+//! never come before the counters.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
 
 use crate::engine::blocks::Blocks;
+use crate::engine::prefix::Chain;
+
+/// What a token counts for a tenant of weight 1.
+const TOKEN: u64 = 1 << 20;
+
+/// A sequence as the scheduler gets it.
+#[derive(Debug)]
+pub struct Demand {
+    pub tenant: u32,
+    /// The tenant's.
+    pub weight: u32,
+    /// Higher goes first among the same tenant's.
+    pub priority: i32,
+    /// Tokens that it has.
+    pub length: usize,
+    /// Most tokens whose KV it may need. They must fit the whole pool.
+    pub longest: usize,
+    /// `None`: it takes no blocks of others, and its own are not found again.
+    pub chain: Option<Chain>,
+}
 
 /// What the scheduler knows of a sequence.
 #[derive(Debug)]
 struct Entry {
     id: u64,
     tenant: u32,
+    priority: i32,
     /// Tokens whose KV the next token needs.
     length: usize,
     /// Tokens whose KV is in `blocks`.
     computed: usize,
-    /// Tokens that its tenant has been charged for.
+    /// Tokens that its tenant has been charged for, or has been spared.
     charged: usize,
     blocks: Vec<u32>,
+    chain: Option<Chain>,
+    /// Blocks from the first on that can be found.
+    published: usize,
 }
 
 impl Entry {
@@ -36,25 +64,39 @@ impl Entry {
     }
 }
 
-/// Rows of one sequence in a step: positions `start..start + count`, in these blocks.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What a tenant has had.
+#[derive(Debug, Default)]
+struct Account {
+    weight: u64,
+    /// [`TOKEN`] over the weight for each token served.
+    served: u64,
+}
+
+/// Rows of one sequence in a step: positions `start..start + count`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Planned {
     pub id: u64,
     pub start: usize,
     pub count: usize,
-    pub blocks: Vec<u32>,
     /// The step computes all that the sequence has: its last row gives the next token.
     pub completes: bool,
+    /// Its place among the running, until one of them goes.
+    at: usize,
 }
 
-/// What bounds a step.
+/// What bounds a step, and the pool.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
     pub block_tokens: usize,
+    pub blocks: usize,
+    /// Blocks that stay findable while nobody holds them; 0: nothing is kept.
+    pub max_idle_blocks: usize,
     /// Sequences decoded at once.
     pub max_running: usize,
     /// More than `max_running`, so that prompts go on however many sequences are decoding.
     pub max_step_rows: usize,
+    /// Rows of prompts in a step in which others decode; 1 at least.
+    pub max_prefill_rows: usize,
 }
 
 #[derive(Debug)]
@@ -64,38 +106,49 @@ pub struct Scheduler {
     waiting: VecDeque<Entry>,
     /// In the order of admission.
     running: Vec<Entry>,
-    /// Tokens served to each tenant.
-    served: HashMap<u32, u64>,
+    accounts: HashMap<u32, Account>,
 }
 
 impl Scheduler {
-    pub fn new(bounds: Bounds, blocks: usize) -> Self {
+    pub fn new(bounds: Bounds) -> Self {
         Self {
             bounds,
-            blocks: Blocks::new(blocks),
+            blocks: Blocks::new(bounds.blocks, bounds.max_idle_blocks),
             waiting: VecDeque::new(),
-            running: Vec::new(),
-            served: HashMap::new(),
+            running: Vec::with_capacity(bounds.max_running),
+            accounts: HashMap::new(),
         }
     }
 
-    /// Forgets every sequence and what tenants have had.
+    /// Forgets every sequence, what can be found, and what tenants have had.
     pub fn reset(&mut self) {
-        *self = Self::new(self.bounds, self.blocks.total());
+        *self = Self::new(self.bounds);
     }
 
-    /// Queues a sequence of `length` tokens. It must fit the whole pool at its longest.
-    pub fn add(&mut self, id: u64, tenant: u32, length: usize) {
+    /// Queues a sequence.
+    pub fn add(&mut self, id: u64, demand: Demand) {
+        let Demand { tenant, weight, priority, length, longest, chain } = demand;
         let entries = || self.waiting.iter().chain(&self.running);
-        if entries().all(|entry| entry.tenant != tenant) {
-            let least = entries().map(|entry| self.served(entry.tenant)).min();
-            let served = self.served.entry(tenant).or_default();
-            *served = (*served).max(least.unwrap_or(0));
-        }
-        self.waiting.push_back(Entry { id, tenant, length, computed: 0, charged: 0, blocks: Vec::new() });
+        let active = entries().any(|entry| entry.tenant == tenant);
+        let least = entries().map(|entry| self.served(entry.tenant)).min().filter(|_| !active);
+        let account = self.accounts.entry(tenant).or_default();
+        account.weight = u64::from(weight).max(1);
+        account.served = account.served.max(least.unwrap_or(0));
+        let blocks = Vec::with_capacity(longest.max(length).div_ceil(self.bounds.block_tokens));
+        self.waiting.push_back(Entry {
+            id,
+            tenant,
+            priority,
+            length,
+            computed: 0,
+            charged: 0,
+            blocks,
+            chain,
+            published: 0,
+        });
     }
 
-    /// Forgets a sequence and frees its blocks.
+    /// Forgets a sequence and gives back its blocks.
     pub fn remove(&mut self, id: u64) {
         self.waiting.retain(|entry| entry.id != id);
         if let Some(at) = self.running.iter().position(|entry| entry.id == id) {
@@ -103,8 +156,20 @@ impl Scheduler {
         }
         if self.waiting.is_empty() && self.running.is_empty() {
             // Nobody is ahead of anybody.
-            self.served.clear();
+            self.accounts.clear();
         }
+    }
+
+    /// What a sequence with these ids has computed has proved sound: from now on others find its whole blocks, and itself where it starts
+    /// over.
+    pub fn publish(&mut self, id: u64, ids: &[u32]) {
+        let Some(entry) = self.running.iter_mut().find(|entry| entry.id == id) else { return };
+        let whole = entry.computed / self.bounds.block_tokens;
+        let Some(chain) = entry.chain.as_mut().filter(|_| whole > entry.published) else { return };
+        chain.extend(ids);
+        let unpublished = entry.blocks.iter_mut().zip(chain.keys()).take(whole).skip(entry.published);
+        unpublished.for_each(|(block, key)| *block = self.blocks.publish(*key, *block));
+        entry.published = whole;
     }
 
     /// The sequence has one more token, to be computed in a later step.
@@ -114,12 +179,17 @@ impl Scheduler {
         }
     }
 
-    /// Chooses the rows of the next step and takes their blocks; the rows count as computed. Empty only where nothing is queued.
-    pub fn plan(&mut self) -> Vec<Planned> {
+    /// Chooses the rows of the next step and takes their blocks; the rows count as computed. None only where nothing is queued.
+    pub fn plan(&mut self, planned: &mut Vec<Planned>) {
+        planned.clear();
         self.admit();
-        let mut planned = self.plan_decoding();
-        self.plan_prefill(&mut planned);
-        planned
+        self.plan_decoding(planned);
+        self.plan_prefill(planned);
+    }
+
+    /// The blocks of a planned sequence, in order.
+    pub fn blocks_of(&self, planned: &Planned) -> Option<&[u32]> {
+        self.running.get(planned.at).filter(|entry| entry.id == planned.id).map(|entry| &entry.blocks[..])
     }
 
     /// Starts waiting sequences, the least-served tenant's first: as many as keep the next step busy, and one of a tenant that has
@@ -127,63 +197,113 @@ impl Scheduler {
     fn admit(&mut self) {
         while let Some(next) = self.next_waiting() {
             let entry = &self.waiting[next];
-            let pending: usize = self.running.iter().map(Entry::pending).sum();
             let (tenant, needed) = (entry.tenant, entry.length.div_ceil(self.bounds.block_tokens));
-            if (pending >= self.bounds.max_step_rows && self.runs(tenant)) || !self.make_room(tenant, needed) {
+            if (self.is_busy() && self.runs(tenant)) || !self.make_room(tenant, needed) {
                 break;
             }
             // Where one had to make room, it waits now before the others.
-            let Some(next) = self.next_waiting_of(tenant) else { break };
-            let Some(mut entry) = self.waiting.remove(next) else { break };
-            if !self.blocks.take(needed, &mut entry.blocks) {
-                self.waiting.insert(next, entry);
+            let Some(mut entry) = self.next_waiting_of(tenant).and_then(|next| self.waiting.remove(next)) else {
+                break;
+            };
+            if !self.take_first_blocks(&mut entry) {
+                self.waiting.push_front(entry);
                 break;
             }
             self.running.push(entry);
         }
     }
 
+    /// Whether the next step has as many rows as it may have.
+    fn is_busy(&self) -> bool {
+        let decoding = self.running.iter().filter(|entry| entry.is_decoding()).count();
+        let pending: usize = self.running.iter().map(Entry::pending).sum();
+        pending >= decoding + self.prefill_rows(decoding)
+    }
+
+    /// Most rows of prompts beside so many rows of sequences that decode.
+    fn prefill_rows(&self, decoding: usize) -> usize {
+        let left = self.bounds.max_step_rows.saturating_sub(decoding);
+        if decoding == 0 { left } else { left.min(self.bounds.max_prefill_rows) }
+    }
+
+    /// Gives a sequence that starts the blocks that it has in common with others, and its own for the rest; false, and none, where there
+    /// are too few. Its last token is always computed: the next one is drawn from its logits.
+    fn take_first_blocks(&mut self, entry: &mut Entry) -> bool {
+        let block_tokens = self.bounds.block_tokens;
+        let keys = entry.chain.as_ref().map_or(&[][..], Chain::keys);
+        let keys = &keys[..keys.len().min(entry.length.saturating_sub(1) / block_tokens)];
+        entry.published = self.blocks.reuse(keys, &mut entry.blocks);
+        entry.computed = entry.published * block_tokens;
+        let needed = entry.length.div_ceil(block_tokens) - entry.published;
+        let taken = self.blocks.take(needed, &mut entry.blocks);
+        if taken {
+            entry.charged = entry.charged.max(entry.computed);
+        } else {
+            self.clear(entry);
+        }
+        taken
+    }
+
+    /// Gives back what a sequence holds: it starts over.
+    fn clear(&mut self, entry: &mut Entry) {
+        self.blocks.release(&mut entry.blocks);
+        entry.computed = 0;
+        entry.published = 0;
+    }
+
     /// Whether a sequence of this tenant can start with `needed` blocks. Only a tenant with nothing running sends others back to the queue.
     /// None is sent back where that would not make room enough.
     fn make_room(&mut self, tenant: u32, needed: usize) -> bool {
-        let mut staying: Vec<usize> = (0..self.running.len()).collect();
-        let mut free = self.blocks.free();
-        let mut victims = Vec::new();
-        loop {
-            let places = staying.len() < self.bounds.max_running;
-            if staying.is_empty() || places && needed + staying.len() <= free {
-                break;
-            }
-            if self.runs(tenant) {
-                return false;
-            }
-            let Some(victim) = self.cheapest_of_the_busiest(&staying) else { return false };
-            staying.retain(|at| *at != victim);
-            free += self.running[victim].blocks.len();
-            victims.push(victim);
+        let running = self.running.len();
+        let places = running < self.bounds.max_running;
+        if running == 0 || places && needed + running <= self.blocks.available() {
+            return true;
         }
+        if self.runs(tenant) {
+            return false;
+        }
+        let Some(mut victims) = self.victims(needed) else { return false };
         // The last first: so the others keep their places in the list, and their order in the queue.
         victims.sort_unstable();
         victims.into_iter().rev().for_each(|victim| self.send_back(victim));
         true
     }
 
+    /// The running sequences whose places and blocks let one start that needs so many blocks; `None` where too few can go. A block that
+    /// two hold is not counted for either.
+    fn victims(&self, needed: usize) -> Option<Vec<usize>> {
+        let mut staying: Vec<usize> = (0..self.running.len()).collect();
+        let mut available = self.blocks.available();
+        let mut victims = Vec::new();
+        while !staying.is_empty() && (staying.len() >= self.bounds.max_running || needed + staying.len() > available) {
+            let victim = self.cheapest_of_the_busiest(&staying)?;
+            staying.retain(|at| *at != victim);
+            available += self.blocks.held_alone(&self.running[victim].blocks);
+            victims.push(victim);
+        }
+        Some(victims)
+    }
+
     fn runs(&self, tenant: u32) -> bool {
         self.running.iter().any(|entry| entry.tenant == tenant)
     }
 
-    /// Of these running sequences, of the tenant that has most of them, two at least: the one with the least to compute again.
+    /// Of these running sequences, of the tenant that has most of them for its weight, two at least: the one of the lowest priority with
+    /// the least to compute again.
     fn cheapest_of_the_busiest(&self, among: &[usize]) -> Option<usize> {
         let tenant = |at: &usize| self.running[*at].tenant;
         let beside = |at: &usize| among.iter().filter(|other| tenant(other) == tenant(at)).count();
-        let most = among.iter().map(beside).max().filter(|most| *most > 1)?;
-        let of_busiest = among.iter().rev().filter(|at| beside(at) == most);
-        of_busiest.min_by_key(|at| self.running[**at].computed).copied()
+        let busy = |at: &usize| self.counts_for(tenant(at), beside(at));
+        let several = || among.iter().rev().filter(|at| beside(at) > 1);
+        let most = several().map(busy).max()?;
+        several()
+            .filter(|at| busy(at) == most)
+            .min_by_key(|at| (self.running[**at].priority, self.running[**at].computed))
+            .copied()
     }
 
     /// One row for each sequence that waits for one, oldest first: it takes blocks only from younger ones, which are not planned yet.
-    fn plan_decoding(&mut self) -> Vec<Planned> {
-        let mut planned = Vec::new();
+    fn plan_decoding(&mut self, planned: &mut Vec<Planned>) {
         let mut at = 0;
         while at < self.running.len() {
             if self.running[at].is_decoding() {
@@ -195,14 +315,13 @@ impl Scheduler {
             }
             at += 1;
         }
-        planned
     }
 
     /// Gives prompts what is left of the step. They have their blocks.
     fn plan_prefill(&mut self, planned: &mut Vec<Planned>) {
-        let mut left = self.bounds.max_step_rows - planned.len();
+        let mut left = self.prefill_rows(planned.len());
         let mut turn: Vec<usize> = (0..self.running.len()).filter(|at| self.running[*at].pending() > 0).collect();
-        turn.sort_by_key(|at| (self.served(self.running[*at].tenant), *at));
+        turn.sort_by_key(|at| (self.turn(&self.running[*at]), *at));
         for at in turn {
             let rows = self.running[at].pending().min(left);
             if rows == 0 {
@@ -230,11 +349,10 @@ impl Scheduler {
         }
     }
 
-    /// Frees the blocks of a running sequence, which starts over later.
+    /// Takes the blocks of a running sequence, which starts over later.
     fn send_back(&mut self, at: usize) {
         let mut entry = self.running.remove(at);
-        self.blocks.release(&mut entry.blocks);
-        entry.computed = 0;
+        self.clear(&mut entry);
         self.waiting.push_front(entry);
     }
 
@@ -242,23 +360,39 @@ impl Scheduler {
         let entry = &mut self.running[at];
         let start = entry.computed;
         entry.computed += rows;
-        *self.served.entry(entry.tenant).or_default() += entry.computed.saturating_sub(entry.charged) as u64;
-        entry.charged = entry.charged.max(entry.computed);
-        let completes = entry.pending() == 0;
-        Planned { id: entry.id, start, count: rows, blocks: entry.blocks.clone(), completes }
+        let (id, tenant, completes) = (entry.id, entry.tenant, entry.pending() == 0);
+        let new = entry.computed.saturating_sub(entry.charged);
+        entry.charged += new;
+        let counts = self.counts_for(tenant, new);
+        if let Some(account) = self.accounts.get_mut(&tenant) {
+            account.served = account.served.saturating_add(counts);
+        }
+        Planned { id, start, count: rows, completes, at }
+    }
+
+    /// What so many of anything count for a tenant's weight.
+    fn counts_for(&self, tenant: u32, count: usize) -> u64 {
+        let weight = self.accounts.get(&tenant).map_or(1, |account| account.weight.max(1));
+        (count as u64).saturating_mul(TOKEN) / weight
     }
 
     fn served(&self, tenant: u32) -> u64 {
-        self.served.get(&tenant).copied().unwrap_or(0)
+        self.accounts.get(&tenant).map_or(0, |account| account.served)
+    }
+
+    /// The least comes first. Tenants that have had as much go by their numbers, so that no priority decides between them.
+    fn turn(&self, entry: &Entry) -> (u64, u32, Reverse<i32>) {
+        (self.served(entry.tenant), entry.tenant, Reverse(entry.priority))
     }
 
     /// The first waiting sequence of the least-served tenant.
     fn next_waiting(&self) -> Option<usize> {
-        (0..self.waiting.len()).min_by_key(|at| (self.served(self.waiting[*at].tenant), *at))
+        (0..self.waiting.len()).min_by_key(|at| (self.turn(&self.waiting[*at]), *at))
     }
 
     fn next_waiting_of(&self, tenant: u32) -> Option<usize> {
-        self.waiting.iter().position(|entry| entry.tenant == tenant)
+        let of_tenant = (0..self.waiting.len()).filter(|at| self.waiting[*at].tenant == tenant);
+        of_tenant.min_by_key(|at| (Reverse(self.waiting[*at].priority), *at))
     }
 
     pub fn waiting(&self) -> usize {
@@ -275,154 +409,4 @@ impl Scheduler {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::collections::BTreeMap;
-
-    fn scheduler(blocks: usize) -> Scheduler {
-        Scheduler::new(Bounds { block_tokens: 4, max_running: 4, max_step_rows: 24 }, blocks)
-    }
-
-    #[test]
-    fn a_long_prompt_is_cut_and_does_not_stop_decoding() {
-        let mut s = scheduler(100);
-        s.add(1, 0, 4);
-        assert_eq!(s.plan()[0].count, 4);
-        s.extend(1);
-        s.add(2, 0, 100);
-        let plan = s.plan();
-        assert_eq!((plan[0].id, plan[0].count, plan[0].completes), (1, 1, true));
-        assert_eq!((plan[1].id, plan[1].count, plan[1].completes), (2, 23, false));
-    }
-
-    #[test]
-    fn the_least_served_tenant_comes_first() {
-        let mut s = Scheduler::new(Bounds { block_tokens: 4, max_running: 1, max_step_rows: 64 }, 100);
-        s.add(1, 0, 40);
-        s.plan();
-        s.add(2, 0, 4);
-        s.add(3, 0, 4);
-        s.add(4, 1, 4);
-        s.remove(1);
-        let mut order = Vec::new();
-        while let [planned] = &s.plan()[..] {
-            order.push(planned.id);
-            s.remove(planned.id);
-        }
-        assert_eq!(order, [2, 4, 3], "tenant 1 was lifted to tenant 0's 40 tokens, no more and no less");
-    }
-
-    #[test]
-    fn a_prompt_that_does_not_fit_beside_the_others_waits_instead_of_starting_over() {
-        let mut s = scheduler(30);
-        s.add(1, 0, 40);
-        s.plan();
-        s.plan();
-        s.add(2, 0, 100);
-        for _ in 0..20 {
-            s.extend(1);
-            assert_eq!(s.plan().iter().map(|p| p.id).collect::<Vec<_>>(), [1]);
-        }
-        s.remove(1);
-        assert_eq!(s.plan()[0].id, 2);
-    }
-
-    #[test]
-    fn a_tenant_with_nothing_running_takes_a_place_from_the_busiest() {
-        let mut s = scheduler(100);
-        (1..=6).for_each(|id| s.add(id, 0, 4));
-        s.plan();
-        (1..=4).for_each(|id| s.extend(id));
-        s.add(7, 1, 4);
-        // Now both have had as much, and the other tenant's next was there before.
-        s.plan();
-        (1..=4).for_each(|id| s.extend(id));
-        let ids: Vec<_> = s.plan().iter().map(|p| p.id).collect();
-        assert_eq!(ids, [1, 2, 3, 7], "with all places taken");
-        s.add(8, 1, 4);
-        [1, 2, 3, 7].iter().for_each(|id| s.extend(*id));
-        let ids: Vec<_> = s.plan().iter().map(|p| p.id).collect();
-        assert_eq!(ids, [1, 2, 3, 7], "and only one");
-    }
-
-    #[test]
-    fn nobody_starts_over_for_one_that_does_not_fit_all_the_same() {
-        let mut s = scheduler(30);
-        (1..=3).for_each(|id| s.add(id, 0, 4));
-        s.add(4, 1, 80);
-        while s.plan().iter().any(|p| !p.completes) {}
-        assert_eq!(s.blocks().free(), 30 - 3 - 20);
-        // Two of tenant 0's would give their two blocks, which with the free ones are too few.
-        s.add(5, 2, 60);
-        (1..=4).for_each(|id| s.extend(id));
-        assert_eq!(s.plan().iter().map(|p| p.id).collect::<Vec<_>>(), [1, 2, 3, 4]);
-    }
-
-    #[test]
-    fn a_short_prompt_does_not_stand_behind_another_tenants_long_one() {
-        let mut s = scheduler(100);
-        s.add(1, 0, 200);
-        s.plan();
-        s.add(2, 1, 4);
-        // Both tenants have had as much now, and the long one was there before.
-        s.plan();
-        let plan = s.plan();
-        let short = plan.iter().find(|p| p.id == 2).unwrap();
-        assert!(short.completes && plan.iter().any(|p| p.id == 1), "the long one goes on with the rest of the step");
-    }
-
-    #[test]
-    fn an_idle_scheduler_remembers_nobody() {
-        let mut s = scheduler(100);
-        (0..5).for_each(|tenant| s.add(u64::from(tenant), tenant, 4));
-        s.plan();
-        (0..5).for_each(|id| s.remove(id));
-        assert!(s.served.is_empty());
-    }
-
-    proptest! {
-        /// Sequences of given lengths and tenants all get every one of their tokens, in order, whatever the pool's size; in the end no
-        /// block is held.
-        #[test]
-        fn all_sequences_finish(
-            sequences in prop::collection::vec((1usize..30, 1usize..12, 0u32..3), 1..12),
-            pool in 11usize..30,
-        ) {
-            let mut s = scheduler(pool);
-            let mut left = BTreeMap::new();
-            let mut computed: BTreeMap<u64, usize> = BTreeMap::new();
-            for (id, (prompt, tokens, tenant)) in sequences.into_iter().enumerate() {
-                s.add(id as u64, tenant, prompt);
-                left.insert(id as u64, (prompt, tokens));
-            }
-            for _ in 0..10_000 {
-                let plan = s.plan();
-                if left.is_empty() {
-                    break;
-                }
-                prop_assert!(!plan.is_empty(), "progress");
-                for p in plan {
-                    let done = computed.entry(p.id).or_default();
-                    prop_assert!(p.start == *done || p.start == 0, "in order, or over again");
-                    *done = p.start + p.count;
-                    prop_assert!(p.blocks.len() * 4 >= *done);
-                    let (length, tokens) = left.get_mut(&p.id).unwrap();
-                    prop_assert_eq!(p.completes, *done == *length);
-                    if p.completes {
-                        *tokens -= 1;
-                        *length += 1;
-                        if *tokens == 0 {
-                            left.remove(&p.id);
-                            s.remove(p.id);
-                        } else {
-                            s.extend(p.id);
-                        }
-                    }
-                }
-            }
-            prop_assert!(left.is_empty());
-            prop_assert_eq!(s.blocks().used(), 0);
-        }
-    }
-}
+mod tests;

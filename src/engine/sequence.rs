@@ -9,6 +9,8 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
 use crate::engine::sampler::{logprob, sample, top_logprobs};
+use crate::engine::scheduler::Planned;
+use crate::engine::stats;
 use crate::engine::tickets::Ticket;
 use crate::error::{Error, Result};
 use crate::hub::Lease;
@@ -24,7 +26,6 @@ use crate::text::{Decoder, Text};
 #[derive(Debug)]
 pub struct Sequence {
     pub ids: Vec<u32>,
-    pub tenant: u32,
     pub deadline: Option<Instant>,
     /// `None` is the base. Keeps the version it started with.
     pub lease: Option<Lease>,
@@ -44,6 +45,8 @@ pub enum Work {
 #[derive(Debug)]
 pub struct Generation {
     pub prompt_tokens: usize,
+    /// Of the prompt's, those that did not have to be computed; known from the first step on.
+    pub cached_tokens: Option<usize>,
     pub sampling: Sampling,
     pub stopping: Stopping,
     pub logprobs: Option<u32>,
@@ -114,6 +117,8 @@ pub enum Next {
     /// More of what it has is to be computed.
     Unchanged,
     Finished,
+    /// What was computed is not to be used.
+    Failed,
 }
 
 impl Sequence {
@@ -147,8 +152,14 @@ impl Sequence {
         }
     }
 
-    /// Takes what was read; `completes` says that the chunk ended the sequence.
-    pub fn commit(&mut self, reading: Reading, completes: bool, text: &Text, context: usize) -> Next {
+    /// Takes what was read of the planned rows.
+    pub fn commit(&mut self, planned: &Planned, reading: Reading, text: &Text, context: usize) -> Next {
+        if let Work::Generate(generation) = &mut self.work
+            && generation.cached_tokens.is_none()
+        {
+            generation.cached_tokens = Some(planned.start);
+            stats::count_prompt(generation.prompt_tokens, planned.start);
+        }
         match (&mut self.work, reading) {
             (_, Reading::Nothing) => Next::Unchanged,
             (Work::Generate(generation), Reading::Token(token)) => {
@@ -157,7 +168,7 @@ impl Sequence {
             }
             (Work::Score(scoring), Reading::Scores { logprobs, next }) => {
                 scoring.logprobs.extend(logprobs);
-                if completes {
+                if planned.completes {
                     scoring.finish(std::mem::take(&mut self.ids), next);
                     return Next::Finished;
                 }
@@ -165,7 +176,7 @@ impl Sequence {
             }
             _ => {
                 self.set_error(Error::internal("the model gave logits that are not numbers"));
-                Next::Finished
+                Next::Failed
             }
         }
     }
@@ -268,8 +279,11 @@ impl Generation {
     }
 
     fn set_finished(&mut self, reason: FinishReason, length: usize) {
-        let usage =
-            Usage { prompt_tokens: self.prompt_tokens as u32, completion_tokens: (length - self.prompt_tokens) as u32 };
+        let usage = Usage {
+            prompt_tokens: self.prompt_tokens as u32,
+            completion_tokens: (length - self.prompt_tokens) as u32,
+            cached_tokens: self.cached_tokens.map(|tokens| tokens as u32),
+        };
         self.end = Some(Ok(GenerateEvent::Finished { reason, usage }));
     }
 }

@@ -8,6 +8,12 @@ pub fn count_step(rows: usize) {
     metrics::counter!("tenora_engine_rows_total").increment(rows as u64);
 }
 
+/// A prompt that starts, and how many of its tokens were found in the prefix cache.
+pub fn count_prompt(tokens: usize, found: usize) {
+    metrics::counter!("tenora_prefix_cache_asked_tokens_total").increment(tokens as u64);
+    metrics::counter!("tenora_prefix_cache_hit_tokens_total").increment(found as u64);
+}
+
 /// How things stand after a step.
 pub fn observe(scheduler: &Scheduler, sequences: usize) {
     let blocks = scheduler.blocks();
@@ -16,6 +22,7 @@ pub fn observe(scheduler: &Scheduler, sequences: usize) {
         ("tenora_engine_waiting", scheduler.waiting()),
         ("tenora_engine_running", scheduler.running()),
         ("tenora_kv_blocks_used", blocks.used()),
+        ("tenora_kv_blocks_cached", blocks.idle()),
         ("tenora_kv_blocks_total", blocks.total()),
     ] {
         metrics::gauge!(name).set(value as f64);

@@ -1,5 +1,7 @@
 //! The engine on the tiny model: an answer does not depend on its company, and nothing is left behind.
 
+mod reuse;
+
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
@@ -8,17 +10,18 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::adapter::Lora;
 use crate::adapter::format::Package;
+use crate::adapter::{Lora, PackedLora};
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
+use crate::model::batch::Span;
 use crate::request::{ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Target, TokenOut};
 use crate::store::Store;
 
 struct Pass;
 
 impl PublishGate for Pass {
-    fn check(&self, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, _packed: &Arc<PackedLora>, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         Ok(ParityReport {
             tokens: 256,
             mean_abs_difference: 0.0,
@@ -31,9 +34,10 @@ impl PublishGate for Pass {
 
 /// A hub with adapters `a0` (rank 4 on q and v) and `a1` (rank 7 on all).
 struct World {
-    _dir: TempDir,
+    dir: TempDir,
     model: Arc<Model>,
     text: Arc<Text>,
+    store: Store,
     hub: Arc<Hub>,
     tenant: Tenant,
 }
@@ -58,9 +62,10 @@ async fn make_world() -> World {
     let (model, text) = Model::tiny(3);
     let store = Store::open(dir.path()).await.unwrap();
     let id = TenantId::new("t").unwrap();
-    store.create_tenant(&id, "", "").await.unwrap();
+    store.create_tenant(&id, "", 1, "").await.unwrap();
     let tenant = Tenant::proven(id.clone());
-    let hub = Hub::new(store, model.shape().clone(), text.template_digest(), Arc::new(Pass), &Limits::default());
+    let hub =
+        Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(Pass), &Limits::default());
     let specs = [
         LoraSpec { rank: 4, targets: vec![Target::QProj, Target::VProj], ..LoraSpec::default() },
         LoraSpec { rank: 7, ..LoraSpec::default() },
@@ -82,7 +87,7 @@ async fn make_world() -> World {
         };
         hub.publish(&tenant, new).await.unwrap();
     }
-    World { _dir: dir, model, text, hub, tenant }
+    World { dir, model, text, store, hub, tenant }
 }
 
 fn engine(limits: &Limits) -> Engine {
@@ -108,22 +113,24 @@ impl Request {
             sampling: Sampling { temperature: self.temperature, seed: self.seed, ..Sampling::default() },
             stopping: Stopping { max_tokens: self.max_tokens, stop: Vec::new(), ignore_eos: true },
             logprobs: Some(2),
+            priority: 0,
             deadline: None,
         }
     }
 }
 
+/// Prompts that begin alike for a while.
 fn requests() -> impl Strategy<Value = Vec<Request>> {
     let request = (
         prop::option::of(0usize..2),
-        prop::collection::vec(0u32..256, 1..70),
+        (0u32..60, prop::collection::vec(0u32..256, 1..12)),
         1u32..24,
         prop::sample::select(vec![0.0f32, 0.9]),
         0u64..4,
     );
-    let request = request.prop_map(|(adapter, prompt, max_tokens, temperature, seed)| Request {
+    let request = request.prop_map(|(adapter, (alike, tail), max_tokens, temperature, seed)| Request {
         adapter,
-        prompt,
+        prompt: (0..alike).chain(tail).collect(),
         max_tokens,
         temperature,
         seed,
@@ -162,15 +169,22 @@ async fn assert_idle(engine: &Engine) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// Any company, any chunking, any preemption: the same tokens and the same log-probabilities, to the bit.
+    /// Any company, any chunking, any preemption, any reuse of what others have computed: the same tokens and the same
+    /// log-probabilities, to the bit.
     #[test]
-    fn an_answer_does_not_depend_on_its_company(requests in requests(), step_rows in 2u64..40, blocks in 12u64..20) {
+    fn an_answer_does_not_depend_on_its_company(
+        requests in requests(),
+        step_rows in 2u64..40,
+        blocks in 12u64..20,
+        percent in prop::sample::select(vec![0u64, 30, 100]),
+    ) {
         run(async {
-            let alone = engine(&Limits::default());
-            let crowded = engine(&tight(step_rows, blocks));
+            let alone = engine(&Limits { prefix_cache_percent: 0, ..Limits::default() });
+            let crowded = engine(&Limits { prefix_cache_percent: percent, ..tight(step_rows, blocks) });
             let together = futures::future::join_all(requests.iter().map(|r| tokens(&crowded, r))).await;
             for (request, got) in requests.iter().zip(together) {
                 assert_eq!(got, tokens(&alone, request).await);
+                assert_eq!(got, tokens(&crowded, request).await, "and again, when more is there to be found");
                 assert_eq!(got.len(), request.max_tokens as usize);
             }
             assert_idle(&crowded).await;
@@ -210,8 +224,13 @@ fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
     run(async {
         let engine = engine(&Limits { max_queued_per_tenant: 1, ..Limits::default() });
         let request = Request { adapter: Some(0), prompt: vec![1; 9], max_tokens: 2, temperature: 0.0, seed: 0 };
-        let score =
-            || ScoreSpec { adapter: None, inputs: vec![request.spec().prompt], top_logprobs: 0, deadline: None };
+        let score = || ScoreSpec {
+            adapter: None,
+            inputs: vec![request.spec().prompt],
+            top_logprobs: 0,
+            priority: 0,
+            deadline: None,
+        };
         for _ in 0..200 {
             let mut stream = engine.generate(&world().tenant, request.spec()).await.unwrap();
             while !matches!(stream.next().await.unwrap().unwrap(), GenerateEvent::Finished { .. }) {}
@@ -228,7 +247,8 @@ fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
         let layout = KvLayout { block_tokens: 8, blocks: 16 };
         let mut state = Loop {
             inbox,
-            scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap(), layout.blocks),
+            scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap()),
+            plan: Vec::new(),
             executor: Box::new(Faulty { steps: 3, logits: Vec::new() }),
             arbiter: Arbiter::new(0.4),
             text: w.text.clone(),
@@ -242,6 +262,7 @@ fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
             let (events, reader) = async_mpsc::unbounded_channel();
             let generation = Generation {
                 prompt_tokens: 20,
+                cached_tokens: None,
                 sampling: Sampling::default(),
                 stopping: Stopping { max_tokens: 5, stop: Vec::new(), ignore_eos: true },
                 logprobs: None,
@@ -253,9 +274,9 @@ fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
             };
             let ticket = Arc::new(Tickets::new(&Limits::default()).take(w.tenant.id()).unwrap());
             let work = Work::Generate(Box::new(generation));
-            let ids = vec![1; 20];
-            let sequence = Sequence { ids, tenant: 0, deadline: None, lease: None, _ticket: ticket, work };
-            sender.send(Message::Submit(Box::new(sequence))).unwrap();
+            let demand = Demand { tenant: 0, weight: 1, priority: 0, length: 20, longest: 25, chain: None };
+            let sequence = Sequence { ids: vec![1; 20], deadline: None, lease: None, _ticket: ticket, work };
+            sender.send(Message::Submit(demand, Box::new(sequence))).unwrap();
             readers.push(reader);
         }
         assert!(state.turn());
@@ -289,6 +310,7 @@ fn scoring_rides_along_and_agrees_with_generation() {
             adapter: request.spec().adapter,
             inputs: vec![Prompt::TokenIds(ids.clone()), Prompt::TokenIds(vec![5])],
             top_logprobs: 2,
+            priority: 0,
             deadline: None,
         };
         let (scored, _) = tokio::join!(engine.score(&world().tenant, spec), tokens(&engine, &request));
@@ -373,7 +395,13 @@ fn a_score_that_no_message_can_hold_is_refused_before_it_is_computed() {
     run(async {
         let engine = engine(&Limits { max_message_bytes: 64 << 10, ..Limits::default() });
         let inputs = vec![Prompt::TokenIds(vec![1; 200]); 20];
-        let spec = |top_logprobs| ScoreSpec { adapter: None, inputs: inputs.clone(), top_logprobs, deadline: None };
+        let spec = |top_logprobs| ScoreSpec {
+            adapter: None,
+            inputs: inputs.clone(),
+            top_logprobs,
+            priority: 0,
+            deadline: None,
+        };
         let refused = engine.score(&world().tenant, spec(1)).await.unwrap_err();
         assert!(matches!(refused, Error::Exhausted { limit: "max_message_bytes", .. }), "{refused}");
         assert_eq!(engine.score(&world().tenant, spec(0)).await.unwrap().results.len(), 20);
@@ -441,7 +469,7 @@ struct Faulty {
 }
 
 impl Executor for Faulty {
-    fn forward(&mut self, spans: &[crate::model::batch::Span<'_>]) -> Result<&[f32]> {
+    fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
         let vocab = world().text.vocab_size();
         let rows: usize = spans.iter().map(|span| span.logits.count(span.ids.len())).sum();
         self.steps += 1;
@@ -464,16 +492,74 @@ fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
         let layout = KvLayout { block_tokens: 8, blocks: 16 };
         let faulty = Box::new(Faulty { steps: 0, logits: Vec::new() });
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
-        let engine = Engine::start_with(faulty, layout, 100, text, hub, arbiter, &Limits::default()).unwrap();
-        let request = Request { adapter: Some(0), prompt: vec![1; 5], max_tokens: 3, temperature: 0.0, seed: 0 };
+        let facts = Facts { base: w.model.shape().digest, context: 100, layout };
+        let engine = Engine::start_with(faulty, facts, text, hub, arbiter, &Limits::default()).unwrap();
+        let request = Request { adapter: Some(0), prompt: vec![1; 25], max_tokens: 3, temperature: 0.0, seed: 0 };
         for fault in ["panic", "error", "no number"] {
             let stream = engine.generate(&w.tenant, request.spec()).await.unwrap();
             let last = stream.fold(None, |_, event| async { Some(event) }).await.unwrap();
             assert!(matches!(last, Err(Error::Internal(_))), "{fault}: {last:?}");
             assert_idle(&engine).await;
         }
+        assert_eq!(cached(&engine, &w.tenant, &request).await, 0, "nothing of a failed step is found");
+        assert_eq!(cached(&engine, &w.tenant, &request).await, 24);
         let (text, ids, _) = answer(&engine, &request, &[]).await;
         assert_eq!((text.as_str(), &ids[..]), ("AAA", &[65; 3][..]));
         assert_idle(&engine).await;
     });
+}
+
+/// The tokens of the prompt that were found in the cache.
+async fn cached(engine: &Engine, tenant: &Tenant, request: &Request) -> u32 {
+    let stream = engine.generate(tenant, request.spec()).await.unwrap();
+    match stream.fold(None, |_, event| async { Some(event) }).await {
+        Some(Ok(GenerateEvent::Finished { usage, .. })) => usage.cached_tokens.unwrap(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// One adapter's file is a pipe that gives nothing: who asks for it waits, and nobody else.
+#[cfg(unix)]
+#[test]
+fn nobody_waits_for_what_another_request_loads() {
+    run(async {
+        let w = make_world().await;
+        let shape = w.model.shape().clone();
+        let cold = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(Pass), &Limits::default());
+        let engine =
+            Engine::start(w.model.clone(), w.text.clone(), cold, Arbiter::new(0.4), &Limits::default()).unwrap();
+        let mut files = tensor_files(w.dir.path());
+        files.sort_by_key(|file| file.metadata().unwrap().len());
+        // Of `a1`, which has the higher rank.
+        let pipe = files.pop().unwrap();
+        std::fs::remove_file(&pipe).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+
+        let ask = |adapter| Request { adapter, prompt: vec![1; 9], max_tokens: 3, temperature: 0.0, seed: 0 };
+        let waits = engine.generate(&w.tenant, ask(Some(1)).spec());
+        tokio::pin!(waits);
+        let others = async {
+            for adapter in [None, Some(0), None] {
+                assert_eq!(tokens(&engine, &ask(adapter)).await.len(), 3);
+            }
+        };
+        tokio::select! {
+            _ = &mut waits => panic!("the pipe has given nothing"),
+            done = tokio::time::timeout(Duration::from_secs(60), others) => done.expect("the others are answered"),
+        }
+        let opened = tokio::task::spawn_blocking(move || std::fs::File::options().write(true).open(pipe));
+        assert!(waits.await.is_err(), "an empty file is no adapter");
+        opened.await.unwrap().unwrap();
+    });
+}
+
+#[cfg(unix)]
+fn tensor_files(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    paths
+        .flat_map(|path| match path.is_dir() {
+            true => tensor_files(&path),
+            false => Vec::from_iter(path.ends_with(crate::hub::TENSORS_FILE).then_some(path)),
+        })
+        .collect()
 }

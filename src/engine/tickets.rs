@@ -1,15 +1,19 @@
-//! Admission: how many requests wait or run, in all and for each tenant.
+//! Admission: how many requests wait or run, in all and for each tenant, and when one that is refused may try again.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
 
-/// When a refused client may try again.
+/// When a client may try again that is refused before any request has ended, or by a server that is going away.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Least and longest of the estimates.
+const ESTIMATES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(60));
+/// What the last request's time counts for in the mean.
+const RECENT: f64 = 0.1;
 
 /// Hands out [`Ticket`]s within `max_queued` and `max_queued_per_tenant`.
 #[derive(Debug, Clone)]
@@ -21,12 +25,39 @@ pub struct Tickets {
 
 #[derive(Debug, Default)]
 struct Counts {
-    all: u64,
+    all: Queue,
     /// Tenants since the engine was last idle: their tickets, and the number that the scheduler knows each by. It stays the same while
     /// others are served, so that a tenant who comes back comes back with what it has had.
-    tenants: HashMap<TenantId, (u64, u32)>,
+    tenants: HashMap<TenantId, (Queue, u32)>,
     next_number: u32,
     closed: bool,
+    /// How long a ticket is out in the mean, lately; `None` before the first came back. Seconds.
+    mean: Option<f64>,
+}
+
+/// Tickets that are out, and those who wait outside.
+#[derive(Debug, Default)]
+struct Queue {
+    held: u64,
+    /// Requests refused, less the places given back since: about as many will come again.
+    refused: u64,
+}
+
+impl Queue {
+    /// Notes one who is refused, and says when it may be its turn: places are given back `held` in the time that one is held, and each of
+    /// those refused before waits for one too.
+    fn refuse(&mut self, mean: Option<f64>) -> Duration {
+        self.refused += 1;
+        let Some(mean) = mean else { return RETRY_AFTER };
+        let seconds = mean * self.refused as f64 / self.held.max(1) as f64;
+        let (least, longest) = ESTIMATES;
+        Duration::from_secs_f64(seconds.clamp(least.as_secs_f64(), longest.as_secs_f64()))
+    }
+
+    fn give_back(&mut self) {
+        self.held -= 1;
+        self.refused = self.refused.saturating_sub(1);
+    }
 }
 
 /// One request's place; given back when dropped.
@@ -36,6 +67,7 @@ pub struct Ticket {
     tenant: TenantId,
     /// The tenant as the scheduler's number.
     pub number: u32,
+    since: Instant,
 }
 
 fn lock(counts: &Mutex<Counts>) -> MutexGuard<'_, Counts> {
@@ -50,29 +82,33 @@ impl Tickets {
 
     pub fn take(&self, tenant: &TenantId) -> Result<Ticket> {
         let mut counts = lock(&self.counts);
-        if counts.closed {
+        let Counts { all, tenants, next_number, closed, mean } = &mut *counts;
+        if *closed {
             let message = "the server is shutting down; send the call again".to_owned();
             return Err(Error::Unavailable { message, retry_after: Some(RETRY_AFTER) });
         }
-        let full = |limit, message: String| Err(Error::Exhausted { limit, message, retry_after: Some(RETRY_AFTER) });
-        if counts.all >= self.max_queued {
-            return full("max_queued", format!("the server has {} requests waiting or running", counts.all));
+        let full = |limit, message, after| Err(Error::Exhausted { limit, message, retry_after: Some(after) });
+        if all.held >= self.max_queued {
+            let message = format!("the server has {} requests waiting or running", all.held);
+            return full("max_queued", message, all.refuse(*mean));
         }
-        let next = counts.next_number;
-        let (held, number) = counts.tenants.entry(tenant.clone()).or_insert((0, next));
-        if *held >= self.max_queued_per_tenant {
-            return full("max_queued_per_tenant", format!("{tenant} has {held} requests waiting or running"));
+        let (own, number) = tenants.entry(tenant.clone()).or_insert_with(|| {
+            *next_number = next_number.wrapping_add(1);
+            (Queue::default(), *next_number)
+        });
+        if own.held >= self.max_queued_per_tenant {
+            let message = format!("{tenant} has {} requests waiting or running", own.held);
+            return full("max_queued_per_tenant", message, own.refuse(*mean));
         }
-        *held += 1;
-        let number = *number;
-        counts.all += 1;
-        counts.next_number = counts.next_number.wrapping_add(u32::from(number == next));
-        Ok(Ticket { counts: self.counts.clone(), tenant: tenant.clone(), number })
+        own.held += 1;
+        all.held += 1;
+        let (tenant, number) = (tenant.clone(), *number);
+        Ok(Ticket { counts: self.counts.clone(), tenant, number, since: Instant::now() })
     }
 
     /// Tickets that are out.
     pub fn held(&self) -> u64 {
-        lock(&self.counts).all
+        lock(&self.counts).all.held
     }
 
     /// Refuses all from now on.
@@ -84,11 +120,14 @@ impl Tickets {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut counts = lock(&self.counts);
-        counts.all -= 1;
-        if counts.all == 0 {
+        let seconds = self.since.elapsed().as_secs_f64();
+        counts.mean = Some(counts.mean.map_or(seconds, |mean| mean + RECENT * (seconds - mean)));
+        counts.all.give_back();
+        if counts.all.held == 0 {
+            counts.all.refused = 0;
             counts.tenants.clear();
-        } else if let Some((held, _)) = counts.tenants.get_mut(&self.tenant) {
-            *held -= 1;
+        } else if let Some((own, _)) = counts.tenants.get_mut(&self.tenant) {
+            own.give_back();
         }
     }
 }
@@ -97,11 +136,15 @@ impl Drop for Ticket {
 mod tests {
     use super::*;
 
+    fn ids() -> (TenantId, TenantId) {
+        (TenantId::new("a").unwrap(), TenantId::new("b").unwrap())
+    }
+
     #[test]
     fn limits_hold_and_tickets_come_back() {
         let limits = Limits { max_queued: 3, max_queued_per_tenant: 2, ..Limits::default() };
         let tickets = Tickets::new(&limits);
-        let (a, b) = (TenantId::new("a").unwrap(), TenantId::new("b").unwrap());
+        let (a, b) = ids();
         let held = [tickets.take(&a).unwrap(), tickets.take(&a).unwrap()];
         assert!(matches!(tickets.take(&a), Err(Error::Exhausted { limit: "max_queued_per_tenant", .. })));
         let other = tickets.take(&b).unwrap();
@@ -114,5 +157,28 @@ mod tests {
         assert_eq!((tickets.held(), lock(&tickets.counts).tenants.len()), (0, 0));
         tickets.close();
         assert!(matches!(tickets.take(&a), Err(Error::Unavailable { .. })));
+    }
+
+    #[test]
+    fn the_refused_are_told_when_a_place_may_be_theirs() {
+        let limits = Limits { max_queued: 4, max_queued_per_tenant: 2, ..Limits::default() };
+        let tickets = Tickets::new(&limits);
+        let after = |tenant| match tickets.take(tenant) {
+            Err(Error::Exhausted { retry_after: Some(after), .. }) => after.as_secs_f64(),
+            other => panic!("{other:?}"),
+        };
+        let (a, b) = ids();
+        let held = [tickets.take(&a).unwrap(), tickets.take(&a).unwrap()];
+        assert_eq!(after(&a), 1.0, "nothing is known yet");
+        lock(&tickets.counts).mean = Some(8.0);
+        assert_eq!([after(&a), after(&a)], [8.0, 12.0], "two places in 8 seconds, and others wait too");
+        let others = [tickets.take(&b).unwrap(), tickets.take(&b).unwrap()];
+        assert_eq!(after(&b), 2.0, "four places, of the whole server");
+        lock(&tickets.counts).mean = Some(1e6);
+        assert_eq!(after(&b), 60.0);
+        drop(others);
+        lock(&tickets.counts).mean = Some(0.0);
+        assert_eq!(after(&a), 0.1);
+        drop(held);
     }
 }

@@ -2,20 +2,36 @@
 //!
 //! A name lives in the catalogue alone: a lease reads it there once, and the transaction that moves it is the one lock. A lease keeps
 //! its version's tensors alive whatever happens to the name; the last lease of a retired version frees the memory.
+//!
+//! Versions lie in three tiers: on the **device**, packed and ready to serve (limit `adapter_cache_bytes`; on the CPU that is the host's
+//! memory); in **host** memory, packed, when they had to leave the device (limit `adapter_host_bytes`); and on **disk**, where all are.
+//! In the first two the version used longest ago leaves when room is needed, on the device never one that is leased.
 
+mod budget;
+mod ledger;
+mod load;
 mod publish;
 mod residents;
+mod stats;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
+use tokio::sync::Semaphore;
+
+use budget::Tells;
+use load::LOADS_AT_ONCE;
 use residents::{Resident, Residents};
 
 pub use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
-use crate::adapter::{BaseShape, Lora};
+pub use ledger::{Residency, Tier};
+pub use stats::HubStats;
+
+use crate::adapter::{BaseShape, Lora, PackedLora};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, Tenant, TenantId, VersionName};
@@ -24,9 +40,9 @@ use crate::store::{AdapterRow, Store, VersionRow, uninterrupted};
 
 /// Judges a version before it exists. Injected by `app`, so that the hub needs no model.
 pub trait PublishGate: Send + Sync {
-    /// Compares the serving with the training path on at least 256 scored tokens; blocking, seconds of compute.
-    /// `probes`: sequences of ids to score (a job's validation rows); empty: the built-in probe set.
-    fn check(&self, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport>;
+    /// Compares serving `packed` with training's use of `lora`, of which it was made, on at least 256 scored tokens; blocking, seconds of
+    /// compute. `probes`: sequences of ids to score (a job's validation rows); empty: the built-in probe set.
+    fn check(&self, packed: &Arc<PackedLora>, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport>;
 }
 
 /// An adapter on its way to become a version.
@@ -57,22 +73,24 @@ pub struct Lease {
 struct Held {
     name: VersionName,
     resident: Arc<Resident>,
-    /// Counts all leases.
-    leases: Arc<AtomicUsize>,
+    /// Dropped last.
+    _counted: Counted,
 }
 
-impl Drop for Held {
+/// One of all leases.
+#[derive(Debug)]
+struct Counted {
+    leases: Arc<AtomicUsize>,
+    _tells: Tells,
+}
+
+impl Drop for Counted {
     fn drop(&mut self) {
         self.leases.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 impl Lease {
-    fn new(name: VersionName, resident: Arc<Resident>, leases: &Arc<AtomicUsize>) -> Self {
-        leases.fetch_add(1, Ordering::AcqRel);
-        Self { held: Arc::new(Held { name, resident, leases: Arc::clone(leases) }) }
-    }
-
     pub fn name(&self) -> &VersionName {
         &self.held.name
     }
@@ -81,20 +99,10 @@ impl Lease {
         self.held.resident.digest
     }
 
-    pub fn lora(&self) -> &Arc<Lora> {
-        &self.held.resident.lora
+    /// What serves.
+    pub fn packed(&self) -> &Arc<PackedLora> {
+        &self.held.resident.packed
     }
-}
-
-/// What is in memory now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HubStats {
-    /// Versions ready to be leased.
-    pub resident: usize,
-    /// Bytes of them, of those that load, and of deleted ones that are still leased.
-    pub resident_bytes: u64,
-    /// Leases that are held; a lease and its clones count once.
-    pub leases: usize,
 }
 
 /// The resident versions.
@@ -105,6 +113,8 @@ pub struct Hub {
     gate: Arc<dyn PublishGate>,
     limits: Limits,
     residents: Residents,
+    /// Places for reading versions.
+    loads: Semaphore,
     leases: Arc<AtomicUsize>,
 }
 
@@ -115,7 +125,8 @@ impl std::fmt::Debug for Hub {
 }
 
 impl Hub {
-    /// `shape`: the base's; `gate` judges every version before it exists. Limit `adapter_cache_bytes`.
+    /// `shape`: the base's; `gate` judges every version before it exists. Limits `adapter_cache_bytes`, `adapter_host_bytes`,
+    /// `adapter_wait_seconds`.
     pub fn new(
         store: Store,
         shape: BaseShape,
@@ -123,18 +134,23 @@ impl Hub {
         gate: Arc<dyn PublishGate>,
         limits: &Limits,
     ) -> Arc<Self> {
-        let residents = Residents::new(limits.adapter_cache_bytes);
+        let wait = Duration::from_secs(limits.adapter_wait_seconds);
+        let residents = Residents::new(limits.adapter_cache_bytes, limits.adapter_host_bytes, wait);
         let (shape, limits, leases) = (Arc::new(shape), limits.clone(), Arc::default());
-        Arc::new(Self { store, shape, template_digest, gate, limits, residents, leases })
+        let loads = Semaphore::new(LOADS_AT_ONCE);
+        Arc::new(Self { store, shape, template_digest, gate, limits, residents, loads, leases })
     }
 
     /// Brings the version a name means into memory where it is not. NOT_FOUND for what does not exist, never the base;
-    /// EXHAUSTED where every resident version is leased and the budget is spent.
+    /// EXHAUSTED where the versions that others lease leave it no room for `adapter_wait_seconds`.
     pub async fn lease(&self, tenant: &Tenant, adapter: &AdapterRef) -> Result<Lease> {
         tenant.check_owns(adapter.tenant())?;
         let row = self.store.resolve(adapter).await?;
         let resident = self.residents.get_or_load(&row.uid, row.name.tenant(), self.load(&row)).await?;
-        Ok(Lease::new(row.name, resident, &self.leases))
+        self.residents.ledger.used(&row.uid);
+        self.leases.fetch_add(1, Ordering::AcqRel);
+        let counted = Counted { leases: Arc::clone(&self.leases), _tells: self.residents.tells() };
+        Ok(Lease { held: Arc::new(Held { name: row.name, resident, _counted: counted }) })
     }
 
     /// Makes a version the live one, once it is known to load. CONFLICT where `etag` (empty: none) is not the current one.
@@ -177,6 +193,11 @@ impl Hub {
         uninterrupted(delete).await
     }
 
+    /// Where a version is, and what is known of its use. `memory_bytes`: its row's.
+    pub fn residency(&self, uid: &str, memory_bytes: u64) -> Residency {
+        self.residents.residency(uid, memory_bytes)
+    }
+
     /// Fails where an adapter of so many bytes could never be in memory.
     pub fn check_size(&self, bytes: u64) -> Result<()> {
         self.residents.check_size(bytes)
@@ -186,44 +207,8 @@ impl Hub {
         HubStats {
             resident: self.residents.count(),
             resident_bytes: self.residents.bytes(),
+            host_bytes: self.residents.ledger.bytes(),
             leases: self.leases.load(Ordering::Acquire),
-        }
-    }
-
-    async fn load(&self, row: &VersionRow) -> Result<Arc<Resident>> {
-        if row.base_digest != self.shape.digest {
-            let message = format!("was made for base {}, this server runs {}", row.base_digest, self.shape.digest);
-            return Err(Error::precondition("WRONG_BASE", &row.name, message));
-        }
-        let reserved = self.residents.reserve(row.memory_bytes)?;
-        let package = self.read_package(row).await?;
-        // The limit on ranks is for what comes in: a version that exists loads whatever the limit is now.
-        let shape = Arc::clone(&self.shape);
-        let lora = blocking(move || package.read(&shape, u64::MAX)).await?;
-        // Deleted while it loaded: the deletion may have looked for it before it was here.
-        if !self.store.has_version(&row.uid).await? {
-            self.residents.retire(&row.uid);
-        }
-        Ok(Arc::new(Resident::new(row.digest, lora, reserved)))
-    }
-
-    /// The files of a version, as they were hashed when it was made.
-    async fn read_package(&self, row: &VersionRow) -> Result<Package> {
-        let files = async {
-            let config = self.store.blobs().get(&format!("{}/{CONFIG_FILE}", row.blob)).await?;
-            let tensors = self.store.blobs().get(&format!("{}/{TENSORS_FILE}", row.blob)).await?;
-            Ok(Package { config, tensors })
-        };
-        let package = match files.await {
-            Ok(package) => package,
-            Err(_) if !self.store.has_version(&row.uid).await? => return Err(Error::not_found(&row.name)),
-            Err(e) => return Err(e),
-        };
-        let (package, digest) = blocking(move || package.digest().map(|digest| (package, digest))).await?;
-        if digest == row.digest {
-            Ok(package)
-        } else {
-            Err(Error::internal(format!("the files of {} are damaged: digest {digest}, not {}", row.name, row.digest)))
         }
     }
 }

@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::adapter::Lora;
 use crate::adapter::format::{CONFIG_FILE, TENSORS_FILE};
+use crate::adapter::{Lora, PackedLora};
 use crate::error::{Error, Result};
-use crate::hub::residents::{Reservation, Resident};
+use crate::hub::budget::Reservation;
+use crate::hub::residents::Resident;
 use crate::hub::{Hub, NewVersion, blocking};
 use crate::ids::{AdapterName, Digest, Tenant, VersionName};
 use crate::request::ParityReport;
@@ -17,7 +18,9 @@ use crate::store::{NewVersionRow, VersionRow, fresh_token, uninterrupted};
 /// An adapter that fits the base.
 struct Checked {
     new: NewVersion,
+    /// As it is trained, and as it is served.
     lora: Lora,
+    packed: PackedLora,
     digest: Digest,
 }
 
@@ -39,12 +42,13 @@ impl Hub {
             Ok((new, bytes))
         })
         .await?;
-        let reserved = self.residents.reserve(bytes)?;
+        let reserved = self.residents.room(bytes).await?;
         let shape = Arc::clone(&self.shape);
         let checked = blocking(move || {
             let lora = new.package.read(&shape, max_rank)?;
+            let packed = PackedLora::new(&lora, &shape)?;
             let digest = new.package.digest()?;
-            Ok(Checked { new, lora, digest })
+            Ok(Checked { new, lora, packed, digest })
         })
         .await?;
         let tenant = checked.new.adapter.tenant.clone();
@@ -59,7 +63,7 @@ impl Hub {
 
     /// The steps that leave something, each given back unless the last one commits.
     async fn make_version(&self, checked: Checked, reserved: Reservation, blob: &str) -> Result<VersionRow> {
-        let Checked { new, lora, digest } = checked;
+        let Checked { new, lora, packed, digest } = checked;
         let tenant = &new.adapter.tenant;
         if let Some(row) = self.store.published_before(tenant, new.job.is_some(), &new.request_id).await? {
             return Ok(row);
@@ -68,12 +72,13 @@ impl Hub {
         self.store.blobs().put(&format!("{blob}/{CONFIG_FILE}"), new.package.config).await?;
         self.store.blobs().put(&format!("{blob}/{TENSORS_FILE}"), new.package.tensors).await?;
 
-        let (uid, memory_bytes) = (fresh_token(), lora.byte_size());
-        let unnamed = self.residents.admit(&uid, tenant, Resident::new(digest, lora, reserved));
-        let lora = Arc::clone(&unnamed.resident().lora);
-        let parity = self.pass_gate(&new.adapter, &lora, new.probes, new.job.is_some()).await?;
-
-        let (rank, targets) = extent(&lora);
+        let (uid, memory_bytes, (rank, targets)) = (fresh_token(), packed.byte_size(), extent(&lora));
+        let unnamed = self.residents.admit(&uid, tenant, Resident::new(digest, packed, reserved));
+        let packed = Arc::clone(&unnamed.resident().packed);
+        let parity = self.pass_gate(&new.adapter, &packed, lora, new.probes, new.job.is_some()).await?;
+        if !new.validate_only {
+            self.write_packed(blob, digest, &packed).await?;
+        }
         let draft = VersionRow {
             name: VersionName { adapter: new.adapter, version: 0 },
             digest,
@@ -104,12 +109,13 @@ impl Hub {
     async fn pass_gate(
         &self,
         adapter: &AdapterName,
-        lora: &Arc<Lora>,
+        packed: &Arc<PackedLora>,
+        lora: Lora,
         probes: Vec<Vec<u32>>,
         trained: bool,
     ) -> Result<ParityReport> {
-        let (gate, lora) = (Arc::clone(&self.gate), Arc::clone(lora));
-        let report = blocking(move || gate.check(&lora, &probes)).await?;
+        let (gate, packed, lora) = (Arc::clone(&self.gate), Arc::clone(packed), Arc::new(lora));
+        let report = blocking(move || gate.check(&packed, &lora, &probes)).await?;
         let ParityReport { tokens, mean_abs_difference, mean_abs_effect, threshold, no_effect } = report;
         let finite = mean_abs_effect.is_finite() && threshold.is_finite();
         if !(finite && mean_abs_difference <= threshold) {

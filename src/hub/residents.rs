@@ -1,4 +1,4 @@
-//! The versions in memory: each is loaded once however many ask, bytes are reserved before a load and released by `Drop`, and the
+//! The versions on the device: each is loaded once however many ask, bytes are reserved before a load and released by `Drop`, and the
 //! least recently used version without a lease leaves when room is needed.
 
 use std::sync::Arc;
@@ -8,45 +8,28 @@ use std::time::Duration;
 use dashmap::DashMap;
 use tokio::sync::OnceCell;
 
-use crate::adapter::Lora;
+use crate::adapter::PackedLora;
 use crate::error::{Error, Result};
+use crate::hub::budget::{Budget, Reservation, Tells};
+use crate::hub::ledger::{Ledger, Residency, Tier};
+use crate::hub::stats;
 use crate::ids::{Digest, TenantId};
 
 /// Leases are short: a caller that finds the memory full may try again soon.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Bytes for adapters in memory.
-#[derive(Debug)]
-struct Budget {
-    limit: u64,
-    used: AtomicU64,
-}
-
-/// Some of the budget's bytes, given back on drop.
-#[derive(Debug)]
-pub(super) struct Reservation {
-    bytes: u64,
-    budget: Arc<Budget>,
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.bytes, Ordering::AcqRel);
-    }
-}
-
 /// A version's tensors and the bytes reserved for them.
 #[derive(Debug)]
 pub(super) struct Resident {
     pub(super) digest: Digest,
-    pub(super) lora: Arc<Lora>,
+    pub(super) packed: Arc<PackedLora>,
     /// Given back when the version leaves memory.
     _reserved: Reservation,
 }
 
 impl Resident {
-    pub(super) fn new(digest: Digest, lora: Lora, reserved: Reservation) -> Self {
-        Self { digest, lora: Arc::new(lora), _reserved: reserved }
+    pub(super) fn new(digest: Digest, packed: PackedLora, reserved: Reservation) -> Self {
+        Self { digest, packed: Arc::new(packed), _reserved: reserved }
     }
 }
 
@@ -65,43 +48,53 @@ impl Slot {
     }
 }
 
-/// All versions in memory, by uid.
+/// All versions on the device, by uid.
 #[derive(Debug)]
 pub(super) struct Residents {
     slots: DashMap<String, Arc<Slot>>,
     budget: Arc<Budget>,
+    /// Longest wait for room.
+    wait: Duration,
     /// Counts uses; orders versions by their last one.
     clock: AtomicU64,
+    /// What is known of versions wherever they are.
+    pub(super) ledger: Ledger,
 }
 
 impl Residents {
-    /// `limit`: bytes.
-    pub(super) fn new(limit: u64) -> Self {
-        let budget = Arc::new(Budget { limit, used: AtomicU64::new(0) });
-        Self { slots: DashMap::new(), budget, clock: AtomicU64::new(0) }
+    /// `limit` and `host_limit`: bytes on the device and in host memory.
+    pub(super) fn new(limit: u64, host_limit: u64, wait: Duration) -> Self {
+        let (budget, ledger) = (Budget::new(limit), Ledger::new(host_limit));
+        Self { slots: DashMap::new(), budget, wait, clock: AtomicU64::new(0), ledger }
     }
 
-    /// Takes bytes of the budget; idle versions leave to make room. EXHAUSTED where those that are leased leave none.
-    pub(super) fn reserve(&self, bytes: u64) -> Result<Reservation> {
-        let budget = &self.budget;
+    /// Takes bytes of the budget; idle versions leave to make room. Where those that are leased leave none it waits for them, and is
+    /// EXHAUSTED if that takes too long.
+    pub(super) async fn room(&self, bytes: u64) -> Result<Reservation> {
+        self.check_size(bytes)?;
+        let deadline = tokio::time::Instant::now() + self.wait;
         loop {
-            let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= budget.limit);
-            if budget.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).is_ok() {
-                return Ok(Reservation { bytes, budget: Arc::clone(budget) });
+            let changed = self.budget.changed();
+            if let Some(reserved) = self.budget.reserve(bytes, || self.evict_one()) {
+                return Ok(reserved);
             }
-            self.check_size(bytes)?;
-            if !self.evict_one() {
-                return Err(no_room(bytes, budget.limit, "all others are in use; retry", Some(RETRY_AFTER)));
+            if tokio::time::timeout_at(deadline, changed).await.is_err() {
+                return Err(no_room(bytes, self.budget.limit(), "all others are in use; retry", Some(RETRY_AFTER)));
             }
         }
     }
 
     /// Fails where so many bytes never fit.
     pub(super) fn check_size(&self, bytes: u64) -> Result<()> {
-        match self.budget.limit {
+        match self.budget.limit() {
             limit if bytes > limit => Err(no_room(bytes, limit, "it never fits; raise the limit", None)),
             _ => Ok(()),
         }
+    }
+
+    /// To be kept by what holds a version, as the last thing that it lets go.
+    pub(super) fn tells(&self) -> Tells {
+        Tells(Arc::clone(&self.budget))
     }
 
     /// The version of a uid; the first to ask awaits `load`, the others wait for it. A failure is each caller's own: the next one
@@ -112,7 +105,8 @@ impl Residents {
         tenant: &TenantId,
         load: impl Future<Output = Result<Arc<Resident>>>,
     ) -> Result<Arc<Resident>> {
-        // Declared first, dropped last: the slot's own hold is gone when the visit looks.
+        // Declared first, dropped last: the slot's own hold is gone when the visit looks, and the visit when the room is told of.
+        let _tells = self.tells();
         let _visit = Visit { residents: self, uid };
         let slot = self.slot(uid, tenant);
         slot.loaded.get_or_try_init(|| load).await.cloned()
@@ -123,16 +117,19 @@ impl Residents {
         let resident = Arc::new(resident);
         let loaded = OnceCell::new_with(Some(Arc::clone(&resident)));
         let slot = Slot { tenant: tenant.clone(), loaded, last_used: AtomicU64::new(self.tick()) };
+        self.ledger.enter(uid, tenant, self.tick());
         self.slots.insert(uid.to_owned(), Arc::new(slot));
-        Unnamed { residents: self, uid: uid.to_owned(), resident, kept: false }
+        Unnamed { residents: self, uid: uid.to_owned(), resident, kept: false, _tells: self.tells() }
     }
 
     /// Takes a version out; its leases go on and free its memory when the last one drops.
     pub(super) fn retire(&self, uid: &str) {
         self.slots.remove(uid);
+        self.ledger.forget(uid);
     }
 
     pub(super) fn retire_tenant(&self, tenant: &TenantId) {
+        self.ledger.forget_tenant(tenant);
         self.slots.retain(|_, slot| slot.tenant != *tenant);
     }
 
@@ -143,14 +140,22 @@ impl Residents {
 
     /// Bytes reserved, for versions in the table or not.
     pub(super) fn bytes(&self) -> u64 {
-        self.budget.used.load(Ordering::Acquire)
+        self.budget.used()
+    }
+
+    pub(super) fn residency(&self, uid: &str, memory_bytes: u64) -> Residency {
+        let residency = self.ledger.residency(uid, memory_bytes);
+        let here = self.slots.get(uid).is_some_and(|slot| slot.loaded.initialized());
+        if here { Residency { tier: Tier::Device, ..residency } } else { residency }
     }
 
     /// The slot of a uid, marked as used now.
     fn slot(&self, uid: &str, tenant: &TenantId) -> Arc<Slot> {
         let empty = || Slot { tenant: tenant.clone(), loaded: OnceCell::new(), last_used: AtomicU64::new(0) };
         let slot = Arc::clone(&self.slots.entry(uid.to_owned()).or_insert_with(|| Arc::new(empty())));
-        slot.last_used.store(self.tick(), Ordering::Relaxed);
+        let turn = self.tick();
+        slot.last_used.store(turn, Ordering::Relaxed);
+        self.ledger.enter(uid, tenant, turn);
         slot
     }
 
@@ -158,14 +163,16 @@ impl Residents {
         self.clock.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Lets the idle version go that was used longest ago. False where none is idle.
+    /// Lets the idle version go that was used longest ago, to the host's memory if it fits there. False where none is idle.
     fn evict_one(&self) -> bool {
         loop {
             let idle = self.slots.iter().filter(|slot| slot.is_idle());
             let oldest = idle.min_by_key(|slot| slot.last_used.load(Ordering::Relaxed)).map(|slot| slot.key().clone());
             let Some(uid) = oldest else { return false };
             // Leased since it was found: look for another one.
-            if self.slots.remove_if(&uid, |_, slot| slot.is_idle()).is_some() {
+            if let Some((uid, slot)) = self.slots.remove_if(&uid, |_, slot| slot.is_idle()) {
+                stats::count_eviction(Tier::Device);
+                slot.loaded.get().inspect(|resident| self.ledger.keep(&uid, &resident.packed));
                 return true;
             }
         }
@@ -197,6 +204,7 @@ pub(super) struct Unnamed<'a> {
     uid: String,
     resident: Arc<Resident>,
     kept: bool,
+    _tells: Tells,
 }
 
 impl Unnamed<'_> {
@@ -224,7 +232,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_load_that_fails_or_is_cancelled_leaves_no_slot() {
-        let residents = Residents::new(1);
+        let residents = Residents::new(1, 0, Duration::ZERO);
         let tenant = TenantId::new("a").unwrap();
         let fails = || residents.get_or_load("u", &tenant, async { Err(Error::Cancelled) });
         let (one, two) = tokio::join!(fails(), fails());

@@ -10,12 +10,16 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use super::load::PACKED_FILE;
 use super::*;
 use crate::adapter::{LoraLayer, Site};
 use crate::request::{LoraSpec, Target};
 
-/// Bytes of an adapter of rank 1: A and B of one 4 x 4 layer.
-const UNIT: u64 = 4 * (4 + 4);
+/// Ranks of an adapter of one unit: they are packed without padding.
+const RANKS: usize = 8;
+
+/// Bytes of an adapter of one unit: A and B, padded to a tile, of one 4 x 4 layer.
+const UNIT: u64 = 2 * RANKS as u64 * (4 + 16);
 
 /// Says what it is told to; counts its calls; can be held shut.
 struct FakeGate {
@@ -44,7 +48,7 @@ impl FakeGate {
 }
 
 impl PublishGate for FakeGate {
-    fn check(&self, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, _packed: &Arc<PackedLora>, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let _open = self.opened.wait_while(self.shut.lock().unwrap(), |shut| *shut).unwrap();
         self.report.lock().unwrap().clone()
@@ -60,7 +64,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// A hub with room for so many adapters of rank 1, and one tenant, `a`.
+    /// A hub with room for so many units and none in host memory, that does not wait for room, and one tenant, `a`.
     async fn new(units: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).await.unwrap();
@@ -80,10 +84,10 @@ impl Bench {
         self.hub = hub(&self.store, &self.gate, b"base", units);
     }
 
-    fn new_version(&self, adapter: &str, rank: usize, fill: f32) -> NewVersion {
+    fn new_version(&self, adapter: &str, units: usize, fill: f32) -> NewVersion {
         NewVersion {
             adapter: AdapterName::new(self.tenant.id(), adapter).unwrap(),
-            package: Package::from_lora(&lora(rank, fill), &shape(b"base")).unwrap(),
+            package: Package::from_lora(&lora(units, fill), &shape(b"base")).unwrap(),
             probes: Vec::new(),
             publish: Publish::Auto,
             job: None,
@@ -93,8 +97,8 @@ impl Bench {
         }
     }
 
-    async fn publish(&self, adapter: &str, rank: usize, fill: f32) -> Result<VersionRow> {
-        self.hub.publish(&self.tenant, self.new_version(adapter, rank, fill)).await
+    async fn publish(&self, adapter: &str, units: usize, fill: f32) -> Result<VersionRow> {
+        self.hub.publish(&self.tenant, self.new_version(adapter, units, fill)).await
     }
 
     async fn lease(&self, name: impl ToString) -> Result<Lease> {
@@ -107,7 +111,7 @@ impl Bench {
 
     /// Nothing in memory or on disk, as at the beginning.
     async fn assert_nothing_left(&self) {
-        assert_eq!(self.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0 });
+        assert_eq!(self.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0, host_bytes: 0 });
         assert_eq!(self.blobs(), 0);
         let adapters = self.store.list_adapters(self.tenant.id(), &Default::default()).await.unwrap();
         assert!(adapters.items.is_empty(), "{adapters:?}");
@@ -115,8 +119,12 @@ impl Bench {
 }
 
 fn hub(store: &Store, gate: &Arc<FakeGate>, base: &[u8], units: u64) -> Arc<Hub> {
-    let mut limits = Limits::default();
-    limits.set("adapter_cache_bytes", units * UNIT).unwrap();
+    hub_with(store, gate, base, |limits| limits.adapter_cache_bytes = units * UNIT)
+}
+
+fn hub_with(store: &Store, gate: &Arc<FakeGate>, base: &[u8], change: impl FnOnce(&mut Limits)) -> Arc<Hub> {
+    let mut limits = Limits { adapter_host_bytes: 0, adapter_wait_seconds: 0, ..Limits::default() };
+    change(&mut limits);
     let gate: Arc<dyn PublishGate> = gate.clone();
     Hub::new(store.clone(), shape(base), Digest::of(b"template"), gate, &limits)
 }
@@ -127,14 +135,25 @@ fn shape(base: &[u8]) -> BaseShape {
 
 async fn add_tenant(store: &Store, id: &str) -> Tenant {
     let id = TenantId::new(id).unwrap();
-    store.create_tenant(&id, "", "").await.unwrap();
+    store.create_tenant(&id, "", 1, "").await.unwrap();
     Tenant::proven(id)
 }
 
-fn lora(rank: usize, fill: f32) -> Lora {
+fn lora(units: usize, fill: f32) -> Lora {
+    let rank = RANKS * units;
     let spec = LoraSpec { rank: rank as u32, alpha: rank as f32, targets: vec![Target::QProj], ..LoraSpec::default() };
     let layer = LoraLayer { rank, alpha: rank as f32, scale: 1.0, a: vec![fill; rank * 4], b: vec![-fill; rank * 4] };
     Lora { spec, layers: [(Site { layer: 0, target: Target::QProj }, layer)].into() }
+}
+
+/// Asserts that a lease serves this adapter.
+fn assert_serves(lease: &Lease, lora: &Lora) {
+    let want = PackedLora::new(lora, &shape(b"base")).unwrap();
+    assert_eq!(lease.packed().byte_size(), want.byte_size());
+    for target in Target::ALL {
+        let site = Site { layer: 0, target };
+        assert_eq!(lease.packed().layer(site), want.layer(site));
+    }
 }
 
 fn count_files(folder: &Path) -> usize {
@@ -153,14 +172,14 @@ fn reason(error: &Error) -> &'static str {
 async fn what_is_published_can_be_leased() {
     let bench = Bench::new(8).await;
     let row = bench.publish("x", 2, 0.5).await.unwrap();
-    assert_eq!((row.name.version, row.rank, row.targets.as_slice()), (1, 2, &["q_proj".to_owned()][..]));
+    assert_eq!((row.name.version, row.rank, row.targets.as_slice()), (1, 16, &["q_proj".to_owned()][..]));
     assert_eq!((row.memory_bytes, row.parity), (2 * UNIT, GOOD));
     assert_eq!(row.metrics, BTreeMap::from([("loss".into(), 0.5)]), "only finite numbers are kept");
 
     let lease = bench.lease("tenants/a/adapters/x").await.unwrap();
     assert_eq!((lease.name(), lease.digest()), (&row.name, row.digest));
-    assert_eq!(**lease.lora(), lora(2, 0.5));
-    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: 2 * UNIT, leases: 1 });
+    assert_serves(&lease, &lora(2, 0.5));
+    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: 2 * UNIT, leases: 1, host_bytes: 0 });
     let clone = lease.clone();
     drop(lease);
     assert_eq!(bench.hub.stats().leases, 1, "a clone is the same lease");
@@ -235,7 +254,7 @@ async fn a_refusal_leaves_the_same_content_of_another_version() {
     bench.gate.says(ParityReport { mean_abs_difference: 1.0, ..GOOD });
     bench.publish("y", 1, 0.5).await.unwrap_err();
     bench.forget(8);
-    assert_eq!(**bench.lease(&row.name).await.unwrap().lora(), lora(1, 0.5));
+    assert_serves(&bench.lease(&row.name).await.unwrap(), &lora(1, 0.5));
 }
 
 #[tokio::test]
@@ -244,7 +263,7 @@ async fn what_does_not_fit_the_base_leaves_nothing() {
     let mut new = bench.new_version("x", 1, 0.5);
     new.package.tensors.truncate(40);
     assert!(matches!(bench.hub.publish(&bench.tenant, new).await, Err(Error::Invalid { .. })));
-    let refused = bench.publish("x", 257, 0.5).await.unwrap_err();
+    let refused = bench.publish("x", 33, 0.5).await.unwrap_err();
     assert!(matches!(&refused, Error::Invalid { message, .. } if message.contains("256")), "{refused:?}");
     assert_eq!(bench.gate.calls(), 0);
     bench.assert_nothing_left().await;
@@ -288,7 +307,7 @@ async fn a_retried_publish_gives_the_first_version() {
     let other = NewVersion { package: bench.new_version("x", 2, 0.5).package, ..new };
     assert_eq!(bench.hub.publish(&bench.tenant, other).await.unwrap(), one);
     assert_eq!(bench.blobs(), files);
-    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 0 });
+    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 0, host_bytes: 0 });
 }
 
 #[tokio::test]
@@ -323,8 +342,8 @@ async fn concurrent_leases_load_once() {
     bench.forget(1);
     let lease = async || bench.lease(&row.name).await.unwrap();
     let leases = futures::future::join_all((0..32).map(|_| lease())).await;
-    assert!(leases.iter().all(|lease| Arc::ptr_eq(lease.lora(), leases[0].lora())));
-    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 32 });
+    assert!(leases.iter().all(|lease| Arc::ptr_eq(lease.packed(), leases[0].packed())));
+    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 32, host_bytes: 0 });
 }
 
 #[tokio::test]
@@ -337,14 +356,14 @@ async fn the_version_used_longest_ago_makes_room() {
     let held = bench.lease(&y).await.unwrap();
     bench.lease(&x).await.unwrap();
     bench.publish("z", 1, 0.25).await.unwrap();
-    assert_eq!(bench.hub.stats(), HubStats { resident: 2, resident_bytes: 2 * UNIT, leases: 1 });
+    assert_eq!(bench.hub.stats(), HubStats { resident: 2, resident_bytes: 2 * UNIT, leases: 1, host_bytes: 0 });
 
     let back = bench.lease(&x).await.unwrap();
-    assert_eq!(**back.lora(), lora(1, 0.5));
+    assert_serves(&back, &lora(1, 0.5));
     let full = bench.lease(&z).await.unwrap_err();
     assert!(matches!(full, Error::Exhausted { limit: "adapter_cache_bytes", retry_after: Some(_), .. }), "{full:?}");
     drop(held);
-    assert_eq!(**bench.lease(&z).await.unwrap().lora(), lora(1, 0.25));
+    assert_serves(&bench.lease(&z).await.unwrap(), &lora(1, 0.25));
 
     let never = bench.publish("big", 3, 0.5).await.unwrap_err();
     assert!(matches!(never, Error::Exhausted { retry_after: None, .. }), "{never:?}");
@@ -357,11 +376,12 @@ async fn a_deleted_version_lives_until_its_leases_drop() {
     let lease = bench.lease(&old.name).await.unwrap();
     bench.hub.delete_adapter(&bench.tenant, &old.name.adapter, "").await.unwrap();
     assert!(matches!(bench.lease(&old.name).await, Err(Error::NotFound { .. })));
-    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: UNIT, leases: 1 });
+    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: UNIT, leases: 1, host_bytes: 0 });
 
     let new = bench.publish("x", 2, 0.25).await.unwrap();
     let fresh = bench.lease(&new.name.adapter).await.unwrap();
-    assert_eq!((**fresh.lora() == lora(2, 0.25), **lease.lora() == lora(1, 0.5)), (true, true));
+    assert_serves(&fresh, &lora(2, 0.25));
+    assert_serves(&lease, &lora(1, 0.5));
     assert!(matches!(bench.lease(&old.name).await, Err(Error::NotFound { .. })));
     drop(lease);
     assert_eq!(bench.hub.stats().resident_bytes, 2 * UNIT);
@@ -377,7 +397,7 @@ async fn a_version_deleted_while_it_loads_does_not_stay_in_memory() {
     let files_stay = bench.store.custody(bench.tenant.id(), &row.blob).await;
     bench.hub.delete_adapter(&bench.tenant, &row.name.adapter, "").await.unwrap();
     let loaded = load().await.unwrap();
-    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: UNIT, leases: 0 });
+    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: UNIT, leases: 0, host_bytes: 0 });
     drop((loaded, files_stay));
     bench.store.collect_blobs(std::slice::from_ref(&row.blob)).await;
     assert!(matches!(load().await, Err(Error::NotFound { .. })));
@@ -392,7 +412,7 @@ async fn a_tenants_memory_goes_with_it() {
     let new = NewVersion { adapter: AdapterName::new(other.id(), "x").unwrap(), ..bench.new_version("x", 1, 0.5) };
     let kept = bench.hub.publish(&other, new).await.unwrap();
     bench.hub.delete_tenant(bench.tenant.id()).await.unwrap();
-    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 0 });
+    assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 0, host_bytes: 0 });
     let lease = bench.hub.lease(&other, &AdapterRef::Live(kept.name.adapter.clone())).await.unwrap();
     assert_eq!(lease.name(), &kept.name);
     drop(lease);
@@ -406,22 +426,116 @@ async fn versions_of_another_base_are_refused() {
     let row = bench.publish("x", 1, 0.5).await.unwrap();
     bench.hub = hub(&bench.store, &bench.gate, b"another base", 8);
     assert_eq!(reason(&bench.lease(&row.name).await.unwrap_err()), "WRONG_BASE");
-    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0 });
+    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0, host_bytes: 0 });
+}
+
+/// Flips a bit near the end of a version's file.
+fn damage(bench: &Bench, row: &VersionRow, file: &str) {
+    let file = bench.dir.path().join("blobs").join(&row.blob).join(file);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let last = bytes.len() - 10;
+    bytes[last] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
 }
 
 #[tokio::test]
 async fn damaged_files_are_never_served() {
     let mut bench = Bench::new(8).await;
     let row = bench.publish("x", 1, 0.5).await.unwrap();
-    let file = bench.dir.path().join("blobs").join(&row.blob).join(TENSORS_FILE);
-    let mut bytes = std::fs::read(&file).unwrap();
-    let last = bytes.len() - 2;
-    bytes[last] ^= 1;
-    std::fs::write(&file, bytes).unwrap();
+    damage(&bench, &row, PACKED_FILE);
+    damage(&bench, &row, TENSORS_FILE);
     bench.forget(8);
     let refused = bench.lease(&row.name).await.unwrap_err();
     assert!(matches!(&refused, Error::Internal(told) if told.contains("damaged")), "{refused:?}");
-    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0 });
+    assert_eq!(bench.hub.stats(), HubStats::default());
+}
+
+#[tokio::test]
+async fn a_packed_file_that_cannot_be_used_is_made_again() {
+    let mut bench = Bench::new(8).await;
+    let row = bench.publish("x", 1, 0.5).await.unwrap();
+    let file = bench.dir.path().join("blobs").join(&row.blob).join(PACKED_FILE);
+    let sound = std::fs::read(&file).unwrap();
+    for missing in [false, true] {
+        if missing {
+            std::fs::remove_file(&file).unwrap()
+        } else {
+            damage(&bench, &row, PACKED_FILE)
+        }
+        bench.forget(8);
+        assert_serves(&bench.lease(&row.name).await.unwrap(), &lora(1, 0.5));
+        assert_eq!(std::fs::read(&file).unwrap(), sound);
+    }
+    // Whole, it is all that a load needs.
+    damage(&bench, &row, TENSORS_FILE);
+    bench.forget(8);
+    assert_serves(&bench.lease(&row.name).await.unwrap(), &lora(1, 0.5));
+}
+
+#[tokio::test]
+async fn what_leaves_the_device_waits_in_host_memory_while_there_is_room() {
+    let bench = Bench::new(8).await;
+    let limits = |limits: &mut Limits| (limits.adapter_cache_bytes, limits.adapter_host_bytes) = (UNIT, 2 * UNIT);
+    let hub = hub_with(&bench.store, &bench.gate, b"base", limits);
+    let fills = [0.5, 0.25, 0.125, 2.0];
+    let mut rows = Vec::new();
+    for (adapter, fill) in ["w", "x", "y", "z"].into_iter().zip(fills) {
+        rows.push(bench.publish(adapter, 1, fill).await.unwrap());
+    }
+    let tiers = || rows.iter().map(|row| hub.residency(&row.uid, row.memory_bytes).tier).collect::<Vec<_>>();
+    let lease = async |i: usize| hub.lease(&bench.tenant, &AdapterRef::Version(rows[i].name.clone())).await.unwrap();
+    assert_eq!(tiers(), [Tier::Disk; 4]);
+    for i in 0..4 {
+        assert_serves(&lease(i).await, &lora(1, fills[i]));
+    }
+    assert_eq!(tiers(), [Tier::Disk, Tier::Host, Tier::Host, Tier::Device], "the one used longest ago has left");
+    assert_eq!(hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, host_bytes: 2 * UNIT, leases: 0 });
+
+    damage(&bench, &rows[1], PACKED_FILE);
+    damage(&bench, &rows[1], TENSORS_FILE);
+    assert_serves(&lease(1).await, &lora(1, fills[1]));
+    assert_eq!(tiers(), [Tier::Disk, Tier::Device, Tier::Host, Tier::Host], "it came back without a read");
+    let known = hub.residency(&rows[1].uid, UNIT);
+    assert!(known.last_use.is_some() && known.last_load.is_some(), "{known:?}");
+
+    bench.hub.delete_adapter(&bench.tenant, &rows[0].name.adapter, "").await.unwrap();
+    hub.delete_adapter(&bench.tenant, &rows[2].name.adapter, "").await.unwrap();
+    hub.delete_tenant(bench.tenant.id()).await.unwrap();
+    assert_eq!(hub.stats(), HubStats::default());
+    assert!(rows.iter().all(|row| hub.residency(&row.uid, UNIT).last_use.is_none()));
+}
+
+#[tokio::test]
+async fn a_lease_waits_for_room() {
+    let bench = Bench::new(8).await;
+    let row = bench.publish("x", 1, 0.5).await.unwrap();
+    bench.publish("y", 1, 0.25).await.unwrap();
+    let hub = hub_with(&bench.store, &bench.gate, b"base", |limits| {
+        (limits.adapter_cache_bytes, limits.adapter_wait_seconds) = (UNIT, 60);
+    });
+    let lease = async |adapter: &str| {
+        let name = AdapterName::new(bench.tenant.id(), adapter).unwrap();
+        hub.lease(&bench.tenant, &AdapterRef::Live(name)).await
+    };
+    let held = lease("x").await.unwrap();
+    let (x_again, y) = tokio::join!(
+        async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            drop(held);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            lease("x").await.unwrap()
+        },
+        async {
+            let lease = lease("y").await.unwrap();
+            assert_serves(&lease, &lora(1, 0.25));
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        },
+    );
+    assert_eq!((y, x_again.name()), ((), &row.name));
+    drop(x_again);
+    let big = NewVersion { publish: Publish::Live, ..bench.new_version("x", 2, 0.5) };
+    let never = hub.publish(&bench.tenant, big).await.unwrap_err();
+    assert!(matches!(never, Error::Exhausted { retry_after: None, .. }), "{never:?}");
 }
 
 #[tokio::test]
@@ -432,7 +546,8 @@ async fn versions_come_back_after_a_restart() {
     drop((store, old));
     let store = Store::open(dir.path()).await.unwrap();
     let lease = hub(&store, &gate, b"base", 8).lease(&tenant, &AdapterRef::Live(row.name.adapter)).await.unwrap();
-    assert_eq!((lease.digest(), &**lease.lora()), (row.digest, &lora(1, 0.5)));
+    assert_eq!(lease.digest(), row.digest);
+    assert_serves(&lease, &lora(1, 0.5));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -444,7 +559,7 @@ async fn every_lease_during_swaps_is_one_whole_version() {
     let client = async || {
         for _ in 0..50 {
             let lease = bench.lease(&one.adapter).await.unwrap();
-            assert_eq!(**lease.lora(), lora(1, fills[lease.name().version as usize - 1]));
+            assert_serves(&lease, &lora(1, fills[lease.name().version as usize - 1]));
         }
     };
     let swaps = async {
@@ -453,5 +568,5 @@ async fn every_lease_during_swaps_is_one_whole_version() {
         }
     };
     tokio::join!(futures::future::join_all((0..8).map(|_| client())), swaps);
-    assert_eq!(bench.hub.stats(), HubStats { resident: 2, resident_bytes: 2 * UNIT, leases: 0 });
+    assert_eq!(bench.hub.stats(), HubStats { resident: 2, resident_bytes: 2 * UNIT, leases: 0, host_bytes: 0 });
 }

@@ -12,17 +12,15 @@ pub const BLOCK: usize = 32;
 /// How a matrix's values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum QType {
-    F32,
     Q4_0,
     Q4_1,
     Q8_0,
 }
 
 impl QType {
-    /// Bytes of a row of `cols` values; `cols` is a multiple of [`BLOCK`] (any number for F32).
+    /// Bytes of a row of `cols` values; `cols` is a multiple of [`BLOCK`].
     pub fn row_bytes(self, cols: usize) -> usize {
         match self {
-            Self::F32 => 4 * cols,
             Self::Q4_0 => cols / BLOCK * 18,
             Self::Q4_1 => cols / BLOCK * 20,
             Self::Q8_0 => cols / BLOCK * 34,
@@ -31,17 +29,12 @@ impl QType {
 
     /// Whether rows may have this many values.
     pub fn fits(self, cols: usize) -> bool {
-        self == Self::F32 || cols.is_multiple_of(BLOCK)
+        cols.is_multiple_of(BLOCK)
     }
 
     /// The exact values of one row: `row` holds `row_bytes(out.len())` bytes.
     pub fn dequantize_row(self, row: &[u8], out: &mut [f32]) {
         match self {
-            Self::F32 => {
-                for (x, bytes) in out.iter_mut().zip(row.as_chunks().0) {
-                    *x = f32::from_le_bytes(*bytes);
-                }
-            }
             Self::Q4_0 => each_block::<18>(row, out, |block, out| {
                 let d = half_at(block, 0);
                 nibbles(&block[2..], out, |q| d * (f32::from(q) - 8.0));
@@ -77,29 +70,5 @@ fn nibbles(bytes: &[u8], out: &mut [f32; BLOCK], value: impl Fn(u8) -> f32) {
     for ((byte, low), high) in bytes.iter().zip(low).zip(high) {
         *low = value(byte & 15);
         *high = value(byte >> 4);
-    }
-}
-
-/// A matrix `[rows, cols]` in a block format, borrowed.
-#[derive(Debug, Clone, Copy)]
-pub struct QMatrixRef<'a> {
-    pub qtype: QType,
-    pub rows: usize,
-    pub cols: usize,
-    pub data: &'a [u8],
-}
-
-impl<'a> QMatrixRef<'a> {
-    /// The bytes of one row.
-    pub fn row(&self, row: usize) -> &'a [u8] {
-        let bytes = self.qtype.row_bytes(self.cols);
-        &self.data[row * bytes..][..bytes]
-    }
-
-    /// The exact values of rows `from..from + out.len() / cols`.
-    pub fn dequantize(&self, from: usize, out: &mut [f32]) {
-        for (i, out) in out.chunks_exact_mut(self.cols).enumerate() {
-            self.qtype.dequantize_row(self.row(from + i), out);
-        }
     }
 }

@@ -5,7 +5,10 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod gemm;
+pub mod packed;
 pub mod tensors;
+#[cfg(test)]
+mod testing;
 
 /// ln of the sum of e^x over a row, summed in its order in double precision: what every log-probability of the serving path rests on.
 pub fn log_sum_exp(row: &[f32]) -> f64 {

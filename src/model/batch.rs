@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::adapter::Lora;
+use crate::adapter::PackedLora;
 use crate::error::{Error, Result};
 use crate::model::Model;
 
@@ -56,7 +56,7 @@ pub struct Span<'a> {
     /// The sequence's KV blocks in order; they cover `start + ids.len()` positions. Positions below `start` hold KV already.
     pub blocks: &'a [u32],
     /// `None` is the base.
-    pub lora: Option<&'a Arc<Lora>>,
+    pub lora: Option<&'a Arc<PackedLora>>,
     pub logits: LogitRows,
 }
 

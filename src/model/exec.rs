@@ -1,23 +1,34 @@
 //! Serving on the CPU: a flat batch of rows of different lengths, paged KV, each span its own adapter. A row's bits depend on nothing but
 //! its own sequence and adapter: not on the batch, the chunking, or the blocks it lies in.
+//!
+//! A step reuses all that earlier steps allocated. Each of its operations is one region of the team: the input of a frozen layer is made,
+//! quantised and shrunk in one pass over its rows, and its output is computed, expanded and added in one pass over the weights.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use crate::adapter::Site;
+use crate::adapter::{PackedLora, Site};
 use crate::error::Result;
-use crate::kernels::cpu::{self, QuantizedRows};
+use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, QuantizedRows, RowGroup, RowTile, Team};
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout, Span};
 use crate::model::kv::KvCache;
 use crate::model::llama::{self, Norm, Ops};
+use crate::request::Target;
+
+pub static TT: std::sync::Mutex<[f32; 5]> = std::sync::Mutex::new([0.0; 5]);
+fn t(i: usize) -> f32 {
+    TT.lock().unwrap()[i]
+}
+/// Rows of logits whose memory is kept between steps.
+const KEPT_LOGITS: usize = 64;
 
 /// The serving executor: its buffers and its KV cache.
 #[derive(Debug)]
 pub(super) struct Exec {
     model: Arc<Model>,
     kv: KvCache,
+    rows: Rows,
     buffers: Buffers,
-    quantized: QuantizedRows,
     logits: Vec<f32>,
 }
 
@@ -25,176 +36,303 @@ impl Exec {
     pub fn new(model: Arc<Model>, kv: KvLayout) -> Result<Self> {
         kv.check()?;
         let kv = KvCache::new(model.config(), kv);
-        Ok(Self { model, kv, buffers: Buffers::default(), quantized: QuantizedRows::default(), logits: Vec::new() })
+        Ok(Self { model, kv, rows: Rows::default(), buffers: Buffers::default(), logits: Vec::new() })
     }
 }
 
 impl Executor for Exec {
     fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
         self.kv.layout().check_spans(&self.model, spans)?;
-        let model = self.model.clone();
-        let rows = spans
-            .iter()
-            .enumerate()
-            .flat_map(|(span, s)| (0..s.ids.len()).map(move |i| RowPlace { span, position: s.start + i }))
-            .collect();
+        self.rows.fill(spans);
         let mut pass = ExecPass {
-            model: &model,
-            spans,
-            rows,
+            model: &self.model,
+            team: Team::get(),
+            rows: &self.rows,
             kv: &mut self.kv,
             buffers: &mut self.buffers,
-            quantized: &mut self.quantized,
-            quantized_of: None,
         };
-        let hidden = llama::hidden(&model, &mut pass)?;
-        let head = model.head();
-        self.quantized.fill(&hidden.data, model.config().width);
-        self.logits.resize(hidden.data.len() / model.config().width * head.rows, 0.0);
-        cpu::matmul(head, &self.quantized, &mut self.logits);
+        let done = llama::hidden(&self.model, &mut pass);
+        self.rows.adapters.clear();
+        done?;
+        let (head, rows) = (self.model.head(), self.rows.kept.len());
+        if self.logits.capacity() > KEPT_LOGITS * head.rows() && rows <= KEPT_LOGITS {
+            self.logits = Vec::new();
+        }
+        self.logits.resize(rows * head.rows(), 0.0);
+        let layer = Linear { matrix: head, y: &mut self.logits, accumulate: false };
+        cpu::linear(Team::get(), &self.buffers.quantized, &mut [layer], None);
         Ok(&self.logits)
     }
 }
 
-/// Where a row stands.
+/// The rows of a batch.
+#[derive(Debug, Default)]
+struct Rows {
+    ids: Vec<u32>,
+    /// All rows, in tiles of one sequence.
+    tiles: Vec<Tile>,
+    /// The sequences' KV blocks, one after another.
+    tables: Vec<u32>,
+    /// All rows, in groups of one adapter.
+    groups: Vec<RowGroup>,
+    adapters: Vec<Arc<PackedLora>>,
+    /// The largest rank of the adapters.
+    rank: usize,
+    /// The rows that are wanted beyond the last layer, ascending; and one base group for each.
+    kept: Vec<usize>,
+    kept_groups: Vec<RowGroup>,
+}
+
+/// As [`RowTile`], its blocks being `tables[table..table + blocks]`.
 #[derive(Debug, Clone, Copy)]
-struct RowPlace {
-    span: usize,
+struct Tile {
+    first: usize,
+    count: usize,
     position: usize,
+    table: usize,
+    blocks: usize,
 }
 
-/// Activations `[rows, width]` in a buffer that goes back to the pool when dropped.
-#[derive(Debug)]
-struct Activations {
-    /// Tells one content from another.
-    id: u64,
-    width: usize,
-    data: Vec<f32>,
-    pool: Arc<Mutex<Vec<Vec<f32>>>>,
-}
+impl Rows {
+    fn fill(&mut self, spans: &[Span<'_>]) {
+        self.ids.clear();
+        self.tiles.clear();
+        self.tables.clear();
+        self.groups.clear();
+        self.adapters.clear();
+        self.kept.clear();
+        self.kept_groups.clear();
+        for span in spans {
+            let (first, table) = (self.ids.len(), self.tables.len());
+            self.ids.extend_from_slice(span.ids);
+            self.tables.extend_from_slice(span.blocks);
+            for at in (0..span.ids.len()).step_by(GROUP_ROWS) {
+                let count = GROUP_ROWS.min(span.ids.len() - at);
+                let (position, blocks) = (span.start + at, span.blocks.len());
+                self.tiles.push(Tile { first: first + at, count, position, table, blocks });
+            }
+            let adapter = span.lora.map(|lora| self.number(lora));
+            self.group(first..self.ids.len(), adapter);
+            self.kept.extend(self.ids.len() - span.logits.count(span.ids.len())..self.ids.len());
+        }
+        self.kept_groups.extend((0..self.kept.len()).map(|first| RowGroup { first, count: 1, adapter: None }));
+        self.rank = self.adapters.iter().map(|lora| lora.rank()).max().unwrap_or(0);
+    }
 
-impl Drop for Activations {
-    fn drop(&mut self) {
-        if let Ok(mut free) = self.pool.lock() {
-            free.push(std::mem::take(&mut self.data));
+    /// The adapter's number in this batch.
+    fn number(&mut self, lora: &Arc<PackedLora>) -> usize {
+        if let Some(at) = self.adapters.iter().rposition(|known| Arc::ptr_eq(known, lora)) {
+            return at;
+        }
+        self.adapters.push(lora.clone());
+        self.adapters.len() - 1
+    }
+
+    /// Puts rows into groups; the last group of the same adapter takes more while it has room.
+    fn group(&mut self, rows: std::ops::Range<usize>, adapter: Option<usize>) {
+        for row in rows {
+            match self.groups.last_mut() {
+                Some(group) if group.adapter == adapter && group.count < GROUP_ROWS => group.count += 1,
+                _ => self.groups.push(RowGroup { first: row, count: 1, adapter }),
+            }
         }
     }
+
+    fn tile(&self, i: usize) -> RowTile<'_> {
+        let Tile { first, count, position, table, blocks } = self.tiles[i];
+        RowTile { first, count, position, blocks: &self.tables[table..table + blocks] }
+    }
 }
 
-/// Buffers that are used again: a steady batch allocates none.
+/// Activations, `[rows, width]` each.
 #[derive(Debug, Default)]
 struct Buffers {
-    pool: Arc<Mutex<Vec<Vec<f32>>>>,
-    next_id: u64,
+    outs: Outs,
+    /// What was normed, or what attention gave.
+    input: Vec<f32>,
+    /// The input of the next frozen layers, quantised; and shrunk by the adapters.
+    quantized: QuantizedRows,
+    shrunk: Vec<f32>,
 }
 
-impl Buffers {
-    fn take(&mut self, rows: usize, width: usize) -> Activations {
-        let mut data = self.pool.lock().ok().and_then(|mut free| free.pop()).unwrap_or_default();
-        data.resize(rows * width, 0.0);
-        Activations { id: self.new_id(), width, data, pool: self.pool.clone() }
-    }
-
-    fn new_id(&mut self) -> u64 {
-        self.next_id += 1;
-        self.next_id
-    }
+/// What the frozen layers give.
+#[derive(Debug, Default)]
+struct Outs {
+    /// The residual stream.
+    x: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
 }
 
 /// One batch going through the model.
 struct ExecPass<'a> {
     model: &'a Model,
-    spans: &'a [Span<'a>],
-    rows: Vec<RowPlace>,
+    team: &'static Team,
+    rows: &'a Rows,
     kv: &'a mut KvCache,
     buffers: &'a mut Buffers,
-    quantized: &'a mut QuantizedRows,
-    /// Whose content `quantized` holds: q, k and v share one quantisation, gate and up another.
-    quantized_of: Option<u64>,
+}
+
+fn sites<const N: usize>(layer: usize, targets: [Target; N]) -> [Site; N] {
+    targets.map(|target| Site { layer: layer as u32, target })
+}
+
+fn qkv_sites(layer: usize) -> [Site; 3] {
+    sites(layer, [Target::QProj, Target::KProj, Target::VProj])
+}
+
+fn gate_up_sites(layer: usize) -> [Site; 2] {
+    sites(layer, [Target::GateProj, Target::UpProj])
+}
+
+impl Rows {
+    fn count(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Runs `f` with the batch's adapters at the layers of one input, where there are any.
+    fn with_adapters(&self, sites: &[Site], f: impl FnOnce(Option<&Adapters<'_>>)) {
+        if self.adapters.is_empty() || sites.is_empty() {
+            return f(None);
+        }
+        let pair = |adapter: usize, layer: usize| self.adapters[adapter].layer(sites[layer]);
+        f(Some(&Adapters { groups: &self.groups, layers: sites.len(), pair: &pair, rank: self.rank }));
+    }
+}
+
+impl ExecPass<'_> {
+    /// The frozen layers at `sites` and their adapters, on the input that was prepared last.
+    fn linear<const N: usize>(
+        &mut self,
+        sites: [Site; N],
+        accumulate: bool,
+        outs: impl FnOnce(&mut Outs) -> [&mut Vec<f32>; N],
+    ) {
+        let (model, rows) = (self.model, self.rows);
+        let Buffers { outs: buffers, quantized, shrunk, .. } = &mut *self.buffers;
+        let mut outs = outs(buffers).into_iter();
+        let mut layers = sites.map(|site| {
+            let matrix = model.matrix(site);
+            let y = outs.next().map_or(&mut [][..], |y| resized(y, rows.count(), matrix.rows()));
+            Linear { matrix, y, accumulate }
+        });
+        rows.with_adapters(&sites, |adapters| {
+            let adapters = adapters.map(|adapters| (adapters, &shrunk[..]));
+            cpu::linear(self.team, quantized, &mut layers, adapters);
+        });
+    }
+}
+
+/// A buffer as `[rows, width]`.
+fn resized(buffer: &mut Vec<f32>, rows: usize, width: usize) -> &mut [f32] {
+    buffer.resize(rows * width, 0.0);
+    buffer
 }
 
 impl Ops for ExecPass<'_> {
-    type Rows = Activations;
+    /// The buffers are the executor's, and each operation knows its own: what [`Ops::norm`], [`Ops::attention`] or [`Ops::swiglu`] made
+    /// last is prepared for the frozen layers that follow it.
+    type Rows = ();
 
-    fn embed(&mut self) -> Result<Activations> {
+    fn embed(&mut self) -> Result<()> {
         let width = self.model.config().width;
-        let mut x = self.buffers.take(self.rows.len(), width);
-        let ids = self.spans.iter().flat_map(|span| span.ids);
-        for (out, id) in x.data.chunks_exact_mut(width).zip(ids) {
-            self.model.embed(*id, out);
+        let x = resized(&mut self.buffers.outs.x, self.rows.count(), width);
+        for (x, id) in x.chunks_exact_mut(width).zip(&self.rows.ids) {
+            self.model.embed(*id, x);
         }
-        Ok(x)
+        Ok(())
     }
 
-    fn norm(&mut self, x: &Activations, norm: Norm) -> Result<Activations> {
-        let mut out = self.buffers.take(x.data.len() / x.width, x.width);
-        cpu::rms_norm(&x.data, self.model.norm(norm), self.model.config().rms_eps, &mut out.data);
-        Ok(out)
-    }
-
-    fn linear(&mut self, x: &Activations, site: Site) -> Result<Activations> {
-        let matrix = self.model.matrix(site);
-        if self.quantized_of != Some(x.id) {
-            self.quantized.fill(&x.data, x.width);
-            self.quantized_of = Some(x.id);
-        }
-        let mut y = self.buffers.take(self.rows.len(), matrix.rows);
-        cpu::matmul(matrix, self.quantized, &mut y.data);
-        let mut row = 0;
-        for span in self.spans {
-            let rows = row..row + span.ids.len();
-            row = rows.end;
-            if let Some(layer) = span.lora.and_then(|lora| lora.layers.get(&site)) {
-                let x = &x.data[rows.start * matrix.cols..rows.end * matrix.cols];
-                let y = &mut y.data[rows.start * matrix.rows..rows.end * matrix.rows];
-                cpu::lora(x, &layer.a, &layer.b, layer.rank, layer.scale, y);
+    fn norm(&mut self, (): &(), norm: Norm) -> Result<()> {
+        let (width, eps, weight) = (self.model.config().width, self.model.config().rms_eps, self.model.norm(norm));
+        let (qkv, gate_up);
+        let (sites, groups) = match norm {
+            Norm::Attention(layer) => {
+                qkv = qkv_sites(layer);
+                (&qkv[..], &self.rows.groups)
             }
-        }
-        Ok(y)
+            Norm::Ffn(layer) => {
+                gate_up = gate_up_sites(layer);
+                (&gate_up[..], &self.rows.groups)
+            }
+            Norm::Final => (&[][..], &self.rows.kept_groups),
+        };
+        let Buffers { outs: Outs { x, .. }, input, quantized, shrunk } = &mut *self.buffers;
+        let input = resized(input, x.len() / width, width);
+        let normed = |row: usize, out: &mut [f32]| cpu::rms_norm_row(&x[row * width..][..width], weight, eps, out);
+        self.rows.with_adapters(sites, |adapters| {
+            let adapters = adapters.map(|adapters| (adapters, shrunk));
+            cpu::prepare(
+                self.team,
+                groups,
+                (input, width),
+                (
+                    quantized,
+                    t(match norm {
+                        Norm::Attention(_) => 0,
+                        Norm::Ffn(_) => 2,
+                        Norm::Final => 4,
+                    }),
+                ),
+                adapters,
+                normed,
+            );
+        });
+        Ok(())
     }
 
-    fn rope(&mut self, mut x: Activations) -> Result<Activations> {
-        let table = &self.model.rope;
-        let rows = &self.rows;
-        cpu::rope(&mut x.data, x.width, table.half, |row| table.at(rows[row].position));
-        x.id = self.buffers.new_id();
-        Ok(x)
+    fn qkv(&mut self, (): &(), layer: usize) -> Result<[(); 3]> {
+        self.linear(qkv_sites(layer), false, |outs| [&mut outs.q, &mut outs.k, &mut outs.v]);
+        Ok([(); 3])
     }
 
-    fn attention(&mut self, layer: usize, q: Activations, k: Activations, v: Activations) -> Result<Activations> {
+    fn attention(&mut self, layer: usize, _: [(); 3]) -> Result<()> {
         // Everything is read back after rounding, this chunk's rows included: so a chunk's borders change no bit.
-        let (rows, spans) = (&self.rows, self.spans);
-        for (row, (key, value)) in rows.iter().zip(k.data.chunks_exact(k.width).zip(v.data.chunks_exact(v.width))) {
-            self.kv.write(layer, spans[row.span].blocks, row.position, key, value);
+        let (config, rows, rope) = (self.model.config(), self.rows, &self.model.rope);
+        let (width, tile) = (config.heads * config.head_dim, |i| rows.tile(i));
+        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk } = &mut *self.buffers;
+        let kv = self.kv.layer_mut(layer);
+        cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), kv, |position| rope.at(position));
+        let input = resized(input, rows.count(), width);
+        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), config.heads, input);
+        rows.with_adapters(&sites(layer, [Target::OProj]), |adapters| {
+            let adapters = adapters.map(|adapters| (adapters, shrunk));
+            cpu::prepare(self.team, &rows.groups, (input, width), (quantized, t(1)), adapters, |_, _| {});
+        });
+        Ok(())
+    }
+
+    fn gate_up(&mut self, (): &(), layer: usize) -> Result<[(); 2]> {
+        self.linear(gate_up_sites(layer), false, |outs| [&mut outs.gate, &mut outs.up]);
+        Ok([(); 2])
+    }
+
+    fn swiglu(&mut self, layer: usize, _: [(); 2]) -> Result<()> {
+        let width = self.model.config().ffn;
+        let Buffers { outs: Outs { gate, up, .. }, quantized, shrunk, .. } = &mut *self.buffers;
+        let gated = |row: usize, gate: &mut [f32]| cpu::swiglu_row(gate, &up[row * width..][..width]);
+        self.rows.with_adapters(&sites(layer, [Target::DownProj]), |adapters| {
+            let adapters = adapters.map(|adapters| (adapters, shrunk));
+            cpu::prepare(self.team, &self.rows.groups, (gate, width), (quantized, t(3)), adapters, gated);
+        });
+        Ok(())
+    }
+
+    fn add_linear(&mut self, (): (), (): (), site: Site) -> Result<()> {
+        self.linear([site], true, |outs| [&mut outs.x]);
+        Ok(())
+    }
+
+    fn select(&mut self, (): ()) -> Result<()> {
+        let (width, kept, x) = (self.model.config().width, &self.rows.kept, &mut self.buffers.outs.x);
+        for (to, from) in kept.iter().enumerate() {
+            x.copy_within(from * width..(from + 1) * width, to * width);
         }
-        let mut out = self.buffers.take(rows.len(), q.width);
-        let place = |row: usize| (spans[rows[row].span].blocks, rows[row].position);
-        cpu::attention(&q.data, self.kv.view(layer), self.model.config().heads, place, &mut out.data);
-        Ok(out)
-    }
-
-    fn swiglu(&mut self, mut gate: Activations, up: Activations) -> Result<Activations> {
-        cpu::swiglu(&mut gate.data, &up.data);
-        gate.id = self.buffers.new_id();
-        Ok(gate)
-    }
-
-    fn add(&mut self, mut x: Activations, y: Activations) -> Result<Activations> {
-        cpu::add(&mut x.data, &y.data);
-        x.id = self.buffers.new_id();
-        Ok(x)
-    }
-
-    fn select(&mut self, x: Activations) -> Result<Activations> {
-        let mut kept = self.buffers.take(0, x.width);
-        let mut row = 0;
-        for span in self.spans {
-            let end = row + span.ids.len();
-            let from = end - span.logits.count(span.ids.len());
-            kept.data.extend_from_slice(&x.data[from * x.width..end * x.width]);
-            row = end;
-        }
-        Ok(kept)
+        x.truncate(kept.len() * width);
+        Ok(())
     }
 }
 
@@ -211,7 +349,7 @@ mod tests {
         let (model, _) = Model::tiny(1);
         let mut lora = Lora::fresh(&LoraSpec::default(), model.shape(), 5).unwrap();
         lora.layers.values_mut().for_each(|layer| layer.b.fill(1e38));
-        let lora = Arc::new(lora);
+        let lora = Arc::new(PackedLora::new(&lora, model.shape()).unwrap());
         let mut exec = Exec::new(model, KvLayout { block_tokens: 4, blocks: 4 }).unwrap();
         let span = |ids, start, lora| Span { ids, start, blocks: &[2, 0], lora, logits: LogitRows::All };
         assert!(exec.forward(&[span(&[1, 2, 3], 0, Some(&lora))]).unwrap().iter().all(|x| x.is_nan()));

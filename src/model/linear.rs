@@ -11,19 +11,19 @@ use super::Model;
 use super::autograd::{PIECE_MACS, give_way, slice, to_vec};
 use crate::adapter::Site;
 use crate::device::TrainPermit;
-use crate::kernels::blocks::QMatrixRef;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
+use crate::kernels::packed::PackedMatrix;
 use crate::random::{Purpose, Stream};
 use crate::request::Target;
 
 /// Runs `f(first row, dequantised rows)` over pieces of `w` small enough that `rows` activations against one take about [`PIECE_MACS`].
-fn pieces(w: QMatrixRef<'_>, rows: usize, permit: &Option<Arc<TrainPermit>>, mut f: impl FnMut(usize, &[f32])) {
-    let piece = (PIECE_MACS / (w.cols * rows.max(1))).max(1).next_multiple_of(64).min(w.rows.min(4096));
-    let mut dense = vec![0.0; piece * w.cols];
-    for from in (0..w.rows).step_by(piece) {
-        let count = piece.min(w.rows - from);
-        let dense = &mut dense[..count * w.cols];
-        dense.par_chunks_mut(16 * w.cols).enumerate().for_each(|(i, rows)| w.dequantize(from + 16 * i, rows));
+fn pieces(w: &PackedMatrix, rows: usize, permit: &Option<Arc<TrainPermit>>, mut f: impl FnMut(usize, &[f32])) {
+    let piece = (PIECE_MACS / (w.cols() * rows.max(1))).max(1).next_multiple_of(64).min(w.rows().min(4096));
+    let mut dense = vec![0.0; piece * w.cols()];
+    for from in (0..w.rows()).step_by(piece) {
+        let count = piece.min(w.rows() - from);
+        let dense = &mut dense[..count * w.cols()];
+        dense.par_chunks_mut(16 * w.cols()).enumerate().for_each(|(i, rows)| w.dequantize(from + 16 * i, rows));
         f(from, dense);
         give_way(permit);
     }
@@ -39,22 +39,27 @@ pub(super) struct FrozenLinear {
 impl FrozenLinear {
     fn forward(&self, x: &[f32]) -> Vec<f32> {
         let w = self.model.matrix(self.site);
-        let x = Mat::dense(x, w.cols);
-        let mut y = vec![0.0; x.rows() * w.rows];
+        let x = Mat::dense(x, w.cols());
+        let mut y = vec![0.0; x.rows() * w.rows()];
         pieces(w, x.rows(), &self.permit, |from, dense| {
-            mul_nt(Out { data: &mut y[from..], stride: w.rows, accumulate: false }, x, Mat::dense(dense, w.cols), true);
+            mul_nt(
+                Out { data: &mut y[from..], stride: w.rows(), accumulate: false },
+                x,
+                Mat::dense(dense, w.cols()),
+                true,
+            );
         });
         y
     }
 
     fn backward(&self, dy: &[f32]) -> Vec<f32> {
         let w = self.model.matrix(self.site);
-        let rows = dy.len() / w.rows;
-        let mut dx = vec![0.0; rows * w.cols];
+        let rows = dy.len() / w.rows();
+        let mut dx = vec![0.0; rows * w.cols()];
         pieces(w, rows, &self.permit, |from, dense| {
-            let count = dense.len() / w.cols;
-            let dy = Mat::new(&dy[from..], rows, count, w.rows);
-            mul(Out { data: &mut dx, stride: w.cols, accumulate: true }, dy, Mat::dense(dense, w.cols), true);
+            let count = dense.len() / w.cols();
+            let dy = Mat::new(&dy[from..], rows, count, w.rows());
+            mul(Out { data: &mut dx, stride: w.cols(), accumulate: true }, dy, Mat::dense(dense, w.cols()), true);
         });
         dx
     }
@@ -109,7 +114,7 @@ pub(super) struct AdaptedLinear {
 impl AdaptedLinear {
     /// The adapter's input, and scale * input A^T, `[rows, rank]`.
     fn shrink<'x>(&self, x: &'x [f32], a: &[f32]) -> (Cow<'x, [f32]>, Vec<f32>) {
-        let width = self.frozen.model.matrix(self.frozen.site).cols;
+        let width = self.frozen.model.matrix(self.frozen.site).cols();
         let mut input = Cow::Borrowed(x);
         if let Some(dropout) = self.dropout {
             dropout.apply(self.frozen.site, input.to_mut());
@@ -209,11 +214,11 @@ impl TokenLogprobs {
         let rows = self.targets.len();
         let mut logits = Vec::new();
         pieces(head, rows, &self.permit, |from, dense| {
-            let count = dense.len() / head.cols;
-            let weights = Mat::dense(dense, head.cols);
+            let count = dense.len() / head.cols();
+            let weights = Mat::dense(dense, head.cols());
             logits.resize(rows * count, 0.0);
             let out = Out { data: &mut logits, stride: count, accumulate: false };
-            mul_nt(out, Mat::dense(x, head.cols), weights, true);
+            mul_nt(out, Mat::dense(x, head.cols()), weights, true);
             f(from, &mut logits, weights);
         });
     }

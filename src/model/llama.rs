@@ -13,8 +13,8 @@ pub enum Norm {
     Final,
 }
 
-/// The dozen operations that an executor offers. Which rows there are, their positions, their adapters and their KV are the
-/// executor's; the architecture never sees them.
+/// The operations that an executor offers, as coarse as serving fuses them. Which rows there are, their positions, their adapters and
+/// their KV are the executor's; the architecture never sees them.
 pub trait Ops {
     /// Activations `[rows, width]`, float32.
     type Rows;
@@ -22,15 +22,16 @@ pub trait Ops {
     /// The embeddings of the executor's ids.
     fn embed(&mut self) -> Result<Self::Rows>;
     fn norm(&mut self, x: &Self::Rows, norm: Norm) -> Result<Self::Rows>;
-    /// The frozen layer, and on top each row's adapter at this site.
-    fn linear(&mut self, x: &Self::Rows, site: Site) -> Result<Self::Rows>;
-    /// Rotates by the rows' positions.
-    fn rope(&mut self, x: Self::Rows) -> Result<Self::Rows>;
-    /// Causal attention over what each row's sequence holds up to the row, this batch included.
-    fn attention(&mut self, layer: usize, q: Self::Rows, k: Self::Rows, v: Self::Rows) -> Result<Self::Rows>;
+    /// The frozen layers q, k and v of one input, and on top each row's adapter.
+    fn qkv(&mut self, x: &Self::Rows, layer: usize) -> Result<[Self::Rows; 3]>;
+    /// Turns q and k by the rows' positions; causal attention over what each row's sequence holds up to the row, this batch included.
+    fn attention(&mut self, layer: usize, qkv: [Self::Rows; 3]) -> Result<Self::Rows>;
+    /// The frozen layers gate and up of one input, and on top each row's adapter.
+    fn gate_up(&mut self, x: &Self::Rows, layer: usize) -> Result<[Self::Rows; 2]>;
     /// silu(gate) * up.
-    fn swiglu(&mut self, gate: Self::Rows, up: Self::Rows) -> Result<Self::Rows>;
-    fn add(&mut self, x: Self::Rows, y: Self::Rows) -> Result<Self::Rows>;
+    fn swiglu(&mut self, layer: usize, gate_up: [Self::Rows; 2]) -> Result<Self::Rows>;
+    /// x + the frozen layer of y, and on top each row's adapter.
+    fn add_linear(&mut self, x: Self::Rows, y: Self::Rows, site: Site) -> Result<Self::Rows>;
     /// The rows that are wanted beyond the last layer.
     fn select(&mut self, x: Self::Rows) -> Result<Self::Rows>;
 }
@@ -41,19 +42,13 @@ pub fn hidden<O: Ops>(model: &Model, ops: &mut O) -> Result<O::Rows> {
     for layer in 0..model.config().layers {
         let site = |target| Site { layer: layer as u32, target };
         let n = ops.norm(&x, Norm::Attention(layer))?;
-        let q = ops.linear(&n, site(Target::QProj))?;
-        let k = ops.linear(&n, site(Target::KProj))?;
-        let v = ops.linear(&n, site(Target::VProj))?;
-        let (q, k) = (ops.rope(q)?, ops.rope(k)?);
-        let attended = ops.attention(layer, q, k, v)?;
-        let o = ops.linear(&attended, site(Target::OProj))?;
-        x = ops.add(x, o)?;
+        let qkv = ops.qkv(&n, layer)?;
+        let attended = ops.attention(layer, qkv)?;
+        x = ops.add_linear(x, attended, site(Target::OProj))?;
         let n = ops.norm(&x, Norm::Ffn(layer))?;
-        let gate = ops.linear(&n, site(Target::GateProj))?;
-        let up = ops.linear(&n, site(Target::UpProj))?;
-        let h = ops.swiglu(gate, up)?;
-        let down = ops.linear(&h, site(Target::DownProj))?;
-        x = ops.add(x, down)?;
+        let gate_up = ops.gate_up(&n, layer)?;
+        let gated = ops.swiglu(layer, gate_up)?;
+        x = ops.add_linear(x, gated, site(Target::DownProj))?;
     }
     let x = ops.select(x)?;
     ops.norm(&x, Norm::Final)

@@ -3,7 +3,7 @@
 
 mod autograd;
 pub mod batch;
-mod exec;
+pub mod exec;
 mod kv;
 mod linear;
 pub mod llama;
@@ -19,8 +19,8 @@ use candle_core::Device;
 
 use crate::adapter::{BaseShape, Site};
 use crate::error::{Error, Result};
-use crate::kernels::blocks::{QMatrixRef, QType};
-use crate::kernels::cpu::MAX_HEAD_DIM;
+use crate::kernels::cpu::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM};
+use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::Text;
 use crate::weights::{LlamaConfig, Weights};
@@ -57,17 +57,20 @@ impl Model {
 
     fn new(weights: Weights, device: &Device) -> Result<Arc<Self>> {
         let config = &weights.config;
-        if config.head_dim > MAX_HEAD_DIM {
+        if config.head_dim > MAX_HEAD_DIM || !config.head_dim.is_multiple_of(HEAD_DIM_STEP) {
             return Err(Error::invalid_because(
                 "UNSUPPORTED_BASE",
                 "llama.rope.dimension_count",
-                format!("is {}; heads of up to {MAX_HEAD_DIM} are supported", config.head_dim),
+                format!("is {}; heads of up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_STEP} are served", config.head_dim),
             ));
         }
-        let linears = weights.blocks.iter().flat_map(|block| &block.linears);
-        if linears.chain([weights.head()]).any(|matrix| matrix.qtype == QType::F32) {
-            let message = "holds a float32 matrix; Q4_0, Q4_1 and Q8_0 are served";
-            return Err(Error::invalid_because("UNSUPPORTED_BASE", "base", message));
+        let group = config.heads / config.kv_heads;
+        if group > MAX_GROUP {
+            return Err(Error::invalid_because(
+                "UNSUPPORTED_BASE",
+                "llama.attention.head_count_kv",
+                format!("gives {group} heads to a KV head; up to {MAX_GROUP} are served"),
+            ));
         }
         let shape = BaseShape {
             name: config.name.clone(),
@@ -115,18 +118,18 @@ impl Model {
     }
 
     /// `[out, in]`.
-    fn matrix(&self, site: Site) -> QMatrixRef<'_> {
-        self.weights.blocks[site.layer as usize].linears[site.target as usize].view()
+    fn matrix(&self, site: Site) -> &PackedMatrix {
+        &self.weights.blocks[site.layer as usize].linears[site.target as usize]
     }
 
     /// `[vocab, width]`.
-    fn head(&self) -> QMatrixRef<'_> {
-        self.weights.head().view()
+    fn head(&self) -> &PackedMatrix {
+        self.weights.head()
     }
 
     /// The exact embedding of an id, `[width]`.
     fn embed(&self, id: u32, out: &mut [f32]) {
-        self.weights.embedding.view().dequantize(id as usize, out);
+        self.weights.embedding.dequantize(id as usize, out);
     }
 
     fn norm(&self, norm: Norm) -> &[f32] {

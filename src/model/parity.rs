@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use crate::adapter::Lora;
+use crate::adapter::{Lora, PackedLora};
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
@@ -64,14 +64,9 @@ impl Parity {
         Ok(Self { model, arbiter, probes: limited(&probes), base: OnceLock::new() })
     }
 
-    /// Scores `probes` (where they hold fewer than 256 tokens to score: the built-in ones) with and without the adapter, on both
-    /// paths. Takes seconds of compute, and gives way to serving.
-    pub fn measure(&self, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport> {
-        self.compare(lora, lora, probes)
-    }
-
-    /// As [`Parity::measure`], with the adapters of the two paths apart.
-    fn compare(&self, served: &Arc<Lora>, trained: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
+    /// Scores `probes` (where they hold fewer than 256 tokens to score: the built-in ones) with and without the adapter: serving `served`,
+    /// and training with `trained`, of which it was made. Takes seconds of compute, and gives way to serving.
+    pub fn measure(&self, served: &Arc<PackedLora>, trained: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
         let permit = Arc::new(self.arbiter.train());
         let own;
         let (probes, base) = if scored(probes) >= MIN_TOKENS {
@@ -100,7 +95,7 @@ impl Parity {
     fn serve(
         &self,
         probes: &[Vec<u32>],
-        lora: Option<&Arc<Lora>>,
+        lora: Option<&Arc<PackedLora>>,
         permit: &TrainPermit,
     ) -> Result<(Logprobs, Fingerprint)> {
         let longest = probes.iter().map(Vec::len).max().unwrap_or(0);
@@ -191,14 +186,18 @@ mod tests {
         (Parity::new(model, &text, Arbiter::new(0.5)).unwrap(), lora)
     }
 
+    fn packed(lora: &Lora, parity: &Parity) -> Arc<PackedLora> {
+        Arc::new(PackedLora::new(lora, parity.model.shape()).unwrap())
+    }
+
     #[test]
     fn a_sound_adapter_passes() {
         let (parity, lora) = setup();
-        let report = parity.measure(&Arc::new(lora.clone()), &[]).unwrap();
+        let report = parity.measure(&packed(&lora, &parity), &lora, &[]).unwrap();
         assert!(report.tokens as usize >= MIN_TOKENS && !report.no_effect, "{report:?}");
         assert!(report.mean_abs_difference <= report.threshold, "{report:?}");
         let probes: Vec<Vec<u32>> = (0..4).map(|s| (0..100).map(|i| (i * 7 + s) % 256).collect()).collect();
-        let report = parity.measure(&Arc::new(lora.clone()), &probes).unwrap();
+        let report = parity.measure(&packed(&lora, &parity), &lora, &probes).unwrap();
         assert_eq!(report.tokens, 396);
         assert!(report.mean_abs_difference <= report.threshold, "{report:?}");
     }
@@ -209,7 +208,7 @@ mod tests {
         let (parity, lora) = setup();
         let mut faulty = lora.clone();
         faulty.layers.retain(|site, _| site.layer != 1);
-        let report = parity.compare(&Arc::new(faulty), &lora, &[]).unwrap();
+        let report = parity.measure(&packed(&faulty, &parity), &lora, &[]).unwrap();
         assert!(report.mean_abs_difference > report.threshold, "{report:?}");
     }
 
@@ -218,7 +217,7 @@ mod tests {
         let (parity, mut lora) = setup();
         let unserved = Lora { layers: Default::default(), ..lora.clone() };
         lora.layers.values_mut().for_each(|layer| layer.b.iter_mut().for_each(|b| *b *= 1e-3));
-        assert!(parity.compare(&Arc::new(unserved), &lora, &[]).is_err());
+        assert!(parity.measure(&packed(&unserved, &parity), &lora, &[]).is_err());
     }
 
     #[test]
@@ -226,13 +225,13 @@ mod tests {
         let (parity, lora) = setup();
         let (model, _) = Model::tiny(1);
         let zero = Lora::fresh(&lora.spec, model.shape(), 5).unwrap();
-        assert!(parity.measure(&Arc::new(zero), &[]).unwrap().no_effect);
+        assert!(parity.measure(&packed(&zero, &parity), &zero, &[]).unwrap().no_effect);
     }
 
     #[test]
     fn an_exploding_adapter_is_refused() {
         let (parity, mut lora) = setup();
         lora.layers.values_mut().for_each(|layer| layer.b.iter_mut().for_each(|b| *b = 1e38));
-        assert!(parity.measure(&Arc::new(lora.clone()), &[]).is_err());
+        assert!(parity.measure(&packed(&lora, &parity), &lora, &[]).is_err());
     }
 }

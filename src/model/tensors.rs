@@ -8,11 +8,9 @@ use candle_core::{Device, Tensor};
 use super::RopeTable;
 use super::batch::{Best, Executor, KvLayout, Span};
 use super::llama::{self, Norm, Ops};
-use crate::adapter::{Lora, PackedLayer, PackedLora, Site};
+use crate::adapter::{PackedLora, Site};
 use crate::error::Result;
-use crate::kernels::tensors::{
-    self, DeviceLora, DeviceMatrix, HeadShape, KvLayer, LoraSite, Plan, Rope, Rows, TensorKernels,
-};
+use crate::kernels::tensors::{self, DeviceLora, DeviceMatrix, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels};
 use crate::model::Model;
 use crate::request::Target;
 use crate::weights::{LlamaConfig, Weights};
@@ -46,13 +44,13 @@ impl DeviceWeights {
             Ok(DeviceBlock {
                 attn_norm: vector(&block.attn_norm)?,
                 ffn_norm: vector(&block.ffn_norm)?,
-                linears: block.linears.iter().map(|m| DeviceMatrix::new(m.view(), device)).collect::<Result<_>>()?,
+                linears: block.linears.iter().map(|matrix| DeviceMatrix::new(matrix, device)).collect::<Result<_>>()?,
             })
         });
-        let head = DeviceMatrix::new(weights.head().view(), device)?;
+        let head = DeviceMatrix::new(weights.head(), device)?;
         let embedding = match weights.head {
             None => head.clone(),
-            Some(_) => DeviceMatrix::new(weights.embedding.view(), device)?,
+            Some(_) => DeviceMatrix::new(&weights.embedding, device)?,
         };
         Ok(Arc::new(Self {
             blocks: blocks.collect::<Result<_>>()?,
@@ -157,10 +155,10 @@ impl Executor for TensorExec {
 
 /// The adapters on the device, for as long as someone holds them on the host.
 #[derive(Debug, Default)]
-struct Adapters(Vec<(Weak<Lora>, Arc<DeviceLora>)>);
+struct Adapters(Vec<(Weak<PackedLora>, Arc<DeviceLora>)>);
 
 impl Adapters {
-    fn get(&mut self, lora: &Arc<Lora>, kernels: &dyn TensorKernels, model: &Model) -> Result<Arc<DeviceLora>> {
+    fn get(&mut self, lora: &Arc<PackedLora>, kernels: &dyn TensorKernels, model: &Model) -> Result<Arc<DeviceLora>> {
         self.0.retain(|(held, _)| held.strong_count() > 0);
         if let Some((_, found)) = self.0.iter().find(|(held, _)| std::ptr::eq(held.as_ptr(), Arc::as_ptr(lora))) {
             return Ok(found.clone());
@@ -172,16 +170,10 @@ impl Adapters {
 }
 
 /// Brings an adapter to the device as it is served.
-fn upload(lora: &Lora, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
-    let packed = PackedLora::new(lora, model.shape())?;
+fn upload(lora: &PackedLora, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
     let layers = 0..model.shape().layers;
-    let sites = layers.flat_map(|layer| Target::ALL.map(|target| Site { layer, target }));
-    let sites: Vec<_> = sites.map(|site| packed.layer(site).map(as_site)).collect();
-    kernels.adapter(&sites)
-}
-
-fn as_site(PackedLayer { rank, padded, scale, a, b }: PackedLayer<'_>) -> LoraSite<'_> {
-    LoraSite { rank, padded, scale, a, b }
+    let sites = layers.flat_map(|layer| Target::ALL.map(|target| lora.layer(Site { layer, target })));
+    kernels.adapter(&sites.collect::<Vec<_>>())
 }
 
 /// One batch going through the model.
@@ -191,6 +183,15 @@ struct TensorPass<'a> {
     kernels: &'a dyn TensorKernels,
     kv: &'a [KvLayer],
     plan: &'a Plan,
+}
+
+impl TensorPass<'_> {
+    /// The frozen layer, and on top each row's adapter.
+    fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
+        let (layer, target) = (site.layer as usize, site.target as usize);
+        let y = self.kernels.matmul(x, &self.weights.blocks[layer].linears[target])?;
+        self.kernels.lora(x, y, layer * Target::ALL.len() + target, self.plan)
+    }
 }
 
 impl Ops for TensorPass<'_> {
@@ -204,29 +205,28 @@ impl Ops for TensorPass<'_> {
         self.kernels.rms_norm(x, self.weights.norm(norm), self.model.config().rms_eps)
     }
 
-    fn linear(&mut self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let (layer, target) = (site.layer as usize, site.target as usize);
-        let y = self.kernels.matmul(x, &self.weights.blocks[layer].linears[target])?;
-        self.kernels.lora(x, y, layer * Target::ALL.len() + target, self.plan)
+    fn qkv(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 3]> {
+        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
+        Ok([linear(Target::QProj)?, linear(Target::KProj)?, linear(Target::VProj)?])
     }
 
-    /// Not yet: the kernel that writes the cache turns q and k.
-    fn rope(&mut self, x: Tensor) -> Result<Tensor> {
-        Ok(x)
-    }
-
-    fn attention(&mut self, layer: usize, q: Tensor, k: Tensor, v: Tensor) -> Result<Tensor> {
+    fn attention(&mut self, layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
         let kv = &self.kv[layer];
         let q = self.kernels.rotate_and_store((q, &k, &v), &self.weights.rope, kv, self.plan)?;
         self.kernels.attention(&q, kv, self.plan)
     }
 
-    fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
+    fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
+        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
+        Ok([linear(Target::GateProj)?, linear(Target::UpProj)?])
+    }
+
+    fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
         self.kernels.swiglu(gate, &up)
     }
 
-    fn add(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {
-        self.kernels.add(x, &y)
+    fn add_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
+        self.kernels.add(x, &self.linear(&y, site)?)
     }
 
     fn select(&mut self, x: Tensor) -> Result<Tensor> {
@@ -252,12 +252,12 @@ mod tests {
         TensorExec::new(model.clone(), weights, layout).unwrap()
     }
 
-    fn adapter(model: &Model, spec: &LoraSpec) -> Arc<Lora> {
-        let mut lora = Lora::fresh(spec, model.shape(), 5).unwrap();
+    fn adapter(model: &Model, spec: &LoraSpec) -> Arc<PackedLora> {
+        let mut lora = crate::adapter::Lora::fresh(spec, model.shape(), 5).unwrap();
         for (i, layer) in lora.layers.values_mut().enumerate() {
             layer.b.iter_mut().enumerate().for_each(|(j, b)| *b = ((i * 31 + j) as f32).sin() * 0.1);
         }
-        Arc::new(lora)
+        Arc::new(PackedLora::new(&lora, model.shape()).unwrap())
     }
 
     fn logprobs(logits: &[f32], vocab: usize) -> Vec<f32> {

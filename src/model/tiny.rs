@@ -2,9 +2,10 @@
 
 use crate::ids::Digest;
 use crate::kernels::blocks::{BLOCK, QType};
+use crate::kernels::packed::PackedMatrix;
 use crate::random::philox4x32;
 use crate::request::Target;
-use crate::weights::{Block, LlamaConfig, QMatrix, Weights};
+use crate::weights::{Block, LlamaConfig, Weights};
 
 pub(super) fn weights(seed: u64, vocab: usize) -> Weights {
     let config = LlamaConfig {
@@ -52,7 +53,7 @@ impl Random {
     }
 
     /// Values of about unit variance over the square root of `cols`.
-    fn matrix(&mut self, qtype: QType, rows: usize, cols: usize) -> QMatrix {
+    fn matrix(&mut self, qtype: QType, rows: usize, cols: usize) -> PackedMatrix {
         let spread = 1.0 / (cols as f32).sqrt();
         let mut data = Vec::with_capacity(rows * qtype.row_bytes(cols));
         for _ in 0..rows * cols / BLOCK {
@@ -72,6 +73,6 @@ impl Random {
             };
             data.extend((0..packed).map(|_| self.next() as u8));
         }
-        QMatrix::new(qtype, rows, cols, data)
+        PackedMatrix::pack(qtype, rows, cols, &data)
     }
 }

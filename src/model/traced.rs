@@ -14,7 +14,7 @@ use crate::model::autograd::{Attention, RmsNorm, Rope, SwiGlu, to_vec};
 pub use crate::model::linear::Dropout;
 use crate::model::linear::{AdaptedLinear, FrozenLinear, TokenLogprobs};
 use crate::model::llama::{self, Norm, Ops};
-use crate::request::LoraSpec;
+use crate::request::{LoraSpec, Target};
 
 /// A LoRA as candle tensors: `Var`s where it is trained.
 #[derive(Debug)]
@@ -115,9 +115,9 @@ impl Model {
     ) -> Result<Tensor> {
         let hidden = self.traced_hidden(sequences, wanted, Pass { lora, ..Pass::default() })?.detach();
         let head = self.head();
-        let mut dense = vec![0.0; head.rows * head.cols];
+        let mut dense = vec![0.0; head.rows() * head.cols()];
         head.dequantize(0, &mut dense);
-        Ok(hidden.matmul(&Tensor::from_vec(dense, (head.rows, head.cols), &Device::Cpu)?.t()?)?)
+        Ok(hidden.matmul(&Tensor::from_vec(dense, (head.rows(), head.cols()), &Device::Cpu)?.t()?)?)
     }
 
     fn traced_hidden(
@@ -157,6 +157,21 @@ struct TracedPass<'a> {
     selected: Vec<u32>,
 }
 
+impl TracedPass<'_> {
+    fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
+        let frozen = FrozenLinear { model: self.model.clone(), site, permit: self.pass.permit.cloned() };
+        let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&site)) else {
+            return Ok(x.apply_op1(frozen)?);
+        };
+        let dropout = self.pass.dropout.filter(|dropout| dropout.rate > 0.0);
+        Ok(x.apply_op3(&layer.a, &layer.b, AdaptedLinear { frozen, scale: layer.scale, dropout })?)
+    }
+
+    fn rope(&self, x: Tensor) -> Result<Tensor> {
+        Ok(x.apply_op1(Rope { model: self.model.clone(), positions: self.positions.clone() })?)
+    }
+}
+
 impl Ops for TracedPass<'_> {
     type Rows = Tensor;
 
@@ -173,33 +188,30 @@ impl Ops for TracedPass<'_> {
         Ok(x.apply_op1(RmsNorm { model: self.model.clone(), norm })?)
     }
 
-    fn linear(&mut self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let frozen = FrozenLinear { model: self.model.clone(), site, permit: self.pass.permit.cloned() };
-        let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&site)) else {
-            return Ok(x.apply_op1(frozen)?);
-        };
-        let dropout = self.pass.dropout.filter(|dropout| dropout.rate > 0.0);
-        Ok(x.apply_op3(&layer.a, &layer.b, AdaptedLinear { frozen, scale: layer.scale, dropout })?)
+    fn qkv(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 3]> {
+        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
+        Ok([linear(Target::QProj)?, linear(Target::KProj)?, linear(Target::VProj)?])
     }
 
-    fn rope(&mut self, x: Tensor) -> Result<Tensor> {
-        Ok(x.apply_op1(Rope { model: self.model.clone(), positions: self.positions.clone() })?)
-    }
-
-    fn attention(&mut self, _layer: usize, q: Tensor, k: Tensor, v: Tensor) -> Result<Tensor> {
+    fn attention(&mut self, _layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
         let config = self.model.config();
         let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
         let (sequences, permit) = (self.sequences.clone(), self.pass.permit.cloned());
         let op = Attention { heads, kv_heads, head_dim, sequences, permit };
-        Ok(q.apply_op3(&k, &v, op)?)
+        Ok(self.rope(q)?.apply_op3(&self.rope(k)?, &v, op)?)
     }
 
-    fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
+    fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
+        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
+        Ok([linear(Target::GateProj)?, linear(Target::UpProj)?])
+    }
+
+    fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
         Ok(gate.apply_op2(&up, SwiGlu)?)
     }
 
-    fn add(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {
-        Ok((x + y)?)
+    fn add_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
+        Ok((x + self.linear(&y, site)?)?)
     }
 
     fn select(&mut self, x: Tensor) -> Result<Tensor> {

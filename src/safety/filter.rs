@@ -78,7 +78,8 @@ mod tests {
     }
 
     fn finished(reason: FinishReason, completion_tokens: usize) -> GenerateEvent {
-        let usage = Usage { prompt_tokens: PROMPT_TOKENS, completion_tokens: completion_tokens as u32 };
+        let usage =
+            Usage { prompt_tokens: PROMPT_TOKENS, completion_tokens: completion_tokens as u32, cached_tokens: None };
         GenerateEvent::Finished { reason, usage }
     }
 

@@ -147,7 +147,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).await.unwrap();
         let tenant = Tenant::proven(TenantId::new("acme").unwrap());
-        store.create_tenant(tenant.id(), "", "").await.unwrap();
+        store.create_tenant(tenant.id(), "", 1, "").await.unwrap();
         (dir, Policies::new(store, &limits), tenant)
     }
 

@@ -18,10 +18,30 @@ pub struct AdapterRow {
     pub name: AdapterName,
     /// What requests for the name get.
     pub live: Option<VersionName>,
+    /// How the live version is known in memory.
+    pub live_memory: Option<LiveMemory>,
     pub etag: String,
     pub create_time: SystemTime,
     /// When `live` last changed.
     pub update_time: SystemTime,
+}
+
+/// What a live version's row says of it in memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveMemory {
+    pub uid: String,
+    pub memory_bytes: u64,
+}
+
+/// Reads adapters, each beside its live version.
+macro_rules! select_adapters {
+    ($which:literal) => {
+        concat!(
+            "SELECT a.*, v.uid, v.memory_bytes FROM adapters a LEFT JOIN versions v ON v.tenant = a.tenant
+             AND v.adapter = a.adapter AND v.version = a.live_version ",
+            $which
+        )
+    };
 }
 
 /// A version, and all that is known of it.
@@ -83,12 +103,9 @@ impl Store {
     pub async fn list_adapters(&self, tenant: &TenantId, page: &Page) -> Result<Listed<AdapterRow>> {
         let mut db = self.pool().acquire().await?;
         require_tenant(&mut db, tenant).await?;
-        let rows = sqlx::query("SELECT * FROM adapters WHERE tenant = ? AND adapter > ? ORDER BY adapter LIMIT ?")
-            .bind(tenant.as_str())
-            .bind(&page.token)
-            .bind(page.rows())
-            .fetch_all(&mut *db)
-            .await?;
+        let select = select_adapters!("WHERE a.tenant = ? AND a.adapter > ? ORDER BY a.adapter LIMIT ?");
+        let rows =
+            sqlx::query(select).bind(tenant.as_str()).bind(&page.token).bind(page.rows()).fetch_all(&mut *db).await?;
         let items = rows.iter().map(adapter_row).collect::<Result<_>>()?;
         Ok(Listed::cut(items, page, |a: &AdapterRow| a.name.adapter.clone()))
     }
@@ -229,7 +246,7 @@ impl Store {
 }
 
 async fn read_adapter(db: &mut SqliteConnection, name: &AdapterName) -> Result<AdapterRow> {
-    let row = sqlx::query("SELECT * FROM adapters WHERE tenant = ? AND adapter = ?")
+    let row = sqlx::query(select_adapters!("WHERE a.tenant = ? AND a.adapter = ?"))
         .bind(name.tenant.as_str())
         .bind(&name.adapter)
         .fetch_optional(db)
@@ -388,9 +405,12 @@ async fn check_job(db: &mut SqliteConnection, job: &JobName) -> Result<()> {
 fn adapter_row(row: &SqliteRow) -> Result<AdapterRow> {
     let tenant = TenantId::new(row.try_get("tenant")?)?;
     let name = AdapterName::new(&tenant, row.try_get("adapter")?)?;
-    let live: Option<u32> = row.try_get("live_version")?;
+    let (live, uid): (Option<u32>, Option<String>) = (row.try_get("live_version")?, row.try_get("uid")?);
     Ok(AdapterRow {
         live: live.map(|version| VersionName { adapter: name.clone(), version }),
+        live_memory: uid
+            .map(|uid| Ok::<_, Error>(LiveMemory { uid, memory_bytes: bytes(row, "memory_bytes")? }))
+            .transpose()?,
         name,
         etag: row.try_get("etag")?,
         create_time: from_millis(row.try_get("create_time")?),
@@ -398,18 +418,21 @@ fn adapter_row(row: &SqliteRow) -> Result<AdapterRow> {
     })
 }
 
+fn bytes(row: &SqliteRow, column: &str) -> Result<u64> {
+    Ok(row.try_get::<i64, _>(column)?.max(0) as u64)
+}
+
 fn version_row(row: &SqliteRow) -> Result<VersionRow> {
     let tenant = TenantId::new(row.try_get("tenant")?)?;
     let adapter = AdapterName::new(&tenant, row.try_get("adapter")?)?;
     let digest = |column: &str| -> Result<Digest> { row.try_get::<&str, _>(column)?.parse() };
-    let bytes = |column: &str| row.try_get::<i64, _>(column).map(|n| n.max(0) as u64);
     let job: Option<&str> = row.try_get("job")?;
     Ok(VersionRow {
         name: VersionName { adapter, version: row.try_get("version")? },
         digest: digest("digest")?,
         base_digest: digest("base_digest")?,
         template_digest: digest("template_digest")?,
-        size_bytes: bytes("size_bytes")?,
+        size_bytes: bytes(row, "size_bytes")?,
         rank: row.try_get("rank")?,
         targets: from_json(row.try_get("targets")?)?,
         parity: from_json(row.try_get("parity")?)?,
@@ -417,7 +440,7 @@ fn version_row(row: &SqliteRow) -> Result<VersionRow> {
         metrics: from_json(row.try_get("metrics")?)?,
         create_time: from_millis(row.try_get("create_time")?),
         uid: row.try_get("uid")?,
-        memory_bytes: bytes("memory_bytes")?,
+        memory_bytes: bytes(row, "memory_bytes")?,
         blob: row.try_get("blob")?,
     })
 }

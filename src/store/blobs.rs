@@ -1,6 +1,7 @@
 //! Immutable files below one folder, by key. Whole or not there: a file is written beside its place, synced, then renamed.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 
@@ -33,6 +34,12 @@ impl Blobs {
         }
     }
 
+    /// Writes a file, in place of one that is there.
+    pub async fn replace(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
+        self.files.put_opts(&parse(key)?, bytes.into(), PutMode::Overwrite.into()).await?;
+        Ok(())
+    }
+
     /// Starts a file that is written piece by piece. Nothing is seen of it before [`BlobUpload::finish`].
     pub async fn upload(&self, key: &str) -> Result<BlobUpload> {
         Ok(BlobUpload { upload: self.files.put_multipart(&parse(key)?).await? })
@@ -41,6 +48,11 @@ impl Blobs {
     /// A whole file. INTERNAL where there is none: a row has told its key.
     pub async fn get(&self, key: &str) -> Result<Vec<u8>> {
         Ok(self.files.get(&parse(key)?).await?.bytes().await?.into())
+    }
+
+    /// Opens a file, to be read on a thread that may block. INTERNAL where there is none.
+    pub fn open_file(&self, key: &str) -> Result<File> {
+        Ok(File::open(self.files.path_to_filesystem(&parse(key)?)?)?)
     }
 
     /// The keys below a folder, sorted.

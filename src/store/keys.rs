@@ -15,7 +15,8 @@ use crate::store::{Listed, Page, Store, fresh_token};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KeyOwner {
     Operator,
-    Tenant(TenantId),
+    /// A tenant and its weight.
+    Tenant(TenantId, u32),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,19 +83,27 @@ impl Store {
 
     /// The key of an id, revoked or not.
     pub async fn find_key(&self, id: &str) -> Result<Option<KeyRow>> {
-        let row = sqlx::query("SELECT * FROM api_keys WHERE key = ?").bind(id).fetch_optional(self.pool()).await?;
+        let row = sqlx::query(
+            "SELECT api_keys.*, tenants.weight FROM api_keys LEFT JOIN tenants ON tenants.tenant = api_keys.tenant WHERE key = ?",
+        )
+        .bind(id)
+        .fetch_optional(self.pool())
+        .await?;
         row.as_ref().map(key_row).transpose()
     }
 
     /// A tenant's keys by id, the revoked ones too.
     pub async fn list_keys(&self, tenant: &TenantId, page: &Page) -> Result<Listed<KeyRow>> {
         require_tenant(&mut *self.pool().acquire().await?, tenant).await?;
-        let rows = sqlx::query("SELECT * FROM api_keys WHERE tenant = ? AND key > ? ORDER BY key LIMIT ?")
-            .bind(tenant.as_str())
-            .bind(&page.token)
-            .bind(page.rows())
-            .fetch_all(self.pool())
-            .await?;
+        let rows = sqlx::query(
+            "SELECT api_keys.*, tenants.weight FROM api_keys LEFT JOIN tenants ON tenants.tenant = api_keys.tenant
+             WHERE api_keys.tenant = ? AND key > ? ORDER BY key LIMIT ?",
+        )
+        .bind(tenant.as_str())
+        .bind(&page.token)
+        .bind(page.rows())
+        .fetch_all(self.pool())
+        .await?;
         let items = rows.iter().map(key_row).collect::<Result<_>>()?;
         Ok(Listed::cut(items, page, |key: &KeyRow| key.id.clone()))
     }
@@ -134,11 +143,14 @@ async fn insert(db: &mut SqliteConnection, key: &NewKey, tenant: Option<&TenantI
 
 fn key_row(row: &SqliteRow) -> Result<KeyRow> {
     let hash: &[u8] = row.try_get("hash")?;
-    let tenant: Option<&str> = row.try_get("tenant")?;
+    let owner = match row.try_get::<Option<&str>, _>("tenant")? {
+        Some(tenant) => KeyOwner::Tenant(TenantId::new(tenant)?, row.try_get("weight")?),
+        None => KeyOwner::Operator,
+    };
     Ok(KeyRow {
         id: row.try_get("key")?,
         hash: hash.try_into().map_err(|_| Error::internal("catalogue: a key's hash is damaged"))?,
-        owner: tenant.map_or(Ok(KeyOwner::Operator), |t| TenantId::new(t).map(KeyOwner::Tenant))?,
+        owner,
         display_name: row.try_get("display_name")?,
         created: from_millis(row.try_get("create_time")?),
         revoked: row.try_get::<Option<i64>, _>("revoke_time")?.map(from_millis),

@@ -25,14 +25,14 @@ use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{SqlSafeStr, Sqlite, Transaction};
 
-pub use adapters::{AdapterRow, NewVersionRow, VersionRow};
+pub use adapters::{AdapterRow, LiveMemory, NewVersionRow, VersionRow};
 pub use blobs::{BlobUpload, Blobs};
 pub use datasets::{DatasetKind, DatasetRow, NewDataset};
 pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent};
 pub use keys::{KeyOwner, KeyRow, NewKey};
 pub use locks::Custody;
 pub use rows::{Listed, Page, fresh_token};
-pub use tenants::{PolicyRow, TenantRow, UsageDelta, UsageRow};
+pub use tenants::{PolicyRow, TenantChange, TenantRow, UsageDelta, UsageRow};
 
 use crate::error::{Error, Result};
 
@@ -47,6 +47,7 @@ const CONNECTIONS: u32 = 4;
 const MIGRATIONS: &[(i64, &str, &str)] = &[
     (1, "init", include_str!("migrations/0001_init.sql")),
     (2, "deleted tenants", include_str!("migrations/0002_deleted_tenants.sql")),
+    (3, "tenant weights", include_str!("migrations/0003_tenant_weights.sql")),
 ];
 
 /// The catalogue and the blobs of one data folder. Cheap to clone.

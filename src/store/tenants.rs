@@ -16,7 +16,17 @@ const CREATE_METHOD: &str = "CreateTenant";
 pub struct TenantRow {
     pub id: TenantId,
     pub display_name: String,
+    /// Its share of the engine beside other tenants'.
+    pub weight: u32,
+    pub etag: String,
     pub create_time: SystemTime,
+}
+
+/// New values of a tenant; `None` leaves one as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TenantChange {
+    pub display_name: Option<String>,
+    pub weight: Option<u32>,
 }
 
 /// What a tenant has used, in calls and tokens.
@@ -40,7 +50,13 @@ pub struct PolicyRow {
 
 impl Store {
     /// ALREADY_EXISTS unless it was made by the same `request_id` (empty: none); also for the id of a deleted one.
-    pub async fn create_tenant(&self, id: &TenantId, display_name: &str, request_id: &str) -> Result<TenantRow> {
+    pub async fn create_tenant(
+        &self,
+        id: &TenantId,
+        display_name: &str,
+        weight: u32,
+        request_id: &str,
+    ) -> Result<TenantRow> {
         let mut tx = self.write().await?;
         if first_result(&mut tx, id, CREATE_METHOD, request_id).await?.is_some() {
             drop(tx);
@@ -55,10 +71,13 @@ impl Store {
             return Err(Error::AlreadyExists { name: id.to_string(), message });
         }
         let made = sqlx::query(
-            "INSERT INTO tenants (tenant, display_name, policy_etag, create_time) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            "INSERT INTO tenants (tenant, display_name, weight, etag, policy_etag, create_time) VALUES (?, ?, ?, ?, ?, ?)
+             ON CONFLICT DO NOTHING",
         )
         .bind(id.as_str())
         .bind(display_name)
+        .bind(weight)
+        .bind(fresh_token())
         .bind(fresh_token())
         .bind(now())
         .execute(&mut *tx)
@@ -75,6 +94,23 @@ impl Store {
         let row =
             sqlx::query("SELECT * FROM tenants WHERE tenant = ?").bind(id.as_str()).fetch_optional(self.pool()).await?;
         tenant_row(&row.ok_or_else(|| Error::not_found(id))?)
+    }
+
+    /// Changes a tenant; calls that come after have its new weight. `etag`: CONFLICT where it is not empty and not the current one.
+    pub async fn update_tenant(&self, id: &TenantId, change: &TenantChange, etag: &str) -> Result<TenantRow> {
+        let done = sqlx::query(
+            "UPDATE tenants SET display_name = COALESCE(?, display_name), weight = COALESCE(?, weight), etag = ?
+             WHERE tenant = ? AND etag = COALESCE(?, etag)",
+        )
+        .bind(&change.display_name)
+        .bind(change.weight)
+        .bind(fresh_token())
+        .bind(id.as_str())
+        .bind((!etag.is_empty()).then_some(etag))
+        .execute(self.pool())
+        .await?;
+        let row = self.get_tenant(id).await?;
+        if done.rows_affected() == 1 { Ok(row) } else { Err(Error::Conflict { name: id.to_string() }) }
     }
 
     /// All tenants by id.
@@ -179,6 +215,8 @@ fn tenant_row(row: &SqliteRow) -> Result<TenantRow> {
     Ok(TenantRow {
         id: TenantId::new(row.try_get("tenant")?)?,
         display_name: row.try_get("display_name")?,
+        weight: row.try_get("weight")?,
+        etag: row.try_get("etag")?,
         create_time: from_millis(row.try_get("create_time")?),
     })
 }

@@ -19,7 +19,7 @@ async fn open() -> (TempDir, Store) {
 
 async fn tenant(store: &Store, id: &str) -> TenantId {
     let id = TenantId::new(id).unwrap();
-    store.create_tenant(&id, "", "").await.unwrap();
+    store.create_tenant(&id, "", 1, "").await.unwrap();
     id
 }
 
@@ -192,10 +192,10 @@ async fn policies_are_replaced_whole_and_by_etag() {
 async fn a_request_id_gives_the_first_result_again() {
     let (_dir, store) = open().await;
     let id = TenantId::new("a").unwrap();
-    let first = store.create_tenant(&id, "first", "r1").await.unwrap();
-    assert_eq!(store.create_tenant(&id, "again", "r1").await.unwrap(), first);
-    assert!(matches!(store.create_tenant(&id, "other", "r2").await, Err(Error::AlreadyExists { .. })));
-    assert!(matches!(store.create_tenant(&id, "none", "").await, Err(Error::AlreadyExists { .. })));
+    let first = store.create_tenant(&id, "first", 1, "r1").await.unwrap();
+    assert_eq!(store.create_tenant(&id, "again", 1, "r1").await.unwrap(), first);
+    assert!(matches!(store.create_tenant(&id, "other", 1, "r2").await, Err(Error::AlreadyExists { .. })));
+    assert!(matches!(store.create_tenant(&id, "none", 1, "").await, Err(Error::AlreadyExists { .. })));
 
     let name = adapter(&id, "x");
     let with_id = |content: &str| NewVersionRow { request_id: "r1".into(), ..new_version(&name, content) };
@@ -322,7 +322,7 @@ async fn deleting_a_tenant_takes_its_own_and_nothing_else() {
     let files = store.blobs().list("").await.unwrap();
     assert!(files.len() == 1 && files[0].starts_with("a-b/"), "{files:?}");
     assert!(matches!(store.delete_tenant(&a).await, Err(Error::NotFound { .. })));
-    let again = store.create_tenant(&a, "", "").await.unwrap_err();
+    let again = store.create_tenant(&a, "", 1, "").await.unwrap_err();
     assert!(matches!(again, Error::AlreadyExists { .. }) && again.to_string().contains("never given again"), "{again}");
 
     add_job(&store, &b, "RUNNING", None).await;
@@ -429,6 +429,26 @@ async fn one_process_a_folder() {
 }
 
 #[tokio::test]
+async fn a_tenants_weight_is_changed_and_comes_with_its_keys() {
+    let (_dir, store) = open().await;
+    let id = tenant(&store, "a").await;
+    let (key, _) = store.create_key(&id, "", "").await.unwrap();
+    let first = store.get_tenant(&id).await.unwrap();
+    let heavier = TenantChange { weight: Some(3), ..TenantChange::default() };
+    let second = store.update_tenant(&id, &heavier, &first.etag).await.unwrap();
+    assert_eq!(second, TenantRow { weight: 3, etag: second.etag.clone(), ..first.clone() });
+    assert_ne!(second.etag, first.etag);
+    let stale = store.update_tenant(&id, &heavier, &first.etag).await;
+    assert!(matches!(stale, Err(Error::Conflict { .. })));
+    let named = TenantChange { display_name: Some("A".into()), weight: None };
+    assert_eq!(store.update_tenant(&id, &named, "").await.unwrap().weight, 3);
+    let key = store.find_key(&key.id).await.unwrap().unwrap();
+    assert_eq!(key.owner, KeyOwner::Tenant(id, 3));
+    let other = TenantId::new("b").unwrap();
+    assert!(matches!(store.update_tenant(&other, &named, "").await, Err(Error::NotFound { .. })));
+}
+
+#[tokio::test]
 async fn keys_keep_a_hash_and_nothing_more() {
     let (dir, store) = open().await;
     let id = tenant(&store, "a").await;
@@ -439,7 +459,7 @@ async fn keys_keep_a_hash_and_nothing_more() {
     assert!(!store.has_operator_key().await.unwrap(), "a tenant's key is no operator's");
     assert!(secret.starts_with(&format!("tnr_{}_", key.id)));
     assert_eq!(key.hash, <[u8; 32]>::from(Sha256::digest(secret.as_bytes())));
-    assert_eq!((&key.owner, key.revoked), (&KeyOwner::Tenant(id.clone()), None));
+    assert_eq!((&key.owner, key.revoked), (&KeyOwner::Tenant(id.clone(), 1), None));
     assert_eq!(store.find_key(&key.id).await.unwrap(), Some(key.clone()));
     assert_eq!(store.find_key("nothing").await.unwrap(), None);
 

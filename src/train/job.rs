@@ -64,7 +64,7 @@ impl Sources {
         let bytes = match &spec.start {
             Start::Fresh(lora) => {
                 check_lora(lora, shape, self.limits.max_rank)?;
-                lora.byte_size(shape)?
+                lora.memory_bytes(shape)?
             }
             Start::From(version) => {
                 tenant.check_owns(version.tenant())?;

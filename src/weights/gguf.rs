@@ -9,10 +9,11 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
 use sha2::{Digest as _, Sha256};
 
-use super::{Block, LlamaConfig, QMatrix, Weights};
+use super::{Block, LlamaConfig, Weights};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::kernels::blocks::QType;
+use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::Vocabulary;
 
@@ -56,7 +57,7 @@ fn digest_of(path: &Path) -> std::io::Result<Digest> {
 }
 
 fn block(tensors: &mut Tensors<'_>, config: &LlamaConfig, layer: usize) -> Result<Block> {
-    let mut linear = |target: Target| -> Result<QMatrix> {
+    let mut linear = |target: Target| -> Result<PackedMatrix> {
         let (cols, rows) = config.dims(target);
         let (name, heads) = match target {
             Target::QProj => ("attn_q", config.heads),
@@ -67,11 +68,11 @@ fn block(tensors: &mut Tensors<'_>, config: &LlamaConfig, layer: usize) -> Resul
             Target::UpProj => ("ffn_up", 0),
             Target::DownProj => ("ffn_down", 0),
         };
-        let mut matrix = tensors.matrix(&format!("blk.{layer}.{name}.weight"), rows, cols)?;
+        let mut tensor = tensors.matrix_bytes(&format!("blk.{layer}.{name}.weight"), rows, cols)?;
         if heads > 0 {
-            restore_row_order(&mut matrix, heads);
+            tensor.data = restored_row_order(&tensor, rows, cols, heads);
         }
-        Ok(matrix)
+        Ok(PackedMatrix::pack(tensor.qtype, rows, cols, &tensor.data))
     };
     let [q, k, v, o, gate, up, down] = Target::ALL.map(&mut linear);
     Ok(Block {
@@ -83,18 +84,24 @@ fn block(tensors: &mut Tensors<'_>, config: &LlamaConfig, layer: usize) -> Resul
 
 /// GGUF holds the rows of q and k for interleaved RoPE: row 2j + p of a head is Hugging Face's row p * half + j. Whole rows move,
 /// so no value changes, and adapters need no inverse.
-fn restore_row_order(matrix: &mut QMatrix, heads: usize) {
-    let bytes = matrix.qtype.row_bytes(matrix.cols);
-    let head_rows = matrix.rows / heads;
+fn restored_row_order(tensor: &Tensor, rows: usize, cols: usize, heads: usize) -> Vec<u8> {
+    let bytes = tensor.qtype.row_bytes(cols);
+    let head_rows = rows / heads;
     let half = head_rows / 2;
-    let mut restored = Vec::with_capacity(matrix.data.len());
+    let mut restored = Vec::with_capacity(tensor.data.len());
     for head in 0..heads {
         for row in 0..head_rows {
             let from = head * head_rows + 2 * (row % half) + row / half;
-            restored.extend_from_slice(&matrix.data[from * bytes..][..bytes]);
+            restored.extend_from_slice(&tensor.data[from * bytes..][..bytes]);
         }
     }
-    matrix.data = restored;
+    restored
+}
+
+/// A tensor's bytes as the file has them.
+struct Tensor {
+    qtype: QType,
+    data: Vec<u8>,
 }
 
 /// The tensors of a file; each is taken once.
@@ -106,20 +113,17 @@ struct Tensors<'a> {
 }
 
 impl Tensors<'_> {
-    fn take(&mut self, name: &str, rows: usize, cols: usize) -> Result<QMatrix> {
+    /// The bytes of a tensor of this shape, `cols` innermost; `row_bytes` says how many a row of its type has, or why it cannot be read.
+    fn take(
+        &mut self,
+        name: &str,
+        (rows, cols): (usize, usize),
+        row_bytes: impl Fn(GgmlDType) -> Result<usize>,
+    ) -> Result<(GgmlDType, Vec<u8>)> {
         let info = self.content.tensor_infos.get(name).ok_or_else(|| unsupported(name, "is missing"))?;
         self.names.remove(name);
-        let qtype = match info.ggml_dtype {
-            GgmlDType::F32 => QType::F32,
-            GgmlDType::Q4_0 => QType::Q4_0,
-            GgmlDType::Q4_1 => QType::Q4_1,
-            GgmlDType::Q8_0 => QType::Q8_0,
-            other => {
-                return Err(unsupported(name, format!("is stored as {other:?}; F32, Q4_0, Q4_1 and Q8_0 can be read")));
-            }
-        };
-        let elements: usize = info.shape.elem_count();
-        if elements != rows * cols || info.shape.dims().last() != Some(&cols) || !qtype.fits(cols) {
+        let row_bytes = row_bytes(info.ggml_dtype)?;
+        if info.shape.elem_count() != rows * cols || info.shape.dims().last() != Some(&cols) {
             return Err(unsupported(
                 name,
                 format!("has shape {:?} where [{rows}, {cols}] was expected", info.shape.dims()),
@@ -127,25 +131,42 @@ impl Tensors<'_> {
         }
         let start = self.content.tensor_data_offset.saturating_add(info.offset);
         let mut data = Vec::new();
-        let wanted = (rows * qtype.row_bytes(cols)) as u64;
+        let wanted = (rows * row_bytes) as u64;
         self.file.seek(SeekFrom::Start(start))?;
         // Reading through `take` allocates as the file gives, not as the header claims.
         if self.file.by_ref().take(wanted).read_to_end(&mut data)? as u64 != wanted {
             return Err(unsupported(name, "ends beyond the file: the file is truncated"));
         }
-        data.shrink_to_fit();
-        Ok(QMatrix::new(qtype, rows, cols, data))
+        Ok((info.ggml_dtype, data))
     }
 
-    fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<QMatrix> {
-        self.take(name, rows, cols)
+    fn matrix_bytes(&mut self, name: &str, rows: usize, cols: usize) -> Result<Tensor> {
+        let served = |dtype| match dtype {
+            GgmlDType::Q4_0 => Ok(QType::Q4_0),
+            GgmlDType::Q4_1 => Ok(QType::Q4_1),
+            GgmlDType::Q8_0 => Ok(QType::Q8_0),
+            other => Err(unsupported(name, format!("is stored as {other:?}; Q4_0, Q4_1 and Q8_0 matrices are served"))),
+        };
+        let row_bytes = |dtype| match served(dtype)? {
+            qtype if qtype.fits(cols) => Ok(qtype.row_bytes(cols)),
+            qtype => Err(unsupported(name, format!("has rows of {cols} values, which {qtype:?} cannot hold"))),
+        };
+        let (dtype, data) = self.take(name, (rows, cols), row_bytes)?;
+        Ok(Tensor { qtype: served(dtype)?, data })
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix> {
+        let tensor = self.matrix_bytes(name, rows, cols)?;
+        Ok(PackedMatrix::pack(tensor.qtype, rows, cols, &tensor.data))
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let matrix = self.take(name, 1, len)?;
-        let mut values = vec![0.0; len];
-        matrix.view().dequantize(0, &mut values);
-        Ok(values)
+        let row_bytes = |dtype| match dtype {
+            GgmlDType::F32 => Ok(size_of::<f32>() * len),
+            other => Err(unsupported(name, format!("is stored as {other:?}; F32 was expected"))),
+        };
+        let (_, data) = self.take(name, (1, len), row_bytes)?;
+        Ok(data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
     }
 }
 

@@ -1,4 +1,4 @@
-//! Frozen tensors of the base, from GGUF: the quantised bytes as they are, counted once.
+//! Frozen tensors of the base, from GGUF: the quantised values as they are, in the kernels' order and Hugging Face's order of rows.
 
 mod gguf;
 
@@ -6,30 +6,9 @@ use std::path::Path;
 
 use crate::error::Result;
 use crate::ids::Digest;
-use crate::kernels::blocks::{QMatrixRef, QType};
+use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::Vocabulary;
-
-/// A frozen matrix `[rows, cols]` (out, in) in the file's block format, in Hugging Face's row order.
-#[derive(Debug)]
-pub struct QMatrix {
-    pub qtype: QType,
-    pub rows: usize,
-    pub cols: usize,
-    data: Vec<u8>,
-}
-
-impl QMatrix {
-    /// `data` holds `rows` rows of `qtype.row_bytes(cols)` bytes.
-    pub fn new(qtype: QType, rows: usize, cols: usize, data: Vec<u8>) -> Self {
-        assert_eq!(data.len(), rows * qtype.row_bytes(cols), "a matrix has as many bytes as its shape says");
-        Self { qtype, rows, cols, data }
-    }
-
-    pub fn view(&self) -> QMatrixRef<'_> {
-        QMatrixRef { qtype: self.qtype, rows: self.rows, cols: self.cols, data: &self.data }
-    }
-}
 
 /// The numbers of a llama-family architecture.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,7 +48,7 @@ pub struct Block {
     pub attn_norm: Vec<f32>,
     pub ffn_norm: Vec<f32>,
     /// In the order of `Target::ALL`.
-    pub linears: [QMatrix; 7],
+    pub linears: [PackedMatrix; 7],
 }
 
 /// All of a base's tensors.
@@ -79,11 +58,11 @@ pub struct Weights {
     /// Of the file.
     pub digest: Digest,
     /// `[vocab, width]`.
-    pub embedding: QMatrix,
+    pub embedding: PackedMatrix,
     pub blocks: Vec<Block>,
     pub final_norm: Vec<f32>,
     /// `[vocab, width]`; `None` where the head is the embedding.
-    pub head: Option<QMatrix>,
+    pub head: Option<PackedMatrix>,
 }
 
 impl Weights {
@@ -92,7 +71,7 @@ impl Weights {
         gguf::load(path)
     }
 
-    pub fn head(&self) -> &QMatrix {
+    pub fn head(&self) -> &PackedMatrix {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 }

@@ -72,26 +72,24 @@ void frozen_matrices(int outputs, int inputs, const char* what) {
     for (int i = 0; i < 3; ++i) expect(same(&embedded[i * inputs], &plain[ids[i] * inputs], inputs), "exact embeddings");
 }
 
-// One adapter on the host.
+// One adapter on the host: A [rank][in], B [out / 16][rank][16].
 struct Adapter {
-    int rank, padded = (rank + 7) / 8 * 8;
+    int rank;
     std::vector<__nv_bfloat16> a, b;
 
     Adapter(int rank, int inputs, int outputs, Random& random)
-        : rank(rank), a(inputs * padded), b((outputs + 15) / 16 * 16 * padded) {
-        const auto fill = [&](std::vector<__nv_bfloat16>& values, int stride) {
-            for (size_t i = 0; i < values.size(); ++i) {
+        : rank(rank), a(inputs * rank), b((outputs + 15) / 16 * 16 * rank) {
+        for (auto* values : {&a, &b}) {
+            for (auto& value : *values) {
                 const float x = random();
                 uint32_t bits;
                 std::memcpy(&bits, &x, 4);
-                values[i].bits = int(i / stride) % padded < rank ? bits >> 16 : 0;
+                value.bits = bits >> 16;
             }
-        };
-        fill(a, 1);
-        fill(b, 16);
+        }
     }
 
-    adapters::Layer layer() const { return {a.data(), b.data(), uint32_t(rank), uint32_t(padded), 0.5f, 0}; }
+    adapters::Layer layer() const { return {a.data(), b.data(), uint32_t(rank), 0.5f}; }
 };
 
 void batched_adapters(int inputs, int outputs) {
@@ -136,8 +134,8 @@ void batched_adapters(int inputs, int outputs) {
             for (int r = 0; of >= 0 && of < 4 && r < all[of].rank; ++r) {
                 const Adapter& adapter = all[of];
                 double shrunk = 0;
-                for (int k = 0; k < inputs; ++k) shrunk += double(adapter.a[k * adapter.padded + r]) * x[row * inputs + k];
-                sum += 0.5 * shrunk * adapter.b[(o / 16 * adapter.padded + r) * 16 + o % 16];
+                for (int k = 0; k < inputs; ++k) shrunk += double(adapter.a[r * inputs + k]) * x[row * inputs + k];
+                sum += 0.5 * shrunk * adapter.b[(o / 16 * adapter.rank + r) * 16 + o % 16];
             }
             difference.add(out[row * outputs + o], sum);
         }

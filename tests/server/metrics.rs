@@ -25,6 +25,7 @@ async fn calls_are_measured_by_method_and_code() {
         "tenora_call_seconds_bucket{method=\"/tenora.v1.GenerationService/Generate\",le=\"0.001\"}",
         // Gauges are the process's, and other tests' servers set them too: that they are there is all that can be said.
         "\ntenora_adapters_resident ",
+        "\ntenora_adapters_host_bytes ",
         "\ntenora_kv_blocks_used ",
     ] {
         assert!(text.contains(line), "{line} is not in\n{text}");

@@ -26,6 +26,7 @@ pub fn generate_spec(request: pb::GenerateRequest, deadline: Option<Instant>, li
         sampling: sampling(request.sampling.unwrap_or_default()),
         stopping: stopping(request.stopping.unwrap_or_default(), limits),
         logprobs: request.logprobs,
+        priority: request.priority.unwrap_or_default(),
         deadline,
     })
 }
@@ -77,7 +78,11 @@ fn finish_reason(reason: FinishReason) -> pb::FinishReason {
 }
 
 fn usage_of(usage: Usage) -> pb::Usage {
-    pb::Usage { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens }
+    pb::Usage {
+        prompt_tokens: usage.prompt_tokens,
+        completion_tokens: usage.completion_tokens,
+        cached_tokens: usage.cached_tokens,
+    }
 }
 
 fn logprob(entry: TokenLogprob) -> pb::TokenLogprob {
@@ -93,6 +98,7 @@ pub fn score_spec(request: pb::ScoreRequest, deadline: Option<Instant>) -> Resul
         adapter: adapter("adapter", &request.adapter)?,
         inputs: request.inputs.into_iter().enumerate().map(score_input).collect::<Result<_>>()?,
         top_logprobs: request.top_logprobs,
+        priority: request.priority.unwrap_or_default(),
         deadline,
     })
 }

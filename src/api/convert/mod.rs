@@ -8,7 +8,7 @@ mod training;
 use std::str::FromStr;
 use std::time::SystemTime;
 
-use prost_types::Timestamp;
+use prost_types::{FieldMask, Timestamp};
 
 pub use generation::{generate_spec, response_of, score_response, score_spec};
 pub use pairs::PairForm;
@@ -19,12 +19,14 @@ use crate::api::proto as pb;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterRef, TenantId};
 use crate::request::{ChatMessage, Publish};
-use crate::store::Page;
+use crate::store::{Page, TenantChange};
 
 /// Longest name for people. Bytes.
 const MAX_DISPLAY_NAME: usize = 256;
 /// Longest request id. Bytes.
 const MAX_REQUEST_ID: usize = 128;
+/// Heaviest tenant.
+const MAX_WEIGHT: u32 = 1000;
 
 /// Parses a name; errors name `field`.
 pub fn name<T: FromStr<Err = Error>>(field: &str, text: &str) -> Result<T> {
@@ -57,6 +59,29 @@ pub fn page(size: i32, token: String) -> Result<Page> {
 
 pub fn display_name(text: String) -> Result<String> {
     at_most("display_name", text, MAX_DISPLAY_NAME)
+}
+
+/// A tenant's weight.
+pub fn weight(field: &str, weight: u32) -> Result<u32> {
+    match weight {
+        1..=MAX_WEIGHT => Ok(weight),
+        _ => Err(Error::invalid(field, format!("must be 1 to {MAX_WEIGHT}"))),
+    }
+}
+
+/// What an update changes of a tenant.
+pub fn tenant_change(tenant: pb::Tenant, mask: Option<FieldMask>) -> Result<TenantChange> {
+    let named = mask.map(|mask| mask.paths).filter(|paths| !paths.is_empty());
+    let paths = named.unwrap_or_else(|| ["display_name", "weight"].map(Into::into).into());
+    let mut change = TenantChange::default();
+    for path in paths {
+        match path.as_str() {
+            "display_name" => change.display_name = Some(display_name(tenant.display_name.clone())?),
+            "weight" => change.weight = Some(weight("tenant.weight", tenant.weight)?),
+            _ => return Err(Error::invalid("update_mask", "may hold display_name and weight")),
+        }
+    }
+    Ok(change)
 }
 
 pub fn request_id(text: String) -> Result<String> {
@@ -109,6 +134,20 @@ mod tests {
     fn a_negative_page_is_refused() {
         assert_eq!(page(7, String::new()).unwrap().size, 7);
         assert!(page(-1, String::new()).is_err());
+    }
+
+    #[test]
+    fn an_update_changes_what_its_mask_names() {
+        let tenant = || pb::Tenant { display_name: "A".into(), weight: 3, ..Default::default() };
+        let mask = |path: &str| Some(FieldMask { paths: vec![path.into()] });
+        let (display_name, weight) = (Some("A".to_owned()), Some(3));
+        assert_eq!(tenant_change(tenant(), None).unwrap(), TenantChange { display_name: display_name.clone(), weight });
+        assert_eq!(tenant_change(tenant(), mask("weight")).unwrap(), TenantChange { display_name: None, weight });
+        assert_eq!(tenant_change(tenant(), mask("display_name")).unwrap(), TenantChange { display_name, weight: None });
+        assert!(tenant_change(tenant(), mask("name")).is_err());
+        for weight in [0, 1001] {
+            assert!(tenant_change(pb::Tenant { weight, ..tenant() }, None).is_err());
+        }
     }
 
     #[test]

@@ -3,22 +3,39 @@
 use super::{or_empty, timestamp};
 use crate::api::proto as pb;
 use crate::data::Report;
+use crate::hub::{Residency, Tier};
 use crate::ids::{KeyName, TenantId};
 use crate::request::ParityReport;
 use crate::safety::PhraseMatch;
 use crate::store::{AdapterRow, DatasetKind, DatasetRow, KeyRow, PolicyRow, TenantRow, UsageRow, VersionRow};
 
-pub fn adapter_message(row: AdapterRow) -> pb::Adapter {
+pub fn adapter_message(row: AdapterRow, live: Option<Residency>) -> pb::Adapter {
     pb::Adapter {
         name: row.name.to_string(),
         live_version: or_empty(row.live),
         etag: row.etag,
         create_time: timestamp(row.create_time),
         update_time: timestamp(row.update_time),
+        residency: live.map(residency),
     }
 }
 
-pub fn version(row: VersionRow) -> pb::AdapterVersion {
+fn residency(residency: Residency) -> pb::Residency {
+    let tier = match residency.tier {
+        Tier::Device => pb::Tier::Device,
+        Tier::Host => pb::Tier::Host,
+        Tier::Disk => pb::Tier::Disk,
+    };
+    pb::Residency {
+        tier: tier.into(),
+        memory_bytes: residency.memory_bytes,
+        last_use_time: residency.last_use.and_then(timestamp),
+        // No load takes the centuries that a duration could not hold.
+        last_load_duration: residency.last_load.and_then(|took| took.try_into().ok()),
+    }
+}
+
+pub fn version(row: VersionRow, place: Residency) -> pb::AdapterVersion {
     pb::AdapterVersion {
         name: row.name.to_string(),
         digest: row.digest.to_string(),
@@ -33,6 +50,7 @@ pub fn version(row: VersionRow) -> pb::AdapterVersion {
         training_job: or_empty(row.job),
         create_time: timestamp(row.create_time),
         metrics: row.metrics.into_iter().collect(),
+        residency: Some(residency(place)),
     }
 }
 
@@ -72,7 +90,13 @@ pub fn report(report: Report) -> pb::DatasetReport {
 }
 
 pub fn tenant(row: TenantRow) -> pb::Tenant {
-    pb::Tenant { name: row.id.to_string(), display_name: row.display_name, create_time: timestamp(row.create_time) }
+    pb::Tenant {
+        name: row.id.to_string(),
+        display_name: row.display_name,
+        create_time: timestamp(row.create_time),
+        weight: row.weight,
+        etag: row.etag,
+    }
 }
 
 pub fn key(owner: &TenantId, row: KeyRow) -> pb::ApiKey {

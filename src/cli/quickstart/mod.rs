@@ -166,7 +166,8 @@ async fn fetch(spec: &str, measured: &mut Measured) -> Result<PathBuf> {
 }
 
 async fn tenant(server: &Server, operator: &Client, id: &'static str, adapter: &'static str) -> Result<Tenant> {
-    let create = proto::CreateTenantRequest { tenant_id: id.into(), display_name: id.into(), request_id: request_id() };
+    let (tenant_id, display_name) = (id.into(), id.into());
+    let create = proto::CreateTenantRequest { tenant_id, display_name, request_id: request_id(), weight: None };
     let tenant = operator.create_tenant(create).await?;
     let key =
         proto::CreateApiKeyRequest { parent: tenant.name, display_name: "quickstart".into(), request_id: request_id() };

@@ -1,99 +1,411 @@
-//! Causal grouped-query attention over paged keys and values in half precision.
-
-use rayon::prelude::*;
+//! Causal grouped-query attention with online softmax (Milakov & Gimelshein 2018; FlashAttention's order of work, Dao et al. 2022) over
+//! paged keys and values in half precision.
+//!
+//! Positions are taken in spans of [`SPAN`] aligned to the absolute position, within a span in order, and every score is summed over the
+//! head's dimensions in order: a row's bits do not depend on the blocks it lies in, the chunk it came with, or the rows beside it.
 
 use super::Shared;
-use super::simd::{dot, f16_value, multiversion, softmax};
+use super::lora::GROUP_ROWS;
+use super::simd::{LANES, Level, Simd, dispatch, exp, f16_bits, multiversion, sum_pairwise};
+use super::team::Team;
 
-/// Widest head the kernel's buffer holds.
+/// Widest head the kernel's buffers hold.
 pub const MAX_HEAD_DIM: usize = 256;
 
-/// One layer's cache: `[blocks, block_tokens, kv_heads * head_dim]` of half-precision bits each for keys and values.
-#[derive(Debug, Clone, Copy)]
-pub struct KvView<'a> {
-    pub keys: &'a [u16],
-    pub values: &'a [u16],
+/// Heads have a multiple of so many dimensions.
+pub const HEAD_DIM_STEP: usize = LANES;
+
+/// Most heads that share a KV head.
+pub const MAX_GROUP: usize = 16;
+
+/// Positions between two looks at the running maximum.
+const SPAN: usize = 64;
+
+/// Queries (a row's head each) of a tile.
+const MAX_QUERIES: usize = GROUP_ROWS * MAX_GROUP;
+
+/// The shape of one layer's cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
     pub block_tokens: usize,
     pub kv_heads: usize,
+    /// A multiple of 16, at most [`MAX_HEAD_DIM`].
     pub head_dim: usize,
 }
 
-impl KvView<'_> {
-    /// The place of one head of one position of the sequence whose blocks are given.
+impl KvShape {
+    /// Values of one block, keys or values.
+    pub fn block_len(&self) -> usize {
+        self.block_tokens * self.kv_heads * self.head_dim
+    }
+
+    /// Where a block's keys `[head_dim, block_tokens]` or values `[block_tokens, head_dim]` of a KV head begin.
     #[inline(always)]
-    fn at(&self, blocks: &[u32], position: usize, kv_head: usize) -> usize {
-        let token = blocks[position / self.block_tokens] as usize * self.block_tokens + position % self.block_tokens;
-        (token * self.kv_heads + kv_head) * self.head_dim
+    fn head(&self, block: u32, kv_head: usize) -> usize {
+        (block as usize * self.kv_heads + kv_head) * self.head_dim * self.block_tokens
     }
 }
 
-/// out = softmax(q K^T / sqrt(head_dim)) V for each row, over the positions up to and including its own. `q`, `out`:
-/// `[rows, heads * head_dim]`; `row(i)`: the row's KV blocks and position. Positions are taken in order, so a row's bits do not depend on
-/// the blocks it lies in or the chunk it came with.
-pub fn attention<'b>(
-    q: &[f32],
-    kv: KvView<'_>,
-    heads: usize,
-    row: impl Fn(usize) -> (&'b [u32], usize) + Sync,
-    out: &mut [f32],
+/// One layer's cache: keys `[blocks, kv_heads, head_dim, block_tokens]`, values `[blocks, kv_heads, block_tokens, head_dim]`, bits of
+/// half-precision numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct KvView<'a> {
+    pub shape: KvShape,
+    pub keys: &'a [u16],
+    pub values: &'a [u16],
+}
+
+/// As [`KvView`], to be written.
+#[derive(Debug)]
+pub struct KvViewMut<'a> {
+    pub shape: KvShape,
+    pub keys: &'a mut [u16],
+    pub values: &'a mut [u16],
+}
+
+/// Rows in a row of one sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct RowTile<'a> {
+    /// Of the batch.
+    pub first: usize,
+    /// [`GROUP_ROWS`] at most.
+    pub count: usize,
+    /// Of the first row.
+    pub position: usize,
+    /// The sequence's KV blocks, in order.
+    pub blocks: &'a [u32],
+}
+
+/// Turns the heads of q and k by their rows' angles (RoPE, Su et al. 2021, in Hugging Face's half-split order), and puts k and v, rounded,
+/// in the cache. `q`: `[rows, heads * head_dim]`, `k`, `v`: `[rows, kv_heads * head_dim]`; `angles(position)`: its cosines and sines,
+/// `[head_dim / 2]` each.
+pub fn rope_and_store<'t>(
+    team: &Team,
+    tiles: usize,
+    tile: impl Fn(usize) -> RowTile<'t> + Sync,
+    (q, k, v): (&mut [f32], &mut [f32], &[f32]),
+    kv: KvViewMut<'_>,
+    angles: impl Fn(usize) -> (&'t [f32], &'t [f32]) + Sync,
 ) {
-    let width = heads * kv.head_dim;
-    let group = heads / kv.kv_heads * kv.head_dim;
-    let shared = Shared(out.as_mut_ptr());
-    let rows = q.len() / width;
-    (0..rows * kv.kv_heads).into_par_iter().for_each_init(Vec::new, |scores, task| {
-        let (i, kv_head) = (task / kv.kv_heads, task % kv.kv_heads);
-        let (blocks, position) = row(i);
-        let at = i * width + kv_head * group;
-        // SAFETY: this task alone writes this row's heads of this group, which lie in out.
-        let out = unsafe { shared.part(at, group) };
-        group_attention(&q[at..][..group], kv, kv_head, blocks, position, scores, out);
+    let shape = kv.shape;
+    let k_width = shape.kv_heads * shape.head_dim;
+    let q_width = q.len() / (k.len() / k_width).max(1);
+    assert!(kv.keys.len() == kv.values.len() && k.len() == v.len(), "shapes fit");
+    let (q, k, len) = (Shared(q.as_mut_ptr()), Shared(k.as_mut_ptr()), kv.keys.len());
+    let (keys, values) = (SharedHalves(kv.keys.as_mut_ptr()), SharedHalves(kv.values.as_mut_ptr()));
+    team.each(tiles, |i| {
+        let tile = tile(i);
+        for r in 0..tile.count {
+            let (row, position) = (tile.first + r, tile.position + r);
+            let (cos, sin) = angles(position);
+            // SAFETY: the row is this tile's alone.
+            let (q, k) = unsafe { (q.part(row * q_width, q_width), k.part(row * k_width, k_width)) };
+            rotate(q, cos, sin);
+            rotate(k, cos, sin);
+            let (block, at) = (tile.blocks[position / shape.block_tokens], position % shape.block_tokens);
+            assert!((block as usize + 1) * shape.block_len() <= len, "the cache has the block");
+            for (head, (k, v)) in k
+                .chunks_exact(shape.head_dim)
+                .zip(v[row * k_width..].chunks_exact(shape.head_dim))
+                .enumerate()
+                .take(shape.kv_heads)
+            {
+                let place = shape.head(block, head);
+                // SAFETY: no other row has this position of this block, and the place lies within the block.
+                unsafe {
+                    for (d, k) in k.iter().enumerate() {
+                        keys.put(place + d * shape.block_tokens + at, f16_bits(*k));
+                    }
+                    for (d, v) in v.iter().enumerate() {
+                        values.put(place + at * shape.head_dim + d, f16_bits(*v));
+                    }
+                }
+            }
+        }
     });
 }
 
 multiversion! {
-    /// The heads of one row that share a KV head.
-    fn group_attention(
-        q: &[f32],
-        kv: KvView<'_>,
-        kv_head: usize,
-        blocks: &[u32],
-        position: usize,
-        scores: &mut Vec<f32>,
-        out: &mut [f32],
-    ) {
-        let dim = kv.head_dim;
-        let length = position + 1;
-        let scale = 1.0 / (dim as f32).sqrt();
-        scores.clear();
-        scores.resize(q.len() / dim * length, 0.0);
-        let mut wide = [0.0f32; MAX_HEAD_DIM];
-        let wide = &mut wide[..dim];
-        for t in 0..length {
-            widen(&kv.keys[kv.at(blocks, t, kv_head)..][..dim], wide);
-            for (head, q) in q.chunks_exact(dim).enumerate() {
-                scores[head * length + t] = dot(q, wide);
-            }
-        }
-        for scores in scores.chunks_exact_mut(length) {
-            softmax(scores, scale);
-        }
-        out.fill(0.0);
-        for t in 0..length {
-            widen(&kv.values[kv.at(blocks, t, kv_head)..][..dim], wide);
-            for (head, out) in out.chunks_exact_mut(dim).enumerate() {
-                let weight = scores[head * length + t];
-                for (out, v) in out.iter_mut().zip(wide.iter()) {
-                    *out += weight * *v;
-                }
+    fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        for head in x.chunks_exact_mut(2 * cos.len()) {
+            let (low, high) = head.split_at_mut(cos.len());
+            for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                let (a, b) = (*low, *high);
+                *low = a * cos - b * sin;
+                *high = b * cos + a * sin;
             }
         }
     }
 }
 
+/// As [`Shared`], of half-precision bits.
+#[derive(Clone, Copy)]
+struct SharedHalves(*mut u16);
+
+// SAFETY: as of `Shared`.
+unsafe impl Send for SharedHalves {}
+// SAFETY: as of `Shared`.
+unsafe impl Sync for SharedHalves {}
+
+impl SharedHalves {
+    /// # Safety
+    /// `at` lies in the slice the pointer was taken from, and no other worker touches it.
+    #[inline(always)]
+    unsafe fn put(&self, at: usize, bits: u16) {
+        // SAFETY: the caller vouches for it.
+        unsafe { self.0.add(at).write(bits) };
+    }
+}
+
+/// out = softmax(q K^T / sqrt(head_dim)) V for each row, over the positions up to and including its own. `q`, `out`:
+/// `[rows, heads * head_dim]`.
+pub fn attention<'t>(
+    team: &Team,
+    tiles: usize,
+    tile: impl Fn(usize) -> RowTile<'t> + Sync,
+    q: &[f32],
+    kv: KvView<'_>,
+    heads: usize,
+    out: &mut [f32],
+) {
+    attention_at(Level::best(), team, tiles, tile, q, kv, heads, out);
+}
+
+#[expect(clippy::too_many_arguments, reason = "the level is for tests")]
+fn attention_at<'t>(
+    level: Level,
+    team: &Team,
+    tiles: usize,
+    tile: impl Fn(usize) -> RowTile<'t> + Sync,
+    q: &[f32],
+    kv: KvView<'_>,
+    heads: usize,
+    out: &mut [f32],
+) {
+    let shape = kv.shape;
+    let group = heads / shape.kv_heads;
+    assert!(
+        q.len() == out.len()
+            && shape.head_dim.is_multiple_of(LANES)
+            && shape.head_dim <= MAX_HEAD_DIM
+            && group <= MAX_GROUP,
+        "the model was checked for what the kernel can do"
+    );
+    let shared = Shared(out.as_mut_ptr());
+    team.each(tiles * shape.kv_heads, |task| {
+        let (tile, kv_head) = (tile(task / shape.kv_heads), task % shape.kv_heads);
+        let task = &Task { tile, kv, kv_head, heads, group, out: shared, rows: q.len() / (heads * shape.head_dim) };
+        dispatch!(level, attend, task: &Task<'_>, q: &[f32]);
+    });
+}
+
+/// The queries of a tile's rows that share a KV head.
+struct Task<'a> {
+    tile: RowTile<'a>,
+    kv: KvView<'a>,
+    kv_head: usize,
+    heads: usize,
+    group: usize,
+    out: Shared,
+    rows: usize,
+}
+
+impl Task<'_> {
+    /// Where query i's head begins in q and in out: rows first, then heads.
+    #[inline(always)]
+    fn at(&self, i: usize) -> usize {
+        let (row, head) = (self.tile.first + i / self.group, self.kv_head * self.group + i % self.group);
+        (row * self.heads + head) * self.kv.shape.head_dim
+    }
+}
+
+/// What an online softmax knows of one query.
+#[derive(Clone, Copy)]
+struct Running {
+    largest: f32,
+    /// Of e^(score - largest).
+    sum: f32,
+}
+
+/// Calls `$f::<S, N>($before.., i, $after..)` for runs of N of the queries `$from..$end` that a kernel keeps in registers: of six, three and
+/// one. A macro, because a closure would lose the form that it is compiled for.
+macro_rules! runs {
+    ($from:expr, $end:expr, $f:ident($($before:expr),*; $($after:expr),*)) => {{
+        let mut i = $from;
+        let end = $end;
+        runs!(@ i, end, $f($($before),*; $($after),*), 6);
+        runs!(@ i, end, $f($($before),*; $($after),*), 3);
+        runs!(@ i, end, $f($($before),*; $($after),*), 1);
+    }};
+    (@ $i:ident, $end:ident, $f:ident($($before:expr),*; $($after:expr),*), $n:literal) => {
+        while $i + $n <= $end {
+            $f::<S, $n>($($before,)* $i, $($after),*);
+            $i += $n;
+        }
+    };
+}
+
 #[inline(always)]
-fn widen(bits: &[u16], out: &mut [f32]) {
-    for (out, bits) in out.iter_mut().zip(bits) {
-        *out = f16_value(*bits);
+fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32]) {
+    let shape = task.kv.shape;
+    let (dim, group) = (shape.head_dim, task.group);
+    let queries = task.tile.count * group;
+    assert!(task.tile.count <= GROUP_ROWS && task.tile.first + task.tile.count <= task.rows, "a tile fits");
+    let end = task.tile.position + task.tile.count;
+    let mut scores = [[0.0f32; SPAN]; MAX_QUERIES];
+    let mut running = [Running { largest: f32::NEG_INFINITY, sum: 0.0 }; MAX_QUERIES];
+    let mut gathered = [0u16; MAX_HEAD_DIM * LANES];
+    // SAFETY: this task alone writes these heads of these rows, which lie in out.
+    let out = |i: usize| unsafe { task.out.part(task.at(i), dim) };
+    for i in 0..queries {
+        out(i).fill(0.0);
+    }
+    for start in (0..end).step_by(SPAN) {
+        let here = SPAN.min(end - start);
+        for unit in 0..here.div_ceil(LANES) {
+            let keys = keys_of(task, start + unit * LANES, end, &mut gathered);
+            runs!(0, queries, score(s, task, q, keys; unit, &mut scores));
+        }
+        // The positions that a row sees here; the first row sees the fewest.
+        let seen = |row: usize| (task.tile.position + row + 1).saturating_sub(start).min(SPAN);
+        for i in 0..queries {
+            let seen = seen(i / group);
+            if seen > 0 {
+                weigh(&mut scores[i], seen, 1.0 / (dim as f32).sqrt(), &mut running[i], out(i));
+            }
+        }
+        let all_see = seen(0);
+        runs!(0, queries, add_values(s, task, start, 0..all_see; &scores));
+        for row in 1..task.tile.count {
+            if seen(row) > all_see {
+                let range = all_see..seen(row);
+                runs!(row * group, (row + 1) * group, add_values(s, task, start, range.clone(); &scores));
+            }
+        }
+    }
+    for i in 0..queries {
+        let inverse = 1.0 / running[i].sum;
+        out(i).iter_mut().for_each(|x| *x *= inverse);
+    }
+}
+
+/// The keys of 16 positions from `position` on, `[head_dim]` vectors `stride` apart; what lies beyond `end` is anything.
+#[inline(always)]
+fn keys_of<'a>(task: &Task<'a>, position: usize, end: usize, gathered: &'a mut [u16]) -> (&'a [u16], usize) {
+    let shape = task.kv.shape;
+    let tokens = shape.block_tokens;
+    if tokens.is_multiple_of(LANES) {
+        let at = shape.head(task.tile.blocks[position / tokens], task.kv_head) + position % tokens;
+        return (&task.kv.keys[at..][..(shape.head_dim - 1) * tokens + LANES], tokens);
+    }
+    for lane in 0..LANES.min(end - position) {
+        let (block, within) = (task.tile.blocks[(position + lane) / tokens], (position + lane) % tokens);
+        let from = &task.kv.keys[shape.head(block, task.kv_head) + within..];
+        for d in 0..shape.head_dim {
+            gathered[d * LANES + lane] = from[d * tokens];
+        }
+    }
+    (&gathered[..shape.head_dim * LANES], LANES)
+}
+
+/// The products of queries `i..i + N` with 16 keys, into unit `unit` of their scores.
+#[inline(always)]
+fn score<S: Simd, const N: usize>(
+    s: S,
+    task: &Task<'_>,
+    q: &[f32],
+    (keys, stride): (&[u16], usize),
+    i: usize,
+    unit: usize,
+    scores: &mut [[f32; SPAN]; MAX_QUERIES],
+) {
+    let dim = task.kv.shape.head_dim;
+    let q: [&[f32]; N] = std::array::from_fn(|j| &q[task.at(i + j)..][..dim]);
+    let mut sums = [s.splat(0.0); N];
+    for d in 0..dim {
+        let Some(key) = keys[d * stride..].first_chunk() else { break };
+        let key = s.halves(key);
+        for j in 0..N {
+            sums[j] = s.mul_add(key, s.splat(q[j][d]), sums[j]);
+        }
+    }
+    for (j, sum) in sums.into_iter().enumerate() {
+        s.store(sum, &mut scores[i + j].as_chunks_mut().0[unit]);
+    }
+}
+
+/// Turns the first `seen` scores into weights relative to the running maximum, the others into zeros, and scales what has been summed
+/// with an earlier maximum.
+#[inline(always)]
+fn weigh(scores: &mut [f32; SPAN], seen: usize, scale: f32, running: &mut Running, out: &mut [f32]) {
+    scores[seen..].fill(f32::NEG_INFINITY);
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let mut broken = false;
+    for chunk in scores.as_chunks::<LANES>().0 {
+        for i in 0..LANES {
+            lanes[i] = lanes[i].max(chunk[i]);
+            broken |= chunk[i].is_nan();
+        }
+    }
+    let here = scale * lanes.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    let largest = running.largest.max(here);
+    let mut sums = [0.0f32; LANES];
+    for chunk in scores.as_chunks_mut::<LANES>().0 {
+        for i in 0..LANES {
+            chunk[i] = exp(chunk[i] * scale - largest);
+            sums[i] += chunk[i];
+        }
+    }
+    if largest > running.largest {
+        let shrink = exp(running.largest - largest);
+        out.iter_mut().for_each(|x| *x *= shrink);
+        running.sum *= shrink;
+        running.largest = largest;
+    }
+    running.sum += if broken { f32::NAN } else { sum_pairwise(sums) };
+}
+
+/// out += weights * V over the positions `start + range` for queries `i..i + N`.
+#[inline(always)]
+fn add_values<S: Simd, const N: usize>(
+    s: S,
+    task: &Task<'_>,
+    start: usize,
+    range: std::ops::Range<usize>,
+    i: usize,
+    scores: &[[f32; SPAN]; MAX_QUERIES],
+) {
+    let shape = task.kv.shape;
+    let (dim, tokens) = (shape.head_dim, shape.block_tokens);
+    let weights: [&[f32; SPAN]; N] = std::array::from_fn(|j| &scores[i + j]);
+    for part in (0..dim).step_by(LANES) {
+        // SAFETY: these heads of these rows are the task's alone.
+        let mut out: [&mut [f32]; N] = std::array::from_fn(|j| unsafe { task.out.part(task.at(i + j) + part, LANES) });
+        let mut sums = [s.splat(0.0); N];
+        for j in 0..N {
+            if let Some(out) = out[j].first_chunk() {
+                sums[j] = s.load(out);
+            }
+        }
+        let mut t = range.start;
+        while t < range.end {
+            let position = start + t;
+            let (block, within) = (task.tile.blocks[position / tokens], position % tokens);
+            let run = (tokens - within).min(range.end - t);
+            let values = &task.kv.values[shape.head(block, task.kv_head) + within * dim..][..run * dim];
+            for (r, values) in values.chunks_exact(dim).enumerate() {
+                let Some(value) = values[part..].first_chunk() else { break };
+                let value = s.halves(value);
+                for j in 0..N {
+                    sums[j] = s.mul_add(value, s.splat(weights[j][t + r]), sums[j]);
+                }
+            }
+            t += run;
+        }
+        for (out, sum) in out.iter_mut().zip(sums) {
+            if let Some(out) = out.first_chunk_mut() {
+                s.store(sum, out);
+            }
+        }
     }
 }

@@ -1,137 +1,143 @@
-//! y = x W^T for frozen W in a block format: activations are quantised per row to int16 in blocks of 32, products summed exactly in
-//! integers within a block, blocks summed in float32 in a fixed order.
-//!
-//! Int16 because int8 is not enough for this base: a few huge activations take the range of their block, and log-probabilities moved
-//! by 0.06 nats in the mean (`docs/LOG.md`). On AVX2 a block costs eight instructions a row instead of six.
-
-use rayon::prelude::*;
+//! y = x W^T for frozen W in tile order and quantised activations: products summed exactly in integers within a block, blocks summed in
+//! float32 in their order. Every output is computed by itself, whatever rows and columns are computed beside it.
 
 use super::Shared;
-use super::simd::{f16_value, has_avx2, multiversion};
-use crate::kernels::blocks::{BLOCK, QMatrixRef, QType};
+use super::lora::{Adapters, expand};
+use super::quantize::{QRow, QuantizedRows};
+use super::simd::{Level, f16_value};
+use super::team::Team;
+use crate::kernels::blocks::{BLOCK, QType};
+use crate::kernels::packed::{PackedMatrix, TILE_ROWS, tile_bytes};
 
-/// Rows of activations that share one decoding of a weight block.
-const TILE: usize = 4;
+/// Rows of activations that pass over a strip while it lies in the cache, before the next strip's turn.
+const ROW_BLOCK: usize = 64;
 
-/// The largest quantised activation.
-const LARGEST: f32 = 32767.0;
+/// Vectors of quants in a block: four columns each.
+const FOURS: usize = BLOCK / 4;
 
-/// Activations `[rows, cols]` in int16: x is about `scale * q`, |q| <= 32767, in blocks of 32; `sum` is `scale * (q_0 + ... + q_31)`.
-#[derive(Debug, Default)]
-pub struct QuantizedRows {
-    rows: usize,
-    blocks: usize,
-    q: Vec<i16>,
-    scale: Vec<f32>,
-    sum: Vec<f32>,
+/// A frozen layer and where its result goes.
+pub struct Linear<'a> {
+    pub matrix: &'a PackedMatrix,
+    /// `[rows, matrix.rows()]`.
+    pub y: &'a mut [f32],
+    /// Adds to `y` in place of overwriting it.
+    pub accumulate: bool,
 }
 
-multiversion! {
-    fn quantize_row(x: &[f32], q: &mut [i16], scale: &mut [f32], sum: &mut [f32]) {
-        let blocks = x.as_chunks::<BLOCK>().0.iter().zip(q.as_chunks_mut::<BLOCK>().0);
-        for ((x, q), (scale, sum)) in blocks.zip(scale.iter_mut().zip(sum)) {
-            let (mut largest, mut finite) = (0.0f32, true);
-            for x in x {
-                largest = largest.max(x.abs());
-                finite &= x.is_finite();
+/// y = x W^T for the layers of one input, and on top what the rows' adapters add, from the input they have shrunk (see
+/// [`super::prepare`]).
+pub fn linear(team: &Team, x: &QuantizedRows, layers: &mut [Linear<'_>], adapters: Option<(&Adapters<'_>, &[f32])>) {
+    linear_at(Level::best(), team, x, layers, adapters);
+}
+
+fn linear_at(
+    level: Level,
+    team: &Team,
+    x: &QuantizedRows,
+    layers: &mut [Linear<'_>],
+    adapters: Option<(&Adapters<'_>, &[f32])>,
+) {
+    assert!(layers.len() <= MAX_LAYERS, "at most {MAX_LAYERS} layers share an input");
+    if let Some((adapters, shrunk)) = adapters {
+        let fits = adapters.layers == layers.len() && shrunk.len() == adapters.shrunk_len(x.rows());
+        assert!(fits, "each layer has its shrunk rows");
+    }
+    for layer in &*layers {
+        assert_eq!((layer.matrix.cols(), layer.y.len()), (x.cols(), x.rows() * layer.matrix.rows()), "shapes fit");
+    }
+    let total: usize = layers.iter().map(|layer| layer.matrix.strips()).sum();
+    // Enough pieces to balance, few enough that claiming one costs nothing beside it.
+    let piece = (total / (8 * team.threads())).clamp(1, 32);
+    let jobs: [Option<Job<'_, '_>>; MAX_LAYERS] = std::array::from_fn(|i| {
+        let layer = layers.get_mut(i)?;
+        let adapted = adapters.map(|(adapters, shrunk)| {
+            let len = shrunk.len() / adapters.layers;
+            (adapters, (i, &shrunk[i * len..][..len]))
+        });
+        let y = Shared(layer.y.as_mut_ptr());
+        Some(Job { matrix: layer.matrix, y, accumulate: layer.accumulate, adapted })
+    });
+    team.each(total.div_ceil(piece), |i| {
+        for row in (0..x.rows()).step_by(ROW_BLOCK) {
+            let rows = row..x.rows().min(row + ROW_BLOCK);
+            for strip in i * piece..total.min((i + 1) * piece) {
+                let mut strip = strip;
+                for job in jobs.iter().flatten() {
+                    if strip < job.matrix.strips() {
+                        job.run(level, strip, x, rows.clone());
+                        break;
+                    }
+                    strip -= job.matrix.strips();
+                }
             }
-            // What is broken must not look like zeros.
-            *scale = if finite { largest / LARGEST } else { f32::NAN };
-            let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
-            let mut total = 0i32;
-            for (x, q) in x.iter().zip(q) {
-                // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
-                let rounded = (*x * inverse + 12_582_912.0) - 12_582_912.0;
-                *q = rounded as i32 as i16;
-                total += i32::from(*q);
-            }
-            *sum = *scale * total as f32;
+        }
+    });
+}
+
+/// Most layers of one call.
+const MAX_LAYERS: usize = 4;
+
+/// A layer as the tasks see it.
+struct Job<'a, 'p> {
+    matrix: &'a PackedMatrix,
+    y: Shared,
+    accumulate: bool,
+    adapted: Option<(&'a Adapters<'p>, (usize, &'a [f32]))>,
+}
+
+impl Job<'_, '_> {
+    /// One strip's outputs of some rows.
+    fn run(&self, level: Level, strip: usize, x: &QuantizedRows, rows: std::ops::Range<usize>) {
+        let out = Outputs { y: self.y, width: self.matrix.rows(), strip, accumulate: self.accumulate };
+        match self.matrix.qtype() {
+            QType::Q4_0 => run_strip::<Q4_0>(level, self.matrix, x, rows.clone(), out),
+            QType::Q4_1 => run_strip::<Q4_1>(level, self.matrix, x, rows.clone(), out),
+            QType::Q8_0 => run_strip::<Q8_0>(level, self.matrix, x, rows.clone(), out),
+        }
+        if let Some((adapters, shrunk)) = self.adapted {
+            // SAFETY: this task alone touches this strip of `y`.
+            unsafe { expand(level, adapters, shrunk, strip, rows, (self.y, self.matrix.rows())) };
         }
     }
 }
 
-impl QuantizedRows {
-    /// Quantises `x`, reusing the buffers. `cols` is a multiple of 32.
-    pub fn fill(&mut self, x: &[f32], cols: usize) {
-        self.blocks = cols / BLOCK;
-        self.rows = x.len() / cols;
-        self.q.resize(x.len(), 0);
-        self.scale.resize(x.len() / BLOCK, 0.0);
-        self.sum.resize(x.len() / BLOCK, 0.0);
-        let blocks = self.blocks;
-        x.par_chunks_exact(cols)
-            .zip(self.q.par_chunks_exact_mut(cols))
-            .zip(self.scale.par_chunks_exact_mut(blocks).zip(self.sum.par_chunks_exact_mut(blocks)))
-            .with_min_len(4)
-            .for_each(|((x, q), (scale, sum))| quantize_row(x, q, scale, sum));
-    }
-
-    fn row(&self, row: usize) -> QRow<'_> {
-        let at = row * self.blocks;
-        QRow {
-            q: self.q[at * BLOCK..][..self.blocks * BLOCK].as_chunks().0,
-            scale: &self.scale[at..][..self.blocks],
-            sum: &self.sum[at..][..self.blocks],
-        }
-    }
-}
-
-/// One quantised row.
+/// Where the 16 outputs of a strip go.
 #[derive(Clone, Copy)]
-struct QRow<'a> {
-    q: &'a [[i16; BLOCK]],
-    scale: &'a [f32],
-    sum: &'a [f32],
+struct Outputs {
+    y: Shared,
+    width: usize,
+    strip: usize,
+    accumulate: bool,
 }
 
-/// A block format that the kernels multiply: 32 weights `d * q + m`.
-trait Format {
-    /// Bytes a block.
-    const BYTES: usize;
-    /// Where the packed q begin.
-    const AT: usize;
-    /// Whether q is 32 int8; else 32 nibbles.
-    const SIGNED: bool;
-    /// d and m; `half` gives the value of half-precision bits.
-    fn scales(block: &[u8], half: impl Fn(u16) -> f32) -> (f32, f32);
-
-    /// The q of the block, for the portable form.
+impl Outputs {
+    /// Puts the outputs `at..at + values.len()` of the strip for a row.
     #[inline(always)]
-    fn values(block: &[u8]) -> [i8; BLOCK] {
-        let packed = &block[Self::AT..];
-        std::array::from_fn(|i| match (Self::SIGNED, i < BLOCK / 2) {
-            (true, _) => packed[i] as i8,
-            (false, true) => (packed[i] & 15) as i8,
-            (false, false) => (packed[i - BLOCK / 2] >> 4) as i8,
-        })
-    }
-
-    /// The q of the block as int16, the first 16 and the last 16.
-    ///
-    /// # Safety
-    /// The machine has AVX2 and `block` holds `BYTES` bytes.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    unsafe fn load(block: &[u8]) -> [std::arch::x86_64::__m256i; 2] {
-        use std::arch::x86_64::*;
-        debug_assert_eq!(block.len(), Self::BYTES);
-        let packed = block[Self::AT..].as_ptr().cast::<__m128i>();
-        // SAFETY: 16 bytes follow, 32 where signed, and the loads may be unaligned.
-        unsafe {
-            let first = _mm_loadu_si128(packed);
-            if Self::SIGNED {
-                return [_mm256_cvtepi8_epi16(first), _mm256_cvtepi8_epi16(_mm_loadu_si128(packed.add(1)))];
-            }
-            let bytes = _mm256_cvtepu8_epi16(first);
-            [_mm256_and_si256(bytes, _mm256_set1_epi16(15)), _mm256_srli_epi16(bytes, 4)]
+    fn put(self, row: usize, at: usize, values: &[f32]) {
+        let column = self.strip * TILE_ROWS + at;
+        let n = values.len().min(self.width.saturating_sub(column));
+        if n == 0 {
+            return;
+        }
+        // SAFETY: the strip is this task's alone, and (row, column..column + n) lies in y.
+        let y = unsafe { self.y.part(row * self.width + column, n) };
+        if self.accumulate {
+            y.iter_mut().zip(values).for_each(|(y, value)| *y += value);
+        } else {
+            y.copy_from_slice(&values[..n]);
         }
     }
 }
 
-#[inline(always)]
-fn bits(block: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([block[at], block[at + 1]])
+/// A block format: 32 weights `d * q + m`, q from 0.
+trait Format {
+    const QTYPE: QType;
+    /// Where the quants begin in a tile.
+    const QUANTS: usize;
+    /// Whether q has four bits, else eight.
+    const NIBBLES: bool;
+    /// m in multiples of d, where the format keeps no m.
+    const OFFSET: Option<f32>;
 }
 
 struct Q4_0;
@@ -139,224 +145,522 @@ struct Q4_1;
 struct Q8_0;
 
 impl Format for Q4_0 {
-    const BYTES: usize = 18;
-    const AT: usize = 2;
-    const SIGNED: bool = false;
-    #[inline(always)]
-    fn scales(block: &[u8], half: impl Fn(u16) -> f32) -> (f32, f32) {
-        let d = half(bits(block, 0));
-        (d, -8.0 * d)
-    }
+    const QTYPE: QType = QType::Q4_0;
+    const QUANTS: usize = 2 * TILE_ROWS;
+    const NIBBLES: bool = true;
+    const OFFSET: Option<f32> = Some(-8.0);
 }
 
 impl Format for Q4_1 {
-    const BYTES: usize = 20;
-    const AT: usize = 4;
-    const SIGNED: bool = false;
-    #[inline(always)]
-    fn scales(block: &[u8], half: impl Fn(u16) -> f32) -> (f32, f32) {
-        (half(bits(block, 0)), half(bits(block, 2)))
-    }
+    const QTYPE: QType = QType::Q4_1;
+    const QUANTS: usize = 4 * TILE_ROWS;
+    const NIBBLES: bool = true;
+    const OFFSET: Option<f32> = None;
 }
 
 impl Format for Q8_0 {
-    const BYTES: usize = 34;
-    const AT: usize = 2;
-    const SIGNED: bool = true;
-    #[inline(always)]
-    fn scales(block: &[u8], half: impl Fn(u16) -> f32) -> (f32, f32) {
-        (half(bits(block, 0)), 0.0)
-    }
+    const QTYPE: QType = QType::Q8_0;
+    const QUANTS: usize = 2 * TILE_ROWS;
+    const NIBBLES: bool = false;
+    const OFFSET: Option<f32> = Some(-128.0);
 }
 
-/// The order in which the eight lanes are summed.
+/// Some rows of a tile at a time, one a lane.
+trait Lanes: Copy {
+    /// Lanes; they divide [`TILE_ROWS`].
+    const ROWS: usize;
+    /// Rows of activations that share the unpacking of a block.
+    const GROUP: usize;
+    /// Four unsigned bytes a lane.
+    type Bytes: Copy;
+    type Int: Copy;
+    type Float: Copy;
+
+    fn zero(self) -> Self::Float;
+    /// The values of `ROWS` half-precision numbers.
+    fn halves(self, bytes: &[u8]) -> Self::Float;
+    fn scale(self, a: Self::Float, by: f32) -> Self::Float;
+    /// a * b + c, rounded once.
+    fn mul_add(self, a: Self::Float, b: f32, c: Self::Float) -> Self::Float;
+    /// float(t) * (d * s) + c, the product and the sum rounded once together.
+    fn add_product(self, t: Self::Int, d: Self::Float, s: f32, c: Self::Float) -> Self::Float;
+    fn store(self, a: Self::Float, out: &mut [f32]);
+
+    /// The quants of a block, `ROWS * 4` bytes of each 64: four or eight bits.
+    fn nibbles(self, quants: &[u8], at: usize) -> [Self::Bytes; FOURS];
+    fn bytes(self, quants: &[u8], at: usize) -> [Self::Bytes; FOURS];
+    /// The sum of the 32 products, w of at most 15 or of at most 255.
+    fn dot_nibbles(self, w: &[Self::Bytes; FOURS], x: &[i8; BLOCK]) -> Self::Int;
+    fn dot_bytes(self, w: &[Self::Bytes; FOURS], x: &[i8; BLOCK]) -> Self::Int;
+    /// 128 * high + low.
+    fn join(self, high: Self::Int, low: Self::Int) -> Self::Int;
+    /// Says that these bytes will be read soon.
+    fn prefetch(self, bytes: &[u8]);
+}
+
+/// All outputs of a strip for rows of activations, in groups.
 #[inline(always)]
-fn sum_lanes(l: [f32; 8]) -> f32 {
-    ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
-}
-
-/// One weight row times N rows of activations. Lane j of a block sums its products 2j, 2j + 1, 16 + 2j, 17 + 2j.
-fn dots_portable<F: Format, const N: usize>(weights: &[u8], x: [QRow<'_>; N]) -> [f32; N] {
-    let mut lanes = [[0.0f32; 8]; N];
-    let mut offset = [0.0f32; N];
-    for (b, block) in weights.chunks_exact(F::BYTES).enumerate() {
-        let (d, m) = F::scales(block, f16_value);
-        let w = F::values(block);
-        for r in 0..N {
-            let scale = d * x[r].scale[b];
-            for (j, lane) in lanes[r].iter_mut().enumerate() {
-                let products =
-                    [2 * j, 2 * j + 1, 16 + 2 * j, 17 + 2 * j].map(|i| i32::from(w[i]) * i32::from(x[r].q[b][i]));
-                *lane += scale * products.iter().sum::<i32>() as f32;
-            }
-            offset[r] += m * x[r].sum[b];
-        }
+fn strip<L: Lanes, F: Format>(l: L, w: &PackedMatrix, x: &QuantizedRows, rows: std::ops::Range<usize>, out: Outputs) {
+    let tiles = w.strip(out.strip);
+    // While the first rows pass, the next strip is on its way: what fetches memory by itself stops at every page.
+    // A single row is through before that could help.
+    let mut ahead = if rows.len() > 1 && out.strip + 1 < w.strips() { w.strip(out.strip + 1) } else { &[] };
+    let mut row = rows.start;
+    macro_rules! groups {
+        ($($n:literal)*) => {
+            $(while $n <= L::GROUP && row + $n <= rows.end {
+                group::<L, F, $n>(l, tiles, ahead, x, row, out);
+                row += $n;
+                ahead = &[];
+            })*
+        };
     }
-    std::array::from_fn(|r| sum_lanes(lanes[r]) + offset[r])
+    groups!(8 4 2 1);
 }
 
-/// As [`dots_portable`], to the bit.
-///
-/// # Safety
-/// The machine has AVX2 and F16C.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c")]
-unsafe fn dots_avx2<F: Format, const N: usize>(weights: &[u8], x: [QRow<'_>; N]) -> [f32; N] {
-    use std::arch::x86_64::*;
-    // One check here in place of one at every block.
-    let blocks = weights.len() / F::BYTES;
-    let x = x.map(|row| QRow { q: &row.q[..blocks], scale: &row.scale[..blocks], sum: &row.sum[..blocks] });
-    let mut lanes = [_mm256_setzero_ps(); N];
-    let mut offset = [0.0f32; N];
-    for (b, block) in weights.chunks_exact(F::BYTES).enumerate() {
-        let (d, m) = F::scales(block, |bits| _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits.into()))));
-        // SAFETY: AVX2 is there, and the block is whole.
-        let w = unsafe { F::load(block) };
-        for r in 0..N {
-            let q = x[r].q[b].as_ptr().cast::<__m256i>();
-            // SAFETY: a block of activations is 64 bytes, and the loads may be unaligned.
-            let q = unsafe { [_mm256_loadu_si256(q), _mm256_loadu_si256(q.add(1))] };
-            // At most 4 * 128 * 32767 < 2^31 a lane.
-            let sums = _mm256_add_epi32(_mm256_madd_epi16(w[0], q[0]), _mm256_madd_epi16(w[1], q[1]));
-            let products = _mm256_cvtepi32_ps(sums);
-            lanes[r] = _mm256_add_ps(lanes[r], _mm256_mul_ps(_mm256_set1_ps(d * x[r].scale[b]), products));
-            offset[r] += m * x[r].sum[b];
-        }
-    }
-    std::array::from_fn(|r| {
-        let mut l = [0.0f32; 8];
-        // SAFETY: eight floats are there.
-        unsafe { _mm256_storeu_ps(l.as_mut_ptr(), lanes[r]) };
-        sum_lanes(l) + offset[r]
-    })
-}
-
-#[inline]
-fn dots<F: Format, const N: usize>(avx2: bool, weights: &[u8], x: [QRow<'_>; N]) -> [f32; N] {
-    #[cfg(target_arch = "x86_64")]
-    if avx2 {
-        // SAFETY: the machine has AVX2 and F16C.
-        return unsafe { dots_avx2::<F, N>(weights, x) };
-    }
-    let _ = avx2;
-    dots_portable::<F, N>(weights, x)
-}
-
-/// y = x W^T. `x`: `[rows, w.cols]`; `y`: `[rows, w.rows]`, overwritten. W is Q4_0, Q4_1 or Q8_0.
-pub fn matmul(w: QMatrixRef<'_>, x: &QuantizedRows, y: &mut [f32]) {
-    matmul_with(w, x, y, has_avx2());
-}
-
-fn matmul_with(w: QMatrixRef<'_>, x: &QuantizedRows, y: &mut [f32], avx2: bool) {
-    assert_eq!((x.blocks * BLOCK, y.len()), (w.cols, x.rows * w.rows), "shapes fit");
-    match w.qtype {
-        QType::Q4_0 => run::<Q4_0>(w, x, y, avx2),
-        QType::Q4_1 => run::<Q4_1>(w, x, y, avx2),
-        QType::Q8_0 => run::<Q8_0>(w, x, y, avx2),
-        QType::F32 => unreachable!("a float32 matrix has no quantised kernel; the model refuses it"),
-    }
-}
-
-fn run<F: Format>(w: QMatrixRef<'_>, x: &QuantizedRows, y: &mut [f32], avx2: bool) {
-    let out = w.rows;
-    let shared = Shared(y.as_mut_ptr());
-    // Weight rows a task takes: enough work to be worth a task, few enough to stay in the cache and to balance.
-    let chunk = out.div_ceil(4 * rayon::current_num_threads()).clamp(16, 256);
-    let task = |c: usize| {
-        let columns = c * chunk..out.min((c + 1) * chunk);
-        for row in (0..x.rows).step_by(TILE) {
-            for column in columns.clone() {
-                let weights = w.row(column);
-                let put = |r: usize, value: f32| {
-                    // SAFETY: this task alone writes these columns, and (row + r, column) lies in y.
-                    unsafe { shared.part((row + r) * out + column, 1)[0] = value };
-                };
-                if row + TILE <= x.rows {
-                    let tile = std::array::from_fn(|r| x.row(row + r));
-                    dots::<F, TILE>(avx2, weights, tile).into_iter().enumerate().for_each(|(r, v)| put(r, v));
-                } else {
-                    (0..x.rows - row).for_each(|r| put(r, dots::<F, 1>(avx2, weights, [x.row(row + r)])[0]));
-                }
-            }
-        }
+/// The body for each r below N, at most 8, without a loop: what is indexed by r then stays in registers.
+macro_rules! unrolled {
+    ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, $body, 0 1 2 3 4 5 6 7) };
+    (@ $r:ident, $n:ident, $body:block, $($i:literal)*) => {
+        $(if $i < $n {
+            let $r = $i;
+            $body
+        })*
     };
-    (0..out.div_ceil(chunk)).into_par_iter().for_each(task);
+}
+
+/// A strip times N rows.
+#[inline(always)]
+fn group<L: Lanes, F: Format, const N: usize>(
+    l: L,
+    tiles: &[u8],
+    ahead: &[u8],
+    x: &QuantizedRows,
+    row: usize,
+    out: Outputs,
+) {
+    let blocks = x.cols() / BLOCK;
+    let x: [QRow<'_>; N] = std::array::from_fn(|r| x.row(row + r));
+    for at in (0..TILE_ROWS).step_by(L::ROWS) {
+        let mut sums = [l.zero(); N];
+        let mut fine = 0;
+        for b in 0..blocks {
+            let tile = &tiles[b * tile_bytes(F::QTYPE)..][..tile_bytes(F::QTYPE)];
+            if let Some(ahead) = ahead.get(b * tile_bytes(F::QTYPE)..(b + 1) * tile_bytes(F::QTYPE)) {
+                l.prefetch(ahead);
+            }
+            if b % 64 == 0 {
+                fine = x.iter().fold(0, |bits, x| bits | x.fine[b / 64]);
+            }
+            let d = l.halves(&tile[2 * at..]);
+            let m = match F::OFFSET {
+                Some(offset) => l.scale(d, offset),
+                None => l.halves(&tile[2 * (TILE_ROWS + at)..]),
+            };
+            let quants = &tile[F::QUANTS..];
+            let w = if F::NIBBLES { l.nibbles(quants, 4 * at) } else { l.bytes(quants, 4 * at) };
+            if fine & 1 == 1 {
+                // A coarse row beside a fine one has zeros below: the same number by another way, to the bit.
+                unrolled!(r in N => {
+                    let t = l.join(dot::<L, F>(l, &w, &x[r].high[b]), dot::<L, F>(l, &w, &x[r].low[b]));
+                    sums[r] = l.mul_add(m, x[r].sum[b], sums[r]);
+                    sums[r] = l.add_product(t, d, x[r].scale[b], sums[r]);
+                });
+            } else {
+                unrolled!(r in N => {
+                    let t = dot::<L, F>(l, &w, &x[r].high[b]);
+                    sums[r] = l.mul_add(m, x[r].sum[b], sums[r]);
+                    sums[r] = l.add_product(t, d, x[r].coarse_scale[b], sums[r]);
+                });
+            }
+            fine >>= 1;
+        }
+        for (r, sums) in sums.into_iter().enumerate() {
+            let mut values = [0.0; TILE_ROWS];
+            l.store(sums, &mut values);
+            out.put(row + r, at, &values[..L::ROWS]);
+        }
+    }
+}
+
+#[inline(always)]
+fn dot<L: Lanes, F: Format>(l: L, w: &[L::Bytes; FOURS], x: &[i8; BLOCK]) -> L::Int {
+    if F::NIBBLES { l.dot_nibbles(w, x) } else { l.dot_bytes(w, x) }
+}
+
+fn run_strip<F: Format>(level: Level, w: &PackedMatrix, x: &QuantizedRows, rows: std::ops::Range<usize>, out: Outputs) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
+        fn avx512<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: std::ops::Range<usize>, out: Outputs) {
+            strip::<_, F>(x86::Vnni, w, x, rows, out);
+        }
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn avx2<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: std::ops::Range<usize>, out: Outputs) {
+            strip::<_, F>(x86::Maddubs, w, x, rows, out);
+        }
+        match level {
+            // SAFETY: nobody has a level that the machine lacks.
+            Level::Avx512 => unsafe { avx512::<F>(w, x, rows, out) },
+            // SAFETY: as above.
+            Level::Avx2 => unsafe { avx2::<F>(w, x, rows, out) },
+            Level::Portable => strip::<_, F>(Plain, w, x, rows, out),
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = level;
+        strip::<_, F>(Plain, w, x, rows, out);
+    }
+}
+
+/// Any machine.
+#[derive(Clone, Copy)]
+struct Plain;
+
+impl Lanes for Plain {
+    const ROWS: usize = TILE_ROWS;
+    const GROUP: usize = 4;
+    type Bytes = [u8; 4 * TILE_ROWS];
+    type Int = [i32; TILE_ROWS];
+    type Float = [f32; TILE_ROWS];
+
+    #[inline(always)]
+    fn zero(self) -> Self::Float {
+        [0.0; TILE_ROWS]
+    }
+    #[inline(always)]
+    fn halves(self, bytes: &[u8]) -> Self::Float {
+        std::array::from_fn(|r| f16_value(u16::from_le_bytes([bytes[2 * r], bytes[2 * r + 1]])))
+    }
+    #[inline(always)]
+    fn scale(self, a: Self::Float, by: f32) -> Self::Float {
+        a.map(|a| a * by)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self::Float, b: f32, c: Self::Float) -> Self::Float {
+        std::array::from_fn(|r| a[r].mul_add(b, c[r]))
+    }
+    #[inline(always)]
+    fn add_product(self, t: Self::Int, d: Self::Float, s: f32, c: Self::Float) -> Self::Float {
+        std::array::from_fn(|r| (t[r] as f32).mul_add(d[r] * s, c[r]))
+    }
+    #[inline(always)]
+    fn store(self, a: Self::Float, out: &mut [f32]) {
+        out.copy_from_slice(&a);
+    }
+    #[inline(always)]
+    fn nibbles(self, quants: &[u8], at: usize) -> [Self::Bytes; FOURS] {
+        std::array::from_fn(|g| {
+            let shift = if g < FOURS / 2 { 0 } else { 4 };
+            std::array::from_fn(|i| quants[64 * (g % (FOURS / 2)) + at + i] >> shift & 15)
+        })
+    }
+    #[inline(always)]
+    fn bytes(self, quants: &[u8], at: usize) -> [Self::Bytes; FOURS] {
+        std::array::from_fn(|g| std::array::from_fn(|i| quants[64 * g + at + i]))
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, w: &[Self::Bytes; FOURS], x: &[i8; BLOCK]) -> Self::Int {
+        self.dot_bytes(w, x)
+    }
+    #[inline(always)]
+    fn dot_bytes(self, w: &[Self::Bytes; FOURS], x: &[i8; BLOCK]) -> Self::Int {
+        std::array::from_fn(|r| {
+            let of_four = |(w, x): (&Self::Bytes, &[i8; 4])| {
+                (0..4).map(|i| i32::from(w[4 * r + i]) * i32::from(x[i])).sum::<i32>()
+            };
+            w.iter().zip(x.as_chunks::<4>().0).map(of_four).sum()
+        })
+    }
+    #[inline(always)]
+    fn join(self, high: Self::Int, low: Self::Int) -> Self::Int {
+        std::array::from_fn(|r| 128 * high[r] + low[r])
+    }
+    #[inline(always)]
+    fn prefetch(self, _bytes: &[u8]) {}
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{BLOCK, FOURS, Lanes};
+
+    /// Where x's bytes `4 g..4 g + 4` begin, as one integer.
+    #[inline(always)]
+    fn four(x: &[i8; BLOCK], g: usize) -> i32 {
+        let [a, b, c, d] = x.as_chunks::<4>().0[g];
+        i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
+    }
+
+    #[inline(always)]
+    fn prefetch(bytes: &[u8]) {
+        for line in bytes.chunks(64) {
+            // SAFETY: a prefetch may name any place.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        }
+    }
+
+    // SAFETY of all blocks below: these types are used only within functions that enable the features they need, and every load is from
+    // a slice that was cut to its length.
+
+    /// AVX-512 with VNNI: 16 lanes, 64 products an instruction.
+    #[derive(Clone, Copy)]
+    pub struct Vnni;
+
+    impl Lanes for Vnni {
+        const ROWS: usize = 16;
+        const GROUP: usize = 8;
+        type Bytes = __m512i;
+        type Int = __m512i;
+        type Float = __m512;
+
+        #[inline(always)]
+        fn zero(self) -> __m512 {
+            unsafe { _mm512_setzero_ps() }
+        }
+        #[inline(always)]
+        fn halves(self, bytes: &[u8]) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes[..32].as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn scale(self, a: __m512, by: f32) -> __m512 {
+            unsafe { _mm512_mul_ps(a, _mm512_set1_ps(by)) }
+        }
+        #[inline(always)]
+        fn mul_add(self, a: __m512, b: f32, c: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(a, _mm512_set1_ps(b), c) }
+        }
+        #[inline(always)]
+        fn add_product(self, t: __m512i, d: __m512, s: f32, c: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), _mm512_mul_ps(d, _mm512_set1_ps(s)), c) }
+        }
+        #[inline(always)]
+        fn store(self, a: __m512, out: &mut [f32]) {
+            unsafe { _mm512_storeu_ps(out[..16].as_mut_ptr(), a) }
+        }
+        #[inline(always)]
+        fn nibbles(self, quants: &[u8], at: usize) -> [__m512i; FOURS] {
+            let quants = quants[at..at + 4 * 64].as_ptr().cast::<__m512i>();
+            unsafe {
+                let mask = _mm512_set1_epi8(15);
+                let mut w = [mask; FOURS];
+                for g in 0..4 {
+                    let both = _mm512_loadu_si512(quants.add(g));
+                    w[g] = _mm512_and_si512(both, mask);
+                    w[g + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask);
+                }
+                w
+            }
+        }
+        #[inline(always)]
+        fn bytes(self, quants: &[u8], at: usize) -> [__m512i; FOURS] {
+            let quants = quants[at..at + 8 * 64].as_ptr().cast::<__m512i>();
+            unsafe {
+                let mut w = [_mm512_setzero_si512(); FOURS];
+                for (g, w) in w.iter_mut().enumerate() {
+                    *w = _mm512_loadu_si512(quants.add(g));
+                }
+                w
+            }
+        }
+        #[inline(always)]
+        fn dot_nibbles(self, w: &[__m512i; FOURS], x: &[i8; BLOCK]) -> __m512i {
+            self.dot_bytes(w, x)
+        }
+        #[inline(always)]
+        fn dot_bytes(self, w: &[__m512i; FOURS], x: &[i8; BLOCK]) -> __m512i {
+            unsafe {
+                let mut sum = _mm512_setzero_si512();
+                for (g, w) in w.iter().enumerate() {
+                    sum = _mm512_dpbusd_epi32(sum, *w, _mm512_set1_epi32(four(x, g)));
+                }
+                sum
+            }
+        }
+        #[inline(always)]
+        fn join(self, high: __m512i, low: __m512i) -> __m512i {
+            unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low) }
+        }
+        #[inline(always)]
+        fn prefetch(self, bytes: &[u8]) {
+            prefetch(bytes);
+        }
+    }
+
+    /// AVX2: 8 lanes, 32 products an instruction, summed in pairs in int16.
+    #[derive(Clone, Copy)]
+    pub struct Maddubs;
+
+    impl Lanes for Maddubs {
+        const ROWS: usize = 8;
+        const GROUP: usize = 4;
+        type Bytes = __m256i;
+        type Int = __m256i;
+        type Float = __m256;
+
+        #[inline(always)]
+        fn zero(self) -> __m256 {
+            unsafe { _mm256_setzero_ps() }
+        }
+        #[inline(always)]
+        fn halves(self, bytes: &[u8]) -> __m256 {
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(bytes[..16].as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn scale(self, a: __m256, by: f32) -> __m256 {
+            unsafe { _mm256_mul_ps(a, _mm256_set1_ps(by)) }
+        }
+        #[inline(always)]
+        fn mul_add(self, a: __m256, b: f32, c: __m256) -> __m256 {
+            unsafe { _mm256_fmadd_ps(a, _mm256_set1_ps(b), c) }
+        }
+        #[inline(always)]
+        fn add_product(self, t: __m256i, d: __m256, s: f32, c: __m256) -> __m256 {
+            unsafe { _mm256_fmadd_ps(_mm256_cvtepi32_ps(t), _mm256_mul_ps(d, _mm256_set1_ps(s)), c) }
+        }
+        #[inline(always)]
+        fn store(self, a: __m256, out: &mut [f32]) {
+            unsafe { _mm256_storeu_ps(out[..8].as_mut_ptr(), a) }
+        }
+        #[inline(always)]
+        fn nibbles(self, quants: &[u8], at: usize) -> [__m256i; FOURS] {
+            let quants = quants[at..at + 3 * 64 + 32].as_ptr();
+            unsafe {
+                let mask = _mm256_set1_epi8(15);
+                let mut w = [mask; FOURS];
+                for g in 0..4 {
+                    let both = _mm256_loadu_si256(quants.add(64 * g).cast());
+                    w[g] = _mm256_and_si256(both, mask);
+                    w[g + 4] = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
+                }
+                w
+            }
+        }
+        #[inline(always)]
+        fn bytes(self, quants: &[u8], at: usize) -> [__m256i; FOURS] {
+            let quants = quants[at..at + 7 * 64 + 32].as_ptr();
+            unsafe {
+                let mut w = [_mm256_setzero_si256(); FOURS];
+                for (g, w) in w.iter_mut().enumerate() {
+                    *w = _mm256_loadu_si256(quants.add(64 * g).cast());
+                }
+                w
+            }
+        }
+        #[inline(always)]
+        fn dot_nibbles(self, w: &[__m256i; FOURS], x: &[i8; BLOCK]) -> __m256i {
+            unsafe {
+                // A lane's two halves each sum 16 products of at most 15 * 127: 30,480.
+                let mut sum = _mm256_setzero_si256();
+                for (g, w) in w.iter().enumerate() {
+                    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(*w, _mm256_set1_epi32(four(x, g))));
+                }
+                _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
+            }
+        }
+        #[inline(always)]
+        fn dot_bytes(self, w: &[__m256i; FOURS], x: &[i8; BLOCK]) -> __m256i {
+            unsafe {
+                // As two nibbles: int16 would not hold products of 255.
+                let mask = _mm256_set1_epi8(15);
+                let (mut low, mut high) = (*w, *w);
+                for g in 0..FOURS {
+                    low[g] = _mm256_and_si256(w[g], mask);
+                    high[g] = _mm256_and_si256(_mm256_srli_epi16::<4>(w[g]), mask);
+                }
+                let (low, high) = (self.dot_nibbles(&low, x), self.dot_nibbles(&high, x));
+                _mm256_add_epi32(_mm256_slli_epi32::<4>(high), low)
+            }
+        }
+        #[inline(always)]
+        fn join(self, high: __m256i, low: __m256i) -> __m256i {
+            unsafe { _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low) }
+        }
+        #[inline(always)]
+        fn prefetch(self, bytes: &[u8]) {
+            prefetch(bytes);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::testing::{random_matrix, wave};
     use proptest::prelude::*;
 
-    /// A matrix of random bytes whose scales are small normal numbers.
-    fn matrix(qtype: QType, rows: usize, cols: usize, seed: u64) -> Vec<u8> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 33) as u8
-        };
-        let bytes = qtype.row_bytes(cols) / (cols / BLOCK);
-        let mut data: Vec<u8> = (0..rows * qtype.row_bytes(cols)).map(|_| next()).collect();
-        for block in data.chunks_exact_mut(bytes) {
-            block[1] = block[1] & 0x83 | 0x24;
-            if qtype == QType::Q4_1 {
-                block[3] = block[3] & 0x83 | 0x24;
-            }
-        }
-        data
+    fn product(level: Level, w: &PackedMatrix, x: &QuantizedRows) -> Vec<f32> {
+        let mut y = vec![0.0; x.rows() * w.rows()];
+        linear_at(level, Team::get(), x, &mut [Linear { matrix: w, y: &mut y, accumulate: false }], None);
+        y
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
-        /// Both forms agree to the bit, rows do not depend on their batch, and the values are those of the exact product of the
-        /// quantised activations with the dequantised weights.
+        /// All forms agree to the bit, rows do not depend on their batch, and the values are those of the exact product of the quantised
+        /// activations with the dequantised weights.
         #[test]
         fn agrees_with_dequantised_weights(
             qtype in prop::sample::select(vec![QType::Q4_0, QType::Q4_1, QType::Q8_0]),
-            rows in 1usize..10, out in 1usize..40, blocks in 1usize..6, seed in any::<u64>(),
+            rows in 1usize..20, out in 1usize..40, blocks in 1usize..6, outlier in any::<bool>(), seed in any::<u64>(),
         ) {
             let cols = blocks * BLOCK;
-            let data = matrix(qtype, out, cols, seed);
-            let w = QMatrixRef { qtype, rows: out, cols, data: &data };
-            let x: Vec<f32> = (0..rows * cols).map(|i| ((i as f32 + (seed % 100) as f32) * 0.7).sin() * 3.0).collect();
-            let mut q = QuantizedRows::default();
-            q.fill(&x, cols);
-            let (mut y, mut portable) = (vec![0.0; rows * out], vec![0.0; rows * out]);
-            matmul(w, &q, &mut y);
-            matmul_with(w, &q, &mut portable, false);
-            prop_assert_eq!(&y, &portable);
+            let w = PackedMatrix::pack(qtype, out, cols, &random_matrix(qtype, out, cols, seed));
+            let mut x = wave(rows * cols, seed);
+            if outlier {
+                x[seed as usize % (rows * cols)] = 1000.0;
+            }
+            let coarse = if seed % 2 == 0 { 4.0 } else { 0.0 };
+            let q = QuantizedRows::of(&x, cols, coarse);
+            let y = product(Level::Portable, &w, &q);
+            for level in Level::all() {
+                prop_assert_eq!(&product(level, &w, &q), &y, "{:?}", level);
+            }
             let mut dense = vec![0.0; out * cols];
             w.dequantize(0, &mut dense);
             for row in 0..rows {
-                let mut alone = QuantizedRows::default();
-                alone.fill(&x[row * cols..][..cols], cols);
-                let mut single = vec![0.0; out];
-                matmul(w, &alone, &mut single);
-                prop_assert_eq!(&single[..], &y[row * out..][..out]);
+                let alone = product(Level::best(), &w, &QuantizedRows::of(&x[row * cols..][..cols], cols, coarse));
+                prop_assert_eq!(&alone[..], &y[row * out..][..out]);
                 for column in 0..out {
-                    let r = q.row(row);
-                    let terms = (0..cols).map(|i| {
-                        f64::from(r.scale[i / BLOCK]) * f64::from(r.q[i / BLOCK][i % BLOCK]) * f64::from(dense[column * cols + i])
-                    });
+                    let terms = (0..cols).map(|i| q.value(row, i) * f64::from(dense[column * cols + i]));
                     let (want, size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
-                    prop_assert!((f64::from(y[row * out + column]) - want).abs() <= 1e-5 * size + 1e-6);
-                    let exact: f64 = (0..cols).map(|i| f64::from(x[row * cols + i]) * f64::from(dense[column * cols + i])).sum();
-                    prop_assert!((want - exact).abs() <= 1e-4 * size + 1e-6, "activations lose little: {} {}", want, exact);
+                    prop_assert!((f64::from(y[row * out + column]) - want).abs() <= 1e-5 * size + 1e-5);
                 }
             }
+        }
+
+        /// Several layers of one input in one call, on top of what is there.
+        #[test]
+        fn layers_share_an_input(rows in 1usize..6, first in 1usize..70, second in 1usize..40, seed in any::<u64>()) {
+            let matrices = [first, second].map(|out| PackedMatrix::pack(QType::Q4_1, out, 64, &random_matrix(QType::Q4_1, out, 64, seed)));
+            let q = QuantizedRows::of(&wave(rows * 64, seed), 64, 0.0);
+            let mut ys = [vec![2.0; rows * first], vec![0.0; rows * second]];
+            let [a, b] = &mut ys;
+            linear(Team::get(), &q, &mut [
+                Linear { matrix: &matrices[0], y: a, accumulate: true },
+                Linear { matrix: &matrices[1], y: b, accumulate: false },
+            ], None);
+            let alone = matrices.each_ref().map(|w| product(Level::best(), w, &q));
+            prop_assert_eq!(&ys[1], &alone[1]);
+            prop_assert!(ys[0].iter().zip(&alone[0]).all(|(y, alone)| *y == 2.0 + alone));
         }
     }
 
     #[test]
     fn extreme_weights_do_not_saturate() {
-        let mut data = vec![0x80u8; 34];
-        data[..2].copy_from_slice(&half::f16::from_f32(1.0).to_le_bytes());
-        let w = QMatrixRef { qtype: QType::Q8_0, rows: 1, cols: BLOCK, data: &data };
-        let mut q = QuantizedRows::default();
-        q.fill(&[-1.0; BLOCK], BLOCK);
-        let mut y = [0.0];
-        matmul(w, &q, &mut y);
-        assert!((y[0] - 32.0 * 128.0).abs() < 0.1, "{}", y[0]);
+        for (qtype, quant, want) in
+            [(QType::Q8_0, 0x80u8, -128.0f32), (QType::Q8_0, 0x7F, 127.0), (QType::Q4_0, 0xFF, 7.0)]
+        {
+            let mut block = vec![quant; qtype.row_bytes(BLOCK)];
+            block[..2].copy_from_slice(&half::f16::from_f32(1.0).to_le_bytes());
+            let w = PackedMatrix::pack(qtype, 1, BLOCK, &block);
+            for level in Level::all() {
+                let y = product(level, &w, &QuantizedRows::of(&[-1.0; BLOCK], BLOCK, 0.0));
+                assert!((y[0] + 32.0 * want).abs() < 0.1, "{level:?} {qtype:?} {}", y[0]);
+            }
+        }
     }
 }

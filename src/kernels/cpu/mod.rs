@@ -1,16 +1,26 @@
 //! The CPU's kernels. **A row's bits depend on that row alone**: every kernel computes each row (and each output of a row) by the same
-//! operations in the same order, whatever else is in the batch and however the work is cut among threads. The AVX2 and the portable
-//! forms give the same bits too: no fused multiply-add, the same lanes, the same order of sums.
+//! operations in the same order, whatever else is in the batch and however the work is cut among threads. All forms (AVX-512, AVX2,
+//! portable) give the same bits too: the same lanes, the same order of sums, fused where written so.
 
 mod attention;
+mod lora;
 mod matmul;
+mod prepare;
+mod quantize;
 mod rows;
 mod simd;
+mod team;
 
-pub use attention::{KvView, MAX_HEAD_DIM, attention};
-pub use matmul::{QuantizedRows, matmul};
-pub use rows::{add, lora, rms_norm, rope, softmax, softmax_backward, swiglu, swiglu_backward};
+pub use attention::{
+    HEAD_DIM_STEP, KvShape, KvView, KvViewMut, MAX_GROUP, MAX_HEAD_DIM, RowTile, attention, rope_and_store,
+};
+pub use lora::{Adapters, GROUP_ROWS, LoraPair, RowGroup, shrinks};
+pub use matmul::{Linear, linear};
+pub use prepare::prepare;
+pub use quantize::QuantizedRows;
+pub use rows::{rms_norm, rms_norm_row, rope, softmax, softmax_backward, swiglu, swiglu_backward, swiglu_row};
 pub use simd::{f16_bits, f16_value};
+pub use team::Team;
 
 /// A pointer that the workers of one kernel share; each writes to places of its own.
 #[derive(Clone, Copy)]

@@ -9,19 +9,21 @@ const MIN_ROWS: usize = 8;
 
 /// out = x / rms(x) * weight, row by row (Zhang & Sennrich 2019). `x`, `out`: `[rows, weight.len()]`.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    multiversion! {
-        fn row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-            let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
-            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                *out = *x * scale * *weight;
-            }
-        }
-    }
     let width = weight.len();
     out.par_chunks_exact_mut(width)
         .zip(x.par_chunks_exact(width))
         .with_min_len(MIN_ROWS)
-        .for_each(|(out, x)| row(x, weight, eps, out));
+        .for_each(|(out, x)| rms_norm_row(x, weight, eps, out));
+}
+
+multiversion! {
+    /// One row of [`rms_norm`].
+    pub fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = *x * scale * *weight;
+        }
+    }
 }
 
 /// Rotates each head's halves by the row's angles (RoPE, Su et al. 2021; Hugging Face's half-split order). `x`: `[rows, width]` of
@@ -47,14 +49,16 @@ pub fn rope<'t>(x: &mut [f32], width: usize, half: usize, cos_sin: impl Fn(usize
 
 /// gate = silu(gate) * up (Shazeer 2020), element by element.
 pub fn swiglu(gate: &mut [f32], up: &[f32]) {
-    multiversion! {
-        fn part(gate: &mut [f32], up: &[f32]) {
-            for (gate, up) in gate.iter_mut().zip(up) {
-                *gate = *gate / (1.0 + exp(-*gate)) * *up;
-            }
+    gate.par_chunks_mut(8192).zip(up.par_chunks(8192)).for_each(|(gate, up)| swiglu_row(gate, up));
+}
+
+multiversion! {
+    /// As [`swiglu`], on this thread.
+    pub fn swiglu_row(gate: &mut [f32], up: &[f32]) {
+        for (gate, up) in gate.iter_mut().zip(up) {
+            *gate = *gate / (1.0 + exp(-*gate)) * *up;
         }
     }
-    gate.par_chunks_mut(8192).zip(up.par_chunks(8192)).for_each(|(gate, up)| part(gate, up));
 }
 
 /// The gradient of [`swiglu`]'s result, d, becomes that of gate and of up, in their places.
@@ -88,34 +92,4 @@ multiversion! {
             *d = p * (*d - mean) * scale;
         }
     }
-}
-
-/// x += y.
-pub fn add(x: &mut [f32], y: &[f32]) {
-    multiversion! {
-        fn all(x: &mut [f32], y: &[f32]) {
-            for (x, y) in x.iter_mut().zip(y) {
-                *x += *y;
-            }
-        }
-    }
-    all(x, y);
-}
-
-/// y += scale * B (A x), row by row. `x`: `[rows, in]`, `a`: `[rank, in]`, `b`: `[out, rank]`, `y`: `[rows, out]`.
-pub fn lora(x: &[f32], a: &[f32], b: &[f32], rank: usize, scale: f32, y: &mut [f32]) {
-    multiversion! {
-        fn row(x: &[f32], a: &[f32], b: &[f32], shrunk: &mut [f32], scale: f32, y: &mut [f32]) {
-            for (h, a) in shrunk.iter_mut().zip(a.chunks_exact(x.len())) {
-                *h = scale * dot(a, x);
-            }
-            for (y, b) in y.iter_mut().zip(b.chunks_exact(shrunk.len())) {
-                *y += dot(b, shrunk);
-            }
-        }
-    }
-    let (inputs, outputs) = (a.len() / rank, b.len() / rank);
-    y.par_chunks_exact_mut(outputs)
-        .zip(x.par_chunks_exact(inputs))
-        .for_each_init(|| vec![0.0; rank], |shrunk, (y, x)| row(x, a, b, shrunk, scale, y));
 }

@@ -1,16 +1,51 @@
-//! One source, two forms: [`multiversion!`] compiles a function for the baseline and for AVX2 and picks at run time. Rust never fuses
-//! or reorders float operations, so both forms give the same bits; the loops here are written in lanes that the compiler can vectorise.
+//! One source, several forms. Rust never fuses or reorders float operations, so all forms give the same bits.
+//!
+//! - [`multiversion!`] compiles loops that the compiler vectorises for the baseline, AVX2 and AVX-512, and picks at run time.
+//! - [`Simd`] is 16 floats at a time for kernels that must keep them in registers; [`dispatch!`] gives a kernel the best implementation.
 
-/// Whether the AVX2 forms may run; they use F16C too.
-#[inline]
-pub(super) fn has_avx2() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("f16c")
+use std::sync::OnceLock;
+
+/// What the machine can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    Portable,
+    /// With FMA and F16C.
+    Avx2,
+    /// F, BW, DQ, VL and VNNI.
+    Avx512,
+}
+
+impl Level {
+    /// The best of this machine.
+    #[inline]
+    pub fn best() -> Self {
+        static BEST: OnceLock<Level> = OnceLock::new();
+        *BEST.get_or_init(Self::detect)
     }
+
+    #[cfg(target_arch = "x86_64")]
+    fn detect() -> Self {
+        macro_rules! has {
+            ($($feature:tt)*) => { $(std::arch::is_x86_feature_detected!($feature))&&* };
+        }
+        if !has!("avx2" "fma" "f16c") {
+            Self::Portable
+        } else if has!("avx512f" "avx512bw" "avx512dq" "avx512vl" "avx512vnni") {
+            Self::Avx512
+        } else {
+            Self::Avx2
+        }
+    }
+
     #[cfg(not(target_arch = "x86_64"))]
-    {
-        false
+    fn detect() -> Self {
+        Self::Portable
+    }
+
+    /// All that this machine can do, for tests that compare them.
+    #[cfg(test)]
+    pub fn all() -> impl Iterator<Item = Self> {
+        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|level| *level <= Self::best())
     }
 }
 
@@ -22,13 +57,21 @@ macro_rules! multiversion {
             fn portable($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx2")]
+                use $crate::kernels::cpu::simd::Level;
+                #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     portable($($arg),*)
                 }
-                if $crate::kernels::cpu::simd::has_avx2() {
-                    // SAFETY: the machine has AVX2, as was just asked.
-                    return unsafe { avx2($($arg),*) };
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    portable($($arg),*)
+                }
+                match Level::best() {
+                    // SAFETY: the machine has what the form uses.
+                    Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    Level::Portable => {}
                 }
             }
             portable($($arg),*)
@@ -37,7 +80,279 @@ macro_rules! multiversion {
 }
 pub(super) use multiversion;
 
-const LANES: usize = 16;
+/// Calls `$kernel(simd, args...)`, a function that is generic over [`Simd`] and inlined, in the form of `$level`.
+macro_rules! dispatch {
+    ($level:expr, $kernel:path, $($arg:ident: $ty:ty),* $(,)?) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            use $crate::kernels::cpu::simd::{Avx2, Avx512, Level};
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
+            fn avx512($($arg: $ty),*) {
+                // SAFETY: this function is called where the machine has what it uses.
+                $kernel(unsafe { Avx512::new() }, $($arg),*)
+            }
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $ty),*) {
+                // SAFETY: as above.
+                $kernel(unsafe { Avx2::new() }, $($arg),*)
+            }
+            match $level {
+                // SAFETY: nobody has a level that the machine lacks.
+                Level::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                Level::Avx2 => unsafe { avx2($($arg),*) },
+                Level::Portable => $kernel($crate::kernels::cpu::simd::Portable, $($arg),*),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = $level;
+            $kernel($crate::kernels::cpu::simd::Portable, $($arg),*)
+        }
+    }};
+}
+pub(super) use dispatch;
+
+/// 16 floats at a time. The value is the proof that the machine can do it.
+pub(super) trait Simd: Copy + Send + Sync {
+    type F: Copy;
+
+    fn splat(self, x: f32) -> Self::F;
+    fn load(self, x: &[f32; LANES]) -> Self::F;
+    fn store(self, x: Self::F, out: &mut [f32; LANES]);
+    /// a * b + c, rounded once.
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// The values of half-precision bits.
+    fn halves(self, bits: &[u16; LANES]) -> Self::F;
+    /// The values of bfloat16 bits.
+    fn brains(self, bits: &[u16; LANES]) -> Self::F;
+    /// The larger of |a| and b.
+    fn max_abs(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Integers q = round(a * by) << shift, ties to even, as `128 * high + low` with low in [-64, 63]; gives the sum of each q and `sums`.
+    /// |a * by| is at most 127 * 128; where it is not a number q is anything.
+    fn split(self, a: Self::F, by: f32, shift: u32, sums: &mut [i32; LANES], out: (&mut [i8; LANES], &mut [i8; LANES]));
+}
+
+/// Any machine.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Portable;
+
+impl Simd for Portable {
+    type F = [f32; LANES];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::F {
+        *x
+    }
+    #[inline(always)]
+    fn store(self, x: Self::F, out: &mut [f32; LANES]) {
+        *out = x;
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn halves(self, bits: &[u16; LANES]) -> Self::F {
+        bits.map(f16_value)
+    }
+    #[inline(always)]
+    fn brains(self, bits: &[u16; LANES]) -> Self::F {
+        bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+    #[inline(always)]
+    fn max_abs(self, a: Self::F, b: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i].abs().max(b[i]))
+    }
+    #[inline(always)]
+    fn split(
+        self,
+        a: Self::F,
+        by: f32,
+        shift: u32,
+        sums: &mut [i32; LANES],
+        out: (&mut [i8; LANES], &mut [i8; LANES]),
+    ) {
+        for i in 0..LANES {
+            let q = ((a[i] * by).round_ties_even() as i32) << shift;
+            let high = (q + 64) >> 7;
+            (out.0[i], out.1[i]) = (high as i8, (q - (high << 7)) as i8);
+            sums[i] += q;
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{LANES, Simd};
+    use std::arch::x86_64::*;
+
+    /// Proof of AVX2, FMA and F16C.
+    #[derive(Debug, Clone, Copy)]
+    pub struct Avx2(());
+
+    /// Proof of AVX-512 F, BW, DQ, VL and VNNI.
+    #[derive(Debug, Clone, Copy)]
+    pub struct Avx512(());
+
+    impl Avx2 {
+        /// # Safety
+        /// The machine has AVX2, FMA and F16C.
+        #[inline(always)]
+        pub unsafe fn new() -> Self {
+            Self(())
+        }
+    }
+
+    impl Avx512 {
+        /// # Safety
+        /// The machine has AVX-512 F, BW, DQ, VL and VNNI.
+        #[inline(always)]
+        pub unsafe fn new() -> Self {
+            Self(())
+        }
+    }
+
+    // SAFETY of all blocks below: the value proves the features, and every load and store is within its array.
+    impl Simd for Avx2 {
+        type F = [__m256; 2];
+
+        #[inline(always)]
+        fn splat(self, x: f32) -> Self::F {
+            unsafe { [_mm256_set1_ps(x); 2] }
+        }
+        #[inline(always)]
+        fn load(self, x: &[f32; LANES]) -> Self::F {
+            unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
+        }
+        #[inline(always)]
+        fn store(self, x: Self::F, out: &mut [f32; LANES]) {
+            unsafe {
+                _mm256_storeu_ps(out.as_mut_ptr(), x[0]);
+                _mm256_storeu_ps(out.as_mut_ptr().add(8), x[1]);
+            }
+        }
+        #[inline(always)]
+        fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+            unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        }
+        #[inline(always)]
+        fn halves(self, bits: &[u16; LANES]) -> Self::F {
+            unsafe {
+                let bits = bits.as_ptr().cast::<__m128i>();
+                [_mm256_cvtph_ps(_mm_loadu_si128(bits)), _mm256_cvtph_ps(_mm_loadu_si128(bits.add(1)))]
+            }
+        }
+        #[inline(always)]
+        fn brains(self, bits: &[u16; LANES]) -> Self::F {
+            unsafe {
+                let bits = bits.as_ptr().cast::<__m128i>();
+                let wide = |half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)));
+                [wide(_mm_loadu_si128(bits)), wide(_mm_loadu_si128(bits.add(1)))]
+            }
+        }
+        #[inline(always)]
+        fn max_abs(self, a: Self::F, b: Self::F) -> Self::F {
+            unsafe {
+                let sign = _mm256_set1_ps(-0.0);
+                [_mm256_max_ps(_mm256_andnot_ps(sign, a[0]), b[0]), _mm256_max_ps(_mm256_andnot_ps(sign, a[1]), b[1])]
+            }
+        }
+        #[inline(always)]
+        fn split(
+            self,
+            a: Self::F,
+            by: f32,
+            shift: u32,
+            sums: &mut [i32; LANES],
+            out: (&mut [i8; LANES], &mut [i8; LANES]),
+        ) {
+            unsafe {
+                let (by, shift, half) = (_mm256_set1_ps(by), _mm_cvtsi32_si128(shift as i32), _mm256_set1_epi32(64));
+                let (mut high, mut low) = ([half; 2], [half; 2]);
+                for i in 0..2 {
+                    let q = _mm256_sll_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(a[i], by)), shift);
+                    high[i] = _mm256_srai_epi32::<7>(_mm256_add_epi32(q, half));
+                    low[i] = _mm256_sub_epi32(q, _mm256_slli_epi32::<7>(high[i]));
+                    let sum = sums.as_mut_ptr().add(8 * i).cast::<__m256i>();
+                    _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), q));
+                }
+                for (parts, out) in [(high, out.0), (low, out.1)] {
+                    // The packing works within 128 bits: the middle quarters are to be exchanged.
+                    let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(parts[0], parts[1]));
+                    let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+                    _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+                }
+            }
+        }
+    }
+
+    impl Simd for Avx512 {
+        type F = __m512;
+
+        #[inline(always)]
+        fn splat(self, x: f32) -> Self::F {
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        fn load(self, x: &[f32; LANES]) -> Self::F {
+            unsafe { _mm512_loadu_ps(x.as_ptr()) }
+        }
+        #[inline(always)]
+        fn store(self, x: Self::F, out: &mut [f32; LANES]) {
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }
+        }
+        #[inline(always)]
+        fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        fn halves(self, bits: &[u16; LANES]) -> Self::F {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn brains(self, bits: &[u16; LANES]) -> Self::F {
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits.as_ptr().cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+        }
+        #[inline(always)]
+        fn max_abs(self, a: Self::F, b: Self::F) -> Self::F {
+            unsafe { _mm512_max_ps(_mm512_abs_ps(a), b) }
+        }
+        #[inline(always)]
+        fn split(
+            self,
+            a: Self::F,
+            by: f32,
+            shift: u32,
+            sums: &mut [i32; LANES],
+            out: (&mut [i8; LANES], &mut [i8; LANES]),
+        ) {
+            unsafe {
+                let q = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(by)));
+                let q = _mm512_sll_epi32(q, _mm_cvtsi32_si128(shift as i32));
+                let high = _mm512_srai_epi32::<7>(_mm512_add_epi32(q, _mm512_set1_epi32(64)));
+                let low = _mm512_sub_epi32(q, _mm512_slli_epi32::<7>(high));
+                let sum = sums.as_mut_ptr().cast::<__m512i>();
+                _mm512_storeu_si512(sum, _mm512_add_epi32(_mm512_loadu_si512(sum), q));
+                _mm_storeu_si128(out.0.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(high));
+                _mm_storeu_si128(out.1.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(low));
+            }
+        }
+    }
+}
+
+/// Floats of a vector, and partial sums of a dot product.
+pub(super) const LANES: usize = 16;
 
 /// a . b, summed in 16 lanes, then pairwise.
 #[inline(always)]
@@ -79,8 +394,22 @@ pub(super) fn softmax(x: &mut [f32], scale: f32) {
     }
 }
 
+/// The largest of the lanes.
 #[inline(always)]
-fn sum_pairwise(mut lanes: [f32; LANES]) -> f32 {
+pub(super) fn max_pairwise(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = lanes[i].max(lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// The sum of the lanes: halves on halves.
+#[inline(always)]
+pub(super) fn sum_pairwise(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {

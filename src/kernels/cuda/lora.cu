@@ -6,12 +6,10 @@
 
 // The tensors of one layer of an adapter; rank 0 where the adapter leaves the layer alone.
 struct Layer {
-    const __nv_bfloat16* a;  // [in][padded]
-    const __nv_bfloat16* b;  // [out / 16][padded][16]
+    const __nv_bfloat16* a;  // [rank][in]
+    const __nv_bfloat16* b;  // [out / 16][rank][16]
     uint32_t rank;
-    uint32_t padded;  // a multiple of 8
     float scale;
-    uint32_t unused;
 };
 
 // Rows `first..first + count` of the list of rows, count at most ROWS.
@@ -28,60 +26,47 @@ struct Task {
 constexpr int ROWS = 8;
 constexpr int OUT_TILE = 16;
 
-// Ranks of a block of shrink, two a thread; the other threads take other inputs.
-constexpr int RANKS = 16;
+// A warp of shrink takes one rank, two inputs a lane.
 constexpr int SHRINK_THREADS = 256;
-constexpr int GROUPS = SHRINK_THREADS / (RANKS / 2);
+constexpr int RANKS = SHRINK_THREADS / WARP;
 
-// shrunk[i] = scale * A x[rows[i]], `stride` values apart. grid: (tasks, tiles of 16 ranks).
+// shrunk[i] = scale * A x[rows[i]], `stride` values apart. grid: (tasks, tiles of RANKS ranks). `inputs` is even.
 extern "C" __global__ void __launch_bounds__(SHRINK_THREADS)
 lora_shrink(const float* x, const Task* tasks, const uint32_t* rows, int site, int inputs, float* shrunk, int stride) {
-    __shared__ float2 partial[SHRINK_THREADS / WARP][ROWS][RANKS / 2];
     const Task task = tasks[blockIdx.x];
     const Layer layer = task.layer(site);
-    if (blockIdx.y * RANKS >= layer.padded) {
+    const int rank = blockIdx.y * RANKS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (rank >= layer.rank) {
         return;
     }
-    const int lane = threadIdx.x % (RANKS / 2), group = threadIdx.x / (RANKS / 2);
-    const int rank = blockIdx.y * RANKS + 2 * lane;
-    const bool held = rank < layer.padded && layer.rank > 0;
-    const float* row[ROWS];
-    float2 sum[ROWS];
+    const __nv_bfloat162* a = reinterpret_cast<const __nv_bfloat162*>(layer.a + size_t(rank) * inputs);
+    const float2* row[ROWS];
+    float sum[ROWS];
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) {
-        row[j] = x + size_t(rows[task.first + min(uint32_t(j), task.count - 1)]) * inputs;
-        sum[j] = make_float2(0.0f, 0.0f);
+        row[j] = reinterpret_cast<const float2*>(x + size_t(rows[task.first + min(uint32_t(j), task.count - 1)]) * inputs);
+        sum[j] = 0.0f;
     }
-    for (int k = group; k < inputs && held; k += GROUPS) {
-        const float2 a = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(layer.a + size_t(k) * layer.padded + rank));
+    for (int k = lane; k < inputs / 2; k += WARP) {
+        const float2 weight = __bfloat1622float2(a[k]);
 #pragma unroll
         for (int j = 0; j < ROWS; ++j) {
             if (j < task.count) {
-                sum[j].x = __fmaf_rn(a.x, row[j][k], sum[j].x);
-                sum[j].y = __fmaf_rn(a.y, row[j][k], sum[j].y);
+                const float2 value = row[j][k];
+                sum[j] = __fmaf_rn(weight.y, value.y, __fmaf_rn(weight.x, value.x, sum[j]));
             }
         }
     }
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) {
         if (j < task.count) {
-            for (int step = RANKS / 2; step < WARP; step *= 2) {
-                sum[j].x = __fadd_rn(sum[j].x, __shfl_xor_sync(ALL_LANES, sum[j].x, step));
-                sum[j].y = __fadd_rn(sum[j].y, __shfl_xor_sync(ALL_LANES, sum[j].y, step));
+            for (int step = WARP / 2; step > 0; step /= 2) {
+                sum[j] = __fadd_rn(sum[j], __shfl_xor_sync(ALL_LANES, sum[j], step));
             }
-            if (threadIdx.x % WARP < RANKS / 2) {
-                partial[threadIdx.x / WARP][j][lane] = sum[j];
+            if (lane == 0) {
+                shrunk[size_t(task.first + j) * stride + rank] = __fmul_rn(layer.scale, sum[j]);
             }
         }
-    }
-    __syncthreads();
-    const int j = threadIdx.x / RANKS, r = blockIdx.y * RANKS + threadIdx.x % RANKS;
-    if (j < task.count && r < layer.rank) {
-        float total = 0.0f;
-        for (int warp = 0; warp < SHRINK_THREADS / WARP; ++warp) {
-            total = __fadd_rn(total, reinterpret_cast<const float*>(partial[warp][j])[threadIdx.x % RANKS]);
-        }
-        shrunk[size_t(task.first + j) * stride + r] = __fmul_rn(layer.scale, total);
     }
 }
 
@@ -104,7 +89,7 @@ lora_expand(const float* shrunk, const Task* tasks, const uint32_t* rows, int si
     if (out >= outputs) {
         return;
     }
-    const __nv_bfloat16* b = layer.b + size_t(out / OUT_TILE) * layer.padded * OUT_TILE + out % OUT_TILE;
+    const __nv_bfloat16* b = layer.b + size_t(out / OUT_TILE) * layer.rank * OUT_TILE + out % OUT_TILE;
     float2 sum[ROWS];
 #pragma unroll
     for (int j = 0; j < ROWS; ++j) {

@@ -16,9 +16,9 @@ use half::{bf16, f16};
 
 use self::launch::{Arg, Grid, address, int, launch, load, output, pointer, prepare, start_of};
 use super::blocks::QType;
+use super::cpu::LoraPair;
 use super::tensors::{
-    AttentionTask, Best, DeviceLora, DeviceMatrix, HeadShape, KvLayer, LORA_ROWS, LoraSite, Places, Plan, Rope,
-    TensorKernels,
+    AttentionTask, Best, DeviceLora, DeviceMatrix, HeadShape, KvLayer, LORA_ROWS, Places, Plan, Rope, TensorKernels,
 };
 use crate::error::{Error, Result};
 
@@ -38,7 +38,7 @@ const LONG_WARPS: u32 = 4;
 const TILE: usize = 64;
 
 /// Ranks of a block of the shrinking kernel, outputs of one of the expanding kernel, and bytes that the latter may keep.
-const SHRINK_RANKS: usize = 16;
+const SHRINK_RANKS: usize = 8;
 const EXPAND_OUTPUTS: usize = 256;
 const EXPAND_BYTES: usize = 48 * 1024;
 
@@ -409,12 +409,12 @@ impl TensorKernels for Kernels {
         if !plan.adapts(site) {
             return Ok(y);
         }
-        let ((rows, inputs), (out_rows, outputs), padded) = (x.dims2()?, y.dims2()?, plan.padded());
-        let shared = LORA_ROWS * padded * size_of::<f32>();
+        let ((rows, inputs), (out_rows, outputs), rank) = (x.dims2()?, y.dims2()?, plan.rank());
+        let shared = LORA_ROWS * rank * size_of::<f32>();
         let fits = rows == plan.rows() && out_rows == rows && plan.lora_fits(site, inputs, outputs);
-        check(fits && shared <= EXPAND_BYTES, "lora")?;
+        check(fits && inputs.is_multiple_of(2) && shared <= EXPAND_BYTES, "lora")?;
         let [adapted, tasks] = plan.lora_tasks();
-        let shrunk = output(&self.device, (adapted, padded))?;
+        let shrunk = output(&self.device, (adapted, rank))?;
         let args = |x: &Tensor, width: usize, to: &Tensor| -> Result<[Arg; 7]> {
             Ok([
                 address::<f32>(x)?,
@@ -423,10 +423,10 @@ impl TensorKernels for Kernels {
                 int(site)?,
                 int(width)?,
                 address::<f32>(to)?,
-                int(padded)?,
+                int(rank)?,
             ])
         };
-        let grid = Grid::new([tasks, padded.div_ceil(SHRINK_RANKS), 1], THREADS);
+        let grid = Grid::new([tasks, rank.div_ceil(SHRINK_RANKS), 1], THREADS);
         // SAFETY: each task's adapter has descriptors of all sites and tensors of this one's shape; the plan keeps both alive.
         unsafe { launch(&self.device, &self.functions.lora_shrink, grid, &args(x, inputs, &shrunk)?) }?;
         let grid = Grid { shared, ..Grid::new([tasks, outputs.div_ceil(EXPAND_OUTPUTS), 1], EXPAND_THREADS) };
@@ -457,7 +457,7 @@ impl TensorKernels for Kernels {
         Ok(found.as_chunks().0.iter().map(best).collect())
     }
 
-    fn adapter(&self, sites: &[Option<LoraSite<'_>>]) -> Result<DeviceLora> {
+    fn adapter(&self, sites: &[Option<LoraPair<'_>>]) -> Result<DeviceLora> {
         let lora = DeviceLora::new(sites, &self.candle)?;
         let words = lora.descriptors(pointer::<bf16>(lora.values())?);
         let len = words.len();

@@ -16,7 +16,9 @@ use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module as _, Tensor};
 use half::bf16;
 
-use super::blocks::{QMatrixRef, QType};
+use super::blocks::QType;
+use super::cpu::LoraPair;
+use super::packed::PackedMatrix;
 use crate::error::{Error, Result};
 
 pub use plan::{AttentionTask, LoraTask, Places, Plan, Rows, Sequence};
@@ -71,7 +73,7 @@ pub trait TensorKernels: Debug + Send + Sync {
     fn best(&self, logits: &Tensor) -> Result<Vec<Best>>;
 
     /// An adapter's tensors, brought to the device.
-    fn adapter(&self, sites: &[Option<LoraSite<'_>>]) -> Result<DeviceLora>;
+    fn adapter(&self, sites: &[Option<LoraPair<'_>>]) -> Result<DeviceLora>;
 }
 
 /// The most likely id of a row (the lowest among equals) and the logarithm of its probability.
@@ -92,17 +94,16 @@ pub struct DeviceMatrix {
 }
 
 impl DeviceMatrix {
-    /// Not through `QTensor::quantize`, which on CUDA leaves what follows a last row that is no multiple of 256 uninitialised.
-    pub fn new(matrix: QMatrixRef<'_>, device: &Device) -> Result<Self> {
-        let dtype = match matrix.qtype {
-            QType::F32 => GgmlDType::F32,
+    /// In the file's order. Not through `QTensor::quantize`, which on CUDA leaves what follows a last row that is no multiple of 256 uninitialised.
+    pub fn new(matrix: &PackedMatrix, device: &Device) -> Result<Self> {
+        let dtype = match matrix.qtype() {
             QType::Q4_0 => GgmlDType::Q4_0,
             QType::Q4_1 => GgmlDType::Q4_1,
             QType::Q8_0 => GgmlDType::Q8_0,
         };
-        let storage = QStorage::from_data(matrix.data.into(), device, dtype)?;
-        let tensor = Arc::new(QTensor::new(storage, (matrix.rows, matrix.cols))?);
-        Ok(Self { qtype: matrix.qtype, rows: matrix.rows, cols: matrix.cols, tensor })
+        let storage = QStorage::from_data(matrix.unpack().into(), device, dtype)?;
+        let tensor = Arc::new(QTensor::new(storage, (matrix.rows(), matrix.cols()))?);
+        Ok(Self { qtype: matrix.qtype(), rows: matrix.rows(), cols: matrix.cols(), tensor })
     }
 
     pub fn tensor(&self) -> &QTensor {
@@ -154,17 +155,6 @@ impl KvLayer {
     }
 }
 
-/// One layer of an adapter as it is served, in bf16: A `[in][padded]`, B `[out / 16][padded][16]`, what pads them zero.
-#[derive(Debug, Clone, Copy)]
-pub struct LoraSite<'a> {
-    pub rank: usize,
-    /// A multiple of 8.
-    pub padded: usize,
-    pub scale: f32,
-    pub a: &'a [u16],
-    pub b: &'a [u16],
-}
-
 /// An adapter on a device.
 #[derive(Debug)]
 pub struct DeviceLora {
@@ -182,7 +172,6 @@ pub struct DeviceLora {
 #[derive(Debug, Clone, Copy)]
 struct SitePlace {
     rank: usize,
-    padded: usize,
     scale: f32,
     a: (usize, usize),
     b: (usize, usize),
@@ -190,7 +179,7 @@ struct SitePlace {
 
 impl SitePlace {
     fn fits(&self, inputs: usize, outputs: usize) -> bool {
-        (self.a.1, self.b.1) == (inputs * self.padded, outputs.next_multiple_of(OUT_TILE) * self.padded)
+        (self.a.1, self.b.1) == (inputs * self.rank, outputs.next_multiple_of(OUT_TILE) * self.rank)
     }
 }
 
@@ -199,7 +188,7 @@ const ALIGN: usize = 32;
 
 impl DeviceLora {
     /// What the reference needs: no descriptors.
-    pub fn new(sites: &[Option<LoraSite<'_>>], device: &Device) -> Result<Self> {
+    pub fn new(sites: &[Option<LoraPair<'_>>], device: &Device) -> Result<Self> {
         let mut values: Vec<bf16> = Vec::new();
         let mut add = |from: &[u16]| {
             let at = values.len();
@@ -207,16 +196,11 @@ impl DeviceLora {
             values.resize(values.len().next_multiple_of(ALIGN), bf16::ZERO);
             (at, from.len())
         };
-        let mut place = |site: &LoraSite<'_>| SitePlace {
-            rank: site.rank,
-            padded: site.padded,
-            scale: site.scale,
-            a: add(site.a),
-            b: add(site.b),
-        };
+        let mut place =
+            |site: &LoraPair<'_>| SitePlace { rank: site.rank, scale: site.scale, a: add(site.a), b: add(site.b) };
         let sites: Vec<_> = sites.iter().map(|site| site.as_ref().map(&mut place)).collect();
-        if sites.iter().flatten().any(|site| site.rank > site.padded || site.rank == 0 || site.padded % 8 != 0) {
-            return Err(Error::internal("an adapter's ranks are not padded to a multiple of 8"));
+        if sites.iter().flatten().any(|site| site.rank == 0) {
+            return Err(Error::internal("an adapter has a layer of rank 0"));
         }
         let len = values.len();
         let none = Tensor::zeros(1, DType::U32, device)?;
@@ -232,14 +216,13 @@ impl DeviceLora {
         &self.values
     }
 
-    /// What kernels read of each site, eight words: addresses of A and B, rank, padded rank, scale. `start`: where the values lie.
+    /// What kernels read of each site, six words: addresses of A and B, rank, scale. `start`: where the values lie.
     pub fn descriptors(&self, start: u64) -> Vec<u32> {
         let words = |site: &Option<SitePlace>| {
-            let Some(site) = site else { return [0; 8] };
+            let Some(site) = site else { return [0; 6] };
             let at = |(at, _): (usize, usize)| start + (at * size_of::<bf16>()) as u64;
             let [a, b] = [at(site.a), at(site.b)];
-            let [rank, padded] = [site.rank as u32, site.padded as u32];
-            [a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32, rank, padded, site.scale.to_bits(), 0]
+            [a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32, site.rank as u32, site.scale.to_bits()]
         };
         self.sites.iter().flat_map(words).collect()
     }
@@ -253,9 +236,9 @@ impl DeviceLora {
         self.sites.get(site).is_some_and(|place| place.as_ref().is_none_or(|place| place.fits(inputs, outputs)))
     }
 
-    /// The largest rank of a site, padded.
-    fn padded(&self) -> usize {
-        self.sites.iter().flatten().map(|site| site.padded).max().unwrap_or_default()
+    /// The largest of its layers.
+    fn rank(&self) -> usize {
+        self.sites.iter().flatten().map(|site| site.rank).max().unwrap_or_default()
     }
 }
 

@@ -170,9 +170,9 @@ impl Plan {
         self.adapters.iter().any(|(lora, _)| lora.has(site))
     }
 
-    /// The largest padded rank of the batch's adapters.
-    pub fn padded(&self) -> usize {
-        self.adapters.iter().map(|(lora, _)| lora.padded()).max().unwrap_or_default()
+    /// The largest rank of the batch's adapters.
+    pub fn rank(&self) -> usize {
+        self.adapters.iter().map(|(lora, _)| lora.rank()).max().unwrap_or_default()
     }
 
     /// Attention tasks of short spans and of long ones.

@@ -2,8 +2,9 @@
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::{Best, DeviceLora, DeviceMatrix, KvLayer, LoraSite, OUT_TILE, Plan, Rope, SitePlace, TensorKernels};
+use super::{Best, DeviceLora, DeviceMatrix, KvLayer, OUT_TILE, Plan, Rope, SitePlace, TensorKernels};
 use crate::error::{Error, Result};
+use crate::kernels::cpu::LoraPair;
 use crate::kernels::log_sum_exp;
 
 /// The largest finite half-precision number.
@@ -113,7 +114,7 @@ impl TensorKernels for Reference {
         Ok(logits.to_vec2()?.iter().map(of_row).collect())
     }
 
-    fn adapter(&self, sites: &[Option<LoraSite<'_>>]) -> Result<DeviceLora> {
+    fn adapter(&self, sites: &[Option<LoraPair<'_>>]) -> Result<DeviceLora> {
         DeviceLora::new(sites, &self.device)
     }
 }
@@ -153,15 +154,15 @@ fn attend(q: &Tensor, kv: &KvLayer, slots: &Tensor, start: u32) -> Result<Tensor
     Ok(out.contiguous()?.reshape((n, shape.heads * dim))?)
 }
 
-/// A^T `[in, padded]` and B^T `[padded, out]` of a site.
+/// A^T `[in, rank]` and B^T `[rank, out]` of a site.
 fn tensors(lora: &DeviceLora, place: &SitePlace, inputs: usize, outputs: usize) -> Result<(Tensor, Tensor)> {
     let tiles = outputs.div_ceil(OUT_TILE);
     if !place.fits(inputs, outputs) {
         return Err(Error::internal("an adapter does not fit the base"));
     }
     let part = |(at, len): (usize, usize)| lora.values.narrow(0, at, len)?.to_dtype(DType::F32);
-    let a = part(place.a)?.reshape((inputs, place.padded))?;
-    let b = part(place.b)?.reshape((tiles, place.padded, OUT_TILE))?.transpose(0, 1)?.contiguous()?;
-    let b = b.reshape((place.padded, tiles * OUT_TILE))?.narrow(1, 0, outputs)?.contiguous()?;
+    let a = part(place.a)?.reshape((place.rank, inputs))?.t()?.contiguous()?;
+    let b = part(place.b)?.reshape((tiles, place.rank, OUT_TILE))?.transpose(0, 1)?.contiguous()?;
+    let b = b.reshape((place.rank, tiles * OUT_TILE))?.narrow(1, 0, outputs)?.contiguous()?;
     Ok((a, b))
 }

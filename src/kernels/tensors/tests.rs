@@ -72,16 +72,25 @@ fn plan<'a>(batch: impl Iterator<Item = Rows<'a>> + Clone, shape: HeadShape) -> 
     plan
 }
 
+/// The exact values of a matrix.
+fn dequantized(qtype: QType, cols: usize, bytes: &[u8]) -> Vec<f32> {
+    let row = |row: &[u8]| {
+        let mut values = vec![0.0; cols];
+        qtype.dequantize_row(row, &mut values);
+        values
+    };
+    bytes.chunks_exact(qtype.row_bytes(cols)).flat_map(row).collect()
+}
+
 /// Widths that are no multiple of 256 included, and more rows than one kernel takes; the exact embeddings too.
 #[test]
 fn frozen_matrices() {
     for (name, mut kernels) in devices(SHAPE) {
         for (qtype, cols, out) in [(QType::Q4_0, 576, 40), (QType::Q4_1, 576, 200), (QType::Q8_0, 1536, 65)] {
             let bytes = matrix_bytes(qtype, out, cols, 1);
-            let view = QMatrixRef { qtype, rows: out, cols, data: &bytes };
-            let matrix = DeviceMatrix::new(view, kernels.device()).unwrap();
-            let mut exact = vec![0.0; out * cols];
-            view.dequantize(0, &mut exact);
+            let packed = PackedMatrix::pack(qtype, out, cols, &bytes);
+            let matrix = DeviceMatrix::new(&packed, kernels.device()).unwrap();
+            let exact = dequantized(qtype, cols, &bytes);
             let weights = Tensor::from_slice(&exact, (out, cols), &Device::Cpu).unwrap();
             let mut first: Table = Vec::new();
             for count in [1, 8, 9, 17, 64] {
@@ -114,10 +123,8 @@ fn candle_multiplies_odd_widths_rightly() {
         return println!("cuda:0 is skipped");
     };
     let bytes = matrix_bytes(QType::Q4_1, 200, 576, 1);
-    let view = QMatrixRef { qtype: QType::Q4_1, rows: 200, cols: 576, data: &bytes };
-    let matrix = DeviceMatrix::new(view, &device).unwrap();
-    let mut exact = vec![0.0; 200 * 576];
-    view.dequantize(0, &mut exact);
+    let matrix = DeviceMatrix::new(&PackedMatrix::pack(QType::Q4_1, 200, 576, &bytes), &device).unwrap();
+    let exact = dequantized(QType::Q4_1, 576, &bytes);
     let weights = Tensor::from_vec(exact, (200, 576), &Device::Cpu).unwrap();
     for count in [1, 8, 9, 17, 64] {
         let x = values(count * 576, 2);
@@ -294,17 +301,14 @@ struct PackedSite {
 
 impl PackedSite {
     fn new(rank: usize, (inputs, outputs): (usize, usize), seed: u32) -> Self {
-        let padded = rank.next_multiple_of(8);
         let bits = |x: f32| bf16::from_f32(x).to_bits();
-        let a = values(inputs * padded, seed).into_iter().enumerate();
-        let a = a.map(|(i, x)| if i % padded < rank { bits(x) } else { 0 }).collect();
-        let b = values(outputs.next_multiple_of(OUT_TILE) * padded, seed + 1).into_iter().enumerate();
-        let b = b.map(|(i, x)| if i / OUT_TILE % padded < rank { bits(x) } else { 0 }).collect();
+        let a = values(inputs * rank, seed).into_iter().map(bits).collect();
+        let b = values(outputs.next_multiple_of(OUT_TILE) * rank, seed + 1).into_iter().map(bits).collect();
         Self { rank, a, b }
     }
 
-    fn view(&self) -> LoraSite<'_> {
-        LoraSite { rank: self.rank, padded: self.rank.next_multiple_of(8), scale: 0.5, a: &self.a, b: &self.b }
+    fn view(&self) -> LoraPair<'_> {
+        LoraPair { rank: self.rank, scale: 0.5, a: &self.a, b: &self.b }
     }
 }
 

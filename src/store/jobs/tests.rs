@@ -45,7 +45,7 @@ async fn store() -> (tempfile::TempDir, Store) {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path()).await.unwrap();
     for id in ["one", "two"] {
-        store.create_tenant(&tenant(id), "", "").await.unwrap();
+        store.create_tenant(&tenant(id), "", 1, "").await.unwrap();
         let name = DatasetName::new(&tenant(id), "d").unwrap();
         let (kind, digest) = (DatasetKind::Sft, Digest::of(b""));
         let blob = format!("{id}/datasets/x");

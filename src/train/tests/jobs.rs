@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 
-use crate::adapter::Lora;
+use crate::adapter::{Lora, PackedLora};
 use crate::config::Limits;
 use crate::data::Upload;
 use crate::device::Arbiter;
@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 struct Pass;
 
 impl PublishGate for Pass {
-    fn check(&self, lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, _packed: &Arc<PackedLora>, lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         let no_effect = lora.is_zero();
         Ok(ParityReport { tokens: 256, mean_abs_difference: 0.0, mean_abs_effect: 1.0, threshold: 0.1, no_effect })
     }
@@ -42,7 +42,7 @@ impl Bench {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).await.unwrap();
         let tenant = Tenant::proven("tenants/one".parse().unwrap());
-        store.create_tenant(tenant.id(), "", "").await.unwrap();
+        store.create_tenant(tenant.id(), "", 1, "").await.unwrap();
         let (model, text) = Model::tiny(1);
         let limits = Limits::default();
         let hub = Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(Pass), &limits);

@@ -1,0 +1,145 @@
+//! [`PackedLora`] as a file, so that a version is brought into memory by one read and no arithmetic. It is derived from a version's
+//! PEFT files, which stay what counts: one that is missing, damaged, of another format or of another machine's byte order is made again.
+//!
+//! The file: [`MAGIC`], the version's digest, the number of layers, (index, rank, scale) of each, the tensors as they lie in memory, and a
+//! CRC-32 of all that. A checksum and not SHA-256: it is there to find damage, and SHA-256 takes six times as long as all the rest of a
+//! load. What the digest promises was checked when the file was made.
+
+use std::io::{self, Read};
+
+use crc32fast::Hasher;
+
+use crate::adapter::packed::{Values, index, place};
+use crate::adapter::{BaseShape, PackedLora, Site};
+use crate::ids::Digest;
+use crate::request::Target;
+
+/// Ends in the number of the format.
+const MAGIC: &[u8; 16] = b"tenora packed 01";
+
+/// Bytes read and hashed at a time: they are still in the cache when they are hashed.
+const PIECE: usize = 256 << 10;
+
+/// A file that does not hold what it should.
+fn damaged(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+impl PackedLora {
+    /// The file of the version of this digest.
+    pub fn to_file(&self, digest: Digest) -> Vec<u8> {
+        let layers = self.places().iter().enumerate().filter_map(|(at, place)| Some((at, place.as_ref()?)));
+        let mut file = MAGIC.to_vec();
+        file.extend(digest.hex().bytes());
+        file.extend((layers.clone().count() as u32).to_ne_bytes());
+        for (at, place) in layers {
+            file.extend([at as u32, place.rank as u32, place.scale.to_bits()].iter().flat_map(|x| x.to_ne_bytes()));
+        }
+        file.extend(bytemuck::cast_slice::<u16, u8>(self.values()));
+        let checksum = crc32fast::hash(&file);
+        file.extend(checksum.to_ne_bytes());
+        file
+    }
+
+    /// Reads the file of the version of this digest, whose tensors take `bytes` in memory.
+    pub fn from_file(file: impl Read, digest: Digest, bytes: u64, shape: &BaseShape) -> io::Result<Self> {
+        let mut file = Checked { file, checksum: Hasher::new() };
+        let (mut magic, mut of) = ([0; MAGIC.len()], [0; 64]);
+        file.read(&mut magic)?;
+        file.read(&mut of)?;
+        if magic != *MAGIC || of != digest.hex().as_bytes() {
+            return Err(damaged("is of another format or another version"));
+        }
+        let sites = shape.layers as usize * Target::ALL.len();
+        let layers = (0..(file.number()? as usize).min(sites))
+            .map(|_| Ok((site(file.number()?, shape)?, file.number()? as usize, f32::from_bits(file.number()?))))
+            .collect::<io::Result<Vec<_>>>()?;
+        let (places, len) = place(layers.into_iter(), shape);
+        // Before anything is allocated for it.
+        if 2 * len as u64 != bytes {
+            return Err(damaged("does not fit the base"));
+        }
+        let mut values = Values::zeros(len);
+        for piece in bytemuck::cast_slice_mut::<u16, u8>(values.get_mut()).chunks_mut(PIECE) {
+            file.read(piece)?;
+        }
+        let checksum = file.checksum.clone().finalize();
+        if file.number()? != checksum {
+            return Err(damaged("has another checksum than it says"));
+        }
+        Ok(Self::of(places, values))
+    }
+}
+
+/// The site of an index of a file.
+fn site(at: u32, shape: &BaseShape) -> io::Result<Site> {
+    let (layer, target) = (at as usize / Target::ALL.len(), at as usize % Target::ALL.len());
+    let site = Site { layer: layer as u32, target: Target::ALL[target] };
+    if site.layer < shape.layers && index(site) == at as usize {
+        Ok(site)
+    } else {
+        Err(damaged("names a layer that the base lacks"))
+    }
+}
+
+/// A file and the checksum of what has been read of it.
+struct Checked<R> {
+    file: R,
+    checksum: Hasher,
+}
+
+impl<R: Read> Checked<R> {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact(to)?;
+        self.checksum.update(to);
+        Ok(())
+    }
+
+    fn number(&mut self) -> io::Result<u32> {
+        let mut bytes = [0; 4];
+        self.read(&mut bytes)?;
+        Ok(u32::from_ne_bytes(bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::Lora;
+    use crate::request::LoraSpec;
+
+    fn adapter() -> (PackedLora, BaseShape) {
+        let dims = [(8, 8), (8, 20), (24, 4), (9, 17), (8, 16), (31, 33), (16, 8)];
+        let shape = BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 2, dims };
+        let spec = LoraSpec { rank: 3, targets: vec![Target::QProj, Target::DownProj], ..LoraSpec::default() };
+        (PackedLora::new(&Lora::fresh(&spec, &shape, 1).unwrap(), &shape).unwrap(), shape)
+    }
+
+    #[test]
+    fn a_file_gives_back_what_it_was_made_from() {
+        let (packed, shape) = adapter();
+        let file = packed.to_file(Digest::of(b"x"));
+        let read = PackedLora::from_file(&file[..], Digest::of(b"x"), packed.byte_size(), &shape).unwrap();
+        assert_eq!((read.rank(), read.byte_size()), (packed.rank(), packed.byte_size()));
+        for site in (0..2).flat_map(|layer| Target::ALL.map(|target| Site { layer, target })) {
+            assert_eq!(read.layer(site), packed.layer(site));
+        }
+    }
+
+    #[test]
+    fn no_damage_passes() {
+        let (packed, shape) = adapter();
+        let file = packed.to_file(Digest::of(b"x"));
+        let read = |file: &[u8], of: &[u8], bytes| PackedLora::from_file(file, Digest::of(of), bytes, &shape);
+        assert!(read(&file, b"y", packed.byte_size()).is_err(), "another version's");
+        assert!(read(&file, b"x", packed.byte_size() + 64).is_err());
+        for len in [0, 10, 90, file.len() / 2, file.len() - 1] {
+            assert!(read(&file[..len], b"x", packed.byte_size()).is_err(), "cut to {len}");
+        }
+        for at in (0..file.len()).step_by(3) {
+            let mut file = file.clone();
+            file[at] ^= 1 << (at % 8);
+            assert!(read(&file, b"x", packed.byte_size()).is_err(), "damaged at {at}");
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! The keys by which KV blocks are found again.
+//!
+//! What a block holds is a function of the base, the adapter version and all tokens up to its end, and no tenant may learn from another's
+//! speed what it has asked. So the key of a block is SHA-256 over exactly these: the root over the [`Scope`], each block's key over the
+//! key before it and the block's own tokens. Nothing else is compared: equal keys mean equal contents.
+//!
+//! No key holds a name that can come to mean something else, only digests and a tenant's id, which is never given twice. So nothing is
+//! to be taken back by name when a version goes live, or a version, an adapter or a tenant is deleted: its blocks are asked for no more,
+//! and are the first to be used again.
+
+use sha2::{Digest as _, Sha256};
+
+use crate::ids::{Digest, TenantId};
+
+/// What separates the blocks of equal tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Scope<'a> {
+    pub tenant: &'a TenantId,
+    pub base: Digest,
+    pub template: Digest,
+    /// The adapter version's content; `None` is the base.
+    pub version: Option<Digest>,
+}
+
+impl Scope<'_> {
+    /// Injective: all fields but the last have a fixed size once the tag before the version is known.
+    fn root(&self) -> Digest {
+        let mut hasher = Sha256::new();
+        hasher.update(b"scope");
+        hasher.update(self.base);
+        hasher.update(self.template);
+        match self.version {
+            Some(version) => hasher.chain_update([1]).chain_update(version),
+            None => hasher.chain_update([0]),
+        }
+        .chain_update(self.tenant.as_str())
+        .into()
+    }
+}
+
+/// The keys of the whole blocks of one sequence, from its start.
+#[derive(Debug)]
+pub struct Chain {
+    root: Digest,
+    block_tokens: usize,
+    keys: Vec<Digest>,
+}
+
+impl Chain {
+    /// The keys of a sequence with these ids, which grows to at most `longest` of them without allocating.
+    pub fn new(scope: &Scope<'_>, block_tokens: usize, ids: &[u32], longest: usize) -> Self {
+        let keys = Vec::with_capacity(longest.max(ids.len()) / block_tokens);
+        let mut chain = Self { root: scope.root(), block_tokens, keys };
+        chain.extend(ids);
+        chain
+    }
+
+    /// Adds the keys of the blocks that have become whole. `ids`: all of the sequence.
+    pub fn extend(&mut self, ids: &[u32]) {
+        for block in ids.chunks_exact(self.block_tokens).skip(self.keys.len()) {
+            let mut hasher = Sha256::new();
+            hasher.update(b"block");
+            hasher.update(self.keys.last().unwrap_or(&self.root));
+            block.iter().for_each(|id| hasher.update(id.to_le_bytes()));
+            self.keys.push(hasher.into());
+        }
+    }
+
+    pub fn keys(&self) -> &[Digest] {
+        &self.keys
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    const BLOCK: usize = 4;
+
+    fn keys(scope: &Scope<'_>, ids: &[u32]) -> Vec<Digest> {
+        Chain::new(scope, BLOCK, ids, 0).keys().to_vec()
+    }
+
+    /// Every way in which the same tokens must not be taken for the same block.
+    #[test]
+    fn no_key_is_shared_across_what_separates_blocks() {
+        let (a, b) = (TenantId::new("a").unwrap(), TenantId::new("b").unwrap());
+        let digest = |text: &str| Digest::of(text.as_bytes());
+        let ids: Vec<u32> = (0..8).collect();
+        let scope = Scope {
+            tenant: &a,
+            base: digest("base"),
+            template: digest("template"),
+            version: Some(digest("adapter x, 1")),
+        };
+        let others = [
+            ("itself", scope),
+            ("tenant", Scope { tenant: &b, ..scope }),
+            ("base", Scope { base: digest("another base"), ..scope }),
+            ("template", Scope { template: digest("another template"), ..scope }),
+            ("version", Scope { version: Some(digest("adapter x, 2")), ..scope }),
+            ("adapter", Scope { version: Some(digest("adapter y, 1")), ..scope }),
+            ("no adapter", Scope { version: None, ..scope }),
+            ("fields exchanged", Scope { base: scope.template, template: scope.base, ..scope }),
+            (
+                "a version where the base's digest was",
+                Scope { base: digest("adapter x, 1"), version: Some(scope.base), ..scope },
+            ),
+        ];
+        let mut seen = HashSet::new();
+        for (what, scope) in others {
+            for key in keys(&scope, &ids) {
+                assert!(seen.insert(key), "{what}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_key_is_shared_across_tokens_positions_and_parents() {
+        let tenant = TenantId::new("a").unwrap();
+        let digest = Digest::of(b"");
+        let scope = Scope { tenant: &tenant, base: digest, template: digest, version: None };
+        let sequences: [&[u32]; 6] = [
+            &[1, 2, 3, 4, 1, 2, 3, 4], // the same block at two positions
+            &[1, 2, 3, 5, 1, 2, 3, 4], // another parent
+            &[4, 3, 2, 1],             // another order
+            &[1, 2, 3, 4, 1, 2, 4, 3], // another block after the same parent
+            &[0x0201, 0x0403, 0, 0],   // bytes that could be read as other ids
+            &[0x0403_0201, 0, 0, 0],
+        ];
+        let mut by_key = std::collections::HashMap::new();
+        for ids in sequences {
+            for (i, key) in keys(&scope, ids).into_iter().enumerate() {
+                let prefix = &ids[..(i + 1) * BLOCK];
+                assert_eq!(*by_key.entry(key).or_insert(prefix), prefix, "one key, one prefix");
+            }
+        }
+        assert_eq!(by_key.len(), 8);
+    }
+
+    #[test]
+    fn a_chain_grows_as_one_made_at_once_and_holds_whole_blocks_only() {
+        let tenant = TenantId::new("a").unwrap();
+        let digest = Digest::of(b"");
+        let scope = Scope { tenant: &tenant, base: digest, template: digest, version: None };
+        let ids: Vec<u32> = (0..11).collect();
+        let mut grown = Chain::new(&scope, BLOCK, &ids[..3], 11);
+        let capacity = grown.keys.capacity();
+        (3..=11).for_each(|length| grown.extend(&ids[..length]));
+        assert_eq!(grown.keys(), keys(&scope, &ids));
+        assert_eq!((grown.keys().len(), grown.keys.capacity()), (2, capacity));
+    }
+}

@@ -1,0 +1,109 @@
+//! How a version comes into memory: from host memory, else by one read of its packed file, else from its PEFT files, from which the
+//! packed file is then made again.
+//!
+//! The file is read on a thread that the engine's steps share the cores with, so a load costs them what it computes: that is why there
+//! is a packed file, and why few are read at once.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::adapter::PackedLora;
+use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use crate::error::{Error, Result};
+use crate::hub::residents::Resident;
+use crate::hub::{Hub, Tier, blocking, stats};
+use crate::ids::Digest;
+use crate::store::VersionRow;
+
+/// Beside the PEFT files of a version; derived from them.
+pub(super) const PACKED_FILE: &str = "packed.bin";
+
+/// Versions read at once. One that is slow to read leaves a place to the others; more would take more of the cores from the engine at
+/// a time, to no version's good.
+pub(super) const LOADS_AT_ONCE: usize = 2;
+
+impl Hub {
+    /// Waits for room, then loads.
+    pub(super) async fn load(&self, row: &VersionRow) -> Result<Arc<Resident>> {
+        if row.base_digest != self.shape.digest {
+            let message = format!("was made for base {}, this server runs {}", row.base_digest, self.shape.digest);
+            return Err(Error::precondition("WRONG_BASE", &row.name, message));
+        }
+        // It leaves host memory first: what has to leave the device for it may take its place there.
+        let kept = self.residents.ledger.take(&row.uid);
+        let reserved = self.residents.room(row.memory_bytes).await?;
+        let begun = Instant::now();
+        let (packed, from) = match kept {
+            Some(packed) => (packed, Tier::Host),
+            None => (self.fetch(row).await?, Tier::Disk),
+        };
+        let took = begun.elapsed();
+        stats::count_load(from, took);
+        self.residents.ledger.loaded(&row.uid, took);
+        // Deleted while it loaded: the deletion may have looked for it before it was here.
+        if !self.store.has_version(&row.uid).await? {
+            self.residents.retire(&row.uid);
+        }
+        Ok(Arc::new(Resident::new(row.digest, packed, reserved)))
+    }
+
+    /// From its files.
+    async fn fetch(&self, row: &VersionRow) -> Result<PackedLora> {
+        let _place = self.loads.acquire().await.map_err(Error::internal)?;
+        match self.read_packed(row).await {
+            Ok(packed) => Ok(packed),
+            Err(error) => self.pack_again(row, error).await,
+        }
+    }
+
+    async fn read_packed(&self, row: &VersionRow) -> Result<PackedLora> {
+        let (blobs, key) = (self.store.blobs().clone(), format!("{}/{PACKED_FILE}", row.blob));
+        let (digest, bytes, shape) = (row.digest, row.memory_bytes, Arc::clone(&self.shape));
+        blocking(move || Ok(PackedLora::from_file(blobs.open_file(&key)?, digest, bytes, &shape)?)).await
+    }
+
+    /// From the PEFT files, which are checked in full.
+    async fn pack_again(&self, row: &VersionRow, why: Error) -> Result<PackedLora> {
+        let package = self.read_package(row).await?;
+        tracing::warn!(version = %row.name, error = %why, "its packed file cannot be used and is made again");
+        let shape = Arc::clone(&self.shape);
+        // The limit on ranks is for what comes in: a version that exists loads whatever the limit is now.
+        let packed = blocking(move || PackedLora::new(&package.read(&shape, u64::MAX)?, &shape)).await?;
+        let custody = self.store.custody(row.name.tenant(), &row.blob).await;
+        let written = self.write_packed(&row.blob, row.digest, &packed).await;
+        drop(custody);
+        // Deleted meanwhile.
+        self.store.collect_blobs(std::slice::from_ref(&row.blob)).await;
+        if let Err(error) = written {
+            tracing::warn!(version = %row.name, %error, "its packed file cannot be written");
+        }
+        Ok(packed)
+    }
+
+    /// Puts the packed file beside the PEFT files, in place of one that is there. The caller has the blob's custody.
+    pub(super) async fn write_packed(&self, blob: &str, digest: Digest, packed: &PackedLora) -> Result<()> {
+        let packed = packed.clone();
+        let file = blocking(move || Ok(packed.to_file(digest))).await?;
+        self.store.blobs().replace(&format!("{blob}/{PACKED_FILE}"), file).await
+    }
+
+    /// The PEFT files of a version, as they were hashed when it was made.
+    pub(super) async fn read_package(&self, row: &VersionRow) -> Result<Package> {
+        let files = async {
+            let config = self.store.blobs().get(&format!("{}/{CONFIG_FILE}", row.blob)).await?;
+            let tensors = self.store.blobs().get(&format!("{}/{TENSORS_FILE}", row.blob)).await?;
+            Ok(Package { config, tensors })
+        };
+        let package = match files.await {
+            Ok(package) => package,
+            Err(_) if !self.store.has_version(&row.uid).await? => return Err(Error::not_found(&row.name)),
+            Err(e) => return Err(e),
+        };
+        let (package, digest) = blocking(move || package.digest().map(|digest| (package, digest))).await?;
+        if digest == row.digest {
+            Ok(package)
+        } else {
+            Err(Error::internal(format!("the files of {} are damaged: digest {digest}, not {}", row.name, row.digest)))
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! The making of a frozen layer's input, fused: a row is produced (normed, gated, or there already), quantised, and shrunk by its adapter
+//! while it lies in the cache.
+
+use super::Shared;
+use super::lora::{Adapters, RowGroup, shrink};
+use super::quantize::QuantizedRows;
+use super::simd::Level;
+use super::team::Team;
+
+/// For each row of the groups, which are all rows of `x`, `[rows, width]`: `produce(row, x)`, then x quantised (see
+/// [`super::quantize`] for `coarse`), then shrunk for each layer
+/// of the adapters into `[layers, rows, rank]`.
+pub fn prepare(
+    team: &Team,
+    groups: &[RowGroup],
+    (x, width): (&mut [f32], usize),
+    (quantized, coarse): (&mut QuantizedRows, f32),
+    adapters: Option<(&Adapters<'_>, &mut Vec<f32>)>,
+    produce: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let rows = x.len() / width;
+    let writer = quantized.resize(rows, width);
+    let x = Shared(x.as_mut_ptr());
+    let adapters = adapters.map(|(adapters, shrunk)| {
+        shrunk.resize(adapters.shrunk_len(rows), 0.0);
+        (adapters, Shared(shrunk.as_mut_ptr()))
+    });
+    let level = Level::best();
+    team.each(groups.len(), |i| {
+        let group = groups[i];
+        assert!(group.first + group.count <= rows, "groups lie within the batch");
+        // SAFETY: groups do not overlap, so this task alone touches these rows of x, of `quantized` and of the shrunk ones.
+        let x = unsafe { x.part(group.first * width, group.count * width) };
+        for (row, x) in group.rows().zip(x.chunks_exact_mut(width)) {
+            produce(row, x);
+            // SAFETY: as above.
+            unsafe { writer.write(row, x, coarse) };
+        }
+        let (Some(adapter), Some((adapters, shrunk))) = (group.adapter, &adapters) else { return };
+        for layer in 0..adapters.layers {
+            if let Some(pair) = (adapters.pair)(adapter, layer) {
+                assert!(pair.rank <= adapters.rank && pair.a.len() == pair.rank * width, "the pair fits");
+                let at = (layer * rows + group.first) * adapters.rank;
+                // SAFETY: as above, and the rows of a layer lie apart from those of another.
+                let out = unsafe { shrunk.part(at, group.count * adapters.rank) };
+                shrink(level, pair, x, out, adapters.rank);
+            }
+        }
+    });
+}
