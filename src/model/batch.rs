@@ -76,11 +76,6 @@ impl KvLayout {
         Ok(())
     }
 
-    /// Where the cache holds a position of the sequence whose blocks are given.
-    pub(super) fn slot(&self, blocks: &[u32], position: usize) -> usize {
-        blocks[position / self.block_tokens] as usize * self.block_tokens + position % self.block_tokens
-    }
-
     /// Fails where a span does not fit the model or this cache.
     pub(super) fn check_spans(&self, model: &Model, spans: &[Span<'_>]) -> Result<()> {
         for span in spans {
