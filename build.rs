@@ -1,12 +1,52 @@
-//! Compiles the protos without protoc.
+//! Compiles the protos without protoc, and for the feature `cuda` the kernels with nvcc, to machine code of one GPU generation.
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Sources in `src/kernels/cuda`, each to a module of its own.
+const KERNELS: [&str; 5] = ["attention", "lora", "matmul", "rows", "sampling"];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    compile_protos(&out)?;
+    if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        compile_kernels(&out)?;
+    }
+    Ok(())
+}
+
+fn compile_protos(out: &Path) -> Result<(), Box<dyn Error>> {
     let protos = ["common", "generation", "adapters", "datasets", "training", "safety", "tenants"]
         .map(|name| format!("proto/tenora/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(protos, ["proto"])?;
-    let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("descriptors.bin"), prost::Message::encode_to_vec(&descriptors))?;
     tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}
+
+/// `NVCC` or `CUDA_HOME` says where the compiler is, `CUDA_COMPUTE_CAP` for which GPU (90: Hopper).
+fn compile_kernels(out: &Path) -> Result<(), Box<dyn Error>> {
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_COMPUTE_CAP"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    println!("cargo:rerun-if-changed=src/kernels/cuda");
+    let in_home = |home| Path::new(&home).join("bin/nvcc");
+    let nvcc = std::env::var_os("NVCC").map(PathBuf::from).or_else(|| std::env::var_os("CUDA_HOME").map(in_home));
+    let nvcc = nvcc.unwrap_or_else(|| "nvcc".into());
+    let capability = std::env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "90".to_owned());
+    println!("cargo:rustc-env=TENORA_COMPUTE_CAP={capability}");
+    for name in KERNELS {
+        let status = Command::new(&nvcc)
+            .args(["-cubin", "-O3", "-std=c++17", &format!("-arch=sm_{capability}"), "-o"])
+            .arg(out.join(name).with_extension("cubin"))
+            .arg(Path::new("src/kernels/cuda").join(name).with_extension("cu"))
+            .status()
+            .map_err(|e| format!("cannot run {}: {e}; scripts/build-cuda brings a compiler", nvcc.display()))?;
+        if !status.success() {
+            return Err(format!("{} cannot compile src/kernels/cuda/{name}.cu", nvcc.display()).into());
+        }
+    }
     Ok(())
 }

@@ -23,7 +23,10 @@ fn base() -> Base {
     static BASE: OnceLock<Base> = OnceLock::new();
     let load = || {
         let path = tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base can be fetched");
-        Model::load(&path, &tenora::device::DeviceSpec::Cpu.open().expect("a CPU")).expect("the default base loads")
+        // Where there is a GPU, scripts/gpu-check says so.
+        let device = std::env::var("TENORA_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
+        let device = device.parse::<tenora::device::DeviceSpec>().expect("a device").open().expect("the device");
+        Model::load(&path, &device).expect("the default base loads")
     };
     // On a thread of its own: it blocks, which a thread of the runtime must not.
     BASE.get_or_init(|| std::thread::spawn(load).join().expect("loaded")).clone()

@@ -2,8 +2,11 @@
 
 pub mod blocks;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod gemm;
 pub mod packed;
+pub mod tensors;
 #[cfg(test)]
 pub mod testing;
 

@@ -6,11 +6,19 @@ use crate::adapter::PackedLora;
 use crate::error::{Error, Result};
 use crate::model::Model;
 
+pub use crate::kernels::tensors::Best;
+
 /// Runs batches over a KV cache of its own.
 pub trait Executor: Send {
     /// Runs the spans and gives the logits of the rows that asked for them, in order, `[rows, vocab]` row-major. Spans of the same
     /// sequence must not share a batch.
     fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]>;
+
+    /// As [`Executor::forward`], where nobody needs more of those rows than the best id, so that logits need not leave a device. `None`,
+    /// with nothing computed, where the logits are at hand anyway.
+    fn forward_best(&mut self, _spans: &[Span<'_>]) -> Result<Option<Vec<Best>>> {
+        Ok(None)
+    }
 }
 
 /// The KV cache's size.
@@ -66,11 +74,6 @@ impl KvLayout {
             return Err(Error::invalid("kv_cache_bytes", "is too small for one block; raise the limit"));
         }
         Ok(())
-    }
-
-    /// Where the cache holds a position of the sequence whose blocks are given.
-    pub(super) fn slot(&self, blocks: &[u32], position: usize) -> usize {
-        blocks[position / self.block_tokens] as usize * self.block_tokens + position % self.block_tokens
     }
 
     /// Fails where a span does not fit the model or this cache.

@@ -1,39 +1,29 @@
-//! Serving by candle's own operations, on any device that candle knows: how a GPU serves.
-//!
-//! The same batch, the same reading of keys and values back after rounding as [`super::exec`], but without its promise on bits: candle
-//! multiplies few rows by another kernel than many. The tests compare the two on the CPU.
+//! Serving on a GPU: the same batch as [`super::exec`] takes, over the kernels of [`crate::kernels::tensors`]. On candle's CPU device the
+//! reference form of the kernels runs here, which is how the tests compare the two executors.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
-use candle_core::{D, DType, Device, Module as _, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::RopeTable;
-use super::batch::{Executor, KvLayout, LogitRows, Span};
+use super::batch::{Best, Executor, KvLayout, Span};
 use super::llama::{self, Norm, Ops};
 use crate::adapter::{PackedLora, Site};
 use crate::error::Result;
-use crate::kernels::blocks::QType;
-use crate::kernels::packed::PackedMatrix;
+use crate::kernels::tensors::{self, DeviceLora, DeviceMatrix, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels};
 use crate::model::Model;
 use crate::request::Target;
-use crate::weights::Weights;
+use crate::weights::{LlamaConfig, Weights};
 
-/// The largest finite half-precision number.
-const LARGEST_HALF: f32 = 65504.0;
-
-/// The frozen base on a device: its quantised bytes as they are, norms and angles beside them. The embedding stays on the host.
+/// The frozen base on a device: its quantised bytes as they are, norms and angles beside them.
 #[derive(Debug)]
 pub(super) struct DeviceWeights {
     device: Device,
+    embedding: DeviceMatrix,
     blocks: Vec<DeviceBlock>,
     final_norm: Tensor,
-    head: QMatMul,
-    /// Of every position's angles, `[context, head_dim / 2]`.
-    cos: Tensor,
-    sin: Tensor,
+    head: DeviceMatrix,
+    rope: Rope,
 }
 
 #[derive(Debug)]
@@ -41,27 +31,34 @@ struct DeviceBlock {
     attn_norm: Tensor,
     ffn_norm: Tensor,
     /// In the order of `Target::ALL`.
-    linears: Vec<QMatMul>,
+    linears: Vec<DeviceMatrix>,
 }
 
 impl DeviceWeights {
     pub fn new(weights: &Weights, rope: &RopeTable, device: &Device) -> Result<Arc<Self>> {
+        // A base or a GPU that the kernels do not fit fails now, not with the first request.
+        tensors::open(device, head_shape(&weights.config, KvLayout { block_tokens: 1, blocks: 1 }))?;
         let vector = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
         let table = |values: &[f32]| Tensor::from_slice(values, (values.len() / rope.half, rope.half), device);
         let blocks = weights.blocks.iter().map(|block| {
             Ok(DeviceBlock {
                 attn_norm: vector(&block.attn_norm)?,
                 ffn_norm: vector(&block.ffn_norm)?,
-                linears: block.linears.iter().map(|matrix| upload(matrix, device)).collect::<Result<_>>()?,
+                linears: block.linears.iter().map(|matrix| DeviceMatrix::new(matrix, device)).collect::<Result<_>>()?,
             })
         });
+        let head = DeviceMatrix::new(weights.head(), device)?;
+        let embedding = match weights.head {
+            None => head.clone(),
+            Some(_) => DeviceMatrix::new(&weights.embedding, device)?,
+        };
         Ok(Arc::new(Self {
             blocks: blocks.collect::<Result<_>>()?,
             final_norm: vector(&weights.final_norm)?,
-            head: upload(weights.head(), device)?,
-            cos: table(&rope.cos)?,
-            sin: table(&rope.sin)?,
+            rope: Rope { cos: table(&rope.cos)?, sin: table(&rope.sin)? },
             device: device.clone(),
+            embedding,
+            head,
         }))
     }
 
@@ -74,198 +71,126 @@ impl DeviceWeights {
     }
 }
 
-/// The bytes as they are. Not through `QTensor::quantize`, which on CUDA leaves the padding of rows that are no multiple of 256
-/// uninitialised.
-fn upload(matrix: &PackedMatrix, device: &Device) -> Result<QMatMul> {
-    let dtype = match matrix.qtype() {
-        QType::Q4_0 => GgmlDType::Q4_0,
-        QType::Q4_1 => GgmlDType::Q4_1,
-        QType::Q8_0 => GgmlDType::Q8_0,
-    };
-    let storage = QStorage::from_data(matrix.unpack().into(), device, dtype)?;
-    Ok(QMatMul::from_qtensor(QTensor::new(storage, (matrix.rows(), matrix.cols()))?)?)
+fn head_shape(config: &LlamaConfig, layout: KvLayout) -> HeadShape {
+    let LlamaConfig { heads, kv_heads, head_dim, .. } = *config;
+    HeadShape { heads, kv_heads, head_dim, block_tokens: layout.block_tokens }
 }
 
-/// The executor of a device: its KV cache and the adapters in its memory.
+/// The executor of a device: its kernels, its KV cache and the adapters in its memory.
 #[derive(Debug)]
 pub(super) struct TensorExec {
     model: Arc<Model>,
     weights: Arc<DeviceWeights>,
+    kernels: Box<dyn TensorKernels>,
     layout: KvLayout,
-    /// Of each layer, rotated keys and values: `[blocks * block_tokens, kv_heads * head_dim]` in half precision.
-    kv: Vec<(Tensor, Tensor)>,
+    shape: HeadShape,
+    /// By layer.
+    kv: Vec<KvLayer>,
     adapters: Adapters,
+    plan: Plan,
     logits: Vec<f32>,
 }
 
 impl TensorExec {
     pub fn new(model: Arc<Model>, weights: Arc<DeviceWeights>, layout: KvLayout) -> Result<Self> {
         layout.check()?;
-        let config = model.config();
-        let shape = (layout.blocks * layout.block_tokens, config.kv_heads * config.head_dim);
-        let pool = || Tensor::zeros(shape, DType::F16, &weights.device);
-        let kv = (0..config.layers).map(|_| Ok((pool()?, pool()?))).collect::<Result<_>>()?;
-        Ok(Self { model, weights, layout, kv, adapters: Adapters::default(), logits: Vec::new() })
+        let shape = head_shape(model.config(), layout);
+        let layers = 0..model.config().layers;
+        Ok(Self {
+            kernels: tensors::open(&weights.device, shape)?,
+            kv: layers.map(|_| KvLayer::new(shape, layout.blocks, &weights.device)).collect::<Result<_>>()?,
+            adapters: Adapters::default(),
+            plan: Plan::default(),
+            logits: Vec::new(),
+            model,
+            weights,
+            layout,
+            shape,
+        })
+    }
+
+    /// Runs the spans; the logits of the rows that asked for them stay on the device. `None` where no row asked.
+    fn run(&mut self, spans: &[Span<'_>]) -> Result<Option<Tensor>> {
+        self.layout.check_spans(&self.model, spans)?;
+        let held =
+            |span: &Span<'_>| span.lora.map(|lora| self.adapters.get(lora, &*self.kernels, &self.model)).transpose();
+        let loras: Vec<Option<Arc<DeviceLora>>> = spans.iter().map(held).collect::<Result<_>>()?;
+        let rows = spans.iter().zip(&loras).map(|(span, lora)| Rows {
+            ids: span.ids,
+            start: span.start,
+            blocks: span.blocks,
+            lora: lora.as_ref(),
+            wanted: span.logits.count(span.ids.len()),
+        });
+        self.plan.fill(rows, self.shape);
+        self.kernels.upload(&self.plan)?;
+        let Self { model, weights, kernels, kv, plan, .. } = self;
+        let mut pass = TensorPass { model, weights, kernels: &**kernels, kv, plan };
+        let hidden = llama::hidden(model, &mut pass)?;
+        if plan.wanted() == 0 {
+            return Ok(None);
+        }
+        Ok(Some(kernels.matmul(&hidden, &weights.head)?))
     }
 }
 
 impl Executor for TensorExec {
     fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
-        self.layout.check_spans(&self.model, spans)?;
-        let device = &self.weights.device;
-        let mut rows = 0;
-        let mut places = Vec::with_capacity(spans.len());
-        for span in spans {
-            let lora = span.lora.map(|lora| self.adapters.get(lora, device)).transpose()?;
-            places.push(Place::new(span, rows, lora, self.layout, device)?);
-            rows += span.ids.len();
-        }
-        let positions: Vec<u32> = spans.iter().flat_map(|span| span.start as u32..span.end() as u32).collect();
-        let positions = Tensor::from_vec(positions, rows, device)?;
-        let (cos, sin) = (self.weights.cos.index_select(&positions, 0)?, self.weights.sin.index_select(&positions, 0)?);
-        let mut pass = TensorPass { model: &self.model, weights: &self.weights, kv: &self.kv, spans, places, cos, sin };
-        let hidden = llama::hidden(&self.model, &mut pass)?;
-        if spans.iter().all(|span| span.logits == LogitRows::None) {
-            self.logits.clear();
-        } else {
-            self.logits = self.weights.head.forward(&hidden)?.flatten_all()?.to_vec1()?;
+        match self.run(spans)? {
+            Some(logits) => self.logits = logits.flatten_all()?.to_vec1()?,
+            None => self.logits.clear(),
         }
         // Whoever computes next may be another thread.
-        device.synchronize()?;
+        self.weights.device.synchronize()?;
         Ok(&self.logits)
     }
-}
 
-/// An adapter on the device: A^T `[in, rank]`, B^T `[rank, out]` and the scale of each site.
-type DeviceLora = BTreeMap<Site, (Tensor, Tensor, f64)>;
+    fn forward_best(&mut self, spans: &[Span<'_>]) -> Result<Option<Vec<Best>>> {
+        let logits = self.run(spans)?;
+        let best = logits.map(|logits| self.kernels.best(&logits)).transpose()?.unwrap_or_default();
+        self.weights.device.synchronize()?;
+        Ok(Some(best))
+    }
+}
 
 /// The adapters on the device, for as long as someone holds them on the host.
 #[derive(Debug, Default)]
 struct Adapters(Vec<(Weak<PackedLora>, Arc<DeviceLora>)>);
 
 impl Adapters {
-    fn get(&mut self, lora: &Arc<PackedLora>, device: &Device) -> Result<Arc<DeviceLora>> {
+    fn get(&mut self, lora: &Arc<PackedLora>, kernels: &dyn TensorKernels, model: &Model) -> Result<Arc<DeviceLora>> {
         self.0.retain(|(held, _)| held.strong_count() > 0);
         if let Some((_, found)) = self.0.iter().find(|(held, _)| std::ptr::eq(held.as_ptr(), Arc::as_ptr(lora))) {
             return Ok(found.clone());
         }
-        let unpacked = lora.to_lora();
-        let layers = unpacked.layers.iter().map(|(&site, layer)| {
-            let (inputs, outputs) = (layer.a.len() / layer.rank, layer.b.len() / layer.rank);
-            let a = Tensor::from_slice(&layer.a, (layer.rank, inputs), device)?.t()?.contiguous()?;
-            let b = Tensor::from_slice(&layer.b, (outputs, layer.rank), device)?.t()?.contiguous()?;
-            Ok((site, (a, b, f64::from(layer.scale))))
-        });
-        let uploaded: Arc<DeviceLora> = Arc::new(layers.collect::<Result<_>>()?);
+        let uploaded = Arc::new(upload(lora, kernels, model)?);
         self.0.push((Arc::downgrade(lora), uploaded.clone()));
         Ok(uploaded)
     }
 }
 
-/// Where a span's rows lie in the batch, and its sequence in the cache.
-struct Place {
-    rows: Range<usize>,
-    /// Runs of new rows that lie together in the cache: first row of the batch, how many, where in the cache.
-    runs: Vec<(usize, usize, usize)>,
-    /// Where every position of the sequence lies in the cache, `[end]`.
-    slots: Tensor,
-    /// 0 where a row sees a position, else minus infinity, `[rows, end]`; none where there is one row, which sees all.
-    mask: Option<Tensor>,
-    lora: Option<Arc<DeviceLora>>,
-}
-
-impl Place {
-    fn new(
-        span: &Span<'_>,
-        first: usize,
-        lora: Option<Arc<DeviceLora>>,
-        layout: KvLayout,
-        device: &Device,
-    ) -> Result<Self> {
-        let (count, end) = (span.ids.len(), span.end());
-        let mut runs = Vec::new();
-        let mut position = span.start;
-        while position < end {
-            let len = (layout.block_tokens - position % layout.block_tokens).min(end - position);
-            runs.push((first + position - span.start, len, layout.slot(span.blocks, position)));
-            position += len;
-        }
-        let slots: Vec<u32> = (0..end).map(|position| layout.slot(span.blocks, position) as u32).collect();
-        let slots = Tensor::from_vec(slots, end, device)?;
-        let unseen = |row: usize, position: usize| if position > span.start + row { f32::NEG_INFINITY } else { 0.0 };
-        let mask = (count > 1).then(|| {
-            let mask = (0..count).flat_map(|row| (0..end).map(move |position| unseen(row, position)));
-            Tensor::from_vec(mask.collect(), (count, end), device)
-        });
-        Ok(Self { rows: first..first + count, runs, slots, mask: mask.transpose()?, lora })
-    }
+/// Brings an adapter to the device as it is served.
+fn upload(lora: &PackedLora, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
+    let layers = 0..model.shape().layers;
+    let sites = layers.flat_map(|layer| Target::ALL.map(|target| lora.layer(Site { layer, target })));
+    kernels.adapter(&sites.collect::<Vec<_>>())
 }
 
 /// One batch going through the model.
 struct TensorPass<'a> {
     model: &'a Model,
     weights: &'a DeviceWeights,
-    kv: &'a [(Tensor, Tensor)],
-    spans: &'a [Span<'a>],
-    places: Vec<Place>,
-    /// Of the rows' angles, `[rows, head_dim / 2]`.
-    cos: Tensor,
-    sin: Tensor,
+    kernels: &'a dyn TensorKernels,
+    kv: &'a [KvLayer],
+    plan: &'a Plan,
 }
 
 impl TensorPass<'_> {
-    /// softmax(q K^T / sqrt(head_dim)) V of one span, `[rows, heads * head_dim]`.
-    fn attend(&self, place: &Place, layer: usize, q: &Tensor) -> Result<Tensor> {
-        let config = self.model.config();
-        let (heads, kv_heads, dim) = (config.heads, config.kv_heads, config.head_dim);
-        let (group, n, end) = (heads / kv_heads, place.rows.len(), place.slots.dims()[0]);
-        let (keys, values) = &self.kv[layer];
-        // [kv_heads, end, dim]
-        let gather = |pool: &Tensor| -> Result<Tensor> {
-            let rows = pool.index_select(&place.slots, 0)?.to_dtype(DType::F32)?;
-            Ok(rows.reshape((end, kv_heads, dim))?.transpose(0, 1)?.contiguous()?)
-        };
-        let (keys, values) = (gather(keys)?, gather(values)?);
-        let q = q.narrow(0, place.rows.start, n)?.reshape((n, kv_heads, group, dim))?.permute((1, 2, 0, 3))?;
-        let q = q.contiguous()?.reshape((kv_heads, group * n, dim))?;
-        let mut scores = (q.matmul(&keys.transpose(1, 2)?)? * (1.0 / (dim as f64).sqrt()))?;
-        if let Some(mask) = &place.mask {
-            scores = scores.reshape((kv_heads, group, n, end))?.broadcast_add(mask)?;
-            scores = scores.reshape((kv_heads, group * n, end))?;
-        }
-        let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-        let out = weights.matmul(&values)?.reshape((kv_heads, group, n, dim))?.permute((2, 0, 1, 3))?;
-        Ok(out.contiguous()?.reshape((n, heads * dim))?)
-    }
-}
-
-impl TensorPass<'_> {
+    /// The frozen layer, and on top each row's adapter.
     fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let y = self.weights.blocks[site.layer as usize].linears[site.target as usize].forward(x)?;
-        let adapted = |place: &Place| place.lora.as_ref().is_some_and(|lora| lora.contains_key(&site));
-        if !self.places.iter().any(adapted) {
-            return Ok(y);
-        }
-        let part = |place: &Place| -> Result<Tensor> {
-            let (start, count) = (place.rows.start, place.rows.len());
-            let y = y.narrow(0, start, count)?;
-            let Some((a, b, scale)) = place.lora.as_ref().and_then(|lora| lora.get(&site)) else { return Ok(y) };
-            let shrunk = (x.narrow(0, start, count)?.matmul(a)? * *scale)?;
-            Ok((y + shrunk.matmul(b)?)?)
-        };
-        Ok(Tensor::cat(&self.places.iter().map(part).collect::<Result<Vec<_>>>()?, 0)?)
-    }
-
-    fn rope(&self, x: Tensor) -> Result<Tensor> {
-        let (rows, width) = x.dims2()?;
-        let half = self.model.rope.half;
-        let x = x.reshape((rows, width / (2 * half), 2 * half))?;
-        let (low, high) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
-        let (cos, sin) = (self.cos.unsqueeze(1)?, self.sin.unsqueeze(1)?);
-        let turned_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
-        let turned_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
-        Ok(Tensor::cat(&[turned_low, turned_high], 2)?.reshape((rows, width))?)
+        let (layer, target) = (site.layer as usize, site.target as usize);
+        let y = self.kernels.matmul(x, &self.weights.blocks[layer].linears[target])?;
+        self.kernels.lora(x, y, layer * Target::ALL.len() + target, self.plan)
     }
 }
 
@@ -273,18 +198,11 @@ impl Ops for TensorPass<'_> {
     type Rows = Tensor;
 
     fn embed(&mut self) -> Result<Tensor> {
-        let width = self.model.config().width;
-        let ids: Vec<u32> = self.spans.iter().flat_map(|span| span.ids).copied().collect();
-        let mut x = vec![0.0; ids.len() * width];
-        for (out, id) in x.chunks_exact_mut(width).zip(&ids) {
-            self.model.embed(*id, out);
-        }
-        Ok(Tensor::from_vec(x, (ids.len(), width), &self.weights.device)?)
+        self.kernels.embed(&self.weights.embedding, self.plan)
     }
 
     fn norm(&mut self, x: &Tensor, norm: Norm) -> Result<Tensor> {
-        let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + f64::from(self.model.config().rms_eps))?.sqrt()?;
-        Ok(x.broadcast_div(&scale)?.broadcast_mul(self.weights.norm(norm))?)
+        self.kernels.rms_norm(x, self.weights.norm(norm), self.model.config().rms_eps)
     }
 
     fn qkv(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 3]> {
@@ -293,16 +211,9 @@ impl Ops for TensorPass<'_> {
     }
 
     fn attention(&mut self, layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
-        let (q, k) = (self.rope(q)?, self.rope(k)?);
-        let (keys, values) = &self.kv[layer];
-        for (pool, x) in [(keys, k), (values, v)] {
-            let halves = x.clamp(-LARGEST_HALF, LARGEST_HALF)?.to_dtype(DType::F16)?;
-            for (row, len, slot) in self.places.iter().flat_map(|place| &place.runs) {
-                pool.slice_set(&halves.narrow(0, *row, *len)?, 0, *slot)?;
-            }
-        }
-        let parts = self.places.iter().map(|place| self.attend(place, layer, &q)).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&parts, 0)?)
+        let kv = &self.kv[layer];
+        let q = self.kernels.rotate_and_store((q, &k, &v), &self.weights.rope, kv, self.plan)?;
+        self.kernels.attention(&q, kv, self.plan)
     }
 
     fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
@@ -311,32 +222,29 @@ impl Ops for TensorPass<'_> {
     }
 
     fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
-        Ok((gate.silu()? * up)?)
+        self.kernels.swiglu(gate, &up)
     }
 
     fn add_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
-        Ok((x + self.linear(&y, site)?)?)
+        self.kernels.add(x, &self.linear(&y, site)?)
     }
 
     fn select(&mut self, x: Tensor) -> Result<Tensor> {
-        let last = |(place, span): (&Place, &Span<'_>)| {
-            let end = place.rows.end as u32;
-            end - span.logits.count(span.ids.len()) as u32..end
-        };
-        let mut wanted: Vec<u32> = self.places.iter().zip(self.spans).flat_map(last).collect();
-        if wanted.is_empty() {
+        if self.plan.wanted() == 0 {
             // No device launches a kernel on nothing; nobody reads this row.
-            wanted.push(0);
+            return Ok(x.narrow(0, 0, 1)?);
         }
-        let count = wanted.len();
-        Ok(x.index_select(&Tensor::from_vec(wanted, count, &self.weights.device)?, 0)?)
+        self.kernels.select(&x, self.plan)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
     use crate::kernels::log_sum_exp;
+    use crate::model::batch::LogitRows;
     use crate::request::LoraSpec;
 
     fn on_the_cpu(model: &Arc<Model>, layout: KvLayout) -> TensorExec {
@@ -413,15 +321,33 @@ mod tests {
         assert!(effect > 0.3, "{effect}");
     }
 
+    /// What the device picks is what the logits say, and where none were asked for there is nothing to pick.
+    #[test]
+    fn the_best_ids_are_those_of_the_logits() {
+        let (model, _) = Model::tiny(1);
+        let mut exec = on_the_cpu(&model, KvLayout { block_tokens: 4, blocks: 4 });
+        let span = |logits| Span { ids: &[1, 2, 3], start: 0, blocks: &[2, 0], lora: None, logits };
+        let logits = exec.forward(&[span(LogitRows::All)]).unwrap().to_vec();
+        let best = exec.forward_best(&[span(LogitRows::All)]).unwrap().unwrap();
+        assert_eq!(best.len(), 3);
+        for (row, best) in logits.chunks_exact(model.vocab_size()).zip(best) {
+            let top = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+            assert_eq!(best.id, row.iter().position(|x| *x == top).map(|id| id as u32));
+            assert_eq!(best.logprob, (f64::from(top) - log_sum_exp(row)) as f32);
+        }
+        assert_eq!(exec.forward_best(&[span(LogitRows::None)]).unwrap(), Some(vec![]));
+    }
+
     #[test]
     fn an_adapter_leaves_the_device_with_its_last_holder() {
         let (model, _) = Model::tiny(1);
         let mut adapters = Adapters::default();
+        let kernels = tensors::reference::Reference::new(&Device::Cpu);
         let [a, b] = [3, 4].map(|rank| adapter(&model, &LoraSpec { rank, ..LoraSpec::default() }));
-        let first = adapters.get(&a, &Device::Cpu).unwrap();
-        assert!(Arc::ptr_eq(&first, &adapters.get(&a, &Device::Cpu).unwrap()), "uploaded once");
+        let first = adapters.get(&a, &kernels, &model).unwrap();
+        assert!(Arc::ptr_eq(&first, &adapters.get(&a, &kernels, &model).unwrap()), "uploaded once");
         drop(a);
-        adapters.get(&b, &Device::Cpu).unwrap();
+        adapters.get(&b, &kernels, &model).unwrap();
         assert_eq!((adapters.0.len(), Arc::strong_count(&first)), (1, 1));
     }
 }

@@ -1,0 +1,34 @@
+//! The CUDA kernels without a GPU: compiled for the CPU over an emulation of a block's threads (`tests/kernels`), and held to sums in double
+//! precision, to the same bits in any batch, and to memory that holds no numbers where nothing was written.
+
+use std::path::Path;
+use std::process::Command;
+
+fn check(name: &str) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = folder.path().join(name);
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    let compiled = Command::new(&compiler)
+        .args(["-std=c++20", "-O1", "-ffp-contract=off", "-Itests/kernels", "-Isrc/kernels/cuda", "-o"])
+        .arg(&program)
+        .arg(Path::new("tests/kernels").join(name).with_extension("cpp"))
+        .status();
+    match compiled {
+        Err(error) => return println!("skipped: no C++ compiler ({compiler}: {error})"),
+        Ok(status) => assert!(status.success(), "{name} compiles"),
+    }
+    let run = Command::new(&program).output().expect("the checks run");
+    let said = String::from_utf8_lossy(&run.stdout);
+    println!("{said}");
+    assert!(run.status.success(), "{said}");
+}
+
+#[test]
+fn attention() {
+    check("attention");
+}
+
+#[test]
+fn all_others() {
+    check("rest");
+}
