@@ -208,7 +208,7 @@ impl Loop {
 /// The memory of a list of spans, for spans of other sequences. (Collecting an emptied list in place keeps its memory.)
 fn reused<'a>(mut spans: Vec<Span<'_>>) -> Vec<Span<'a>> {
     spans.clear();
-    spans.into_iter().filter_map(|_| None).collect()
+    spans.into_iter().map_while(|_| None).collect()
 }
 
 /// The plan's rows as the model takes them.

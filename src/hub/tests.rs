@@ -485,8 +485,8 @@ async fn what_leaves_the_device_waits_in_host_memory_while_there_is_room() {
     let tiers = || rows.iter().map(|row| hub.residency(&row.uid, row.memory_bytes).tier).collect::<Vec<_>>();
     let lease = async |i: usize| hub.lease(&bench.tenant, &AdapterRef::Version(rows[i].name.clone())).await.unwrap();
     assert_eq!(tiers(), [Tier::Disk; 4]);
-    for i in 0..4 {
-        assert_serves(&lease(i).await, &lora(1, fills[i]));
+    for (i, fill) in fills.iter().enumerate() {
+        assert_serves(&lease(i).await, &lora(1, *fill));
     }
     assert_eq!(tiers(), [Tier::Disk, Tier::Host, Tier::Host, Tier::Device], "the one used longest ago has left");
     assert_eq!(hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, host_bytes: 2 * UNIT, leases: 0 });

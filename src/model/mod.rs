@@ -3,7 +3,7 @@
 
 mod autograd;
 pub mod batch;
-pub mod exec;
+mod exec;
 mod kv;
 mod linear;
 pub mod llama;

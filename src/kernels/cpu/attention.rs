@@ -6,7 +6,8 @@
 
 use super::Shared;
 use super::lora::GROUP_ROWS;
-use super::simd::{LANES, Level, Simd, dispatch, exp, f16_bits, multiversion, sum_pairwise};
+use super::rows::rotate;
+use super::simd::{LANES, Level, Simd, dispatch, exp, f16_bits, sum_pairwise};
 use super::team::Team;
 
 /// Widest head the kernel's buffers hold.
@@ -125,19 +126,6 @@ pub fn rope_and_store<'t>(
     });
 }
 
-multiversion! {
-    fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) {
-        for head in x.chunks_exact_mut(2 * cos.len()) {
-            let (low, high) = head.split_at_mut(cos.len());
-            for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                let (a, b) = (*low, *high);
-                *low = a * cos - b * sin;
-                *high = b * cos + a * sin;
-            }
-        }
-    }
-}
-
 /// As [`Shared`], of half-precision bits.
 #[derive(Clone, Copy)]
 struct SharedHalves(*mut u16);
@@ -232,14 +220,15 @@ macro_rules! runs {
     ($from:expr, $end:expr, $f:ident($($before:expr),*; $($after:expr),*)) => {{
         let mut i = $from;
         let end = $end;
-        runs!(@ i, end, $f($($before),*; $($after),*), 6);
-        runs!(@ i, end, $f($($before),*; $($after),*), 3);
-        runs!(@ i, end, $f($($before),*; $($after),*), 1);
+        { runs!(@ i, end, $f($($before),*; $($after),*), 6); }
+        { runs!(@ i, end, $f($($before),*; $($after),*), 3); }
+        { runs!(@ i, end, $f($($before),*; $($after),*), 1); }
     }};
     (@ $i:ident, $end:ident, $f:ident($($before:expr),*; $($after:expr),*), $n:literal) => {
-        while $i + $n <= $end {
-            $f::<S, $n>($($before,)* $i, $($after),*);
-            $i += $n;
+        const N: usize = $n;
+        while $i + N <= $end {
+            $f::<S, N>($($before,)* $i, $($after),*);
+            $i += N;
         }
     };
 }
@@ -282,8 +271,8 @@ fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32]) {
             }
         }
     }
-    for i in 0..queries {
-        let inverse = 1.0 / running[i].sum;
+    for (i, running) in running.iter().enumerate().take(queries) {
+        let inverse = 1.0 / running.sum;
         out(i).iter_mut().for_each(|x| *x *= inverse);
     }
 }
@@ -403,6 +392,116 @@ fn add_values<S: Simd, const N: usize>(
         for (out, sum) in out.iter_mut().zip(sums) {
             if let Some(out) = out.first_chunk_mut() {
                 s.store(sum, out);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::f16_value;
+    use super::*;
+    use crate::kernels::testing::wave;
+    use proptest::prelude::*;
+
+    /// A sequence in a cache of its own, its blocks in an order of their own.
+    struct Sequence {
+        shape: KvShape,
+        heads: usize,
+        blocks: Vec<u32>,
+        keys: Vec<u16>,
+        values: Vec<u16>,
+        /// `[length, heads * head_dim]`, already turned.
+        q: Vec<f32>,
+    }
+
+    fn sequence(shape: KvShape, heads: usize, length: usize, reversed: bool, seed: u64) -> Sequence {
+        let count = length.div_ceil(shape.block_tokens);
+        let mut blocks: Vec<u32> = (0..count as u32).collect();
+        if reversed {
+            blocks.reverse();
+        }
+        // What nobody has written is not a number: no kernel may read it.
+        let cache = || vec![0x7E00; count * shape.block_len()];
+        let (mut keys, mut values) = (cache(), cache());
+        let width = shape.kv_heads * shape.head_dim;
+        let mut q = wave(length * heads * shape.head_dim, seed);
+        let (mut k, v) = (wave(length * width, seed + 1), wave(length * width, seed + 2));
+        let angles: Vec<f32> = (0..length * shape.head_dim / 2).map(|i| (i as f32 * 0.37).sin()).collect();
+        let half = shape.head_dim / 2;
+        let at = |position: usize| (&angles[position * half..][..half], &angles[position * half..][..half]);
+        let kv = KvViewMut { shape, keys: &mut keys, values: &mut values };
+        let tile = |i: usize| RowTile { first: i, count: 1, position: i, blocks: &blocks };
+        rope_and_store(Team::get(), length, tile, (&mut q, &mut k, &v), kv, at);
+        Sequence { shape, heads, blocks, keys, values, q }
+    }
+
+    impl Sequence {
+        /// The rows from `from` on, in tiles of at most `tile` rows.
+        fn attend(&self, level: Level, from: usize, tile: usize) -> Vec<f32> {
+            let width = self.heads * self.shape.head_dim;
+            let rows = self.q.len() / width - from;
+            let mut out = vec![0.0; rows * width];
+            let tiles = |i: usize| RowTile {
+                first: i * tile,
+                count: tile.min(rows - i * tile),
+                position: from + i * tile,
+                blocks: &self.blocks,
+            };
+            let kv = KvView { shape: self.shape, keys: &self.keys, values: &self.values };
+            let q = &self.q[from * width..];
+            attention_at(level, Team::get(), rows.div_ceil(tile), tiles, q, kv, self.heads, &mut out);
+            out
+        }
+
+        /// One head of one row in double precision, straight from the definition.
+        fn expected(&self, row: usize, head: usize) -> Vec<f64> {
+            let KvShape { block_tokens, kv_heads, head_dim } = self.shape;
+            let place = |t: usize| self.shape.head(self.blocks[t / block_tokens], head / (self.heads / kv_heads));
+            let value = |bits: u16| f64::from(f16_value(bits));
+            let q = &self.q[(row * self.heads + head) * head_dim..][..head_dim];
+            let score = |t: usize| {
+                let key = |d: usize| value(self.keys[place(t) + d * block_tokens + t % block_tokens]);
+                (0..head_dim).map(|d| f64::from(q[d]) * key(d)).sum::<f64>() / (head_dim as f64).sqrt()
+            };
+            let scores: Vec<f64> = (0..=row).map(score).collect();
+            let largest = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
+            let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
+            let of = |d: usize| {
+                let v = |t: usize| value(self.values[place(t) + t % block_tokens * head_dim + d]);
+                weights.iter().enumerate().map(|(t, w)| w * v(t)).sum::<f64>() / weights.iter().sum::<f64>()
+            };
+            (0..head_dim).map(of).collect()
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        /// Close to the definition; and the same bits in every form, chunk, tile and order of blocks.
+        #[test]
+        fn agrees_with_the_definition(
+            (kv_heads, group, dims) in (1usize..3, 1usize..5, 1usize..4),
+            block_tokens in prop::sample::select(vec![1usize, 3, 4, 16, 24, 32]),
+            length in 1usize..150, from in 0usize..150, tile in 1usize..=GROUP_ROWS, seed in 0u64..100,
+        ) {
+            let shape = KvShape { block_tokens, kv_heads, head_dim: dims * HEAD_DIM_STEP };
+            let heads = kv_heads * group;
+            let own = sequence(shape, heads, length, false, seed);
+            let all = own.attend(Level::Portable, 0, 1);
+            for (row, out) in all.chunks_exact(heads * shape.head_dim).enumerate() {
+                for (head, out) in out.chunks_exact(shape.head_dim).enumerate() {
+                    for (got, want) in out.iter().zip(own.expected(row, head)) {
+                        prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{} {}", got, want);
+                    }
+                }
+            }
+            let from = from % length;
+            let part = &all[from * heads * shape.head_dim..];
+            let other = KvShape { block_tokens: 16, ..shape };
+            for level in Level::all() {
+                prop_assert_eq!(&own.attend(level, from, tile)[..], part, "{:?}", level);
+                prop_assert_eq!(&sequence(other, heads, length, true, seed).attend(level, from, tile)[..], part);
             }
         }
     }

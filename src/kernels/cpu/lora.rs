@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Shared;
-use super::simd::{LANES, Level, Simd, dispatch, sum_pairwise};
+use super::simd::{LANES, Level, Simd, dispatch, prefetch, sum_pairwise};
 use crate::kernels::packed::TILE_ROWS;
 
 /// Most rows of a group.
@@ -65,6 +65,14 @@ pub fn shrinks() -> u64 {
 
 static SHRINKS: AtomicU64 = AtomicU64::new(0);
 
+/// Fetches what [`shrink`] reads first, while its input is made.
+pub(super) fn fetch_first(pair: LoraPair<'_>) {
+    prefetch(&pair.a[..pair.a.len() / pair.rank * pair.rank.min(SHRUNK_AT_ONCE)]);
+}
+
+/// Values of the rank that are computed side by side.
+const SHRUNK_AT_ONCE: usize = 4;
+
 /// `out[r, ..rank] = scale * A x_r` for the rows of a group. `x`: `[count, in]`, `out`: `[count, stride]`.
 pub(super) fn shrink(level: Level, pair: LoraPair<'_>, x: &[f32], out: &mut [f32], stride: usize) {
     SHRINKS.fetch_add(1, Ordering::Relaxed);
@@ -77,22 +85,27 @@ fn shrink_group<S: Simd>(s: S, pair: LoraPair<'_>, x: &[f32], out: &mut [f32], s
     let count = x.len() / width;
     let mut k = 0;
     macro_rules! ranks {
-        ($($n:literal)*) => {
-            $(while k + $n <= pair.rank {
-                let mut row = 0;
-                while row + 4 <= count {
-                    shrink_tile::<S, 4, $n>(s, pair, width, (row, k), x, out, stride);
-                    row += 4;
+        ($($n:expr)*) => {
+            $({
+                const N: usize = $n;
+                while k + N <= pair.rank {
+                    // The next values of the rank are on their way while these are computed.
+                    prefetch(&pair.a[(k + N) * width..(k + 2 * N).min(pair.rank) * width]);
+                    let mut row = 0;
+                    while row + 4 <= count {
+                        shrink_tile::<S, 4, N>(s, pair, width, (row, k), x, out, stride);
+                        row += 4;
+                    }
+                    while row < count {
+                        shrink_tile::<S, 1, N>(s, pair, width, (row, k), x, out, stride);
+                        row += 1;
+                    }
+                    k += N;
                 }
-                while row < count {
-                    shrink_tile::<S, 1, $n>(s, pair, width, (row, k), x, out, stride);
-                    row += 1;
-                }
-                k += $n;
             })*
         };
     }
-    ranks!(4 1);
+    ranks!(SHRUNK_AT_ONCE 1);
 }
 
 /// R rows against K rows of A. Each product is summed in 16 lanes, then pairwise; several at a time so that none waits for its own sum.
@@ -131,6 +144,22 @@ fn shrink_tile<S: Simd, const R: usize, const K: usize>(
     }
 }
 
+/// The groups that have some of the rows.
+fn groups_of<'a>(adapters: &Adapters<'a>, rows: &Range<usize>) -> impl Iterator<Item = &'a RowGroup> {
+    let first = adapters.groups.partition_point(|group| group.first + group.count <= rows.start);
+    let end = rows.end;
+    adapters.groups[first..].iter().take_while(move |group| group.first < end)
+}
+
+/// Fetches what [`expand`] will read, while the frozen layer is computed.
+pub(super) fn fetch(adapters: &Adapters<'_>, layer: usize, strip: usize, rows: &Range<usize>) {
+    for group in groups_of(adapters, rows) {
+        if let Some(pair) = group.adapter.and_then(|adapter| (adapters.pair)(adapter, layer)) {
+            prefetch(&pair.b[strip * pair.rank * TILE_ROWS..][..pair.rank * TILE_ROWS]);
+        }
+    }
+}
+
 /// Adds `B h`, h the shrunk rows `[rows, rank]` of this layer, to the 16 outputs of a strip, for those of the rows that have an adapter.
 ///
 /// # Safety
@@ -143,8 +172,7 @@ pub(super) unsafe fn expand(
     rows: Range<usize>,
     (y, width): (Shared, usize),
 ) {
-    let first = adapters.groups.partition_point(|group| group.first + group.count <= rows.start);
-    for group in adapters.groups[first..].iter().take_while(|group| group.first < rows.end) {
+    for group in groups_of(adapters, &rows) {
         let Some(pair) = group.adapter.and_then(|adapter| (adapters.pair)(adapter, layer)) else { continue };
         let b = pair.b[strip * pair.rank * TILE_ROWS..][..pair.rank * TILE_ROWS].as_chunks().0;
         for row in group.first.max(rows.start)..(group.first + group.count).min(rows.end) {
@@ -174,4 +202,64 @@ fn expanded<S: Simd>(s: S, b: &[[u16; LANES]], shrunk: &[f32], mut sum: S::F) ->
         sum = s.mul_add(s.brains(b), s.splat(*h), sum);
     }
     sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::wave;
+    use half::bf16;
+    use proptest::prelude::*;
+
+    fn brains(values: &[f32]) -> Vec<u16> {
+        values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        /// Close to scale * B (A x) in double precision, in all forms the same bits, and a row the same alone as in its group.
+        #[test]
+        fn agrees_with_the_definition(
+            rank in 1usize..20, chunks in 1usize..5, out in 1usize..50, count in 1usize..=GROUP_ROWS, seed in 0u64..100,
+        ) {
+            let (width, strips, scale) = (chunks * 32, out.div_ceil(TILE_ROWS), 0.3);
+            let (a, x) = (brains(&wave(rank * width, seed)), wave(count * width, seed + 1));
+            let tiles = brains(&wave(strips * rank * TILE_ROWS, seed + 2));
+            let pair = LoraPair { rank, scale, a: &a, b: &tiles };
+            let groups = [RowGroup { first: 0, count, adapter: Some(0) }];
+            let adapters = Adapters { groups: &groups, layers: 1, pair: &|_, _| Some(pair), rank: rank + 1 };
+            let all = |level: Level| {
+                let mut shrunk = vec![0.0; count * (rank + 1)];
+                shrink(level, pair, &x, &mut shrunk, rank + 1);
+                let mut y = vec![1.0; count * out];
+                let shared = Shared(y.as_mut_ptr());
+                for strip in 0..strips {
+                    // SAFETY: y has all rows, and nobody else touches it.
+                    unsafe { expand(level, &adapters, (0, &shrunk), strip, 0..count, (shared, out)) };
+                }
+                y
+            };
+            let portable = all(Level::Portable);
+            for level in Level::all() {
+                prop_assert_eq!(&all(level), &portable, "{:?}", level);
+            }
+            let value = |bits: u16| f64::from(bf16::from_bits(bits).to_f32());
+            for row in 0..count {
+                let x = &x[row * width..][..width];
+                let h = |k: usize| (0..width).map(|i| value(a[k * width + i]) * f64::from(x[i])).sum::<f64>();
+                for o in 0..out {
+                    let b = |k: usize| value(tiles[(o / TILE_ROWS * rank + k) * TILE_ROWS + o % TILE_ROWS]);
+                    let terms = (0..rank).map(|k| b(k) * h(k) * f64::from(scale));
+                    let (want, size) = terms.fold((1.0, 1.0), |(sum, size), t| (sum + t, size + t.abs()));
+                    prop_assert!((f64::from(portable[row * out + o]) - want).abs() <= 1e-4 * size);
+                }
+                let mut alone = vec![0.0; rank];
+                shrink(Level::best(), pair, x, &mut alone, rank);
+                let mut together = vec![0.0; count * rank];
+                shrink(Level::best(), pair, &wave(count * width, seed + 1), &mut together, rank);
+                prop_assert_eq!(&together[row * rank..][..rank], &alone[..]);
+            }
+        }
+    }
 }

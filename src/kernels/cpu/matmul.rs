@@ -2,9 +2,9 @@
 //! float32 in their order. Every output is computed by itself, whatever rows and columns are computed beside it.
 
 use super::Shared;
-use super::lora::{Adapters, expand};
+use super::lora::{Adapters, expand, fetch};
 use super::quantize::{QRow, QuantizedRows};
-use super::simd::{Level, f16_value, unrolled};
+use super::simd::{Level, f16_value, prefetch, unrolled};
 use super::team::Team;
 use crate::kernels::blocks::{BLOCK, QType};
 use crate::kernels::packed::{PackedMatrix, TILE_ROWS, tile_bytes};
@@ -88,6 +88,9 @@ struct Job<'a, 'p> {
 impl Job<'_, '_> {
     /// One strip's outputs of some rows.
     fn run(&self, level: Level, strip: usize, x: &QuantizedRows, rows: std::ops::Range<usize>) {
+        if let Some((adapters, (layer, _))) = self.adapted {
+            fetch(adapters, layer, strip, &rows);
+        }
         let out = Outputs { y: self.y, width: self.matrix.rows(), strip, accumulate: self.accumulate };
         match self.matrix.qtype() {
             QType::Q4_0 => run_strip::<Q4_0>(level, self.matrix, x, rows.clone(), out),
@@ -200,8 +203,6 @@ trait Lanes: Copy {
     fn dot_bytes(self, w: &[Self::Bytes; FOURS], x: &[i8; BLOCK]) -> Self::Int;
     /// 128 * high + low.
     fn join(self, high: Self::Int, low: Self::Int) -> Self::Int;
-    /// Says that these bytes will be read soon.
-    fn prefetch(self, bytes: &[u8]);
 }
 
 /// All outputs of a strip for rows of activations, in groups.
@@ -214,10 +215,13 @@ fn strip<L: Lanes, F: Format>(l: L, w: &PackedMatrix, x: &QuantizedRows, rows: s
     let mut row = rows.start;
     macro_rules! groups {
         ($($n:literal)*) => {
-            $(while $n <= L::GROUP && row + $n <= rows.end {
-                group::<L, F, $n>(l, tiles, ahead, x, row, out);
-                row += $n;
-                ahead = &[];
+            $({
+                const N: usize = $n;
+                while N <= L::GROUP && row + N <= rows.end {
+                    group::<L, F, N>(l, tiles, ahead, x, row, out);
+                    row += N;
+                    ahead = &[];
+                }
             })*
         };
     }
@@ -242,7 +246,7 @@ fn group<L: Lanes, F: Format, const N: usize>(
         for b in 0..blocks {
             let tile = &tiles[b * tile_bytes(F::QTYPE)..][..tile_bytes(F::QTYPE)];
             if let Some(ahead) = ahead.get(b * tile_bytes(F::QTYPE)..(b + 1) * tile_bytes(F::QTYPE)) {
-                l.prefetch(ahead);
+                prefetch(ahead);
             }
             if b % 64 == 0 {
                 fine = x.iter().fold(0, |bits, x| bits | x.fine[b / 64]);
@@ -378,8 +382,6 @@ impl Lanes for Plain {
     fn join(self, high: Self::Int, low: Self::Int) -> Self::Int {
         std::array::from_fn(|r| 128 * high[r] + low[r])
     }
-    #[inline(always)]
-    fn prefetch(self, _bytes: &[u8]) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -393,14 +395,6 @@ mod x86 {
     fn four(x: &[i8; BLOCK], g: usize) -> i32 {
         let [a, b, c, d] = x.as_chunks::<4>().0[g];
         i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
-    }
-
-    #[inline(always)]
-    fn prefetch(bytes: &[u8]) {
-        for line in bytes.chunks(64) {
-            // SAFETY: a prefetch may name any place.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
-        }
     }
 
     // SAFETY of all blocks below: these types are used only within functions that enable the features they need, and every load is from
@@ -491,10 +485,6 @@ mod x86 {
         #[inline(always)]
         fn join(self, high: __m512i, low: __m512i) -> __m512i {
             unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low) }
-        }
-        #[inline(always)]
-        fn prefetch(self, bytes: &[u8]) {
-            prefetch(bytes);
         }
     }
 
@@ -594,10 +584,6 @@ mod x86 {
         #[inline(always)]
         fn join(self, high: __m256i, low: __m256i) -> __m256i {
             unsafe { _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low) }
-        }
-        #[inline(always)]
-        fn prefetch(self, bytes: &[u8]) {
-            prefetch(bytes);
         }
     }
 }

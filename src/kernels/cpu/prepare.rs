@@ -2,7 +2,7 @@
 //! while it lies in the cache.
 
 use super::Shared;
-use super::lora::{Adapters, RowGroup, shrink};
+use super::lora::{Adapters, RowGroup, fetch_first, shrink};
 use super::quantize::QuantizedRows;
 use super::simd::Level;
 use super::team::Team;
@@ -31,6 +31,11 @@ pub fn prepare(
         assert!(group.first + group.count <= rows, "groups lie within the batch");
         // SAFETY: groups do not overlap, so this task alone touches these rows of x, of `quantized` and of the shrunk ones.
         let x = unsafe { x.part(group.first * width, group.count * width) };
+        if let (Some(adapter), Some((adapters, _))) = (group.adapter, &adapters)
+            && let Some(pair) = (adapters.pair)(adapter, 0)
+        {
+            fetch_first(pair);
+        }
         for (row, x) in group.rows().zip(x.chunks_exact_mut(width)) {
             produce(row, x);
             // SAFETY: as above.

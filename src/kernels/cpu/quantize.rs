@@ -4,7 +4,7 @@
 //! the matmul takes `low` too. Else it is *coarse*: 8 bits, `low` is zero and is not read. A few huge activations that take the range of
 //! their block are what costs accuracy on real models; see `docs/LOG.md` for what each choice does to log-probabilities.
 
-use super::simd::{LANES, Simd, dispatch, dot};
+use super::simd::{LANES, Level, Simd, dispatch, dot};
 use crate::kernels::blocks::BLOCK;
 
 const LARGEST_COARSE: f32 = 127.0;
@@ -110,6 +110,13 @@ impl RowWriter {
     /// # Safety
     /// The rows this was made of are alive, and nobody else reads or writes this one.
     pub unsafe fn write(&self, row: usize, x: &[f32], coarse: f32) {
+        // SAFETY: the caller vouches for it.
+        unsafe { self.write_at(Level::best(), row, x, coarse) };
+    }
+
+    /// # Safety
+    /// As of [`RowWriter::write`].
+    unsafe fn write_at(&self, level: Level, row: usize, x: &[f32], coarse: f32) {
         assert!(row < self.rows && x.len() == self.blocks * BLOCK, "a row fits");
         let (at, n) = (row * self.blocks, self.blocks);
         // SAFETY: the row lies within the buffers, which were made for `rows` rows, and is ours.
@@ -124,7 +131,7 @@ impl RowWriter {
             }
         };
         let to = &mut to;
-        dispatch!(super::simd::Level::best(), quantize, x: &[f32], coarse: f32, to: &mut Place<'_>);
+        dispatch!(level, quantize, x: &[f32], coarse: f32, to: &mut Place<'_>);
     }
 }
 
@@ -181,6 +188,31 @@ impl QuantizedRows {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_forms_give_the_same_numbers() {
+        let mut sound: Vec<f32> = (0..320).map(|i| (i as f32 * 1.7).sin() * (i as f32 / 40.0).exp()).collect();
+        sound[130] = 1e-40;
+        sound[200..260].fill(0.0);
+        let mut broken = sound.clone();
+        (broken[3], broken[70]) = (f32::NAN, f32::INFINITY);
+        let quantized = |level, x: &[f32]| {
+            let mut q = QuantizedRows::default();
+            let writer = q.resize(1, 320);
+            // SAFETY: the row is alive and written once.
+            unsafe { writer.write_at(level, 0, x, 1.5) };
+            // The quants of a block whose scale is not a number are anything.
+            let quants = (0..320).filter(|i| q.scale[i / BLOCK].is_finite()).map(|i| (q.high[i], q.low[i]));
+            let bits = |v: &[f32]| v.iter().map(|x| if x.is_nan() { 1 } else { x.to_bits() }).collect::<Vec<_>>();
+            (quants.collect::<Vec<_>>(), bits(&q.scale), bits(&q.coarse_scale), bits(&q.sum), q.fine.clone())
+        };
+        let fine = quantized(Level::Portable, &sound).4[0].count_ones();
+        assert!(fine > 0 && fine < 10, "some of the blocks are fine: {fine}");
+        assert_eq!(quantized(Level::Portable, &broken).1.iter().filter(|bits| **bits == 1).count(), 2);
+        for (level, x) in Level::all().flat_map(|level| [(level, &sound), (level, &broken)]) {
+            assert_eq!(quantized(level, x), quantized(Level::Portable, x), "{level:?}");
+        }
+    }
 
     #[test]
     fn an_outlier_makes_its_block_fine_and_no_other() {

@@ -1,4 +1,4 @@
-//! Row-wise arithmetic in float32: norm, rotary embedding, gated activation, sum, LoRA.
+//! Row-wise arithmetic in float32: norm, rotary embedding, gated activation, softmax, and what is read of a row of logits.
 
 use rayon::prelude::*;
 
@@ -29,22 +29,24 @@ multiversion! {
 /// Rotates each head's halves by the row's angles (RoPE, Su et al. 2021; Hugging Face's half-split order). `x`: `[rows, width]` of
 /// heads of `2 * half`; `cos_sin(row)`: the row's `[half]` cosines and sines.
 pub fn rope<'t>(x: &mut [f32], width: usize, half: usize, cos_sin: impl Fn(usize) -> (&'t [f32], &'t [f32]) + Sync) {
-    multiversion! {
-        fn row(x: &mut [f32], half: usize, cos: &[f32], sin: &[f32]) {
-            for head in x.chunks_exact_mut(2 * half) {
-                let (low, high) = head.split_at_mut(half);
-                for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                    let (a, b) = (*low, *high);
-                    *low = a * cos - b * sin;
-                    *high = b * cos + a * sin;
-                }
+    x.par_chunks_exact_mut(width).enumerate().with_min_len(MIN_ROWS).for_each(|(i, x)| {
+        let (cos, sin) = cos_sin(i);
+        rotate(x, &cos[..half], &sin[..half]);
+    });
+}
+
+multiversion! {
+    /// One row of [`rope`].
+    pub(super) fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        for head in x.chunks_exact_mut(2 * cos.len()) {
+            let (low, high) = head.split_at_mut(cos.len());
+            for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                let (a, b) = (*low, *high);
+                *low = a * cos - b * sin;
+                *high = b * cos + a * sin;
             }
         }
     }
-    x.par_chunks_exact_mut(width).enumerate().with_min_len(MIN_ROWS).for_each(|(i, x)| {
-        let (cos, sin) = cos_sin(i);
-        row(x, half, cos, sin);
-    });
 }
 
 /// gate = silu(gate) * up (Shazeer 2020), element by element.
