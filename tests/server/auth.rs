@@ -13,11 +13,10 @@ use super::reflection::{Api, call};
 const HEALTH: &str = "/grpc.health.v1.Health/";
 
 /// Requests of these carry no resource name. A method that is new here must be meant to.
-const NAMELESS: [&str; 4] = [
+const NAMELESS: [&str; 3] = [
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/tenora.v1.TenantService/CreateTenant",
     "/tenora.v1.TenantService/ListTenants",
-    "/tenora.v1.TenantService/UpdateTenant",
 ];
 
 /// Need an operator even for a tenant's own names.

@@ -82,9 +82,9 @@ async fn an_operator_sets_weights() {
 /// Two tenants with always more requests than places: the heavier one is served three times the tokens.
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_shared_by_weight() {
-    const CALLERS: u64 = 12;
-    const TOKENS: u64 = 4000;
-    let few = |limits: Limits| Limits { max_running: 4, max_step_rows: 32, ..limits };
+    const CALLERS: u64 = 24;
+    const TOKENS: u64 = 6000;
+    let few = |limits: Limits| Limits { max_running: 2, max_step_rows: 8, ..limits };
     let server = Arc::new(TestServer::start_with(|config| config.limits = few(config.limits.clone())).await);
     let keys = [server.tenant("light").await, server.tenant("heavy").await];
     let heavier = UpdateTenantRequest {
