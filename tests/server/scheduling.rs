@@ -82,9 +82,9 @@ async fn an_operator_sets_weights() {
 /// Two tenants with always more requests than places: the heavier one is served three times the tokens.
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_shared_by_weight() {
-    const CALLERS: u64 = 24;
-    const TOKENS: u64 = 6000;
-    let few = |limits: Limits| Limits { max_running: 2, max_step_rows: 8, ..limits };
+    const CALLERS: u64 = 12;
+    const TOKENS: u64 = 24_000;
+    let few = |limits: Limits| Limits { max_running: 4, max_step_rows: 32, ..limits };
     let server = Arc::new(TestServer::start_with(|config| config.limits = few(config.limits.clone())).await);
     let keys = [server.tenant("light").await, server.tenant("heavy").await];
     let heavier = UpdateTenantRequest {
@@ -103,8 +103,8 @@ async fn tokens_are_shared_by_weight() {
                 if total(&served) >= TOKENS {
                     break;
                 }
-                // No prompt begins like another: what is found is not counted.
-                let request = generate("", &format!("{turn} {i} is how this begins"), 10 + (i % 5) as u32);
+                // No prompt begins like another: what is found is not counted. Answers are long, so that the engine is what they wait for.
+                let request = generate("", &format!("{turn} {i} is how this begins"), 120 + (i % 5) as u32);
                 let usage = answer(&mut client, request).await.unwrap().usage;
                 let tokens = u64::from(usage.prompt_tokens + usage.completion_tokens);
                 served[tenant].fetch_add(tokens, Ordering::Relaxed);
