@@ -15,13 +15,6 @@ use crate::model::kv::KvCache;
 use crate::model::llama::{self, Norm, Ops};
 use crate::request::Target;
 
-/// The input of gate and up is coarse (see `kernels/cpu/quantize.rs`) where a block's largest value is at most so many times its row's
-/// root mean square: half of the multiply-adds at half the price. All other inputs are fine. docs/LOG.md has what each choice costs.
-const COARSE_FFN: f32 = 3.5;
-
-/// Every block is fine.
-const FINE: f32 = 0.0;
-
 /// Rows of logits whose memory is kept between steps.
 const KEPT_LOGITS: usize = 64;
 
@@ -254,23 +247,23 @@ impl Ops for ExecPass<'_> {
     fn norm(&mut self, (): &(), norm: Norm) -> Result<()> {
         let (width, eps, weight) = (self.model.config().width, self.model.config().rms_eps, self.model.norm(norm));
         let (qkv, gate_up);
-        let (sites, groups, coarse) = match norm {
+        let (sites, groups) = match norm {
             Norm::Attention(layer) => {
                 qkv = qkv_sites(layer);
-                (&qkv[..], &self.rows.groups, FINE)
+                (&qkv[..], &self.rows.groups)
             }
             Norm::Ffn(layer) => {
                 gate_up = gate_up_sites(layer);
-                (&gate_up[..], &self.rows.groups, COARSE_FFN)
+                (&gate_up[..], &self.rows.groups)
             }
-            Norm::Final => (&[][..], &self.rows.kept_groups, FINE),
+            Norm::Final => (&[][..], &self.rows.kept_groups),
         };
         let Buffers { outs: Outs { x, .. }, input, quantized, shrunk } = &mut *self.buffers;
         let input = resized(input, x.len() / width, width);
         let normed = |row: usize, out: &mut [f32]| cpu::rms_norm_row(&x[row * width..][..width], weight, eps, out);
         self.rows.with_adapters(sites, |adapters| {
             let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, groups, (input, width), (quantized, coarse), adapters, normed);
+            cpu::prepare(self.team, groups, (input, width), quantized, adapters, normed);
         });
         Ok(())
     }
@@ -291,7 +284,7 @@ impl Ops for ExecPass<'_> {
         cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), config.heads, input);
         rows.with_adapters(&sites(layer, [Target::OProj]), |adapters| {
             let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, &rows.groups, (input, width), (quantized, FINE), adapters, |_, _| {});
+            cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
         });
         Ok(())
     }
@@ -307,7 +300,7 @@ impl Ops for ExecPass<'_> {
         let gated = |row: usize, gate: &mut [f32]| cpu::swiglu_row(gate, &up[row * width..][..width]);
         self.rows.with_adapters(&sites(layer, [Target::DownProj]), |adapters| {
             let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, &self.rows.groups, (gate, width), (quantized, FINE), adapters, gated);
+            cpu::prepare(self.team, &self.rows.groups, (gate, width), quantized, adapters, gated);
         });
         Ok(())
     }

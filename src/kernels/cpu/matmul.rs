@@ -242,14 +242,10 @@ fn group<L: Lanes, F: Format, const N: usize>(
     let x: [QRow<'_>; N] = std::array::from_fn(|r| x.row(row + r));
     for at in (0..TILE_ROWS).step_by(L::ROWS) {
         let mut sums = [l.zero(); N];
-        let mut fine = 0;
         for b in 0..blocks {
             let tile = &tiles[b * tile_bytes(F::QTYPE)..][..tile_bytes(F::QTYPE)];
             if let Some(ahead) = ahead.get(b * tile_bytes(F::QTYPE)..(b + 1) * tile_bytes(F::QTYPE)) {
                 prefetch(ahead);
-            }
-            if b % 64 == 0 {
-                fine = x.iter().fold(0, |bits, x| bits | x.fine[b / 64]);
             }
             let d = l.halves(&tile[2 * at..]);
             let m = match F::OFFSET {
@@ -258,21 +254,11 @@ fn group<L: Lanes, F: Format, const N: usize>(
             };
             let quants = &tile[F::QUANTS..];
             let w = if F::NIBBLES { l.nibbles(quants, 4 * at) } else { l.bytes(quants, 4 * at) };
-            if fine & 1 == 1 {
-                // A coarse row beside a fine one has zeros below: the same number by another way, to the bit.
-                unrolled!(r in N => {
-                    let t = l.join(dot::<L, F>(l, &w, &x[r].high[b]), dot::<L, F>(l, &w, &x[r].low[b]));
-                    sums[r] = l.mul_add(m, x[r].sum[b], sums[r]);
-                    sums[r] = l.add_product(t, d, x[r].scale[b], sums[r]);
-                });
-            } else {
-                unrolled!(r in N => {
-                    let t = dot::<L, F>(l, &w, &x[r].high[b]);
-                    sums[r] = l.mul_add(m, x[r].sum[b], sums[r]);
-                    sums[r] = l.add_product(t, d, x[r].coarse_scale[b], sums[r]);
-                });
-            }
-            fine >>= 1;
+            unrolled!(r in N => {
+                let t = l.join(dot::<L, F>(l, &w, &x[r].high[b]), dot::<L, F>(l, &w, &x[r].low[b]));
+                sums[r] = l.mul_add(m, x[r].sum[b], sums[r]);
+                sums[r] = l.add_product(t, d, x[r].scale[b], sums[r]);
+            });
         }
         unrolled!(r in N => {
             out.put(l, row + r, at, sums[r]);
@@ -616,8 +602,7 @@ mod tests {
             if outlier {
                 x[seed as usize % (rows * cols)] = 1000.0;
             }
-            let coarse = if seed % 2 == 0 { 4.0 } else { 0.0 };
-            let q = QuantizedRows::of(&x, cols, coarse);
+            let q = QuantizedRows::of(&x, cols);
             let y = product(Level::Portable, &w, &q);
             for level in Level::all() {
                 prop_assert_eq!(&product(level, &w, &q), &y, "{:?}", level);
@@ -625,7 +610,7 @@ mod tests {
             let mut dense = vec![0.0; out * cols];
             w.dequantize(0, &mut dense);
             for row in 0..rows {
-                let alone = product(Level::best(), &w, &QuantizedRows::of(&x[row * cols..][..cols], cols, coarse));
+                let alone = product(Level::best(), &w, &QuantizedRows::of(&x[row * cols..][..cols], cols));
                 prop_assert_eq!(&alone[..], &y[row * out..][..out]);
                 for column in 0..out {
                     let terms = (0..cols).map(|i| q.value(row, i) * f64::from(dense[column * cols + i]));
@@ -639,7 +624,7 @@ mod tests {
         #[test]
         fn layers_share_an_input(rows in 1usize..6, first in 1usize..70, second in 1usize..40, seed in any::<u64>()) {
             let matrices = [first, second].map(|out| PackedMatrix::pack(QType::Q4_1, out, 64, &random_matrix(QType::Q4_1, out, 64, seed)));
-            let q = QuantizedRows::of(&wave(rows * 64, seed), 64, 0.0);
+            let q = QuantizedRows::of(&wave(rows * 64, seed), 64);
             let mut ys = [vec![2.0; rows * first], vec![0.0; rows * second]];
             let [a, b] = &mut ys;
             linear(Team::get(), &q, &mut [
@@ -661,7 +646,7 @@ mod tests {
             block[..2].copy_from_slice(&half::f16::from_f32(1.0).to_le_bytes());
             let w = PackedMatrix::pack(qtype, 1, BLOCK, &block);
             for level in Level::all() {
-                let y = product(level, &w, &QuantizedRows::of(&[-1.0; BLOCK], BLOCK, 0.0));
+                let y = product(level, &w, &QuantizedRows::of(&[-1.0; BLOCK], BLOCK));
                 assert!((y[0] + 32.0 * want).abs() < 0.1, "{level:?} {qtype:?} {}", y[0]);
             }
         }

@@ -7,14 +7,13 @@ use super::quantize::QuantizedRows;
 use super::simd::Level;
 use super::team::Team;
 
-/// For each row of the groups, which are all rows of `x`, `[rows, width]`: `produce(row, x)`, then x quantised (see
-/// [`super::quantize`] for `coarse`), then shrunk for each layer
+/// For each row of the groups, which are all rows of `x`, `[rows, width]`: `produce(row, x)`, then x quantised, then shrunk for each layer
 /// of the adapters into `[layers, rows, rank]`.
 pub fn prepare(
     team: &Team,
     groups: &[RowGroup],
     (x, width): (&mut [f32], usize),
-    (quantized, coarse): (&mut QuantizedRows, f32),
+    quantized: &mut QuantizedRows,
     adapters: Option<(&Adapters<'_>, &mut Vec<f32>)>,
     produce: impl Fn(usize, &mut [f32]) + Sync,
 ) {
@@ -39,7 +38,7 @@ pub fn prepare(
         for (row, x) in group.rows().zip(x.chunks_exact_mut(width)) {
             produce(row, x);
             // SAFETY: as above.
-            unsafe { writer.write(row, x, coarse) };
+            unsafe { writer.write(row, x) };
         }
         let (Some(adapter), Some((adapters, shrunk))) = (group.adapter, &adapters) else { return };
         for layer in 0..adapters.layers {

@@ -142,9 +142,9 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn brains(self, bits: &[u16; LANES]) -> Self::F;
     /// The bits of the largest magnitude; those of infinity or more where a value is not finite.
     fn largest(self, x: [Self::F; 2]) -> u32;
-    /// Integers q = round(x * by) << shift, ties to even, as `128 * high + low` with low in [-64, 63]; gives the sum of q. |x * by| is at
+    /// Integers q = round(x * by), ties to even, as `128 * high + low` with low in [-64, 63]; gives the sum of q. |x * by| is at
     /// most 127 * 128; where it is not a number q is anything.
-    fn split(self, x: [Self::F; 2], by: f32, shift: u32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32;
+    fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32;
 }
 
 /// Any machine.
@@ -183,10 +183,10 @@ impl Simd for Portable {
         x.as_flattened().iter().fold(0, |largest, x| largest.max(x.to_bits() & MAGNITUDE))
     }
     #[inline(always)]
-    fn split(self, x: [Self::F; 2], by: f32, shift: u32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
+    fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
         let mut sum = 0i32;
         for (x, (high, low)) in x.as_flattened().iter().zip(high.iter_mut().zip(low)) {
-            let q = ((x * by).round_ties_even() as i32) << shift;
+            let q = (x * by).round_ties_even() as i32;
             let upper = (q + 64) >> 7;
             (*high, *low) = (upper as i8, (q - (upper << 7)) as i8);
             sum = sum.wrapping_add(q);
@@ -282,12 +282,12 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn split(self, x: [Self::F; 2], by: f32, shift: u32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
+        fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
             unsafe {
-                let (by, shift, half) = (_mm256_set1_ps(by), _mm_cvtsi32_si128(shift as i32), _mm256_set1_epi32(64));
+                let (by, half) = (_mm256_set1_ps(by), _mm256_set1_epi32(64));
                 let (mut highs, mut lows, mut sum) = ([half; 4], [half; 4], _mm256_setzero_si256());
                 for (i, x) in [x[0][0], x[0][1], x[1][0], x[1][1]].into_iter().enumerate() {
-                    let q = _mm256_sll_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(x, by)), shift);
+                    let q = _mm256_cvtps_epi32(_mm256_mul_ps(x, by));
                     highs[i] = _mm256_srai_epi32::<7>(_mm256_add_epi32(q, half));
                     lows[i] = _mm256_sub_epi32(q, _mm256_slli_epi32::<7>(highs[i]));
                     sum = _mm256_add_epi32(sum, q);
@@ -346,12 +346,12 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn split(self, x: [Self::F; 2], by: f32, shift: u32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
+        fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
             unsafe {
-                let (by, shift, half) = (_mm512_set1_ps(by), _mm_cvtsi32_si128(shift as i32), _mm512_set1_epi32(64));
+                let (by, half) = (_mm512_set1_ps(by), _mm512_set1_epi32(64));
                 let mut sum = _mm512_setzero_si512();
                 for (i, x) in x.into_iter().enumerate() {
-                    let q = _mm512_sll_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, by)), shift);
+                    let q = _mm512_cvtps_epi32(_mm512_mul_ps(x, by));
                     let upper = _mm512_srai_epi32::<7>(_mm512_add_epi32(q, half));
                     let lower = _mm512_sub_epi32(q, _mm512_slli_epi32::<7>(upper));
                     _mm_storeu_si128(high.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(upper));
