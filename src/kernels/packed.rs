@@ -27,12 +27,11 @@ pub struct PackedMatrix {
     lines: Vec<Line>,
 }
 
-/// Where the quants of a format's tile begin, and their bytes.
-fn tile_parts(qtype: QType) -> (usize, usize) {
+/// Where the quants of a format's tile begin.
+fn quants_at(qtype: QType) -> usize {
     match qtype {
-        QType::Q4_0 => (2 * TILE_ROWS, 16 * TILE_ROWS),
-        QType::Q4_1 => (4 * TILE_ROWS, 16 * TILE_ROWS),
-        QType::Q8_0 => (2 * TILE_ROWS, 32 * TILE_ROWS),
+        QType::Q4_0 | QType::Q8_0 => 2 * TILE_ROWS,
+        QType::Q4_1 => 4 * TILE_ROWS,
     }
 }
 
@@ -48,8 +47,7 @@ pub const fn tile_bytes(qtype: QType) -> usize {
 
 /// Bytes between a row's blocks in the file, and the bytes of its d and m.
 fn file_parts(qtype: QType) -> (usize, usize) {
-    let (at, _) = tile_parts(qtype);
-    (tile_bytes(qtype) / TILE_ROWS, at / TILE_ROWS)
+    (tile_bytes(qtype) / TILE_ROWS, quants_at(qtype) / TILE_ROWS)
 }
 
 impl PackedMatrix {
@@ -60,7 +58,7 @@ impl PackedMatrix {
         let bytes = rows.div_ceil(TILE_ROWS) * blocks * tile_bytes(qtype);
         let mut packed = Self { qtype, rows, cols, lines: vec![Line([0; 64]); bytes.div_ceil(64)] };
         let (block_bytes, head) = file_parts(qtype);
-        let (quants, _) = tile_parts(qtype);
+        let quants = quants_at(qtype);
         let flip = if qtype == QType::Q8_0 { 0x80 } else { 0 };
         let data = packed.bytes_mut();
         for (row, file) in file.chunks_exact(qtype.row_bytes(cols)).enumerate() {
@@ -83,22 +81,18 @@ impl PackedMatrix {
     pub fn unpack(&self) -> Vec<u8> {
         let row_bytes = self.qtype.row_bytes(self.cols);
         let mut file = vec![0; self.rows * row_bytes];
+        let (block_bytes, _) = file_parts(self.qtype);
         for (row, out) in file.chunks_exact_mut(row_bytes).enumerate() {
-            self.unpack_row(row, out);
+            for (b, block) in out.chunks_exact_mut(block_bytes).enumerate() {
+                self.unpack_block(row, b, block);
+            }
         }
         file
     }
 
-    fn unpack_row(&self, row: usize, out: &mut [u8]) {
-        let (block_bytes, _) = file_parts(self.qtype);
-        for (b, block) in out.chunks_exact_mut(block_bytes).enumerate() {
-            self.unpack_block(row, b, block);
-        }
-    }
-
     fn unpack_block(&self, row: usize, b: usize, block: &mut [u8]) {
         let (_, head) = file_parts(self.qtype);
-        let (quants, _) = tile_parts(self.qtype);
+        let quants = quants_at(self.qtype);
         let flip = if self.qtype == QType::Q8_0 { 0x80 } else { 0 };
         let (tile, r) = (self.tile(row / TILE_ROWS, b), row % TILE_ROWS);
         for (i, half) in block[..head].chunks_exact_mut(2).enumerate() {
@@ -136,11 +130,6 @@ impl PackedMatrix {
 
     pub fn cols(&self) -> usize {
         self.cols
-    }
-
-    /// Bytes in memory.
-    pub fn byte_size(&self) -> usize {
-        size_of_val(&*self.lines)
     }
 
     pub fn strips(&self) -> usize {
@@ -182,7 +171,7 @@ mod tests {
             let file = random_matrix(qtype, rows, cols, seed);
             let packed = PackedMatrix::pack(qtype, rows, cols, &file);
             prop_assert_eq!(packed.unpack(), file.clone());
-            prop_assert!(packed.byte_size() < file.len().next_multiple_of(16 * qtype.row_bytes(cols)) + 64);
+            prop_assert!(packed.bytes().len() < file.len().next_multiple_of(16 * qtype.row_bytes(cols)) + 64);
             let (mut got, mut want) = (vec![0.0; (rows - from) * cols], vec![0.0; (rows - from) * cols]);
             packed.dequantize(from, &mut got);
             for (row, want) in file.chunks_exact(qtype.row_bytes(cols)).skip(from).zip(want.chunks_exact_mut(cols)) {

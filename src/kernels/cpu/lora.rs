@@ -146,7 +146,7 @@ fn shrink_tile<S: Simd, const R: usize, const K: usize>(
 
 /// The groups that have some of the rows.
 fn groups_of<'a>(adapters: &Adapters<'a>, rows: &Range<usize>) -> impl Iterator<Item = &'a RowGroup> {
-    let first = adapters.groups.partition_point(|group| group.first + group.count <= rows.start);
+    let first = adapters.groups.partition_point(|group| group.rows().end <= rows.start);
     let end = rows.end;
     adapters.groups[first..].iter().take_while(move |group| group.first < end)
 }
@@ -175,7 +175,7 @@ pub(super) unsafe fn expand(
     for group in groups_of(adapters, &rows) {
         let Some(pair) = group.adapter.and_then(|adapter| (adapters.pair)(adapter, layer)) else { continue };
         let b = pair.b[strip * pair.rank * TILE_ROWS..][..pair.rank * TILE_ROWS].as_chunks().0;
-        for row in group.first.max(rows.start)..(group.first + group.count).min(rows.end) {
+        for row in group.first.max(rows.start)..group.rows().end.min(rows.end) {
             let column = strip * TILE_ROWS;
             // SAFETY: the caller vouches for it.
             let y = unsafe { y.part(row * width + column, TILE_ROWS.min(width - column)) };

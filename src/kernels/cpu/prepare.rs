@@ -27,7 +27,7 @@ pub fn prepare(
     let level = Level::best();
     team.each(groups.len(), |i| {
         let group = groups[i];
-        assert!(group.first + group.count <= rows, "groups lie within the batch");
+        assert!(group.rows().end <= rows, "groups lie within the batch");
         // SAFETY: groups do not overlap, so this task alone touches these rows of x, of `quantized` and of the shrunk ones.
         let x = unsafe { x.part(group.first * width, group.count * width) };
         if let (Some(adapter), Some((adapters, _))) = (group.adapter, &adapters)
