@@ -7,7 +7,7 @@
 use super::Shared;
 use super::lora::GROUP_ROWS;
 use super::rows::rotate;
-use super::simd::{LANES, Level, Simd, dispatch, exp, f16_bits, sum_pairwise};
+use super::simd::{LANES, Level, Simd, dispatch, exp, f16_bits, max_pairwise, sum_pairwise, unrolled};
 use super::team::Team;
 
 /// Widest head the kernel's buffers hold.
@@ -21,9 +21,6 @@ pub const MAX_GROUP: usize = 16;
 
 /// Positions between two looks at the running maximum.
 const SPAN: usize = 64;
-
-/// Queries (a row's head each) of a tile.
-const MAX_QUERIES: usize = GROUP_ROWS * MAX_GROUP;
 
 /// The shape of one layer's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,8 +177,9 @@ fn attention_at<'t>(
         "the model was checked for what the kernel can do"
     );
     let shared = Shared(out.as_mut_ptr());
+    // The last rows of a sequence see the most: they go first, so that no thread is left with one at the end.
     team.each(tiles * shape.kv_heads, |task| {
-        let (tile, kv_head) = (tile(task / shape.kv_heads), task % shape.kv_heads);
+        let (tile, kv_head) = (tile(tiles - 1 - task / shape.kv_heads), task % shape.kv_heads);
         let task = &Task { tile, kv, kv_head, heads, group, out: shared, rows: q.len() / (heads * shape.head_dim) };
         dispatch!(level, attend, task: &Task<'_>, q: &[f32]);
     });
@@ -215,77 +213,119 @@ struct Running {
     sum: f32,
 }
 
-/// Calls `$f::<S, N>($before.., i, $after..)` for runs of N of the queries `$from..$end` that a kernel keeps in registers: of six, three and one. A macro, because a closure would lose the form that it is compiled for.
-macro_rules! runs {
-    ($from:expr, $end:expr, $f:ident($($before:expr),*; $($after:expr),*)) => {{
-        let mut i = $from;
-        let end = $end;
-        { runs!(@ i, end, $f($($before),*; $($after),*), 6); }
-        { runs!(@ i, end, $f($($before),*; $($after),*), 3); }
-        { runs!(@ i, end, $f($($before),*; $($after),*), 1); }
-    }};
-    (@ $i:ident, $end:ident, $f:ident($($before:expr),*; $($after:expr),*), $n:literal) => {
-        const N: usize = $n;
-        while $i + N <= $end {
-            $f::<S, N>($($before,)* $i, $($after),*);
-            $i += N;
-        }
-    };
+/// Queries that go through the positions together.
+struct Run<const N: usize> {
+    /// Scaled by 1 / sqrt(head_dim).
+    q: [[f32; MAX_HEAD_DIM]; N],
+    /// Of a span's positions; then what they weigh.
+    scores: [[f32; SPAN]; N],
+    running: [Running; N],
+    /// Of the weighed values, relative to the running maximum.
+    sums: [[f32; MAX_HEAD_DIM]; N],
 }
 
 #[inline(always)]
 fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32]) {
-    let shape = task.kv.shape;
-    let (dim, group) = (shape.head_dim, task.group);
-    let queries = task.tile.count * group;
+    let queries = task.tile.count * task.group;
     assert!(task.tile.count <= GROUP_ROWS && task.tile.first + task.tile.count <= task.rows, "a tile fits");
-    let end = task.tile.position + task.tile.count;
-    let mut scores = [[0.0f32; SPAN]; MAX_QUERIES];
-    let mut running = [Running { largest: f32::NEG_INFINITY, sum: 0.0 }; MAX_QUERIES];
-    let mut gathered = [0u16; MAX_HEAD_DIM * LANES];
-    // SAFETY: this task alone writes these heads of these rows, which lie in out.
-    let out = |i: usize| unsafe { task.out.part(task.at(i), dim) };
-    for i in 0..queries {
-        out(i).fill(0.0);
+    let mut i = 0;
+    macro_rules! runs {
+        ($($n:literal by $units:literal)*) => {
+            $(while $n * $units <= S::SUMS && i + $n <= queries {
+                attend_run::<S, $n, $units>(s, task, q, i);
+                i += $n;
+            })*
+        };
     }
+    // As many sums side by side as the registers hold.
+    runs!(12 by 1 6 by 2 6 by 1 3 by 4 3 by 2 1 by 4);
+}
+
+/// Queries `i..i + N` over all their positions, scores of `U * 16` positions at a time.
+#[inline(always)]
+fn attend_run<S: Simd, const N: usize, const U: usize>(s: S, task: &Task<'_>, q: &[f32], i: usize) {
+    let dim = task.kv.shape.head_dim;
+    let mut run = Run {
+        q: [[0.0; MAX_HEAD_DIM]; N],
+        scores: [[0.0; SPAN]; N],
+        running: [Running { largest: f32::NEG_INFINITY, sum: 0.0 }; N],
+        sums: [[0.0; MAX_HEAD_DIM]; N],
+    };
+    let scale = 1.0 / (dim as f32).sqrt();
+    for (j, to) in run.q.iter_mut().enumerate() {
+        for (to, from) in to.iter_mut().zip(&q[task.at(i + j)..][..dim]) {
+            *to = scale * from;
+        }
+    }
+    // The last of these queries sees the most positions.
+    let end = task.tile.position + (i + N - 1) / task.group + 1;
     for start in (0..end).step_by(SPAN) {
         let here = SPAN.min(end - start);
-        for unit in 0..here.div_ceil(LANES) {
-            let keys = keys_of(task, start + unit * LANES, end, &mut gathered);
-            runs!(0, queries, score(s, task, q, keys; unit, &mut scores));
-        }
-        // The positions that a row sees here; the first row sees the fewest.
-        let seen = |row: usize| (task.tile.position + row + 1).saturating_sub(start).min(SPAN);
-        for i in 0..queries {
-            let seen = seen(i / group);
-            if seen > 0 {
-                weigh(&mut scores[i], seen, 1.0 / (dim as f32).sqrt(), &mut running[i], out(i));
+        let units = here.div_ceil(LANES);
+        let mut unit = 0;
+        if task.kv.shape.block_tokens.is_multiple_of(LANES) {
+            let keys = |unit: usize| keys_of(task, start + unit * LANES);
+            while unit + U <= units {
+                score::<S, N, U>(s, dim, std::array::from_fn(|u| keys(unit + u)), unit, &mut run);
+                unit += U;
+            }
+            while unit < units {
+                score(s, dim, [keys(unit)], unit, &mut run);
+                unit += 1;
+            }
+        } else {
+            let mut gathered = [0; MAX_HEAD_DIM * LANES];
+            while unit < units {
+                score(s, dim, [gather_keys(task, start + unit * LANES, end, &mut gathered)], unit, &mut run);
+                unit += 1;
             }
         }
-        let all_see = seen(0);
-        runs!(0, queries, add_values(s, task, start, 0..all_see; &scores));
-        for row in 1..task.tile.count {
-            if seen(row) > all_see {
-                let range = all_see..seen(row);
-                runs!(row * group, (row + 1) * group, add_values(s, task, start, range.clone(); &scores));
-            }
+        for j in 0..N {
+            let seen = (task.tile.position + (i + j) / task.group + 1).saturating_sub(start).min(here);
+            weigh(&mut run.scores[j], seen, &mut run.running[j], &mut run.sums[j][..dim]);
+        }
+        // What a query does not see has no weight.
+        let mut part = 0;
+        while part + U * LANES <= dim {
+            add_values::<S, N, U>(s, task, start..start + here, part, &mut run);
+            part += U * LANES;
+        }
+        while part < dim {
+            add_values::<S, N, 1>(s, task, start..start + here, part, &mut run);
+            part += LANES;
         }
     }
-    for (i, running) in running.iter().enumerate().take(queries) {
-        let inverse = 1.0 / running.sum;
-        out(i).iter_mut().for_each(|x| *x *= inverse);
+    for j in 0..N {
+        let inverse = 1.0 / run.running[j].sum;
+        // SAFETY: this task alone writes these heads of these rows, which lie in out.
+        let out = unsafe { task.out.part(task.at(i + j), dim) };
+        for (out, sum) in out.iter_mut().zip(&run.sums[j]) {
+            *out = sum * inverse;
+        }
     }
 }
 
-/// The keys of 16 positions from `position` on, `[head_dim]` vectors `stride` apart; what lies beyond `end` is anything.
+/// The keys of 16 positions: `head_dim` vectors `stride` apart.
+#[derive(Clone, Copy, Default)]
+struct Keys<'a> {
+    bits: &'a [u16],
+    stride: usize,
+}
+
+/// The keys of the positions from `position` on, where a block holds a multiple of 16.
 #[inline(always)]
-fn keys_of<'a>(task: &Task<'a>, position: usize, end: usize, gathered: &'a mut [u16]) -> (&'a [u16], usize) {
+fn keys_of<'a>(task: &Task<'a>, position: usize) -> Keys<'a> {
     let shape = task.kv.shape;
     let tokens = shape.block_tokens;
-    if tokens.is_multiple_of(LANES) {
-        let at = shape.head(task.tile.blocks[position / tokens], task.kv_head) + position % tokens;
-        return (&task.kv.keys[at..][..(shape.head_dim - 1) * tokens + LANES], tokens);
-    }
+    let at = shape.head(task.tile.blocks[position / tokens], task.kv_head) + position % tokens;
+    Keys { bits: &task.kv.keys[at..][..(shape.head_dim - 1) * tokens + LANES], stride: tokens }
+}
+
+/// The same, put together from any blocks; what lies beyond `end` is anything.
+#[inline(always)]
+fn gather_keys<'a>(task: &Task<'_>, position: usize, end: usize, gathered: &'a mut [u16]) -> Keys<'a> {
+    let shape = task.kv.shape;
+    let tokens = shape.block_tokens;
     for lane in 0..LANES.min(end - position) {
         let (block, within) = (task.tile.blocks[(position + lane) / tokens], (position + lane) % tokens);
         let from = &task.kv.keys[shape.head(block, task.kv_head) + within..];
@@ -293,108 +333,114 @@ fn keys_of<'a>(task: &Task<'a>, position: usize, end: usize, gathered: &'a mut [
             gathered[d * LANES + lane] = from[d * tokens];
         }
     }
-    (&gathered[..shape.head_dim * LANES], LANES)
+    Keys { bits: &gathered[..shape.head_dim * LANES], stride: LANES }
 }
 
-/// The products of queries `i..i + N` with 16 keys, into unit `unit` of their scores.
+/// The products of all queries with U times 16 keys, into the units from `unit` on of their scores.
 #[inline(always)]
-fn score<S: Simd, const N: usize>(
+fn score<S: Simd, const N: usize, const U: usize>(
     s: S,
-    task: &Task<'_>,
-    q: &[f32],
-    (keys, stride): (&[u16], usize),
-    i: usize,
+    dim: usize,
+    keys: [Keys<'_>; U],
     unit: usize,
-    scores: &mut [[f32; SPAN]; MAX_QUERIES],
+    run: &mut Run<N>,
 ) {
-    let dim = task.kv.shape.head_dim;
-    let q: [&[f32]; N] = std::array::from_fn(|j| &q[task.at(i + j)..][..dim]);
-    let mut sums = [s.splat(0.0); N];
-    for d in 0..dim {
-        let Some(key) = keys[d * stride..].first_chunk() else { break };
-        let key = s.halves(key);
-        for j in 0..N {
-            sums[j] = s.mul_add(key, s.splat(q[j][d]), sums[j]);
-        }
+    let mut sums = [[s.splat(0.0); U]; N];
+    for d in 0..dim.min(MAX_HEAD_DIM) {
+        let mut key = [s.splat(0.0); U];
+        unrolled!(u in U => {
+            let Some(bits) = keys[u].bits[d * keys[u].stride..].first_chunk() else { break };
+            key[u] = s.halves(bits);
+        });
+        unrolled!(j in N => {
+            let q = s.splat(run.q[j][d]);
+            unrolled!(u in U => {
+                sums[j][u] = s.mul_add(key[u], q, sums[j][u]);
+            });
+        });
     }
-    for (j, sum) in sums.into_iter().enumerate() {
-        s.store(sum, &mut scores[i + j].as_chunks_mut().0[unit]);
-    }
+    unrolled!(j in N => {
+        unrolled!(u in U => {
+            s.store(sums[j][u], &mut run.scores[j].as_chunks_mut().0[unit + u]);
+        });
+    });
 }
 
 /// Turns the first `seen` scores into weights relative to the running maximum, the others into zeros, and scales what has been summed
 /// with an earlier maximum.
 #[inline(always)]
-fn weigh(scores: &mut [f32; SPAN], seen: usize, scale: f32, running: &mut Running, out: &mut [f32]) {
+fn weigh(scores: &mut [f32; SPAN], seen: usize, running: &mut Running, sums: &mut [f32]) {
     scores[seen..].fill(f32::NEG_INFINITY);
+    if seen == 0 {
+        return scores.fill(0.0);
+    }
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for chunk in scores.as_chunks::<LANES>().0 {
         for i in 0..LANES {
             lanes[i] = lanes[i].max(chunk[i]);
         }
     }
-    let here = scale * lanes.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-    let largest = running.largest.max(here);
-    let mut sums = [0.0f32; LANES];
+    let largest = running.largest.max(max_pairwise(lanes));
+    let mut total = [0.0f32; LANES];
     for chunk in scores.as_chunks_mut::<LANES>().0 {
         for i in 0..LANES {
-            chunk[i] = exp(chunk[i] * scale - largest);
-            sums[i] += chunk[i];
+            chunk[i] = exp(chunk[i] - largest);
+            total[i] += chunk[i];
         }
     }
     if largest > running.largest {
         let shrink = exp(running.largest - largest);
-        out.iter_mut().for_each(|x| *x *= shrink);
+        sums.iter_mut().for_each(|x| *x *= shrink);
         running.sum *= shrink;
         running.largest = largest;
     }
     // What is not a number stays so.
-    running.sum += sum_pairwise(sums);
+    running.sum += sum_pairwise(total);
 }
 
-/// out += weights * V over the positions `start + range` for queries `i..i + N`.
+/// sums += weights * V over `positions` of one span, in U times 16 dimensions from `part` on.
 #[inline(always)]
-fn add_values<S: Simd, const N: usize>(
+fn add_values<S: Simd, const N: usize, const U: usize>(
     s: S,
     task: &Task<'_>,
-    start: usize,
-    range: std::ops::Range<usize>,
-    i: usize,
-    scores: &[[f32; SPAN]; MAX_QUERIES],
+    positions: std::ops::Range<usize>,
+    part: usize,
+    run: &mut Run<N>,
 ) {
     let shape = task.kv.shape;
     let (dim, tokens) = (shape.head_dim, shape.block_tokens);
-    let weights: [&[f32; SPAN]; N] = std::array::from_fn(|j| &scores[i + j]);
-    for part in (0..dim).step_by(LANES) {
-        // SAFETY: these heads of these rows are the task's alone.
-        let mut out: [&mut [f32]; N] = std::array::from_fn(|j| unsafe { task.out.part(task.at(i + j) + part, LANES) });
-        let mut sums = [s.splat(0.0); N];
-        for j in 0..N {
-            if let Some(out) = out[j].first_chunk() {
-                sums[j] = s.load(out);
-            }
+    let mut sums = [[s.splat(0.0); U]; N];
+    unrolled!(j in N => {
+        unrolled!(u in U => {
+            sums[j][u] = s.load(&run.sums[j].as_chunks().0[part / LANES + u]);
+        });
+    });
+    let mut t = 0;
+    while t < positions.len().min(SPAN) {
+        let position = positions.start + t;
+        let (block, within) = (task.tile.blocks[position / tokens], position % tokens);
+        let count = (tokens - within).min(positions.len().min(SPAN) - t);
+        let values = &task.kv.values[shape.head(block, task.kv_head) + within * dim..][..count * dim];
+        for (r, values) in values.chunks_exact(dim).enumerate() {
+            let mut value = [s.splat(0.0); U];
+            unrolled!(u in U => {
+                let Some(bits) = values[part + u * LANES..].first_chunk() else { break };
+                value[u] = s.halves(bits);
+            });
+            unrolled!(j in N => {
+                let weight = s.splat(run.scores[j][t + r]);
+                unrolled!(u in U => {
+                    sums[j][u] = s.mul_add(value[u], weight, sums[j][u]);
+                });
+            });
         }
-        let mut t = range.start;
-        while t < range.end {
-            let position = start + t;
-            let (block, within) = (task.tile.blocks[position / tokens], position % tokens);
-            let run = (tokens - within).min(range.end - t);
-            let values = &task.kv.values[shape.head(block, task.kv_head) + within * dim..][..run * dim];
-            for (r, values) in values.chunks_exact(dim).enumerate() {
-                let Some(value) = values[part..].first_chunk() else { break };
-                let value = s.halves(value);
-                for j in 0..N {
-                    sums[j] = s.mul_add(value, s.splat(weights[j][t + r]), sums[j]);
-                }
-            }
-            t += run;
-        }
-        for (out, sum) in out.iter_mut().zip(sums) {
-            if let Some(out) = out.first_chunk_mut() {
-                s.store(sum, out);
-            }
-        }
+        t += count;
     }
+    unrolled!(j in N => {
+        unrolled!(u in U => {
+            s.store(sums[j][u], &mut run.sums[j].as_chunks_mut().0[part / LANES + u]);
+        });
+    });
 }
 
 #[cfg(test)]

@@ -115,9 +115,9 @@ macro_rules! dispatch {
 }
 pub(super) use dispatch;
 
-/// The body for each r below N, at most 8, without a loop: what is indexed by r then stays in registers.
+/// The body for each r below N, at most 12, without a loop: what is indexed by r then stays in registers.
 macro_rules! unrolled {
-    ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, $body, 0 1 2 3 4 5 6 7) };
+    ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, $body, 0 1 2 3 4 5 6 7 8 9 10 11) };
     (@ $r:ident, $n:ident, $body:block, $($i:literal)*) => {
         $(if $i < $n {
             let $r = $i;
@@ -130,6 +130,8 @@ pub(super) use unrolled;
 /// 16 floats at a time. The value is the proof that the machine can do it.
 pub(super) trait Simd: Copy + Send + Sync {
     type F: Copy;
+    /// How many of these a kernel may sum in and expect to find in registers.
+    const SUMS: usize;
 
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
@@ -153,6 +155,7 @@ pub(super) struct Portable;
 
 impl Simd for Portable {
     type F = [f32; LANES];
+    const SUMS: usize = 6;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -233,6 +236,7 @@ mod x86 {
     // SAFETY of all blocks below: the value proves the features, and every load and store is within its array.
     impl Simd for Avx2 {
         type F = [__m256; 2];
+        const SUMS: usize = 6;
 
         #[inline(always)]
         fn splat(self, x: f32) -> Self::F {
@@ -308,6 +312,7 @@ mod x86 {
 
     impl Simd for Avx512 {
         type F = __m512;
+        const SUMS: usize = 12;
 
         #[inline(always)]
         fn splat(self, x: f32) -> Self::F {
@@ -439,15 +444,18 @@ pub(super) fn sum_pairwise(mut lanes: [f32; LANES]) -> f32 {
 /// e^x to about one unit in the last place (Cephes' polynomial); 0 below -87.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: a conversion that saturates, as `as` does, is not vectorised.
+    const ROUND: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.0, 88.0);
-    let n = (clamped * std::f32::consts::LOG2_E + 0.5).floor();
-    let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, clamped));
+    let mut p = 1.987_569_1e-4f32;
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p * r + c;
+        p = p.mul_add(r, c);
     }
-    let power = f32::from_bits(((n as i32 + 127) << 23) as u32);
-    let value = (p * r * r + r + 1.0) * power;
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    let value = (p * r).mul_add(r, r + 1.0) * power;
     if x < -87.0 { 0.0 } else { value }
 }
 
