@@ -3,7 +3,7 @@
 
 use super::Shared;
 use super::lora::{Adapters, expand, fetch};
-use super::quantize::{QRow, QuantizedRows};
+use super::quantize::{PANEL, QuantizedRows};
 use super::simd::{Level, f16_value, prefetch, unrolled};
 use super::team::Team;
 use crate::kernels::blocks::{BLOCK, QType};
@@ -228,7 +228,7 @@ fn strip<L: Lanes, F: Format>(l: L, w: &PackedMatrix, x: &QuantizedRows, rows: s
     groups!(8 4 2 1);
 }
 
-/// A strip times N rows.
+/// A strip times the N rows from `row` on, which lie in one panel.
 #[inline(always)]
 fn group<L: Lanes, F: Format, const N: usize>(
     l: L,
@@ -238,11 +238,11 @@ fn group<L: Lanes, F: Format, const N: usize>(
     row: usize,
     out: Outputs,
 ) {
-    let blocks = x.cols() / BLOCK;
-    let x: [QRow<'_>; N] = std::array::from_fn(|r| x.row(row + r));
+    let (panel, first) = (x.panel(row / PANEL), row % PANEL);
+    assert!(first + N <= PANEL, "the rows lie in one panel");
     for at in (0..TILE_ROWS).step_by(L::ROWS) {
         let mut sums = [l.zero(); N];
-        for b in 0..blocks {
+        for (b, x) in panel.iter().enumerate() {
             let tile = &tiles[b * tile_bytes(F::QTYPE)..][..tile_bytes(F::QTYPE)];
             if let Some(ahead) = ahead.get(b * tile_bytes(F::QTYPE)..(b + 1) * tile_bytes(F::QTYPE)) {
                 prefetch(ahead);
@@ -255,9 +255,11 @@ fn group<L: Lanes, F: Format, const N: usize>(
             let quants = &tile[F::QUANTS..];
             let w = if F::NIBBLES { l.nibbles(quants, 4 * at) } else { l.bytes(quants, 4 * at) };
             unrolled!(r in N => {
-                let t = l.join(dot::<L, F>(l, &w, &x[r].high[b]), dot::<L, F>(l, &w, &x[r].low[b]));
-                sums[r] = l.mul_add(m, x[r].sum[b], sums[r]);
-                sums[r] = l.add_product(t, d, x[r].scale[b], sums[r]);
+                let r0 = first + r;
+                let [high, low] = &x.quants[r0];
+                let t = l.join(dot::<L, F>(l, &w, high), dot::<L, F>(l, &w, low));
+                sums[r] = l.mul_add(m, x.sum[r0], sums[r]);
+                sums[r] = l.add_product(t, d, x.scale[r0], sums[r]);
             });
         }
         unrolled!(r in N => {

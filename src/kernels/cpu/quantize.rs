@@ -9,26 +9,29 @@ use crate::kernels::blocks::BLOCK;
 /// The largest quantised value.
 const LARGEST: f32 = 127.0 * 128.0;
 
-/// Quantised rows `[rows, cols]`.
+/// Rows of a panel.
+pub(super) const PANEL: usize = 8;
+
+/// A block of 32 columns of a panel's rows, as the matmul reads them: one stream of memory for all of its rows.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct PanelBlock {
+    /// Of each row the high bytes and the low ones.
+    pub quants: [[[i8; BLOCK]; 2]; PANEL],
+    pub scale: [f32; PANEL],
+    /// The sum of the block's values.
+    pub sum: [f32; PANEL],
+}
+
+const EMPTY: PanelBlock = PanelBlock { quants: [[[0; BLOCK]; 2]; PANEL], scale: [0.0; PANEL], sum: [0.0; PANEL] };
+
+/// Quantised rows `[rows, cols]`, in panels of 8 rows, the last one filled up.
 #[derive(Debug, Default)]
 pub struct QuantizedRows {
     rows: usize,
     blocks: usize,
-    high: Vec<i8>,
-    low: Vec<i8>,
-    /// Of each block.
-    scale: Vec<f32>,
-    /// The sum of the block's values.
-    sum: Vec<f32>,
-}
-
-/// One row, to be read.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct QRow<'a> {
-    pub high: &'a [[i8; BLOCK]],
-    pub low: &'a [[i8; BLOCK]],
-    pub scale: &'a [f32],
-    pub sum: &'a [f32],
+    /// `[panels, blocks]`.
+    panels: Vec<PanelBlock>,
 }
 
 /// All rows, to be written by several threads, each its own.
@@ -36,10 +39,7 @@ pub(super) struct QRow<'a> {
 pub(super) struct RowWriter {
     rows: usize,
     blocks: usize,
-    high: *mut i8,
-    low: *mut i8,
-    scale: *mut f32,
-    sum: *mut f32,
+    panels: *mut PanelBlock,
 }
 
 // SAFETY: `write` is unsafe and asks that no two threads write the same row.
@@ -52,19 +52,8 @@ impl QuantizedRows {
     pub(super) fn resize(&mut self, rows: usize, cols: usize) -> RowWriter {
         let blocks = cols / BLOCK;
         (self.rows, self.blocks) = (rows, blocks);
-        self.high.resize(rows * cols, 0);
-        self.low.resize(rows * cols, 0);
-        for buffer in [&mut self.scale, &mut self.sum] {
-            buffer.resize(rows * blocks, 0.0);
-        }
-        RowWriter {
-            rows,
-            blocks,
-            high: self.high.as_mut_ptr(),
-            low: self.low.as_mut_ptr(),
-            scale: self.scale.as_mut_ptr(),
-            sum: self.sum.as_mut_ptr(),
-        }
+        self.panels.resize(rows.div_ceil(PANEL) * blocks, EMPTY);
+        RowWriter { rows, blocks, panels: self.panels.as_mut_ptr() }
     }
 
     pub fn rows(&self) -> usize {
@@ -75,15 +64,10 @@ impl QuantizedRows {
         self.blocks * BLOCK
     }
 
+    /// The blocks of rows `8 i..8 i + 8`.
     #[inline(always)]
-    pub(super) fn row(&self, row: usize) -> QRow<'_> {
-        let (at, n) = (row * self.blocks, self.blocks);
-        QRow {
-            high: &self.high[at * BLOCK..][..n * BLOCK].as_chunks().0[..n],
-            low: &self.low[at * BLOCK..][..n * BLOCK].as_chunks().0[..n],
-            scale: &self.scale[at..][..n],
-            sum: &self.sum[at..][..n],
-        }
+    pub(super) fn panel(&self, i: usize) -> &[PanelBlock] {
+        &self.panels[i * self.blocks..][..self.blocks]
     }
 }
 
@@ -101,42 +85,36 @@ impl RowWriter {
     /// As of [`RowWriter::write`].
     unsafe fn write_at(&self, level: Level, row: usize, x: &[f32]) {
         assert!(row < self.rows && x.len() == self.blocks * BLOCK, "a row fits");
-        let (at, n) = (row * self.blocks, self.blocks);
-        // SAFETY: the row lies within the buffers, which were made for `rows` rows, and is ours.
-        let mut to = unsafe {
-            Place {
-                high: std::slice::from_raw_parts_mut(self.high.add(at * BLOCK), n * BLOCK),
-                low: std::slice::from_raw_parts_mut(self.low.add(at * BLOCK), n * BLOCK),
-                scale: std::slice::from_raw_parts_mut(self.scale.add(at), n),
-                sum: std::slice::from_raw_parts_mut(self.sum.add(at), n),
-            }
-        };
-        let to = &mut to;
-        dispatch!(level, quantize, x: &[f32], to: &mut Place<'_>);
+        // SAFETY: the row lies within the panels, which were made for `rows` rows, and is ours.
+        let to = unsafe { Place { blocks: self.panels.add(row / PANEL * self.blocks), row: row % PANEL } };
+        dispatch!(level, quantize, x: &[f32], to: Place);
     }
 }
 
-/// Where a quantised row goes.
-struct Place<'a> {
-    high: &'a mut [i8],
-    low: &'a mut [i8],
-    scale: &'a mut [f32],
-    sum: &'a mut [f32],
+/// Where a quantised row goes: a panel's blocks, of which this row alone is ours.
+#[derive(Clone, Copy)]
+struct Place {
+    blocks: *mut PanelBlock,
+    row: usize,
 }
 
 #[inline(always)]
-fn quantize<S: Simd>(s: S, x: &[f32], to: &mut Place<'_>) {
-    let quants = to.high.as_chunks_mut::<BLOCK>().0.iter_mut().zip(to.low.as_chunks_mut::<BLOCK>().0);
-    for (b, (x, (high, low))) in x.as_chunks::<BLOCK>().0.iter().zip(quants).enumerate() {
+fn quantize<S: Simd>(s: S, x: &[f32], to: Place) {
+    for (b, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
         let halves = x.as_chunks::<LANES>().0;
         let x = [s.load(&halves[0]), s.load(&halves[1])];
         let largest = f32::from_bits(s.largest(x));
         let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
-        let sum = s.split(x, inverse, high, low);
         // What is broken must not look like zeros.
         let unit = if largest.is_finite() { largest / LARGEST } else { f32::NAN };
-        to.scale[b] = unit;
-        to.sum[b] = unit * sum as f32;
+        // SAFETY: the panel has as many blocks as the row, and within them the row's places are ours.
+        unsafe {
+            let block = to.blocks.add(b);
+            let [high, low] = &mut (*block).quants[to.row];
+            let sum = s.split(x, inverse, high, low);
+            (*block).scale[to.row] = unit;
+            (*block).sum[to.row] = unit * sum as f32;
+        }
     }
 }
 
@@ -153,8 +131,9 @@ impl QuantizedRows {
 
     /// The value that a place stands for.
     pub fn value(&self, row: usize, col: usize) -> f64 {
-        let (row, b, i) = (self.row(row), col / BLOCK, col % BLOCK);
-        f64::from(row.scale[b]) * f64::from(128 * i32::from(row.high[b][i]) + i32::from(row.low[b][i]))
+        let block = &self.panel(row / PANEL)[col / BLOCK];
+        let [high, low] = block.quants[row % PANEL].map(|part| i32::from(part[col % BLOCK]));
+        f64::from(block.scale[row % PANEL]) * f64::from(128 * high + low)
     }
 }
 
@@ -171,15 +150,20 @@ mod tests {
         (broken[3], broken[70]) = (f32::NAN, f32::INFINITY);
         let quantized = |level, x: &[f32]| {
             let mut q = QuantizedRows::default();
-            let writer = q.resize(1, 320);
-            // SAFETY: the row is alive and written once.
-            unsafe { writer.write_at(level, 0, x) };
-            // The quants of a block whose scale is not a number are anything.
-            let quants = (0..320).filter(|i| q.scale[i / BLOCK].is_finite()).map(|i| (q.high[i], q.low[i]));
-            let bits = |v: &[f32]| v.iter().map(|x| if x.is_nan() { 1 } else { x.to_bits() }).collect::<Vec<_>>();
-            (quants.collect::<Vec<_>>(), bits(&q.scale), bits(&q.sum))
+            let writer = q.resize(PANEL + 2, 320);
+            // SAFETY: the rows are alive and written one by one.
+            [1, PANEL + 1].into_iter().for_each(|row| unsafe { writer.write_at(level, row, x) });
+            let row = |panel: usize| {
+                let bits = |x: f32| if x.is_nan() { 1 } else { x.to_bits() };
+                // The quants of a block whose scale is not a number are anything.
+                let quants = |block: &PanelBlock| block.scale[1].is_finite().then_some(block.quants[1]);
+                let blocks = q.panel(panel).iter();
+                blocks.map(|block| (quants(block), bits(block.scale[1]), bits(block.sum[1]))).collect::<Vec<_>>()
+            };
+            assert_eq!(row(0), row(1), "the same row wherever it lies");
+            row(0)
         };
-        assert_eq!(quantized(Level::Portable, &broken).1.iter().filter(|bits| **bits == 1).count(), 2);
+        assert_eq!(quantized(Level::Portable, &broken).iter().filter(|(_, scale, _)| *scale == 1).count(), 2);
         for (level, x) in Level::all().flat_map(|level| [(level, &sound), (level, &broken)]) {
             assert_eq!(quantized(level, x), quantized(Level::Portable, x), "{level:?}");
         }
@@ -191,7 +175,7 @@ mod tests {
         x[40] = -500.0;
         let q = QuantizedRows::of(&x, 96);
         for (col, x) in x.iter().enumerate() {
-            let step = f64::from(q.row(0).scale[col / BLOCK]);
+            let step = f64::from(q.panel(0)[col / BLOCK].scale[0]);
             assert!((q.value(0, col) - f64::from(*x)).abs() <= 0.51 * step, "{col}");
         }
     }
@@ -202,7 +186,8 @@ mod tests {
             let mut x = [1.0; 64];
             x[3] = bad;
             let q = QuantizedRows::of(&x, 64);
-            assert!(q.row(0).scale[0].is_nan() && q.row(0).sum[0].is_nan() && q.row(0).scale[1] == 1.0 / LARGEST);
+            let [first, second] = [&q.panel(0)[0], &q.panel(0)[1]];
+            assert!(first.scale[0].is_nan() && first.sum[0].is_nan() && second.scale[0] == 1.0 / LARGEST);
         }
     }
 }
