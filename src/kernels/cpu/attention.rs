@@ -213,26 +213,36 @@ struct Running {
     sum: f32,
 }
 
-/// Queries that go through the positions together.
-struct Run<const N: usize> {
+/// Queries that go through the positions together, of at most D dimensions.
+struct Run<const N: usize, const D: usize> {
     /// Scaled by 1 / sqrt(head_dim).
-    q: [[f32; MAX_HEAD_DIM]; N],
+    q: [[f32; D]; N],
     /// Of a span's positions; then what they weigh.
     scores: [[f32; SPAN]; N],
     running: [Running; N],
     /// Of the weighed values, relative to the running maximum.
-    sums: [[f32; MAX_HEAD_DIM]; N],
+    sums: [[f32; D]; N],
 }
 
 #[inline(always)]
 fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32]) {
     let queries = task.tile.count * task.group;
     assert!(task.tile.count <= GROUP_ROWS && task.tile.first + task.tile.count <= task.rows, "a tile fits");
+    // Small buffers for small heads: to clear them costs time.
+    match task.kv.shape.head_dim {
+        ..=64 => attend_all::<S, 64>(s, task, q, queries),
+        ..=128 => attend_all::<S, 128>(s, task, q, queries),
+        _ => attend_all::<S, MAX_HEAD_DIM>(s, task, q, queries),
+    }
+}
+
+#[inline(always)]
+fn attend_all<S: Simd, const D: usize>(s: S, task: &Task<'_>, q: &[f32], queries: usize) {
     let mut i = 0;
     macro_rules! runs {
         ($($n:literal by $units:literal)*) => {
             $(while $n * $units <= S::SUMS && i + $n <= queries {
-                attend_run::<S, $n, $units>(s, task, q, i);
+                attend_run::<S, $n, $units, D>(s, task, q, i);
                 i += $n;
             })*
         };
@@ -243,13 +253,13 @@ fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32]) {
 
 /// Queries `i..i + N` over all their positions, scores of `U * 16` positions at a time.
 #[inline(always)]
-fn attend_run<S: Simd, const N: usize, const U: usize>(s: S, task: &Task<'_>, q: &[f32], i: usize) {
+fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, task: &Task<'_>, q: &[f32], i: usize) {
     let dim = task.kv.shape.head_dim;
     let mut run = Run {
-        q: [[0.0; MAX_HEAD_DIM]; N],
+        q: [[0.0; D]; N],
         scores: [[0.0; SPAN]; N],
         running: [Running { largest: f32::NEG_INFINITY, sum: 0.0 }; N],
-        sums: [[0.0; MAX_HEAD_DIM]; N],
+        sums: [[0.0; D]; N],
     };
     let scale = 1.0 / (dim as f32).sqrt();
     for (j, to) in run.q.iter_mut().enumerate() {
@@ -266,7 +276,7 @@ fn attend_run<S: Simd, const N: usize, const U: usize>(s: S, task: &Task<'_>, q:
         if task.kv.shape.block_tokens.is_multiple_of(LANES) {
             let keys = |unit: usize| keys_of(task, start + unit * LANES);
             while unit + U <= units {
-                score::<S, N, U>(s, dim, std::array::from_fn(|u| keys(unit + u)), unit, &mut run);
+                score::<S, N, U, D>(s, dim, std::array::from_fn(|u| keys(unit + u)), unit, &mut run);
                 unit += U;
             }
             while unit < units {
@@ -287,11 +297,11 @@ fn attend_run<S: Simd, const N: usize, const U: usize>(s: S, task: &Task<'_>, q:
         // What a query does not see has no weight.
         let mut part = 0;
         while part + U * LANES <= dim {
-            add_values::<S, N, U>(s, task, start..start + here, part, &mut run);
+            add_values::<S, N, U, D>(s, task, start..start + here, part, &mut run);
             part += U * LANES;
         }
         while part < dim {
-            add_values::<S, N, 1>(s, task, start..start + here, part, &mut run);
+            add_values::<S, N, 1, D>(s, task, start..start + here, part, &mut run);
             part += LANES;
         }
     }
@@ -338,15 +348,15 @@ fn gather_keys<'a>(task: &Task<'_>, position: usize, end: usize, gathered: &'a m
 
 /// The products of all queries with U times 16 keys, into the units from `unit` on of their scores.
 #[inline(always)]
-fn score<S: Simd, const N: usize, const U: usize>(
+fn score<S: Simd, const N: usize, const U: usize, const D: usize>(
     s: S,
     dim: usize,
     keys: [Keys<'_>; U],
     unit: usize,
-    run: &mut Run<N>,
+    run: &mut Run<N, D>,
 ) {
     let mut sums = [[s.splat(0.0); U]; N];
-    for d in 0..dim.min(MAX_HEAD_DIM) {
+    for d in 0..dim.min(D) {
         let mut key = [s.splat(0.0); U];
         unrolled!(u in U => {
             let Some(bits) = keys[u].bits[d * keys[u].stride..].first_chunk() else { break };
@@ -400,12 +410,12 @@ fn weigh(scores: &mut [f32; SPAN], seen: usize, running: &mut Running, sums: &mu
 
 /// sums += weights * V over `positions` of one span, in U times 16 dimensions from `part` on.
 #[inline(always)]
-fn add_values<S: Simd, const N: usize, const U: usize>(
+fn add_values<S: Simd, const N: usize, const U: usize, const D: usize>(
     s: S,
     task: &Task<'_>,
     positions: std::ops::Range<usize>,
     part: usize,
-    run: &mut Run<N>,
+    run: &mut Run<N, D>,
 ) {
     let shape = task.kv.shape;
     let (dim, tokens) = (shape.head_dim, shape.block_tokens);

@@ -3,7 +3,7 @@
 
 use super::Shared;
 use super::lora::{Adapters, expand, fetch};
-use super::quantize::{PANEL, QuantizedRows};
+use super::quantize::{PANEL, QuantizedRows, Shift};
 use super::simd::{Level, f16_value, prefetch, unrolled};
 use super::team::Team;
 use crate::kernels::blocks::{BLOCK, QType};
@@ -188,8 +188,9 @@ trait Lanes: Copy {
     fn scale(self, a: Self::Float, by: f32) -> Self::Float;
     /// a * b + c, rounded once.
     fn mul_add(self, a: Self::Float, b: f32, c: Self::Float) -> Self::Float;
-    /// float(t) * (d * s) + c, the product and the sum rounded once together.
-    fn add_product(self, t: Self::Int, d: Self::Float, s: f32, c: Self::Float) -> Self::Float;
+    /// (float(t) << shift) * d + c, the product and the sum rounded once together. The shift is added to the exponent, which costs less
+    /// than to shift t; the least of numbers that makes of a zero is lost in any sum.
+    fn add_product(self, t: Self::Int, shift: Shift, d: Self::Float, c: Self::Float) -> Self::Float;
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
     /// `ROWS` floats.
     fn load(self, from: &[f32]) -> Self::Float;
@@ -242,7 +243,7 @@ fn group<L: Lanes, F: Format, const N: usize>(
     assert!(first + N <= PANEL, "the rows lie in one panel");
     for at in (0..TILE_ROWS).step_by(L::ROWS) {
         let mut sums = [l.zero(); N];
-        for (b, x) in panel.iter().enumerate() {
+        for (b, block) in panel.iter().enumerate() {
             let tile = &tiles[b * tile_bytes(F::QTYPE)..][..tile_bytes(F::QTYPE)];
             if let Some(ahead) = ahead.get(b * tile_bytes(F::QTYPE)..(b + 1) * tile_bytes(F::QTYPE)) {
                 prefetch(ahead);
@@ -256,14 +257,14 @@ fn group<L: Lanes, F: Format, const N: usize>(
             let w = if F::NIBBLES { l.nibbles(quants, 4 * at) } else { l.bytes(quants, 4 * at) };
             unrolled!(r in N => {
                 let r0 = first + r;
-                let [high, low] = &x.quants[r0];
+                let [high, low] = &block.quants[r0];
                 let t = l.join(dot::<L, F>(l, &w, high), dot::<L, F>(l, &w, low));
-                sums[r] = l.mul_add(m, x.sum[r0], sums[r]);
-                sums[r] = l.add_product(t, d, x.scale[r0], sums[r]);
+                sums[r] = l.mul_add(m, block.sum[r0], sums[r]);
+                sums[r] = l.add_product(t, block.shift[r0], d, sums[r]);
             });
         }
         unrolled!(r in N => {
-            out.put(l, row + r, at, sums[r]);
+            out.put(l, row + r, at, l.scale(sums[r], x.unit(row + r)));
         });
     }
 }
@@ -327,8 +328,8 @@ impl Lanes for Plain {
         std::array::from_fn(|r| a[r].mul_add(b, c[r]))
     }
     #[inline(always)]
-    fn add_product(self, t: Self::Int, d: Self::Float, s: f32, c: Self::Float) -> Self::Float {
-        std::array::from_fn(|r| (t[r] as f32).mul_add(d[r] * s, c[r]))
+    fn add_product(self, t: Self::Int, shift: Shift, d: Self::Float, c: Self::Float) -> Self::Float {
+        std::array::from_fn(|r| f32::from_bits((t[r] as f32).to_bits().wrapping_add(shift.0)).mul_add(d[r], c[r]))
     }
     #[inline(always)]
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float {
@@ -376,7 +377,7 @@ impl Lanes for Plain {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{BLOCK, FOURS, Lanes};
+    use super::{BLOCK, FOURS, Lanes, Shift};
 
     /// Where x's bytes `4 g..4 g + 4` begin, as one integer.
     #[inline(always)]
@@ -416,8 +417,12 @@ mod x86 {
             unsafe { _mm512_fmadd_ps(a, _mm512_set1_ps(b), c) }
         }
         #[inline(always)]
-        fn add_product(self, t: __m512i, d: __m512, s: f32, c: __m512) -> __m512 {
-            unsafe { _mm512_fmadd_ps(_mm512_cvtepi32_ps(t), _mm512_mul_ps(d, _mm512_set1_ps(s)), c) }
+        fn add_product(self, t: __m512i, shift: Shift, d: __m512, c: __m512) -> __m512 {
+            unsafe {
+                let t = _mm512_castps_si512(_mm512_cvtepi32_ps(t));
+                let t = _mm512_add_epi32(t, _mm512_set1_epi32(shift.0 as i32));
+                _mm512_fmadd_ps(_mm512_castsi512_ps(t), d, c)
+            }
         }
         #[inline(always)]
         fn add(self, a: __m512, b: __m512) -> __m512 {
@@ -504,8 +509,12 @@ mod x86 {
             unsafe { _mm256_fmadd_ps(a, _mm256_set1_ps(b), c) }
         }
         #[inline(always)]
-        fn add_product(self, t: __m256i, d: __m256, s: f32, c: __m256) -> __m256 {
-            unsafe { _mm256_fmadd_ps(_mm256_cvtepi32_ps(t), _mm256_mul_ps(d, _mm256_set1_ps(s)), c) }
+        fn add_product(self, t: __m256i, shift: Shift, d: __m256, c: __m256) -> __m256 {
+            unsafe {
+                let t = _mm256_castps_si256(_mm256_cvtepi32_ps(t));
+                let t = _mm256_add_epi32(t, _mm256_set1_epi32(shift.0 as i32));
+                _mm256_fmadd_ps(_mm256_castsi256_ps(t), d, c)
+            }
         }
         #[inline(always)]
         fn add(self, a: __m256, b: __m256) -> __m256 {

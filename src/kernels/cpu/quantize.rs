@@ -1,13 +1,22 @@
-//! Activations for the quantised matmul: each row by itself, in blocks of 32, in 15 bits as two bytes a value.
+//! Activations for the quantised matmul: each row by itself, in 15 bits as two bytes a value, with one unit for the row and a shift for each
+//! block of 32.
 //!
-//! A block's values are `scale * (128 * high + low)`. Not one byte a value: a few huge activations take the range of their block, and what
-//! that does to log-probabilities the parity gate takes for an adapter that is served otherwise than it was trained (`docs/LOG.md`).
+//! A block's values are `unit * (128 * high + low) << shift`: a block without large values keeps finer steps than the row's largest would
+//! leave it, and the matmul still adds all of a row's blocks up in one unit. Not one byte a value: a few huge activations take the range
+//! of their block, and what that does to log-probabilities the parity gate takes for an adapter that is served otherwise than it was
+//! trained (`docs/LOG.md`).
 
 use super::simd::{LANES, Level, Simd, dispatch};
 use crate::kernels::blocks::BLOCK;
 
 /// The largest quantised value.
 const LARGEST: f32 = 127.0 * 128.0;
+
+/// The largest shift, that of the row's largest values.
+const MAX_SHIFT: u32 = 4;
+
+/// Rows whose largest magnitude is less are taken for zeros: their unit's inverse would be no number.
+const SMALLEST: f32 = 1e-30;
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 8;
@@ -18,12 +27,19 @@ pub(super) const PANEL: usize = 8;
 pub(super) struct PanelBlock {
     /// Of each row the high bytes and the low ones.
     pub quants: [[[i8; BLOCK]; 2]; PANEL],
-    pub scale: [f32; PANEL],
-    /// The sum of the block's values.
+    pub shift: [Shift; PANEL],
+    /// The sum of the block's values, in the row's unit.
     pub sum: [f32; PANEL],
 }
 
-const EMPTY: PanelBlock = PanelBlock { quants: [[[0; BLOCK]; 2]; PANEL], scale: [0.0; PANEL], sum: [0.0; PANEL] };
+/// A power of two, as what is to be added to a float's bits for a multiplication by it: the exponent in its place.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Shift(pub u32);
+
+/// Where a float's exponent begins.
+const EXPONENT: u32 = 23;
+
+const EMPTY: PanelBlock = PanelBlock { quants: [[[0; BLOCK]; 2]; PANEL], shift: [Shift(0); PANEL], sum: [0.0; PANEL] };
 
 /// Quantised rows `[rows, cols]`, in panels of 8 rows, the last one filled up.
 #[derive(Debug, Default)]
@@ -32,6 +48,8 @@ pub struct QuantizedRows {
     blocks: usize,
     /// `[panels, blocks]`.
     panels: Vec<PanelBlock>,
+    /// Of each row.
+    units: Vec<f32>,
 }
 
 /// All rows, to be written by several threads, each its own.
@@ -40,6 +58,7 @@ pub(super) struct RowWriter {
     rows: usize,
     blocks: usize,
     panels: *mut PanelBlock,
+    units: *mut f32,
 }
 
 // SAFETY: `write` is unsafe and asks that no two threads write the same row.
@@ -53,7 +72,8 @@ impl QuantizedRows {
         let blocks = cols / BLOCK;
         (self.rows, self.blocks) = (rows, blocks);
         self.panels.resize(rows.div_ceil(PANEL) * blocks, EMPTY);
-        RowWriter { rows, blocks, panels: self.panels.as_mut_ptr() }
+        self.units.resize(rows, 0.0);
+        RowWriter { rows, blocks, panels: self.panels.as_mut_ptr(), units: self.units.as_mut_ptr() }
     }
 
     pub fn rows(&self) -> usize {
@@ -68,6 +88,11 @@ impl QuantizedRows {
     #[inline(always)]
     pub(super) fn panel(&self, i: usize) -> &[PanelBlock] {
         &self.panels[i * self.blocks..][..self.blocks]
+    }
+
+    #[inline(always)]
+    pub(super) fn unit(&self, row: usize) -> f32 {
+        self.units[row]
     }
 }
 
@@ -85,35 +110,50 @@ impl RowWriter {
     /// As of [`RowWriter::write`].
     unsafe fn write_at(&self, level: Level, row: usize, x: &[f32]) {
         assert!(row < self.rows && x.len() == self.blocks * BLOCK, "a row fits");
-        // SAFETY: the row lies within the panels, which were made for `rows` rows, and is ours.
-        let to = unsafe { Place { blocks: self.panels.add(row / PANEL * self.blocks), row: row % PANEL } };
-        dispatch!(level, quantize, x: &[f32], to: Place);
+        // SAFETY: the row lies within the panels and the units, which were made for `rows` rows, and is ours.
+        let to = unsafe {
+            Place {
+                blocks: self.panels.add(row / PANEL * self.blocks),
+                row: row % PANEL,
+                unit: &mut *self.units.add(row),
+            }
+        };
+        dispatch!(level, quantize, x: &[f32], to: Place<'_>);
     }
 }
 
 /// Where a quantised row goes: a panel's blocks, of which this row alone is ours.
-#[derive(Clone, Copy)]
-struct Place {
+struct Place<'a> {
     blocks: *mut PanelBlock,
     row: usize,
+    unit: &'a mut f32,
 }
 
 #[inline(always)]
-fn quantize<S: Simd>(s: S, x: &[f32], to: Place) {
-    for (b, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
-        let halves = x.as_chunks::<LANES>().0;
-        let x = [s.load(&halves[0]), s.load(&halves[1])];
-        let largest = f32::from_bits(s.largest(x));
-        let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
-        // What is broken must not look like zeros.
-        let unit = if largest.is_finite() { largest / LARGEST } else { f32::NAN };
+fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
+    let blocks = x.as_chunks::<BLOCK>().0;
+    let load = |x: &[f32; BLOCK]| [0, 1].map(|half| s.load(&x.as_chunks::<LANES>().0[half]));
+    let largest = blocks.iter().fold(s.splat(0.0), |largest, x| s.larger_magnitudes(largest, load(x)));
+    let largest = s.largest(largest);
+    let row = f32::from_bits(largest);
+    let inverse = if row >= SMALLEST { LARGEST / row } else { 0.0 };
+    // What is broken must not look like zeros.
+    *to.unit = if row.is_finite() { row / LARGEST / (1 << MAX_SHIFT) as f32 } else { f32::NAN };
+    for (b, x) in blocks.iter().enumerate() {
+        let x = load(x);
+        let own = s.largest(s.larger_magnitudes(s.splat(0.0), x));
+        // How often the block's largest value can be doubled within the row's: the difference of the exponents, less one where the
+        // mantissa is larger.
+        let finer = ((largest - own) >> EXPONENT).min(MAX_SHIFT);
+        let by = inverse * f32::from_bits((127 + finer) << EXPONENT);
+        let shift = MAX_SHIFT - finer;
         // SAFETY: the panel has as many blocks as the row, and within them the row's places are ours.
         unsafe {
             let block = to.blocks.add(b);
             let [high, low] = &mut (*block).quants[to.row];
-            let sum = s.split(x, inverse, high, low);
-            (*block).scale[to.row] = unit;
-            (*block).sum[to.row] = unit * sum as f32;
+            let sum = s.split(x, by, high, low);
+            (*block).shift[to.row] = Shift(shift << EXPONENT);
+            (*block).sum[to.row] = (sum << shift) as f32;
         }
     }
 }
@@ -132,8 +172,8 @@ impl QuantizedRows {
     /// The value that a place stands for.
     pub fn value(&self, row: usize, col: usize) -> f64 {
         let block = &self.panel(row / PANEL)[col / BLOCK];
-        let [high, low] = block.quants[row % PANEL].map(|part| i32::from(part[col % BLOCK]));
-        f64::from(block.scale[row % PANEL]) * f64::from(128 * high + low)
+        let [high, low] = block.quants[row % PANEL].map(|part| i64::from(part[col % BLOCK]));
+        f64::from(self.unit(row)) * ((128 * high + low) << (block.shift[row % PANEL].0 >> EXPONENT)) as f64
     }
 }
 
@@ -148,35 +188,38 @@ mod tests {
         sound[200..260].fill(0.0);
         let mut broken = sound.clone();
         (broken[3], broken[70]) = (f32::NAN, f32::INFINITY);
+        let tiny: Vec<f32> = sound.iter().map(|x| x * 1e-38).collect();
         let quantized = |level, x: &[f32]| {
             let mut q = QuantizedRows::default();
             let writer = q.resize(PANEL + 2, 320);
             // SAFETY: the rows are alive and written one by one.
             [1, PANEL + 1].into_iter().for_each(|row| unsafe { writer.write_at(level, row, x) });
-            let row = |panel: usize| {
-                let bits = |x: f32| if x.is_nan() { 1 } else { x.to_bits() };
-                // The quants of a block whose scale is not a number are anything.
-                let quants = |block: &PanelBlock| block.scale[1].is_finite().then_some(block.quants[1]);
-                let blocks = q.panel(panel).iter();
-                blocks.map(|block| (quants(block), bits(block.scale[1]), bits(block.sum[1]))).collect::<Vec<_>>()
+            let row = |row: usize| {
+                let own = |block: &PanelBlock| (block.quants[1], block.shift[1], block.sum[1]);
+                // The quants of a row whose unit is not a number are anything.
+                let unit = q.unit(row);
+                (!unit.is_nan()).then(|| (unit, q.panel(row / PANEL).iter().map(own).collect::<Vec<_>>()))
             };
-            assert_eq!(row(0), row(1), "the same row wherever it lies");
-            row(0)
+            assert_eq!(row(1), row(PANEL + 1), "the same row wherever it lies");
+            row(1)
         };
-        assert_eq!(quantized(Level::Portable, &broken).iter().filter(|(_, scale, _)| *scale == 1).count(), 2);
-        for (level, x) in Level::all().flat_map(|level| [(level, &sound), (level, &broken)]) {
+        assert_eq!(quantized(Level::Portable, &broken), None);
+        for (level, x) in Level::all().flat_map(|level| [&sound, &broken, &tiny].map(|x| (level, x))) {
             assert_eq!(quantized(level, x), quantized(Level::Portable, x), "{level:?}");
         }
     }
 
+    /// A block's step is at most twice what its own largest value would ask for, and never more than a sixteenth of the row's.
     #[test]
     fn values_are_kept_to_half_a_step() {
-        let mut x: Vec<f32> = (0..96).map(|i| (i as f32 * 0.7).sin()).collect();
+        let mut x: Vec<f32> = (0..128).map(|i| (i as f32 * 0.7).sin()).collect();
         x[40] = -500.0;
-        let q = QuantizedRows::of(&x, 96);
-        for (col, x) in x.iter().enumerate() {
-            let step = f64::from(q.panel(0)[col / BLOCK].scale[0]);
-            assert!((q.value(0, col) - f64::from(*x)).abs() <= 0.51 * step, "{col}");
+        x[96..].iter_mut().for_each(|x| *x *= 100.0);
+        let q = QuantizedRows::of(&x, 128);
+        for (col, value) in x.iter().enumerate() {
+            let own = x[col / BLOCK * BLOCK..][..BLOCK].iter().fold(0.0f32, |a, b| a.max(b.abs()));
+            let step = f64::from((own * 2.0).max(500.0 / 16.0).min(500.0) / LARGEST);
+            assert!((q.value(0, col) - f64::from(*value)).abs() <= 0.51 * step, "{col}");
         }
     }
 
@@ -185,9 +228,9 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = [1.0; 64];
             x[3] = bad;
-            let q = QuantizedRows::of(&x, 64);
-            let [first, second] = [&q.panel(0)[0], &q.panel(0)[1]];
-            assert!(first.scale[0].is_nan() && first.sum[0].is_nan() && second.scale[0] == 1.0 / LARGEST);
+            assert!(QuantizedRows::of(&x, 64).unit(0).is_nan());
         }
+        let tiny = QuantizedRows::of(&[1e-31; 64], 64);
+        assert!((0..64).all(|col| tiny.value(0, col) == 0.0));
     }
 }

@@ -142,8 +142,10 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn halves(self, bits: &[u16; LANES]) -> Self::F;
     /// The values of bfloat16 bits.
     fn brains(self, bits: &[u16; LANES]) -> Self::F;
-    /// The bits of the largest magnitude; those of infinity or more where a value is not finite.
-    fn largest(self, x: [Self::F; 2]) -> u32;
+    /// Lane by lane the largest magnitude, as integers compare: of infinity or more where a value is not finite.
+    fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F;
+    /// The bits of the largest lane; none has a sign.
+    fn largest(self, x: Self::F) -> u32;
     /// Integers q = round(x * by), ties to even, as `128 * high + low` with low in [-64, 63]; gives the sum of q. |x * by| is at
     /// most 127 * 128; where it is not a number q is anything.
     fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32;
@@ -182,8 +184,13 @@ impl Simd for Portable {
         bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
-    fn largest(self, x: [Self::F; 2]) -> u32 {
-        x.as_flattened().iter().fold(0, |largest, x| largest.max(x.to_bits() & MAGNITUDE))
+    fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
+        let bits = |x: f32| x.to_bits() & MAGNITUDE;
+        std::array::from_fn(|i| f32::from_bits(bits(largest[i]).max(bits(x[0][i])).max(bits(x[1][i]))))
+    }
+    #[inline(always)]
+    fn largest(self, x: Self::F) -> u32 {
+        x.iter().fold(0, |largest, x| largest.max(x.to_bits()))
     }
     #[inline(always)]
     fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
@@ -273,14 +280,23 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn largest(self, x: [Self::F; 2]) -> u32 {
+        fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
             unsafe {
                 let mask = _mm256_set1_epi32(MAGNITUDE as i32);
-                let mut largest = _mm256_setzero_si256();
-                for x in [x[0][0], x[0][1], x[1][0], x[1][1]] {
-                    largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(x), mask));
+                let bits = |x: __m256| _mm256_and_si256(_mm256_castps_si256(x), mask);
+                let mut larger = largest;
+                for (i, larger) in larger.iter_mut().enumerate() {
+                    let of_x = _mm256_max_epi32(bits(x[0][i]), bits(x[1][i]));
+                    *larger = _mm256_castsi256_ps(_mm256_max_epi32(bits(*larger), of_x));
                 }
-                let four = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
+                larger
+            }
+        }
+        #[inline(always)]
+        fn largest(self, x: Self::F) -> u32 {
+            unsafe {
+                let eight = _mm256_max_epi32(_mm256_castps_si256(x[0]), _mm256_castps_si256(x[1]));
+                let four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
                 let two = _mm_max_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
                 _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two))) as u32
             }
@@ -342,13 +358,17 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn largest(self, x: [Self::F; 2]) -> u32 {
+        fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
             unsafe {
                 let mask = _mm512_set1_epi32(MAGNITUDE as i32);
                 let [first, second] = [_mm512_castps_si512(x[0]), _mm512_castps_si512(x[1])];
-                let larger = _mm512_max_epi32(_mm512_and_si512(first, mask), _mm512_and_si512(second, mask));
-                _mm512_reduce_max_epi32(larger) as u32
+                let of_x = _mm512_max_epi32(_mm512_and_si512(first, mask), _mm512_and_si512(second, mask));
+                _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(largest), of_x))
             }
+        }
+        #[inline(always)]
+        fn largest(self, x: Self::F) -> u32 {
+            unsafe { _mm512_reduce_max_epi32(_mm512_castps_si512(x)) as u32 }
         }
         #[inline(always)]
         fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
