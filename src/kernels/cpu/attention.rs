@@ -7,7 +7,7 @@
 use super::Shared;
 use super::lora::GROUP_ROWS;
 use super::rows::rotate;
-use super::simd::{LANES, Level, Simd, dispatch, exp, f16_bits, max_pairwise, sum_pairwise, unrolled};
+use super::simd::{LANES, Level, Simd, dispatch, exp, larger, max_pairwise, sum_pairwise, unrolled};
 use super::team::Team;
 
 /// Widest head the kernel's buffers hold.
@@ -102,25 +102,41 @@ pub fn rope_and_store<'t>(
             rotate(k, cos, sin);
             let (block, at) = (tile.blocks[position / shape.block_tokens], position % shape.block_tokens);
             assert!((block as usize + 1) * shape.block_len() <= len, "the cache has the block");
-            for (head, (k, v)) in k
-                .chunks_exact(shape.head_dim)
-                .zip(v[row * k_width..].chunks_exact(shape.head_dim))
-                .enumerate()
-                .take(shape.kv_heads)
-            {
-                let place = shape.head(block, head);
-                // SAFETY: no other row has this position of this block, and the place lies within the block.
-                unsafe {
-                    for (d, k) in k.iter().enumerate() {
-                        keys.put(place + d * shape.block_tokens + at, f16_bits(*k));
-                    }
-                    for (d, v) in v.iter().enumerate() {
-                        values.put(place + at * shape.head_dim + d, f16_bits(*v));
-                    }
-                }
-            }
+            let (k, v) = (&*k, &v[row * k_width..][..k_width]);
+            let place = Place { shape, block, at, keys: keys.get(), values: values.get() };
+            dispatch!(Level::best(), store, k: &[f32], v: &[f32], place: Place);
         }
     });
+}
+
+/// A position in the cache, which is the holder's alone.
+#[derive(Clone, Copy)]
+struct Place {
+    shape: KvShape,
+    block: u32,
+    at: usize,
+    keys: *mut u16,
+    values: *mut u16,
+}
+
+#[inline(always)]
+fn store<S: Simd>(s: S, k: &[f32], v: &[f32], to: Place) {
+    let KvShape { head_dim, block_tokens, .. } = to.shape;
+    let width = head_dim / LANES;
+    let parts = k.as_chunks::<LANES>().0.iter().zip(v.as_chunks::<LANES>().0);
+    for (i, (k, v)) in parts.enumerate() {
+        let (head, d) = (to.shape.head(to.block, i / width), i % width * LANES);
+        let (k, v) = (s.to_halves(s.load(k)), s.to_halves(s.load(v)));
+        // SAFETY: the places lie within the block, and are the holder's alone.
+        unsafe {
+            let (keys, values) =
+                (to.keys.add(head + d * block_tokens + to.at), to.values.add(head + to.at * head_dim + d));
+            for (j, k) in k.into_iter().enumerate() {
+                keys.add(j * block_tokens).write(k);
+            }
+            values.cast::<[u16; LANES]>().write_unaligned(v);
+        }
+    }
 }
 
 /// As [`Shared`], of half-precision bits.
@@ -133,12 +149,8 @@ unsafe impl Send for SharedHalves {}
 unsafe impl Sync for SharedHalves {}
 
 impl SharedHalves {
-    /// # Safety
-    /// `at` lies in the slice the pointer was taken from, and no other worker touches it.
-    #[inline(always)]
-    unsafe fn put(&self, at: usize, bits: u16) {
-        // SAFETY: the caller vouches for it.
-        unsafe { self.0.add(at).write(bits) };
+    fn get(&self) -> *mut u16 {
+        self.0
     }
 }
 
@@ -387,10 +399,10 @@ fn weigh(scores: &mut [f32; SPAN], seen: usize, running: &mut Running, sums: &mu
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for chunk in scores.as_chunks::<LANES>().0 {
         for i in 0..LANES {
-            lanes[i] = lanes[i].max(chunk[i]);
+            lanes[i] = larger(lanes[i], chunk[i]);
         }
     }
-    let largest = running.largest.max(max_pairwise(lanes));
+    let largest = larger(running.largest, max_pairwise(lanes));
     let mut total = [0.0f32; LANES];
     for chunk in scores.as_chunks_mut::<LANES>().0 {
         for i in 0..LANES {

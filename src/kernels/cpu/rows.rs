@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::simd::{LANES, dot, exp, max_pairwise, multiversion};
+use super::simd::{LANES, dot, exp, larger, max_pairwise, multiversion};
 
 /// Rows a task takes at least, so that small batches stay on one core.
 const MIN_ROWS: usize = 8;
@@ -103,10 +103,10 @@ multiversion! {
         let (whole, rest) = row.as_chunks::<LANES>();
         for chunk in whole {
             for i in 0..LANES {
-                tops[i] = tops[i].max(chunk[i]);
+                tops[i] = larger(tops[i], chunk[i]);
             }
         }
-        let largest = rest.iter().fold(max_pairwise(tops), |a, &b| a.max(b));
+        let largest = rest.iter().fold(max_pairwise(tops), |a, &b| larger(a, b));
         let mut sums = [0.0f64; LANES];
         for chunk in whole {
             for i in 0..LANES {
@@ -126,11 +126,11 @@ multiversion! {
         let (whole, rest) = row.as_chunks::<LANES>();
         for chunk in whole {
             for i in 0..LANES {
-                tops[i] = tops[i].max(chunk[i]);
+                tops[i] = larger(tops[i], chunk[i]);
                 broken[i] |= chunk[i].is_nan();
             }
         }
-        let largest = rest.iter().fold(max_pairwise(tops), |a, &b| a.max(b));
+        let largest = rest.iter().fold(max_pairwise(tops), |a, &b| larger(a, b));
         if broken.contains(&true) || rest.iter().any(|x| x.is_nan()) || !largest.is_finite() {
             return None;
         }

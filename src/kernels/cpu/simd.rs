@@ -140,6 +140,8 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The values of half-precision bits.
     fn halves(self, bits: &[u16; LANES]) -> Self::F;
+    /// The nearest half-precision numbers' bits, saturating.
+    fn to_halves(self, x: Self::F) -> [u16; LANES];
     /// The values of bfloat16 bits.
     fn brains(self, bits: &[u16; LANES]) -> Self::F;
     /// Lane by lane the largest magnitude, as integers compare: of infinity or more where a value is not finite.
@@ -180,6 +182,10 @@ impl Simd for Portable {
         bits.map(f16_value)
     }
     #[inline(always)]
+    fn to_halves(self, x: Self::F) -> [u16; LANES] {
+        x.map(f16_bits)
+    }
+    #[inline(always)]
     fn brains(self, bits: &[u16; LANES]) -> Self::F {
         bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
@@ -210,7 +216,7 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{LANES, MAGNITUDE, Simd};
+    use super::{LANES, LARGEST_HALF, MAGNITUDE, Simd};
     use crate::kernels::blocks::BLOCK;
     use std::arch::x86_64::*;
 
@@ -269,6 +275,20 @@ mod x86 {
             unsafe {
                 let bits = bits.as_ptr().cast::<__m128i>();
                 [_mm256_cvtph_ps(_mm_loadu_si128(bits)), _mm256_cvtph_ps(_mm_loadu_si128(bits.add(1)))]
+            }
+        }
+        #[inline(always)]
+        fn to_halves(self, x: Self::F) -> [u16; LANES] {
+            unsafe {
+                let (most, least) = (_mm256_set1_ps(LARGEST_HALF), _mm256_set1_ps(-LARGEST_HALF));
+                let mut bits = [0; LANES];
+                for (i, x) in x.into_iter().enumerate() {
+                    // What is not a number comes second, and so comes through.
+                    let x = _mm256_max_ps(least, _mm256_min_ps(most, x));
+                    let to = bits.as_mut_ptr().add(8 * i).cast();
+                    _mm_storeu_si128(to, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
+                }
+                bits
             }
         }
         #[inline(always)]
@@ -351,6 +371,18 @@ mod x86 {
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
         }
         #[inline(always)]
+        fn to_halves(self, x: Self::F) -> [u16; LANES] {
+            unsafe {
+                let (most, least) = (_mm512_set1_ps(LARGEST_HALF), _mm512_set1_ps(-LARGEST_HALF));
+                // What is not a number comes second, and so comes through.
+                let x = _mm512_max_ps(least, _mm512_min_ps(most, x));
+                let mut bits = [0; LANES];
+                let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
+                _mm256_storeu_si256(bits.as_mut_ptr().cast(), halves);
+                bits
+            }
+        }
+        #[inline(always)]
         fn brains(self, bits: &[u16; LANES]) -> Self::F {
             unsafe {
                 let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits.as_ptr().cast()));
@@ -392,6 +424,9 @@ mod x86 {
 /// The bits of a float but its sign.
 const MAGNITUDE: u32 = 0x7FFF_FFFF;
 
+/// The largest finite half-precision number.
+const LARGEST_HALF: f32 = 65504.0;
+
 /// Floats of a vector, and partial sums of a dot product.
 pub(super) const LANES: usize = 16;
 
@@ -416,7 +451,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// x = softmax(scale * x), its sum in 16 lanes, then pairwise.
 #[inline(always)]
 pub(super) fn softmax(x: &mut [f32], scale: f32) {
-    let largest = x.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+    let largest = x.iter().fold(f32::NEG_INFINITY, |a, &b| larger(a, b));
     let mut lanes = [0.0f32; LANES];
     let (whole, rest) = x.as_chunks_mut::<LANES>();
     for chunk in whole {
@@ -435,13 +470,20 @@ pub(super) fn softmax(x: &mut [f32], scale: f32) {
     }
 }
 
+/// The larger of two numbers: one instruction, where `max` takes three to see to what is not a number. Here `b`, if that is not one, is
+/// left out.
+#[inline(always)]
+pub(super) fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
 /// The largest of the lanes.
 #[inline(always)]
 pub(super) fn max_pairwise(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] = lanes[i].max(lanes[i + width]);
+            lanes[i] = larger(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }
@@ -504,7 +546,7 @@ pub fn f16_value(bits: u16) -> f32 {
 /// The nearest half-precision number's bits, saturating.
 #[inline]
 pub fn f16_bits(x: f32) -> u16 {
-    half::f16::from_f32(x.clamp(-65504.0, 65504.0)).to_bits()
+    half::f16::from_f32(x.clamp(-LARGEST_HALF, LARGEST_HALF)).to_bits()
 }
 
 #[cfg(test)]
@@ -520,6 +562,24 @@ mod tests {
         }
         assert_eq!(exp(-1000.0), 0.0);
         assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn all_forms_round_to_the_same_halves() {
+        fn kernel<S: Simd>(s: S, x: &[f32; LANES], out: &mut [u16; LANES]) {
+            *out = s.to_halves(s.load(x));
+        }
+        let special =
+            [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e9, -1e9, 65_519.9, 1e-7, -3e-8, 1e-9, -0.0, 0.1, 1.0];
+        let mut x = [0.333; LANES];
+        x[..special.len()].copy_from_slice(&special);
+        for level in Level::all() {
+            let mut got = [0; LANES];
+            let (x, out) = (&x, &mut got);
+            dispatch!(level, kernel, x: &[f32; LANES], out: &mut [u16; LANES]);
+            let same = |(got, x): (&u16, &f32)| *got == f16_bits(*x) || x.is_nan() && f16_value(*got).is_nan();
+            assert!(got.iter().zip(x).all(same), "{level:?} {got:x?}");
+        }
     }
 
     #[test]
