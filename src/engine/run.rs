@@ -14,7 +14,7 @@ use crate::engine::sequence::{Next, Reading, Sequence};
 use crate::engine::stats;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::Team;
-use crate::model::batch::{Executor, Span};
+use crate::model::batch::{Executor, Span, reused};
 use crate::text::Text;
 
 /// What reaches the loop from outside.
@@ -203,12 +203,6 @@ impl Loop {
         }
         if idle { Ok(()) } else { Err(Error::internal(format!("{} sequences are under way", self.sequences.len()))) }
     }
-}
-
-/// The memory of a list of spans, for spans of other sequences. (Collecting an emptied list in place keeps its memory.)
-fn reused<'a>(mut spans: Vec<Span<'_>>) -> Vec<Span<'a>> {
-    spans.clear();
-    spans.into_iter().map_while(|_| None).collect()
 }
 
 /// The plan's rows as the model takes them.

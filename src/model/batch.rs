@@ -91,3 +91,8 @@ impl KvLayout {
         Ok(())
     }
 }
+/// The memory of a list, for elements that differ in what they borrow from. (Collecting an emptied list in place keeps its memory.)
+pub fn reused<A, B>(mut list: Vec<A>) -> Vec<B> {
+    list.clear();
+    list.into_iter().map_while(|_| None).collect()
+}

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use crate::adapter::{PackedLora, Site};
 use crate::error::Result;
-use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, QuantizedRows, RowGroup, RowTile, Team};
+use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, LoraPair, QuantizedRows, RowGroup, RowTile, Team};
 use crate::model::Model;
-use crate::model::batch::{Executor, KvLayout, Span};
+use crate::model::batch::{Executor, KvLayout, Span, reused};
 use crate::model::kv::KvCache;
 use crate::model::llama::{self, Norm, Ops};
 use crate::request::Target;
@@ -24,6 +24,8 @@ pub(super) struct Exec {
     model: Arc<Model>,
     kv: KvCache,
     rows: Rows,
+    /// The memory of all steps' pairs.
+    pairs: Vec<Option<LoraPair<'static>>>,
     buffers: Buffers,
     logits: Vec<f32>,
 }
@@ -34,7 +36,7 @@ impl Exec {
         // As many as the cache has, so that growing sequences take no memory.
         let rows = Rows { tables: Vec::with_capacity(kv.blocks), ..Rows::default() };
         let kv = KvCache::new(model.config(), kv);
-        Ok(Self { model, kv, rows, buffers: Buffers::default(), logits: Vec::new() })
+        Ok(Self { model, kv, rows, pairs: Vec::new(), buffers: Buffers::default(), logits: Vec::new() })
     }
 }
 
@@ -42,14 +44,18 @@ impl Executor for Exec {
     fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
         self.kv.layout().check_spans(&self.model, spans)?;
         self.rows.fill(spans);
+        let mut pairs = reused(std::mem::take(&mut self.pairs));
+        self.rows.pairs(self.model.config().layers, &mut pairs);
         let mut pass = ExecPass {
             model: &self.model,
             team: Team::get(),
             rows: &self.rows,
+            adapted: Adapted { rows: &self.rows, pairs: &pairs },
             kv: &mut self.kv,
             buffers: &mut self.buffers,
         };
         let done = llama::hidden(&self.model, &mut pass);
+        self.pairs = reused(pairs);
         self.rows.adapters.clear();
         done?;
         let (head, rows) = (self.model.head(), self.rows.kept.len());
@@ -58,7 +64,7 @@ impl Executor for Exec {
         }
         self.logits.resize(rows * head.rows(), 0.0);
         let layer = Linear { matrix: head, y: &mut self.logits, accumulate: false };
-        cpu::linear(Team::get(), &self.buffers.quantized, &mut [layer], None);
+        cpu::linear(Team::get(), &self.buffers.quantized, &mut [layer], None, None);
         Ok(&self.logits)
     }
 }
@@ -170,6 +176,7 @@ struct ExecPass<'a> {
     model: &'a Model,
     team: &'static Team,
     rows: &'a Rows,
+    adapted: Adapted<'a>,
     kv: &'a mut KvCache,
     buffers: &'a mut Buffers,
 }
@@ -191,21 +198,38 @@ impl Rows {
         self.ids.len()
     }
 
-    /// Runs `f` with the batch's adapters at the layers of one input, where there are any.
-    fn with_adapters(&self, sites: &[Site], f: impl FnOnce(Option<&Adapters<'_>>)) {
-        if self.adapters.is_empty() || sites.is_empty() {
-            return f(None);
-        }
-        let pair = |adapter: usize, layer: usize| self.adapters[adapter].layer(sites[layer]);
-        f(Some(&Adapters { groups: &self.groups, layers: sites.len(), pair: &pair, rank: self.rank }));
+    /// What each adapter has at each site of the model, `[layers, targets, adapters]`.
+    fn pairs<'a>(&'a self, layers: usize, pairs: &mut Vec<Option<LoraPair<'a>>>) {
+        let sites = (0..layers).flat_map(|layer| sites(layer, Target::ALL));
+        pairs.extend(sites.flat_map(|site| self.adapters.iter().map(move |lora| lora.layer(site))));
+    }
+}
+
+/// The adapters of a batch.
+#[derive(Debug, Clone, Copy)]
+struct Adapted<'a> {
+    rows: &'a Rows,
+    /// See [`Rows::pairs`].
+    pairs: &'a [Option<LoraPair<'a>>],
+}
+
+impl<'a> Adapted<'a> {
+    /// What there is at sites in a row, if anything.
+    fn at(self, sites: &[Site]) -> Option<Adapters<'a>> {
+        let (first, count) = (sites.first()?, self.rows.adapters.len());
+        let at = (first.layer as usize * Target::ALL.len() + first.target as usize) * count;
+        let pairs = self.pairs.get(at..at + sites.len() * count).filter(|pairs| !pairs.is_empty())?;
+        Some(Adapters { groups: &self.rows.groups, pairs, count, rank: self.rows.rank })
     }
 }
 
 impl ExecPass<'_> {
-    /// The frozen layers at `sites` and their adapters, on the input that was prepared last.
+    /// The frozen layers at `sites` and their adapters, on the input that was prepared last; `next` are the sites whose input is prepared
+    /// next.
     fn linear<const N: usize>(
         &mut self,
         sites: [Site; N],
+        next: &[Site],
         accumulate: bool,
         outs: impl FnOnce(&mut Outs) -> [&mut Vec<f32>; N],
     ) {
@@ -217,10 +241,9 @@ impl ExecPass<'_> {
             let y = outs.next().map_or(&mut [][..], |y| resized(y, rows.count(), matrix.rows()));
             Linear { matrix, y, accumulate }
         });
-        rows.with_adapters(&sites, |adapters| {
-            let adapters = adapters.map(|adapters| (adapters, &shrunk[..]));
-            cpu::linear(self.team, quantized, &mut layers, adapters);
-        });
+        let (adapters, next) = (self.adapted.at(&sites), self.adapted.at(next));
+        let adapters = adapters.as_ref().map(|adapters| (adapters, &shrunk[..]));
+        cpu::linear(self.team, quantized, &mut layers, adapters, next.as_ref());
     }
 }
 
@@ -261,15 +284,16 @@ impl Ops for ExecPass<'_> {
         let Buffers { outs: Outs { x, .. }, input, quantized, shrunk } = &mut *self.buffers;
         let input = resized(input, x.len() / width, width);
         let normed = |row: usize, out: &mut [f32]| cpu::rms_norm_row(&x[row * width..][..width], weight, eps, out);
-        self.rows.with_adapters(sites, |adapters| {
-            let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, groups, (input, width), quantized, adapters, normed);
-        });
+        let adapters = self.adapted.at(sites);
+        let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
+        cpu::prepare(self.team, groups, (input, width), quantized, adapters, normed);
         Ok(())
     }
 
     fn qkv(&mut self, (): &(), layer: usize) -> Result<[(); 3]> {
-        self.linear(qkv_sites(layer), false, |outs| [&mut outs.q, &mut outs.k, &mut outs.v]);
+        self.linear(qkv_sites(layer), &sites(layer, [Target::OProj]), false, |outs| {
+            [&mut outs.q, &mut outs.k, &mut outs.v]
+        });
         Ok([(); 3])
     }
 
@@ -282,15 +306,16 @@ impl Ops for ExecPass<'_> {
         cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), kv, |position| rope.at(position));
         let input = resized(input, rows.count(), width);
         cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), config.heads, input);
-        rows.with_adapters(&sites(layer, [Target::OProj]), |adapters| {
-            let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
-        });
+        let adapters = self.adapted.at(&sites(layer, [Target::OProj]));
+        let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
+        cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
         Ok(())
     }
 
     fn gate_up(&mut self, (): &(), layer: usize) -> Result<[(); 2]> {
-        self.linear(gate_up_sites(layer), false, |outs| [&mut outs.gate, &mut outs.up]);
+        self.linear(gate_up_sites(layer), &sites(layer, [Target::DownProj]), false, |outs| {
+            [&mut outs.gate, &mut outs.up]
+        });
         Ok([(); 2])
     }
 
@@ -298,15 +323,21 @@ impl Ops for ExecPass<'_> {
         let width = self.model.config().ffn;
         let Buffers { outs: Outs { gate, up, .. }, quantized, shrunk, .. } = &mut *self.buffers;
         let gated = |row: usize, gate: &mut [f32]| cpu::swiglu_row(gate, &up[row * width..][..width]);
-        self.rows.with_adapters(&sites(layer, [Target::DownProj]), |adapters| {
-            let adapters = adapters.map(|adapters| (adapters, shrunk));
-            cpu::prepare(self.team, &self.rows.groups, (gate, width), quantized, adapters, gated);
-        });
+        let adapters = self.adapted.at(&sites(layer, [Target::DownProj]));
+        let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
+        cpu::prepare(self.team, &self.rows.groups, (gate, width), quantized, adapters, gated);
         Ok(())
     }
 
     fn add_linear(&mut self, (): (), (): (), site: Site) -> Result<()> {
-        self.linear([site], true, |outs| [&mut outs.x]);
+        let layer = site.layer as usize;
+        let (gate_up, qkv) = (gate_up_sites(layer), qkv_sites(layer + 1));
+        let next = match site.target {
+            Target::DownProj if layer + 1 < self.model.config().layers => &qkv[..],
+            Target::DownProj => &[],
+            _ => &gate_up[..],
+        };
+        self.linear([site], next, true, |outs| [&mut outs.x]);
         Ok(())
     }
 

@@ -242,8 +242,8 @@ fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32]) {
     assert!(task.tile.count <= GROUP_ROWS && task.tile.first + task.tile.count <= task.rows, "a tile fits");
     // Small buffers for small heads: to clear them costs time.
     match task.kv.shape.head_dim {
-        ..=64 => attend_all::<S, 64>(s, task, q, queries),
-        ..=128 => attend_all::<S, 128>(s, task, q, queries),
+        0..=64 => attend_all::<S, 64>(s, task, q, queries),
+        65..=128 => attend_all::<S, 128>(s, task, q, queries),
         _ => attend_all::<S, MAX_HEAD_DIM>(s, task, q, queries),
     }
 }
@@ -253,7 +253,7 @@ fn attend_all<S: Simd, const D: usize>(s: S, task: &Task<'_>, q: &[f32], queries
     let mut i = 0;
     macro_rules! runs {
         ($($n:literal by $units:literal)*) => {
-            $(while $n * $units <= S::SUMS && i + $n <= queries {
+            $(while $n * $units <= S::SUMS && queries - i >= $n {
                 attend_run::<S, $n, $units, D>(s, task, q, i);
                 i += $n;
             })*

@@ -6,7 +6,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Shared;
-use super::simd::{LANES, Level, Simd, dispatch, prefetch, sum_pairwise};
+use super::ahead::Ahead;
+use super::simd::{LANES, Level, Simd, dispatch, sum_pairwise};
 use crate::kernels::packed::TILE_ROWS;
 
 /// Most rows of a group.
@@ -39,22 +40,31 @@ impl RowGroup {
 }
 
 /// The adapters of a batch at the layers that share an input.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Adapters<'a> {
     /// All rows of the batch, in order.
     pub groups: &'a [RowGroup],
-    /// The layers that share the input.
-    pub layers: usize,
-    /// What the adapter of a number in the batch has at one of the layers.
-    pub pair: &'a (dyn Fn(usize, usize) -> Option<LoraPair<'a>> + Sync),
+    /// What each adapter has at each of the layers, `[layers, adapters]`.
+    pub pairs: &'a [Option<LoraPair<'a>>],
+    /// Adapters of the batch.
+    pub count: usize,
     /// The largest rank.
     pub rank: usize,
 }
 
-impl Adapters<'_> {
+impl<'a> Adapters<'a> {
+    pub(super) fn layers(&self) -> usize {
+        self.pairs.len() / self.count
+    }
+
+    #[inline(always)]
+    pub(super) fn pair(&self, adapter: usize, layer: usize) -> Option<LoraPair<'a>> {
+        self.pairs[layer * self.count + adapter]
+    }
+
     /// Length of the shrunk rows of a batch: `[layers, rows, rank]`.
     pub(super) fn shrunk_len(&self, rows: usize) -> usize {
-        self.layers * rows * self.rank
+        self.layers() * rows * self.rank
     }
 }
 
@@ -64,11 +74,6 @@ pub fn shrinks() -> u64 {
 }
 
 static SHRINKS: AtomicU64 = AtomicU64::new(0);
-
-/// Fetches what [`shrink`] reads first, while its input is made.
-pub(super) fn fetch_first(pair: LoraPair<'_>) {
-    prefetch(&pair.a[..pair.a.len() / pair.rank * pair.rank.min(SHRUNK_AT_ONCE)]);
-}
 
 /// Values of the rank that are computed side by side.
 const SHRUNK_AT_ONCE: usize = 4;
@@ -89,8 +94,6 @@ fn shrink_group<S: Simd>(s: S, pair: LoraPair<'_>, x: &[f32], out: &mut [f32], s
             $({
                 const N: usize = $n;
                 while k + N <= pair.rank {
-                    // The next values of the rank are on their way while these are computed.
-                    prefetch(&pair.a[(k + N) * width..(k + 2 * N).min(pair.rank) * width]);
                     let mut row = 0;
                     while row + 4 <= count {
                         shrink_tile::<S, 4, N>(s, pair, width, (row, k), x, out, stride);
@@ -145,17 +148,41 @@ fn shrink_tile<S: Simd, const R: usize, const K: usize>(
 }
 
 /// The groups that have some of the rows.
-fn groups_of<'a>(adapters: &Adapters<'a>, rows: &Range<usize>) -> impl Iterator<Item = &'a RowGroup> {
+#[inline(always)]
+fn groups_of<'a>(adapters: &Adapters<'a>, rows: &Range<usize>) -> &'a [RowGroup] {
     let first = adapters.groups.partition_point(|group| group.rows().end <= rows.start);
-    let end = rows.end;
-    adapters.groups[first..].iter().take_while(move |group| group.first < end)
+    let groups = &adapters.groups[first..];
+    &groups[..groups.partition_point(|group| group.first < rows.end)]
 }
 
-/// Fetches what [`expand`] will read, while the frozen layer is computed.
-pub(super) fn fetch(adapters: &Adapters<'_>, layer: usize, strip: usize, rows: &Range<usize>) {
+/// What [`expand`] will read at a strip.
+pub(super) fn expand_reads(
+    adapters: &Adapters<'_>,
+    layer: usize,
+    strip: usize,
+    rows: &Range<usize>,
+    ahead: &mut Ahead,
+) {
+    let mut last = None;
     for group in groups_of(adapters, rows) {
-        if let Some(pair) = group.adapter.and_then(|adapter| (adapters.pair)(adapter, layer)) {
-            prefetch(&pair.b[strip * pair.rank * TILE_ROWS..][..pair.rank * TILE_ROWS]);
+        if let Some(adapter) = group.adapter.filter(|_| group.adapter != last)
+            && let Some(pair) = adapters.pair(adapter, layer)
+        {
+            ahead.push(&pair.b[strip * pair.rank * TILE_ROWS..][..pair.rank * TILE_ROWS]);
+        }
+        last = group.adapter;
+    }
+}
+
+/// Part `i` of `n` of what [`shrink`] will read.
+pub(super) fn shrink_reads(adapters: &Adapters<'_>, i: usize, n: usize, ahead: &mut Ahead) {
+    // Pair u is u * n..(u + 1) * n of all, and the part i * pairs..(i + 1) * pairs.
+    let (from, to) = (i * adapters.pairs.len(), (i + 1) * adapters.pairs.len());
+    let first = from / n;
+    for (u, pair) in (first..).zip(&adapters.pairs[first..to.div_ceil(n)]) {
+        if let Some(pair) = pair {
+            let within = |at: usize| at.saturating_sub(u * n).min(n) * pair.a.len() / n;
+            ahead.push(&pair.a[within(from)..within(to)]);
         }
     }
 }
@@ -172,28 +199,39 @@ pub(super) unsafe fn expand(
     rows: Range<usize>,
     (y, width): (Shared, usize),
 ) {
-    for group in groups_of(adapters, &rows) {
-        let Some(pair) = group.adapter.and_then(|adapter| (adapters.pair)(adapter, layer)) else { continue };
-        let b = pair.b[strip * pair.rank * TILE_ROWS..][..pair.rank * TILE_ROWS].as_chunks().0;
-        for row in group.first.max(rows.start)..group.rows().end.min(rows.end) {
-            let column = strip * TILE_ROWS;
-            // SAFETY: the caller vouches for it.
-            let y = unsafe { y.part(row * width + column, TILE_ROWS.min(width - column)) };
-            let shrunk = &shrunk[row * adapters.rank..][..pair.rank];
-            dispatch!(level, expand_row, b: &[[u16; LANES]], shrunk: &[f32], y: &mut [f32]);
-        }
-    }
+    let to = Outputs { y, width, strip };
+    // SAFETY of what it writes: the caller vouches for it.
+    dispatch!(level, expand_strip, adapters: &Adapters<'_>, layer: usize, shrunk: &[f32], rows: Range<usize>, to: Outputs);
+}
+
+/// Where a strip's outputs go: they are the holder's alone.
+#[derive(Clone, Copy)]
+struct Outputs {
+    y: Shared,
+    width: usize,
+    strip: usize,
 }
 
 #[inline(always)]
-fn expand_row<S: Simd>(s: S, b: &[[u16; LANES]], shrunk: &[f32], y: &mut [f32]) {
-    if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
-        return s.store(expanded(s, b, shrunk, s.load(y)), y);
+fn expand_strip<S: Simd>(s: S, adapters: &Adapters<'_>, layer: usize, shrunk: &[f32], rows: Range<usize>, to: Outputs) {
+    let column = to.strip * TILE_ROWS;
+    for group in groups_of(adapters, &rows) {
+        let Some(pair) = group.adapter.and_then(|adapter| adapters.pair(adapter, layer)) else { continue };
+        let b = pair.b[to.strip * pair.rank * TILE_ROWS..][..pair.rank * TILE_ROWS].as_chunks().0;
+        for row in group.first.max(rows.start)..group.rows().end.min(rows.end) {
+            // SAFETY: the holder has the strip's outputs of all rows.
+            let y = unsafe { to.y.part(row * to.width + column, TILE_ROWS.min(to.width - column)) };
+            let shrunk = &shrunk[row * adapters.rank..][..pair.rank];
+            if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
+                s.store(expanded(s, b, shrunk, s.load(y)), y);
+            } else {
+                let mut values = [0.0; LANES];
+                values[..y.len()].copy_from_slice(y);
+                s.store(expanded(s, b, shrunk, s.load(&values)), &mut values);
+                y.copy_from_slice(&values[..y.len()]);
+            }
+        }
     }
-    let mut values = [0.0; LANES];
-    values[..y.len()].copy_from_slice(y);
-    s.store(expanded(s, b, shrunk, s.load(&values)), &mut values);
-    y.copy_from_slice(&values[..y.len()]);
 }
 
 #[inline(always)]
@@ -228,7 +266,7 @@ mod tests {
             let tiles = brains(&wave(strips * rank * TILE_ROWS, seed + 2));
             let pair = LoraPair { rank, scale, a: &a, b: &tiles };
             let groups = [RowGroup { first: 0, count, adapter: Some(0) }];
-            let adapters = Adapters { groups: &groups, layers: 1, pair: &|_, _| Some(pair), rank: rank + 1 };
+            let adapters = Adapters { groups: &groups, pairs: &[Some(pair)], count: 1, rank: rank + 1 };
             let all = |level: Level| {
                 let mut shrunk = vec![0.0; count * (rank + 1)];
                 shrink(level, pair, &x, &mut shrunk, rank + 1);

@@ -2,9 +2,10 @@
 //! float32 in their order. Every output is computed by itself, whatever rows and columns are computed beside it.
 
 use super::Shared;
-use super::lora::{Adapters, expand, fetch};
+use super::ahead::{Ahead, Parts};
+use super::lora::{Adapters, expand, expand_reads, shrink_reads};
 use super::quantize::{PANEL, QuantizedRows, Shift};
-use super::simd::{Level, f16_value, prefetch, unrolled};
+use super::simd::{Level, f16_value, unrolled};
 use super::team::Team;
 use crate::kernels::blocks::{BLOCK, QType};
 use crate::kernels::packed::{PackedMatrix, TILE_ROWS, tile_bytes};
@@ -25,9 +26,15 @@ pub struct Linear<'a> {
 }
 
 /// y = x W^T for the layers of one input, and on top what the rows' adapters add, from the input they have shrunk (see
-/// [`super::prepare`]).
-pub fn linear(team: &Team, x: &QuantizedRows, layers: &mut [Linear<'_>], adapters: Option<(&Adapters<'_>, &[f32])>) {
-    linear_at(Level::best(), team, x, layers, adapters);
+/// [`super::prepare`]). What `next` will shrink its input by is fetched meanwhile.
+pub fn linear(
+    team: &Team,
+    x: &QuantizedRows,
+    layers: &mut [Linear<'_>],
+    adapters: Option<(&Adapters<'_>, &[f32])>,
+    next: Option<&Adapters<'_>>,
+) {
+    linear_at(Level::best(), team, x, layers, adapters, next);
 }
 
 fn linear_at(
@@ -36,10 +43,11 @@ fn linear_at(
     x: &QuantizedRows,
     layers: &mut [Linear<'_>],
     adapters: Option<(&Adapters<'_>, &[f32])>,
+    next: Option<&Adapters<'_>>,
 ) {
     assert!(layers.len() <= MAX_LAYERS, "at most {MAX_LAYERS} layers share an input");
     if let Some((adapters, shrunk)) = adapters {
-        let fits = adapters.layers == layers.len() && shrunk.len() == adapters.shrunk_len(x.rows());
+        let fits = adapters.layers() == layers.len() && shrunk.len() == adapters.shrunk_len(x.rows());
         assert!(fits, "each layer has its shrunk rows");
     }
     for layer in &*layers {
@@ -51,20 +59,25 @@ fn linear_at(
     let jobs: [Option<Job<'_, '_>>; MAX_LAYERS] = std::array::from_fn(|i| {
         let layer = layers.get_mut(i)?;
         let adapted = adapters.map(|(adapters, shrunk)| {
-            let len = shrunk.len() / adapters.layers;
+            let len = shrunk.len() / adapters.layers();
             (adapters, (i, &shrunk[i * len..][..len]))
         });
         let y = Shared(layer.y.as_mut_ptr());
         Some(Job { matrix: layer.matrix, y, accumulate: layer.accumulate, adapted })
     });
     team.each(total.div_ceil(piece), |i| {
+        let mut ahead = Ahead::new();
         for row in (0..x.rows()).step_by(ROW_BLOCK) {
             let rows = row..x.rows().min(row + ROW_BLOCK);
-            for strip in i * piece..total.min((i + 1) * piece) {
-                let mut strip = strip;
+            for at in i * piece..total.min((i + 1) * piece) {
+                ahead.clear();
+                if let Some(next) = next.filter(|_| row == 0) {
+                    shrink_reads(next, at, total, &mut ahead);
+                }
+                let mut strip = at;
                 for job in jobs.iter().flatten() {
                     if strip < job.matrix.strips() {
-                        job.run(level, strip, x, rows.clone());
+                        job.run(level, strip, x, rows.clone(), &mut ahead);
                         break;
                     }
                     strip -= job.matrix.strips();
@@ -87,15 +100,21 @@ struct Job<'a, 'p> {
 
 impl Job<'_, '_> {
     /// One strip's outputs of some rows.
-    fn run(&self, level: Level, strip: usize, x: &QuantizedRows, rows: std::ops::Range<usize>) {
+    fn run(&self, level: Level, strip: usize, x: &QuantizedRows, rows: std::ops::Range<usize>, ahead: &mut Ahead) {
         if let Some((adapters, (layer, _))) = self.adapted {
-            fetch(adapters, layer, strip, &rows);
+            expand_reads(adapters, layer, strip, &rows, ahead);
         }
+        // A single row is through before the next strip could arrive.
+        if rows.len() > 1 && strip + 1 < self.matrix.strips() {
+            ahead.push(self.matrix.strip(strip + 1));
+        }
+        let steps = rows.len().div_ceil(PANEL) * x.cols() / BLOCK;
+        let ahead = ahead.parts(steps);
         let out = Outputs { y: self.y, width: self.matrix.rows(), strip, accumulate: self.accumulate };
         match self.matrix.qtype() {
-            QType::Q4_0 => run_strip::<Q4_0>(level, self.matrix, x, rows.clone(), out),
-            QType::Q4_1 => run_strip::<Q4_1>(level, self.matrix, x, rows.clone(), out),
-            QType::Q8_0 => run_strip::<Q8_0>(level, self.matrix, x, rows.clone(), out),
+            QType::Q4_0 => run_strip::<Q4_0>(level, self.matrix, x, rows.clone(), ahead, out),
+            QType::Q4_1 => run_strip::<Q4_1>(level, self.matrix, x, rows.clone(), ahead, out),
+            QType::Q8_0 => run_strip::<Q8_0>(level, self.matrix, x, rows.clone(), ahead, out),
         }
         if let Some((adapters, shrunk)) = self.adapted {
             // SAFETY: this task alone touches this strip of `y`.
@@ -208,20 +227,23 @@ trait Lanes: Copy {
 
 /// All outputs of a strip for rows of activations, in groups.
 #[inline(always)]
-fn strip<L: Lanes, F: Format>(l: L, w: &PackedMatrix, x: &QuantizedRows, rows: std::ops::Range<usize>, out: Outputs) {
+fn strip<L: Lanes, F: Format>(
+    l: L,
+    w: &PackedMatrix,
+    x: &QuantizedRows,
+    rows: std::ops::Range<usize>,
+    mut ahead: Parts<'_>,
+    out: Outputs,
+) {
     let tiles = w.strip(out.strip);
-    // While the first rows pass, the next strip is on its way: what fetches memory by itself stops at every page.
-    // A single row is through before that could help.
-    let mut ahead = if rows.len() > 1 && out.strip + 1 < w.strips() { w.strip(out.strip + 1) } else { &[] };
     let mut row = rows.start;
     macro_rules! groups {
         ($($n:literal)*) => {
             $({
                 const N: usize = $n;
                 while N <= L::GROUP && row + N <= rows.end {
-                    group::<L, F, N>(l, tiles, ahead, x, row, out);
+                    group::<L, F, N>(l, tiles, &mut ahead, x, row, out);
                     row += N;
-                    ahead = &[];
                 }
             })*
         };
@@ -234,7 +256,7 @@ fn strip<L: Lanes, F: Format>(l: L, w: &PackedMatrix, x: &QuantizedRows, rows: s
 fn group<L: Lanes, F: Format, const N: usize>(
     l: L,
     tiles: &[u8],
-    ahead: &[u8],
+    ahead: &mut Parts<'_>,
     x: &QuantizedRows,
     row: usize,
     out: Outputs,
@@ -245,9 +267,7 @@ fn group<L: Lanes, F: Format, const N: usize>(
         let mut sums = [l.zero(); N];
         for (b, block) in panel.iter().enumerate() {
             let tile = &tiles[b * tile_bytes(F::QTYPE)..][..tile_bytes(F::QTYPE)];
-            if let Some(ahead) = ahead.get(b * tile_bytes(F::QTYPE)..(b + 1) * tile_bytes(F::QTYPE)) {
-                prefetch(ahead);
-            }
+            ahead.fetch();
             let d = l.halves(&tile[2 * at..]);
             let m = match F::OFFSET {
                 Some(offset) => l.scale(d, offset),
@@ -274,29 +294,37 @@ fn dot<L: Lanes, F: Format>(l: L, w: &[L::Bytes; FOURS], x: &[i8; BLOCK]) -> L::
     if F::NIBBLES { l.dot_nibbles(w, x) } else { l.dot_bytes(w, x) }
 }
 
-fn run_strip<F: Format>(level: Level, w: &PackedMatrix, x: &QuantizedRows, rows: std::ops::Range<usize>, out: Outputs) {
+fn run_strip<F: Format>(
+    level: Level,
+    w: &PackedMatrix,
+    x: &QuantizedRows,
+    rows: std::ops::Range<usize>,
+    ahead: Parts<'_>,
+    out: Outputs,
+) {
     #[cfg(target_arch = "x86_64")]
     {
+        type Rows = std::ops::Range<usize>;
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-        fn avx512<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: std::ops::Range<usize>, out: Outputs) {
-            strip::<_, F>(x86::Vnni, w, x, rows, out);
+        fn avx512<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: Parts<'_>, out: Outputs) {
+            strip::<_, F>(x86::Vnni, w, x, rows, ahead, out);
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: std::ops::Range<usize>, out: Outputs) {
-            strip::<_, F>(x86::Maddubs, w, x, rows, out);
+        fn avx2<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: Parts<'_>, out: Outputs) {
+            strip::<_, F>(x86::Maddubs, w, x, rows, ahead, out);
         }
         match level {
             // SAFETY: nobody has a level that the machine lacks.
-            Level::Avx512 => unsafe { avx512::<F>(w, x, rows, out) },
+            Level::Avx512 => unsafe { avx512::<F>(w, x, rows, ahead, out) },
             // SAFETY: as above.
-            Level::Avx2 => unsafe { avx2::<F>(w, x, rows, out) },
-            Level::Portable => strip::<_, F>(Plain, w, x, rows, out),
+            Level::Avx2 => unsafe { avx2::<F>(w, x, rows, ahead, out) },
+            Level::Portable => strip::<_, F>(Plain, w, x, rows, ahead, out),
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = level;
-        strip::<_, F>(Plain, w, x, rows, out);
+        strip::<_, F>(Plain, w, x, rows, ahead, out);
     }
 }
 
@@ -593,7 +621,7 @@ mod tests {
 
     fn product(level: Level, w: &PackedMatrix, x: &QuantizedRows) -> Vec<f32> {
         let mut y = vec![0.0; x.rows() * w.rows()];
-        linear_at(level, Team::get(), x, &mut [Linear { matrix: w, y: &mut y, accumulate: false }], None);
+        linear_at(level, Team::get(), x, &mut [Linear { matrix: w, y: &mut y, accumulate: false }], None, None);
         y
     }
 
@@ -641,7 +669,7 @@ mod tests {
             linear(Team::get(), &q, &mut [
                 Linear { matrix: &matrices[0], y: a, accumulate: true },
                 Linear { matrix: &matrices[1], y: b, accumulate: false },
-            ], None);
+            ], None, None);
             let alone = matrices.each_ref().map(|w| product(Level::best(), w, &q));
             prop_assert_eq!(&ys[1], &alone[1]);
             prop_assert!(ys[0].iter().zip(&alone[0]).all(|(y, alone)| *y == 2.0 + alone));

@@ -2,6 +2,7 @@
 //! operations in the same order, whatever else is in the batch and however the work is cut among threads. All forms (AVX-512, AVX2,
 //! portable) give the same bits too: the same lanes, the same order of sums, fused where written so.
 
+mod ahead;
 mod attention;
 mod lora;
 mod matmul;

@@ -2,7 +2,7 @@
 //! while it lies in the cache.
 
 use super::Shared;
-use super::lora::{Adapters, RowGroup, fetch_first, shrink};
+use super::lora::{Adapters, RowGroup, shrink};
 use super::quantize::QuantizedRows;
 use super::simd::Level;
 use super::team::Team;
@@ -30,19 +30,14 @@ pub fn prepare(
         assert!(group.rows().end <= rows, "groups lie within the batch");
         // SAFETY: groups do not overlap, so this task alone touches these rows of x, of `quantized` and of the shrunk ones.
         let x = unsafe { x.part(group.first * width, group.count * width) };
-        if let (Some(adapter), Some((adapters, _))) = (group.adapter, &adapters)
-            && let Some(pair) = (adapters.pair)(adapter, 0)
-        {
-            fetch_first(pair);
-        }
         for (row, x) in group.rows().zip(x.chunks_exact_mut(width)) {
             produce(row, x);
             // SAFETY: as above.
             unsafe { writer.write(row, x) };
         }
         let (Some(adapter), Some((adapters, shrunk))) = (group.adapter, &adapters) else { return };
-        for layer in 0..adapters.layers {
-            if let Some(pair) = (adapters.pair)(adapter, layer) {
+        for layer in 0..adapters.layers() {
+            if let Some(pair) = adapters.pair(adapter, layer) {
                 assert!(pair.rank <= adapters.rank && pair.a.len() == pair.rank * width, "the pair fits");
                 let at = (layer * rows + group.first) * adapters.rank;
                 // SAFETY: as above, and the rows of a layer lie apart from those of another.

@@ -218,7 +218,7 @@ mod tests {
         let q = QuantizedRows::of(&x, 128);
         for (col, value) in x.iter().enumerate() {
             let own = x[col / BLOCK * BLOCK..][..BLOCK].iter().fold(0.0f32, |a, b| a.max(b.abs()));
-            let step = f64::from((own * 2.0).max(500.0 / 16.0).min(500.0) / LARGEST);
+            let step = f64::from((own * 2.0).clamp(500.0 / 16.0, 500.0) / LARGEST);
             assert!((q.value(0, col) - f64::from(*value)).abs() <= 0.51 * step, "{col}");
         }
     }

@@ -521,17 +521,17 @@ pub(super) fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { value }
 }
 
-/// Says that these values will be read soon, where the machine listens.
+/// Says that this line will be read soon, where the machine listens.
 #[inline(always)]
-pub(super) fn prefetch<T>(values: &[T]) {
+pub(super) fn prefetch(line: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    for at in (0..size_of_val(values)).step_by(64) {
+    {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: the place lies within the values; a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().add(at)) };
+        // SAFETY: a prefetch reads nothing, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
+    let _ = line;
 }
 
 /// The value of half-precision bits; infinity is taken for not a number, which is what a cache that saturates can hold beside numbers.
