@@ -6,43 +6,52 @@ use super::simd::prefetch;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Most lines; what does not fit is read when it is needed.
-const MAX_LINES: usize = 1024;
+/// Most slices; what does not fit is read when it is needed.
+const MAX_SLICES: usize = 96;
 
-/// A list of lines. The slices they are of outlive their fetching.
+/// Some slices, which outlive their fetching.
 pub(super) struct Ahead {
-    lines: [*const u8; MAX_LINES],
+    slices: [Lines; MAX_SLICES],
+    count: usize,
+    lines: usize,
+}
+
+/// Lines in a row.
+#[derive(Clone, Copy)]
+struct Lines {
+    first: *const u8,
     count: usize,
 }
 
 impl Ahead {
     pub fn new() -> Self {
-        Self { lines: [std::ptr::null(); MAX_LINES], count: 0 }
+        Self { slices: [Lines { first: std::ptr::null(), count: 0 }; MAX_SLICES], count: 0, lines: 0 }
     }
 
     pub fn clear(&mut self) {
-        self.count = 0;
+        (self.count, self.lines) = (0, 0);
     }
 
     pub fn push<T>(&mut self, values: &[T]) {
-        let first = values.as_ptr().cast::<u8>();
-        let lines = size_of_val(values).div_ceil(LINE).min(MAX_LINES - self.count);
-        for (i, line) in self.lines[self.count..][..lines].iter_mut().enumerate() {
-            *line = first.wrapping_add(i * LINE);
+        if let Some(slice) = self.slices.get_mut(self.count) {
+            *slice = Lines { first: values.as_ptr().cast(), count: size_of_val(values).div_ceil(LINE) };
+            self.count += 1;
+            self.lines += slice.count;
         }
-        self.count += lines;
     }
 
-    /// The lines in `steps` parts of about the same length.
+    /// All lines in `steps` parts of about the same length.
     pub fn parts(&self, steps: usize) -> Parts<'_> {
-        Parts { lines: &self.lines[..self.count], step: self.count.div_ceil(steps.max(1)) }
+        Parts { slices: &self.slices[..self.count], done: 0, step: self.lines.div_ceil(steps.max(1)) }
     }
 }
 
-/// Some lines, to be fetched part by part.
-#[derive(Clone, Copy)]
+/// Some slices, to be fetched part by part.
 pub(super) struct Parts<'a> {
-    lines: &'a [*const u8],
+    slices: &'a [Lines],
+    /// Lines of the first slice that have been fetched.
+    done: usize,
+    /// Lines of a part.
     step: usize,
 }
 
@@ -50,10 +59,18 @@ impl Parts<'_> {
     /// Fetches the next part.
     #[inline(always)]
     pub fn fetch(&mut self) {
-        let (now, later) = self.lines.split_at(self.step.min(self.lines.len()));
-        for line in now {
-            prefetch(*line);
+        let mut left = self.step;
+        while let Some(slice) = self.slices.first() {
+            let now = left.min(slice.count - self.done);
+            for line in self.done..self.done + now {
+                prefetch(slice.first.wrapping_add(line * LINE));
+            }
+            self.done += now;
+            left -= now;
+            if self.done < slice.count {
+                break;
+            }
+            (self.slices, self.done) = (&self.slices[1..], 0);
         }
-        self.lines = later;
     }
 }
