@@ -142,7 +142,8 @@ impl PackedMatrix {
         &self.bytes()[i * bytes..][..bytes]
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// All tiles.
+    pub fn bytes(&self) -> &[u8] {
         // SAFETY: a line is 64 bytes without padding, and bytes have no alignment.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), size_of_val(&*self.lines)) }
     }

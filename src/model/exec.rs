@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::adapter::{PackedLora, Site};
 use crate::error::Result;
-use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, LoraPair, QuantizedRows, RowGroup, RowTile, Team};
+use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team};
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout, Span, reused};
 use crate::model::kv::KvCache;
@@ -64,7 +64,10 @@ impl Executor for Exec {
         }
         self.logits.resize(rows * head.rows(), 0.0);
         let layer = Linear { matrix: head, y: &mut self.logits, accumulate: false };
-        cpu::linear(Team::get(), &self.buffers.quantized, &mut [layer], None, None);
+        // The next step begins anew.
+        let [first, ..] = qkv_sites(0);
+        let next = Next { matrix: Some(self.model.matrix(first)), adapters: None };
+        cpu::linear(Team::get(), &self.buffers.quantized, &mut [layer], None, next);
         Ok(&self.logits)
     }
 }
@@ -225,7 +228,7 @@ impl<'a> Adapted<'a> {
 
 impl ExecPass<'_> {
     /// The frozen layers at `sites` and their adapters, on the input that was prepared last; `next` are the sites whose input is prepared
-    /// next.
+    /// next, none before the head.
     fn linear<const N: usize>(
         &mut self,
         sites: [Site; N],
@@ -241,9 +244,11 @@ impl ExecPass<'_> {
             let y = outs.next().map_or(&mut [][..], |y| resized(y, rows.count(), matrix.rows()));
             Linear { matrix, y, accumulate }
         });
-        let (adapters, next) = (self.adapted.at(&sites), self.adapted.at(next));
+        let (adapters, next_adapters) = (self.adapted.at(&sites), self.adapted.at(next));
         let adapters = adapters.as_ref().map(|adapters| (adapters, &shrunk[..]));
-        cpu::linear(self.team, quantized, &mut layers, adapters, next.as_ref());
+        let matrix = next.first().map_or(model.head(), |site| model.matrix(*site));
+        let next = Next { matrix: Some(matrix), adapters: next_adapters.as_ref() };
+        cpu::linear(self.team, quantized, &mut layers, adapters, next);
     }
 }
 

@@ -1,6 +1,8 @@
 //! What will be read soon: lines of memory that are fetched one by one while something else is computed. A burst of prefetches would wait for
 //! itself, and what fetches memory by its own judgement stops at every page.
 
+use std::mem::MaybeUninit;
+
 use super::simd::prefetch;
 
 /// Bytes of a cache line.
@@ -11,7 +13,8 @@ const MAX_SLICES: usize = 96;
 
 /// Some slices, which outlive their fetching.
 pub(super) struct Ahead {
-    slices: [Lines; MAX_SLICES],
+    /// The first `count` are there: to clear all for every piece of work would cost more than they are worth.
+    slices: [MaybeUninit<Lines>; MAX_SLICES],
     count: usize,
     lines: usize,
 }
@@ -25,7 +28,7 @@ struct Lines {
 
 impl Ahead {
     pub fn new() -> Self {
-        Self { slices: [Lines { first: std::ptr::null(), count: 0 }; MAX_SLICES], count: 0, lines: 0 }
+        Self { slices: [const { MaybeUninit::uninit() }; MAX_SLICES], count: 0, lines: 0 }
     }
 
     pub fn clear(&mut self) {
@@ -34,15 +37,18 @@ impl Ahead {
 
     pub fn push<T>(&mut self, values: &[T]) {
         if let Some(slice) = self.slices.get_mut(self.count) {
-            *slice = Lines { first: values.as_ptr().cast(), count: size_of_val(values).div_ceil(LINE) };
+            let count = size_of_val(values).div_ceil(LINE);
+            slice.write(Lines { first: values.as_ptr().cast(), count });
             self.count += 1;
-            self.lines += slice.count;
+            self.lines += count;
         }
     }
 
     /// All lines in `steps` parts of about the same length.
     pub fn parts(&self, steps: usize) -> Parts<'_> {
-        Parts { slices: &self.slices[..self.count], done: 0, step: self.lines.div_ceil(steps.max(1)) }
+        // SAFETY: `push` has written the first `count`.
+        let slices = unsafe { self.slices[..self.count].assume_init_ref() };
+        Parts { slices, done: 0, step: self.lines.div_ceil(steps.max(1)) }
     }
 }
 

@@ -25,14 +25,23 @@ pub struct Linear<'a> {
     pub accumulate: bool,
 }
 
+/// What the next call will read.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Next<'a> {
+    /// Its first layer.
+    pub matrix: Option<&'a PackedMatrix>,
+    /// What its input will be shrunk by.
+    pub adapters: Option<&'a Adapters<'a>>,
+}
+
 /// y = x W^T for the layers of one input, and on top what the rows' adapters add, from the input they have shrunk (see
-/// [`super::prepare`]). What `next` will shrink its input by is fetched meanwhile.
+/// [`super::prepare`]). What comes next is fetched meanwhile.
 pub fn linear(
     team: &Team,
     x: &QuantizedRows,
     layers: &mut [Linear<'_>],
     adapters: Option<(&Adapters<'_>, &[f32])>,
-    next: Option<&Adapters<'_>>,
+    next: Next<'_>,
 ) {
     linear_at(Level::best(), team, x, layers, adapters, next);
 }
@@ -43,7 +52,7 @@ fn linear_at(
     x: &QuantizedRows,
     layers: &mut [Linear<'_>],
     adapters: Option<(&Adapters<'_>, &[f32])>,
-    next: Option<&Adapters<'_>>,
+    next: Next<'_>,
 ) {
     assert!(layers.len() <= MAX_LAYERS, "at most {MAX_LAYERS} layers share an input");
     if let Some((adapters, shrunk)) = adapters {
@@ -65,13 +74,16 @@ fn linear_at(
         let y = Shared(layer.y.as_mut_ptr());
         Some(Job { matrix: layer.matrix, y, accumulate: layer.accumulate, adapted })
     });
+    if let Some(matrix) = next.matrix {
+        team.fetch_when_idle(matrix.bytes());
+    }
     team.each(total.div_ceil(piece), |i| {
         let mut ahead = Ahead::new();
         for row in (0..x.rows()).step_by(ROW_BLOCK) {
             let rows = row..x.rows().min(row + ROW_BLOCK);
             for at in i * piece..total.min((i + 1) * piece) {
                 ahead.clear();
-                if let Some(next) = next.filter(|_| row == 0) {
+                if let Some(next) = next.adapters.filter(|_| row == 0) {
                     shrink_reads(next, at, total, &mut ahead);
                 }
                 let mut strip = at;
@@ -621,7 +633,14 @@ mod tests {
 
     fn product(level: Level, w: &PackedMatrix, x: &QuantizedRows) -> Vec<f32> {
         let mut y = vec![0.0; x.rows() * w.rows()];
-        linear_at(level, Team::get(), x, &mut [Linear { matrix: w, y: &mut y, accumulate: false }], None, None);
+        linear_at(
+            level,
+            Team::get(),
+            x,
+            &mut [Linear { matrix: w, y: &mut y, accumulate: false }],
+            None,
+            Next::default(),
+        );
         y
     }
 
@@ -669,7 +688,7 @@ mod tests {
             linear(Team::get(), &q, &mut [
                 Linear { matrix: &matrices[0], y: a, accumulate: true },
                 Linear { matrix: &matrices[1], y: b, accumulate: false },
-            ], None, None);
+            ], None, Next::default());
             let alone = matrices.each_ref().map(|w| product(Level::best(), w, &q));
             prop_assert_eq!(&ys[1], &alone[1]);
             prop_assert!(ys[0].iter().zip(&alone[0]).all(|(y, alone)| *y == 2.0 + alone));

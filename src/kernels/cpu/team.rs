@@ -5,15 +5,24 @@
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, Thread};
+
+use super::simd::prefetch;
 
 /// How often a helper looks for the next region before it goes to sleep: some 50 microseconds.
 const SPINS: u32 = 2000;
 
 /// How often the caller looks for its helpers' end before it lets others run meanwhile.
 const PATIENCE: u32 = 20_000;
+
+/// Most bytes that a waiting helper fetches: what its own cache can hold beside the rest.
+const MAX_IDLE_BYTES: usize = 384 << 10;
+
+/// Bytes that it fetches between two looks for the next region.
+const IDLE_STEP: usize = 4 * 64;
 
 type Region = dyn Fn(usize) + Sync + 'static;
 
@@ -25,6 +34,9 @@ struct Board {
     /// Helpers that are not done with the region.
     busy: AtomicUsize,
     panicked: AtomicBool,
+    /// What helpers fetch while they wait, and its bytes. A mixture of two such is harmless: nothing is read.
+    next: AtomicPtr<u8>,
+    next_bytes: AtomicUsize,
 }
 
 // SAFETY: `region` is written by the caller alone, while no helper is busy, and read by helpers only after they have seen the epoch that
@@ -61,6 +73,8 @@ impl Team {
             region: UnsafeCell::new(None),
             busy: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
+            next: AtomicPtr::new(ptr::null_mut()),
+            next_bytes: AtomicUsize::new(0),
         });
         // Where the system gives fewer threads, fewer compute.
         let helpers = (1..threads).filter_map(|worker| {
@@ -104,6 +118,12 @@ impl Team {
             std::panic::resume_unwind(panic);
         }
         assert!(!helper_panicked, "a kernel panicked on another thread");
+    }
+
+    /// Says what will be read soon: helpers that wait for the next region fetch its beginning meanwhile.
+    pub fn fetch_when_idle(&self, bytes: &[u8]) {
+        self.board.next_bytes.store(bytes.len().min(MAX_IDLE_BYTES), Ordering::Relaxed);
+        self.board.next.store(bytes.as_ptr().cast_mut(), Ordering::Relaxed);
     }
 
     /// Runs `f(i, item)` once for each item, on whichever thread is free.
@@ -152,9 +172,21 @@ impl<T> Items<T> {
 /// A helper's life: it ends with the process.
 fn help(board: &Board, asleep: &AtomicBool, worker: usize) {
     let mut seen = 0;
+    let (mut fetching, mut fetched) = (ptr::null_mut(), 0);
     loop {
         let mut spins = 0;
         while board.epoch.load(Ordering::Acquire) == seen {
+            let next = board.next.load(Ordering::Relaxed);
+            if next != fetching {
+                (fetching, fetched) = (next, 0);
+            }
+            if fetched < board.next_bytes.load(Ordering::Relaxed) {
+                for at in (fetched..fetched + IDLE_STEP).step_by(64) {
+                    prefetch(next.wrapping_add(at));
+                }
+                fetched += IDLE_STEP;
+                continue;
+            }
             if spins < SPINS {
                 spins += 1;
                 std::hint::spin_loop();
