@@ -19,7 +19,8 @@ use crate::text::Text;
 /// Fewest tokens a judgement rests on.
 pub const MIN_TOKENS: usize = 256;
 
-/// Most tokens that are scored: more would only cost time.
+/// Most tokens of a job's own rows that are scored, about: more would only cost time. Of the built-in sequences [`MIN_TOKENS`] suffice: an
+/// import takes as long as its gate.
 const MAX_TOKENS: usize = 512;
 
 /// The least threshold, nats.
@@ -61,7 +62,7 @@ impl Parity {
     pub fn new(model: Arc<Model>, text: &Text, arbiter: Arc<Arbiter>) -> Result<Self> {
         let ids = text.encode_plain(PROBE)?;
         let probes: Vec<Vec<u32>> = ids.chunks(CHUNK.min(model.context_length())).map(<[u32]>::to_vec).collect();
-        Ok(Self { model, arbiter, probes: limited(&probes), base: OnceLock::new() })
+        Ok(Self { model, arbiter, probes: limited(&probes, MIN_TOKENS), base: OnceLock::new() })
     }
 
     /// Scores `probes` (where they hold fewer than 256 tokens to score: the built-in ones) with and without the adapter: serving `served`,
@@ -70,7 +71,7 @@ impl Parity {
         let permit = Arc::new(self.arbiter.train());
         let own;
         let (probes, base) = if scored(probes) >= MIN_TOKENS {
-            let probes = limited(probes);
+            let probes = limited(probes, MAX_TOKENS);
             own = (self.base_scores(&probes, &permit)?, probes);
             (&own.1, &own.0)
         } else {
@@ -161,11 +162,11 @@ fn scored(probes: &[Vec<u32>]) -> usize {
     probes.iter().map(|ids| ids.len().saturating_sub(1)).sum()
 }
 
-/// The first sequences, up to about [`MAX_TOKENS`].
-fn limited(probes: &[Vec<u32>]) -> Vec<Vec<u32>> {
+/// The first sequences, as many as have so many tokens to score.
+fn limited(probes: &[Vec<u32>], enough: usize) -> Vec<Vec<u32>> {
     let mut tokens = 0;
     let fits = |ids: &&Vec<u32>| {
-        let room = tokens < MAX_TOKENS;
+        let room = tokens < enough;
         tokens += ids.len().saturating_sub(1);
         room
     };

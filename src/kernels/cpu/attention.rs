@@ -304,7 +304,7 @@ fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, tas
         }
         for j in 0..N {
             let seen = (task.tile.position + (i + j) / task.group + 1).saturating_sub(start).min(here);
-            weigh(&mut run.scores[j], seen, &mut run.running[j], &mut run.sums[j][..dim]);
+            weigh(&mut run.scores[j].as_chunks_mut().0[..units], seen, &mut run.running[j], &mut run.sums[j][..dim]);
         }
         // What a query does not see has no weight.
         let mut part = 0;
@@ -391,20 +391,20 @@ fn score<S: Simd, const N: usize, const U: usize, const D: usize>(
 /// Turns the first `seen` scores into weights relative to the running maximum, the others into zeros, and scales what has been summed
 /// with an earlier maximum.
 #[inline(always)]
-fn weigh(scores: &mut [f32; SPAN], seen: usize, running: &mut Running, sums: &mut [f32]) {
-    scores[seen..].fill(f32::NEG_INFINITY);
+fn weigh(scores: &mut [[f32; LANES]], seen: usize, running: &mut Running, sums: &mut [f32]) {
+    scores.as_flattened_mut()[seen..].fill(f32::NEG_INFINITY);
     if seen == 0 {
-        return scores.fill(0.0);
+        return scores.as_flattened_mut().fill(0.0);
     }
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in scores.as_chunks::<LANES>().0 {
+    for chunk in &*scores {
         for i in 0..LANES {
             lanes[i] = larger(lanes[i], chunk[i]);
         }
     }
     let largest = larger(running.largest, max_pairwise(lanes));
     let mut total = [0.0f32; LANES];
-    for chunk in scores.as_chunks_mut::<LANES>().0 {
+    for chunk in scores {
         for i in 0..LANES {
             chunk[i] = exp(chunk[i] - largest);
             total[i] += chunk[i];
