@@ -6,6 +6,7 @@ mod ahead;
 mod attention;
 mod lora;
 mod matmul;
+mod peak;
 mod prepare;
 mod quantize;
 mod rows;
@@ -17,6 +18,7 @@ pub use attention::{
 };
 pub use lora::{Adapters, GROUP_ROWS, LoraPair, RowGroup, shrinks};
 pub use matmul::{Linear, Next, linear};
+pub use peak::dot_products;
 pub use prepare::prepare;
 pub use quantize::QuantizedRows;
 pub use rows::{
