@@ -306,7 +306,8 @@ fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, tas
             let seen = (task.tile.position + (i + j) / task.group + 1).saturating_sub(start).min(here);
             weigh(&mut run.scores[j].as_chunks_mut().0[..units], seen, &mut run.running[j], &mut run.sums[j][..dim]);
         }
-        // What a query does not see has no weight.
+        // What a query does not see has no weight, and what a later row of its tile wrote reaches it only where that is not a number: then
+        // the sequence fails as a whole.
         let mut part = 0;
         while part + U * LANES <= dim {
             add_values::<S, N, U, D>(s, task, start..start + here, part, &mut run);
