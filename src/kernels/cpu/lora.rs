@@ -75,9 +75,6 @@ pub fn shrinks() -> u64 {
 
 static SHRINKS: AtomicU64 = AtomicU64::new(0);
 
-/// Values of the rank that are computed side by side.
-const SHRUNK_AT_ONCE: usize = 4;
-
 /// `out[r, ..rank] = scale * A x_r` for the rows of a group. `x`: `[count, in]`, `out`: `[count, stride]`.
 pub(super) fn shrink(level: Level, pair: LoraPair<'_>, x: &[f32], out: &mut [f32], stride: usize) {
     SHRINKS.fetch_add(1, Ordering::Relaxed);
@@ -90,7 +87,7 @@ fn shrink_group<S: Simd>(s: S, pair: LoraPair<'_>, x: &[f32], out: &mut [f32], s
     let count = x.len() / width;
     let mut k = 0;
     macro_rules! ranks {
-        ($($n:expr)*) => {
+        ($($n:literal)*) => {
             $({
                 const N: usize = $n;
                 while k + N <= pair.rank {
@@ -108,7 +105,7 @@ fn shrink_group<S: Simd>(s: S, pair: LoraPair<'_>, x: &[f32], out: &mut [f32], s
             })*
         };
     }
-    ranks!(SHRUNK_AT_ONCE 1);
+    ranks!(4 1);
 }
 
 /// R rows against K rows of A. Each product is summed in 16 lanes, then pairwise; several at a time so that none waits for its own sum.
