@@ -77,7 +77,7 @@ pub(super) fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
 }
 
 /// The place of a site among all of a base.
-pub(super) fn index(site: Site) -> usize {
+pub fn index(site: Site) -> usize {
     site.layer as usize * Target::ALL.len() + site.target as usize
 }
 

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::adapter::{PackedLora, Site};
+use crate::adapter::{PackedLora, Site, packed};
 use crate::error::Result;
 use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team};
 use crate::model::Model;
@@ -220,7 +220,7 @@ impl<'a> Adapted<'a> {
     /// What there is at sites in a row, if anything.
     fn at(self, sites: &[Site]) -> Option<Adapters<'a>> {
         let (first, count) = (sites.first()?, self.rows.adapters.len());
-        let at = (first.layer as usize * Target::ALL.len() + first.target as usize) * count;
+        let at = packed::index(*first) * count;
         let pairs = self.pairs.get(at..at + sites.len() * count).filter(|pairs| !pairs.is_empty())?;
         Some(Adapters { groups: &self.rows.groups, pairs, count, rank: self.rows.rank })
     }

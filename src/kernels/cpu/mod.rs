@@ -4,6 +4,7 @@
 
 mod ahead;
 mod attention;
+mod lanes;
 mod lora;
 mod matmul;
 mod peak;

@@ -25,24 +25,27 @@ pub fn prepare(
         (adapters, Shared(shrunk.as_mut_ptr()))
     });
     let level = Level::best();
-    team.each(groups.len(), |i| {
-        let group = groups[i];
-        assert!(group.rows().end <= rows, "groups lie within the batch");
-        // SAFETY: groups do not overlap, so this task alone touches these rows of x, of `quantized` and of the shrunk ones.
-        let x = unsafe { x.part(group.first * width, group.count * width) };
-        for (row, x) in group.rows().zip(x.chunks_exact_mut(width)) {
-            produce(row, x);
-            // SAFETY: as above.
-            unsafe { writer.write(row, x) };
-        }
-        let (Some(adapter), Some((adapters, shrunk))) = (group.adapter, &adapters) else { return };
-        for layer in 0..adapters.layers() {
-            if let Some(pair) = adapters.pair(adapter, layer) {
-                assert!(pair.rank <= adapters.rank && pair.a.len() == pair.rank * width, "the pair fits");
-                let at = (layer * rows + group.first) * adapters.rank;
-                // SAFETY: as above, and the rows of a layer lie apart from those of another.
-                let out = unsafe { shrunk.part(at, group.count * adapters.rank) };
-                shrink(level, pair, x, out, adapters.rank);
+    // Of many groups several at a time: neighbours share a panel, whose lines should not go to and fro between threads.
+    let piece = (groups.len() / (8 * team.threads())).clamp(1, 4);
+    team.each(groups.len().div_ceil(piece), |i| {
+        for group in &groups[i * piece..groups.len().min((i + 1) * piece)] {
+            assert!(group.rows().end <= rows, "groups lie within the batch");
+            // SAFETY: groups do not overlap, so this task alone touches these rows of x, of `quantized` and of the shrunk ones.
+            let x = unsafe { x.part(group.first * width, group.count * width) };
+            for (row, x) in group.rows().zip(x.chunks_exact_mut(width)) {
+                produce(row, x);
+                // SAFETY: as above.
+                unsafe { writer.write(row, x) };
+            }
+            let (Some(adapter), Some((adapters, shrunk))) = (group.adapter, &adapters) else { continue };
+            for layer in 0..adapters.layers() {
+                if let Some(pair) = adapters.pair(adapter, layer) {
+                    assert!(pair.rank <= adapters.rank && pair.a.len() == pair.rank * width, "the pair fits");
+                    let at = (layer * rows + group.first) * adapters.rank;
+                    // SAFETY: as above, and the rows of a layer lie apart from those of another.
+                    let out = unsafe { shrunk.part(at, group.count * adapters.rank) };
+                    shrink(level, pair, x, out, adapters.rank);
+                }
             }
         }
     });

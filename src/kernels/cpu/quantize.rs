@@ -9,8 +9,8 @@
 use super::simd::{LANES, Level, Simd, dispatch};
 use crate::kernels::blocks::BLOCK;
 
-/// The largest quantised value.
-const LARGEST: f32 = 127.0 * 128.0;
+/// The largest quantised value: a high byte of at most 112, to which a quant of four bits can be added within a byte.
+const LARGEST: f32 = 112.0 * 128.0;
 
 /// The largest shift, that of the row's largest values.
 const MAX_SHIFT: u32 = 4;
@@ -30,6 +30,8 @@ pub(super) struct PanelBlock {
     pub shift: [Shift; PANEL],
     /// The sum of the block's values, in the row's unit.
     pub sum: [f32; PANEL],
+    /// See [`Split::pairs`](super::simd::Split::pairs).
+    pub pairs: [i32; PANEL],
 }
 
 /// A power of two, as what is to be added to a float's bits for a multiplication by it: the exponent in its place.
@@ -39,7 +41,8 @@ pub(super) struct Shift(pub u32);
 /// Where a float's exponent begins.
 const EXPONENT: u32 = 23;
 
-const EMPTY: PanelBlock = PanelBlock { quants: [[[0; BLOCK]; 2]; PANEL], shift: [Shift(0); PANEL], sum: [0.0; PANEL] };
+const EMPTY: PanelBlock =
+    PanelBlock { quants: [[[0; BLOCK]; 2]; PANEL], shift: [Shift(0); PANEL], sum: [0.0; PANEL], pairs: [0; PANEL] };
 
 /// Quantised rows `[rows, cols]`, in panels of 8 rows, the last one filled up.
 #[derive(Debug, Default)]
@@ -151,9 +154,10 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
         unsafe {
             let block = to.blocks.add(b);
             let [high, low] = &mut (*block).quants[to.row];
-            let sum = s.split(x, by, high, low);
+            let split = s.split(x, by, high, low);
             (*block).shift[to.row] = Shift(shift << EXPONENT);
-            (*block).sum[to.row] = (sum << shift) as f32;
+            (*block).sum[to.row] = (split.sum << shift) as f32;
+            (*block).pairs[to.row] = split.pairs;
         }
     }
 }
@@ -195,7 +199,7 @@ mod tests {
             // SAFETY: the rows are alive and written one by one.
             [1, PANEL + 1].into_iter().for_each(|row| unsafe { writer.write_at(level, row, x) });
             let row = |row: usize| {
-                let own = |block: &PanelBlock| (block.quants[1], block.shift[1], block.sum[1]);
+                let own = |block: &PanelBlock| (block.quants[1], block.shift[1], block.sum[1], block.pairs[1]);
                 // The quants of a row whose unit is not a number are anything.
                 let unit = q.unit(row);
                 (!unit.is_nan()).then(|| (unit, q.panel(row / PANEL).iter().map(own).collect::<Vec<_>>()))

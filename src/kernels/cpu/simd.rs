@@ -115,12 +115,13 @@ macro_rules! dispatch {
 }
 pub(super) use dispatch;
 
-/// The body for each r below N, at most 12, without a loop: what is indexed by r then stays in registers.
+/// The body for each r below N, at most 12, without a loop: what is indexed by r then stays in registers. `by P`: for each P-th.
 macro_rules! unrolled {
-    ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, $body, 0 1 2 3 4 5 6 7 8 9 10 11) };
-    (@ $r:ident, $n:ident, $body:block, $($i:literal)*) => {
-        $(if $i < $n {
-            let $r = $i;
+    ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, 1, $body, 0 1 2 3 4 5 6 7 8 9 10 11) };
+    ($r:ident in $n:ident by $p:ident => $body:block) => { unrolled!(@ $r, $n, $p, $body, 0 1 2 3 4 5 6 7 8 9 10 11) };
+    (@ $r:ident, $n:ident, $p:tt, $body:block, $($i:literal)*) => {
+        $(if $i * $p < $n {
+            let $r = $i * $p;
             $body
         })*
     };
@@ -148,9 +149,19 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F;
     /// The bits of the largest lane; none has a sign.
     fn largest(self, x: Self::F) -> u32;
-    /// Integers q = round(x * by), ties to even, as `128 * high + low` with low in [-64, 63]; gives the sum of q. |x * by| is at
-    /// most 127 * 128; where it is not a number q is anything.
-    fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32;
+    /// Integers q = round(x * by), ties to even, as `128 * high + low` with low in [-64, 63]. |x * by| is at most 127 * 128; where it is
+    /// not a number q is anything.
+    fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split;
+}
+
+/// What the matmul is to know of a block's integers q.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Split {
+    /// The sum of q.
+    pub sum: i32,
+    /// What is too much in a block's product where the high bytes are multiplied in pairs and 128 is added to the quants of columns 16
+    /// to 31 (see [`super::lanes`]), negative: -128 (sum of high\[i\] * high\[i + 16\] + sum of q\[i + 16\]), i below 16.
+    pub pairs: i32,
 }
 
 /// Any machine.
@@ -199,15 +210,14 @@ impl Simd for Portable {
         x.iter().fold(0, |largest, x| largest.max(x.to_bits()))
     }
     #[inline(always)]
-    fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
-        let mut sum = 0i32;
-        for (x, (high, low)) in x.as_flattened().iter().zip(high.iter_mut().zip(low)) {
-            let q = (x * by).round_ties_even() as i32;
-            let upper = (q + 64) >> 7;
-            (*high, *low) = (upper as i8, (q - (upper << 7)) as i8);
-            sum = sum.wrapping_add(q);
+    fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split {
+        let q = x.map(|x| x.map(|x| (x * by).round_ties_even() as i32));
+        let upper = q.map(|q| q.map(|q| (q + 64) >> 7));
+        for (i, (q, upper)) in q.as_flattened().iter().zip(upper.as_flattened()).enumerate() {
+            (high[i], low[i]) = (*upper as i8, (q - (upper << 7)) as i8);
         }
-        sum
+        let pairs: i32 = (0..LANES).map(|i| upper[0][i] * upper[1][i] + q[1][i]).sum();
+        Split { sum: q.as_flattened().iter().sum(), pairs: -128 * pairs }
     }
 }
 
@@ -216,7 +226,7 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{LANES, LARGEST_HALF, MAGNITUDE, Simd};
+    use super::{LANES, LARGEST_HALF, MAGNITUDE, Simd, Split};
     use crate::kernels::blocks::BLOCK;
     use std::arch::x86_64::*;
 
@@ -322,15 +332,15 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
+        fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split {
             unsafe {
                 let (by, half) = (_mm256_set1_ps(by), _mm256_set1_epi32(64));
-                let (mut highs, mut lows, mut sum) = ([half; 4], [half; 4], _mm256_setzero_si256());
+                let (mut highs, mut lows, mut qs) = ([half; 4], [half; 4], [half; 4]);
                 for (i, x) in [x[0][0], x[0][1], x[1][0], x[1][1]].into_iter().enumerate() {
                     let q = _mm256_cvtps_epi32(_mm256_mul_ps(x, by));
                     highs[i] = _mm256_srai_epi32::<7>(_mm256_add_epi32(q, half));
                     lows[i] = _mm256_sub_epi32(q, _mm256_slli_epi32::<7>(highs[i]));
-                    sum = _mm256_add_epi32(sum, q);
+                    qs[i] = q;
                 }
                 for (parts, out) in [(highs, high), (lows, low)] {
                     // Packing works within 128 bits: the groups of four are to be put in order again.
@@ -339,10 +349,24 @@ mod x86 {
                     let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
                     _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_permutevar8x32_epi32(bytes, order));
                 }
-                let four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
-                let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
-                _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two)))
+                let second = _mm256_add_epi32(qs[2], qs[3]);
+                let sum = _mm256_add_epi32(_mm256_add_epi32(qs[0], qs[1]), second);
+                let products = [0, 1].map(|i| _mm256_mullo_epi32(highs[i], highs[i + 2]));
+                split(sum, _mm256_add_epi32(_mm256_add_epi32(products[0], products[1]), second))
             }
+        }
+    }
+
+    /// From the lanes' sums of q, and of what [`Split::pairs`] is -128 times.
+    #[inline(always)]
+    unsafe fn split(sum: __m256i, pairs: __m256i) -> Split {
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            // Both at once: their lanes taken in turn.
+            let both = _mm256_add_epi32(_mm256_unpacklo_epi32(sum, pairs), _mm256_unpackhi_epi32(sum, pairs));
+            let both = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both));
+            let both = _mm_add_epi32(both, _mm_shuffle_epi32::<0b01_00_11_10>(both));
+            Split { sum: _mm_cvtsi128_si32(both), pairs: _mm_extract_epi32::<1>(both).wrapping_mul(-128) }
         }
     }
 
@@ -403,19 +427,22 @@ mod x86 {
             unsafe { _mm512_reduce_max_epi32(_mm512_castps_si512(x)) as u32 }
         }
         #[inline(always)]
-        fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> i32 {
+        fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split {
             unsafe {
                 let (by, half) = (_mm512_set1_ps(by), _mm512_set1_epi32(64));
-                let mut sum = _mm512_setzero_si512();
+                let (mut qs, mut uppers) = ([half; 2], [half; 2]);
                 for (i, x) in x.into_iter().enumerate() {
                     let q = _mm512_cvtps_epi32(_mm512_mul_ps(x, by));
                     let upper = _mm512_srai_epi32::<7>(_mm512_add_epi32(q, half));
                     let lower = _mm512_sub_epi32(q, _mm512_slli_epi32::<7>(upper));
                     _mm_storeu_si128(high.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(upper));
                     _mm_storeu_si128(low.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(lower));
-                    sum = _mm512_add_epi32(sum, q);
+                    (qs[i], uppers[i]) = (q, upper);
                 }
-                _mm512_reduce_add_epi32(sum)
+                let pairs = _mm512_add_epi32(_mm512_mullo_epi32(uppers[0], uppers[1]), qs[1]);
+                let [sum, pairs] = [_mm512_add_epi32(qs[0], qs[1]), pairs]
+                    .map(|x| _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)));
+                split(sum, pairs)
             }
         }
     }
