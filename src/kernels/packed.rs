@@ -138,8 +138,16 @@ impl PackedMatrix {
 
     /// The tiles of rows `16 i..16 i + 16`.
     pub fn strip(&self, i: usize) -> &[u8] {
-        let bytes = self.cols / BLOCK * tile_bytes(self.qtype);
-        &self.bytes()[i * bytes..][..bytes]
+        &self.strips_from(i)[..self.strip_bytes()]
+    }
+
+    /// The tiles from row `16 i` on.
+    pub fn strips_from(&self, i: usize) -> &[u8] {
+        &self.bytes()[i * self.strip_bytes()..]
+    }
+
+    fn strip_bytes(&self) -> usize {
+        self.cols / BLOCK * tile_bytes(self.qtype)
     }
 
     /// All tiles.

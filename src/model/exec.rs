@@ -66,7 +66,7 @@ impl Executor for Exec {
         let layer = Linear { matrix: head, y: &mut self.logits, accumulate: false };
         // The next step begins anew.
         let [first, ..] = qkv_sites(0);
-        let next = Next { matrix: Some(self.model.matrix(first)), adapters: None };
+        let next = Next { matrices: [Some(self.model.matrix(first)), None, None, None], adapters: None };
         cpu::linear(Team::get(), &self.buffers.quantized, &mut [layer], None, next);
         Ok(&self.logits)
     }
@@ -246,8 +246,11 @@ impl ExecPass<'_> {
         });
         let (adapters, next_adapters) = (self.adapted.at(&sites), self.adapted.at(next));
         let adapters = adapters.as_ref().map(|adapters| (adapters, &shrunk[..]));
-        let matrix = next.first().map_or(model.head(), |site| model.matrix(*site));
-        let next = Next { matrix: Some(matrix), adapters: next_adapters.as_ref() };
+        let mut matrices = [Some(model.head()), None, None, None];
+        for (i, site) in next.iter().enumerate() {
+            matrices[i] = Some(model.matrix(*site));
+        }
+        let next = Next { matrices, adapters: next_adapters.as_ref() };
         cpu::linear(self.team, quantized, &mut layers, adapters, next);
     }
 }

@@ -28,8 +28,8 @@ pub struct Linear<'a> {
 /// What the next call will read.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Next<'a> {
-    /// Its first layer.
-    pub matrix: Option<&'a PackedMatrix>,
+    /// Its layers.
+    pub matrices: [Option<&'a PackedMatrix>; MAX_LAYERS],
     /// What its input will be shrunk by.
     pub adapters: Option<&'a Adapters<'a>>,
 }
@@ -63,8 +63,7 @@ fn linear_at(
         assert_eq!((layer.matrix.cols(), layer.y.len()), (x.cols(), x.rows() * layer.matrix.rows()), "shapes fit");
     }
     let total: usize = layers.iter().map(|layer| layer.matrix.strips()).sum();
-    // Enough pieces to balance, few enough that claiming one costs nothing beside it.
-    let piece = (total / (8 * team.threads())).clamp(1, 32);
+    let piece = strips_of_a_piece(team, total);
     let jobs: [Option<Job<'_, '_>>; MAX_LAYERS] = std::array::from_fn(|i| {
         let layer = layers.get_mut(i)?;
         let adapted = adapters.map(|(adapters, shrunk)| {
@@ -74,9 +73,7 @@ fn linear_at(
         let y = Shared(layer.y.as_mut_ptr());
         Some(Job { matrix: layer.matrix, y, accumulate: layer.accumulate, adapted })
     });
-    if let Some(matrix) = next.matrix {
-        team.fetch_when_idle(matrix.bytes());
-    }
+    fetch_when_idle(team, next.matrices);
     team.each(total.div_ceil(piece), |i| {
         let mut ahead = Ahead::new();
         for row in (0..x.rows()).step_by(ROW_BLOCK) {
@@ -100,7 +97,28 @@ fn linear_at(
 }
 
 /// Most layers of one call.
-const MAX_LAYERS: usize = 4;
+pub const MAX_LAYERS: usize = 4;
+
+/// Enough pieces to balance, few enough that claiming one costs nothing beside it.
+fn strips_of_a_piece(team: &Team, total: usize) -> usize {
+    (total / (8 * team.threads())).clamp(1, 32)
+}
+
+/// Has each thread fetch what its share of the next call begins with.
+fn fetch_when_idle(team: &Team, matrices: [Option<&PackedMatrix>; MAX_LAYERS]) {
+    let total = matrices.iter().flatten().map(|matrix| matrix.strips()).sum();
+    let piece = strips_of_a_piece(team, total);
+    for worker in 0..team.threads() {
+        let mut strip = team.share(total.div_ceil(piece), worker).start * piece;
+        for matrix in matrices.iter().flatten() {
+            if strip < matrix.strips() {
+                team.fetch_when_idle(worker, matrix.strips_from(strip));
+                break;
+            }
+            strip -= matrix.strips();
+        }
+    }
+}
 
 /// A layer as the tasks see it.
 struct Job<'a, 'p> {

@@ -18,7 +18,7 @@ pub use attention::{
     HEAD_DIM_STEP, KvShape, KvView, KvViewMut, MAX_GROUP, MAX_HEAD_DIM, RowTile, attention, rope_and_store,
 };
 pub use lora::{Adapters, GROUP_ROWS, LoraPair, RowGroup, shrinks};
-pub use matmul::{Linear, Next, linear};
+pub use matmul::{Linear, MAX_LAYERS, Next, linear};
 pub use peak::dot_products;
 pub use prepare::prepare;
 pub use quantize::QuantizedRows;

@@ -351,8 +351,8 @@ mod x86 {
                 }
                 let second = _mm256_add_epi32(qs[2], qs[3]);
                 let sum = _mm256_add_epi32(_mm256_add_epi32(qs[0], qs[1]), second);
-                let products = [0, 1].map(|i| _mm256_mullo_epi32(highs[i], highs[i + 2]));
-                split(sum, _mm256_add_epi32(_mm256_add_epi32(products[0], products[1]), second))
+                let (one, two) = (_mm256_mullo_epi32(highs[0], highs[2]), _mm256_mullo_epi32(highs[1], highs[3]));
+                split(sum, _mm256_add_epi32(_mm256_add_epi32(one, two), second))
             }
         }
     }
@@ -368,6 +368,12 @@ mod x86 {
             let both = _mm_add_epi32(both, _mm_shuffle_epi32::<0b01_00_11_10>(both));
             Split { sum: _mm_cvtsi128_si32(both), pairs: _mm_extract_epi32::<1>(both).wrapping_mul(-128) }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn halves_added(x: __m512i) -> __m256i {
+        // SAFETY: the caller has AVX-512 F.
+        unsafe { _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)) }
     }
 
     impl Simd for Avx512 {
@@ -440,9 +446,7 @@ mod x86 {
                     (qs[i], uppers[i]) = (q, upper);
                 }
                 let pairs = _mm512_add_epi32(_mm512_mullo_epi32(uppers[0], uppers[1]), qs[1]);
-                let [sum, pairs] = [_mm512_add_epi32(qs[0], qs[1]), pairs]
-                    .map(|x| _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)));
-                split(sum, pairs)
+                split(halves_added(_mm512_add_epi32(qs[0], qs[1])), halves_added(pairs))
             }
         }
     }

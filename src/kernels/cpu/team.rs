@@ -1,9 +1,11 @@
 //! The threads that compute: the caller and its helpers, which wait awake between the regions of a step and asleep between steps.
 //!
-//! A step has some hundred regions of a few microseconds, too short for a general work-stealing pool to wake up for. Work is claimed
-//! piece by piece from one counter, so a thread that the system takes away for a while delays a step by a piece at most.
+//! A step has some hundred regions of a few microseconds, too short for a general work-stealing pool to wake up for. Each thread has a share of a
+//! region's pieces, side by side and the same in every step, so that what it reads next lies next to what it reads. Who is done takes pieces off
+//! the ends of others' shares, so a thread that the system takes away for a while delays a step by a piece at most.
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -18,7 +20,7 @@ const SPINS: u32 = 2000;
 /// How often the caller looks for its helpers' end before it lets others run meanwhile.
 const PATIENCE: u32 = 20_000;
 
-/// Most bytes that a waiting helper fetches: what its own cache can hold beside the rest.
+/// Most bytes that a waiting thread fetches: what its own cache can hold beside the rest.
 const MAX_IDLE_BYTES: usize = 384 << 10;
 
 /// Bytes that it fetches between two looks for the next region.
@@ -34,9 +36,8 @@ struct Board {
     /// Helpers that are not done with the region.
     busy: AtomicUsize,
     panicked: AtomicBool,
-    /// What helpers fetch while they wait, and its bytes. A mixture of two such is harmless: nothing is read.
-    next: AtomicPtr<u8>,
-    next_bytes: AtomicUsize,
+    /// A seat a thread.
+    seats: Box<[Seat]>,
 }
 
 // SAFETY: `region` is written by the caller alone, while no helper is busy, and read by helpers only after they have seen the epoch that
@@ -44,6 +45,39 @@ struct Board {
 unsafe impl Sync for Board {}
 // SAFETY: the pointer is followed only within `Team::run`, which holds the borrow it was made of.
 unsafe impl Send for Board {}
+
+/// What concerns one thread, on a line of its own.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Seat {
+    /// What nobody has begun of its share: the first piece in the upper half, the one after the last in the lower.
+    share: AtomicU64,
+    /// What it fetches while it waits, and its bytes. A mixture of two such is harmless: nothing is read.
+    next: AtomicPtr<u8>,
+    next_bytes: AtomicUsize,
+}
+
+impl Seat {
+    fn set(&self, pieces: Range<usize>) {
+        self.share.store((pieces.start as u64) << 32 | pieces.end as u64, Ordering::Relaxed);
+    }
+
+    /// Takes the first piece, or the last one.
+    fn take(&self, first: bool) -> Option<usize> {
+        let mut left = self.share.load(Ordering::Relaxed);
+        loop {
+            let (start, end) = (left >> 32, left & u64::from(u32::MAX));
+            if start >= end {
+                return None;
+            }
+            let (piece, rest) = if first { (start, (start + 1) << 32 | end) } else { (end - 1, left - 1) };
+            match self.share.compare_exchange_weak(left, rest, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(piece as usize),
+                Err(now) => left = now,
+            }
+        }
+    }
+}
 
 #[derive(Debug)]
 struct Helper {
@@ -73,8 +107,7 @@ impl Team {
             region: UnsafeCell::new(None),
             busy: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
-            next: AtomicPtr::new(ptr::null_mut()),
-            next_bytes: AtomicUsize::new(0),
+            seats: (0..threads.max(1)).map(|_| Seat::default()).collect(),
         });
         // Where the system gives fewer threads, fewer compute.
         let helpers = (1..threads).filter_map(|worker| {
@@ -93,8 +126,14 @@ impl Team {
 
     /// Runs `f(worker)` on every thread, this one as worker 0, and waits for all. Allocates nothing. Panics where one did.
     pub fn run(&self, f: &(dyn Fn(usize) + Sync)) {
+        self.begin_and_run(|| {}, f);
+    }
+
+    /// Calls `begin` while no region runs, then runs `f`.
+    fn begin_and_run(&self, begin: impl FnOnce(), f: &(dyn Fn(usize) + Sync)) {
         let board = &*self.board;
         let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        begin();
         // SAFETY: the lifetime is taken off the reference; no helper follows it after this function, which waits for all of them.
         let region: *const Region =
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Region>(f) };
@@ -108,8 +147,11 @@ impl Team {
             }
         }
         let own = catch_unwind(AssertUnwindSafe(|| f(0)));
-        let mut looks = 0;
+        let (mut looks, mut fetch) = (0, Fetch::new());
         while board.busy.load(Ordering::Acquire) > 0 {
+            if fetch.some(&board.seats[0]) {
+                continue;
+            }
             looks += 1;
             if looks < PATIENCE { std::hint::spin_loop() } else { thread::yield_now() }
         }
@@ -120,10 +162,17 @@ impl Team {
         assert!(!helper_panicked, "a kernel panicked on another thread");
     }
 
-    /// Says what will be read soon: helpers that wait for the next region fetch its beginning meanwhile.
-    pub fn fetch_when_idle(&self, bytes: &[u8]) {
-        self.board.next_bytes.store(bytes.len().min(MAX_IDLE_BYTES), Ordering::Relaxed);
-        self.board.next.store(bytes.as_ptr().cast_mut(), Ordering::Relaxed);
+    /// Says what a thread will read soon: it fetches the beginning while it waits.
+    pub fn fetch_when_idle(&self, worker: usize, bytes: &[u8]) {
+        let seat = &self.board.seats[worker];
+        seat.next_bytes.store(bytes.len().min(MAX_IDLE_BYTES), Ordering::Relaxed);
+        seat.next.store(bytes.as_ptr().cast_mut(), Ordering::Relaxed);
+    }
+
+    /// The pieces of `count` that a thread begins with in [`Team::each`].
+    pub fn share(&self, count: usize, worker: usize) -> Range<usize> {
+        let threads = self.threads();
+        count * worker / threads..count * (worker + 1) / threads
     }
 
     /// Runs `f(i, item)` once for each item, on whichever thread is free.
@@ -138,14 +187,18 @@ impl Team {
         if count <= 1 || self.helpers.is_empty() {
             return (0..count).for_each(f);
         }
-        let next = AtomicUsize::new(0);
-        self.run(&|_| {
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                if i >= count {
-                    break;
-                }
+        assert!(u32::try_from(count).is_ok(), "a share counts in 32 bits");
+        // Where the system gave fewer threads than were asked for, there are seats without one.
+        let seats = &self.board.seats[..self.threads()];
+        let begin = || seats.iter().enumerate().for_each(|(worker, seat)| seat.set(self.share(count, worker)));
+        self.begin_and_run(begin, &|worker| {
+            while let Some(i) = seats[worker].take(true) {
                 f(i);
+            }
+            for other in 1..seats.len() {
+                while let Some(i) = seats[(worker + other) % seats.len()].take(false) {
+                    f(i);
+                }
             }
         });
     }
@@ -169,22 +222,41 @@ impl<T> Items<T> {
     }
 }
 
+/// What a waiting thread has fetched.
+struct Fetch {
+    of: *mut u8,
+    done: usize,
+}
+
+impl Fetch {
+    fn new() -> Self {
+        Self { of: ptr::null_mut(), done: 0 }
+    }
+
+    /// Fetches some more of what is next, if there is more.
+    fn some(&mut self, seat: &Seat) -> bool {
+        let next = seat.next.load(Ordering::Relaxed);
+        if next != self.of {
+            *self = Self { of: next, done: 0 };
+        }
+        if self.done >= seat.next_bytes.load(Ordering::Relaxed) {
+            return false;
+        }
+        for at in (self.done..self.done + IDLE_STEP).step_by(64) {
+            prefetch(next.wrapping_add(at));
+        }
+        self.done += IDLE_STEP;
+        true
+    }
+}
+
 /// A helper's life: it ends with the process.
 fn help(board: &Board, asleep: &AtomicBool, worker: usize) {
-    let mut seen = 0;
-    let (mut fetching, mut fetched) = (ptr::null_mut(), 0);
+    let (mut seen, mut fetch) = (0, Fetch::new());
     loop {
         let mut spins = 0;
         while board.epoch.load(Ordering::Acquire) == seen {
-            let next = board.next.load(Ordering::Relaxed);
-            if next != fetching {
-                (fetching, fetched) = (next, 0);
-            }
-            if fetched < board.next_bytes.load(Ordering::Relaxed) {
-                for at in (fetched..fetched + IDLE_STEP).step_by(64) {
-                    prefetch(next.wrapping_add(at));
-                }
-                fetched += IDLE_STEP;
+            if fetch.some(&board.seats[worker]) {
                 continue;
             }
             if spins < SPINS {
@@ -225,6 +297,19 @@ mod tests {
             });
             assert!(done.iter().all(|n| n.load(Ordering::Relaxed) == 1));
         }
+    }
+
+    /// The first piece waits for all others, those of its own thread's share too.
+    #[test]
+    fn who_is_done_takes_over_others_pieces() {
+        let (team, done) = (Team::new(2), AtomicUsize::new(0));
+        team.each(10, |i| {
+            while i == 0 && done.load(Ordering::Relaxed) < 9 {
+                thread::yield_now();
+            }
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(done.load(Ordering::Relaxed), 10);
     }
 
     #[test]
