@@ -83,13 +83,8 @@ fn linear_at(
                 if let Some(next) = next.adapters.filter(|_| row == 0) {
                     shrink_reads(next, at, total, &mut ahead);
                 }
-                let mut strip = at;
-                for job in jobs.iter().flatten() {
-                    if strip < job.matrix.strips() {
-                        job.run(level, strip, x, rows.clone(), &mut ahead);
-                        break;
-                    }
-                    strip -= job.matrix.strips();
+                if let Some((job, strip)) = find(jobs.iter().flatten(), |job| job.matrix, at) {
+                    job.run(level, strip, x, rows.clone(), &mut ahead);
                 }
             }
         }
@@ -109,15 +104,23 @@ fn fetch_when_idle(team: &Team, matrices: [Option<&PackedMatrix>; MAX_LAYERS]) {
     let total = matrices.iter().flatten().map(|matrix| matrix.strips()).sum();
     let piece = strips_of_a_piece(team, total);
     for worker in 0..team.threads() {
-        let mut strip = team.share(total.div_ceil(piece), worker).start * piece;
-        for matrix in matrices.iter().flatten() {
-            if strip < matrix.strips() {
-                team.fetch_when_idle(worker, matrix.strips_from(strip));
-                break;
-            }
-            strip -= matrix.strips();
+        let at = team.share(total.div_ceil(piece), worker).start * piece;
+        if let Some((matrix, strip)) = find(matrices.iter().flatten(), |matrix| matrix, at) {
+            team.fetch_when_idle(worker, matrix.strips_from(strip));
         }
     }
+}
+
+/// Which of the layers the strip `at` of all of them lies in, and its place there.
+fn find<T>(layers: impl Iterator<Item = T>, matrix: impl Fn(&T) -> &PackedMatrix, mut at: usize) -> Option<(T, usize)> {
+    for layer in layers {
+        let strips = matrix(&layer).strips();
+        if at < strips {
+            return Some((layer, at));
+        }
+        at -= strips;
+    }
+    None
 }
 
 /// A layer as the tasks see it.
