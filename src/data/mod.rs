@@ -6,7 +6,7 @@ mod ingest;
 mod records;
 mod report;
 
-pub use batching::{Order, Split};
+pub use batching::{Batches, Split};
 pub use ingest::Upload;
 pub use records::{Chat, Examples, Pair, Preference, Record};
 pub use report::{Report, inspect};

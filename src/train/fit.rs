@@ -9,7 +9,7 @@ use std::time::Instant;
 use candle_core::{Tensor, Var};
 
 use crate::adapter::Lora;
-use crate::data::{Examples, Order};
+use crate::data::{Batches, Examples};
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -105,7 +105,7 @@ pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent) -> Result<()
 struct Run<'a> {
     inputs: FitInputs<'a>,
     schedule: Schedule,
-    order: Order,
+    batches: Batches,
     train: Box<dyn Objective + 'a>,
     validation: Box<dyn Objective + 'a>,
     lora: TracedLora,
@@ -158,10 +158,12 @@ impl<'a> Run<'a> {
         let recipe = inputs.recipe;
         let lora = TracedLora::trainable(inputs.start)?;
         let vars: Vec<Var> = lora.vars().iter().map(|(_, _, var)| var.clone()).collect();
+        let schedule = Schedule::new(recipe, inputs.train.len());
+        let seed = (!recipe.sequential).then_some(recipe.seed);
         Ok(Self {
             inputs,
-            schedule: Schedule::new(recipe, inputs.train.len()),
-            order: Order::new(inputs.train.len(), (!recipe.sequential).then_some(recipe.seed)),
+            schedule,
+            batches: Batches::new(inputs.train.len(), schedule.batch, seed),
             train: objective(inputs.objective, inputs.train)?,
             validation: objective(inputs.objective, inputs.validation)?,
             optimizer: AdamW::new(recipe.into(), vars.clone())?,
@@ -194,16 +196,9 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// The records of a step, counted from 1.
-    fn batch(&mut self, step: u32) -> Vec<usize> {
-        let start = u64::from(step - 1) * self.schedule.batch;
-        let end = (start + self.schedule.batch).min(self.schedule.positions);
-        (start..end).map(|position| self.order.at(position)).collect()
-    }
-
     fn step(&mut self, step: u32) -> Result<JobEvent> {
         let began = Instant::now();
-        let batch = self.batch(step);
+        let batch = self.batches.of_step(u64::from(step - 1));
         let (sums, mut gradients) = self.gradients(&batch)?;
         let (loss, grad_norm) = (sums.loss(), global_norm(&gradients)?);
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -267,9 +262,8 @@ impl<'a> Run<'a> {
     }
 
     fn evaluates_after(&self, step: u32) -> bool {
-        let epoch = (self.train.count() as u64).div_ceil(self.schedule.batch).max(1);
-        let every = self.inputs.recipe.eval_steps.map_or(epoch, u64::from).max(1);
-        self.validation.count() > 0 && (u64::from(step).is_multiple_of(every) || step == self.schedule.total_steps)
+        let every = self.inputs.recipe.eval_steps.unwrap_or(self.schedule.steps_per_epoch).max(1);
+        self.validation.count() > 0 && (step.is_multiple_of(every) || step == self.schedule.total_steps)
     }
 
     fn evaluate(&mut self, step: u32) -> Result<JobEvent> {

@@ -12,25 +12,25 @@ const WARMUP_SHARE: f64 = 0.05;
 pub struct Schedule {
     pub total_steps: u32,
     pub warmup_steps: u32,
-    /// Records of all steps; the last step takes what is left.
-    pub positions: u64,
-    /// Records a step: batch size times accumulation.
-    pub batch: u64,
+    /// Records of a full step: batch size times accumulation. The last step of an epoch takes what is left.
+    pub batch: usize,
+    /// Steps of one pass over all records.
+    pub steps_per_epoch: u32,
     peak: f64,
     decay: LrSchedule,
 }
 
 impl Schedule {
-    /// For training on `records` records. Every one is seen `epochs` times, unless `max_steps` says how many batches there are.
+    /// Plans the training on `records` records: `epochs` passes over all of them, unless `max_steps` says how many steps there are.
     pub fn new(recipe: &Hyperparameters, records: usize) -> Self {
         let batch = u64::from(recipe.batch_size.max(1)) * u64::from(recipe.gradient_accumulation_steps.max(1));
-        let positions = match recipe.max_steps {
-            Some(steps) => u64::from(steps) * batch,
-            None => u64::from(recipe.epochs) * records as u64,
-        };
-        let total_steps = u32::try_from(positions.div_ceil(batch)).unwrap_or(u32::MAX);
+        let batch = usize::try_from(batch).unwrap_or(usize::MAX);
+        let per_epoch = records.max(1).div_ceil(batch) as u64;
+        let total = recipe.max_steps.map_or(u64::from(recipe.epochs).saturating_mul(per_epoch), u64::from);
+        let total_steps = u32::try_from(total).unwrap_or(u32::MAX);
+        let steps_per_epoch = u32::try_from(per_epoch).unwrap_or(u32::MAX);
         let warmup_steps = recipe.warmup_steps.unwrap_or((f64::from(total_steps) * WARMUP_SHARE) as u32);
-        Self { total_steps, warmup_steps, positions, batch, peak: recipe.learning_rate, decay: recipe.schedule }
+        Self { total_steps, warmup_steps, batch, steps_per_epoch, peak: recipe.learning_rate, decay: recipe.schedule }
     }
 
     /// The learning rate of the step `step`, counted from 0: a line from 0 over the warm-up, then the decay, which would reach 0
@@ -73,10 +73,18 @@ mod tests {
     }
 
     #[test]
-    fn epochs_see_every_record() {
-        let recipe =
-            Hyperparameters { epochs: 3, batch_size: 2, gradient_accumulation_steps: 2, max_steps: None, ..recipe() };
-        let schedule = Schedule::new(&recipe, 7);
-        assert_eq!((schedule.positions, schedule.total_steps, schedule.batch), (21, 6, 4));
+    fn epochs_are_passes() {
+        let plan = |epochs, batch_size, gradient_accumulation_steps, records| {
+            let recipe = Hyperparameters { epochs, batch_size, gradient_accumulation_steps, max_steps: None, ..recipe() };
+            let schedule = Schedule::new(&recipe, records);
+            (schedule.steps_per_epoch, schedule.total_steps)
+        };
+        assert_eq!(plan(3, 2, 2, 7), (2, 6));
+        assert_eq!(plan(3, 2, 2, 8), (2, 6));
+        assert_eq!(plan(10, 1, 8, 5), (1, 10), "a batch ends with the epoch");
+        assert_eq!(plan(10, 4, 8, 5), (1, 10));
+        assert_eq!(plan(u32::MAX, 1, 1, 5), (5, u32::MAX));
+        let recipe = Hyperparameters { max_steps: Some(3), batch_size: 4, ..recipe() };
+        assert_eq!(Schedule::new(&recipe, 5).total_steps, 3);
     }
 }

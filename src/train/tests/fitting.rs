@@ -119,6 +119,15 @@ fn curve(events: &[JobEvent]) -> Vec<(f64, f64, Option<f64>)> {
     events.iter().filter_map(of_step).collect()
 }
 
+/// The steps that an evaluation followed.
+fn evaluated(events: &[JobEvent]) -> Vec<u32> {
+    let of_event = |event: &JobEvent| match event {
+        JobEvent::Evaluated { step, .. } => Some(*step),
+        _ => None,
+    };
+    events.iter().filter_map(of_event).collect()
+}
+
 fn close(a: f64, b: f64) -> bool {
     (a - b).abs() <= 1e-4 * a.abs().max(b.abs())
 }
@@ -171,12 +180,35 @@ fn evaluation_changes_nothing_but_the_report() {
     let run = Run { validation: Some(&validation), ..Run::new(&start, &train, recipe) };
     let (with, events) = bench.fit(&run).unwrap();
     assert_eq!(with.lora, without.lora);
-    let evaluated = |event: &JobEvent| match event {
-        JobEvent::Evaluated { step, .. } => Some(*step),
-        _ => None,
-    };
-    assert_eq!(events.iter().filter_map(evaluated).collect::<Vec<_>>(), [2, 4, 5]);
+    assert_eq!(evaluated(&events), [2, 4, 5]);
     assert!(with.metrics["eval_loss"].is_finite());
+}
+
+/// 5 records in steps of 8: each step is an epoch, sees each record once and is followed by its evaluation.
+#[test]
+fn a_step_ends_with_the_epoch_and_the_evaluation_follows_it() {
+    let bench = Bench::new();
+    let (start, train, validation) = (bench.start(lora()), bench.chats(5), bench.chats(2));
+    let recipe = |accumulate, eval_steps| Hyperparameters {
+        epochs: 10,
+        batch_size: 1,
+        gradient_accumulation_steps: accumulate,
+        eval_steps,
+        sequential: false,
+        ..recipe()
+    };
+    let run = |accumulate, eval_steps| {
+        let run = Run { validation: Some(&validation), ..Run::new(&start, &train, recipe(accumulate, eval_steps)) };
+        bench.fit(&run).unwrap().1
+    };
+    let events = run(8, None);
+    assert_eq!(curve(&events).len(), 10);
+    assert_eq!(evaluated(&events), (1..=10).collect::<Vec<_>>());
+    assert_eq!(evaluated(&run(3, None)), (1..=10).map(|epoch| 2 * epoch).collect::<Vec<_>>());
+    // The first step's loss is that of all five records, in any order.
+    let whole = Run::new(&start, &train, Hyperparameters { batch_size: 5, ..recipe(1, None) });
+    let whole = curve(&bench.fit(&whole).unwrap().1);
+    assert!(close(curve(&events)[0].0, whole[0].0) && close(curve(&events)[0].1, whole[0].1));
 }
 
 #[test]
