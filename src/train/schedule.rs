@@ -75,7 +75,8 @@ mod tests {
     #[test]
     fn epochs_are_passes() {
         let plan = |epochs, batch_size, gradient_accumulation_steps, records| {
-            let recipe = Hyperparameters { epochs, batch_size, gradient_accumulation_steps, max_steps: None, ..recipe() };
+            let recipe =
+                Hyperparameters { epochs, batch_size, gradient_accumulation_steps, max_steps: None, ..recipe() };
             let schedule = Schedule::new(&recipe, records);
             (schedule.steps_per_epoch, schedule.total_steps)
         };
