@@ -35,7 +35,7 @@ pub mod proto {
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 }
 
-/// Makes ring the process's TLS library. Two are linked (the downloads of bases bring theirs), and rustls does not choose.
+/// Makes ring the process's TLS library. It is the only one that is linked, but rustls chooses by itself only as long as that is so.
 fn choose_tls_library() {
     // Where one has been chosen already, by us or by the program around us, it serves as well.
     let _ = rustls::crypto::ring::default_provider().install_default();

@@ -8,6 +8,7 @@ mod generate;
 mod jobs;
 mod keys;
 mod models;
+mod plot;
 mod policy;
 mod prompt;
 mod quickstart;

@@ -5,19 +5,18 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use textplots::{Chart, LabelBuilder as _, LabelFormat, Plot as _, Shape};
 use tokio_stream::StreamExt as _;
 
 use super::show::{printable, state};
-use super::{Failure, Result};
+use super::{Failure, Result, plot as draw};
 use crate::api::client::{Client, proto};
 use proto::training_event::Event;
 
 /// Without a terminal: time between two lines of progress.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Plot size in dots; a character is 2 x 4 dots.
-const PLOT: (u32, u32) = (120, 24);
+/// The plot's size in characters.
+const PLOT: (usize, usize) = (60, 6);
 
 /// A job that has ended well.
 pub(super) struct Course {
@@ -158,22 +157,25 @@ fn step_text(step: &proto::StepTaken) -> String {
 /// The loss over the steps; nothing where there is no curve to see.
 pub(super) fn plot(steps: &[proto::StepTaken]) -> String {
     let finite = steps.iter().filter(|step| step.loss.is_finite());
-    let points: Vec<(f32, f32)> = finite.map(|step| (step.step as f32, step.loss as f32)).collect();
+    let points: Vec<(f64, f64)> = finite.map(|step| (f64::from(step.step), step.loss)).collect();
     let (Some(first), Some(last)) = (points.first(), points.last()) else { return String::new() };
-    let lowest = points.iter().map(|point| point.1).fold(f32::INFINITY, f32::min);
-    let highest = points.iter().map(|point| point.1).fold(f32::NEG_INFINITY, f32::max);
+    let lowest = points.iter().map(|point| point.1).fold(f64::INFINITY, f64::min);
+    let highest = points.iter().map(|point| point.1).fold(f64::NEG_INFINITY, f64::max);
     if first.0 >= last.0 || lowest >= highest {
         return String::new();
     }
-    let shape = Shape::Lines(&points);
-    let mut chart = Chart::new_with_y_range(PLOT.0, PLOT.1, first.0, last.0, lowest, highest);
-    let chart = chart
-        .lineplot(&shape)
-        .x_label_format(LabelFormat::Custom(Box::new(|x| format!("{x:.0}"))))
-        .y_label_format(LabelFormat::Custom(Box::new(|y| format!("{y:.3}"))));
-    chart.axis();
-    chart.figures();
-    format!("  loss by step\n{}", chart.to_string().lines().map(|line| format!("  {line}\n")).collect::<String>())
+    let (columns, rows) = PLOT;
+    let mut text = String::from("  loss by step\n");
+    for (i, row) in draw::lines(&points, columns, rows).iter().enumerate() {
+        let label = match i {
+            0 => format!("{highest:.3}"),
+            _ if i + 1 == rows => format!("{lowest:.3}"),
+            _ => String::new(),
+        };
+        text += format!("  ⡇{row} {label}").trim_end();
+        text.push('\n');
+    }
+    text + &format!("   {:<left$}{:>right$}\n", first.0, last.0, left = columns / 2, right = columns - columns / 2)
 }
 
 fn event_json(event: &proto::TrainingEvent) -> Value {

