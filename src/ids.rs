@@ -3,7 +3,6 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, Result};
@@ -30,7 +29,7 @@ pub fn check_id(field: &str, id: &str) -> Result<()> {
 }
 
 /// A tenant's id. Knowing one proves nothing; see [`Tenant`].
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TenantId(String);
 
 impl TenantId {
@@ -102,7 +101,7 @@ fn bad_name(name: &str, form: &str) -> Error {
 macro_rules! child_name {
     ($(#[$doc:meta])* $type:ident, $collection:literal, $id:ident) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $type {
             pub tenant: TenantId,
             pub $id: String,
@@ -155,7 +154,7 @@ child_name!(
 );
 
 /// `tenants/{t}/adapters/{a}/versions/{v}`: immutable. v counts from 1 within its adapter.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VersionName {
     pub adapter: AdapterName,
     pub version: u32,

@@ -154,7 +154,7 @@ pub struct ScoreAnswer {
 }
 
 /// Whether a new version goes live.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Publish {
     /// Live where the adapter has no live version, else version only.
     Auto,
@@ -163,7 +163,7 @@ pub enum Publish {
 }
 
 /// A linear layer of a block, in PEFT's words. The order is that of the forward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Target {
     QProj,
     KProj,
@@ -197,7 +197,7 @@ impl Target {
 }
 
 /// How a fresh LoRA is shaped.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LoraSpec {
     pub rank: u32,
     pub alpha: f32,
@@ -215,14 +215,14 @@ impl Default for LoraSpec {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Start {
     Fresh(LoraSpec),
     /// Resolved when the job was accepted.
     From(VersionName),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Objective {
     Sft,
     /// Sigmoid DPO.
@@ -232,7 +232,7 @@ pub enum Objective {
     },
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LrSchedule {
     Cosine,
     Linear,
@@ -240,7 +240,7 @@ pub enum LrSchedule {
 }
 
 /// AdamW and the batches it sees; all defaults filled in.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Hyperparameters {
     pub learning_rate: f64,
     pub epochs: u32,
@@ -267,7 +267,7 @@ pub struct Hyperparameters {
 }
 
 /// A training job as asked for, defaults filled in.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct JobSpec {
     /// Gets the new version.
     pub adapter: AdapterName,
@@ -278,7 +278,7 @@ pub struct JobSpec {
     pub publish: Publish,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum JobState {
     Queued,
     Running,
@@ -299,7 +299,7 @@ impl JobState {
 }
 
 /// Something that happened to a job.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum JobEvent {
     State {
         state: JobState,
@@ -329,7 +329,7 @@ pub enum JobEvent {
 }
 
 /// What the parity gate measured; D is logp(adapter) - logp(base), nats.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ParityReport {
     pub tokens: u32,
     /// Mean |D_serve - D_train|.

@@ -14,6 +14,7 @@ mod server {
     mod residency;
     mod safety;
     mod scheduling;
+    mod stored;
     mod swap;
     mod tenants;
     mod tls;

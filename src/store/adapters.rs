@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, TenantId, VersionName};
 use crate::request::{ParityReport, Publish};
 use crate::store::rows::{first_result, from_json, from_millis, int, now, record_result, require_tenant, to_json};
-use crate::store::{Listed, Page, Store, fresh_token};
+use crate::store::{Listed, Page, Store, documents, fresh_token};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterRow {
@@ -106,8 +106,7 @@ impl Store {
         let select = select_adapters!("WHERE a.tenant = ? AND a.adapter > ? ORDER BY a.adapter LIMIT ?");
         let rows =
             sqlx::query(select).bind(tenant.as_str()).bind(&page.token).bind(page.rows()).fetch_all(&mut *db).await?;
-        let items = rows.iter().map(adapter_row).collect::<Result<_>>()?;
-        Ok(Listed::cut(items, page, |a: &AdapterRow| a.name.adapter.clone()))
+        Listed::read(rows, page, adapter_row, |row| Ok(row.try_get("adapter")?))
     }
 
     pub async fn get_version(&self, name: &VersionName) -> Result<VersionRow> {
@@ -127,8 +126,7 @@ impl Store {
         .bind(page.rows())
         .fetch_all(&mut *db)
         .await?;
-        let items = rows.iter().map(version_row).collect::<Result<_>>()?;
-        Ok(Listed::cut(items, page, |v: &VersionRow| v.name.version.to_string()))
+        Listed::read(rows, page, version_row, |row| Ok(row.try_get::<u32, _>("version")?.to_string()))
     }
 
     /// The version that a name means now: one read, so it is one version even while names move. NOT_FOUND for what does not
@@ -352,7 +350,7 @@ async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &Versi
     .bind(int(draft.memory_bytes))
     .bind(draft.rank)
     .bind(to_json(&draft.targets)?)
-    .bind(to_json(&draft.parity)?)
+    .bind(documents::write_parity(&draft.parity)?)
     .bind(draft.job.as_ref().map(JobName::to_string))
     .bind(to_json(&draft.metrics)?)
     .bind(&draft.blob)
@@ -435,9 +433,9 @@ fn version_row(row: &SqliteRow) -> Result<VersionRow> {
         size_bytes: bytes(row, "size_bytes")?,
         rank: row.try_get("rank")?,
         targets: from_json(row.try_get("targets")?)?,
-        parity: from_json(row.try_get("parity")?)?,
+        parity: documents::read_parity(row.try_get("parity")?)?,
         job: job.map(str::parse).transpose()?,
-        metrics: from_json(row.try_get("metrics")?)?,
+        metrics: documents::read_metrics(row.try_get("metrics")?)?,
         create_time: from_millis(row.try_get("create_time")?),
         uid: row.try_get("uid")?,
         memory_bytes: bytes(row, "memory_bytes")?,

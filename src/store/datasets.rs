@@ -143,8 +143,7 @@ impl Store {
             .bind(page.rows())
             .fetch_all(self.pool())
             .await?;
-        let items = rows.iter().map(dataset_row).collect::<Result<_>>()?;
-        Ok(Listed::cut(items, page, |row: &DatasetRow| row.name.dataset.clone()))
+        Listed::read(rows, page, dataset_row, |row| Ok(row.try_get("dataset")?))
     }
 
     /// Deletes a dataset; gives its blob, for the caller to collect. Refused (DATASET_IN_USE) while a job that has not ended uses it.

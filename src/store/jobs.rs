@@ -8,10 +8,8 @@ use sqlx::{Row, SqliteConnection};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, JobName, Tenant, TenantId, VersionName};
 use crate::request::{JobEvent, JobSpec, JobState, Start};
-use crate::store::rows::{
-    first_result, from_json, from_millis, int, now, record_result, require_tenant, to_json, to_millis,
-};
-use crate::store::{Listed, Page, Store};
+use crate::store::rows::{first_result, from_millis, int, now, readable, record_result, require_tenant};
+use crate::store::{Listed, Page, Store, documents};
 
 /// A training job.
 #[derive(Debug, Clone, PartialEq)]
@@ -118,7 +116,7 @@ impl Store {
         }
         require_inputs(&mut tx, &job.spec).await?;
         let row = insert(&mut tx, job).await?;
-        append(&mut tx, &row.name, &state_event(&row)).await?;
+        append(&mut tx, &row.name, &state_event(row.state, &JobEnd::default())).await?;
         record_result(&mut tx, tenant, TRAIN_METHOD, request_id, &row.name.to_string()).await?;
         tx.commit().await?;
         Ok(row)
@@ -150,31 +148,35 @@ impl Store {
         .bind(page.rows())
         .fetch_all(self.pool())
         .await?;
-        let items = rows.iter().map(job_row).collect::<Result<_>>()?;
-        Ok(Listed::cut(items, page, |row: &JobRow| format!("{}.{}", to_millis(row.create_time), row.name.job)))
+        let token = |row: &SqliteRow| {
+            Ok(format!("{}.{}", row.try_get::<i64, _>("create_time")?, row.try_get::<&str, _>("job")?))
+        };
+        Listed::read(rows, page, job_row, token)
     }
 
     /// Takes the next queued job: of the tenant whose last job started longest ago, the oldest. It is RUNNING from then on, and the
-    /// claim holds for `lease` after each [`Store::heartbeat`].
+    /// claim holds for `lease` after each [`Store::heartbeat`]. One that cannot be read fails, lest it be the next one for ever.
     pub async fn claim_next_job(&self, worker: &str, lease: Duration) -> Result<Option<(Tenant, JobRow)>> {
         let mut tx = self.write().await?;
-        let claimed = sqlx::query(
-            "UPDATE jobs SET state = 'RUNNING', worker = ?1, lease_until = ?2, start_time = ?3, end_time = NULL, step = 0, error = NULL
-             WHERE rowid = (
-                SELECT rowid FROM jobs AS waiting WHERE state = 'QUEUED'
-                ORDER BY COALESCE((SELECT MAX(start_time) FROM jobs WHERE tenant = waiting.tenant), 0), create_time, rowid
-                LIMIT 1
-             ) RETURNING *",
-        )
-        .bind(worker)
-        .bind(now() + int(lease.as_millis() as u64))
-        .bind(now())
-        .fetch_optional(&mut *tx)
-        .await?;
-        let Some(row) = claimed.as_ref().map(job_row).transpose()? else { return Ok(None) };
-        append(&mut tx, &row.name, &state_event(&row)).await?;
+        let mut next = claim(&mut tx, worker, lease).await?;
+        while let Some(row) = &next {
+            let name = job_name(row)?;
+            match job_row(row) {
+                Ok(job) => {
+                    append(&mut tx, &name, &state_event(job.state, &JobEnd::default())).await?;
+                    tx.commit().await?;
+                    return Ok(Some((Tenant::proven(name.tenant), job)));
+                }
+                Err(error) => {
+                    tracing::error!(job = %name, %error, "a queued job cannot be read and fails");
+                    let end = JobEnd { version: None, error: Some(error.to_string()) };
+                    set_state(&mut tx, &name, JobState::Failed, &end).await?;
+                }
+            }
+            next = claim(&mut tx, worker, lease).await?;
+        }
         tx.commit().await?;
-        Ok(Some((Tenant::proven(row.name.tenant.clone()), row)))
+        Ok(None)
     }
 
     /// Renews a claim and tells the job's state; NOT_FOUND where the claim is another worker's.
@@ -200,13 +202,18 @@ impl Store {
         end: JobEnd,
     ) -> Result<Option<JobRow>> {
         let mut tx = self.write().await?;
-        let state = find(&mut tx, name).await?.ok_or_else(|| Error::not_found(name))?.state;
-        if !from.contains(&state) {
+        let state: Option<String> = sqlx::query_scalar("SELECT state FROM jobs WHERE tenant = ? AND job = ?")
+            .bind(name.tenant.as_str())
+            .bind(&name.job)
+            .fetch_optional(&mut *tx)
+            .await?;
+        if !from.contains(&state_from_name(&state.ok_or_else(|| Error::not_found(name))?)?) {
             return Ok(None);
         }
-        let row = set_state(&mut tx, name, to, end).await?;
+        // A job whose spec cannot be read moves too: it must be possible to cancel it.
+        let row = set_state(&mut tx, name, to, &end).await?;
         tx.commit().await?;
-        Ok(Some(row))
+        job_row(&row).map(Some)
     }
 
     /// Stores an event and gives its sequence number; a step moves the job's count of steps too.
@@ -240,21 +247,24 @@ impl Store {
             Ok(StoredEvent {
                 sequence: row.try_get::<i64, _>("sequence")?.max(0) as u64,
                 time: from_millis(row.try_get("time")?),
-                event: from_json(row.try_get("event")?)?,
+                event: documents::read_event(row.try_get("event")?)
+                    .unwrap_or_else(|error| unreadable_event(name, &error)),
             })
         };
         rows.iter().map(event).collect()
     }
 
     /// At start, for what a dead process was running: a job whose version is in the catalogue has SUCCEEDED, one that was being
-    /// cancelled is CANCELLED, any other is INTERRUPTED.
+    /// cancelled is CANCELLED, any other is INTERRUPTED. Needs nothing of a row but its name and state.
     pub async fn interrupt_stale_jobs(&self) -> Result<()> {
         let mut tx = self.write().await?;
         let rows = sqlx::query("SELECT * FROM jobs WHERE state IN ('RUNNING', 'PAUSING', 'CANCELLING')")
             .fetch_all(&mut *tx)
             .await?;
-        for row in rows.iter().map(job_row).collect::<Result<Vec<_>>>()? {
-            let (to, end) = match (made_version(&mut tx, &row.name).await?, row.state) {
+        for row in rows {
+            let name_and_state = || Ok((job_name(&row)?, state_from_name(row.try_get("state")?)?));
+            let Some((name, state)) = readable(name_and_state()) else { continue };
+            let (to, end) = match (made_version(&mut tx, &name).await?, state) {
                 (Some(version), _) => (JobState::Succeeded, JobEnd { version: Some(version), error: None }),
                 (None, JobState::Cancelling) => (JobState::Cancelled, JobEnd::default()),
                 (None, _) => {
@@ -262,7 +272,7 @@ impl Store {
                     (JobState::Interrupted, JobEnd { version: None, error: Some(why) })
                 }
             };
-            set_state(&mut tx, &row.name, to, end).await?;
+            set_state(&mut tx, &name, to, &end).await?;
         }
         tx.commit().await?;
         Ok(())
@@ -319,7 +329,7 @@ async fn insert(db: &mut SqliteConnection, job: &NewJob) -> Result<JobRow> {
     .bind(from.map(|version| version.adapter.adapter.as_str()))
     .bind(from.map(|version| version.version))
     .bind(&spec.dataset.dataset)
-    .bind(to_json(spec)?)
+    .bind(documents::write_spec(spec)?)
     .bind(total_steps)
     .bind(now())
     .fetch_one(db)
@@ -327,8 +337,26 @@ async fn insert(db: &mut SqliteConnection, job: &NewJob) -> Result<JobRow> {
     job_row(&row)
 }
 
-/// Sets the state and what goes with it, and appends the event.
-async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end: JobEnd) -> Result<JobRow> {
+/// Marks the job that is to run next as this worker's.
+async fn claim(db: &mut SqliteConnection, worker: &str, lease: Duration) -> Result<Option<SqliteRow>> {
+    let row = sqlx::query(
+        "UPDATE jobs SET state = 'RUNNING', worker = ?1, lease_until = ?2, start_time = ?3, end_time = NULL, step = 0, error = NULL
+         WHERE rowid = (
+            SELECT rowid FROM jobs AS waiting WHERE state = 'QUEUED'
+            ORDER BY COALESCE((SELECT MAX(start_time) FROM jobs WHERE tenant = waiting.tenant), 0), create_time, rowid
+            LIMIT 1
+         ) RETURNING *",
+    )
+    .bind(worker)
+    .bind(now() + int(lease.as_millis() as u64))
+    .bind(now())
+    .fetch_optional(db)
+    .await?;
+    Ok(row)
+}
+
+/// Sets the state and what goes with it, and appends the event; gives the new row.
+async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end: &JobEnd) -> Result<SqliteRow> {
     let ended = to.is_final() || to == JobState::Interrupted;
     let row = sqlx::query(
         "UPDATE jobs SET state = ?, version_adapter = ?, version = ?, error = ?, end_time = ? WHERE tenant = ? AND job = ? RETURNING *",
@@ -342,13 +370,13 @@ async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end:
     .bind(&name.job)
     .fetch_one(&mut *db)
     .await?;
-    let row = job_row(&row)?;
-    append(db, name, &state_event(&row)).await?;
+    append(db, name, &state_event(to, end)).await?;
     Ok(row)
 }
 
-fn state_event(row: &JobRow) -> JobEvent {
-    JobEvent::State { state: row.state, error: row.error.clone(), version: row.version.clone() }
+fn state_event(state: JobState, end: &JobEnd) -> JobEvent {
+    let JobEnd { version, error } = end.clone();
+    JobEvent::State { state, error, version }
 }
 
 async fn append(db: &mut SqliteConnection, name: &JobName, event: &JobEvent) -> Result<u64> {
@@ -360,7 +388,7 @@ async fn append(db: &mut SqliteConnection, name: &JobName, event: &JobEvent) -> 
     .bind(name.tenant.as_str())
     .bind(&name.job)
     .bind(now())
-    .bind(to_json(event)?)
+    .bind(documents::write_event(event)?)
     .fetch_one(db)
     .await?;
     Ok(sequence.max(0) as u64)
@@ -380,6 +408,24 @@ fn version_name(tenant: &TenantId, adapter: &str, version: u32) -> Result<Versio
     Ok(VersionName { adapter: AdapterName::new(tenant, adapter)?, version })
 }
 
+fn job_name(row: &SqliteRow) -> Result<JobName> {
+    JobName::new(&TenantId::new(row.try_get("tenant")?)?, row.try_get("job")?)
+}
+
+/// A job whose spec is damaged or of a later build.
+fn unreadable(name: &JobName, why: &Error) -> Error {
+    tracing::error!(job = %name, error = %why, "a job's spec cannot be read");
+    let message =
+        "its stored spec cannot be read by this build of the server; cancel it, or run the build that wrote it";
+    Error::precondition("JOB_UNREADABLE", name, message)
+}
+
+/// Stands in the place of an event that cannot be read, so that the numbers of those after it stay.
+fn unreadable_event(name: &JobName, why: &Error) -> JobEvent {
+    tracing::error!(job = %name, error = %why, "a job's event cannot be read");
+    JobEvent::Message("an event that this build of the server cannot read".to_owned())
+}
+
 fn job_row(row: &SqliteRow) -> Result<JobRow> {
     let tenant = TenantId::new(row.try_get("tenant")?)?;
     let time = |column: &str| row.try_get::<Option<i64>, _>(column).map(|millis| millis.map(from_millis));
@@ -387,9 +433,11 @@ fn job_row(row: &SqliteRow) -> Result<JobRow> {
         (Some(adapter), Some(version)) => Some(version_name(&tenant, adapter, version)?),
         _ => None,
     };
+    let name = job_name(row)?;
+    let spec = documents::read_spec(row.try_get("spec")?).map_err(|why| unreadable(&name, &why))?;
     Ok(JobRow {
-        name: JobName::new(&tenant, row.try_get("job")?)?,
-        spec: from_json(row.try_get("spec")?)?,
+        name,
+        spec,
         state: state_from_name(row.try_get("state")?)?,
         step: row.try_get("step")?,
         total_steps: row.try_get("total_steps")?,

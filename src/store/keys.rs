@@ -104,8 +104,7 @@ impl Store {
         .bind(page.rows())
         .fetch_all(self.pool())
         .await?;
-        let items = rows.iter().map(key_row).collect::<Result<_>>()?;
-        Ok(Listed::cut(items, page, |key: &KeyRow| key.id.clone()))
+        Listed::read(rows, page, key_row, |row| Ok(row.try_get("key")?))
     }
 
     /// Makes a key worthless; revoking it again changes nothing.

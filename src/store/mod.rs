@@ -7,6 +7,7 @@
 mod adapters;
 mod blobs;
 mod datasets;
+mod documents;
 mod jobs;
 mod keys;
 mod locks;

@@ -6,6 +6,7 @@ use rand::RngCore;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sqlx::SqliteConnection;
+use sqlx::sqlite::SqliteRow;
 
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
@@ -48,13 +49,27 @@ pub struct Listed<T> {
 }
 
 impl<T> Listed<T> {
-    /// Cuts the surplus row off; `token` is the sort key of an item.
-    pub(super) fn cut(mut items: Vec<T>, page: &Page, token: impl Fn(&T) -> String) -> Self {
-        let more = items.len() > page.limit();
-        items.truncate(page.limit());
-        let next = if more { items.last().map(token).unwrap_or_default() } else { String::new() };
-        Self { items, next }
+    /// Reads a page's rows and drops the surplus one; `token` is the sort key of a row. One that cannot be read is left out and logged:
+    /// what is damaged, or of a later build, must not hide the rest.
+    pub(super) fn read(
+        mut rows: Vec<SqliteRow>,
+        page: &Page,
+        read: impl Fn(&SqliteRow) -> Result<T>,
+        token: impl Fn(&SqliteRow) -> Result<String>,
+    ) -> Result<Self> {
+        let more = rows.len() > page.limit();
+        rows.truncate(page.limit());
+        let next = match rows.last() {
+            Some(last) if more => token(last)?,
+            _ => String::new(),
+        };
+        Ok(Self { items: rows.iter().filter_map(|row| readable(read(row))).collect(), next })
     }
+}
+
+/// A row where it can be read; else it is logged.
+pub(super) fn readable<T>(row: Result<T>) -> Option<T> {
+    row.inspect_err(|error| tracing::error!(%error, "a row of the catalogue cannot be read and is left out")).ok()
 }
 
 /// Now, in unix milliseconds.

@@ -120,8 +120,7 @@ impl Store {
             .bind(page.rows())
             .fetch_all(self.pool())
             .await?;
-        let items = rows.iter().map(tenant_row).collect::<Result<_>>()?;
-        Ok(Listed::cut(items, page, |t: &TenantRow| t.id.as_str().to_owned()))
+        Listed::read(rows, page, tenant_row, |row| Ok(row.try_get("tenant")?))
     }
 
     /// Deletes a tenant with all its rows and blobs, and nothing of anyone else's. Waits for its publishes under way; refused

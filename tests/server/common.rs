@@ -72,10 +72,15 @@ impl TestServer {
     /// The same over another base.
     pub async fn start_on(base: app::Base, change: impl FnOnce(&mut Config)) -> Self {
         let mut server = Self::start_after(std::future::ready(Ok(())), base, change).await;
-        if let Some(ready) = server.ready.take() {
+        server.ready().await;
+        server
+    }
+
+    /// Waits until it serves.
+    pub async fn ready(&mut self) {
+        if let Some(ready) = self.ready.take() {
             ready.await.expect("the server serves");
         }
-        server
     }
 
     /// A server that still loads its base until `loaded`.
@@ -84,7 +89,16 @@ impl TestServer {
         base: app::Base,
         change: impl FnOnce(&mut Config),
     ) -> Self {
-        let data = TempDir::new().unwrap();
+        Self::start_in(TempDir::new().unwrap(), loaded, base, change).await
+    }
+
+    /// A server over a data folder that is there already; `operator` is empty where the folder has an operator's key.
+    pub async fn start_in(
+        data: TempDir,
+        loaded: impl Future<Output = tenora::error::Result<()>> + Send + 'static,
+        base: app::Base,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let mut config = Config {
             data_dir: data.path().to_owned(),
             base: "unused.gguf".into(),

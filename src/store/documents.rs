@@ -1,0 +1,547 @@
+//! What the JSON columns hold: documents of their own, apart from the types that the program works with.
+//!
+//! A data folder outlives the build that wrote it, so a column must be readable whatever those types become. A document has a version `v`;
+//! one without it was written before there were versions and reads as version 1. Within a version fields only come, each with
+//! `#[serde(default)]` and the meaning that its absence had; a field that this build does not know is passed over. [`VERSION`] rises only
+//! where an older build would misread what is written, and a document above it is refused.
+//!
+//! Both directions take their values apart by name, without `..`: a field or a variant that is added to a domain type does not compile
+//! until its document has it too.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::error::{Error, Result};
+use crate::ids::{AdapterName, DatasetName, TenantId, VersionName};
+use crate::request::{
+    Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, ParityReport, Publish, Start, Target,
+};
+use crate::store::rows::{from_json, to_json};
+
+/// The newest version that this build writes and reads.
+const VERSION: u32 = 1;
+
+/// Documents from before there were versions.
+fn first_version() -> u32 {
+    1
+}
+
+fn check_version(v: u32) -> Result<()> {
+    if v <= VERSION {
+        return Ok(());
+    }
+    Err(Error::internal(format!(
+        "catalogue: a column is of version {v}, and this build reads versions up to {VERSION}; run the build that wrote it, or a newer one"
+    )))
+}
+
+/// A training job's spec as `jobs.spec` holds it.
+pub(super) fn write_spec(spec: &JobSpec) -> Result<String> {
+    to_json(&SpecDocument::from(spec))
+}
+
+/// Reads `jobs.spec`.
+pub(super) fn read_spec(text: &str) -> Result<JobSpec> {
+    from_json::<SpecDocument>(text)?.try_into()
+}
+
+/// An event as `job_events.event` holds it.
+pub(super) fn write_event(event: &JobEvent) -> Result<String> {
+    to_json(&EventDocument { v: VERSION, event: event.into() })
+}
+
+/// Reads `job_events.event`.
+pub(super) fn read_event(text: &str) -> Result<JobEvent> {
+    let EventDocument { v, event } = from_json(text)?;
+    check_version(v)?;
+    event.try_into()
+}
+
+/// What the parity gate measured as `versions.parity` holds it.
+pub(super) fn write_parity(report: &ParityReport) -> Result<String> {
+    to_json(&ParityDocument::from(report))
+}
+
+/// Reads `versions.parity`.
+pub(super) fn read_parity(text: &str) -> Result<ParityReport> {
+    from_json::<ParityDocument>(text)?.try_into()
+}
+
+/// Reads `versions.metrics`: an object of numbers, without a version. What is no finite number is left out.
+pub(super) fn read_metrics(text: &str) -> Result<BTreeMap<String, f64>> {
+    let all: BTreeMap<String, Option<f64>> = from_json(text)?;
+    Ok(all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect())
+}
+
+/// JSON has no NaN and no infinities: they are written as null.
+fn number<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
+/// The same in 32 bits.
+fn small_number<'de, D: Deserializer<'de>>(from: D) -> Result<f32, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f32::NAN))
+}
+
+/// An enumeration without values, under the names that its variants had when they were first stored.
+macro_rules! words {
+    ($document:ident, $domain:ident, $($variant:ident)*) => {
+        #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+        enum $document { $($variant,)* }
+
+        impl From<$domain> for $document {
+            fn from(value: $domain) -> Self {
+                match value { $($domain::$variant => Self::$variant,)* }
+            }
+        }
+
+        impl From<$document> for $domain {
+            fn from(value: $document) -> Self {
+                match value { $($document::$variant => Self::$variant,)* }
+            }
+        }
+    };
+}
+
+words!(PublishWord, Publish, Auto Live VersionOnly);
+words!(TargetWord, Target, QProj KProj VProj OProj GateProj UpProj DownProj);
+words!(ScheduleWord, LrSchedule, Cosine Linear Constant);
+words!(StateWord, JobState, Queued Running Pausing Paused Interrupted Succeeded Failed Cancelling Cancelled);
+
+#[derive(Debug, Serialize, Deserialize)]
+struct AdapterDocument {
+    tenant: String,
+    adapter: String,
+}
+
+impl From<&AdapterName> for AdapterDocument {
+    fn from(name: &AdapterName) -> Self {
+        let AdapterName { tenant, adapter } = name;
+        Self { tenant: tenant.as_str().to_owned(), adapter: adapter.clone() }
+    }
+}
+
+impl TryFrom<AdapterDocument> for AdapterName {
+    type Error = Error;
+    fn try_from(document: AdapterDocument) -> Result<Self> {
+        let AdapterDocument { tenant, adapter } = document;
+        Self::new(&TenantId::new(&tenant)?, &adapter)
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct DatasetDocument {
+    tenant: String,
+    dataset: String,
+}
+
+impl From<&DatasetName> for DatasetDocument {
+    fn from(name: &DatasetName) -> Self {
+        let DatasetName { tenant, dataset } = name;
+        Self { tenant: tenant.as_str().to_owned(), dataset: dataset.clone() }
+    }
+}
+
+impl TryFrom<DatasetDocument> for DatasetName {
+    type Error = Error;
+    fn try_from(document: DatasetDocument) -> Result<Self> {
+        let DatasetDocument { tenant, dataset } = document;
+        Self::new(&TenantId::new(&tenant)?, &dataset)
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct VersionDocument {
+    adapter: AdapterDocument,
+    version: u32,
+}
+
+impl From<&VersionName> for VersionDocument {
+    fn from(name: &VersionName) -> Self {
+        let VersionName { adapter, version } = name;
+        Self { adapter: adapter.into(), version: *version }
+    }
+}
+
+impl TryFrom<VersionDocument> for VersionName {
+    type Error = Error;
+    fn try_from(document: VersionDocument) -> Result<Self> {
+        let VersionDocument { adapter, version } = document;
+        Ok(Self { adapter: adapter.try_into()?, version })
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct SpecDocument {
+    #[serde(default = "first_version")]
+    v: u32,
+    adapter: AdapterDocument,
+    dataset: DatasetDocument,
+    objective: ObjectiveDocument,
+    start: StartDocument,
+    hyperparameters: RecipeDocument,
+    publish: PublishWord,
+}
+
+impl From<&JobSpec> for SpecDocument {
+    fn from(spec: &JobSpec) -> Self {
+        let JobSpec { adapter, dataset, objective, start, hyperparameters, publish } = spec;
+        Self {
+            v: VERSION,
+            adapter: adapter.into(),
+            dataset: dataset.into(),
+            objective: (*objective).into(),
+            start: start.into(),
+            hyperparameters: hyperparameters.into(),
+            publish: (*publish).into(),
+        }
+    }
+}
+
+impl TryFrom<SpecDocument> for JobSpec {
+    type Error = Error;
+    fn try_from(document: SpecDocument) -> Result<Self> {
+        let SpecDocument { v, adapter, dataset, objective, start, hyperparameters, publish } = document;
+        check_version(v)?;
+        Ok(Self {
+            adapter: adapter.try_into()?,
+            dataset: dataset.try_into()?,
+            objective: objective.into(),
+            start: start.try_into()?,
+            hyperparameters: hyperparameters.into(),
+            publish: publish.into(),
+        })
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum ObjectiveDocument {
+    Sft,
+    Dpo { beta: f32, label_smoothing: f32 },
+}
+
+impl From<Objective> for ObjectiveDocument {
+    fn from(objective: Objective) -> Self {
+        match objective {
+            Objective::Sft => Self::Sft,
+            Objective::Dpo { beta, label_smoothing } => Self::Dpo { beta, label_smoothing },
+        }
+    }
+}
+
+impl From<ObjectiveDocument> for Objective {
+    fn from(document: ObjectiveDocument) -> Self {
+        match document {
+            ObjectiveDocument::Sft => Self::Sft,
+            ObjectiveDocument::Dpo { beta, label_smoothing } => Self::Dpo { beta, label_smoothing },
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum StartDocument {
+    Fresh(LoraDocument),
+    From(VersionDocument),
+}
+
+impl From<&Start> for StartDocument {
+    fn from(start: &Start) -> Self {
+        match start {
+            Start::Fresh(lora) => Self::Fresh(lora.into()),
+            Start::From(version) => Self::From(version.into()),
+        }
+    }
+}
+
+impl TryFrom<StartDocument> for Start {
+    type Error = Error;
+    fn try_from(document: StartDocument) -> Result<Self> {
+        Ok(match document {
+            StartDocument::Fresh(lora) => Self::Fresh(lora.into()),
+            StartDocument::From(version) => Self::From(version.try_into()?),
+        })
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LoraDocument {
+    rank: u32,
+    alpha: f32,
+    dropout: f32,
+    targets: Vec<TargetWord>,
+    layers: Option<Vec<u32>>,
+    use_rslora: bool,
+}
+
+impl From<&LoraSpec> for LoraDocument {
+    fn from(lora: &LoraSpec) -> Self {
+        let LoraSpec { rank, alpha, dropout, targets, layers, use_rslora } = lora;
+        Self {
+            rank: *rank,
+            alpha: *alpha,
+            dropout: *dropout,
+            targets: targets.iter().map(|target| (*target).into()).collect(),
+            layers: layers.clone(),
+            use_rslora: *use_rslora,
+        }
+    }
+}
+
+impl From<LoraDocument> for LoraSpec {
+    fn from(document: LoraDocument) -> Self {
+        let LoraDocument { rank, alpha, dropout, targets, layers, use_rslora } = document;
+        let targets = targets.into_iter().map(Target::from).collect();
+        Self { rank, alpha, dropout, targets, layers, use_rslora }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct RecipeDocument {
+    learning_rate: f64,
+    epochs: u32,
+    max_steps: Option<u32>,
+    batch_size: u32,
+    gradient_accumulation_steps: u32,
+    warmup_steps: Option<u32>,
+    schedule: ScheduleWord,
+    weight_decay: f64,
+    beta1: f64,
+    beta2: f64,
+    epsilon: f64,
+    max_grad_norm: f64,
+    seed: u64,
+    sequential: bool,
+    validation_split: f32,
+    eval_steps: Option<u32>,
+    max_length: Option<u32>,
+}
+
+impl From<&Hyperparameters> for RecipeDocument {
+    fn from(recipe: &Hyperparameters) -> Self {
+        let Hyperparameters {
+            learning_rate,
+            epochs,
+            max_steps,
+            batch_size,
+            gradient_accumulation_steps,
+            warmup_steps,
+            schedule,
+            weight_decay,
+            beta1,
+            beta2,
+            epsilon,
+            max_grad_norm,
+            seed,
+            sequential,
+            validation_split,
+            eval_steps,
+            max_length,
+        } = recipe.clone();
+        let schedule = schedule.into();
+        Self {
+            learning_rate,
+            epochs,
+            max_steps,
+            batch_size,
+            gradient_accumulation_steps,
+            warmup_steps,
+            schedule,
+            weight_decay,
+            beta1,
+            beta2,
+            epsilon,
+            max_grad_norm,
+            seed,
+            sequential,
+            validation_split,
+            eval_steps,
+            max_length,
+        }
+    }
+}
+
+impl From<RecipeDocument> for Hyperparameters {
+    fn from(document: RecipeDocument) -> Self {
+        let RecipeDocument {
+            learning_rate,
+            epochs,
+            max_steps,
+            batch_size,
+            gradient_accumulation_steps,
+            warmup_steps,
+            schedule,
+            weight_decay,
+            beta1,
+            beta2,
+            epsilon,
+            max_grad_norm,
+            seed,
+            sequential,
+            validation_split,
+            eval_steps,
+            max_length,
+        } = document;
+        let schedule = schedule.into();
+        Self {
+            learning_rate,
+            epochs,
+            max_steps,
+            batch_size,
+            gradient_accumulation_steps,
+            warmup_steps,
+            schedule,
+            weight_decay,
+            beta1,
+            beta2,
+            epsilon,
+            max_grad_norm,
+            seed,
+            sequential,
+            validation_split,
+            eval_steps,
+            max_length,
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct EventDocument {
+    #[serde(default = "first_version")]
+    v: u32,
+    #[serde(flatten)]
+    event: EventBody,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum EventBody {
+    State {
+        state: StateWord,
+        error: Option<String>,
+        version: Option<VersionDocument>,
+    },
+    Step {
+        step: u32,
+        total_steps: u32,
+        #[serde(deserialize_with = "number")]
+        loss: f64,
+        #[serde(deserialize_with = "number")]
+        learning_rate: f64,
+        #[serde(deserialize_with = "number")]
+        grad_norm: f64,
+        #[serde(deserialize_with = "number")]
+        tokens_per_second: f64,
+        #[serde(deserialize_with = "number")]
+        eta_seconds: f64,
+        margin: Option<f64>,
+        accuracy: Option<f64>,
+    },
+    Evaluated {
+        step: u32,
+        #[serde(deserialize_with = "number")]
+        loss: f64,
+        margin: Option<f64>,
+        accuracy: Option<f64>,
+    },
+    Message(String),
+}
+
+impl From<&JobEvent> for EventBody {
+    fn from(event: &JobEvent) -> Self {
+        match event.clone() {
+            JobEvent::State { state, error, version } => {
+                Self::State { state: state.into(), error, version: version.as_ref().map(VersionDocument::from) }
+            }
+            JobEvent::Step {
+                step,
+                total_steps,
+                loss,
+                learning_rate,
+                grad_norm,
+                tokens_per_second,
+                eta_seconds,
+                margin,
+                accuracy,
+            } => Self::Step {
+                step,
+                total_steps,
+                loss,
+                learning_rate,
+                grad_norm,
+                tokens_per_second,
+                eta_seconds,
+                margin,
+                accuracy,
+            },
+            JobEvent::Evaluated { step, loss, margin, accuracy } => Self::Evaluated { step, loss, margin, accuracy },
+            JobEvent::Message(text) => Self::Message(text),
+        }
+    }
+}
+
+impl TryFrom<EventBody> for JobEvent {
+    type Error = Error;
+    fn try_from(body: EventBody) -> Result<Self> {
+        Ok(match body {
+            EventBody::State { state, error, version } => {
+                Self::State { state: state.into(), error, version: version.map(VersionName::try_from).transpose()? }
+            }
+            EventBody::Step {
+                step,
+                total_steps,
+                loss,
+                learning_rate,
+                grad_norm,
+                tokens_per_second,
+                eta_seconds,
+                margin,
+                accuracy,
+            } => Self::Step {
+                step,
+                total_steps,
+                loss,
+                learning_rate,
+                grad_norm,
+                tokens_per_second,
+                eta_seconds,
+                margin,
+                accuracy,
+            },
+            EventBody::Evaluated { step, loss, margin, accuracy } => Self::Evaluated { step, loss, margin, accuracy },
+            EventBody::Message(text) => Self::Message(text),
+        })
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct ParityDocument {
+    #[serde(default = "first_version")]
+    v: u32,
+    tokens: u32,
+    #[serde(deserialize_with = "small_number")]
+    mean_abs_difference: f32,
+    #[serde(deserialize_with = "small_number")]
+    mean_abs_effect: f32,
+    #[serde(deserialize_with = "small_number")]
+    threshold: f32,
+    no_effect: bool,
+}
+
+impl From<&ParityReport> for ParityDocument {
+    fn from(report: &ParityReport) -> Self {
+        let ParityReport { tokens, mean_abs_difference, mean_abs_effect, threshold, no_effect } = *report;
+        Self { v: VERSION, tokens, mean_abs_difference, mean_abs_effect, threshold, no_effect }
+    }
+}
+
+impl TryFrom<ParityDocument> for ParityReport {
+    type Error = Error;
+    fn try_from(document: ParityDocument) -> Result<Self> {
+        let ParityDocument { v, tokens, mean_abs_difference, mean_abs_effect, threshold, no_effect } = document;
+        check_version(v)?;
+        Ok(Self { tokens, mean_abs_difference, mean_abs_effect, threshold, no_effect })
+    }
+}
+
+#[cfg(test)]
+mod tests;
