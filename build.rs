@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn compile_protos(out: &Path) -> Result<(), Box<dyn Error>> {
-    let protos = ["common", "generation", "adapters", "datasets", "training", "safety", "tenants"]
+    let protos = ["common", "base", "generation", "adapters", "datasets", "training", "safety", "tenants"]
         .map(|name| format!("proto/tenora/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(protos, ["proto"])?;

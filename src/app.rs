@@ -79,6 +79,7 @@ pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Res
     let engine = Engine::start(model.clone(), text.clone(), hub.clone(), arbiter.clone(), &limits)?;
     let guard = Guard::new(engine, store.clone(), &limits);
     let context_length = model.context_length();
+    let (base_name, base_digest) = (model.shape().name.clone(), model.shape().digest);
     let trainer = Trainer::start(TrainerParts {
         store: store.clone(),
         hub: hub.clone(),
@@ -88,7 +89,7 @@ pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Res
         limits: limits.clone(),
     })
     .await?;
-    Ok(api::Parts { store, hub, guard, trainer, text, context_length, limits })
+    Ok(api::Parts { store, hub, guard, trainer, text, base_name, base_digest, context_length, limits })
 }
 
 /// Serves parts, once they are there, until `shutdown`, then drains.

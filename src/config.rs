@@ -50,6 +50,11 @@ macro_rules! limits {
             /// (name, default, unit) of each, in the order of the definition.
             pub const TABLE: &'static [(&'static str, u64, &'static str)] = &[$((stringify!($name), $default, $unit),)*];
 
+            /// Returns (name, value, unit) of each, as they are set here.
+            pub fn values(&self) -> Vec<(&'static str, u64, &'static str)> {
+                vec![$((stringify!($name), self.$name, $unit),)*]
+            }
+
             /// Sets one by name.
             pub fn set(&mut self, name: &str, value: u64) -> Result<()> {
                 if let Some((_, range)) = RANGES.iter().find(|(known, range)| *known == name && !range.contains(&value)) {
@@ -133,6 +138,14 @@ limits! {
     max_chat_messages = 1000, "messages";
     /// Longest answer a request may ask for.
     max_answer_tokens = 8192, "tokens";
+    /// Answers that one request may ask for. Each counts as a request of its own.
+    max_sequences_per_request = 16, "sequences";
+    /// Entries of one request's `logit_bias`.
+    max_logit_biases = 1024, "entries";
+    /// Text of one Tokenize.
+    max_tokenize_bytes = 256 << 10, "bytes";
+    /// Ids of one Detokenize.
+    max_detokenize_tokens = 65_536, "tokens";
     /// Stop strings of one request.
     max_stop_strings = 16, "strings";
     /// One stop string.
@@ -166,6 +179,8 @@ const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("max_message_bytes", 1024..=1 << 30),
     ("max_prefill_rows_while_decoding", 1..=u64::MAX),
     ("kv_block_tokens", 1..=4096),
+    ("max_sequences_per_request", 1..=256),
+    ("max_logit_biases", 0..=1 << 20),
     ("prefix_cache_percent", 0..=100),
     ("train_share_percent", 0..=95),
     ("adapter_wait_seconds", 0..=86_400),

@@ -24,7 +24,7 @@ pub enum Prompt {
 }
 
 /// How the next token is drawn. `temperature` 0 is greedy.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     pub temperature: f32,
     /// 1 is off.
@@ -35,16 +35,45 @@ pub struct Sampling {
     pub min_p: f32,
     /// 1 is off.
     pub repetition_penalty: f32,
+    /// Taken once from the logits of the answer's tokens; 0 is off.
+    pub presence_penalty: f32,
+    /// Taken from a logit for each time that the answer has the token; 0 is off.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these ids; each id once. [`BAN`] bans one.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Tokens before which no end token is drawn and no stop string is looked for.
+    pub min_tokens: u32,
+    /// Answers to one prompt; answer i is drawn with `seed + i`.
+    pub n: u32,
     pub seed: u64,
 }
 
+/// The bias that makes a token impossible.
+pub const BAN: f32 = -100.0;
+
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            min_tokens: 0,
+            n: 1,
+            seed: 0,
+        }
     }
 }
 
 impl Sampling {
+    /// Checks each value by itself.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT for the first that is out of its range.
     pub fn check(&self) -> Result<()> {
         let range = |field: &str, ok: bool, rule: &str| {
             if ok { Ok(()) } else { Err(Error::invalid(format!("sampling.{field}"), format!("must be {rule}"))) }
@@ -52,7 +81,14 @@ impl Sampling {
         range("temperature", (0.0..=10.0).contains(&self.temperature), "in [0, 10]")?;
         range("top_p", self.top_p > 0.0 && self.top_p <= 1.0, "in (0, 1]")?;
         range("min_p", (0.0..=1.0).contains(&self.min_p), "in [0, 1]")?;
-        range("repetition_penalty", (0.01..=10.0).contains(&self.repetition_penalty), "in [0.01, 10]")
+        range("repetition_penalty", (0.01..=10.0).contains(&self.repetition_penalty), "in [0.01, 10]")?;
+        range("presence_penalty", (-2.0..=2.0).contains(&self.presence_penalty), "in [-2, 2]")?;
+        range("frequency_penalty", (-2.0..=2.0).contains(&self.frequency_penalty), "in [-2, 2]")?;
+        let biased = self.logit_bias.iter().find(|(_, bias)| !(BAN..=-BAN).contains(bias));
+        match biased {
+            Some((id, _)) => Err(Error::invalid(format!("sampling.logit_bias[{id}]"), "must be in [-100, 100]")),
+            None => Ok(()),
+        }
     }
 }
 
@@ -112,6 +148,15 @@ pub enum FinishReason {
     Cancelled,
 }
 
+/// What ended an answer that ended with [`FinishReason::Stop`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StopCause {
+    /// This stop string.
+    Text(String),
+    /// This end token.
+    Token(u32),
+}
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     pub prompt_tokens: u32,
@@ -127,6 +172,8 @@ pub enum GenerateEvent {
     Started {
         version: Option<VersionName>,
         prompt_tokens: u32,
+        /// What its tokens are drawn with; `None` where they are not drawn.
+        seed: Option<u64>,
     },
     Delta {
         text: String,
@@ -134,6 +181,8 @@ pub enum GenerateEvent {
     },
     Finished {
         reason: FinishReason,
+        /// Of [`FinishReason::Stop`].
+        stop: Option<StopCause>,
         usage: Usage,
     },
 }

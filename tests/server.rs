@@ -2,6 +2,7 @@
 
 mod server {
     mod auth;
+    mod base;
     mod bench;
     mod common;
     mod drain;
@@ -13,6 +14,7 @@ mod server {
     mod reflection;
     mod residency;
     mod safety;
+    mod sampling;
     mod scheduling;
     mod stored;
     mod swap;

@@ -18,6 +18,7 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 pub use super::proto;
 pub use prost_types::FieldMask;
 use proto::adapter_service_client::AdapterServiceClient;
+use proto::base_service_client::BaseServiceClient;
 use proto::dataset_service_client::DatasetServiceClient;
 use proto::generation_service_client::GenerationServiceClient;
 use proto::safety_service_client::SafetyServiceClient;
@@ -208,6 +209,14 @@ calls! {
         /// Log-probabilities of given sequences.
         unary score(proto::ScoreRequest) -> proto::ScoreResponse;
     }
+    BaseServiceClient {
+        /// The base, its tokens and the server's limits.
+        unary get_base(proto::GetBaseRequest) -> proto::Base;
+        /// The ids of a text or a chat.
+        unary tokenize(proto::TokenizeRequest) -> proto::TokenizeResponse;
+        /// The text of ids.
+        unary detokenize(proto::DetokenizeRequest) -> proto::DetokenizeResponse;
+    }
     AdapterServiceClient {
         /// Uploads a PEFT folder.
         upload import_adapter(proto::ImportAdapterRequest) -> proto::AdapterVersion;
@@ -265,6 +274,8 @@ calls! {
         unary create_tenant(proto::CreateTenantRequest) -> proto::Tenant;
         /// Changes a tenant.
         unary update_tenant(proto::UpdateTenantRequest) -> proto::Tenant;
+        /// A tenant and how it stands; without a name, the caller's own.
+        unary get_tenant(proto::GetTenantRequest) -> proto::GetTenantResponse;
         /// One page of tenants.
         unary list_tenants(proto::ListTenantsRequest) -> proto::ListTenantsResponse;
         /// Deletes a tenant and all of its own.

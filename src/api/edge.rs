@@ -27,6 +27,7 @@ use super::places::{Place, Places};
 use super::{Deadline, proto, status};
 use crate::config::Limits;
 use crate::error::{Error, Result};
+use crate::ids::TenantId;
 
 /// The paths of all methods that can be called with a key.
 static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
@@ -62,6 +63,11 @@ impl Calls {
             under_way: TaskTracker::new(),
             places: Places::new("calls", all, per_tenant, Duration::from_secs(1)),
         }
+    }
+
+    /// Returns how many calls of a tenant are under way.
+    pub fn held_by(&self, tenant: &TenantId) -> u64 {
+        self.places.held_by(tenant)
     }
 
     /// From now on new calls are refused.

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use futures::StreamExt as _;
+use futures::stream::select_all;
+use prost::Message as _;
 use tonic::{Extensions, Request, Response};
 
 use super::proto::generation_service_server::GenerationService;
@@ -11,6 +13,7 @@ use super::{Answer, Streamed, convert, deadline_of, proto as pb};
 use crate::error::Result;
 use crate::ids::{AdapterRef, Tenant, TenantId};
 use crate::request::{GenerateEvent, Usage};
+use crate::safety::score_too_large;
 use crate::store::UsageDelta;
 
 pub struct Generation(pub Arc<Shared>);
@@ -26,7 +29,7 @@ impl Generation {
     }
 
     fn meter(&self, tenant: &Tenant) -> Meter {
-        Meter { shared: self.0.clone(), tenant: tenant.id().clone(), used: Usage::default() }
+        Meter { shared: self.0.clone(), tenant: tenant.id().clone(), used: Usage::default(), finished: 0, seen: Vec::new() }
     }
 }
 
@@ -38,13 +41,19 @@ impl GenerationService for Generation {
         let (_, call, request) = request.into_parts();
         let tenant = self.tenant(&call, &request.adapter).await?;
         let spec = convert::generate_spec(request, deadline_of(&call), &self.0.parts.limits)?;
-        let mut events = self.0.parts.guard.generate(&tenant, spec).await?;
+        let answers = self.0.parts.guard.generate(&tenant, spec).await?;
+        let count = answers.len();
+        let mut events =
+            select_all((0..).zip(answers).map(|(index, answer): (u32, _)| answer.map(move |event| (index, event))));
         let mut meter = self.meter(&tenant);
+        let text = self.0.parts.text.clone();
         let answer = async_stream::try_stream! {
-            while let Some(event) = events.next().await {
+            // An error of one answer ends the call, and with it the others.
+            while let Some((index, event)) = events.next().await {
                 let event = event?;
-                meter.saw(&event);
-                yield convert::response_of(event);
+                meter.saw(index, &event);
+                let usage = (meter.finished == count).then_some(meter.used);
+                yield convert::response_of(index, event, usage, &text);
             }
         };
         Ok(Response::new(Box::pin(answer)))
@@ -53,10 +62,17 @@ impl GenerationService for Generation {
     async fn score(&self, request: Request<pb::ScoreRequest>) -> Answer<pb::ScoreResponse> {
         let (_, call, request) = request.into_parts();
         let tenant = self.tenant(&call, &request.adapter).await?;
+        let text = (!request.omit_token_text).then_some(&*self.0.parts.text);
         let spec = convert::score_spec(request, deadline_of(&call))?;
         let answer = self.0.parts.guard.score(&tenant, spec).await?;
         self.meter(&tenant).used = answer.usage;
-        Ok(Response::new(convert::score_response(answer)))
+        let entries = answer.results.iter().flat_map(|result| &result.logprobs).map(|entry| 1 + entry.top.len()).sum();
+        let response = convert::score_response(answer, text);
+        let most = self.0.parts.limits.max_message_bytes;
+        if response.encoded_len() as u64 > most {
+            return Err(score_too_large(entries, most).into());
+        }
+        Ok(Response::new(response))
     }
 }
 
@@ -64,16 +80,33 @@ impl GenerationService for Generation {
 struct Meter {
     shared: Arc<Shared>,
     tenant: TenantId,
+    /// The prompt's tokens once, those of all answers, and what the first answer found in the prefix cache.
     used: Usage,
+    /// Answers that have ended.
+    finished: usize,
+    /// Of each answer, the tokens seen.
+    seen: Vec<u32>,
 }
 
 impl Meter {
-    fn saw(&mut self, event: &GenerateEvent) {
+    fn saw(&mut self, index: u32, event: &GenerateEvent) {
+        let at = index as usize;
+        if self.seen.len() <= at {
+            self.seen.resize(at + 1, 0);
+        }
         match event {
             GenerateEvent::Started { prompt_tokens, .. } => self.used.prompt_tokens = *prompt_tokens,
-            GenerateEvent::Delta { tokens, .. } => self.used.completion_tokens += tokens.len() as u32,
-            GenerateEvent::Finished { usage, .. } => self.used = *usage,
+            GenerateEvent::Delta { tokens, .. } => self.seen[at] += tokens.len() as u32,
+            GenerateEvent::Finished { usage, .. } => {
+                // Tokens that were held back to the end count too.
+                self.seen[at] = usage.completion_tokens;
+                self.finished += 1;
+                if index == 0 {
+                    self.used.cached_tokens = usage.cached_tokens;
+                }
+            }
         }
+        self.used.completion_tokens = self.seen.iter().sum();
     }
 }
 

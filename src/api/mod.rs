@@ -9,6 +9,7 @@ use tonic::{Extensions, Response, Status};
 
 mod adapters;
 pub mod auth;
+mod base;
 pub mod client;
 mod convert;
 mod datasets;

@@ -56,6 +56,13 @@ impl Places {
     }
 }
 
+impl Places {
+    /// Returns how many places a tenant holds.
+    pub fn held_by(&self, tenant: &TenantId) -> u64 {
+        self.tenants.lock().unwrap_or_else(PoisonError::into_inner).get(tenant).copied().unwrap_or_default()
+    }
+}
+
 /// A place taken; given back when dropped.
 #[derive(Debug)]
 pub struct Place {

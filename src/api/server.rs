@@ -13,12 +13,13 @@ use tonic_health::server::HealthReporter;
 
 use super::adapters::Adapters;
 use super::auth::Auth;
+use super::base::Base;
 use super::datasets::Datasets;
 use super::edge::{Calls, Edge};
 use super::generation::Generation;
 use super::places::Places;
 use super::proto::{
-    DESCRIPTORS, adapter_service_server as adapter, dataset_service_server as dataset,
+    DESCRIPTORS, adapter_service_server as adapter, base_service_server as base, dataset_service_server as dataset,
     generation_service_server as generation, safety_service_server as safety, tenant_service_server as tenant,
     training_service_server as training,
 };
@@ -32,9 +33,10 @@ use crate::error::{Error, Result};
 use crate::store::Store;
 
 /// The services that health reports on, beside the server as a whole (the empty name).
-const SERVICES: [&str; 7] = [
+const SERVICES: [&str; 8] = [
     "",
     adapter::SERVICE_NAME,
+    base::SERVICE_NAME,
     dataset::SERVICE_NAME,
     generation::SERVICE_NAME,
     safety::SERVICE_NAME,
@@ -155,6 +157,7 @@ fn routes(parts: Parts, auth: Auth, calls: Calls) -> Result<Routes> {
         .map_err(Error::internal)?;
     Ok(Routes::new(reflection)
         .add_service(sized!(adapter::AdapterServiceServer::new(Adapters(shared.clone()))))
+        .add_service(sized!(base::BaseServiceServer::new(Base(shared.clone()))))
         .add_service(sized!(dataset::DatasetServiceServer::new(Datasets(shared.clone()))))
         .add_service(sized!(generation::GenerationServiceServer::new(Generation(shared.clone()))))
         .add_service(sized!(safety::SafetyServiceServer::new(Safety(shared.clone()))))

@@ -8,6 +8,7 @@ use super::places::Places;
 use super::uploads::Uploads;
 use crate::config::Limits;
 use crate::hub::Hub;
+use crate::ids::Digest;
 use crate::safety::Guard;
 use crate::store::Store;
 use crate::text::Text;
@@ -21,6 +22,10 @@ pub struct Parts {
     pub guard: Guard,
     pub trainer: Trainer,
     pub text: Arc<Text>,
+    /// Of the base's file, without the ending.
+    pub base_name: String,
+    /// Of the base's file.
+    pub base_digest: Digest,
     /// The base's, in tokens.
     pub context_length: usize,
     pub limits: Limits,

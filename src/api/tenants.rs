@@ -1,4 +1,4 @@
-//! TenantService: tenants, their keys, their usage. For operators, but for a tenant's own usage.
+//! TenantService: tenants, their keys, their usage. For operators, but for how a tenant itself stands.
 
 use std::sync::Arc;
 
@@ -8,10 +8,35 @@ use super::auth::OPERATOR_TENANT;
 use super::proto::tenant_service_server::TenantService;
 use super::shared::Shared;
 use super::{Answer, convert, proto as pb};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::ids::{KeyName, TenantId};
 
 pub struct Tenants(pub Arc<Shared>);
+
+impl Tenants {
+    /// The limits that a tenant is held to, each with what is used of it.
+    async fn limits_of(&self, id: &TenantId) -> Result<Vec<pb::LimitUsage>> {
+        let Shared { parts, calls, uploads, reads, .. } = &*self.0;
+        let counts = parts.store.count_of(id).await?;
+        let phrases = parts.store.get_policy(id).await?.phrases.len() as u64;
+        let used = [
+            ("max_queued_per_tenant", parts.guard.held_by(id)),
+            ("max_calls_per_tenant", calls.held_by(id)),
+            ("max_uploads_per_tenant", uploads.held_by(id)),
+            ("max_reads_per_tenant", reads.held_by(id)),
+            ("max_jobs_per_tenant", counts.jobs),
+            ("max_datasets_per_tenant", counts.datasets),
+            ("max_adapters_per_tenant", counts.adapters),
+            ("max_blocked_phrases", phrases),
+        ];
+        let limits = parts.limits.values();
+        let usage = |(name, used): (&str, u64)| {
+            let (_, limit, unit) = *limits.iter().find(|(limit, ..)| *limit == name)?;
+            Some(pb::LimitUsage { name: name.to_owned(), used, limit, unit: unit.to_owned() })
+        };
+        Ok(used.into_iter().filter_map(usage).collect())
+    }
+}
 
 #[tonic::async_trait]
 impl TenantService for Tenants {
@@ -35,6 +60,23 @@ impl TenantService for Tenants {
         let change = convert::tenant_change(tenant, request.update_mask)?;
         let row = self.0.parts.store.update_tenant(&id, &change, &etag).await?;
         Ok(Response::new(convert::tenant(row)))
+    }
+
+    async fn get_tenant(&self, request: Request<pb::GetTenantRequest>) -> Answer<pb::GetTenantResponse> {
+        let call = request.extensions();
+        let id = match request.get_ref().name.as_str() {
+            "" => self.0.auth.own_tenant(call)?.id().clone(),
+            name => convert::name("name", name)?,
+        };
+        self.0.auth.tenant_for(call, &id).await?;
+        let store = &self.0.parts.store;
+        let (row, usage) = (store.get_tenant(&id).await?, store.get_usage(&id).await?);
+        Ok(Response::new(pb::GetTenantResponse {
+            tenant: Some(convert::tenant(row)),
+            is_operator: self.0.auth.operator(call).is_ok(),
+            usage: Some(convert::usage(&id, usage)),
+            limits: self.limits_of(&id).await?,
+        }))
     }
 
     async fn list_tenants(&self, request: Request<pb::ListTenantsRequest>) -> Answer<pb::ListTenantsResponse> {

@@ -8,6 +8,7 @@ use super::auth::caller_of;
 use super::places::{Place, Places};
 use crate::config::Limits;
 use crate::error::{Error, Result};
+use crate::ids::TenantId;
 
 /// The places for uploads. Clones share them.
 #[derive(Debug, Clone)]
@@ -22,6 +23,11 @@ impl Uploads {
         let per_tenant = ("max_uploads_per_tenant", limits.max_uploads_per_tenant);
         let places = Places::new("uploads", all, per_tenant, Duration::from_secs(5));
         Self { places, idle: Duration::from_secs(limits.upload_idle_seconds) }
+    }
+
+    /// Returns how many uploads of a tenant are under way.
+    pub fn held_by(&self, tenant: &TenantId) -> u64 {
+        self.places.held_by(tenant)
     }
 
     /// Takes a place until the upload is dropped.

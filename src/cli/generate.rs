@@ -1,6 +1,6 @@
 //! `tenora generate`: answers, streamed to the terminal as they come.
 
-use std::io::{IsTerminal as _, Write as _, stderr, stdout};
+use std::io::{Write as _, stdout};
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
@@ -12,6 +12,7 @@ use super::prompt::{chat, read_stdin};
 use super::show::{print_tokens, printable, token_json};
 use super::{Failure, Result};
 use crate::api::client::{Client, proto};
+use proto::generate_response::StoppedBy;
 
 /// Answer prompts with the base or an adapter.
 ///
@@ -22,6 +23,7 @@ use crate::api::client::{Client, proto};
   tenora generate \"Why is the sea salty?\"
   tenora generate --adapter tone --temperature 0.7 --seed 1 \"Where is my parcel?\"
   tenora generate --adapter tone/versions/2 --json first second third
+  tenora generate --temperature 1 --n 3 --presence-penalty 0.5 \"Name a colour.\"
   tenora generate --raw --max-tokens 20 \"Once upon a time\"")]
 pub(super) struct Args {
     /// What to answer.
@@ -67,9 +69,31 @@ struct Sampling {
     /// Make tokens that are in the sequence already less likely; 1 is off.
     #[arg(long)]
     repetition_penalty: Option<f32>,
-    /// The same seed gives the same answer [default: drawn by the server]
+    /// Make tokens that the answer has already less likely, however often it has them; -2 to 2, 0 is off
+    #[arg(long, allow_negative_numbers = true)]
+    presence_penalty: Option<f32>,
+    /// Make tokens less likely for each time that the answer has them; -2 to 2, 0 is off
+    #[arg(long, allow_negative_numbers = true)]
+    frequency_penalty: Option<f32>,
+    /// Add BIAS to the logit of token ID, -100 (never) to 100; may be repeated. `tenora tokenize` gives ids
+    #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias)]
+    logit_bias: Vec<(u32, f32)>,
+    /// Generate this many tokens before the answer may end.
+    #[arg(long, value_name = "N")]
+    min_tokens: Option<u32>,
+    /// Give this many answers to each prompt; answer i is that of the seed SEED + i.
+    #[arg(long, value_name = "N")]
+    n: Option<u32>,
+    /// The same seed gives the same answer [default: drawn by the server, which tells it]
     #[arg(long)]
     seed: Option<u64>,
+}
+
+fn parse_bias(text: &str) -> std::result::Result<(u32, f32), String> {
+    let (id, bias) = text.split_once('=').ok_or("must be ID=BIAS")?;
+    let id = id.trim().parse().map_err(|_| format!("{id:?} is no token id"))?;
+    let bias = bias.trim().parse().map_err(|_| format!("{bias:?} is no number"))?;
+    Ok((id, bias))
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -87,65 +111,74 @@ struct Stopping {
 }
 
 /// A whole answer and how long it took.
+#[derive(Debug, Clone, Default)]
 pub(super) struct Answer {
     /// The version that answered; empty is the base.
     pub version: String,
+    /// What its tokens were drawn with; `None` where they were not.
+    pub seed: Option<u64>,
     pub text: String,
     pub token_ids: Vec<u32>,
     pub logprobs: Vec<proto::TokenLogprob>,
     pub finish: proto::FinishReason,
+    pub stopped_by: Option<StoppedBy>,
+    /// Of the whole call, all its answers together.
     pub usage: proto::Usage,
     /// From the call to the first token.
     pub first_token: Duration,
     pub elapsed: Duration,
 }
 
-/// One call of Generate, to its end; `on_text` gets the text as it comes.
+/// One call of Generate for one answer, to its end; `on_text` gets the text as it comes.
 pub(super) async fn answer(
     client: &Client,
     request: proto::GenerateRequest,
-    mut on_text: impl FnMut(&str) -> std::io::Result<()>,
+    on_text: impl FnMut(&str) -> std::io::Result<()>,
 ) -> Result<Answer> {
+    let mut answers = answers(client, request, on_text).await?;
+    answers.pop().ok_or_else(|| Failure::other("the server ended the call without an answer; see its log"))
+}
+
+/// One call of Generate, to its end: its answers by index; `on_text` gets the first one's text as it comes.
+async fn answers(
+    client: &Client,
+    request: proto::GenerateRequest,
+    mut on_text: impl FnMut(&str) -> std::io::Result<()>,
+) -> Result<Vec<Answer>> {
     let start = Instant::now();
     let mut stream = client.generate(request).await?;
-    let mut answer = Answer {
-        version: String::new(),
-        text: String::new(),
-        token_ids: Vec::new(),
-        logprobs: Vec::new(),
-        finish: proto::FinishReason::Unspecified,
-        usage: proto::Usage::default(),
-        first_token: Duration::ZERO,
-        elapsed: Duration::ZERO,
-    };
+    let mut answers: Vec<Answer> = Vec::new();
+    let mut usage = proto::Usage::default();
     while let Some(part) = stream.next().await {
         let part = part?;
+        let index = part.index as usize;
+        if answers.len() <= index {
+            answers.resize_with(index + 1, Answer::default);
+        }
+        let answer = &mut answers[index];
         if answer.token_ids.is_empty() && !part.token_ids.is_empty() {
             answer.first_token = start.elapsed();
         }
-        if !part.adapter_version.is_empty() {
-            answer.version.clone_from(&part.adapter_version);
+        if index == 0 && !part.text.is_empty() {
+            on_text(&part.text)?;
         }
         if part.finish_reason() != proto::FinishReason::Unspecified {
             answer.finish = part.finish_reason();
+            answer.elapsed = start.elapsed();
         }
-        if let Some(usage) = part.usage {
-            answer.usage = usage;
-        }
-        if !part.text.is_empty() {
-            on_text(&part.text)?;
-        }
-        answer.text.push_str(&part.text);
+        usage = part.usage.unwrap_or(usage);
+        answer.version += &part.adapter_version;
+        answer.seed = answer.seed.or(part.seed);
+        answer.stopped_by = part.stopped_by.or(answer.stopped_by.take());
+        answer.text += &part.text;
         answer.token_ids.extend(part.token_ids);
         answer.logprobs.extend(part.logprobs);
     }
-    answer.elapsed = start.elapsed();
-    match answer.finish {
-        proto::FinishReason::Unspecified => {
-            Err(Failure::other("the server ended the answer without a reason; see its log"))
-        }
-        _ => Ok(answer),
+    if answers.iter().any(|answer| answer.finish == proto::FinishReason::Unspecified) {
+        return Err(Failure::other("the server ended the answer without a reason; see its log"));
     }
+    answers.iter_mut().for_each(|answer| answer.usage = usage);
+    Ok(answers)
 }
 
 pub(super) async fn run(mut args: Args) -> Result<()> {
@@ -156,20 +189,29 @@ pub(super) async fn run(mut args: Args) -> Result<()> {
     let client = args.connection.client().await?;
     let requests: Vec<_> =
         args.prompts.iter().map(|prompt| request(&args, adapter.clone().unwrap_or_default(), prompt)).collect();
+    let streamed = !args.connection.json && args.sampling.n.unwrap_or(1) == 1;
     match <[_; 1]>::try_from(requests) {
-        Ok([request]) if !args.connection.json => stream_one(&client, request).await,
-        Ok([request]) => print_json(&answer(&client, request, |_| Ok(())).await?),
+        Ok([request]) if streamed => stream_one(&client, request).await,
+        Ok([request]) => print_all(&args, None, &answers(&client, request, |_| Ok(())).await?),
         Err(requests) => {
-            let answers = requests.into_iter().map(|request| answer(&client, request, |_| Ok(())));
-            for (prompt, answer) in args.prompts.iter().zip(try_join_all(answers).await?) {
-                match args.connection.json {
-                    true => print_json(&answer)?,
-                    false => print_under(prompt, &answer)?,
-                }
+            let calls = requests.into_iter().map(|request| answers(&client, request, |_| Ok(())));
+            for (prompt, answers) in args.prompts.iter().zip(try_join_all(calls).await?) {
+                print_all(&args, Some(prompt), &answers)?;
             }
             Ok(())
         }
     }
+}
+
+/// The answers to one prompt, as JSON or for people.
+fn print_all(args: &Args, prompt: Option<&String>, answers: &[Answer]) -> Result<()> {
+    if args.connection.json {
+        return answers.iter().enumerate().try_for_each(|(index, answer)| print_json(index, answer));
+    }
+    if let Some(prompt) = prompt {
+        writeln!(stdout(), "> {}", printable(prompt))?;
+    }
+    answers.iter().try_for_each(print_answer)
 }
 
 fn request(args: &Args, adapter: String, prompt: &str) -> proto::GenerateRequest {
@@ -188,6 +230,11 @@ fn request(args: &Args, adapter: String, prompt: &str) -> proto::GenerateRequest
             min_p: sampling.min_p,
             repetition_penalty: sampling.repetition_penalty,
             seed: sampling.seed,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            logit_bias: sampling.logit_bias.iter().copied().collect(),
+            min_tokens: sampling.min_tokens,
+            n: sampling.n,
         }),
         stopping: Some(proto::Stopping {
             max_tokens: stopping.max_tokens,
@@ -208,37 +255,59 @@ async fn stream_one(client: &Client, request: proto::GenerateRequest) -> Result<
     .await?;
     writeln!(stdout())?;
     print_tokens(&answer.token_ids, &answer.logprobs)?;
-    if stderr().is_terminal() || answer.finish == proto::FinishReason::ContentFiltered {
-        eprintln!("[{}]", summary(&answer));
-    }
+    eprintln!("[{}]", summary(&answer));
     Ok(())
 }
 
-fn print_under(prompt: &str, answer: &Answer) -> Result<()> {
-    writeln!(stdout(), "> {}\n{}", printable(prompt), printable(&answer.text))?;
+fn print_answer(answer: &Answer) -> Result<()> {
+    writeln!(stdout(), "{}", printable(&answer.text))?;
     print_tokens(&answer.token_ids, &answer.logprobs)?;
     Ok(writeln!(stdout(), "[{}]\n", summary(answer))?)
 }
 
-/// Who answered and how fast.
+/// Who answered, what it took, and why it ended.
 fn summary(answer: &Answer) -> String {
     let version = if answer.version.is_empty() { "base" } else { &answer.version };
-    let tokens = answer.usage.completion_tokens;
-    let decoding = (answer.elapsed - answer.first_token).as_secs_f64();
-    let rate = if tokens > 1 && decoding > 0.0 { f64::from(tokens - 1) / decoding } else { 0.0 };
+    let usage = &answer.usage;
+    let cached = usage.cached_tokens.filter(|n| *n > 0).map(|n| format!(" ({n} cached)")).unwrap_or_default();
+    let tokens = answer.token_ids.len();
+    let decoding = answer.elapsed.saturating_sub(answer.first_token).as_secs_f64();
+    let rate = if tokens > 1 && decoding > 0.0 { (tokens - 1) as f64 / decoding } else { 0.0 };
     let first = answer.first_token.as_secs_f64() * 1e3;
-    format!("{version}, {tokens} tokens, first after {first:.0} ms, then {rate:.1} tokens/s, {}", finish(answer.finish))
+    let seed = answer.seed.map(|seed| format!(", seed {seed}")).unwrap_or_default();
+    format!(
+        "{version}, prompt {}{cached} + answer {} tokens, first after {first:.0} ms, then {rate:.1} tokens/s, {}{seed}",
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        ending(answer)
+    )
+}
+
+/// Why an answer ended: `STOP at "END"`, `STOP at token 2`, `LENGTH`.
+fn ending(answer: &Answer) -> String {
+    let reason = finish(answer.finish);
+    match &answer.stopped_by {
+        Some(StoppedBy::StopString(text)) => format!("{reason} at {text:?}"),
+        Some(StoppedBy::StopTokenId(id)) => format!("{reason} at token {id}"),
+        None => reason.to_owned(),
+    }
 }
 
 fn finish(reason: proto::FinishReason) -> &'static str {
     reason.as_str_name().trim_start_matches("FINISH_REASON_")
 }
 
-fn print_json(answer: &Answer) -> Result<()> {
+fn print_json(index: usize, answer: &Answer) -> Result<()> {
     let logprobs: Vec<Value> = answer.logprobs.iter().map(token_json).collect();
+    let (stop_string, stop_token_id) = match &answer.stopped_by {
+        Some(StoppedBy::StopString(text)) => (Some(text), None),
+        Some(StoppedBy::StopTokenId(id)) => (None, Some(id)),
+        None => (None, None),
+    };
     let value = json!({
-        "adapter_version": answer.version, "text": answer.text, "token_ids": answer.token_ids, "logprobs": logprobs,
-        "finish_reason": finish(answer.finish),
+        "index": index, "adapter_version": answer.version, "text": answer.text, "token_ids": answer.token_ids,
+        "logprobs": logprobs, "finish_reason": finish(answer.finish), "stop_string": stop_string,
+        "stop_token_id": stop_token_id, "seed": answer.seed,
         "usage": {
             "prompt_tokens": answer.usage.prompt_tokens, "completion_tokens": answer.usage.completion_tokens,
             "cached_tokens": answer.usage.cached_tokens,

@@ -1,6 +1,7 @@
 //! The command line: which commands there are and how they end. All but `serve` and `models` are thin clients of a server.
 
 mod adapters;
+mod base;
 mod bench;
 mod connection;
 mod datasets;
@@ -81,8 +82,11 @@ pub struct CommandLine {
 enum Command {
     Quickstart(quickstart::Args),
     Serve(serve::Args),
-    Generate(generate::Args),
+    Generate(Box<generate::Args>),
     Score(score::Args),
+    Base(base::Args),
+    Tokenize(base::TokenizeArgs),
+    Detokenize(base::DetokenizeArgs),
     Train(Box<train::Args>),
     Adapters(adapters::Args),
     Datasets(datasets::Args),
@@ -134,8 +138,11 @@ impl Command {
     async fn run(self) -> Result<()> {
         match self {
             Self::Quickstart(args) => quickstart::run(args).await,
-            Self::Generate(args) => generate::run(args).await,
+            Self::Generate(args) => generate::run(*args).await,
             Self::Score(args) => score::run(args).await,
+            Self::Base(args) => base::run(args).await,
+            Self::Tokenize(args) => base::tokenize(args).await,
+            Self::Detokenize(args) => base::detokenize(args).await,
             Self::Train(args) => train::run(*args).await,
             Self::Adapters(args) => adapters::run(args).await,
             Self::Datasets(args) => datasets::run(args).await,
@@ -200,6 +207,11 @@ mod tests {
             "serve --listen 127.0.0.1:0 --limit max_rank=16 --limit max_queued=3 --threads 1",
             "generate --adapter a --tenant t --temperature 0.7 --stop x --stop y hello world",
             "generate --raw --json --logprobs 3",
+            "generate --n 3 -n 20 --presence-penalty -0.5 --frequency-penalty 1 --logit-bias 3=-100 --min-tokens 2 hello",
+            "base --json",
+            "tokenize --chat --system s hello",
+            "detokenize 1,2 --skip-special-tokens",
+            "tenants get",
             "score --ids 1,2,3 --top 5",
             "train data.jsonl --adapter a --tenant t --rank 4 --targets q_proj,v_proj --epochs 2 --publish live",
             "train pairs --adapter a --dpo --beta 0.2 --from a",

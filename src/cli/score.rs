@@ -40,6 +40,9 @@ pub(super) struct Args {
     /// Also print this many most likely tokens at each position.
     #[arg(long, default_value_t = 0, value_name = "N")]
     top: u32,
+    /// Leave the tokens' text out: ids and log-probabilities only, for long texts.
+    #[arg(long)]
+    omit_token_text: bool,
     /// Higher goes first among the tenant's own requests, -100 to 100 [default: 0]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     priority: Option<i32>,
@@ -47,10 +50,11 @@ pub(super) struct Args {
     connection: Connection,
 }
 
+/// Ids as a person writes them.
 #[derive(Debug, Clone)]
-struct Ids(Vec<u32>);
+pub(super) struct Ids(pub Vec<u32>);
 
-fn parse_ids(text: &str) -> std::result::Result<Ids, String> {
+pub(super) fn parse_ids(text: &str) -> std::result::Result<Ids, String> {
     let parse = |id: &str| id.trim().parse().map_err(|_| format!("{id:?} is no token id"));
     text.split(',').map(parse).collect::<std::result::Result<_, _>>().map(Ids)
 }
@@ -59,7 +63,8 @@ pub(super) async fn run(args: Args) -> Result<()> {
     let adapter = args.adapter.as_deref().map(|given| args.connection.name("adapters", given)).transpose()?;
     let inputs = inputs(&args).await?;
     let (adapter, priority) = (adapter.unwrap_or_default(), args.priority);
-    let request = proto::ScoreRequest { adapter, inputs, top_logprobs: args.top, priority };
+    let omit_token_text = args.omit_token_text;
+    let request = proto::ScoreRequest { adapter, inputs, top_logprobs: args.top, priority, omit_token_text };
     let answer = args.connection.client().await?.score(request).await?;
     for (i, result) in answer.results.iter().enumerate() {
         match args.connection.json {
@@ -67,6 +72,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
             false => print(i, &answer.adapter_version, result)?,
         }
     }
+    eprintln!("[{} tokens scored]", answer.usage.unwrap_or_default().prompt_tokens);
     Ok(())
 }
 

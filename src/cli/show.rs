@@ -81,26 +81,37 @@ fn table(columns: &[&str], rows: &[Value]) -> String {
     lines.iter().map(join).collect()
 }
 
-/// A line a token: id, log-probability, and the most likely ones in its place.
+/// A line a token: id, log-probability, text, and the most likely ones in its place.
 pub(super) fn print_tokens(ids: &[u32], logprobs: &[proto::TokenLogprob]) -> Result<()> {
     for (id, token) in ids.iter().zip(logprobs) {
         let top: Vec<String> = token.top.iter().map(top_text).collect();
-        let line = format!("{id:>8}  {:>9.4}  {}", token.logprob, top.join(" "));
+        let line = format!("{id:>8}  {:>9.4}  {}  {}", token.logprob, quoted(&token.text), top.join(" "));
         writeln!(stdout(), "{}", line.trim_end())?;
     }
     Ok(())
 }
 
+/// A token's text on one line, in quotes; nothing where the server left it out.
+fn quoted(text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!("{text:?}") }
+}
+
 pub(super) fn top_text(top: &proto::TopLogprob) -> String {
-    format!("{}:{:.3}", top.token_id, top.logprob)
+    format!("{}{}:{:.3}", top.token_id, quoted(&top.text), top.logprob)
 }
 
 pub(super) fn token_json(token: &proto::TokenLogprob) -> Value {
-    json!({ "token_id": token.token_id, "logprob": token.logprob, "top": top_json(&token.top) })
+    json!({
+        "token_id": token.token_id, "text": token.text, "bytes": token.bytes, "logprob": token.logprob,
+        "top": top_json(&token.top),
+    })
 }
 
 pub(super) fn top_json(top: &[proto::TopLogprob]) -> Vec<Value> {
-    top.iter().map(|top| json!({ "token_id": top.token_id, "logprob": top.logprob })).collect()
+    let one = |top: &proto::TopLogprob| {
+        json!({ "token_id": top.token_id, "text": top.text, "bytes": top.bytes, "logprob": top.logprob })
+    };
+    top.iter().map(one).collect()
 }
 
 /// RFC 3339.
@@ -219,6 +230,35 @@ impl Show for proto::Tenant {
         json!({
             "name": self.name, "display_name": self.display_name, "weight": self.weight, "etag": self.etag,
             "create_time": time(&self.create_time),
+        })
+    }
+}
+
+impl Show for proto::GetTenantResponse {
+    fn json(&self) -> Value {
+        let mut value = self.tenant.clone().unwrap_or_default().json();
+        value["is_operator"] = json!(self.is_operator);
+        let usage = self.usage.clone().unwrap_or_default().json();
+        for name in ["requests", "prompt_tokens", "completion_tokens", "training_tokens"] {
+            value[name] = usage[name].clone();
+        }
+        let limit = |limit: &proto::LimitUsage| (limit.name.clone(), json!(format!("{}/{}", limit.used, limit.limit)));
+        value["limits"] = Value::Object(self.limits.iter().map(limit).collect());
+        value
+    }
+}
+
+impl Show for proto::Base {
+    fn json(&self) -> Value {
+        let special = |token: &proto::Token| json!({ "id": token.id, "text": token.text });
+        let limits = self.limits.iter().map(|limit| (limit.name.clone(), json!(limit.value)));
+        json!({
+            "name": self.name, "digest": self.digest, "server_version": self.server_version,
+            "context_length": self.context_length, "vocabulary_size": self.vocabulary_size,
+            "end_token_ids": self.end_token_ids, "end_of_turn_token_id": self.end_of_turn_token_id,
+            "special_tokens": self.special_tokens.iter().map(special).collect::<Vec<_>>(),
+            "template_digest": self.template_digest, "chat_template": self.chat_template,
+            "limits": Value::Object(limits.collect()),
         })
     }
 }

@@ -1,4 +1,4 @@
-//! `tenora tenants`: who may use the server. Needs an operator key; `usage` takes the tenant's own key too.
+//! `tenora tenants`: who may use the server. Needs an operator key; `get` and `usage` take the tenant's own key too.
 
 use super::connection::{Connection, all_pages, tenant_name};
 use super::{Result, request_id, show};
@@ -6,7 +6,7 @@ use crate::api::client::{FieldMask, proto};
 
 /// Create, change, list and delete tenants; show what they have used.
 ///
-/// Needs an operator key; `usage` takes the tenant's own key too.
+/// Needs an operator key; `get` and `usage` take the tenant's own key too.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   tenora tenants create acme --display-name \"Acme Ltd\"
@@ -43,6 +43,11 @@ enum Command {
         #[arg(long, value_name = "N", group = "change")]
         weight: Option<u32>,
     },
+    /// Show a tenant, what it has used, and how much of its limits. The tenant's own key is enough.
+    Get {
+        /// [default: --tenant, else the tenant of the key]
+        id: Option<String>,
+    },
     /// List the tenants.
     List,
     /// Delete a tenant and all of its own: adapters, datasets, jobs, keys, policy.
@@ -71,6 +76,10 @@ pub(super) async fn run(args: Args) -> Result<()> {
             };
             let request = proto::UpdateTenantRequest { tenant: Some(tenant), update_mask: Some(FieldMask { paths }) };
             show::one(json, &client.update_tenant(request).await?)
+        }
+        Command::Get { id } => {
+            let name = id.map(|id| tenant_name(&id)).or_else(|| args.connection.parent().ok()).unwrap_or_default();
+            show::one(json, &client.get_tenant(proto::GetTenantRequest { name }).await?)
         }
         Command::List => {
             let tenants = all_pages(async |page_token| {

@@ -29,10 +29,10 @@ use crate::config::Limits;
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, Lease};
-use crate::ids::{AdapterRef, Digest, Tenant};
+use crate::ids::{AdapterRef, Digest, Tenant, TenantId};
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout};
-use crate::request::{GenerateEvent, GenerateSpec, Prompt, ScoreAnswer, ScoreSpec, Stopping, Usage};
+use crate::request::{BAN, GenerateEvent, GenerateSpec, Prompt, Sampling, ScoreAnswer, ScoreSpec, Stopping, Usage};
 use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
 use prefix::{Chain, Scope};
@@ -136,42 +136,75 @@ impl Engine {
         Ok(Self { inbox: sender, text, hub, tickets, limits: Arc::new(limits.clone()), large_encodes, facts })
     }
 
-    /// Starts an answer. Errors before the first token are given here: bad settings, NOT_FOUND, limits.
-    pub async fn generate(&self, tenant: &Tenant, spec: GenerateSpec) -> Result<GenerateStream> {
-        spec.sampling.check()?;
+    /// Starts the answers that the spec asks for, a stream each. Errors before the first token are given here: bad settings, NOT_FOUND,
+    /// limits.
+    ///
+    /// The first answer computes the prompt. The others start when it is there to be found in the prefix cache.
+    pub async fn generate(&self, tenant: &Tenant, spec: GenerateSpec) -> Result<Vec<GenerateStream>> {
+        self.check_sampling(&spec)?;
         self.check_stopping(&spec.stopping)?;
         check_logprobs("logprobs", spec.logprobs.unwrap_or(0))?;
         check_priority(spec.priority)?;
         let patterns = Patterns::new(&spec.stopping.stop, false)?;
-        let ticket = Arc::new(self.tickets.take(tenant.id())?);
+        let take = |_| self.tickets.take(tenant.id()).map(Arc::new);
+        let tickets = (0..spec.sampling.n).map(take).collect::<Result<Vec<_>>>()?;
+        let Some(ticket) = tickets.first() else { return Err(Error::invalid("sampling.n", "must be at least 1")) };
         self.check_prompt("prompt", &spec.prompt)?;
         let encode = |text: &Text, _: usize, prompt: &Prompt| text.encode_prompt(prompt);
-        let mut ids = self.encode(vec![spec.prompt], encode, &ticket).await?.pop().unwrap_or_default();
+        let mut ids = self.encode(vec![spec.prompt], encode, ticket).await?.pop().unwrap_or_default();
         let longest = self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
         ids.reserve_exact(longest - ids.len());
         let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
-        let (events, stream) = async_mpsc::unbounded_channel();
-        let version = lease.as_ref().map(|lease| lease.name().clone());
-        // The receiver is here.
-        let _ = events.send(Ok(GenerateEvent::Started { version, prompt_tokens: ids.len() as u32 }));
-        let chain = self.chain(tenant, lease.as_ref(), &ids, longest);
-        let generation = Generation {
-            prompt_tokens: ids.len(),
-            cached_tokens: None,
-            sampling: spec.sampling,
-            stopping: spec.stopping,
-            logprobs: spec.logprobs,
-            decoder: self.text.decoder(),
-            hold_back: HoldBack::new(patterns),
-            open: Default::default(),
-            events,
-            end: None,
+        let withheld = match spec.stopping.ignore_eos || spec.sampling.min_tokens == 0 {
+            true => Vec::new(),
+            false => self.text.ends().to_vec(),
         };
-        let work = Work::Generate(Box::new(generation));
-        let (weight, priority, length) = (tenant.weight(), spec.priority, ids.len());
-        let demand = Demand { tenant: ticket.number, weight, priority, length, longest, chain };
-        self.submit(demand, Sequence { ids, deadline: spec.deadline, lease, _ticket: ticket, work })?;
-        Ok(Box::pin(UnboundedReceiverStream::new(stream)))
+        let (prompt_done, done) = oneshot::channel();
+        let mut prompt_done = Some(prompt_done);
+        let (mut streams, mut submissions) = (Vec::with_capacity(tickets.len()), Vec::with_capacity(tickets.len()));
+        for (i, ticket) in tickets.into_iter().enumerate() {
+            let (events, stream) = async_mpsc::unbounded_channel();
+            streams.push(Box::pin(UnboundedReceiverStream::new(stream)) as GenerateStream);
+            let mut sampling = spec.sampling.clone();
+            sampling.seed = sampling.seed.wrapping_add(i as u64);
+            let version = lease.as_ref().map(|lease| lease.name().clone());
+            let seed = (sampling.temperature > 0.0).then_some(sampling.seed);
+            // The receiver is here.
+            let _ = events.send(Ok(GenerateEvent::Started { version, prompt_tokens: ids.len() as u32, seed }));
+            let chain = self.chain(tenant, lease.as_ref(), &ids, longest);
+            let generation = Generation {
+                prompt_tokens: ids.len(),
+                cached_tokens: None,
+                sampling,
+                stopping: spec.stopping.clone(),
+                withheld: withheld.clone(),
+                prompt_done: prompt_done.take(),
+                logprobs: spec.logprobs,
+                decoder: self.text.decoder(),
+                hold_back: HoldBack::new(patterns.clone()),
+                open: Default::default(),
+                events,
+                end: None,
+            };
+            let (weight, priority, length) = (tenant.weight(), spec.priority, ids.len());
+            let demand = Demand { tenant: ticket.number, weight, priority, length, longest, chain };
+            let (ids, lease, work) = (ids.clone(), lease.clone(), Work::Generate(Box::new(generation)));
+            submissions.push((demand, Sequence { ids, deadline: spec.deadline, lease, _ticket: ticket, work }));
+        }
+        let mut others = submissions.into_iter();
+        if let Some((demand, sequence)) = others.next() {
+            self.submit(demand, sequence)?;
+        }
+        if others.len() > 0 {
+            let engine = self.clone();
+            tokio::spawn(async move {
+                // An error says the same: the first one has computed its prompt or has come to an end.
+                let _ = done.await;
+                // Where the loop is gone, each stream says so as its sequence is dropped.
+                others.for_each(|(demand, sequence)| drop(engine.submit(demand, sequence)));
+            });
+        }
+        Ok(streams)
     }
 
     /// Scores every sequence under one version; they ride in the same batches as generation.
@@ -212,6 +245,38 @@ impl Engine {
             results.push(answer.await.map_err(|_| sequence::lost())??);
         }
         Ok(ScoreAnswer { version, results, usage })
+    }
+
+    /// Gives the ids of a text, or of a chat with or without what begins an answer; it counts as a request meanwhile.
+    ///
+    /// # Errors
+    /// TEXT_TOO_LONG, TOO_MANY_MESSAGES, the tokenizer's and the template's, and the limits on requests.
+    pub async fn tokenize(&self, tenant: &Tenant, prompt: Prompt, generation_prompt: bool) -> Result<Vec<u32>> {
+        let most = self.limits.max_tokenize_bytes;
+        let bytes = match &prompt {
+            Prompt::Text(text) => text.len(),
+            Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+            Prompt::TokenIds(_) => 0,
+        };
+        if bytes as u64 > most {
+            let message = format!("has {bytes} bytes; send at most {most} (limit max_tokenize_bytes)");
+            return Err(Error::invalid_because("TEXT_TOO_LONG", "input", message));
+        }
+        self.check_messages("chat", &prompt)?;
+        let ticket = Arc::new(self.tickets.take(tenant.id())?);
+        let encode = match generation_prompt {
+            true => |text: &Text, _: usize, prompt: &Prompt| text.encode_prompt(prompt),
+            false => |text: &Text, _: usize, prompt: &Prompt| match prompt {
+                Prompt::Chat(messages) => text.encode_chat(messages, false),
+                other => text.encode_prompt(other),
+            },
+        };
+        Ok(self.encode(vec![prompt], encode, &ticket).await?.pop().unwrap_or_default())
+    }
+
+    /// Returns how many of a tenant's requests wait or run.
+    pub fn held_by(&self, tenant: &TenantId) -> u64 {
+        self.tickets.held_by(tenant)
     }
 
     /// Refuses new requests, waits for those under way, and after `timeout` ends them with what they have.
@@ -298,30 +363,63 @@ impl Engine {
             );
             Err(Error::invalid_because("PROMPT_TOO_LONG", field, message))
         };
+        self.check_messages(field, prompt)?;
         match prompt {
             Prompt::Text(text) => check_text(text.len()),
-            Prompt::Chat(messages) => {
-                let most = self.limits.max_chat_messages;
-                if messages.len() as u64 > most {
-                    let message =
-                        format!("has {} messages, over the limit max_chat_messages of {most}", messages.len());
-                    return Err(Error::invalid_because("TOO_MANY_MESSAGES", field, message));
-                }
-                check_text(messages.iter().map(|message| message.content.len()).sum())
-            }
+            Prompt::Chat(messages) => check_text(messages.iter().map(|message| message.content.len()).sum()),
             Prompt::TokenIds(_) => Ok(()),
         }
     }
 
-    /// The answer must fit one message.
+    fn check_messages(&self, field: &str, prompt: &Prompt) -> Result<()> {
+        let most = self.limits.max_chat_messages;
+        match prompt {
+            Prompt::Chat(messages) if messages.len() as u64 > most => {
+                let message = format!("has {} messages, over the limit max_chat_messages of {most}", messages.len());
+                Err(Error::invalid_because("TOO_MANY_MESSAGES", field, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The answer must fit one message, at the least that it can have.
     fn check_score_size(&self, inputs: &[Vec<u32>], top: usize) -> Result<()> {
         let entries = inputs.iter().map(Vec::len).sum::<usize>() * (1 + top);
         let most = self.limits.max_message_bytes;
         if (entries * SCORE_ENTRY_BYTES) as u64 > most {
-            let message = format!(
-                "{entries} log-probabilities do not fit one message of {most} bytes; score fewer tokens a call, or lower top_logprobs"
-            );
-            return Err(Error::Exhausted { limit: "max_message_bytes", message, retry_after: None });
+            return Err(score_too_large(entries, most));
+        }
+        Ok(())
+    }
+
+    /// Each value, and what only the base and the limits can tell: ids, counts, and that a token is left to draw.
+    fn check_sampling(&self, spec: &GenerateSpec) -> Result<()> {
+        let (sampling, stopping) = (&spec.sampling, &spec.stopping);
+        sampling.check()?;
+        let Sampling { n, min_tokens, logit_bias, .. } = sampling;
+        let most = self.limits.max_sequences_per_request;
+        if *n == 0 || u64::from(*n) > most {
+            return Err(Error::invalid("sampling.n", format!("must be 1 to {most} (limit max_sequences_per_request)")));
+        }
+        if *min_tokens > stopping.max_tokens {
+            let message = format!("is over stopping.max_tokens, {}", stopping.max_tokens);
+            return Err(Error::invalid("sampling.min_tokens", message));
+        }
+        let most = self.limits.max_logit_biases;
+        if logit_bias.len() as u64 > most {
+            let message = format!("has {} entries, over the limit max_logit_biases of {most}", logit_bias.len());
+            return Err(Error::invalid("sampling.logit_bias", message));
+        }
+        let vocabulary = self.text.vocab_size();
+        if let Some((id, _)) = logit_bias.iter().find(|(id, _)| *id as usize >= vocabulary) {
+            let message = format!("{id} is not below the vocabulary's size, {vocabulary}");
+            return Err(Error::invalid_because("TOKEN_OUT_OF_RANGE", "sampling.logit_bias", message));
+        }
+        let banned = |id: &u32| logit_bias.iter().any(|(other, bias)| other == id && *bias <= BAN);
+        let withheld = if *min_tokens > 0 && !stopping.ignore_eos { self.text.ends() } else { &[] };
+        let bans = logit_bias.iter().filter(|(_, bias)| *bias <= BAN).count();
+        if bans + withheld.iter().filter(|id| !banned(id)).count() >= vocabulary {
+            return Err(Error::invalid("sampling.logit_bias", "bans every token that could be drawn"));
         }
         Ok(())
     }
@@ -379,6 +477,15 @@ fn encode_input(text: &Text, i: usize, prompt: &Prompt) -> Result<Vec<u32>> {
         }
         other => other,
     })
+}
+
+/// What a Score gets whose answer does not fit one message.
+pub fn score_too_large(entries: usize, most: u64) -> Error {
+    let message = format!(
+        "{entries} log-probabilities do not fit one message of {most} bytes; score fewer tokens a call, lower top_logprobs, or set \
+         omit_token_text"
+    );
+    Error::Exhausted { limit: "max_message_bytes", message, retry_after: None }
 }
 
 fn bounds(layout: KvLayout, limits: &Limits) -> Result<Bounds> {

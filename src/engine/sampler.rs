@@ -1,22 +1,29 @@
 //! From logits to a token. The same logits, history, settings, seed and position give the same token.
 
+use std::borrow::Cow;
+
 use crate::kernels::{argmax, log_sum_exp};
 use crate::random::{Purpose, Stream};
-use crate::request::{Sampling, TokenLogprob};
+use crate::request::{BAN, Sampling, TokenLogprob};
 
 /// First guess of how many tokens a nucleus holds; doubled until it fits.
 const NUCLEUS: usize = 128;
 
-/// Draws the token at `position`. `history`: the tokens before it, for the repetition penalty. `None` where the logits are not numbers.
-pub fn sample(logits: &[f32], history: &[u32], sampling: &Sampling, position: usize) -> Option<u32> {
-    let penalised;
-    let logits = if sampling.repetition_penalty == 1.0 {
-        logits
-    } else {
-        penalised = penalise(logits, history, sampling.repetition_penalty);
-        &penalised
-    };
-    let best = argmax(logits)? as u32;
+/// What a token is drawn after.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct History<'a> {
+    /// The tokens before it, the prompt's and the answer's.
+    pub ids: &'a [u32],
+    /// How many of them are the prompt's.
+    pub prompt_tokens: usize,
+    /// Ids that may not come yet.
+    pub withheld: &'a [u32],
+}
+
+/// Draws the token at `position`. `None` where the logits are not numbers.
+pub fn sample(logits: &[f32], history: History<'_>, sampling: &Sampling, position: usize) -> Option<u32> {
+    let logits = adjusted(logits, history, sampling);
+    let best = argmax(&logits)? as u32;
     if sampling.temperature == 0.0 {
         return Some(best);
     }
@@ -33,21 +40,42 @@ pub fn sample(logits: &[f32], history: &[u32], sampling: &Sampling, position: us
         }
     }
     // Rounding may leave a trace: the last token that can be drawn.
-    kept.last().copied()
+    kept.into_iter().rfind(|id| weights[*id as usize] > 0.0)
 }
 
-/// Keskar et al. 2019.
-fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
-    let mut seen = history.to_vec();
-    seen.sort_unstable();
-    seen.dedup();
-    let mut logits = logits.to_vec();
-    for id in seen {
-        if let Some(logit) = logits.get_mut(id as usize) {
-            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+/// The logits after what is withheld, biases and penalties, in this order.
+fn adjusted<'a>(logits: &'a [f32], history: History<'_>, sampling: &Sampling) -> Cow<'a, [f32]> {
+    let mut logits = Cow::Borrowed(logits);
+    let mut change = |id: u32, new: &dyn Fn(f32) -> f32| {
+        if let Some(logit) = logits.to_mut().get_mut(id as usize) {
+            *logit = new(*logit);
+        }
+    };
+    history.withheld.iter().for_each(|id| change(*id, &|_| f32::NEG_INFINITY));
+    for (id, bias) in &sampling.logit_bias {
+        change(*id, &|logit| if *bias <= BAN { f32::NEG_INFINITY } else { logit + bias });
+    }
+    if sampling.repetition_penalty != 1.0 {
+        // Keskar et al. 2019.
+        let penalty = sampling.repetition_penalty;
+        for (id, _) in counts(history.ids) {
+            change(id, &|logit| if logit > 0.0 { logit / penalty } else { logit * penalty });
+        }
+    }
+    let (presence, frequency) = (sampling.presence_penalty, sampling.frequency_penalty);
+    if presence != 0.0 || frequency != 0.0 {
+        for (id, count) in counts(history.ids.get(history.prompt_tokens..).unwrap_or_default()) {
+            change(id, &|logit| logit - presence - frequency * count as f32);
         }
     }
     logits
+}
+
+/// Each id once, with how often it comes.
+fn counts(ids: &[u32]) -> Vec<(u32, usize)> {
+    let mut sorted = ids.to_vec();
+    sorted.sort_unstable();
+    sorted.chunk_by(|a, b| a == b).map(|run| (run[0], run.len())).collect()
 }
 
 /// The ids that top-k, then top-p, then min-p leave.
@@ -137,16 +165,16 @@ mod tests {
 
     fn drawn(logits: &[f32], sampling: &Sampling) -> Vec<usize> {
         let mut counts = vec![0; logits.len()];
-        (0..4000).for_each(|position| counts[sample(logits, &[], sampling, position).unwrap() as usize] += 1);
+        (0..4000).for_each(|position| counts[sample(logits, History::default(), sampling, position).unwrap() as usize] += 1);
         counts
     }
 
     #[test]
     fn greedy_takes_the_lowest_of_the_largest() {
-        assert_eq!(sample(&[1.0, 3.0, 3.0], &[], &Sampling::default(), 0), Some(1));
-        assert_eq!(sample(&[f32::NAN; 3], &[], &Sampling::default(), 0), None);
-        assert_eq!(sample(&[f32::NAN, 1.0], &[], &sampling(), 0), None);
-        assert_eq!(sample(&[f32::NAN, 1.0], &[], &Sampling::default(), 0), None);
+        assert_eq!(sample(&[1.0, 3.0, 3.0], History::default(), &Sampling::default(), 0), Some(1));
+        assert_eq!(sample(&[f32::NAN; 3], History::default(), &Sampling::default(), 0), None);
+        assert_eq!(sample(&[f32::NAN, 1.0], History::default(), &sampling(), 0), None);
+        assert_eq!(sample(&[f32::NAN, 1.0], History::default(), &Sampling::default(), 0), None);
     }
 
     #[test]
@@ -172,14 +200,43 @@ mod tests {
         let logits = vec![0.0; 1000];
         let weights = vec![1.0; 1000];
         assert_eq!(nucleus(&weights, 1000, 0.5).len(), 500);
-        assert!(sample(&logits, &[], &Sampling { top_p: 0.9, ..sampling() }, 3).is_some());
+        assert!(sample(&logits, History::default(), &Sampling { top_p: 0.9, ..sampling() }, 3).is_some());
+    }
+
+    fn after(ids: &[u32], prompt_tokens: usize) -> History<'_> {
+        History { ids, prompt_tokens, withheld: &[] }
     }
 
     #[test]
     fn repetition_is_penalised() {
         let s = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
-        assert_eq!(sample(&[3.0, 2.0], &[0], &s, 0), Some(1));
-        assert_eq!(sample(&[-1.0, -1.5], &[0, 0, 99], &s, 0), Some(1));
+        assert_eq!(sample(&[3.0, 2.0], after(&[0], 1), &s, 0), Some(1));
+        assert_eq!(sample(&[-1.0, -1.5], after(&[0, 0, 99], 3), &s, 0), Some(1));
+    }
+
+    #[test]
+    fn presence_counts_once_and_frequency_each_time_in_the_answer_alone() {
+        let logits = [3.0, 2.0, 0.0];
+        let presence = Sampling { presence_penalty: 1.5, ..Sampling::default() };
+        let frequency = Sampling { frequency_penalty: 0.6, ..Sampling::default() };
+        assert_eq!(*adjusted(&logits, after(&[0, 0, 0, 0, 1], 3), &presence), [1.5, 0.5, 0.0]);
+        let twice = adjusted(&logits, after(&[9, 0, 1, 0, 77], 1), &frequency);
+        assert_eq!(*twice, [3.0 - 0.6 * 2.0, 2.0 - 0.6, 0.0], "an id that no logit has is passed over");
+        assert_eq!(sample(&logits, after(&[0, 0, 0, 0], 4), &presence, 0), Some(0), "the prompt does not count");
+        assert_eq!(sample(&logits, after(&[0], 0), &presence, 0), Some(1));
+        let liked = Sampling { presence_penalty: -2.0, ..Sampling::default() };
+        assert_eq!(sample(&[1.0, 0.0], after(&[1], 0), &liked, 0), Some(1), "a negative one makes it likelier");
+    }
+
+    #[test]
+    fn biases_move_logits_and_ban() {
+        let biased = |logit_bias: &[(u32, f32)]| Sampling { logit_bias: logit_bias.to_vec(), ..Sampling::default() };
+        assert_eq!(sample(&[3.0, 2.0, 1.0], History::default(), &biased(&[(2, 2.5)]), 0), Some(2));
+        assert_eq!(sample(&[3.0, -400.0], History::default(), &biased(&[(0, -100.0)]), 0), Some(1), "a ban is no number");
+        let drawn = drawn(&[0.0; 4], &Sampling { temperature: 1.0, ..biased(&[(3, -100.0), (1, -100.0)]) });
+        assert!(drawn[0] > 0 && drawn[2] > 0 && drawn[1] == 0 && drawn[3] == 0, "{drawn:?}");
+        let withheld = History { withheld: &[0], ..History::default() };
+        assert_eq!(sample(&[3.0, 2.0], withheld, &Sampling::default(), 0), Some(1));
     }
 
     #[test]
@@ -194,7 +251,7 @@ mod tests {
     #[test]
     fn a_draw_depends_on_seed_and_position() {
         let logits = vec![0.0; 512];
-        let at = |seed, position| sample(&logits, &[], &Sampling { seed, ..sampling() }, position);
+        let at = |seed, position| sample(&logits, History::default(), &Sampling { seed, ..sampling() }, position);
         assert_eq!(at(7, 3), at(7, 3));
         assert!(at(7, 3) != at(8, 3) || at(7, 4) != at(8, 4));
     }

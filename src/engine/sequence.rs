@@ -7,14 +7,16 @@ use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
-use crate::engine::sampler::{logprob, sample, top_logprobs};
+use crate::engine::sampler::{History, logprob, sample, top_logprobs};
 use crate::engine::scheduler::Planned;
 use crate::engine::stats;
 use crate::engine::tickets::Ticket;
 use crate::error::{Error, Result};
 use crate::hub::Lease;
 use crate::model::batch::LogitRows;
-use crate::request::{FinishReason, GenerateEvent, Sampling, ScoreOut, Stopping, TokenLogprob, TokenOut, Usage};
+use crate::request::{
+    FinishReason, GenerateEvent, Sampling, ScoreOut, StopCause, Stopping, TokenLogprob, TokenOut, Usage,
+};
 use crate::text::matcher::{HoldBack, Released};
 use crate::text::{Decoder, Text};
 
@@ -48,6 +50,10 @@ pub struct Generation {
     pub cached_tokens: Option<usize>,
     pub sampling: Sampling,
     pub stopping: Stopping,
+    /// The ids that may not come before `min_tokens`.
+    pub withheld: Vec<u32>,
+    /// Told when the prompt is computed, by being dropped: the other answers to it start then.
+    pub prompt_done: Option<oneshot::Sender<()>>,
     pub logprobs: Option<u32>,
     pub decoder: Decoder,
     pub hold_back: HoldBack,
@@ -227,20 +233,24 @@ impl Scoring {
 impl Generation {
     /// Draws the next token.
     fn read(&self, ids: &[u32], logits: &[f32]) -> Reading {
-        let Some(id) = sample(logits, ids, &self.sampling, ids.len()) else { return Reading::NotNumbers };
+        let Self { prompt_tokens, ref sampling, ref withheld, .. } = *self;
+        let early = ids.len() - prompt_tokens < sampling.min_tokens as usize;
+        let history = History { ids, prompt_tokens, withheld: if early { withheld } else { &[] } };
+        let Some(id) = sample(logits, history, sampling, ids.len()) else { return Reading::NotNumbers };
         Reading::Token(TokenOut { id, logprob: self.logprobs.map(|top| logprob(logits, id, top as usize)) })
     }
 
     /// Passes on what may go out now that the sequence has `length` tokens.
     fn commit(&mut self, token: TokenOut, length: usize, text: &Text, context: usize) -> Next {
+        self.prompt_done = None;
         if text.is_end(token.id) && !self.stopping.ignore_eos {
             self.finish(FinishReason::Stop, Some(token), length);
             return Next::Finished;
         }
         self.open.0 += &self.decoder.push(token.id);
         self.open.1.push(token);
-        if !self.decoder.is_mid_character() && self.send_open() {
-            self.set_finished(FinishReason::Stop, length);
+        if !self.decoder.is_mid_character() && self.send_open(length) {
+            self.set_stopped_by_text(length);
             return Next::Finished;
         }
         if length - self.prompt_tokens >= self.stopping.max_tokens as usize || length >= context {
@@ -253,18 +263,23 @@ impl Generation {
     /// Lets out what was held back, then the token that ended the answer, and ends the stream.
     fn finish(&mut self, reason: FinishReason, end: Option<TokenOut>, length: usize) {
         self.open.0 += &self.decoder.finish();
-        if self.send_open() {
-            return self.set_finished(FinishReason::Stop, length);
+        if self.send_open(length) {
+            return self.set_stopped_by_text(length);
         }
         let held = self.hold_back.finish();
         self.send(held);
+        let stop = end.as_ref().map(|token| StopCause::Token(token.id));
         self.send(Released { tokens: end.into_iter().collect(), ..Released::default() });
-        self.set_finished(reason, length);
+        self.set_finished(reason, stop, length);
     }
 
-    /// Lets out what cannot begin a stop string any more; true at one.
-    fn send_open(&mut self) -> bool {
+    /// Lets out what cannot begin a stop string any more; true at one. Before `min_tokens` nothing is one.
+    fn send_open(&mut self, length: usize) -> bool {
         let (text, tokens) = std::mem::take(&mut self.open);
+        if length - self.prompt_tokens <= self.sampling.min_tokens as usize {
+            self.send(Released { text, tokens, matched: false });
+            return false;
+        }
         let released = self.hold_back.push(&text, tokens);
         let matched = released.matched;
         self.send(released);
@@ -278,12 +293,18 @@ impl Generation {
         }
     }
 
-    fn set_finished(&mut self, reason: FinishReason, length: usize) {
+    fn set_stopped_by_text(&mut self, length: usize) {
+        let met = self.hold_back.matched().and_then(|phrase| self.stopping.stop.get(phrase));
+        let stop = met.cloned().map(StopCause::Text);
+        self.set_finished(FinishReason::Stop, stop, length);
+    }
+
+    fn set_finished(&mut self, reason: FinishReason, stop: Option<StopCause>, length: usize) {
         let usage = Usage {
             prompt_tokens: self.prompt_tokens as u32,
             completion_tokens: (length - self.prompt_tokens) as u32,
             cached_tokens: self.cached_tokens.map(|tokens| tokens as u32),
         };
-        self.end = Some(Ok(GenerateEvent::Finished { reason, usage }));
+        self.end = Some(Ok(GenerateEvent::Finished { reason, stop, usage }));
     }
 }

@@ -1,6 +1,7 @@
 //! The engine on the tiny model: an answer does not depend on its company, and nothing is left behind.
 
 mod reuse;
+mod sampling;
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -138,8 +139,15 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     prop::collection::vec(request, 1..9)
 }
 
+/// The stream of a spec that asks for one answer.
+async fn one(engine: &Engine, tenant: &Tenant, spec: GenerateSpec) -> Result<GenerateStream> {
+    let mut streams = engine.generate(tenant, spec).await?;
+    assert_eq!(streams.len(), 1);
+    Ok(streams.remove(0))
+}
+
 async fn tokens(engine: &Engine, request: &Request) -> Vec<TokenOut> {
-    let mut stream = engine.generate(&world().tenant, request.spec()).await.unwrap();
+    let mut stream = one(&engine, &world().tenant, request.spec()).await.unwrap();
     let mut all = Vec::new();
     while let Some(event) = stream.next().await {
         if let GenerateEvent::Delta { tokens, .. } = event.unwrap() {
@@ -203,7 +211,7 @@ proptest! {
                     if *fate == 1 {
                         spec.deadline = Some(Instant::now() + Duration::from_millis(u64::from(request.max_tokens) / 4));
                     }
-                    let mut stream = engine.generate(&world().tenant, spec).await.unwrap();
+                    let mut stream = one(&engine, &world().tenant, spec).await.unwrap();
                     if *fate == 2 {
                         stream.next().await;
                         return true;
@@ -232,7 +240,7 @@ fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
             deadline: None,
         };
         for _ in 0..200 {
-            let mut stream = engine.generate(&world().tenant, request.spec()).await.unwrap();
+            let mut stream = one(&engine, &world().tenant, request.spec()).await.unwrap();
             while !matches!(stream.next().await.unwrap().unwrap(), GenerateEvent::Finished { .. }) {}
             assert!(engine.score(&world().tenant, score()).await.is_ok());
         }
@@ -272,6 +280,8 @@ fn submit(
         cached_tokens: None,
         sampling: Sampling::default(),
         stopping: Stopping { max_tokens, stop: Vec::new(), ignore_eos: true },
+        withheld: Vec::new(),
+        prompt_done: None,
         logprobs: None,
         decoder: w.text.decoder(),
         hold_back: HoldBack::new(Patterns::new(&[], false).unwrap()),
@@ -380,12 +390,12 @@ fn stop_strings_end_an_answer_before_them() {
         let collect = async |stop: Vec<String>| {
             let mut spec = request.spec();
             spec.stopping.stop = stop;
-            let mut stream = engine.generate(&world().tenant, spec).await.unwrap();
+            let mut stream = one(&engine, &world().tenant, spec).await.unwrap();
             let (mut text, mut reason, mut usage) = (String::new(), None, Usage::default());
             while let Some(event) = stream.next().await {
                 match event.unwrap() {
                     GenerateEvent::Delta { text: delta, .. } => text += &delta,
-                    GenerateEvent::Finished { reason: r, usage: u } => (reason, usage) = (Some(r), u),
+                    GenerateEvent::Finished { reason: r, usage: u, .. } => (reason, usage) = (Some(r), u),
                     GenerateEvent::Started { .. } => {}
                 }
             }
@@ -462,7 +472,7 @@ fn draining_ends_answers_with_what_they_have() {
     run(async {
         let engine = engine(&Limits::default());
         let request = Request { adapter: None, prompt: vec![1; 10], max_tokens: 240, temperature: 0.0, seed: 0 };
-        let mut stream = engine.generate(&world().tenant, request.spec()).await.unwrap();
+        let mut stream = one(&engine, &world().tenant, request.spec()).await.unwrap();
         stream.next().await;
         engine.drain(Duration::ZERO).await;
         let last = stream.fold(None, |_, event| async { Some(event) }).await.unwrap().unwrap();
@@ -476,7 +486,7 @@ fn draining_ends_answers_with_what_they_have() {
 async fn answer(engine: &Engine, request: &Request, stop: &[String]) -> (String, Vec<u32>, FinishReason) {
     let mut spec = request.spec();
     spec.stopping.stop = stop.to_vec();
-    let mut stream = engine.generate(&world().tenant, spec).await.unwrap();
+    let mut stream = one(&engine, &world().tenant, spec).await.unwrap();
     let (mut text, mut ids, mut reason) = (String::new(), Vec::new(), None);
     while let Some(event) = stream.next().await {
         match event.unwrap() {
@@ -545,7 +555,7 @@ fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
         let engine = Engine::start_with(faulty, facts, text, hub, arbiter, &Limits::default()).unwrap();
         let request = Request { adapter: Some(0), prompt: vec![1; 25], max_tokens: 3, temperature: 0.0, seed: 0 };
         for fault in ["panic", "error", "no number"] {
-            let stream = engine.generate(&w.tenant, request.spec()).await.unwrap();
+            let stream = one(&engine, &w.tenant, request.spec()).await.unwrap();
             let last = stream.fold(None, |_, event| async { Some(event) }).await.unwrap();
             assert!(matches!(last, Err(Error::Internal(_))), "{fault}: {last:?}");
             assert_idle(&engine).await;
@@ -560,7 +570,7 @@ fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
 
 /// The tokens of the prompt that were found in the cache.
 async fn cached(engine: &Engine, tenant: &Tenant, request: &Request) -> u32 {
-    let stream = engine.generate(tenant, request.spec()).await.unwrap();
+    let stream = one(engine, tenant, request.spec()).await.unwrap();
     match stream.fold(None, |_, event| async { Some(event) }).await {
         Some(Ok(GenerateEvent::Finished { usage, .. })) => usage.cached_tokens.unwrap(),
         other => panic!("{other:?}"),
@@ -585,7 +595,7 @@ fn nobody_waits_for_what_another_request_loads() {
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
 
         let ask = |adapter| Request { adapter, prompt: vec![1; 9], max_tokens: 3, temperature: 0.0, seed: 0 };
-        let waits = engine.generate(&w.tenant, ask(Some(1)).spec());
+        let waits = one(&engine, &w.tenant, ask(Some(1)).spec());
         tokio::pin!(waits);
         let others = async {
             for adapter in [None, Some(0), None] {

@@ -111,6 +111,11 @@ impl Tickets {
         lock(&self.counts).all.held
     }
 
+    /// Tickets of a tenant that are out.
+    pub fn held_by(&self, tenant: &TenantId) -> u64 {
+        lock(&self.counts).tenants.get(tenant).map_or(0, |(own, _)| own.held)
+    }
+
     /// Refuses all from now on.
     pub fn close(&self) {
         lock(&self.counts).closed = true;

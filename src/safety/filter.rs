@@ -16,9 +16,9 @@ pub fn filter(mut events: GenerateStream, phrases: Patterns) -> GenerateStream {
         let mut usage = Usage::default();
         while let Some(event) = events.next().await {
             match event {
-                Ok(GenerateEvent::Started { version, prompt_tokens }) => {
+                Ok(GenerateEvent::Started { version, prompt_tokens, seed }) => {
                     usage.prompt_tokens = prompt_tokens;
-                    yield Ok(GenerateEvent::Started { version, prompt_tokens });
+                    yield Ok(GenerateEvent::Started { version, prompt_tokens, seed });
                 }
                 Ok(GenerateEvent::Delta { text, tokens }) => {
                     usage.completion_tokens += tokens.len() as u32;
@@ -32,14 +32,14 @@ pub fn filter(mut events: GenerateStream, phrases: Patterns) -> GenerateStream {
                         yield Ok(delta);
                     }
                     if matched {
-                        yield Ok(GenerateEvent::Finished { reason: FinishReason::ContentFiltered, usage });
+                        yield Ok(GenerateEvent::Finished { reason: FinishReason::ContentFiltered, stop: None, usage });
                     }
                 }
-                Ok(GenerateEvent::Finished { reason, usage }) => {
+                Ok(GenerateEvent::Finished { reason, stop, usage }) => {
                     if let Some(delta) = delta_of(hold_back.finish()) {
                         yield Ok(delta);
                     }
-                    yield Ok(GenerateEvent::Finished { reason, usage });
+                    yield Ok(GenerateEvent::Finished { reason, stop, usage });
                 }
                 Err(error) => yield Err(error),
             }
@@ -74,13 +74,13 @@ mod tests {
     }
 
     fn started() -> Result<GenerateEvent> {
-        Ok(GenerateEvent::Started { version: None, prompt_tokens: PROMPT_TOKENS })
+        Ok(GenerateEvent::Started { version: None, prompt_tokens: PROMPT_TOKENS, seed: None })
     }
 
     fn finished(reason: FinishReason, completion_tokens: usize) -> GenerateEvent {
         let usage =
             Usage { prompt_tokens: PROMPT_TOKENS, completion_tokens: completion_tokens as u32, cached_tokens: None };
-        GenerateEvent::Finished { reason, usage }
+        GenerateEvent::Finished { reason, stop: None, usage }
     }
 
     /// One token a text, numbered from 0; ends at the longest answer.

@@ -6,10 +6,11 @@ mod policy;
 use std::time::Duration;
 
 use crate::config::Limits;
+pub use crate::engine::score_too_large;
 use crate::engine::{Engine, GenerateStream};
 use crate::error::Result;
-use crate::ids::Tenant;
-use crate::request::{GenerateSpec, ScoreAnswer, ScoreSpec};
+use crate::ids::{Tenant, TenantId};
+use crate::request::{GenerateSpec, Prompt, ScoreAnswer, ScoreSpec};
 use crate::store::{PolicyRow, Store};
 pub use policy::PhraseMatch;
 use policy::Policies;
@@ -26,15 +27,25 @@ impl Guard {
         Self { engine, policies: Policies::new(store, limits) }
     }
 
-    /// Starts an answer and ends it with `ContentFiltered` before the first phrase of the tenant's policy. The policy is the one of now: a
+    /// Starts the answers and ends each with `ContentFiltered` before the first phrase of the tenant's policy. The policy is the one of now: a
     /// later change is for later answers. Errors: the engine's.
-    pub async fn generate(&self, tenant: &Tenant, spec: GenerateSpec) -> Result<GenerateStream> {
+    pub async fn generate(&self, tenant: &Tenant, spec: GenerateSpec) -> Result<Vec<GenerateStream>> {
         let phrases = self.policies.phrases(tenant).await?;
-        let events = self.engine.generate(tenant, spec).await?;
+        let answers = self.engine.generate(tenant, spec).await?;
         Ok(match phrases {
-            Some(phrases) => filter::filter(events, phrases),
-            None => events,
+            Some(phrases) => answers.into_iter().map(|events| filter::filter(events, phrases.clone())).collect(),
+            None => answers,
         })
+    }
+
+    /// As [`Engine::tokenize`].
+    pub async fn tokenize(&self, tenant: &Tenant, prompt: Prompt, generation_prompt: bool) -> Result<Vec<u32>> {
+        self.engine.tokenize(tenant, prompt, generation_prompt).await
+    }
+
+    /// As [`Engine::held_by`].
+    pub fn held_by(&self, tenant: &TenantId) -> u64 {
+        self.engine.held_by(tenant)
     }
 
     /// Scores sequences. The tenant gave all of their text, so there is nothing to filter. Errors: the engine's.

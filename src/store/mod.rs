@@ -33,7 +33,7 @@ pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent};
 pub use keys::{KeyOwner, KeyRow, NewKey};
 pub use locks::Custody;
 pub use rows::{Listed, Page, fresh_token};
-pub use tenants::{PolicyRow, TenantChange, TenantRow, UsageDelta, UsageRow};
+pub use tenants::{PolicyRow, TenantChange, TenantCounts, TenantRow, UsageDelta, UsageRow};
 
 use crate::error::{Error, Result};
 

@@ -38,6 +38,15 @@ pub struct UsageRow {
     pub training_tokens: u64,
 }
 
+/// How many of each a tenant has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TenantCounts {
+    pub adapters: u64,
+    pub datasets: u64,
+    /// Those that have not ended.
+    pub jobs: u64,
+}
+
 /// What is added to a [`UsageRow`].
 pub type UsageDelta = UsageRow;
 
@@ -179,6 +188,20 @@ impl Store {
             completion_tokens: count("completion_tokens")?,
             training_tokens: count("training_tokens")?,
         })
+    }
+
+    /// Counts what a tenant has.
+    pub async fn count_of(&self, id: &TenantId) -> Result<TenantCounts> {
+        let row = sqlx::query(
+            "SELECT (SELECT COUNT(*) FROM adapters WHERE tenant = ?1) AS adapters,
+                    (SELECT COUNT(*) FROM datasets WHERE tenant = ?1) AS datasets,
+                    (SELECT COUNT(*) FROM jobs WHERE tenant = ?1 AND state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED')) AS jobs",
+        )
+        .bind(id.as_str())
+        .fetch_one(self.pool())
+        .await?;
+        let count = |column: &str| row.try_get::<i64, _>(column).map(|n| n.max(0) as u64);
+        Ok(TenantCounts { adapters: count("adapters")?, datasets: count("datasets")?, jobs: count("jobs")? })
     }
 
     pub async fn get_policy(&self, id: &TenantId) -> Result<PolicyRow> {

@@ -50,6 +50,11 @@ impl Template {
         self.digest
     }
 
+    /// Returns the template's text.
+    pub fn source(&self) -> String {
+        self.environment.get_template("chat").map(|template| template.source().to_owned()).unwrap_or_default()
+    }
+
     /// Breaks every control token in `content`.
     pub fn mark(&self, content: &str) -> String {
         let mut marked = String::with_capacity(content.len() + 8);

@@ -20,7 +20,7 @@ impl Decoder {
     /// The text that this id completes; empty while a character is incomplete. Control tokens give no text. Bytes that can't be
     /// UTF-8 become U+FFFD.
     pub fn push(&mut self, id: u32) -> String {
-        self.pending.extend_from_slice(self.text.bytes_of(id));
+        self.pending.extend_from_slice(self.text.token_bytes(id));
         let mut out = String::new();
         let mut chunks = self.pending.utf8_chunks().peekable();
         let mut keep = 0;

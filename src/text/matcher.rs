@@ -101,7 +101,8 @@ pub struct HoldBack {
     released: usize,
     /// Tokens that are held, each with the byte of the stream that its text ends at.
     tokens: VecDeque<(usize, TokenOut)>,
-    matched: bool,
+    /// The phrase that was found.
+    matched: Option<usize>,
 }
 
 /// What may go out.
@@ -123,13 +124,13 @@ impl Released {
 impl HoldBack {
     pub fn new(patterns: Patterns) -> Self {
         let state = patterns.0.start;
-        Self { patterns, state, held: String::new(), released: 0, tokens: VecDeque::new(), matched: false }
+        Self { patterns, state, held: String::new(), released: 0, tokens: VecDeque::new(), matched: None }
     }
 
     /// Takes the next piece of text and the tokens it came with, whose text ends with it; gives what may go out. At a phrase: the text
     /// before it and the tokens whose text lies wholly before it; then nothing.
     pub fn push(&mut self, text: &str, tokens: Vec<TokenOut>) -> Released {
-        if self.matched {
+        if self.matched.is_some() {
             return self.nothing();
         }
         let before = self.held.len();
@@ -138,8 +139,8 @@ impl HoldBack {
         self.tokens.extend(tokens.into_iter().map(|token| (end, token)));
         for (i, byte) in text.bytes().enumerate() {
             self.state = self.patterns.next(self.state, byte);
-            if let Some((_, len)) = self.patterns.found(self.state) {
-                self.matched = true;
+            if let Some((phrase, len)) = self.patterns.found(self.state) {
+                self.matched = Some(phrase);
                 let released = self.release(before + i + 1 - len);
                 self.held.clear();
                 self.tokens.clear();
@@ -151,7 +152,12 @@ impl HoldBack {
 
     /// The stream has ended: all that is held, unless a phrase was found.
     pub fn finish(&mut self) -> Released {
-        if self.matched { self.nothing() } else { self.release(self.held.len()) }
+        if self.matched.is_some() { self.nothing() } else { self.release(self.held.len()) }
+    }
+
+    /// The index of the phrase that was found.
+    pub fn matched(&self) -> Option<usize> {
+        self.matched
     }
 
     /// Lets the first `len` bytes go, and the tokens that end there or before.
@@ -161,11 +167,11 @@ impl HoldBack {
         self.released += len;
         let ready = self.tokens.partition_point(|(end, _)| *end <= self.released);
         let tokens = self.tokens.drain(..ready).map(|(_, token)| token).collect();
-        Released { text, tokens, matched: self.matched }
+        Released { text, tokens, matched: self.matched.is_some() }
     }
 
     fn nothing(&self) -> Released {
-        Released { matched: self.matched, ..Released::default() }
+        Released { matched: self.matched.is_some(), ..Released::default() }
     }
 }
 

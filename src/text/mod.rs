@@ -8,6 +8,7 @@ mod decoder;
 pub mod matcher;
 mod tokenizer;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 pub use decoder::Decoder;
@@ -146,6 +147,51 @@ impl Text {
         self.ends.contains(&id)
     }
 
+    /// Returns the ids that end an answer, in order.
+    pub fn ends(&self) -> &[u32] {
+        &self.ends
+    }
+
+    /// Returns the ids of the control tokens, in order.
+    pub fn control_ids(&self) -> Vec<u32> {
+        (0..self.vocab_size() as u32).filter(|id| self.is_control(*id)).collect()
+    }
+
+    /// Returns whether this id is a control token: it stands for no text.
+    pub fn is_control(&self, id: u32) -> bool {
+        self.tokenizer.is_control(id)
+    }
+
+    /// Returns a token's text for people: a control token's name, and U+FFFD for bytes that are part of a character.
+    pub fn token_text(&self, id: u32) -> Cow<'_, str> {
+        match self.is_control(id) {
+            true => Cow::Borrowed(self.tokenizer.token(id)),
+            false => String::from_utf8_lossy(self.token_bytes(id)),
+        }
+    }
+
+    /// Returns the bytes that an id adds to a text; none for control tokens and ids beyond the vocabulary.
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.tokenizer.bytes(id)
+    }
+
+    /// Returns the text of ids; control tokens stand in it by their names unless they are skipped.
+    ///
+    /// # Errors
+    /// TOKEN_OUT_OF_RANGE where an id is not of the vocabulary.
+    pub fn decode(&self, ids: &[u32], skip_control: bool) -> Result<String> {
+        self.check_ids(ids)?;
+        let mut bytes = Vec::new();
+        for id in ids {
+            match self.is_control(*id) {
+                true if skip_control => {}
+                true => bytes.extend_from_slice(self.tokenizer.token(*id).as_bytes()),
+                false => bytes.extend_from_slice(self.token_bytes(*id)),
+            }
+        }
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     /// The id that ends a turn (`<|im_end|>`).
     pub fn end_of_turn(&self) -> u32 {
         self.end_of_turn
@@ -164,13 +210,14 @@ impl Text {
         self.template.digest()
     }
 
+    /// Returns the chat template's source.
+    pub fn template_source(&self) -> String {
+        self.template.source()
+    }
+
     /// Turns ids into text piece by piece.
     pub fn decoder(self: &Arc<Self>) -> Decoder {
         Decoder::new(self.clone())
-    }
-
-    fn bytes_of(&self, id: u32) -> &[u8] {
-        self.tokenizer.bytes(id)
     }
 }
 
@@ -201,6 +248,21 @@ mod tests {
         assert_eq!(ids.iter().filter(|&&id| id >= 256).count(), 3, "the template's own three: {ids:?}");
         let plain = text.encode_plain(attack).unwrap();
         assert!(ids.windows(plain.len()).any(|w| w == plain), "the content's ids are those of plain text");
+    }
+
+    #[test]
+    fn tokens_are_told_by_text_and_bytes() {
+        let text = Text::tiny();
+        let ids = text.encode("é<|im_end|>a").unwrap();
+        assert_eq!(ids, [0xC3, 0xA9, 257, 97]);
+        assert_eq!((text.token_text(0xC3).as_ref(), text.token_bytes(0xC3)), ("\u{FFFD}", &[0xC3][..]));
+        assert_eq!((text.token_text(257).as_ref(), text.token_bytes(257)), ("<|im_end|>", &[][..]));
+        assert_eq!(text.decode(&ids, false).unwrap(), "é<|im_end|>a");
+        assert_eq!(text.decode(&ids, true).unwrap(), "éa");
+        assert_eq!(text.decode(&[0xC3], false).unwrap(), "\u{FFFD}");
+        assert!(text.decode(&[258], false).is_err());
+        assert_eq!((text.control_ids(), text.ends()), (vec![256, 257], &[257][..]));
+        assert!(text.template_source().contains("im_start"));
     }
 
     #[test]

@@ -68,6 +68,7 @@ pub(super) struct Tokenizer {
     starts: Vec<u32>,
     control: Option<AhoCorasick>,
     control_ids: Vec<u32>,
+    is_control: Vec<bool>,
 }
 
 impl Tokenizer {
@@ -116,7 +117,9 @@ impl Tokenizer {
             let mut builder = AhoCorasick::builder();
             Some(builder.match_kind(MatchKind::LeftmostLongest).build(names).map_err(|e| bad("control tokens", &e))?)
         };
-        Ok(Self { bpe, tokens: vocabulary.tokens, bytes, starts, control, control_ids: vocabulary.control })
+        let is_control = (0..vocabulary.tokens.len()).map(is_control).collect();
+        let (tokens, control_ids) = (vocabulary.tokens, vocabulary.control);
+        Ok(Self { bpe, tokens, bytes, starts, control, control_ids, is_control })
     }
 
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
@@ -155,6 +158,10 @@ impl Tokenizer {
             Some(&[start, end]) => &self.bytes[start as usize..end as usize],
             _ => &[],
         }
+    }
+
+    pub fn is_control(&self, id: u32) -> bool {
+        self.is_control.get(id as usize).copied().unwrap_or_default()
     }
 
     /// Bytes of the longest token, at least 1.

@@ -8,6 +8,7 @@ use tempfile::TempDir;
 use tenora::adapter::Lora;
 use tenora::api::Parts;
 use tenora::api::proto::adapter_service_client::AdapterServiceClient;
+use tenora::api::proto::base_service_client::BaseServiceClient;
 use tenora::api::proto::dataset_service_client::DatasetServiceClient;
 use tenora::api::proto::generation_service_client::GenerationServiceClient;
 use tenora::api::proto::safety_service_client::SafetyServiceClient;
@@ -160,6 +161,10 @@ impl TestServer {
 
     pub async fn adapters(&self, key: &str) -> AdapterServiceClient<Transport> {
         AdapterServiceClient::new(self.transport(key).await)
+    }
+
+    pub async fn base(&self, key: &str) -> BaseServiceClient<Transport> {
+        BaseServiceClient::new(self.transport(key).await)
     }
 
     pub async fn datasets(&self, key: &str) -> DatasetServiceClient<Transport> {

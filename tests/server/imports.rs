@@ -101,7 +101,7 @@ async fn bad_adapters_are_refused_by_name_and_leave_nothing() {
 /// Score to the last bit: the ids and log-probabilities under an adapter.
 async fn scores(server: &TestServer, key: &str, adapter: &str) -> Vec<ScoreResult> {
     let input = ScoreInput { sequence: Some(score_input::Sequence::Text("the same text".into())) };
-    let request = ScoreRequest { adapter: adapter.into(), inputs: vec![input], top_logprobs: 3, priority: None };
+    let request = ScoreRequest { adapter: adapter.into(), inputs: vec![input], top_logprobs: 3, ..Default::default() };
     server.generation(key).await.score(request).await.unwrap().into_inner().results
 }
 

@@ -7,9 +7,10 @@ use crate::api::proto as pb;
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::request::{
-    FinishReason, GenerateEvent, GenerateSpec, Prompt, Sampling, ScoreAnswer, ScoreOut, ScoreSpec, Stopping,
+    FinishReason, GenerateEvent, GenerateSpec, Prompt, Sampling, ScoreAnswer, ScoreOut, ScoreSpec, StopCause, Stopping,
     TokenLogprob, Usage,
 };
+use crate::text::Text;
 
 const DEFAULT_ANSWER_TOKENS: u64 = 256;
 
@@ -39,6 +40,11 @@ fn sampling(message: pb::Sampling) -> Sampling {
         top_k: message.top_k.unwrap_or(default.top_k),
         min_p: message.min_p.unwrap_or(default.min_p),
         repetition_penalty: message.repetition_penalty.unwrap_or(default.repetition_penalty),
+        presence_penalty: message.presence_penalty.unwrap_or(default.presence_penalty),
+        frequency_penalty: message.frequency_penalty.unwrap_or(default.frequency_penalty),
+        logit_bias: message.logit_bias.into_iter().collect(),
+        min_tokens: message.min_tokens.unwrap_or(default.min_tokens),
+        n: message.n.unwrap_or(default.n),
         seed: message.seed.unwrap_or_else(rand::random),
     }
 }
@@ -48,23 +54,32 @@ fn stopping(message: pb::Stopping, limits: &Limits) -> Stopping {
     Stopping { max_tokens: message.max_tokens.unwrap_or(default), stop: message.stop, ignore_eos: message.ignore_eos }
 }
 
-/// One message for one event.
-pub fn response_of(event: GenerateEvent) -> pb::GenerateResponse {
-    match event {
-        GenerateEvent::Started { version, .. } => {
-            pb::GenerateResponse { adapter_version: or_empty(version), ..Default::default() }
+/// One message for one event of answer `index`; `usage` comes with the last one of the call.
+pub fn response_of(index: u32, event: GenerateEvent, usage: Option<Usage>, text: &Text) -> pb::GenerateResponse {
+    let response = match event {
+        GenerateEvent::Started { version, seed, .. } => {
+            pb::GenerateResponse { adapter_version: or_empty(version), seed, ..Default::default() }
         }
-        GenerateEvent::Delta { text, tokens } => pb::GenerateResponse {
-            text,
+        GenerateEvent::Delta { text: delta, tokens } => pb::GenerateResponse {
+            text: delta,
             token_ids: tokens.iter().map(|token| token.id).collect(),
-            logprobs: tokens.into_iter().filter_map(|token| token.logprob).map(logprob).collect(),
+            logprobs: tokens.into_iter().filter_map(|token| token.logprob).map(|l| logprob(l, Some(text))).collect(),
             ..Default::default()
         },
-        GenerateEvent::Finished { reason, usage } => pb::GenerateResponse {
+        GenerateEvent::Finished { reason, stop, usage: _ } => pb::GenerateResponse {
             finish_reason: finish_reason(reason).into(),
-            usage: Some(usage_of(usage)),
+            stopped_by: stop.map(stopped_by),
             ..Default::default()
         },
+    };
+    pb::GenerateResponse { index, usage: usage.map(usage_of), ..response }
+}
+
+fn stopped_by(cause: StopCause) -> pb::generate_response::StoppedBy {
+    use pb::generate_response::StoppedBy;
+    match cause {
+        StopCause::Text(stop) => StoppedBy::StopString(stop),
+        StopCause::Token(id) => StoppedBy::StopTokenId(id),
     }
 }
 
@@ -85,12 +100,38 @@ fn usage_of(usage: Usage) -> pb::Usage {
     }
 }
 
-fn logprob(entry: TokenLogprob) -> pb::TokenLogprob {
-    pb::TokenLogprob { token_id: entry.id, logprob: entry.logprob, top: top(entry.top) }
+/// With the tokens' text and bytes where `text` is given.
+fn logprob(entry: TokenLogprob, text: Option<&Text>) -> pb::TokenLogprob {
+    let TokenLogprob { id: token_id, logprob, top: entries } = entry;
+    let (shown, bytes) = shown(token_id, text);
+    pb::TokenLogprob { token_id, logprob, top: top(entries, text), text: shown, bytes }
 }
 
-fn top(entries: Vec<(u32, f32)>) -> Vec<pb::TopLogprob> {
-    entries.into_iter().map(|(token_id, logprob)| pb::TopLogprob { token_id, logprob }).collect()
+fn top(entries: Vec<(u32, f32)>, text: Option<&Text>) -> Vec<pb::TopLogprob> {
+    let one = |(token_id, logprob)| {
+        let (text, bytes) = shown(token_id, text);
+        pb::TopLogprob { token_id, logprob, text, bytes }
+    };
+    entries.into_iter().map(one).collect()
+}
+
+fn shown(id: u32, text: Option<&Text>) -> (String, Vec<u8>) {
+    text.map(|text| (text.token_text(id).into_owned(), text.token_bytes(id).to_vec())).unwrap_or_default()
+}
+
+/// A token of the vocabulary.
+pub fn token(text: &Text, id: u32) -> pb::Token {
+    let (shown, bytes) = shown(id, Some(text));
+    pb::Token { id, text: shown, bytes, control: text.is_control(id) }
+}
+
+/// What a Tokenize is about.
+pub fn tokenize_input(input: Option<pb::tokenize_request::Input>) -> Result<Prompt> {
+    match input {
+        Some(pb::tokenize_request::Input::Text(text)) => Ok(Prompt::Text(text)),
+        Some(pb::tokenize_request::Input::Chat(chat)) => Ok(Prompt::Chat(messages("chat", chat)?)),
+        None => Err(Error::invalid("input", "give one of text and chat")),
+    }
 }
 
 pub fn score_spec(request: pb::ScoreRequest, deadline: Option<Instant>) -> Result<ScoreSpec> {
@@ -112,11 +153,12 @@ fn score_input((i, input): (usize, pb::ScoreInput)) -> Result<Prompt> {
     }
 }
 
-pub fn score_response(answer: ScoreAnswer) -> pb::ScoreResponse {
+/// With the tokens' text and bytes where `text` is given.
+pub fn score_response(answer: ScoreAnswer, text: Option<&Text>) -> pb::ScoreResponse {
     let result = |out: ScoreOut| pb::ScoreResult {
         token_ids: out.ids,
-        logprobs: out.logprobs.into_iter().map(logprob).collect(),
-        next: top(out.next),
+        logprobs: out.logprobs.into_iter().map(|entry| logprob(entry, text)).collect(),
+        next: top(out.next, text),
     };
     pb::ScoreResponse {
         adapter_version: or_empty(answer.version),

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use prost_types::{FieldMask, Timestamp};
 
-pub use generation::{generate_spec, response_of, score_response, score_spec};
+pub use generation::{generate_spec, response_of, score_response, score_spec, token, tokenize_input};
 pub use pairs::PairForm;
 pub use rows::*;
 pub use training::{event, job, job_spec};
