@@ -103,7 +103,7 @@ async fn sixteen_requests_give_the_bits_of_each_alone() {
 async fn scores(server: &TestServer, key: &str, adapter: &str) -> Vec<u32> {
     let text = "The ferry leaves at nine. Bring a warm coat and a ticket.";
     let input = ScoreInput { sequence: Some(score_input::Sequence::Text(text.into())) };
-    let request = ScoreRequest { adapter: adapter.into(), inputs: vec![input], top_logprobs: 0, priority: None };
+    let request = ScoreRequest { adapter: adapter.into(), inputs: vec![input], top_logprobs: 0, ..Default::default() };
     let answer = server.generation(key).await.score(request).await.expect("scores").into_inner();
     answer.results[0].logprobs.iter().map(|l| l.logprob.to_bits()).collect()
 }

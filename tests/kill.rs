@@ -140,7 +140,7 @@ async fn assert_versions_serve(client: &Client) -> BTreeMap<String, usize> {
         for version in &versions {
             let sequence = Some(score_input::Sequence::Text("All is well.".into()));
             let inputs = vec![ScoreInput { sequence }];
-            let request = ScoreRequest { adapter: version.name.clone(), inputs, top_logprobs: 0, priority: None };
+            let request = ScoreRequest { adapter: version.name.clone(), inputs, top_logprobs: 0, ..Default::default() };
             let answer = client.score(request).await.expect("the version serves");
             assert_eq!(answer.adapter_version, version.name);
         }
