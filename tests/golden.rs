@@ -418,8 +418,12 @@ async fn answers_are_the_golden_ones() {
     for golden in &answers {
         let ids = [&golden.prompt[..], &golden.greedy[..]].concat();
         let input = ScoreInput { sequence: Some(score_input::Sequence::TokenIds(TokenIds { ids })) };
-        let request =
-            ScoreRequest { adapter: served_name(golden.adapter), inputs: vec![input], top_logprobs: 1, ..Default::default() };
+        let request = ScoreRequest {
+            adapter: served_name(golden.adapter),
+            inputs: vec![input],
+            top_logprobs: 1,
+            ..Default::default()
+        };
         let scored = server.generation(&key).await.score(request).await.expect("scores").into_inner();
         let positions = &scored.results[0].logprobs[golden.prompt.len() - 1..];
         for ((position, want), gap) in positions.iter().zip(&golden.greedy).zip(&golden.gaps) {

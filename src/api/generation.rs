@@ -29,7 +29,13 @@ impl Generation {
     }
 
     fn meter(&self, tenant: &Tenant) -> Meter {
-        Meter { shared: self.0.clone(), tenant: tenant.id().clone(), used: Usage::default(), finished: 0, seen: Vec::new() }
+        Meter {
+            shared: self.0.clone(),
+            tenant: tenant.id().clone(),
+            used: Usage::default(),
+            finished: 0,
+            seen: Vec::new(),
+        }
     }
 }
 

@@ -108,9 +108,7 @@ pub(super) fn token_json(token: &proto::TokenLogprob) -> Value {
 }
 
 pub(super) fn top_json(top: &[proto::TopLogprob]) -> Vec<Value> {
-    let one = |top: &proto::TopLogprob| {
-        json!({ "token_id": top.token_id, "text": top.text, "bytes": top.bytes, "logprob": top.logprob })
-    };
+    let one = |top: &proto::TopLogprob| json!({ "token_id": top.token_id, "text": top.text, "bytes": top.bytes, "logprob": top.logprob });
     top.iter().map(one).collect()
 }
 

@@ -165,7 +165,8 @@ mod tests {
 
     fn drawn(logits: &[f32], sampling: &Sampling) -> Vec<usize> {
         let mut counts = vec![0; logits.len()];
-        (0..4000).for_each(|position| counts[sample(logits, History::default(), sampling, position).unwrap() as usize] += 1);
+        (0..4000)
+            .for_each(|position| counts[sample(logits, History::default(), sampling, position).unwrap() as usize] += 1);
         counts
     }
 
@@ -232,7 +233,11 @@ mod tests {
     fn biases_move_logits_and_ban() {
         let biased = |logit_bias: &[(u32, f32)]| Sampling { logit_bias: logit_bias.to_vec(), ..Sampling::default() };
         assert_eq!(sample(&[3.0, 2.0, 1.0], History::default(), &biased(&[(2, 2.5)]), 0), Some(2));
-        assert_eq!(sample(&[3.0, -400.0], History::default(), &biased(&[(0, -100.0)]), 0), Some(1), "a ban is no number");
+        assert_eq!(
+            sample(&[3.0, -400.0], History::default(), &biased(&[(0, -100.0)]), 0),
+            Some(1),
+            "a ban is no number"
+        );
         let drawn = drawn(&[0.0; 4], &Sampling { temperature: 1.0, ..biased(&[(3, -100.0), (1, -100.0)]) });
         assert!(drawn[0] > 0 && drawn[2] > 0 && drawn[1] == 0 && drawn[3] == 0, "{drawn:?}");
         let withheld = History { withheld: &[0], ..History::default() };

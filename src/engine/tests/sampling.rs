@@ -49,16 +49,18 @@ fn settings() -> impl Strategy<Value = Sampling> {
     let penalties = (-2.0f32..2.0, -2.0f32..2.0, prop::sample::select(vec![1.0f32, 1.3]));
     let bias = prop::collection::btree_map(0u32..258, prop::sample::select(vec![-100.0f32, -3.0, 2.5]), 0..6);
     (penalties, bias, 0u32..6, prop::sample::select(vec![0.0f32, 0.9]), 1u32..4, any::<u64>()).prop_map(
-        |((presence_penalty, frequency_penalty, repetition_penalty), bias, min_tokens, temperature, n, seed)| Sampling {
-            temperature,
-            presence_penalty,
-            frequency_penalty,
-            repetition_penalty,
-            logit_bias: bias.into_iter().collect(),
-            min_tokens,
-            n,
-            seed,
-            ..Sampling::default()
+        |((presence_penalty, frequency_penalty, repetition_penalty), bias, min_tokens, temperature, n, seed)| {
+            Sampling {
+                temperature,
+                presence_penalty,
+                frequency_penalty,
+                repetition_penalty,
+                logit_bias: bias.into_iter().collect(),
+                min_tokens,
+                n,
+                seed,
+                ..Sampling::default()
+            }
         },
     )
 }
@@ -122,7 +124,10 @@ fn what_ended_an_answer_is_named() {
             s.stopping.ignore_eos = false;
         });
         let answer = alone(&engine, ended_by_bias.clone()).await;
-        assert_eq!((answer.reason, answer.stop, answer.ids), (FinishReason::Stop, Some(StopCause::Token(257)), vec![257]));
+        assert_eq!(
+            (answer.reason, answer.stop, answer.ids),
+            (FinishReason::Stop, Some(StopCause::Token(257)), vec![257])
+        );
 
         let mut later = ended_by_bias;
         later.sampling.min_tokens = 5;
