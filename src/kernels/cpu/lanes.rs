@@ -129,6 +129,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{BLOCK, FOURS, Lanes, PanelBlock, Shift, unrolled};
+    use crate::kernels::cpu::simd::{Avx2, Avx512};
 
     /// Where x's bytes `4 g..4 g + 4` begin, as one integer.
     #[inline(always)]
@@ -137,16 +138,15 @@ mod x86 {
         i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
     }
 
-    // SAFETY of all blocks below: these types are used only within functions that enable the features they need, and every load is from
-    // a slice that was cut to its length.
-
     /// AVX-512 with VNNI: 16 lanes, 64 products an instruction.
     ///
     /// Quants of four bits meet the high bytes of several rows in pairs: x1 w1 + x2 w2 = (x1 + w2) (x2 + w1) - x1 x2 - w1 w2
     /// (S. Winograd, A New Algorithm for Inner Product, 1968), one product and two sums of bytes in place of two products. Sums have twice as
     /// many of a core's pipes as dot products; with the low bytes multiplied as they are, all of them have as much to do.
+    ///
+    /// A value of it holds the proof that the machine has the instructions, so that its methods may be safe.
     #[derive(Clone, Copy)]
-    pub struct Vnni;
+    pub struct Vnni(Avx512);
 
     #[derive(Clone, Copy)]
     pub struct Quants {
@@ -173,12 +173,17 @@ mod x86 {
     }
 
     impl Vnni {
+        /// Returns the form for a machine that is proved to have it.
+        #[inline(always)]
+        pub fn new(proof: Avx512) -> Self {
+            Self(proof)
+        }
         #[inline(always)]
         fn sum(self, w: &[__m512i; FOURS], x: &[i8; BLOCK]) -> __m512i {
-            // SAFETY: see above.
+            // SAFETY: `self` proves the features.
             let mut sum = unsafe { _mm512_setzero_si512() };
             for (g, w) in w.iter().enumerate() {
-                // SAFETY: see above.
+                // SAFETY: `self` proves the features.
                 sum = unsafe { _mm512_dpbusd_epi32(sum, *w, _mm512_set1_epi32(four(x, g))) };
             }
             sum
@@ -186,6 +191,7 @@ mod x86 {
         /// 128 * high + low.
         #[inline(always)]
         fn join(self, high: __m512i, low: __m512i) -> __m512i {
+            // SAFETY: `self` proves the features.
             unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low) }
         }
     }
@@ -199,22 +205,27 @@ mod x86 {
 
         #[inline(always)]
         fn zero(self) -> __m512 {
+            // SAFETY: `self` proves the features.
             unsafe { _mm512_setzero_ps() }
         }
         #[inline(always)]
         fn halves(self, bytes: &[u8]) -> __m512 {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes[..32].as_ptr().cast())) }
         }
         #[inline(always)]
         fn scale(self, a: __m512, by: f32) -> __m512 {
+            // SAFETY: `self` proves the features.
             unsafe { _mm512_mul_ps(a, _mm512_set1_ps(by)) }
         }
         #[inline(always)]
         fn mul_add(self, a: __m512, b: f32, c: __m512) -> __m512 {
+            // SAFETY: `self` proves the features.
             unsafe { _mm512_fmadd_ps(a, _mm512_set1_ps(b), c) }
         }
         #[inline(always)]
         fn add_product(self, t: __m512i, shift: Shift, d: __m512, c: __m512) -> __m512 {
+            // SAFETY: `self` proves the features.
             unsafe {
                 let t = _mm512_castps_si512(_mm512_cvtepi32_ps(t));
                 let t = _mm512_add_epi32(t, _mm512_set1_epi32(shift.0 as i32));
@@ -223,19 +234,23 @@ mod x86 {
         }
         #[inline(always)]
         fn add(self, a: __m512, b: __m512) -> __m512 {
+            // SAFETY: `self` proves the features.
             unsafe { _mm512_add_ps(a, b) }
         }
         #[inline(always)]
         fn load(self, from: &[f32]) -> __m512 {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm512_loadu_ps(from[..16].as_ptr()) }
         }
         #[inline(always)]
         fn store(self, a: __m512, out: &mut [f32]) {
+            // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe { _mm512_storeu_ps(out[..16].as_mut_ptr(), a) }
         }
         #[inline(always)]
         fn nibbles<const P: usize>(self, quants: &[u8], at: usize) -> Quants {
             let quants = quants[at..at + HALF * 64].as_ptr().cast::<__m512i>();
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let (mask, offset) = (_mm512_set1_epi8(15), _mm512_set1_epi8(if P == 1 { 0 } else { -128 }));
                 let (mut w, mut pairs) = ([mask; FOURS], _mm512_setzero_si512());
@@ -253,6 +268,7 @@ mod x86 {
         #[inline(always)]
         fn bytes(self, quants: &[u8], at: usize) -> Quants {
             let quants = quants[at..at + FOURS * 64].as_ptr().cast::<__m512i>();
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let mut w = [_mm512_setzero_si512(); FOURS];
                 for (g, w) in w.iter_mut().enumerate() {
@@ -267,6 +283,7 @@ mod x86 {
                 return self.dot_bytes(q, x, first);
             }
             let (mut high, mut low) = ([q.start; P], [q.start; P]);
+            // SAFETY: `self` proves the features.
             unsafe {
                 unrolled!(r in P => {
                     low[r] = _mm512_set1_epi32(x.pairs[first + r]);
@@ -300,13 +317,19 @@ mod x86 {
         }
     }
 
-    /// AVX2: 8 lanes, 32 products an instruction, summed in pairs in int16.
+    /// AVX2: 8 lanes, 32 products an instruction, summed in pairs in int16. Holds the proof that the machine has it.
     #[derive(Clone, Copy)]
-    pub struct Maddubs;
+    pub struct Maddubs(Avx2);
 
     impl Maddubs {
+        /// Returns the form for a machine that is proved to have it.
+        #[inline(always)]
+        pub fn new(proof: Avx2) -> Self {
+            Self(proof)
+        }
         #[inline(always)]
         fn sum(self, w: &[__m256i; FOURS], x: &[i8; BLOCK]) -> __m256i {
+            // SAFETY: `self` proves the features.
             unsafe {
                 // A lane's two halves each sum 16 products of at most 15 * 127: 30,480.
                 let mut sum = _mm256_setzero_si256();
@@ -319,6 +342,7 @@ mod x86 {
         /// The sum for quants of eight bits, as two nibbles: int16 would not hold products of 255.
         #[inline(always)]
         fn sum_of_bytes(self, w: &[__m256i; FOURS], x: &[i8; BLOCK]) -> __m256i {
+            // SAFETY: `self` proves the features.
             unsafe {
                 let mask = _mm256_set1_epi8(15);
                 let (mut low, mut high) = (*w, *w);
@@ -332,6 +356,7 @@ mod x86 {
         /// 128 * high + low.
         #[inline(always)]
         fn join(self, high: __m256i, low: __m256i) -> __m256i {
+            // SAFETY: `self` proves the features.
             unsafe { _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low) }
         }
     }
@@ -345,22 +370,27 @@ mod x86 {
 
         #[inline(always)]
         fn zero(self) -> __m256 {
+            // SAFETY: `self` proves the features.
             unsafe { _mm256_setzero_ps() }
         }
         #[inline(always)]
         fn halves(self, bytes: &[u8]) -> __m256 {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm256_cvtph_ps(_mm_loadu_si128(bytes[..16].as_ptr().cast())) }
         }
         #[inline(always)]
         fn scale(self, a: __m256, by: f32) -> __m256 {
+            // SAFETY: `self` proves the features.
             unsafe { _mm256_mul_ps(a, _mm256_set1_ps(by)) }
         }
         #[inline(always)]
         fn mul_add(self, a: __m256, b: f32, c: __m256) -> __m256 {
+            // SAFETY: `self` proves the features.
             unsafe { _mm256_fmadd_ps(a, _mm256_set1_ps(b), c) }
         }
         #[inline(always)]
         fn add_product(self, t: __m256i, shift: Shift, d: __m256, c: __m256) -> __m256 {
+            // SAFETY: `self` proves the features.
             unsafe {
                 let t = _mm256_castps_si256(_mm256_cvtepi32_ps(t));
                 let t = _mm256_add_epi32(t, _mm256_set1_epi32(shift.0 as i32));
@@ -369,19 +399,23 @@ mod x86 {
         }
         #[inline(always)]
         fn add(self, a: __m256, b: __m256) -> __m256 {
+            // SAFETY: `self` proves the features.
             unsafe { _mm256_add_ps(a, b) }
         }
         #[inline(always)]
         fn load(self, from: &[f32]) -> __m256 {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm256_loadu_ps(from[..8].as_ptr()) }
         }
         #[inline(always)]
         fn store(self, a: __m256, out: &mut [f32]) {
+            // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe { _mm256_storeu_ps(out[..8].as_mut_ptr(), a) }
         }
         #[inline(always)]
         fn nibbles<const P: usize>(self, quants: &[u8], at: usize) -> Self::Quants {
             let quants = quants[at..at + 3 * 64 + 32].as_ptr();
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let mask = _mm256_set1_epi8(15);
                 let mut w = [mask; FOURS];
@@ -396,6 +430,7 @@ mod x86 {
         #[inline(always)]
         fn bytes(self, quants: &[u8], at: usize) -> Self::Quants {
             let quants = quants[at..at + 7 * 64 + 32].as_ptr();
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let mut w = [_mm256_setzero_si256(); FOURS];
                 for (g, w) in w.iter_mut().enumerate() {

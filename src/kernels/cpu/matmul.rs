@@ -8,6 +8,8 @@ use super::lanes::{Lanes, Plain};
 use super::lanes::{Maddubs, Vnni};
 use super::lora::{Adapters, expand, expand_reads, shrink_reads};
 use super::quantize::{PANEL, QuantizedRows};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{Avx2, Avx512};
 use super::simd::{Level, unrolled};
 use super::team::Team;
 use crate::kernels::blocks::{BLOCK, QType};
@@ -302,11 +304,15 @@ fn run_strip<F: Format>(
         type Rows = std::ops::Range<usize>;
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
         fn avx512<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: Parts<'_>, out: Outputs) {
-            strip::<_, F>(Vnni, w, x, rows, ahead, out);
+            // SAFETY: this function is called where the machine has what it uses.
+            let proof = unsafe { Avx512::new() };
+            strip::<_, F>(Vnni::new(proof), w, x, rows, ahead, out);
         }
         #[target_feature(enable = "avx2,fma,f16c")]
         fn avx2<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: Parts<'_>, out: Outputs) {
-            strip::<_, F>(Maddubs, w, x, rows, ahead, out);
+            // SAFETY: this function is called where the machine has what it uses.
+            let proof = unsafe { Avx2::new() };
+            strip::<_, F>(Maddubs::new(proof), w, x, rows, ahead, out);
         }
         match level {
             // SAFETY: nobody has a level that the machine lacks.

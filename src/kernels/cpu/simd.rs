@@ -256,21 +256,23 @@ mod x86 {
         }
     }
 
-    // SAFETY of all blocks below: the value proves the features, and every load and store is within its array.
     impl Simd for Avx2 {
         type F = [__m256; 2];
         const SUMS: usize = 6;
 
         #[inline(always)]
         fn splat(self, x: f32) -> Self::F {
+            // SAFETY: `self` proves the features.
             unsafe { [_mm256_set1_ps(x); 2] }
         }
         #[inline(always)]
         fn load(self, x: &[f32; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
         }
         #[inline(always)]
         fn store(self, x: Self::F, out: &mut [f32; LANES]) {
+            // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
                 _mm256_storeu_ps(out.as_mut_ptr(), x[0]);
                 _mm256_storeu_ps(out.as_mut_ptr().add(8), x[1]);
@@ -278,10 +280,12 @@ mod x86 {
         }
         #[inline(always)]
         fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+            // SAFETY: `self` proves the features.
             unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
         }
         #[inline(always)]
         fn halves(self, bits: &[u16; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let bits = bits.as_ptr().cast::<__m128i>();
                 [_mm256_cvtph_ps(_mm_loadu_si128(bits)), _mm256_cvtph_ps(_mm_loadu_si128(bits.add(1)))]
@@ -289,6 +293,7 @@ mod x86 {
         }
         #[inline(always)]
         fn to_halves(self, x: Self::F) -> [u16; LANES] {
+            // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
                 let (most, least) = (_mm256_set1_ps(LARGEST_HALF), _mm256_set1_ps(-LARGEST_HALF));
                 let mut bits = [0; LANES];
@@ -303,6 +308,7 @@ mod x86 {
         }
         #[inline(always)]
         fn brains(self, bits: &[u16; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let bits = bits.as_ptr().cast::<__m128i>();
                 let wide = |half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)));
@@ -311,6 +317,7 @@ mod x86 {
         }
         #[inline(always)]
         fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
+            // SAFETY: `self` proves the features.
             unsafe {
                 let mask = _mm256_set1_epi32(MAGNITUDE as i32);
                 let bits = |x: __m256| _mm256_and_si256(_mm256_castps_si256(x), mask);
@@ -324,6 +331,7 @@ mod x86 {
         }
         #[inline(always)]
         fn largest(self, x: Self::F) -> u32 {
+            // SAFETY: `self` proves the features.
             unsafe {
                 let eight = _mm256_max_epi32(_mm256_castps_si256(x[0]), _mm256_castps_si256(x[1]));
                 let four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
@@ -333,6 +341,7 @@ mod x86 {
         }
         #[inline(always)]
         fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split {
+            // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
                 let (by, half) = (_mm256_set1_ps(by), _mm256_set1_epi32(64));
                 let (mut highs, mut lows, mut qs) = ([half; 4], [half; 4], [half; 4]);
@@ -382,26 +391,32 @@ mod x86 {
 
         #[inline(always)]
         fn splat(self, x: f32) -> Self::F {
+            // SAFETY: `self` proves the features.
             unsafe { _mm512_set1_ps(x) }
         }
         #[inline(always)]
         fn load(self, x: &[f32; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm512_loadu_ps(x.as_ptr()) }
         }
         #[inline(always)]
         fn store(self, x: Self::F, out: &mut [f32; LANES]) {
+            // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe { _mm512_storeu_ps(out.as_mut_ptr(), x) }
         }
         #[inline(always)]
         fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+            // SAFETY: `self` proves the features.
             unsafe { _mm512_fmadd_ps(a, b, c) }
         }
         #[inline(always)]
         fn halves(self, bits: &[u16; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
         }
         #[inline(always)]
         fn to_halves(self, x: Self::F) -> [u16; LANES] {
+            // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
                 let (most, least) = (_mm512_set1_ps(LARGEST_HALF), _mm512_set1_ps(-LARGEST_HALF));
                 // What is not a number comes second, and so comes through.
@@ -414,6 +429,7 @@ mod x86 {
         }
         #[inline(always)]
         fn brains(self, bits: &[u16; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits.as_ptr().cast()));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
@@ -421,6 +437,7 @@ mod x86 {
         }
         #[inline(always)]
         fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
+            // SAFETY: `self` proves the features.
             unsafe {
                 let mask = _mm512_set1_epi32(MAGNITUDE as i32);
                 let [first, second] = [_mm512_castps_si512(x[0]), _mm512_castps_si512(x[1])];
@@ -430,10 +447,12 @@ mod x86 {
         }
         #[inline(always)]
         fn largest(self, x: Self::F) -> u32 {
+            // SAFETY: `self` proves the features.
             unsafe { _mm512_reduce_max_epi32(_mm512_castps_si512(x)) as u32 }
         }
         #[inline(always)]
         fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split {
+            // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
                 let (by, half) = (_mm512_set1_ps(by), _mm512_set1_epi32(64));
                 let (mut qs, mut uppers) = ([half; 2], [half; 2]);
