@@ -1,5 +1,7 @@
 //! The CPU's kernels on the default base's shapes: `cargo bench --bench kernels`. Criterion compares with the last run.
 
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a bench fails by them")]
+
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};

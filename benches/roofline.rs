@@ -4,6 +4,8 @@
 //! same machine; the table has medians. Bytes are those of the weights and of the keys and values that a step must read once;
 //! multiply-adds those that the model has. Inputs have two bytes, so each multiply-add of a frozen layer is two products of bytes.
 
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a bench fails by them")]
+
 use std::hint::black_box;
 use std::time::Instant;
 

@@ -1,5 +1,7 @@
 //! The import directions of DESIGN's map, the places that may make a `Tenant`, and where `unsafe`, SQL and tonic may appear.
 
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 

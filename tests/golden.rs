@@ -1,6 +1,8 @@
 //! The program against values made with transformers, peft and trl. `TENORA_GOLDEN` names another folder of the same form; ranks,
 //! targets and numbers of steps come from its files.
 
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
+
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 

@@ -1,5 +1,7 @@
 //! `kill -9` of the real program on the real base, in the middle of training, an upload and a publish.
 
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
+
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};

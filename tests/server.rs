@@ -1,5 +1,7 @@
 //! The whole server in this process, on a free port, with the tiny model: what a client sees, and what is left behind.
 
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
+
 mod server {
     mod auth;
     mod base;

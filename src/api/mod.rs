@@ -24,11 +24,14 @@ mod tenants;
 mod training;
 mod uploads;
 
+#[doc(hidden)]
+pub use convert::convert_bytes;
 pub use server::serve;
 pub use shared::Parts;
 
 /// The messages and services of `tenora.v1`.
 #[expect(clippy::large_enum_variant, reason = "generated")]
+#[allow(clippy::allow_attributes_without_reason, reason = "generated")]
 pub mod proto {
     tonic::include_proto!("tenora.v1");
 

@@ -133,12 +133,10 @@ impl Hub {
             }
         }
         let part = kept.join(&content.tag);
-        let progress = std::cell::RefCell::new(progress);
         let size = || fs::metadata(&part).map_or(0, |meta| meta.len());
-        let go_on = async || self.go_on(file, &content, &part, &mut **progress.borrow_mut()).await;
-        self.retried(file, go_on, size).await?;
+        self.retried(file, async || self.go_on(file, &content, &part, progress).await, size).await?;
         if let Some(sha256) = &content.sha256 {
-            (progress.borrow_mut())(Progress { stage: Stage::Checking, done: 0, total: None });
+            progress(Progress { stage: Stage::Checking, done: 0, total: None });
             if let Err(e) = check(&part, sha256).await {
                 fs::remove_file(&part).map_err(|e| io_error(&part, e))?;
                 return Err(e);
