@@ -1,5 +1,6 @@
 //! Between protobuf messages and the crate's own types. Errors name the field by its path in the message.
 
+mod foreign;
 mod generation;
 mod pairs;
 mod rows;
@@ -10,6 +11,7 @@ use std::time::SystemTime;
 
 use prost_types::{FieldMask, Timestamp};
 
+pub use foreign::convert_bytes;
 pub use generation::{generate_spec, response_of, score_response, score_spec, token, tokenize_input};
 pub use pairs::PairForm;
 pub use rows::*;

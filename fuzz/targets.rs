@@ -1,0 +1,170 @@
+//! What the fuzzers run: one function a reader of foreign bytes. Each returns for any input, and whether the input was accepted; a panic, a
+//! hang or memory out of proportion is a fault. Used by cargo-fuzz (`fuzz_targets/`) and by `tests/fuzz.rs`, which needs no nightly toolchain.
+
+use std::io::Write as _;
+use std::sync::{Arc, LazyLock};
+
+use tenora::adapter::{BaseShape, PackedLora};
+use tenora::config::Limits;
+use tenora::data::Record;
+use tenora::hub::Package;
+use tenora::ids::Digest;
+use tenora::model::Model;
+use tenora::request::ChatMessage;
+use tenora::store::DatasetKind;
+use tenora::text::matcher::{HoldBack, Patterns};
+use tenora::text::{Text, Vocabulary};
+
+/// A reader of foreign bytes.
+pub type Target = fn(&[u8]) -> bool;
+
+/// All of them, with their names, which are those of the folders of `corpus/`.
+pub const ALL: [(&str, Target); 7] = [
+    ("gguf", gguf),
+    ("safetensors_and_config", safetensors_and_config),
+    ("packed_file", packed_file),
+    ("jsonl", jsonl),
+    ("template", template),
+    ("policy", policy),
+    ("protos", protos),
+];
+
+/// The longest template and context a served base would have; more only makes the fuzzer slow.
+const MAX_TEMPLATE: usize = 4 << 10;
+
+/// The tiny base, its text, and an adapter's packed size on it.
+static TINY: LazyLock<(Arc<Model>, Arc<Text>)> = LazyLock::new(|| Model::tiny(1));
+
+fn shape() -> &'static BaseShape {
+    TINY.0.shape()
+}
+
+/// Splits off a part whose length its first two bytes say, as far as there is so much.
+fn split(data: &[u8]) -> (&[u8], &[u8]) {
+    let Some((length, rest)) = data.split_first_chunk::<2>() else { return (data, &[]) };
+    rest.split_at(usize::from(u16::from_le_bytes(*length)).min(rest.len()))
+}
+
+/// A base as a whole: the file, its tokenizer and template, and the model over it.
+pub fn gguf(data: &[u8]) -> bool {
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    file.write_all(data).expect("a temporary file can be written");
+    let Ok((_, text)) = Model::load(file.path(), &candle_core::Device::Cpu) else { return false };
+    let _ = text.encode("What can be loaded can be used.");
+    let _ = text.encode_chat(&chat(), true);
+    true
+}
+
+/// An adapter as it is imported: its configuration, then its tensors.
+pub fn safetensors_and_config(data: &[u8]) -> bool {
+    let (config, tensors) = split(data);
+    let package = Package { config: config.to_vec(), tensors: tensors.to_vec() };
+    let bytes = package.memory_bytes(shape(), 64);
+    let Ok(lora) = package.read(shape(), 64) else { return false };
+    let packed = PackedLora::new(&lora, shape()).expect("what can be read can be packed");
+    assert_eq!(bytes.expect("what can be read can be measured"), packed.byte_size(), "it takes what was reserved");
+    true
+}
+
+/// The packed form, after eight bytes that say what its tensors take in memory; as it lies, and with its checksum put right, so that
+/// what the checksum protects is reached too.
+pub fn packed_file(data: &[u8]) -> bool {
+    let Some((bytes, file)) = data.split_first_chunk::<8>() else { return false };
+    let bytes = u64::from_le_bytes(*bytes) & 0xff_ffff;
+    let read = |file: &[u8]| PackedLora::from_file(file, Digest::of(b"fuzz"), bytes, shape()).is_ok();
+    let as_it_is = read(file);
+    let mut sealed = file[..file.len().saturating_sub(4)].to_vec();
+    sealed.extend(crc32fast::hash(&sealed).to_ne_bytes());
+    read(&sealed) || as_it_is
+}
+
+/// Lines of a dataset: what is read comes back the same from its own line, and is rendered and encoded.
+pub fn jsonl(data: &[u8]) -> bool {
+    let mut accepted = false;
+    for line in data.split(|byte| *byte == b'\n').take(64) {
+        for kind in [DatasetKind::Sft, DatasetKind::Preferences] {
+            let Ok(record) = Record::parse(kind, line) else { continue };
+            accepted = true;
+            let again = Record::parse(kind, record.to_line().as_bytes()).expect("a record's own line can be read");
+            assert_eq!(again, record);
+            let _ = record.messages();
+            match record {
+                Record::Chat(chat) => drop(chat.encode(&TINY.1)),
+                Record::Preference(pair) => drop(pair.encode(&TINY.1)),
+            }
+        }
+    }
+    accepted
+}
+
+/// A chat template, and then messages, one a line.
+pub fn template(data: &[u8]) -> bool {
+    let (template, content) = split(data);
+    let template = String::from_utf8_lossy(&template[..template.len().min(MAX_TEMPLATE)]).into_owned();
+    let mut tokens: Vec<String> = (0u32..256).filter_map(char::from_u32).map(String::from).collect();
+    tokens.extend(["<|im_start|>".to_owned(), "<|im_end|>".to_owned()]);
+    let vocabulary = Vocabulary { chat_template: template, tokens, ..tiny_vocabulary() };
+    let Ok(text) = Text::new(vocabulary) else { return false };
+    let content = String::from_utf8_lossy(content);
+    let roles = ["system", "user", "assistant"].into_iter().cycle();
+    let messages: Vec<ChatMessage> =
+        roles.zip(content.lines().take(8)).map(|(role, line)| message(role, line)).collect();
+    let mut accepted = false;
+    for generation_prompt in [false, true] {
+        accepted |= text.render_chat(&messages, generation_prompt).is_ok();
+        let _ = text.encode_chat(&messages, generation_prompt);
+    }
+    let _ = text.encode_conversation(&messages, &|_| true);
+    accepted
+}
+
+/// Phrases, one a line, then a text that comes in pieces: what leaves is the text before the first phrase and never a phrase.
+pub fn policy(data: &[u8]) -> bool {
+    let (phrases, text) = split(data);
+    let phrases: Vec<String> = String::from_utf8_lossy(phrases).lines().take(32).map(String::from).collect();
+    let text = String::from_utf8_lossy(text).into_owned();
+    let Ok(patterns) = Patterns::new(&phrases, true) else { return false };
+    let found =
+        patterns.find_all(&text).into_iter().map(|(_, range)| range).min_by_key(|range| (range.end, range.start));
+    for piece in [1, 3, 16] {
+        let mut hold = HoldBack::new(patterns.clone());
+        let (mut sent, mut matched) = (String::new(), false);
+        let chars: Vec<char> = text.chars().collect();
+        for piece in chars.chunks(piece) {
+            let released = hold.push(&piece.iter().collect::<String>(), Vec::new());
+            sent += &released.text;
+            matched |= released.matched;
+        }
+        sent += &hold.finish().text;
+        assert_eq!(matched, found.is_some(), "a phrase is found however the text is cut");
+        assert!(text.starts_with(&sent), "nothing is changed");
+        assert!(patterns.find_all(&sent).is_empty(), "no phrase leaves");
+        assert!(matched || sent == text, "nothing is kept back for good");
+    }
+    true
+}
+
+/// The first byte picks a request, the others are its encoding.
+pub fn protos(data: &[u8]) -> bool {
+    let Some((which, message)) = data.split_first() else { return false };
+    tenora::api::convert_bytes(*which, message, &Limits::default())
+}
+
+fn message(role: &str, content: &str) -> ChatMessage {
+    ChatMessage { role: role.to_owned(), content: content.to_owned() }
+}
+
+fn chat() -> [ChatMessage; 2] {
+    [message("system", "Be brief."), message("user", "Hello")]
+}
+
+fn tiny_vocabulary() -> Vocabulary {
+    Vocabulary {
+        tokens: Vec::new(),
+        merges: Vec::new(),
+        control: vec![256, 257],
+        pre: "smollm".into(),
+        end_of_turn: 257,
+        chat_template: String::new(),
+    }
+}
