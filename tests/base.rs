@@ -1,12 +1,13 @@
 //! The whole server on the default base, over gRPC: batch invariance, and an adapter's way from training through export and import.
 
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
+
 #[path = "server/common.rs"]
 #[expect(dead_code, reason = "the server's own tests use the rest")]
 mod common;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use common::{TestServer, Transport};
 use futures::StreamExt as _;
@@ -170,76 +171,59 @@ async fn a_trained_adapter_survives_export_and_import() {
     assert_ne!(trained, scores(&server, &key, "").await, "and they are not the base's");
 }
 
-/// Requests for a warm adapter and for a cold one, in turn.
-const ATTACHES: usize = 40;
-
-/// The time that a share of them is below, in milliseconds.
-fn quantile(times: &mut [Duration], share: f64) -> f64 {
-    times.sort();
-    times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1e3
+/// A request for one token: its id and the bits of its log-probability.
+async fn first_token(client: &mut GenerationServiceClient<Transport>, adapter: &str) -> (u32, u32) {
+    let request = GenerateRequest { logprobs: Some(0), ..common::generate(adapter, "Hello", 1) };
+    bits(client, request).await[0]
 }
 
-/// A request for one token: the time to it.
-async fn first_token(client: &mut GenerationServiceClient<Transport>, adapter: &str) -> Duration {
-    let begun = Instant::now();
-    let mut messages = client.generate(common::generate(adapter, "Hello", 1)).await.expect("a stream").into_inner();
-    while messages.next().await.expect("a token").expect("a message").token_ids.is_empty() {}
-    let took = begun.elapsed();
-    while messages.next().await.is_some() {}
-    took
+/// Where the live version of an adapter is.
+async fn tier(server: &TestServer, key: &str, adapter: &str) -> Tier {
+    let request = GetAdapterRequest { name: adapter.into() };
+    let adapter = server.adapters(key).await.get_adapter(request).await.expect("an adapter").into_inner();
+    adapter.residency.expect("a residency").tier()
 }
 
-/// There is room for one of two adapters of rank 16 on all layers. While another stream keeps the cores busy, requests take up the one that is there
-/// or the one that is not.
+/// There is room for one of two adapters of rank 16 on all layers, and a stream runs beside them: a request for the one that is not there
+/// brings it in and the other out, its answer has the same bits each time, and the stream goes on. How long it takes is measured by
+/// `scripts/compare --only attach`.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cold_adapter_attaches_in_its_time() {
+async fn a_cold_adapter_attaches_beside_a_running_stream() {
     let limits = Limits { adapter_cache_bytes: 10 << 20, adapter_host_bytes: 0, ..Limits::default() };
     let server = TestServer::start_on(base(), |config| config.limits = limits).await;
     let key = server.tenant("t").await;
     for seed in [1, 2] {
         server.import(&key, "t", &format!("r{seed}"), &random_package(seed)).await.expect("imported");
     }
-    let done = Arc::new(AtomicBool::new(false));
-    let stream = tokio::spawn({
-        let (mut client, request) = (server.generation(&key).await, common::generate("", "Once", 8000));
-        let done = done.clone();
-        async move {
-            let mut messages = client.generate(request).await.expect("a stream").into_inner();
-            let mut tokens = vec![Instant::now()];
-            while !done.load(Ordering::Relaxed)
-                && let Some(message) = messages.next().await
-            {
-                tokens.extend((!message.expect("a message").token_ids.is_empty()).then(Instant::now));
-            }
-            tokens
+    let (sender, mut tokens) = tokio::sync::watch::channel(0usize);
+    let mut beside = server
+        .generation(&key)
+        .await
+        .generate(common::generate("", "Once", 8000))
+        .await
+        .expect("a stream")
+        .into_inner();
+    let stream = tokio::spawn(async move {
+        while let Some(message) = beside.next().await {
+            let count = message.expect("a message").token_ids.len();
+            sender.send_modify(|tokens| *tokens += count);
         }
     });
     let mut client = server.generation(&key).await;
-    let (mut spans, mut adapter) = (Vec::new(), 1);
-    for i in 0..2 * ATTACHES {
-        let cold = i % 2 == 1;
-        adapter = if cold { 3 - adapter } else { adapter };
-        let begun = Instant::now();
-        let took = first_token(&mut client, &format!("tenants/t/adapters/r{adapter}")).await;
-        spans.push((cold, took, begun..Instant::now()));
+    let mut answers = [None; 2];
+    for i in 0..8 {
+        let (at, other) = (i % 2, 1 - i % 2);
+        let [adapter, left] = [at, other].map(|at| format!("tenants/t/adapters/r{}", at + 1));
+        let answer = first_token(&mut client, &adapter).await;
+        assert_eq!(*answers[at].get_or_insert(answer), answer, "load {i} of {adapter} answers as before");
+        assert_eq!(first_token(&mut client, &adapter).await, answer, "and so it does once it is there");
+        assert_eq!(tier(&server, &key, &adapter).await, Tier::Device);
+        assert_eq!(tier(&server, &key, &left).await, Tier::Disk, "{left} had to leave");
+        let before = *tokens.borrow_and_update();
+        let goes_on = tokens.wait_for(|now| *now > before);
+        tokio::time::timeout(Duration::from_secs(60), goes_on).await.expect("in time").expect("the stream goes on");
     }
-    done.store(true, Ordering::Relaxed);
-    let tokens = stream.await.expect("the stream ends");
-    let [mut warm, mut cold] = [false, true].map(|kind| {
-        let of_kind = spans.iter().filter(|(cold, ..)| *cold == kind);
-        let first: Vec<Duration> = of_kind.clone().map(|(_, took, _)| *took).collect();
-        let during =
-            |pair: &&[Instant]| of_kind.clone().any(|(_, _, span)| span.start <= pair[1] && pair[0] <= span.end);
-        let gaps: Vec<Duration> = tokens.windows(2).filter(during).map(|pair| pair[1] - pair[0]).collect();
-        (first, gaps)
-    });
-    for (name, (first, gaps)) in [("warm", &mut warm), ("cold", &mut cold)] {
-        let [p50, p99] = [0.5, 0.99].map(|share| quantile(first, share));
-        print!("{name}: first token p50 {p50:.1} ms, p99 {p99:.1} ms");
-        let [p50, p99] = [0.5, 0.99].map(|share| quantile(gaps, share));
-        println!("; the other stream's tokens p50 {p50:.1} ms, p99 {p99:.1} ms of {}", gaps.len());
-    }
-    let added = quantile(&mut cold.0, 0.5) - quantile(&mut warm.0, 0.5);
-    println!("a load adds {added:.1} ms");
+    assert_ne!(answers[0], answers[1], "the adapters differ");
+    stream.abort();
     server.stopped().await;
 }
