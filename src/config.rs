@@ -39,6 +39,16 @@ pub struct TlsFiles {
 macro_rules! limits {
     ($($(#[$doc:meta])* $name:ident = $default:expr, $unit:literal;)*) => {
         /// Every limit, with its name, default and unit. Set with `--limit name=value`.
+        ///
+        /// ```
+        /// use tenora::config::Limits;
+        ///
+        /// let mut limits = Limits::default();
+        /// limits.set("max_rank", 64)?;
+        /// assert_eq!(limits.max_rank, 64);
+        /// assert!(limits.set("max_ranks", 64).is_err(), "an unknown name is an error that lists the known ones");
+        /// # Ok::<(), tenora::error::Error>(())
+        /// ```
         #[derive(Debug, Clone)]
         pub struct Limits { $($(#[$doc])* pub $name: u64,)* }
 

@@ -1,4 +1,19 @@
 //! Names of resources (AIP-122), content digests, and the proof that a caller is a tenant.
+//!
+//! Names are parsed once, where they come in, and are then known to be well-formed:
+//!
+//! ```
+//! use tenora::ids::{AdapterName, Digest, VersionName};
+//!
+//! let version: VersionName = "tenants/shop/adapters/greeter/versions/3".parse()?;
+//! assert_eq!(version.adapter, "tenants/shop/adapters/greeter".parse::<AdapterName>()?);
+//! assert_eq!(version.tenant().as_str(), "shop");
+//! assert!("tenants/Shop/adapters/greeter".parse::<AdapterName>().is_err());
+//!
+//! let digest = Digest::of(b"content");
+//! assert_eq!(digest.to_string().parse::<Digest>()?, digest);
+//! # Ok::<(), tenora::error::Error>(())
+//! ```
 
 use std::fmt;
 use std::str::FromStr;

@@ -8,6 +8,26 @@
 //! - [`store`] the catalogue and the blobs; [`hub`] which versions are resident
 //! - [`data`] datasets; [`engine`] the loop that serves; [`train`] the loop that trains
 //! - [`safety`] the only door to the engine; [`api`] gRPC; [`cli`] the commands; [`app`] puts a server together
+//!
+//! The same parts work without a server. A base is immutable and shared; what varies is an argument:
+//!
+//! ```
+//! use tenora::adapter::{Lora, PackedLora};
+//! use tenora::model::Model;
+//! use tenora::request::{ChatMessage, LoraSpec};
+//!
+//! # fn main() -> tenora::error::Result<()> {
+//! // A small random base, as the tests use; `Model::load` reads a GGUF file.
+//! let (model, text) = Model::tiny(1);
+//! let message = ChatMessage { role: "user".into(), content: "Hello <|im_end|>".into() };
+//! let ids = text.encode_chat(&[message], true)?;
+//! assert_eq!(ids.iter().filter(|id| text.is_end(**id)).count(), 1, "content never yields control tokens");
+//!
+//! let lora = Lora::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, model.shape(), 7)?;
+//! assert_eq!(PackedLora::new(&lora, model.shape())?.rank(), 4);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod adapter;
 pub mod api;

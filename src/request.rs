@@ -24,6 +24,15 @@ pub enum Prompt {
 }
 
 /// How the next token is drawn. `temperature` 0 is greedy.
+///
+/// ```
+/// use tenora::request::Sampling;
+///
+/// let sampling = Sampling { temperature: 0.8, top_p: 0.9, seed: 7, ..Sampling::default() };
+/// assert!(sampling.check().is_ok());
+/// let wrong = Sampling { top_p: 1.5, ..sampling };
+/// assert!(wrong.check().unwrap_err().to_string().starts_with("sampling.top_p"));
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     pub temperature: f32,

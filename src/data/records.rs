@@ -15,6 +15,19 @@ const UNSUPPORTED_FIELDS: [&str; 6] = ["tools", "functions", "images", "videos",
 const UNSUPPORTED_MESSAGE_FIELDS: [&str; 5] = ["tool_calls", "function_call", "tool_call_id", "refusal", "audio"];
 
 /// A record of a dataset.
+///
+/// ```
+/// use tenora::data::Record;
+/// use tenora::store::DatasetKind;
+///
+/// let line = br#"{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}"#;
+/// let record = Record::parse(DatasetKind::Sft, line)?;
+/// assert_eq!(record.messages(), 2);
+///
+/// let line = br#"{"messages": [{"role": "user", "content": "no answer"}]}"#;
+/// assert!(Record::parse(DatasetKind::Sft, line).is_err(), "there is nothing to learn in it");
+/// # Ok::<(), tenora::error::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Record {
     Chat(Chat),
