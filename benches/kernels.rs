@@ -18,7 +18,7 @@ const FFN: usize = 1536;
 /// Matrices of a pass, more than the caches hold, as in a model.
 const MATRICES: usize = 100;
 
-fn wave(len: usize) -> Vec<f32> {
+fn sinusoid(len: usize) -> Vec<f32> {
     (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
 }
 
@@ -44,7 +44,7 @@ fn matmul(c: &mut Criterion) {
         let mut group = c.benchmark_group(format!("matmul {qtype:?} {WIDTH}x{FFN}"));
         group.sample_size(10).measurement_time(Duration::from_secs(2));
         for rows in [1, 4, 16, 256] {
-            let (mut x, mut q) = (wave(rows * WIDTH), QuantizedRows::default());
+            let (mut x, mut q) = (sinusoid(rows * WIDTH), QuantizedRows::default());
             prepare(team, &groups(rows, |_| None), (&mut x, WIDTH), &mut q, None, |_, _| {});
             let mut y = vec![0.0; rows * FFN];
             group.throughput(Throughput::Elements((MATRICES * rows * WIDTH * FFN) as u64));
@@ -67,14 +67,14 @@ fn adapters(c: &mut Criterion) {
     let team = Team::get();
     let matrices: Vec<_> = (0..MATRICES).map(|_| matrix(QType::Q4_1)).collect();
     let values: Vec<u16> =
-        wave(MATRICES * ROWS * RANK * (WIDTH + FFN)).iter().map(|x| (x.to_bits() >> 16) as u16).collect();
+        sinusoid(MATRICES * ROWS * RANK * (WIDTH + FFN)).iter().map(|x| (x.to_bits() >> 16) as u16).collect();
     let mut group = c.benchmark_group("16 rows, prepared and multiplied");
     group.sample_size(10).measurement_time(Duration::from_secs(2));
     for name in ["base", "16 adapters of rank 16"] {
         let adapted = name != "base";
         let groups = groups(ROWS, |row| adapted.then_some(row));
         let (mut x, mut q, mut shrunk, mut y) =
-            (wave(ROWS * WIDTH), QuantizedRows::default(), Vec::new(), vec![0.0; ROWS * FFN]);
+            (sinusoid(ROWS * WIDTH), QuantizedRows::default(), Vec::new(), vec![0.0; ROWS * FFN]);
         group.bench_function(name, |b| {
             b.iter(|| {
                 for (i, matrix) in matrices.iter().enumerate() {
@@ -110,7 +110,7 @@ fn attend(c: &mut Criterion) {
     let mut group = c.benchmark_group("attention, 9 heads, 3 KV heads of 64");
     group.sample_size(10).measurement_time(Duration::from_secs(2));
     for (rows, position) in [(256, 0), (256, 256), (1, 255), (1, 1000)] {
-        let (q, mut out) = (wave(rows * WIDTH), vec![0.0; rows * WIDTH]);
+        let (q, mut out) = (sinusoid(rows * WIDTH), vec![0.0; rows * WIDTH]);
         let tile = |i: usize| {
             let first = GROUP_ROWS * i;
             RowTile { first, count: GROUP_ROWS.min(rows - first), position: position + first, blocks: &blocks }

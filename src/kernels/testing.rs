@@ -24,7 +24,7 @@ pub fn random_matrix(qtype: QType, rows: usize, cols: usize, seed: u64) -> Vec<u
 }
 
 /// Smooth values in [-3, 3].
-pub fn wave(len: usize, seed: u64) -> Vec<f32> {
+pub fn sinusoid(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|i| ((i as f32 + (seed % 100) as f32) * 0.7).sin() * 3.0).collect()
 }
 

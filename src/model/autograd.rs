@@ -367,12 +367,12 @@ mod tests {
         let op =
             Attention { heads: 2, kv_heads: 1, head_dim: dim, sequences: Arc::new(sequences.clone()), permit: None };
         assert!(op.tasks().len() > sequences.len());
-        let wave = |width: usize, step: f32| {
+        let sinusoid = |width: usize, step: f32| {
             let values: Vec<f32> = (0..2007 * width).map(|i| (i as f32 * step).sin()).collect();
             Var::from_vec(values, (2007, width), &Device::Cpu).unwrap()
         };
-        let (q, k, v) = (wave(2 * dim, 0.37), wave(dim, 0.61), wave(dim, 1.3));
-        let weights = wave(2 * dim, 0.11);
+        let (q, k, v) = (sinusoid(2 * dim, 0.37), sinusoid(dim, 0.61), sinusoid(dim, 1.3));
+        let weights = sinusoid(2 * dim, 0.11);
         let ours = q.apply_op3(&k, &v, op).unwrap();
         let parts: Vec<_> = sequences.iter().map(|rows| by_candle(&q, &k, &v, rows, dim).unwrap()).collect();
         let plain = Tensor::cat(&parts, 0).unwrap();

@@ -287,12 +287,12 @@ mod tests {
         let (model, _) = Model::tiny(1);
         let site = Site { layer: 1, target: Target::DownProj };
         let (inputs, outputs, rank, rows) = (96, 64, 3, 10);
-        let wave = |shape: (usize, usize), step: f32| {
+        let sinusoid = |shape: (usize, usize), step: f32| {
             let values: Vec<f32> = (0..shape.0 * shape.1).map(|i| (i as f32 * step).sin()).collect();
             Var::from_vec(values, shape, &Device::Cpu).unwrap()
         };
-        let (x, a, b) = (wave((rows, inputs), 0.7), wave((rank, inputs), 0.3), wave((outputs, rank), 1.1));
-        let weights = wave((rows, outputs), 0.21);
+        let (x, a, b) = (sinusoid((rows, inputs), 0.7), sinusoid((rank, inputs), 0.3), sinusoid((outputs, rank), 1.1));
+        let weights = sinusoid((rows, outputs), 0.21);
         let frozen = || FrozenLinear { model: model.clone(), site, permit: None };
         for dropout in [None, Some(Dropout { rate: 0.4, seed: 3, step: 5 })] {
             let mut mask = vec![1.0; rows * inputs];

@@ -12,7 +12,7 @@ const LINE: usize = 64;
 const MAX_SLICES: usize = 96;
 
 /// Some slices, which outlive their fetching.
-pub(super) struct Ahead {
+pub(super) struct Prefetcher {
     /// The first `count` are there: to clear all for every piece of work would cost more than they are worth.
     slices: [MaybeUninit<Lines>; MAX_SLICES],
     count: usize,
@@ -26,7 +26,7 @@ struct Lines {
     count: usize,
 }
 
-impl Ahead {
+impl Prefetcher {
     pub fn new() -> Self {
         Self { slices: [const { MaybeUninit::uninit() }; MAX_SLICES], count: 0, lines: 0 }
     }
@@ -45,15 +45,15 @@ impl Ahead {
     }
 
     /// All lines in `steps` parts of about the same length.
-    pub fn parts(&self, steps: usize) -> Parts<'_> {
+    pub fn parts(&self, steps: usize) -> PrefetchPlan<'_> {
         // SAFETY: `push` has written the first `count`.
         let slices = unsafe { self.slices[..self.count].assume_init_ref() };
-        Parts { slices, done: 0, step: self.lines.div_ceil(steps.max(1)) }
+        PrefetchPlan { slices, done: 0, step: self.lines.div_ceil(steps.max(1)) }
     }
 }
 
 /// Some slices, to be fetched part by part.
-pub(super) struct Parts<'a> {
+pub(super) struct PrefetchPlan<'a> {
     slices: &'a [Lines],
     /// Lines of the first slice that have been fetched.
     done: usize,
@@ -61,7 +61,7 @@ pub(super) struct Parts<'a> {
     step: usize,
 }
 
-impl Parts<'_> {
+impl PrefetchPlan<'_> {
     /// Fetches the next part.
     #[inline(always)]
     pub fn fetch(&mut self) {

@@ -126,7 +126,7 @@ fn store<S: Simd>(s: S, k: &[f32], v: &[f32], to: Place) {
     let parts = k.as_chunks::<LANES>().0.iter().zip(v.as_chunks::<LANES>().0);
     for (i, (k, v)) in parts.enumerate() {
         let (head, d) = (to.shape.head(to.block, i / width), i % width * LANES);
-        let (k, v) = (s.to_halves(s.load(k)), s.to_halves(s.load(v)));
+        let (k, v) = (s.to_f16(s.load(k)), s.to_f16(s.load(v)));
         // SAFETY: the places lie within the block, and are the holder's alone.
         unsafe {
             let (keys, values) =
@@ -219,7 +219,7 @@ impl Task<'_> {
 
 /// What an online softmax knows of one query.
 #[derive(Clone, Copy)]
-struct Running {
+struct OnlineSoftmax {
     largest: f32,
     /// Of e^(score - largest).
     sum: f32,
@@ -231,7 +231,7 @@ struct Run<const N: usize, const D: usize> {
     q: [[f32; D]; N],
     /// Of a span's positions; then what they weigh.
     scores: [[f32; SPAN]; N],
-    running: [Running; N],
+    running: [OnlineSoftmax; N],
     /// Of the weighed values, relative to the running maximum.
     sums: [[f32; D]; N],
 }
@@ -270,7 +270,7 @@ fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, tas
     let mut run = Run {
         q: [[0.0; D]; N],
         scores: [[0.0; SPAN]; N],
-        running: [Running { largest: f32::NEG_INFINITY, sum: 0.0 }; N],
+        running: [OnlineSoftmax { largest: f32::NEG_INFINITY, sum: 0.0 }; N],
         sums: [[0.0; D]; N],
     };
     let scale = 1.0 / (dim as f32).sqrt();
@@ -304,7 +304,12 @@ fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, tas
         }
         for j in 0..N {
             let seen = (task.tile.position + (i + j) / task.group + 1).saturating_sub(start).min(here);
-            weigh(&mut run.scores[j].as_chunks_mut().0[..units], seen, &mut run.running[j], &mut run.sums[j][..dim]);
+            softmax_update(
+                &mut run.scores[j].as_chunks_mut().0[..units],
+                seen,
+                &mut run.running[j],
+                &mut run.sums[j][..dim],
+            );
         }
         // What a query does not see has no weight, and what a later row of its tile wrote reaches it only where that is not a number: then
         // the sequence fails as a whole.
@@ -373,7 +378,7 @@ fn score<S: Simd, const N: usize, const U: usize, const D: usize>(
         let mut key = [s.splat(0.0); U];
         unrolled!(u in U => {
             let Some(bits) = keys[u].bits[d * keys[u].stride..].first_chunk() else { break };
-            key[u] = s.halves(bits);
+            key[u] = s.load_f16(bits);
         });
         unrolled!(j in N => {
             let q = s.splat(run.q[j][d]);
@@ -392,7 +397,7 @@ fn score<S: Simd, const N: usize, const U: usize, const D: usize>(
 /// Turns the first `seen` scores into weights relative to the running maximum, the others into zeros, and scales what has been summed
 /// with an earlier maximum.
 #[inline(always)]
-fn weigh(scores: &mut [[f32; LANES]], seen: usize, running: &mut Running, sums: &mut [f32]) {
+fn softmax_update(scores: &mut [[f32; LANES]], seen: usize, running: &mut OnlineSoftmax, sums: &mut [f32]) {
     scores.as_flattened_mut()[seen..].fill(f32::NEG_INFINITY);
     if seen == 0 {
         return scores.as_flattened_mut().fill(0.0);
@@ -448,7 +453,7 @@ fn add_values<S: Simd, const N: usize, const U: usize, const D: usize>(
             let mut value = [s.splat(0.0); U];
             unrolled!(u in U => {
                 let Some(bits) = values[part + u * LANES..].first_chunk() else { break };
-                value[u] = s.halves(bits);
+                value[u] = s.load_f16(bits);
             });
             unrolled!(j in N => {
                 let weight = s.splat(run.scores[j][t + r]);
@@ -470,7 +475,7 @@ fn add_values<S: Simd, const N: usize, const U: usize, const D: usize>(
 mod tests {
     use super::super::simd::f16_value;
     use super::*;
-    use crate::kernels::testing::wave;
+    use crate::kernels::testing::sinusoid;
     use proptest::prelude::*;
 
     /// A sequence in a cache of its own, its blocks in an order of their own.
@@ -494,8 +499,8 @@ mod tests {
         let cache = || vec![0x7E00; count * shape.block_len()];
         let (mut keys, mut values) = (cache(), cache());
         let width = shape.kv_heads * shape.head_dim;
-        let mut q = wave(length * heads * shape.head_dim, seed);
-        let (mut k, v) = (wave(length * width, seed + 1), wave(length * width, seed + 2));
+        let mut q = sinusoid(length * heads * shape.head_dim, seed);
+        let (mut k, v) = (sinusoid(length * width, seed + 1), sinusoid(length * width, seed + 2));
         let angles: Vec<f32> = (0..length * shape.head_dim / 2).map(|i| (i as f32 * 0.37).sin()).collect();
         let half = shape.head_dim / 2;
         let at = |position: usize| (&angles[position * half..][..half], &angles[position * half..][..half]);

@@ -10,7 +10,7 @@ use crate::kernels::packed::TILE_ROWS;
 const FOURS: usize = BLOCK / 4;
 
 /// Some rows of a tile at a time, one a lane.
-pub(super) trait Lanes: Copy {
+pub(super) trait MicroKernel: Copy {
     /// Lanes; they divide [`TILE_ROWS`].
     const ROWS: usize;
     /// Rows of activations that share the unpacking of a block.
@@ -22,7 +22,7 @@ pub(super) trait Lanes: Copy {
 
     fn zero(self) -> Self::Float;
     /// The values of `ROWS` half-precision numbers.
-    fn halves(self, bytes: &[u8]) -> Self::Float;
+    fn load_f16(self, bytes: &[u8]) -> Self::Float;
     fn scale(self, a: Self::Float, by: f32) -> Self::Float;
     /// a * b + c, rounded once.
     fn mul_add(self, a: Self::Float, b: f32, c: Self::Float) -> Self::Float;
@@ -48,7 +48,7 @@ pub(super) struct Plain;
 
 impl Plain {
     #[inline(always)]
-    fn sum(self, w: &<Self as Lanes>::Quants, x: &[i8; BLOCK]) -> <Self as Lanes>::Int {
+    fn sum(self, w: &<Self as MicroKernel>::Quants, x: &[i8; BLOCK]) -> <Self as MicroKernel>::Int {
         std::array::from_fn(|r| {
             let of_four = |(w, x): (&[u8; 4 * TILE_ROWS], &[i8; 4])| {
                 (0..4).map(|i| i32::from(w[4 * r + i]) * i32::from(x[i])).sum::<i32>()
@@ -58,7 +58,7 @@ impl Plain {
     }
 }
 
-impl Lanes for Plain {
+impl MicroKernel for Plain {
     const ROWS: usize = TILE_ROWS;
     const GROUP: usize = 4;
     type Quants = [[u8; 4 * TILE_ROWS]; FOURS];
@@ -70,7 +70,7 @@ impl Lanes for Plain {
         [0.0; TILE_ROWS]
     }
     #[inline(always)]
-    fn halves(self, bytes: &[u8]) -> Self::Float {
+    fn load_f16(self, bytes: &[u8]) -> Self::Float {
         std::array::from_fn(|r| f16_value(u16::from_le_bytes([bytes[2 * r], bytes[2 * r + 1]])))
     }
     #[inline(always)]
@@ -122,13 +122,13 @@ impl Lanes for Plain {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{Maddubs, Vnni};
+pub(super) use x86::{Avx2Maddubs, Avx512Vnni};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{BLOCK, FOURS, Lanes, PanelBlock, Shift, unrolled};
+    use super::{BLOCK, FOURS, MicroKernel, PanelBlock, Shift, unrolled};
     use crate::kernels::cpu::simd::{Avx2, Avx512};
 
     /// Where x's bytes `4 g..4 g + 4` begin, as one integer.
@@ -146,7 +146,7 @@ mod x86 {
     ///
     /// A value of it holds the proof that the machine has the instructions, so that its methods may be safe.
     #[derive(Clone, Copy)]
-    pub struct Vnni(Avx512);
+    pub struct Avx512Vnni(Avx512);
 
     #[derive(Clone, Copy)]
     pub struct Quants {
@@ -172,7 +172,7 @@ mod x86 {
         (high, low)
     }
 
-    impl Vnni {
+    impl Avx512Vnni {
         /// Returns the form for a machine that is proved to have it.
         #[inline(always)]
         pub fn new(proof: Avx512) -> Self {
@@ -196,7 +196,7 @@ mod x86 {
         }
     }
 
-    impl Lanes for Vnni {
+    impl MicroKernel for Avx512Vnni {
         const ROWS: usize = 16;
         const GROUP: usize = 8;
         type Quants = Quants;
@@ -209,7 +209,7 @@ mod x86 {
             unsafe { _mm512_setzero_ps() }
         }
         #[inline(always)]
-        fn halves(self, bytes: &[u8]) -> __m512 {
+        fn load_f16(self, bytes: &[u8]) -> __m512 {
             // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bytes[..32].as_ptr().cast())) }
         }
@@ -319,9 +319,9 @@ mod x86 {
 
     /// AVX2: 8 lanes, 32 products an instruction, summed in pairs in int16. Holds the proof that the machine has it.
     #[derive(Clone, Copy)]
-    pub struct Maddubs(Avx2);
+    pub struct Avx2Maddubs(Avx2);
 
-    impl Maddubs {
+    impl Avx2Maddubs {
         /// Returns the form for a machine that is proved to have it.
         #[inline(always)]
         pub fn new(proof: Avx2) -> Self {
@@ -361,7 +361,7 @@ mod x86 {
         }
     }
 
-    impl Lanes for Maddubs {
+    impl MicroKernel for Avx2Maddubs {
         const ROWS: usize = 8;
         const GROUP: usize = 4;
         type Quants = [__m256i; FOURS];
@@ -374,7 +374,7 @@ mod x86 {
             unsafe { _mm256_setzero_ps() }
         }
         #[inline(always)]
-        fn halves(self, bytes: &[u8]) -> __m256 {
+        fn load_f16(self, bytes: &[u8]) -> __m256 {
             // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm256_cvtph_ps(_mm_loadu_si128(bytes[..16].as_ptr().cast())) }
         }

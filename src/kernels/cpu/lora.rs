@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Shared;
-use super::ahead::Ahead;
+use super::ahead::Prefetcher;
 use super::simd::{LANES, Level, Simd, dispatch, sum_pairwise};
 use crate::kernels::packed::TILE_ROWS;
 
@@ -126,7 +126,7 @@ fn shrink_tile<S: Simd, const R: usize, const K: usize>(
     for i in 0..chunks {
         let mut brains = [s.splat(0.0); K];
         for j in 0..K {
-            brains[j] = s.brains(&a[j][i]);
+            brains[j] = s.load_bf16(&a[j][i]);
         }
         for r in 0..R {
             let x = s.load(&x[r][i]);
@@ -158,7 +158,7 @@ pub(super) fn expand_reads(
     layer: usize,
     strip: usize,
     rows: &Range<usize>,
-    ahead: &mut Ahead,
+    ahead: &mut Prefetcher,
 ) {
     let mut last = None;
     for group in groups_of(adapters, rows) {
@@ -172,7 +172,7 @@ pub(super) fn expand_reads(
 }
 
 /// Part `i` of `n` of what [`shrink`] will read.
-pub(super) fn shrink_reads(adapters: &Adapters<'_>, i: usize, n: usize, ahead: &mut Ahead) {
+pub(super) fn shrink_reads(adapters: &Adapters<'_>, i: usize, n: usize, ahead: &mut Prefetcher) {
     // Pair u is u * n..(u + 1) * n of all, and the part i * pairs..(i + 1) * pairs.
     let (from, to) = (i * adapters.pairs.len(), (i + 1) * adapters.pairs.len());
     let first = from / n;
@@ -234,7 +234,7 @@ fn expand_strip<S: Simd>(s: S, adapters: &Adapters<'_>, layer: usize, shrunk: &[
 #[inline(always)]
 fn expanded<S: Simd>(s: S, b: &[[u16; LANES]], shrunk: &[f32], mut sum: S::F) -> S::F {
     for (b, h) in b.iter().zip(shrunk) {
-        sum = s.mul_add(s.brains(b), s.splat(*h), sum);
+        sum = s.mul_add(s.load_bf16(b), s.splat(*h), sum);
     }
     sum
 }
@@ -242,11 +242,11 @@ fn expanded<S: Simd>(s: S, b: &[[u16; LANES]], shrunk: &[f32], mut sum: S::F) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::wave;
+    use crate::kernels::testing::sinusoid;
     use half::bf16;
     use proptest::prelude::*;
 
-    fn brains(values: &[f32]) -> Vec<u16> {
+    fn load_bf16(values: &[f32]) -> Vec<u16> {
         values.iter().map(|x| bf16::from_f32(*x).to_bits()).collect()
     }
 
@@ -259,8 +259,8 @@ mod tests {
             rank in 1usize..20, chunks in 1usize..5, out in 1usize..50, count in 1usize..=GROUP_ROWS, seed in 0u64..100,
         ) {
             let (width, strips, scale) = (chunks * 32, out.div_ceil(TILE_ROWS), 0.3);
-            let (a, x) = (brains(&wave(rank * width, seed)), wave(count * width, seed + 1));
-            let tiles = brains(&wave(strips * rank * TILE_ROWS, seed + 2));
+            let (a, x) = (load_bf16(&sinusoid(rank * width, seed)), sinusoid(count * width, seed + 1));
+            let tiles = load_bf16(&sinusoid(strips * rank * TILE_ROWS, seed + 2));
             let pair = LoraPair { rank, scale, a: &a, b: &tiles };
             let groups = [RowGroup { first: 0, count, adapter: Some(0) }];
             let adapters = Adapters { groups: &groups, pairs: &[Some(pair)], count: 1, rank: rank + 1 };
@@ -292,7 +292,7 @@ mod tests {
                 let mut alone = vec![0.0; rank];
                 shrink(Level::best(), pair, x, &mut alone, rank);
                 let mut together = vec![0.0; count * rank];
-                shrink(Level::best(), pair, &wave(count * width, seed + 1), &mut together, rank);
+                shrink(Level::best(), pair, &sinusoid(count * width, seed + 1), &mut together, rank);
                 prop_assert_eq!(&together[row * rank..][..rank], &alone[..]);
             }
         }

@@ -2,10 +2,10 @@
 //! float32 in their order. Every output is computed by itself, whatever rows and columns are computed beside it.
 
 use super::Shared;
-use super::ahead::{Ahead, Parts};
-use super::lanes::{Lanes, Plain};
+use super::ahead::{PrefetchPlan, Prefetcher};
 #[cfg(target_arch = "x86_64")]
-use super::lanes::{Maddubs, Vnni};
+use super::lanes::{Avx2Maddubs, Avx512Vnni};
+use super::lanes::{MicroKernel, Plain};
 use super::lora::{Adapters, expand, expand_reads, shrink_reads};
 use super::quantize::{PANEL, QuantizedRows};
 #[cfg(target_arch = "x86_64")]
@@ -77,7 +77,7 @@ fn linear_at(
     });
     fetch_when_idle(team, next.matrices);
     team.each(total.div_ceil(piece), |i| {
-        let mut ahead = Ahead::new();
+        let mut ahead = Prefetcher::new();
         for row in (0..x.rows()).step_by(ROW_BLOCK) {
             let rows = row..x.rows().min(row + ROW_BLOCK);
             for at in i * piece..total.min((i + 1) * piece) {
@@ -135,7 +135,7 @@ struct Job<'a, 'p> {
 
 impl Job<'_, '_> {
     /// One strip's outputs of some rows.
-    fn run(&self, level: Level, strip: usize, x: &QuantizedRows, rows: std::ops::Range<usize>, ahead: &mut Ahead) {
+    fn run(&self, level: Level, strip: usize, x: &QuantizedRows, rows: std::ops::Range<usize>, ahead: &mut Prefetcher) {
         if let Some((adapters, (layer, _))) = self.adapted {
             expand_reads(adapters, layer, strip, &rows, ahead);
         }
@@ -170,7 +170,7 @@ struct Outputs {
 impl Outputs {
     /// Puts the outputs of the strip from `at` on for a row.
     #[inline(always)]
-    fn put<L: Lanes>(self, l: L, row: usize, at: usize, values: L::Float) {
+    fn put<L: MicroKernel>(self, l: L, row: usize, at: usize, values: L::Float) {
         let column = self.strip * TILE_ROWS + at;
         let n = L::ROWS.min(self.width.saturating_sub(column));
         if n == 0 {
@@ -227,12 +227,12 @@ impl Format for Q8_0 {
 
 /// All outputs of a strip for rows of activations, in groups.
 #[inline(always)]
-fn strip<L: Lanes, F: Format>(
+fn strip<L: MicroKernel, F: Format>(
     l: L,
     w: &PackedMatrix,
     x: &QuantizedRows,
     rows: std::ops::Range<usize>,
-    mut ahead: Parts<'_>,
+    mut ahead: PrefetchPlan<'_>,
     out: Outputs,
 ) {
     let tiles = w.strip(out.strip);
@@ -253,10 +253,10 @@ fn strip<L: Lanes, F: Format>(
 
 /// A strip times the N rows from `row` on, which lie in one panel; the products of P of them are summed side by side.
 #[inline(always)]
-fn group<L: Lanes, F: Format, const N: usize, const P: usize>(
+fn group<L: MicroKernel, F: Format, const N: usize, const P: usize>(
     l: L,
     tiles: &[u8],
-    ahead: &mut Parts<'_>,
+    ahead: &mut PrefetchPlan<'_>,
     x: &QuantizedRows,
     row: usize,
     out: Outputs,
@@ -268,10 +268,10 @@ fn group<L: Lanes, F: Format, const N: usize, const P: usize>(
         for (b, block) in panel.iter().enumerate() {
             let tile = &tiles[b * tile_bytes(F::QTYPE)..][..tile_bytes(F::QTYPE)];
             ahead.fetch();
-            let d = l.halves(&tile[2 * at..]);
+            let d = l.load_f16(&tile[2 * at..]);
             let m = match F::OFFSET {
                 Some(offset) => l.scale(d, offset),
-                None => l.halves(&tile[2 * (TILE_ROWS + at)..]),
+                None => l.load_f16(&tile[2 * (TILE_ROWS + at)..]),
             };
             let quants = &tile[F::QUANTS..];
             let w = if F::NIBBLES { l.nibbles::<P>(quants, 4 * at) } else { l.bytes(quants, 4 * at) };
@@ -296,23 +296,23 @@ fn run_strip<F: Format>(
     w: &PackedMatrix,
     x: &QuantizedRows,
     rows: std::ops::Range<usize>,
-    ahead: Parts<'_>,
+    ahead: PrefetchPlan<'_>,
     out: Outputs,
 ) {
     #[cfg(target_arch = "x86_64")]
     {
         type Rows = std::ops::Range<usize>;
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-        fn avx512<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: Parts<'_>, out: Outputs) {
+        fn avx512<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: PrefetchPlan<'_>, out: Outputs) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx512::new() };
-            strip::<_, F>(Vnni::new(proof), w, x, rows, ahead, out);
+            strip::<_, F>(Avx512Vnni::new(proof), w, x, rows, ahead, out);
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: Parts<'_>, out: Outputs) {
+        fn avx2<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: PrefetchPlan<'_>, out: Outputs) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx2::new() };
-            strip::<_, F>(Maddubs::new(proof), w, x, rows, ahead, out);
+            strip::<_, F>(Avx2Maddubs::new(proof), w, x, rows, ahead, out);
         }
         match level {
             // SAFETY: nobody has a level that the machine lacks.
@@ -332,7 +332,7 @@ fn run_strip<F: Format>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{random_matrix, wave};
+    use crate::kernels::testing::{random_matrix, sinusoid};
     use proptest::prelude::*;
 
     fn product(level: Level, w: &PackedMatrix, x: &QuantizedRows) -> Vec<f32> {
@@ -360,7 +360,7 @@ mod tests {
         ) {
             let cols = blocks * BLOCK;
             let w = PackedMatrix::pack(qtype, out, cols, &random_matrix(qtype, out, cols, seed));
-            let mut x = wave(rows * cols, seed);
+            let mut x = sinusoid(rows * cols, seed);
             if outlier {
                 x[seed as usize % (rows * cols)] = 1000.0;
             }
@@ -386,7 +386,7 @@ mod tests {
         #[test]
         fn layers_share_an_input(rows in 1usize..6, first in 1usize..70, second in 1usize..40, seed in any::<u64>()) {
             let matrices = [first, second].map(|out| PackedMatrix::pack(QType::Q4_1, out, 64, &random_matrix(QType::Q4_1, out, 64, seed)));
-            let q = QuantizedRows::of(&wave(rows * 64, seed), 64);
+            let q = QuantizedRows::of(&sinusoid(rows * 64, seed), 64);
             let mut ys = [vec![2.0; rows * first], vec![0.0; rows * second]];
             let [a, b] = &mut ys;
             linear(Team::get(), &q, &mut [

@@ -136,7 +136,7 @@ struct Place<'a> {
 fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
     let blocks = x.as_chunks::<BLOCK>().0;
     let load = |x: &[f32; BLOCK]| [0, 1].map(|half| s.load(&x.as_chunks::<LANES>().0[half]));
-    let largest = blocks.iter().fold(s.splat(0.0), |largest, x| s.larger_magnitudes(largest, load(x)));
+    let largest = blocks.iter().fold(s.splat(0.0), |largest, x| s.max_abs(largest, load(x)));
     let largest = s.largest(largest);
     let row = f32::from_bits(largest);
     let inverse = if row >= SMALLEST { LARGEST / row } else { 0.0 };
@@ -144,7 +144,7 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
     *to.unit = if row.is_finite() { row / LARGEST / (1 << MAX_SHIFT) as f32 } else { f32::NAN };
     for (b, x) in blocks.iter().enumerate() {
         let x = load(x);
-        let own = s.largest(s.larger_magnitudes(s.splat(0.0), x));
+        let own = s.largest(s.max_abs(s.splat(0.0), x));
         // How often the block's largest value can be doubled within the row's: the difference of the exponents, less one where the
         // mantissa is larger.
         let finer = ((largest - own) >> EXPONENT).min(MAX_SHIFT);

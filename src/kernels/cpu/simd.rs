@@ -140,13 +140,13 @@ pub(super) trait Simd: Copy + Send + Sync {
     /// a * b + c, rounded once.
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The values of half-precision bits.
-    fn halves(self, bits: &[u16; LANES]) -> Self::F;
+    fn load_f16(self, bits: &[u16; LANES]) -> Self::F;
     /// The nearest half-precision numbers' bits, saturating.
-    fn to_halves(self, x: Self::F) -> [u16; LANES];
+    fn to_f16(self, x: Self::F) -> [u16; LANES];
     /// The values of bfloat16 bits.
-    fn brains(self, bits: &[u16; LANES]) -> Self::F;
+    fn load_bf16(self, bits: &[u16; LANES]) -> Self::F;
     /// Lane by lane the largest magnitude, as integers compare: of infinity or more where a value is not finite.
-    fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F;
+    fn max_abs(self, largest: Self::F, x: [Self::F; 2]) -> Self::F;
     /// The bits of the largest lane; none has a sign.
     fn largest(self, x: Self::F) -> u32;
     /// Integers q = round(x * by), ties to even, as `128 * high + low` with low in [-64, 63]. |x * by| is at most 127 * 128; where it is
@@ -189,19 +189,19 @@ impl Simd for Portable {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
     #[inline(always)]
-    fn halves(self, bits: &[u16; LANES]) -> Self::F {
+    fn load_f16(self, bits: &[u16; LANES]) -> Self::F {
         bits.map(f16_value)
     }
     #[inline(always)]
-    fn to_halves(self, x: Self::F) -> [u16; LANES] {
+    fn to_f16(self, x: Self::F) -> [u16; LANES] {
         x.map(f16_bits)
     }
     #[inline(always)]
-    fn brains(self, bits: &[u16; LANES]) -> Self::F {
+    fn load_bf16(self, bits: &[u16; LANES]) -> Self::F {
         bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
-    fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
+    fn max_abs(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
         let bits = |x: f32| x.to_bits() & MAGNITUDE;
         std::array::from_fn(|i| f32::from_bits(bits(largest[i]).max(bits(x[0][i])).max(bits(x[1][i]))))
     }
@@ -284,7 +284,7 @@ mod x86 {
             unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
         }
         #[inline(always)]
-        fn halves(self, bits: &[u16; LANES]) -> Self::F {
+        fn load_f16(self, bits: &[u16; LANES]) -> Self::F {
             // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let bits = bits.as_ptr().cast::<__m128i>();
@@ -292,7 +292,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn to_halves(self, x: Self::F) -> [u16; LANES] {
+        fn to_f16(self, x: Self::F) -> [u16; LANES] {
             // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
                 let (most, least) = (_mm256_set1_ps(LARGEST_HALF), _mm256_set1_ps(-LARGEST_HALF));
@@ -307,7 +307,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn brains(self, bits: &[u16; LANES]) -> Self::F {
+        fn load_bf16(self, bits: &[u16; LANES]) -> Self::F {
             // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let bits = bits.as_ptr().cast::<__m128i>();
@@ -316,7 +316,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
+        fn max_abs(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
             // SAFETY: `self` proves the features.
             unsafe {
                 let mask = _mm256_set1_epi32(MAGNITUDE as i32);
@@ -410,12 +410,12 @@ mod x86 {
             unsafe { _mm512_fmadd_ps(a, b, c) }
         }
         #[inline(always)]
-        fn halves(self, bits: &[u16; LANES]) -> Self::F {
+        fn load_f16(self, bits: &[u16; LANES]) -> Self::F {
             // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
         }
         #[inline(always)]
-        fn to_halves(self, x: Self::F) -> [u16; LANES] {
+        fn to_f16(self, x: Self::F) -> [u16; LANES] {
             // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
                 let (most, least) = (_mm512_set1_ps(LARGEST_HALF), _mm512_set1_ps(-LARGEST_HALF));
@@ -428,7 +428,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn brains(self, bits: &[u16; LANES]) -> Self::F {
+        fn load_bf16(self, bits: &[u16; LANES]) -> Self::F {
             // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe {
                 let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits.as_ptr().cast()));
@@ -436,7 +436,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn larger_magnitudes(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
+        fn max_abs(self, largest: Self::F, x: [Self::F; 2]) -> Self::F {
             // SAFETY: `self` proves the features.
             unsafe {
                 let mask = _mm512_set1_epi32(MAGNITUDE as i32);
@@ -617,7 +617,7 @@ mod tests {
     #[test]
     fn all_forms_round_to_the_same_halves() {
         fn kernel<S: Simd>(s: S, x: &[f32; LANES], out: &mut [u16; LANES]) {
-            *out = s.to_halves(s.load(x));
+            *out = s.to_f16(s.load(x));
         }
         let special =
             [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e9, -1e9, 65_519.9, 1e-7, -3e-8, 1e-9, -0.0, 0.1, 1.0];

@@ -30,26 +30,26 @@ type Region = dyn Fn(usize) + Sync + 'static;
 
 /// What the threads share. `epoch` counts regions; the region may be read between its epoch and the last of `busy`.
 #[derive(Debug)]
-struct Board {
+struct TeamState {
     epoch: AtomicU64,
     region: UnsafeCell<Option<*const Region>>,
     /// Helpers that are not done with the region.
     busy: AtomicUsize,
     panicked: AtomicBool,
-    /// A seat a thread.
-    seats: Box<[Seat]>,
+    /// A slot a thread.
+    slots: Box<[WorkerSlot]>,
 }
 
 // SAFETY: `region` is written by the caller alone, while no helper is busy, and read by helpers only after they have seen the epoch that
 // was set after it (release, acquire).
-unsafe impl Sync for Board {}
+unsafe impl Sync for TeamState {}
 // SAFETY: the pointer is followed only within `Team::run`, which holds the borrow it was made of.
-unsafe impl Send for Board {}
+unsafe impl Send for TeamState {}
 
 /// What concerns one thread, on a line of its own.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Seat {
+struct WorkerSlot {
     /// What nobody has begun of its share: the first piece in the upper half, the one after the last in the lower.
     share: AtomicU64,
     /// What it fetches while it waits, and its bytes. A mixture of two such is harmless: nothing is read.
@@ -57,7 +57,7 @@ struct Seat {
     next_bytes: AtomicUsize,
 }
 
-impl Seat {
+impl WorkerSlot {
     fn set(&self, pieces: Range<usize>) {
         self.share.store((pieces.start as u64) << 32 | pieces.end as u64, Ordering::Relaxed);
     }
@@ -88,7 +88,7 @@ struct Helper {
 /// A caller with its helpers. Only one region runs at a time.
 #[derive(Debug)]
 pub struct Team {
-    board: Arc<Board>,
+    state: Arc<TeamState>,
     helpers: Vec<Helper>,
     turn: Mutex<()>,
 }
@@ -102,22 +102,22 @@ impl Team {
     }
 
     fn new(threads: usize) -> Self {
-        let board = Arc::new(Board {
+        let state = Arc::new(TeamState {
             epoch: AtomicU64::new(0),
             region: UnsafeCell::new(None),
             busy: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
-            seats: (0..threads.max(1)).map(|_| Seat::default()).collect(),
+            slots: (0..threads.max(1)).map(|_| WorkerSlot::default()).collect(),
         });
         // Where the system gives fewer threads, fewer compute.
         let helpers = (1..threads).filter_map(|worker| {
-            let (board, asleep) = (Arc::clone(&board), Arc::new(AtomicBool::new(false)));
+            let (state, asleep) = (Arc::clone(&state), Arc::new(AtomicBool::new(false)));
             let own = Arc::clone(&asleep);
             let builder = thread::Builder::new().name(format!("team-{worker}"));
-            let thread = builder.spawn(move || help(&board, &own, worker)).ok()?.thread().clone();
+            let thread = builder.spawn(move || worker_loop(&state, &own, worker)).ok()?.thread().clone();
             Some(Helper { thread, asleep })
         });
-        Self { helpers: helpers.collect(), board, turn: Mutex::new(()) }
+        Self { helpers: helpers.collect(), state, turn: Mutex::new(()) }
     }
 
     pub fn threads(&self) -> usize {
@@ -131,16 +131,16 @@ impl Team {
 
     /// Calls `begin` while no region runs, then runs `f`.
     fn begin_and_run(&self, begin: impl FnOnce(), f: &(dyn Fn(usize) + Sync)) {
-        let board = &*self.board;
+        let state = &*self.state;
         let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         begin();
         // SAFETY: the lifetime is taken off the reference; no helper follows it after this function, which waits for all of them.
         let region: *const Region =
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Region>(f) };
         // SAFETY: no helper is busy, so nobody reads.
-        unsafe { *board.region.get() = Some(region) };
-        board.busy.store(self.helpers.len(), Ordering::Relaxed);
-        board.epoch.fetch_add(1, Ordering::SeqCst);
+        unsafe { *state.region.get() = Some(region) };
+        state.busy.store(self.helpers.len(), Ordering::Relaxed);
+        state.epoch.fetch_add(1, Ordering::SeqCst);
         for helper in &self.helpers {
             if helper.asleep.load(Ordering::SeqCst) {
                 helper.thread.unpark();
@@ -148,14 +148,14 @@ impl Team {
         }
         let own = catch_unwind(AssertUnwindSafe(|| f(0)));
         let (mut looks, mut fetch) = (0, Fetch::new());
-        while board.busy.load(Ordering::Acquire) > 0 {
-            if fetch.some(&board.seats[0]) {
+        while state.busy.load(Ordering::Acquire) > 0 {
+            if fetch.some(&state.slots[0]) {
                 continue;
             }
             looks += 1;
             if looks < PATIENCE { std::hint::spin_loop() } else { thread::yield_now() }
         }
-        let helper_panicked = board.panicked.swap(false, Ordering::Relaxed);
+        let helper_panicked = state.panicked.swap(false, Ordering::Relaxed);
         if let Err(panic) = own {
             std::panic::resume_unwind(panic);
         }
@@ -164,9 +164,9 @@ impl Team {
 
     /// Says what a thread will read soon: it fetches the beginning while it waits.
     pub fn fetch_when_idle(&self, worker: usize, bytes: &[u8]) {
-        let seat = &self.board.seats[worker];
-        seat.next_bytes.store(bytes.len().min(MAX_IDLE_BYTES), Ordering::Relaxed);
-        seat.next.store(bytes.as_ptr().cast_mut(), Ordering::Relaxed);
+        let slot = &self.state.slots[worker];
+        slot.next_bytes.store(bytes.len().min(MAX_IDLE_BYTES), Ordering::Relaxed);
+        slot.next.store(bytes.as_ptr().cast_mut(), Ordering::Relaxed);
     }
 
     /// The pieces of `count` that a thread begins with in [`Team::each`].
@@ -188,15 +188,15 @@ impl Team {
             return (0..count).for_each(f);
         }
         assert!(u32::try_from(count).is_ok(), "a share counts in 32 bits");
-        // Where the system gave fewer threads than were asked for, there are seats without one.
-        let seats = &self.board.seats[..self.threads()];
-        let begin = || seats.iter().enumerate().for_each(|(worker, seat)| seat.set(self.share(count, worker)));
+        // Where the system gave fewer threads than were asked for, there are slots without one.
+        let slots = &self.state.slots[..self.threads()];
+        let begin = || slots.iter().enumerate().for_each(|(worker, slot)| slot.set(self.share(count, worker)));
         self.begin_and_run(begin, &|worker| {
-            while let Some(i) = seats[worker].take(true) {
+            while let Some(i) = slots[worker].take(true) {
                 f(i);
             }
-            for other in 1..seats.len() {
-                while let Some(i) = seats[(worker + other) % seats.len()].take(false) {
+            for other in 1..slots.len() {
+                while let Some(i) = slots[(worker + other) % slots.len()].take(false) {
                     f(i);
                 }
             }
@@ -234,12 +234,12 @@ impl Fetch {
     }
 
     /// Fetches some more of what is next, if there is more.
-    fn some(&mut self, seat: &Seat) -> bool {
-        let next = seat.next.load(Ordering::Relaxed);
+    fn some(&mut self, slot: &WorkerSlot) -> bool {
+        let next = slot.next.load(Ordering::Relaxed);
         if next != self.of {
             *self = Self { of: next, done: 0 };
         }
-        if self.done >= seat.next_bytes.load(Ordering::Relaxed) {
+        if self.done >= slot.next_bytes.load(Ordering::Relaxed) {
             return false;
         }
         for at in (self.done..self.done + IDLE_STEP).step_by(64) {
@@ -251,12 +251,12 @@ impl Fetch {
 }
 
 /// A helper's life: it ends with the process.
-fn help(board: &Board, asleep: &AtomicBool, worker: usize) {
+fn worker_loop(state: &TeamState, asleep: &AtomicBool, worker: usize) {
     let (mut seen, mut fetch) = (0, Fetch::new());
     loop {
         let mut spins = 0;
-        while board.epoch.load(Ordering::Acquire) == seen {
-            if fetch.some(&board.seats[worker]) {
+        while state.epoch.load(Ordering::Acquire) == seen {
+            if fetch.some(&state.slots[worker]) {
                 continue;
             }
             if spins < SPINS {
@@ -266,20 +266,20 @@ fn help(board: &Board, asleep: &AtomicBool, worker: usize) {
             }
             // Said before the epoch is looked at for the last time: either the caller sees it and wakes us, or we see the epoch.
             asleep.store(true, Ordering::SeqCst);
-            if board.epoch.load(Ordering::SeqCst) == seen {
+            if state.epoch.load(Ordering::SeqCst) == seen {
                 thread::park();
             }
             asleep.store(false, Ordering::SeqCst);
         }
         seen += 1;
         // SAFETY: the epoch is set after the region, and the caller waits until we are no longer busy before it lets go of it.
-        let region = unsafe { (*board.region.get()).map(|region| &*region) };
+        let region = unsafe { (*state.region.get()).map(|region| &*region) };
         if let Some(region) = region
             && catch_unwind(AssertUnwindSafe(|| region(worker))).is_err()
         {
-            board.panicked.store(true, Ordering::Relaxed);
+            state.panicked.store(true, Ordering::Relaxed);
         }
-        board.busy.fetch_sub(1, Ordering::Release);
+        state.busy.fetch_sub(1, Ordering::Release);
     }
 }
 
