@@ -9,19 +9,12 @@ use rayon::prelude::*;
 
 use super::Model;
 use super::llama::Norm;
-use crate::device::TrainPermit;
+use crate::device::YieldPoint;
 use crate::kernels::cpu;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
 
 /// Multiply-adds between two offers to give way: a few milliseconds on a core.
 pub(super) const PIECE_MACS: usize = 1 << 28;
-
-/// Offers the compute to serving, where this is training.
-pub(super) fn give_way(permit: &Option<Arc<TrainPermit>>) {
-    if let Some(permit) = permit {
-        permit.give_way();
-    }
-}
 
 /// The values of a contiguous float32 operand.
 pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
@@ -142,7 +135,7 @@ pub(super) struct Attention {
     pub head_dim: usize,
     /// The rows of each sequence.
     pub sequences: Arc<Vec<Range<usize>>>,
-    pub permit: Option<Arc<TrainPermit>>,
+    pub compute: YieldPoint,
 }
 
 /// Some queries of a sequence, and a KV head: a part of [`PIECE_MACS`].
@@ -281,7 +274,7 @@ impl Attention {
             let results: Vec<R> = now.par_iter().map(&work).collect();
             now.iter().zip(results).for_each(|(task, result)| take(task, result));
             rest = later;
-            give_way(&self.permit);
+            self.compute.give_way();
         }
     }
 }
@@ -364,8 +357,13 @@ mod tests {
     #[test]
     fn attention_and_its_gradients_are_those_of_the_plain_form() {
         let (dim, sequences) = (8, vec![0..2000, 2000..2007]);
-        let op =
-            Attention { heads: 2, kv_heads: 1, head_dim: dim, sequences: Arc::new(sequences.clone()), permit: None };
+        let op = Attention {
+            heads: 2,
+            kv_heads: 1,
+            head_dim: dim,
+            sequences: Arc::new(sequences.clone()),
+            compute: YieldPoint::default(),
+        };
         assert!(op.tasks().len() > sequences.len());
         let sinusoid = |width: usize, step: f32| {
             let values: Vec<f32> = (0..2007 * width).map(|i| (i as f32 * step).sin()).collect();

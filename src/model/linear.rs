@@ -8,16 +8,16 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tenso
 use rayon::prelude::*;
 
 use super::Model;
-use super::autograd::{PIECE_MACS, give_way, slice, to_vec};
+use super::autograd::{PIECE_MACS, slice, to_vec};
 use crate::adapter::Site;
-use crate::device::TrainPermit;
+use crate::device::YieldPoint;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
 use crate::kernels::packed::PackedMatrix;
 use crate::random::{Purpose, Stream};
 use crate::request::Target;
 
 /// Runs `f(first row, dequantised rows)` over pieces of `w` small enough that `rows` activations against one take about [`PIECE_MACS`].
-fn pieces(w: &PackedMatrix, rows: usize, permit: &Option<Arc<TrainPermit>>, mut f: impl FnMut(usize, &[f32])) {
+fn pieces(w: &PackedMatrix, rows: usize, compute: &YieldPoint, mut f: impl FnMut(usize, &[f32])) {
     let piece = (PIECE_MACS / (w.cols() * rows.max(1))).max(1).next_multiple_of(64).min(w.rows().min(4096));
     let mut dense = vec![0.0; piece * w.cols()];
     for from in (0..w.rows()).step_by(piece) {
@@ -25,7 +25,7 @@ fn pieces(w: &PackedMatrix, rows: usize, permit: &Option<Arc<TrainPermit>>, mut 
         let dense = &mut dense[..count * w.cols()];
         dense.par_chunks_mut(16 * w.cols()).enumerate().for_each(|(i, rows)| w.dequantize(from + 16 * i, rows));
         f(from, dense);
-        give_way(permit);
+        compute.give_way();
     }
 }
 
@@ -33,7 +33,7 @@ fn pieces(w: &PackedMatrix, rows: usize, permit: &Option<Arc<TrainPermit>>, mut 
 pub(super) struct FrozenLinear {
     pub model: Arc<Model>,
     pub site: Site,
-    pub permit: Option<Arc<TrainPermit>>,
+    pub compute: YieldPoint,
 }
 
 impl FrozenLinear {
@@ -41,7 +41,7 @@ impl FrozenLinear {
         let w = self.model.matrix(self.site);
         let x = Mat::dense(x, w.cols());
         let mut y = vec![0.0; x.rows() * w.rows()];
-        pieces(w, x.rows(), &self.permit, |from, dense| {
+        pieces(w, x.rows(), &self.compute, |from, dense| {
             mul_nt(
                 Out { data: &mut y[from..], stride: w.rows(), accumulate: false },
                 x,
@@ -56,7 +56,7 @@ impl FrozenLinear {
         let w = self.model.matrix(self.site);
         let rows = dy.len() / w.rows();
         let mut dx = vec![0.0; rows * w.cols()];
-        pieces(w, rows, &self.permit, |from, dense| {
+        pieces(w, rows, &self.compute, |from, dense| {
             let count = dense.len() / w.cols();
             let dy = Mat::new(&dy[from..], rows, count, w.rows());
             mul(Out { data: &mut dx, stride: w.cols(), accumulate: true }, dy, Mat::dense(dense, w.cols()), true);
@@ -152,7 +152,7 @@ impl CustomOp3 for AdaptedLinear {
             Mat::dense(b, rank),
             true,
         );
-        give_way(&self.frozen.permit);
+        self.frozen.compute.give_way();
         Ok((CpuStorage::F32(y), (l1.dims()[0], out).into()))
     }
 
@@ -186,7 +186,7 @@ impl CustomOp3 for AdaptedLinear {
                 dx.iter_mut().zip(dinput).for_each(|(dx, d)| *dx += d);
             }
         }
-        give_way(&self.frozen.permit);
+        self.frozen.compute.give_way();
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);
         Ok((tensor(dx, x)?, tensor(da, a)?, tensor(db, b)?))
     }
@@ -197,15 +197,15 @@ impl CustomOp3 for AdaptedLinear {
 pub(super) struct TokenLogprobs {
     model: Arc<Model>,
     targets: Vec<u32>,
-    permit: Option<Arc<TrainPermit>>,
+    compute: YieldPoint,
     /// Of each row, kept from the forward for the backward.
     log_sum_exp: Mutex<Vec<f32>>,
 }
 
 impl TokenLogprobs {
     /// One target a row.
-    pub fn new(model: Arc<Model>, targets: Vec<u32>, permit: Option<Arc<TrainPermit>>) -> Self {
-        Self { model, targets, permit, log_sum_exp: Mutex::default() }
+    pub fn new(model: Arc<Model>, targets: Vec<u32>, compute: YieldPoint) -> Self {
+        Self { model, targets, compute, log_sum_exp: Mutex::default() }
     }
 
     /// Runs `f(first id, logits [rows, ids], their weights)` over the vocabulary.
@@ -213,7 +213,7 @@ impl TokenLogprobs {
         let head = self.model.head();
         let rows = self.targets.len();
         let mut logits = Vec::new();
-        pieces(head, rows, &self.permit, |from, dense| {
+        pieces(head, rows, &self.compute, |from, dense| {
             let count = dense.len() / head.cols();
             let weights = Mat::dense(dense, head.cols());
             logits.resize(rows * count, 0.0);
@@ -293,7 +293,7 @@ mod tests {
         };
         let (x, a, b) = (sinusoid((rows, inputs), 0.7), sinusoid((rank, inputs), 0.3), sinusoid((outputs, rank), 1.1));
         let weights = sinusoid((rows, outputs), 0.21);
-        let frozen = || FrozenLinear { model: model.clone(), site, permit: None };
+        let frozen = || FrozenLinear { model: model.clone(), site, compute: YieldPoint::default() };
         for dropout in [None, Some(Dropout { rate: 0.4, seed: 3, step: 5 })] {
             let mut mask = vec![1.0; rows * inputs];
             dropout.iter().for_each(|dropout| dropout.apply(site, &mut mask));

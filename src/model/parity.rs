@@ -68,7 +68,7 @@ impl Parity {
     /// Scores `probes` (where they hold fewer than 256 tokens to score: the built-in ones) with and without the adapter: serving `served`,
     /// and training with `trained`, of which it was made. Takes seconds of compute, and gives way to serving.
     pub fn measure(&self, served: &Arc<PackedLora>, trained: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
-        let permit = Arc::new(self.arbiter.train());
+        let permit = self.arbiter.train();
         let own;
         let (probes, base) = if scored(probes) >= MIN_TOKENS {
             let probes = limited(probes, MAX_TOKENS);
@@ -89,7 +89,7 @@ impl Parity {
         report(base, &serve, &train, fingerprint == base.serve.1)
     }
 
-    fn base_scores(&self, probes: &[Vec<u32>], permit: &Arc<TrainPermit>) -> Result<BaseScores> {
+    fn base_scores(&self, probes: &[Vec<u32>], permit: &TrainPermit) -> Result<BaseScores> {
         Ok(BaseScores { serve: self.serve(probes, None, permit)?, train: self.train(probes, None, permit)? })
     }
 
@@ -120,7 +120,7 @@ impl Parity {
         Ok((logprobs, fingerprint))
     }
 
-    fn train(&self, probes: &[Vec<u32>], lora: Option<&TracedLora>, permit: &Arc<TrainPermit>) -> Result<Logprobs> {
+    fn train(&self, probes: &[Vec<u32>], lora: Option<&TracedLora>, permit: &TrainPermit) -> Result<Logprobs> {
         let ids: Vec<&[u32]> = probes.iter().map(Vec::as_slice).collect();
         let wanted: Vec<_> =
             ids.iter().enumerate().flat_map(|(s, ids)| (0..ids.len().saturating_sub(1)).map(move |i| (s, i))).collect();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 
 use crate::adapter::{Lora, LoraLayer, Site};
-use crate::device::TrainPermit;
+use crate::device::{TrainPermit, YieldPoint};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::autograd::{Attention, RmsNorm, Rope, SwiGlu, to_vec};
@@ -87,7 +87,14 @@ pub struct Pass<'a> {
     pub lora: Option<&'a TracedLora>,
     pub dropout: Option<Dropout>,
     /// Gives way to serving at every frozen layer, forward and backward.
-    pub permit: Option<&'a Arc<TrainPermit>>,
+    pub permit: Option<&'a TrainPermit>,
+}
+
+impl Pass<'_> {
+    /// Returns what the operations of the graph give way by. They hold no compute: a tensor may outlive the pass.
+    fn compute(&self) -> YieldPoint {
+        self.permit.map(TrainPermit::yield_point).unwrap_or_default()
+    }
 }
 
 impl Model {
@@ -103,7 +110,7 @@ impl Model {
         let targets: Option<Vec<u32>> = wanted.iter().map(target).collect();
         let targets = targets.ok_or_else(|| Error::internal("a wanted log-probability lies outside its sequence"))?;
         let hidden = self.traced_hidden(sequences, wanted, pass)?;
-        Ok(hidden.apply_op1(TokenLogprobs::new(self.clone(), targets, pass.permit.cloned()))?)
+        Ok(hidden.apply_op1(TokenLogprobs::new(self.clone(), targets, pass.compute()))?)
     }
 
     /// All logits after position i, for every (sequence, i) in `wanted`: `[wanted.len(), vocab]`. The float32 reference; no gradients.
@@ -159,7 +166,7 @@ struct TracedPass<'a> {
 
 impl TracedPass<'_> {
     fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let frozen = FrozenLinear { model: self.model.clone(), site, permit: self.pass.permit.cloned() };
+        let frozen = FrozenLinear { model: self.model.clone(), site, compute: self.pass.compute() };
         let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&site)) else {
             return Ok(x.apply_op1(frozen)?);
         };
@@ -196,8 +203,8 @@ impl Ops for TracedPass<'_> {
     fn attention(&mut self, _layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
         let config = self.model.config();
         let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
-        let (sequences, permit) = (self.sequences.clone(), self.pass.permit.cloned());
-        let op = Attention { heads, kv_heads, head_dim, sequences, permit };
+        let (sequences, compute) = (self.sequences.clone(), self.pass.compute());
+        let op = Attention { heads, kv_heads, head_dim, sequences, compute };
         Ok(self.rope(q)?.apply_op3(&self.rope(k)?, &v, op)?)
     }
 

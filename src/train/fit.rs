@@ -175,9 +175,9 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// The compute for one pass; given back when the last clone is dropped, so no tensor with a graph may outlive the pass.
-    fn permit(&self) -> Arc<TrainPermit> {
-        Arc::new(self.inputs.arbiter.train())
+    /// The compute for one pass.
+    fn permit(&self) -> TrainPermit {
+        self.inputs.arbiter.train()
     }
 
     fn score_reference(&mut self) -> Result<()> {
@@ -188,7 +188,7 @@ impl<'a> Run<'a> {
             let all: Vec<usize> = (0..objective.count()).collect();
             for piece in pieces(&**objective, &all, most) {
                 self.inputs.control.check()?;
-                let permit = Arc::new(self.inputs.arbiter.train());
+                let permit = self.inputs.arbiter.train();
                 let pass = Pass { lora, permit: Some(&permit), ..Pass::default() };
                 objective.score_reference(self.inputs.model, piece, pass)?;
             }
@@ -248,7 +248,7 @@ impl<'a> Run<'a> {
     }
 
     /// One pass: adds to the sums and gives this piece's share of the gradient. Its activations end here.
-    fn backward(&mut self, piece: &[usize], permit: &Arc<TrainPermit>, sums: &mut Sums) -> Result<Vec<Tensor>> {
+    fn backward(&mut self, piece: &[usize], permit: &TrainPermit, sums: &mut Sums) -> Result<Vec<Tensor>> {
         let rate = self.inputs.start.spec.dropout;
         let dropout = Dropout { rate, seed: self.inputs.recipe.seed, step: self.passes };
         self.passes += 1;
