@@ -201,13 +201,13 @@ impl Arbiter {
 
     /// Waits for the compute, behind serving.
     pub fn train(self: &Arc<Self>) -> TrainPermit {
-        self.take_for_training();
+        self.wait_to_train(self.lock());
         let since = Mutex::new(Some((self.now)()));
         TrainPermit { turn: Arc::new(Turn { arbiter: self.clone(), since }) }
     }
 
-    fn take_for_training(&self) {
-        let mut state = self.lock();
+    /// Asks for a turn and waits for it.
+    fn wait_to_train(&self, mut state: MutexGuard<'_, State>) {
         let turn = state.next_turn;
         state.next_turn += 1;
         while state.busy || state.turn < turn || (state.serve_waiting > 0 && !state.share.training_is_owed(0.0)) {
@@ -217,21 +217,16 @@ impl Arbiter {
         state.busy = true;
     }
 
-    fn release(&self, count: impl FnOnce(&mut State)) {
+    /// Takes back what training has had since `since`. The caller still holds the state: it may ask for another turn before anybody takes this
+    /// one, so that training never looks as if it wanted none.
+    fn release_training(&self, since: Instant) -> MutexGuard<'_, State> {
         let mut state = self.lock();
-        state.busy = false;
-        count(&mut state);
-        drop(state);
-        self.freed.notify_all();
-    }
-
-    /// Gives training's compute back, which it has had since `since`.
-    fn release_training(&self, since: Instant) {
         let now = (self.now)();
-        self.release(|state| {
-            let contended = state.contended_since.map(|waiting| now - waiting.max(since)).unwrap_or_default();
-            state.share.trained((now - since).as_secs_f64(), contended.as_secs_f64());
-        });
+        let contended = state.contended_since.map(|waiting| now - waiting.max(since)).unwrap_or_default();
+        state.share.trained((now - since).as_secs_f64(), contended.as_secs_f64());
+        state.busy = false;
+        self.freed.notify_all();
+        state
     }
 }
 
@@ -244,8 +239,11 @@ pub struct ServePermit<'a> {
 
 impl Drop for ServePermit<'_> {
     fn drop(&mut self) {
+        let mut state = self.arbiter.lock();
         let took = (self.arbiter.now)() - self.since;
-        self.arbiter.release(|state| state.share.served(took.as_secs_f64()));
+        state.share.served(took.as_secs_f64());
+        state.busy = false;
+        self.arbiter.freed.notify_all();
     }
 }
 
@@ -278,8 +276,7 @@ impl Turn {
             state.train_waiting() || state.serve_waiting > 0 && !state.share.training_is_owed(used)
         };
         if wanted {
-            arbiter.release_training(began);
-            arbiter.take_for_training();
+            arbiter.wait_to_train(arbiter.release_training(began));
             *since = Some((arbiter.now)());
         }
     }
@@ -302,7 +299,7 @@ impl Drop for TrainPermit {
     fn drop(&mut self) {
         // Here and not in `Turn`, which a yield point may keep alive for a moment.
         if let Some(began) = self.turn.since().take() {
-            self.turn.arbiter.release_training(began);
+            drop(self.turn.arbiter.release_training(began));
         }
     }
 }
