@@ -128,6 +128,12 @@ limits! {
     max_record_tokens = 2048, "tokens";
     /// Optimizer steps of one job.
     max_training_steps = 1_000_000, "steps";
+    /// Tokens that all steps of one job see: one job at a time trains.
+    max_training_tokens = 100_000_000, "tokens";
+    /// Free space on the disk of the data folder without which no training starts: its result could not be saved.
+    min_free_disk_bytes = 256 * MIB, "bytes";
+    /// Time that a finished training goes on trying to publish its adapter; then the job is INTERRUPTED, and resuming it publishes.
+    publish_retry_seconds = 600, "seconds";
     /// Records of one optimizer step: batch size times accumulation.
     max_batch_records = 4096, "records";
     /// Datasets of one tenant.
@@ -194,6 +200,7 @@ const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("prefix_cache_percent", 0..=100),
     ("train_share_percent", 0..=95),
     ("adapter_wait_seconds", 0..=86_400),
+    ("publish_retry_seconds", 0..=86_400),
     ("keepalive_seconds", 1..=86_400),
     ("drain_timeout_seconds", 0..=86_400),
     ("upload_idle_seconds", 1..=86_400),

@@ -65,6 +65,16 @@ impl Error {
         Self::Precondition { reason, subject: subject.to_string(), message: message.into() }
     }
 
+    /// Returns whether the same may succeed later: another time, with more room, or on a machine in order.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Exhausted { .. } | Self::DeadlineExceeded | Self::Unavailable { .. } | Self::Internal(_))
+    }
+
+    /// Returns whether it may do so though nobody changes anything for it.
+    pub fn passes_by_itself(&self) -> bool {
+        self.may_pass() && !matches!(self, Self::Exhausted { retry_after: None, .. })
+    }
+
     pub fn internal(message: impl std::fmt::Display) -> Self {
         Self::Internal(message.to_string())
     }

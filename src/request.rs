@@ -1,5 +1,6 @@
 //! What travels between the modules: generation and training requests, their events, finish reasons. Plain data, checked at the door.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -334,6 +335,18 @@ pub struct JobSpec {
     pub start: Start,
     pub hyperparameters: Hyperparameters,
     pub publish: Publish,
+    pub too_long: TooLong,
+}
+
+/// What becomes of records with more tokens than `max_length`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TooLong {
+    #[default]
+    Refuse,
+    /// They are left out.
+    Drop,
+    /// They are cut at their end.
+    Truncate,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -356,6 +369,37 @@ impl JobState {
     }
 }
 
+/// What a job trains on, known once its records have been read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TrainingData {
+    pub records: u64,
+    pub validation_records: u64,
+    /// Ids that all steps together see.
+    pub tokens: u64,
+    /// Records left out because they are too long.
+    pub dropped: u64,
+    /// Records cut to the longest length.
+    pub truncated: u64,
+}
+
+/// Names of what is measured beside the loss: those that TRL gives it.
+pub mod metric {
+    /// SFT: share of the tokens in the loss that are the most likely one in their place.
+    pub const TOKEN_ACCURACY: &str = "mean_token_accuracy";
+    /// DPO: mean of beta * (ln p(chosen) - ln p_ref(chosen)).
+    pub const CHOSEN_REWARDS: &str = "rewards/chosen";
+    /// DPO: the same of the rejected answers.
+    pub const REJECTED_REWARDS: &str = "rewards/rejected";
+    /// DPO: mean of the chosen answer's reward minus the rejected one's.
+    pub const MARGINS: &str = "rewards/margins";
+    /// DPO: share of the pairs with a positive margin.
+    pub const ACCURACIES: &str = "rewards/accuracies";
+    /// DPO: mean of ln p(chosen), summed over the answer's tokens.
+    pub const CHOSEN_LOGPS: &str = "logps/chosen";
+    /// DPO: the same of the rejected answers.
+    pub const REJECTED_LOGPS: &str = "logps/rejected";
+}
+
 /// Something that happened to a job.
 #[derive(Debug, Clone, PartialEq)]
 pub enum JobEvent {
@@ -363,6 +407,8 @@ pub enum JobEvent {
         state: JobState,
         error: Option<String>,
         version: Option<VersionName>,
+        /// Whether that version is its adapter's live one.
+        live: Option<bool>,
     },
     Step {
         step: u32,
@@ -372,16 +418,13 @@ pub enum JobEvent {
         grad_norm: f64,
         tokens_per_second: f64,
         eta_seconds: f64,
-        /// DPO only.
-        margin: Option<f64>,
-        /// DPO only.
-        accuracy: Option<f64>,
+        /// What is measured beside the loss, by TRL's names: `mean_token_accuracy`, or `rewards/margins` and so on.
+        metrics: BTreeMap<String, f64>,
     },
     Evaluated {
         step: u32,
         loss: f64,
-        margin: Option<f64>,
-        accuracy: Option<f64>,
+        metrics: BTreeMap<String, f64>,
     },
     Message(String),
 }

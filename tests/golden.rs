@@ -26,6 +26,7 @@ use tenora::model::traced::{Pass, TracedLora};
 use tenora::request::{ChatMessage, Hyperparameters, JobEvent, LrSchedule, Objective};
 use tenora::text::{Conversation, Text};
 use tenora::train::fit::{Control, FitInputs, FitOutcome, fit};
+use tenora::train::objective::measures::MARGINS;
 
 fn folder() -> PathBuf {
     std::env::var_os("TENORA_GOLDEN").map_or_else(|| "tests/golden".into(), PathBuf::from)
@@ -265,10 +266,9 @@ fn train(file: &Value, examples: &Examples, objective: Objective, batch: usize) 
     };
     let mut steps = Vec::new();
     let mut observe = |event| {
-        if let JobEvent::Step { loss, grad_norm, margin, .. } = event {
-            steps.push(Step { loss, grad_norm, margin });
+        if let JobEvent::Step { loss, grad_norm, metrics, .. } = event {
+            steps.push(Step { loss, grad_norm, margin: metrics.get(MARGINS).copied() });
         }
-        Ok(())
     };
     let outcome = fit(inputs, &mut observe).expect("the run ends well");
     (outcome, steps)

@@ -116,4 +116,10 @@ impl Lora {
         let zero = |values: &[f32]| values.iter().all(|x| *x == 0.0);
         self.layers.values().all(|l| l.scale == 0.0 || zero(&l.a) || zero(&l.b))
     }
+
+    /// Returns whether every value is a number.
+    pub fn is_finite(&self) -> bool {
+        let finite = |values: &[f32]| values.iter().all(|x| x.is_finite());
+        self.layers.values().all(|l| l.scale.is_finite() && finite(&l.a) && finite(&l.b))
+    }
 }

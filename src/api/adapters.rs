@@ -66,6 +66,7 @@ impl AdapterService for Adapters {
             metrics: Default::default(),
             request_id: convert::request_id(header.request_id).map_err(|e| convert::at("header.request_id", e))?,
             validate_only: header.validate_only,
+            held_reason: None,
         };
         // A client that goes away keeps its place until what it has begun is done.
         let (place, hub) = (upload.into_place(), self.0.parts.hub.clone());

@@ -39,12 +39,13 @@ impl TrainingService for Training {
         let from = self.start_version(&tenant, &request).await?;
         let spec = convert::job_spec(&request, from)?;
         let request_id = convert::request_id(request.request_id)?;
-        // Validation reads the whole dataset.
-        let _place = match request.validate_only {
-            true => Some(self.0.reads.take(caller_of(&call)?)?),
-            false => None,
-        };
-        let row = self.0.parts.trainer.submit(&tenant, spec, &request_id, request.validate_only).await?;
+        if request.validate_only {
+            // It reads the whole dataset.
+            let _place = self.0.reads.take(caller_of(&call)?)?;
+            let validated = self.0.parts.trainer.validate(&tenant, &spec).await?;
+            return Ok(Response::new(convert::validated(&spec, validated)));
+        }
+        let row = self.0.parts.trainer.submit(&tenant, spec, &request_id).await?;
         Ok(Response::new(convert::job(row)))
     }
 

@@ -27,7 +27,7 @@ enum Command {
     Watch { job: String },
     /// Cancel a job; nothing is published.
     Cancel { job: String },
-    /// Queue an interrupted job again; it starts over.
+    /// Queue an interrupted job again: it publishes what it has saved, or starts over.
     Resume { job: String },
 }
 

@@ -117,6 +117,31 @@ fn time(stamp: &Option<impl ToString>) -> Option<String> {
     stamp.as_ref().map(ToString::to_string)
 }
 
+/// A version's name, whether requests for its adapter get it, and the command that makes it so where they do not.
+pub(super) fn whether_live(version: &str, live: bool) -> String {
+    match live {
+        true => format!("{version}, which is live"),
+        false => format!("{version}, which is not live; `{}` makes it so", set_live_command(version)),
+    }
+}
+
+fn set_live_command(version: &str) -> String {
+    format!("tenora adapters set-live {}", version.replacen("/versions/", " ", 1))
+}
+
+/// A float32 with the digits that it was given.
+fn short(value: Option<f32>) -> Option<f64> {
+    value.and_then(|value| value.to_string().parse().ok())
+}
+
+/// `PREFIX_SOME_WORD` as `some_word`, an unset one as `default`.
+fn word(name: &str, prefix: &str, default: &str) -> String {
+    match name.trim_start_matches(prefix) {
+        "UNSPECIFIED" => default.to_owned(),
+        word => word.to_lowercase(),
+    }
+}
+
 /// `JOB_STATE_RUNNING` as `RUNNING`.
 pub(super) fn state(job: proto::JobState) -> &'static str {
     job.as_str_name().trim_start_matches("JOB_STATE_")
@@ -138,7 +163,7 @@ impl Show for proto::Adapter {
 
 impl Listed for proto::AdapterVersion {
     const COLUMNS: &'static [&'static str] =
-        &["name", "rank", "target_modules", "size_bytes", "tier", "last_use_time", "create_time"];
+        &["name", "live", "rank", "target_modules", "size_bytes", "tier", "last_use_time", "create_time"];
 }
 
 impl Show for proto::AdapterVersion {
@@ -152,12 +177,19 @@ impl Show for proto::AdapterVersion {
         let mut metrics: Vec<_> = self.metrics.iter().collect();
         metrics.sort_by_key(|(name, _)| *name);
         let metrics: serde_json::Map<_, _> = metrics.into_iter().map(|(k, v)| (k.clone(), json!(v))).collect();
-        let value = json!({
+        let mut value = json!({
             "name": self.name, "digest": self.digest, "base_digest": self.base_digest,
             "template_digest": self.template_digest, "size_bytes": self.size_bytes, "kind": self.kind, "rank": self.rank,
             "target_modules": self.target_modules, "no_effect": self.no_effect, "parity": parity,
             "training_job": self.training_job, "create_time": time(&self.create_time), "metrics": metrics,
+            "live": self.live,
         });
+        if !self.live {
+            value["set_live"] = json!(set_live_command(&self.name));
+        }
+        if !self.held_reason.is_empty() {
+            value["held_reason"] = json!(self.held_reason);
+        }
         with_residency(value, &self.residency)
     }
 }
@@ -206,17 +238,65 @@ impl Listed for proto::TrainingJob {
 impl Show for proto::TrainingJob {
     fn json(&self) -> Value {
         let spec = self.spec.clone().unwrap_or_default();
-        let objective = match spec.objective {
-            Some(proto::train_request::Objective::Dpo(_)) => "DPO",
-            _ => "SFT",
-        };
-        json!({
-            "name": self.name, "state": state(self.state()), "objective": objective, "adapter_id": spec.adapter_id,
+        let mut value = json!({
+            "name": self.name, "state": state(self.state()), "objective": objective(&spec), "adapter_id": spec.adapter_id,
             "dataset": spec.dataset, "step": self.step, "total_steps": self.total_steps,
-            "adapter_version": self.adapter_version, "error": self.error, "create_time": time(&self.create_time),
-            "start_time": time(&self.start_time), "end_time": time(&self.end_time),
-        })
+            "adapter_version": self.adapter_version, "live": self.live, "error": self.error,
+            "create_time": time(&self.create_time), "start_time": time(&self.start_time), "end_time": time(&self.end_time),
+            "records": self.records, "validation_records": self.validation_records, "tokens": self.tokens,
+            "dropped_records": self.dropped_records, "truncated_records": self.truncated_records,
+        });
+        value["recipe"] = recipe(&spec);
+        if !self.live && !self.adapter_version.is_empty() {
+            value["set_live"] = json!(set_live_command(&self.adapter_version));
+        }
+        value
     }
+}
+
+fn objective(spec: &proto::TrainRequest) -> Option<&'static str> {
+    use proto::train_request::Objective;
+    spec.objective.as_ref().map(|objective| match objective {
+        Objective::Sft(_) => "SFT",
+        Objective::Dpo(_) => "DPO",
+    })
+}
+
+/// All that a training is a function of but its data.
+fn recipe(spec: &proto::TrainRequest) -> Value {
+    use proto::train_request::{Objective, Start};
+    let mut value = json!({});
+    if let Some(Objective::Dpo(dpo)) = &spec.objective {
+        value["beta"] = json!(short(dpo.beta));
+        value["label_smoothing"] = json!(short(dpo.label_smoothing));
+    }
+    match &spec.start {
+        Some(Start::FromVersion(version)) => value["from_version"] = json!(version),
+        Some(Start::Lora(lora)) => {
+            value["rank"] = json!(lora.rank);
+            value["alpha"] = json!(short(lora.alpha));
+            value["dropout"] = json!(short(lora.dropout));
+            value["target_modules"] = json!(lora.target_modules);
+            value["layers_to_transform"] = json!(lora.layers_to_transform);
+            value["use_rslora"] = json!(lora.use_rslora);
+        }
+        None => {}
+    }
+    let all = spec.hyperparameters.unwrap_or_default();
+    let hyperparameters = json!({
+        "learning_rate": all.learning_rate, "epochs": all.epochs, "max_steps": all.max_steps,
+        "batch_size": all.batch_size, "gradient_accumulation_steps": all.gradient_accumulation_steps,
+        "warmup_steps": all.warmup_steps, "schedule": word(all.schedule().as_str_name(), "LR_SCHEDULE_", "cosine"),
+        "weight_decay": all.weight_decay, "beta1": all.beta1, "beta2": all.beta2, "epsilon": all.epsilon,
+        "max_grad_norm": all.max_grad_norm, "seed": all.seed, "sequential": all.sequential,
+        "validation_split": short(all.validation_split), "eval_steps": all.eval_steps, "max_length": all.max_length,
+    });
+    for (name, given) in hyperparameters.as_object().into_iter().flatten() {
+        value[name] = given.clone();
+    }
+    value["too_long"] = json!(word(spec.too_long().as_str_name(), "TOO_LONG_", "refuse"));
+    value["publish"] = json!(word(spec.publish().as_str_name(), "PUBLISH_", "auto"));
+    value
 }
 
 impl Listed for proto::Tenant {
@@ -317,6 +397,48 @@ mod tests {
             proto::Tenant { name: "tenants/a".into(), display_name: "A".into(), weight: 1, ..Default::default() };
         let table = table(proto::Tenant::COLUMNS, &[tenant.json()]);
         assert_eq!(table, "NAME       DISPLAY_NAME  WEIGHT  CREATE_TIME\ntenants/a  A             1       -\n");
+    }
+
+    #[test]
+    fn a_job_shows_its_whole_recipe() {
+        use proto::train_request::{Objective, Start};
+        let dpo = proto::DpoSpec { beta: Some(0.1), label_smoothing: Some(0.0) };
+        let lora = proto::LoraSpec {
+            rank: Some(8),
+            alpha: Some(16.0),
+            target_modules: vec!["q_proj".into()],
+            ..Default::default()
+        };
+        let hyperparameters =
+            proto::Hyperparameters { learning_rate: Some(5e-5), beta2: Some(0.999), ..Default::default() };
+        let spec = proto::TrainRequest {
+            dataset: "tenants/a/datasets/d".into(),
+            objective: Some(Objective::Dpo(dpo)),
+            start: Some(Start::Lora(lora)),
+            hyperparameters: Some(hyperparameters),
+            too_long: proto::TooLong::Drop.into(),
+            ..Default::default()
+        };
+        let version = "tenants/a/adapters/x/versions/3".to_owned();
+        let job = proto::TrainingJob { spec: Some(spec), adapter_version: version, ..Default::default() };
+        let text = fields(&job.json());
+        let shown = [
+            "objective           DPO\n",
+            "dataset             tenants/a/datasets/d\n",
+            "beta=0.1 ",
+            "rank=8 ",
+            "alpha=16.0 ",
+            "target_modules=q_proj ",
+            "learning_rate=0.00005 ",
+            "beta2=0.999 ",
+            "schedule=cosine ",
+            "too_long=drop ",
+            "publish=auto\n",
+            "set_live            tenora adapters set-live tenants/a/adapters/x 3\n",
+        ];
+        for part in shown {
+            assert!(text.contains(part), "{part:?} in {text}");
+        }
     }
 
     #[test]

@@ -33,6 +33,9 @@ pub(super) struct Args {
     lora: Lora,
     #[command(flatten)]
     hyperparameters: Hyperparameters,
+    /// What becomes of records that are longer than the longest.
+    #[arg(long, value_enum, default_value = "refuse")]
+    too_long: TooLong,
     #[command(flatten)]
     publish: PublishArg,
     /// Start the job and leave it to the server; follow it with `tenora jobs watch`.
@@ -133,9 +136,16 @@ struct Hyperparameters {
     /// Steps between validations [default: once an epoch]
     #[arg(long)]
     eval_steps: Option<u32>,
-    /// Longer records are refused; tokens.
+    /// Longest record, in tokens.
     #[arg(long)]
     max_length: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum TooLong {
+    Refuse,
+    Drop,
+    Truncate,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -163,16 +173,48 @@ pub(super) async fn run(args: Args) -> Result<()> {
         publish: args.publish.proto() as i32,
         request_id: request_id(),
         validate_only: args.validate_only,
+        too_long: match args.too_long {
+            TooLong::Refuse => proto::TooLong::Refuse.into(),
+            TooLong::Drop => proto::TooLong::Drop.into(),
+            TooLong::Truncate => proto::TooLong::Truncate.into(),
+        },
         parent,
     };
     let job = client.train(request).await?;
-    if args.detach || args.validate_only {
+    if args.validate_only {
+        return Ok(writeln!(stdout(), "{}", validated(&job, json))?);
+    }
+    if args.detach {
         return show::one(json, &job);
     }
     if !json {
         writeln!(stdout(), "{}", job.name)?;
     }
     watch::to_the_end(&client, &job.name, json).await
+}
+
+/// What `--validate-only` says of a job that would run.
+fn validated(job: &proto::TrainingJob, json: bool) -> String {
+    let proto::TrainingJob { total_steps, records, validation_records, tokens, .. } = *job;
+    let (dropped, truncated) = (job.dropped_records, job.truncated_records);
+    if json {
+        let value = serde_json::json!({
+            "valid": true, "total_steps": total_steps, "records": records, "validation_records": validation_records,
+            "tokens": tokens, "dropped_records": dropped, "truncated_records": truncated,
+        });
+        return value.to_string();
+    }
+    let mut text = format!("valid: {total_steps} steps over {records} records");
+    if validation_records > 0 {
+        text += &format!(" ({validation_records} more for validation)");
+    }
+    text += &format!(", {tokens} tokens in all");
+    for (count, word) in [(dropped, "dropped"), (truncated, "truncated")] {
+        if count > 0 {
+            text += &format!("; {count} records too long, {word}");
+        }
+    }
+    text
 }
 
 /// The dataset's name. A file is uploaded under a name that says its content, so that the same file goes up once.
@@ -272,6 +314,17 @@ impl Hyperparameters {
 mod tests {
     use super::*;
     use crate::ids::check_id;
+
+    #[test]
+    fn what_is_valid_says_how_much_it_is() {
+        let job = proto::TrainingJob { total_steps: 6, records: 9, tokens: 1234, ..Default::default() };
+        assert_eq!(validated(&job, false), "valid: 6 steps over 9 records, 1234 tokens in all");
+        let job = proto::TrainingJob { validation_records: 1, dropped_records: 2, ..job };
+        let text =
+            "valid: 6 steps over 9 records (1 more for validation), 1234 tokens in all; 2 records too long, dropped";
+        assert_eq!(validated(&job, false), text);
+        assert!(validated(&job, true).starts_with(r#"{"valid":true,"total_steps":6,"records":9"#));
+    }
 
     #[test]
     fn files_get_valid_names_that_follow_their_content() {

@@ -1,5 +1,6 @@
 //! Following a training job: its events, a progress bar (lines where there is no terminal), a plot of the loss at the end.
 
+use std::collections::{BTreeMap, HashMap};
 use std::io::{Write as _, stdout};
 use std::time::{Duration, Instant};
 
@@ -7,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tokio_stream::StreamExt as _;
 
-use super::show::{printable, state};
+use super::show::{printable, state, whether_live};
 use super::{Failure, Result, plot as draw};
 use crate::api::client::{Client, proto};
 use proto::training_event::Event;
@@ -23,6 +24,8 @@ pub(super) struct Course {
     pub steps: Vec<proto::StepTaken>,
     /// The version it made.
     pub version: String,
+    /// Whether that is its adapter's live one.
+    pub live: bool,
 }
 
 /// Follows a job until it succeeds; any other end is an error that says what to do.
@@ -44,9 +47,16 @@ pub(super) async fn follow(
                 steps.push(step);
             }
             Some(Event::State(change)) => match change.state() {
-                proto::JobState::Succeeded => return Ok(Course { steps, version: change.adapter_version }),
+                proto::JobState::Succeeded => {
+                    let live = change.live.unwrap_or_default();
+                    return Ok(Course { steps, version: change.adapter_version, live });
+                }
                 proto::JobState::Failed => {
-                    return Err(Failure::other(format!("{job} failed: {}", printable(&change.error))));
+                    let kept = match change.adapter_version.as_str() {
+                        "" => String::new(),
+                        version => format!("\n{}", whether_live(version, false)),
+                    };
+                    return Err(Failure::other(format!("{job} failed: {}{kept}", printable(&change.error))));
                 }
                 proto::JobState::Cancelled => return Err(Failure::other(format!("{job} was cancelled"))),
                 _ => {}
@@ -54,9 +64,8 @@ pub(super) async fn follow(
             _ => {}
         }
     }
-    let resume = format!(
-        "look with `tenora jobs get {job}`, start it over with `tenora jobs resume {job}` if it was interrupted"
-    );
+    let resume =
+        format!("look with `tenora jobs get {job}`, go on with `tenora jobs resume {job}` if it was interrupted");
     Err(Failure::other(format!("the server stopped before {job} ended; {resume}")))
 }
 
@@ -81,7 +90,7 @@ pub(super) fn summary(course: &Course) -> String {
         }
         _ => "no steps".into(),
     };
-    format!("{loss}, published as {}", course.version)
+    format!("{loss}, published as {}", whether_live(&course.version, course.live))
 }
 
 /// Mean tokens a second over all steps.
@@ -111,7 +120,8 @@ impl Progress {
         match &event.event {
             Some(Event::Step(step)) => self.step(step)?,
             Some(Event::Evaluated(evaluated)) => {
-                self.line(&format!("  step {}: validation loss {:.4}", evaluated.step, evaluated.loss))?;
+                let measured = measured_text(&evaluated.metrics);
+                self.line(&format!("  step {}: validation loss {:.4}{measured}", evaluated.step, evaluated.loss))?;
             }
             Some(Event::Message(text)) => self.line(&format!("  {}", printable(text)))?,
             Some(Event::State(change)) => self.bar.set_message(state(change.state()).to_lowercase()),
@@ -147,11 +157,33 @@ impl Progress {
 }
 
 fn step_text(step: &proto::StepTaken) -> String {
-    let mut text = format!("loss {:.4}  lr {:.1e}", step.loss, step.learning_rate);
-    if let (Some(margin), Some(accuracy)) = (step.margin, step.accuracy) {
-        text += &format!("  margin {margin:.2}  accuracy {:.0} %", accuracy * 100.0);
+    let (loss, rate, measured) = (step.loss, step.learning_rate, measured_text(&step.metrics));
+    let (speed, left) = (step.tokens_per_second, step.eta_seconds);
+    format!("loss {loss:.4}  lr {rate:.1e}{measured}  {speed:.0} tokens/s  {left:.0} s left")
+}
+
+/// What is measured beside the loss, in short: of SFT the accuracy, of DPO rewards and log-probabilities too.
+fn measured_text(metrics: &HashMap<String, f64>) -> String {
+    let value = |name: &str| metrics.get(name).copied();
+    let mut text = String::new();
+    if let Some(accuracy) = value("mean_token_accuracy").or(value("rewards/accuracies")) {
+        text += &format!("  accuracy {:.0} %", accuracy * 100.0);
     }
-    text + &format!("  {:.0} tokens/s  {:.0} s left", step.tokens_per_second, step.eta_seconds)
+    if let Some(margin) = value("rewards/margins") {
+        text += &format!("  margin {margin:.2}");
+    }
+    for (name, label) in [("rewards", "rewards"), ("logps", "log-probabilities")] {
+        if let (Some(chosen), Some(rejected)) = (value(&format!("{name}/chosen")), value(&format!("{name}/rejected"))) {
+            text += &format!("  {label} {chosen:.2} / {rejected:.2}");
+        }
+    }
+    text
+}
+
+/// In the order of their names.
+fn metrics_json(metrics: &HashMap<String, f64>) -> Value {
+    let sorted: BTreeMap<_, _> = metrics.iter().collect();
+    json!(sorted)
 }
 
 /// The loss over the steps; nothing where there is no curve to see.
@@ -184,7 +216,10 @@ fn event_json(event: &proto::TrainingEvent) -> Value {
     let (kind, content) = match &event.event {
         Some(Event::State(change)) => (
             "state",
-            json!({ "state": state(change.state()), "error": change.error, "adapter_version": change.adapter_version }),
+            json!({
+                "state": state(change.state()), "error": change.error, "adapter_version": change.adapter_version,
+                "live": change.live,
+            }),
         ),
         Some(Event::Step(step)) => (
             "step",
@@ -192,14 +227,14 @@ fn event_json(event: &proto::TrainingEvent) -> Value {
                 "step": step.step, "total_steps": step.total_steps, "loss": step.loss,
                 "learning_rate": step.learning_rate, "grad_norm": step.grad_norm,
                 "tokens_per_second": step.tokens_per_second, "eta_seconds": step.eta_seconds,
-                "margin": step.margin, "accuracy": step.accuracy,
+                "margin": step.margin, "accuracy": step.accuracy, "metrics": metrics_json(&step.metrics),
             }),
         ),
         Some(Event::Evaluated(evaluated)) => (
             "evaluated",
             json!({
                 "step": evaluated.step, "loss": evaluated.loss, "margin": evaluated.margin,
-                "accuracy": evaluated.accuracy,
+                "accuracy": evaluated.accuracy, "metrics": metrics_json(&evaluated.metrics),
             }),
         ),
         Some(Event::Message(text)) => ("message", json!(text)),
@@ -234,10 +269,43 @@ mod tests {
     }
 
     #[test]
+    fn the_end_tells_whether_the_version_is_live_and_what_makes_it_so() {
+        let version = "tenants/a/adapters/tone/versions/2".to_owned();
+        let course = |live| Course { steps: steps(&[2.0, 1.0]), version: version.clone(), live };
+        assert_eq!(
+            summary(&course(true)),
+            format!("2 steps, loss 2.000 -> 1.000, published as {version}, which is live")
+        );
+        let waits = summary(&course(false));
+        assert!(
+            waits.contains("is not live") && waits.contains("`tenora adapters set-live tenants/a/adapters/tone 2`"),
+            "{waits}"
+        );
+    }
+
+    #[test]
     fn steps_tell_what_dpo_adds() {
         let mut step = steps(&[0.5]).remove(0);
         assert!(!step_text(&step).contains("margin"));
-        (step.margin, step.accuracy) = (Some(1.25), Some(0.75));
-        assert!(step_text(&step).contains("margin 1.25  accuracy 75 %"));
+        step.metrics = HashMap::from([("mean_token_accuracy".to_owned(), 0.5)]);
+        assert!(step_text(&step).contains("  accuracy 50 %  100 tokens/s"), "{}", step_text(&step));
+        let pairs = [
+            ("rewards/accuracies", 0.75),
+            ("rewards/margins", 1.25),
+            ("rewards/chosen", 1.0),
+            ("rewards/rejected", -0.25),
+            ("logps/chosen", -20.5),
+            ("logps/rejected", -31.0),
+        ];
+        step.metrics = pairs.map(|(name, value)| (name.to_owned(), value)).into();
+        let text = step_text(&step);
+        let wanted =
+            "  accuracy 75 %  margin 1.25  rewards 1.00 / -0.25  log-probabilities -20.50 / -31.00  100 tokens/s";
+        assert!(text.contains(wanted), "{text}");
+        let json = metrics_json(&step.metrics).to_string();
+        assert!(
+            json.starts_with(r#"{"logps/chosen":-20.5,"logps/rejected":-31.0,"rewards/accuracies":0.75"#),
+            "{json}"
+        );
     }
 }

@@ -85,6 +85,7 @@ async fn make_world() -> World {
             metrics: BTreeMap::new(),
             request_id: String::new(),
             validate_only: false,
+            held_reason: None,
         };
         hub.publish(&tenant, new).await.unwrap();
     }

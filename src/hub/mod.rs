@@ -61,6 +61,8 @@ pub struct NewVersion {
     pub request_id: String,
     /// Does everything, the gate included, and keeps nothing.
     pub validate_only: bool,
+    /// Why its job keeps it from going live; only with [`Publish::VersionOnly`].
+    pub held_reason: Option<String>,
 }
 
 /// A version in memory, for as long as the lease or a clone of it lives.

@@ -95,6 +95,8 @@ impl Hub {
             uid,
             memory_bytes,
             blob: blob.to_owned(),
+            held_reason: new.held_reason,
+            live: false,
         };
         let (publish, request_id, validate_only) = (new.publish, new.request_id, new.validate_only);
         let row = NewVersionRow { draft, publish, request_id, validate_only };

@@ -94,6 +94,7 @@ impl Bench {
             metrics: BTreeMap::from([("loss".into(), 0.5), ("broken".into(), f64::NAN)]),
             request_id: String::new(),
             validate_only: false,
+            held_reason: None,
         }
     }
 

@@ -200,12 +200,26 @@ pub(super) struct TokenLogprobs {
     compute: YieldPoint,
     /// Of each row, kept from the forward for the backward.
     log_sum_exp: Mutex<Vec<f32>>,
+    /// What the forward has found.
+    is_greedy: Arc<Mutex<Vec<bool>>>,
+}
+
+/// What is known of a row's logits so far.
+#[derive(Debug, Clone, Copy)]
+struct RowLogits {
+    largest: f32,
+    /// The first id with the largest logit.
+    best: usize,
+    /// Sum of the exponentials of the logits less the largest.
+    sum: f64,
+    of_target: f32,
 }
 
 impl TokenLogprobs {
-    /// One target a row.
-    pub fn new(model: Arc<Model>, targets: Vec<u32>, compute: YieldPoint) -> Self {
-        Self { model, targets, compute, log_sum_exp: Mutex::default() }
+    /// One target a row. The forward says in the second part whether each is the most likely id of its row.
+    pub fn new(model: Arc<Model>, targets: Vec<u32>, compute: YieldPoint) -> (Self, Arc<Mutex<Vec<bool>>>) {
+        let is_greedy = Arc::<Mutex<Vec<bool>>>::default();
+        (Self { model, targets, compute, log_sum_exp: Mutex::default(), is_greedy: is_greedy.clone() }, is_greedy)
     }
 
     /// Runs `f(first id, logits [rows, ids], their weights)` over the vocabulary.
@@ -232,23 +246,27 @@ impl CustomOp1 for TokenLogprobs {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = slice(x, layout)?;
         let rows = self.targets.len();
-        // Of each row so far: the largest logit, the sum of exponentials below it, the target's logit.
-        let mut state = vec![(f32::NEG_INFINITY, 0.0f64, 0.0f32); rows];
+        let mut state = vec![RowLogits { largest: f32::NEG_INFINITY, best: 0, sum: 0.0, of_target: 0.0 }; rows];
         self.logits(x, |from, logits, _| {
             let count = logits.len() / rows;
             let of_row = logits.par_chunks_exact(count).zip(&mut state).zip(&self.targets);
-            of_row.for_each(|((logits, (largest, sum, chosen)), target)| {
-                let top = logits.iter().fold(*largest, |a, &b| a.max(b));
-                *sum *= f64::from((*largest - top).exp());
-                *sum += logits.iter().map(|l| f64::from((l - top).exp())).sum::<f64>();
-                *largest = top;
+            of_row.for_each(|((logits, row), target)| {
+                let top = logits.iter().fold(row.largest, |a, &b| a.max(b));
+                if top > row.largest {
+                    row.best = from + logits.iter().position(|logit| *logit == top).unwrap_or_default();
+                }
+                row.sum *= f64::from((row.largest - top).exp());
+                row.sum += logits.iter().map(|l| f64::from((l - top).exp())).sum::<f64>();
+                row.largest = top;
                 if let Some(logit) = (*target as usize).checked_sub(from).and_then(|i| logits.get(i)) {
-                    *chosen = *logit;
+                    row.of_target = *logit;
                 }
             });
         });
-        let lse: Vec<f32> = state.iter().map(|(largest, sum, _)| (f64::from(*largest) + sum.ln()) as f32).collect();
-        let logprobs = state.iter().zip(&lse).map(|((_, _, chosen), lse)| chosen - lse).collect();
+        let lse: Vec<f32> = state.iter().map(|row| (f64::from(row.largest) + row.sum.ln()) as f32).collect();
+        let logprobs = state.iter().zip(&lse).map(|(row, lse)| row.of_target - lse).collect();
+        let is_greedy = state.iter().zip(&self.targets).map(|(row, target)| row.best == *target as usize).collect();
+        *self.is_greedy.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = is_greedy;
         *self.log_sum_exp.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = lse;
         Ok((CpuStorage::F32(logprobs), rows.into()))
     }

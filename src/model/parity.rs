@@ -157,20 +157,25 @@ fn report(base: &BaseScores, serve: &[f32], train: &[f32], serves_the_base: bool
     Ok(ParityReport { tokens: trained.len() as u32, mean_abs_difference, mean_abs_effect, threshold, no_effect })
 }
 
+/// Returns those of a job's own sequences that [`Parity::measure`] uses.
+pub fn own_probes(sequences: &[&[u32]]) -> Vec<Vec<u32>> {
+    limited(sequences, MAX_TOKENS)
+}
+
 /// Tokens that have a prediction.
 fn scored(probes: &[Vec<u32>]) -> usize {
     probes.iter().map(|ids| ids.len().saturating_sub(1)).sum()
 }
 
 /// The first sequences, as many as have so many tokens to score.
-fn limited(probes: &[Vec<u32>], enough: usize) -> Vec<Vec<u32>> {
+fn limited(probes: &[impl AsRef<[u32]>], enough: usize) -> Vec<Vec<u32>> {
     let mut tokens = 0;
-    let fits = |ids: &&Vec<u32>| {
+    let fits = |ids: &&[u32]| {
         let room = tokens < enough;
         tokens += ids.len().saturating_sub(1);
         room
     };
-    probes.iter().take_while(fits).cloned().collect()
+    probes.iter().map(AsRef::as_ref).take_while(fits).map(<[u32]>::to_vec).collect()
 }
 
 #[cfg(test)]

@@ -97,6 +97,15 @@ impl Pass<'_> {
     }
 }
 
+/// How a model sees the tokens that follow.
+#[derive(Debug)]
+pub struct TokenScores {
+    /// Their log-probabilities, float32, with gradients to the `Var`s of the pass.
+    pub logprobs: Tensor,
+    /// Whether each is the most likely one in its place.
+    pub is_greedy: Vec<bool>,
+}
+
 impl Model {
     /// ln p(ids[i+1] given ids[..=i]) of each sequence, for every (sequence, i) in `wanted`, in that order: a float32 tensor `[wanted.len()]`
     /// that carries gradients to the `Var`s of `pass.lora`. Rows not wanted never reach the head.
@@ -106,11 +115,24 @@ impl Model {
         wanted: &[(usize, usize)],
         pass: Pass<'_>,
     ) -> Result<Tensor> {
+        Ok(self.score_tokens(sequences, wanted, pass)?.logprobs)
+    }
+
+    /// As [`Model::token_logprobs`], and whether each token is the most likely one.
+    pub fn score_tokens(
+        self: &Arc<Self>,
+        sequences: &[&[u32]],
+        wanted: &[(usize, usize)],
+        pass: Pass<'_>,
+    ) -> Result<TokenScores> {
         let target = |&(sequence, i): &(usize, usize)| sequences.get(sequence).and_then(|ids| ids.get(i + 1)).copied();
         let targets: Option<Vec<u32>> = wanted.iter().map(target).collect();
         let targets = targets.ok_or_else(|| Error::internal("a wanted log-probability lies outside its sequence"))?;
         let hidden = self.traced_hidden(sequences, wanted, pass)?;
-        Ok(hidden.apply_op1(TokenLogprobs::new(self.clone(), targets, pass.compute()))?)
+        let (head, is_greedy) = TokenLogprobs::new(self.clone(), targets, pass.compute());
+        let logprobs = hidden.apply_op1(head)?;
+        let is_greedy = std::mem::take(&mut *is_greedy.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        Ok(TokenScores { logprobs, is_greedy })
     }
 
     /// All logits after position i, for every (sequence, i) in `wanted`: `[wanted.len(), vocab]`. The float32 reference; no gradients.

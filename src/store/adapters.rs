@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, TenantId, VersionName};
 use crate::request::{ParityReport, Publish};
 use crate::store::rows::{first_result, from_json, from_millis, int, now, record_result, require_tenant, to_json};
-use crate::store::{Listed, Page, Store, documents, fresh_token};
+use crate::store::{Listed, Page, Store, documents, fresh_token, jobs};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterRow {
@@ -69,6 +69,21 @@ pub struct VersionRow {
     pub memory_bytes: u64,
     /// The folder of its files.
     pub blob: String,
+    /// Why its job kept it from going live: the training went wrong.
+    pub held_reason: Option<String>,
+    /// Whether requests for its adapter get it.
+    pub live: bool,
+}
+
+/// Reads versions as `v`, each with whether it is live.
+macro_rules! select_versions {
+    ($which:literal) => {
+        concat!(
+            "SELECT v.*, COALESCE((SELECT live_version FROM adapters WHERE tenant = v.tenant AND adapter = v.adapter) = v.version, 0)
+             AS live FROM versions v ",
+            $which
+        )
+    };
 }
 
 /// A version to insert.
@@ -117,9 +132,9 @@ impl Store {
     pub async fn list_versions(&self, adapter: &AdapterName, page: &Page) -> Result<Listed<VersionRow>> {
         let mut db = self.pool().acquire().await?;
         read_adapter(&mut db, adapter).await?;
-        let rows = sqlx::query(
-            "SELECT * FROM versions WHERE tenant = ? AND adapter = ? AND version < ? ORDER BY version DESC LIMIT ?",
-        )
+        let rows = sqlx::query(select_versions!(
+            "WHERE v.tenant = ? AND v.adapter = ? AND v.version < ? ORDER BY v.version DESC LIMIT ?"
+        ))
         .bind(adapter.tenant.as_str())
         .bind(&adapter.adapter)
         .bind(page.number(i64::MAX)?)
@@ -137,7 +152,7 @@ impl Store {
             AdapterRef::Live(adapter) => adapter,
         };
         let row = sqlx::query(
-            "SELECT v.* FROM adapters a JOIN versions v ON v.tenant = a.tenant AND v.adapter = a.adapter
+            "SELECT v.*, 1 AS live FROM adapters a JOIN versions v ON v.tenant = a.tenant AND v.adapter = a.adapter
              AND v.version = a.live_version WHERE a.tenant = ? AND a.adapter = ?",
         )
         .bind(adapter.tenant.as_str())
@@ -180,7 +195,7 @@ impl Store {
     }
 
     /// One transaction: makes the adapter where it is new, numbers the version, moves the live name as asked. An earlier result of
-    /// the same request id is given again. CANCELLED where the version's job is being cancelled. Limits `max_adapters_per_tenant` and `max_versions_per_adapter`.
+    /// the same request id, or of the same job, is given again. CANCELLED where the version's job is being cancelled. Limits `max_adapters_per_tenant` and `max_versions_per_adapter`.
     pub async fn insert_version(&self, new: NewVersionRow, limits: &Limits) -> Result<VersionRow> {
         let mut tx = self.write().await?;
         let adapter = new.draft.name.adapter.clone();
@@ -189,6 +204,9 @@ impl Store {
         }
         require_tenant(&mut tx, &adapter.tenant).await?;
         if let Some(job) = &new.draft.job {
+            if let Some(made) = jobs::made_version(&mut tx, job).await? {
+                return read_version(&mut tx, &made).await;
+            }
             check_job(&mut tx, job).await?;
         }
         make_adapter(&mut tx, &adapter, limits).await?;
@@ -253,7 +271,7 @@ async fn read_adapter(db: &mut SqliteConnection, name: &AdapterName) -> Result<A
 }
 
 async fn read_version(db: &mut SqliteConnection, name: &VersionName) -> Result<VersionRow> {
-    let row = sqlx::query("SELECT * FROM versions WHERE tenant = ? AND adapter = ? AND version = ?")
+    let row = sqlx::query(select_versions!("WHERE v.tenant = ? AND v.adapter = ? AND v.version = ?"))
         .bind(name.tenant().as_str())
         .bind(&name.adapter.adapter)
         .bind(name.version)
@@ -337,7 +355,8 @@ fn too_many(limit: &'static str, what: String) -> Error {
 async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &VersionRow) -> Result<()> {
     sqlx::query(
         "INSERT INTO versions (uid, tenant, adapter, version, digest, base_digest, template_digest, size_bytes, memory_bytes,
-         rank, targets, parity, job, metrics, blob, create_time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+         rank, targets, parity, job, metrics, blob, create_time, held_reason)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )
     .bind(&draft.uid)
     .bind(name.tenant().as_str())
@@ -355,6 +374,7 @@ async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &Versi
     .bind(to_json(&draft.metrics)?)
     .bind(&draft.blob)
     .bind(now())
+    .bind(&draft.held_reason)
     .execute(db)
     .await?;
     Ok(())
@@ -440,5 +460,7 @@ fn version_row(row: &SqliteRow) -> Result<VersionRow> {
         uid: row.try_get("uid")?,
         memory_bytes: bytes(row, "memory_bytes")?,
         blob: row.try_get("blob")?,
+        held_reason: row.try_get("held_reason")?,
+        live: row.try_get("live")?,
     })
 }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt;
 use object_store::local::LocalFileSystem;
@@ -79,6 +80,21 @@ impl Blobs {
             }
         }
         Ok(())
+    }
+
+    /// Fails where the disk has fewer free bytes than `least` (limit `min_free_disk_bytes`).
+    pub fn check_free(&self, least: u64) -> Result<()> {
+        let disk = rustix::fs::statvfs(&self.root).map_err(std::io::Error::from)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        if free >= least {
+            return Ok(());
+        }
+        let message = format!(
+            "{} has {free} bytes free on its disk, and training needs {least} to save what it makes; free some",
+            self.root.display()
+        );
+        // Someone may free some.
+        Err(Error::Exhausted { limit: "min_free_disk_bytes", message, retry_after: Some(Duration::from_secs(60)) })
     }
 
     /// Deletes every file that is neither one of `owned` nor below one. Walks the folder itself, because half-written files are

@@ -15,7 +15,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, DatasetName, TenantId, VersionName};
 use crate::request::{
-    Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, ParityReport, Publish, Start, Target,
+    Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, ParityReport, Publish, Start,
+    Target, TooLong, TrainingData, metric,
 };
 use crate::store::rows::{from_json, to_json};
 
@@ -56,6 +57,19 @@ pub(super) fn read_event(text: &str) -> Result<JobEvent> {
     let EventDocument { v, event } = from_json(text)?;
     check_version(v)?;
     event.try_into()
+}
+
+/// What a job trains on as `jobs.data` holds it.
+pub(super) fn write_data(data: &TrainingData) -> Result<String> {
+    to_json(&DataDocument::from(data))
+}
+
+/// Reads `jobs.data`; zeros where nothing is known.
+pub(super) fn read_data(text: Option<&str>) -> Result<TrainingData> {
+    match text {
+        Some(text) => from_json::<DataDocument>(text)?.try_into(),
+        None => Ok(TrainingData::default()),
+    }
 }
 
 /// What the parity gate measured as `versions.parity` holds it.
@@ -105,9 +119,17 @@ macro_rules! words {
 }
 
 words!(PublishWord, Publish, Auto Live VersionOnly);
+words!(TooLongWord, TooLong, Refuse Drop Truncate);
 words!(TargetWord, Target, QProj KProj VProj OProj GateProj UpProj DownProj);
 words!(ScheduleWord, LrSchedule, Cosine Linear Constant);
 words!(StateWord, JobState, Queued Running Pausing Paused Interrupted Succeeded Failed Cancelling Cancelled);
+
+/// What there was before there was a choice.
+impl Default for TooLongWord {
+    fn default() -> Self {
+        Self::Refuse
+    }
+}
 
 #[derive(Debug, Serialize, Deserialize)]
 struct AdapterDocument {
@@ -182,11 +204,13 @@ struct SpecDocument {
     start: StartDocument,
     hyperparameters: RecipeDocument,
     publish: PublishWord,
+    #[serde(default)]
+    too_long: TooLongWord,
 }
 
 impl From<&JobSpec> for SpecDocument {
     fn from(spec: &JobSpec) -> Self {
-        let JobSpec { adapter, dataset, objective, start, hyperparameters, publish } = spec;
+        let JobSpec { adapter, dataset, objective, start, hyperparameters, publish, too_long } = spec;
         Self {
             v: VERSION,
             adapter: adapter.into(),
@@ -195,6 +219,7 @@ impl From<&JobSpec> for SpecDocument {
             start: start.into(),
             hyperparameters: hyperparameters.into(),
             publish: (*publish).into(),
+            too_long: (*too_long).into(),
         }
     }
 }
@@ -202,7 +227,7 @@ impl From<&JobSpec> for SpecDocument {
 impl TryFrom<SpecDocument> for JobSpec {
     type Error = Error;
     fn try_from(document: SpecDocument) -> Result<Self> {
-        let SpecDocument { v, adapter, dataset, objective, start, hyperparameters, publish } = document;
+        let SpecDocument { v, adapter, dataset, objective, start, hyperparameters, publish, too_long } = document;
         check_version(v)?;
         Ok(Self {
             adapter: adapter.try_into()?,
@@ -211,6 +236,7 @@ impl TryFrom<SpecDocument> for JobSpec {
             start: start.try_into()?,
             hyperparameters: hyperparameters.into(),
             publish: publish.into(),
+            too_long: too_long.into(),
         })
     }
 }
@@ -419,6 +445,8 @@ enum EventBody {
         state: StateWord,
         error: Option<String>,
         version: Option<VersionDocument>,
+        #[serde(default)]
+        live: Option<bool>,
     },
     Step {
         step: u32,
@@ -433,24 +461,52 @@ enum EventBody {
         tokens_per_second: f64,
         #[serde(deserialize_with = "number")]
         eta_seconds: f64,
-        margin: Option<f64>,
-        accuracy: Option<f64>,
+        #[serde(flatten)]
+        measured: MeasuredDocument,
     },
     Evaluated {
         step: u32,
         #[serde(deserialize_with = "number")]
         loss: f64,
-        margin: Option<f64>,
-        accuracy: Option<f64>,
+        #[serde(flatten)]
+        measured: MeasuredDocument,
     },
     Message(String),
+}
+
+/// What is measured beside the loss. Older builds know two of the measurements, by names of their own.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct MeasuredDocument {
+    #[serde(default)]
+    margin: Option<f64>,
+    #[serde(default)]
+    accuracy: Option<f64>,
+    #[serde(default)]
+    metrics: BTreeMap<String, Option<f64>>,
+}
+
+impl From<BTreeMap<String, f64>> for MeasuredDocument {
+    fn from(metrics: BTreeMap<String, f64>) -> Self {
+        let of = |name: &str| metrics.get(name).copied();
+        let (margin, accuracy) = (of(metric::MARGINS), of(metric::ACCURACIES));
+        Self { margin, accuracy, metrics: metrics.into_iter().map(|(name, value)| (name, Some(value))).collect() }
+    }
+}
+
+impl From<MeasuredDocument> for BTreeMap<String, f64> {
+    fn from(document: MeasuredDocument) -> Self {
+        let MeasuredDocument { margin, accuracy, metrics } = document;
+        let old = [(metric::MARGINS, margin), (metric::ACCURACIES, accuracy)];
+        let old = old.into_iter().map(|(name, value)| (name.to_owned(), value));
+        old.chain(metrics).filter_map(|(name, value)| Some((name, value?))).collect()
+    }
 }
 
 impl From<&JobEvent> for EventBody {
     fn from(event: &JobEvent) -> Self {
         match event.clone() {
-            JobEvent::State { state, error, version } => {
-                Self::State { state: state.into(), error, version: version.as_ref().map(VersionDocument::from) }
+            JobEvent::State { state, error, version, live } => {
+                Self::State { state: state.into(), error, version: version.as_ref().map(VersionDocument::from), live }
             }
             JobEvent::Step {
                 step,
@@ -460,8 +516,7 @@ impl From<&JobEvent> for EventBody {
                 grad_norm,
                 tokens_per_second,
                 eta_seconds,
-                margin,
-                accuracy,
+                metrics,
             } => Self::Step {
                 step,
                 total_steps,
@@ -470,10 +525,9 @@ impl From<&JobEvent> for EventBody {
                 grad_norm,
                 tokens_per_second,
                 eta_seconds,
-                margin,
-                accuracy,
+                measured: metrics.into(),
             },
-            JobEvent::Evaluated { step, loss, margin, accuracy } => Self::Evaluated { step, loss, margin, accuracy },
+            JobEvent::Evaluated { step, loss, metrics } => Self::Evaluated { step, loss, measured: metrics.into() },
             JobEvent::Message(text) => Self::Message(text),
         }
     }
@@ -483,8 +537,9 @@ impl TryFrom<EventBody> for JobEvent {
     type Error = Error;
     fn try_from(body: EventBody) -> Result<Self> {
         Ok(match body {
-            EventBody::State { state, error, version } => {
-                Self::State { state: state.into(), error, version: version.map(VersionName::try_from).transpose()? }
+            EventBody::State { state, error, version, live } => {
+                let version = version.map(VersionName::try_from).transpose()?;
+                Self::State { state: state.into(), error, version, live }
             }
             EventBody::Step {
                 step,
@@ -494,8 +549,7 @@ impl TryFrom<EventBody> for JobEvent {
                 grad_norm,
                 tokens_per_second,
                 eta_seconds,
-                margin,
-                accuracy,
+                measured,
             } => Self::Step {
                 step,
                 total_steps,
@@ -504,12 +558,38 @@ impl TryFrom<EventBody> for JobEvent {
                 grad_norm,
                 tokens_per_second,
                 eta_seconds,
-                margin,
-                accuracy,
+                metrics: measured.into(),
             },
-            EventBody::Evaluated { step, loss, margin, accuracy } => Self::Evaluated { step, loss, margin, accuracy },
+            EventBody::Evaluated { step, loss, measured } => Self::Evaluated { step, loss, metrics: measured.into() },
             EventBody::Message(text) => Self::Message(text),
         })
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct DataDocument {
+    #[serde(default = "first_version")]
+    v: u32,
+    records: u64,
+    validation_records: u64,
+    tokens: u64,
+    dropped: u64,
+    truncated: u64,
+}
+
+impl From<&TrainingData> for DataDocument {
+    fn from(data: &TrainingData) -> Self {
+        let TrainingData { records, validation_records, tokens, dropped, truncated } = *data;
+        Self { v: VERSION, records, validation_records, tokens, dropped, truncated }
+    }
+}
+
+impl TryFrom<DataDocument> for TrainingData {
+    type Error = Error;
+    fn try_from(document: DataDocument) -> Result<Self> {
+        let DataDocument { v, records, validation_records, tokens, dropped, truncated } = document;
+        check_version(v)?;
+        Ok(Self { records, validation_records, tokens, dropped, truncated })
     }
 }
 

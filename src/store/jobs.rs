@@ -7,7 +7,7 @@ use sqlx::{Row, SqliteConnection};
 
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, JobName, Tenant, TenantId, VersionName};
-use crate::request::{JobEvent, JobSpec, JobState, Start};
+use crate::request::{JobEvent, JobSpec, JobState, Start, TrainingData};
 use crate::store::rows::{first_result, from_millis, int, now, readable, record_result, require_tenant};
 use crate::store::{Listed, Page, Store, documents};
 
@@ -20,13 +20,26 @@ pub struct JobRow {
     /// Optimizer steps taken.
     pub step: u32,
     pub total_steps: u32,
-    /// Once SUCCEEDED.
+    /// Once SUCCEEDED, or FAILED with a version that was kept.
     pub version: Option<VersionName>,
+    /// Whether `version` is its adapter's live one.
+    pub live: bool,
     /// Once FAILED or INTERRUPTED.
     pub error: Option<String>,
+    /// Zeros until its records have been read.
+    pub data: TrainingData,
+    /// The blob that is, or will be, its trained adapter until the job has ended.
+    pub result: Option<String>,
     pub create_time: SystemTime,
     pub start_time: Option<SystemTime>,
     pub end_time: Option<SystemTime>,
+}
+
+/// The columns of a job, and whether its version is live.
+macro_rules! job_columns {
+    () => {
+        "*, COALESCE((SELECT live_version FROM adapters WHERE tenant = jobs.tenant AND adapter = jobs.version_adapter) = version, 0) AS live"
+    };
 }
 
 /// A job to queue.
@@ -35,25 +48,6 @@ pub struct NewJob {
     pub name: JobName,
     pub spec: JobSpec,
     pub total_steps: u32,
-}
-
-impl NewJob {
-    /// The row it would be, were it queued now.
-    pub fn into_row(self) -> JobRow {
-        let Self { name, spec, total_steps } = self;
-        JobRow {
-            name,
-            spec,
-            state: JobState::Queued,
-            step: 0,
-            total_steps,
-            version: None,
-            error: None,
-            create_time: SystemTime::now(),
-            start_time: None,
-            end_time: None,
-        }
-    }
 }
 
 /// What a change of state leaves in the row.
@@ -116,7 +110,7 @@ impl Store {
         }
         require_inputs(&mut tx, &job.spec).await?;
         let row = insert(&mut tx, job).await?;
-        append(&mut tx, &row.name, &state_event(row.state, &JobEnd::default())).await?;
+        append(&mut tx, &row.name, &state_event(row.state, &JobEnd::default(), false)).await?;
         record_result(&mut tx, tenant, TRAIN_METHOD, request_id, &row.name.to_string()).await?;
         tx.commit().await?;
         Ok(row)
@@ -139,9 +133,11 @@ impl Store {
             None if page.token.is_empty() => (i64::MAX, ""),
             None => return Err(bad()),
         };
-        let rows = sqlx::query(
-            "SELECT * FROM jobs WHERE tenant = ? AND (create_time, job) < (?, ?) ORDER BY create_time DESC, job DESC LIMIT ?",
-        )
+        let rows = sqlx::query(concat!(
+            "SELECT ",
+            job_columns!(),
+            " FROM jobs WHERE tenant = ? AND (create_time, job) < (?, ?) ORDER BY create_time DESC, job DESC LIMIT ?",
+        ))
         .bind(tenant.as_str())
         .bind(before)
         .bind(job)
@@ -163,7 +159,7 @@ impl Store {
             let name = job_name(row)?;
             match job_row(row) {
                 Ok(job) => {
-                    append(&mut tx, &name, &state_event(job.state, &JobEnd::default())).await?;
+                    append(&mut tx, &name, &state_event(job.state, &JobEnd::default(), false)).await?;
                     tx.commit().await?;
                     return Ok(Some((Tenant::proven(name.tenant), job)));
                 }
@@ -202,18 +198,49 @@ impl Store {
         end: JobEnd,
     ) -> Result<Option<JobRow>> {
         let mut tx = self.write().await?;
-        let state: Option<String> = sqlx::query_scalar("SELECT state FROM jobs WHERE tenant = ? AND job = ?")
-            .bind(name.tenant.as_str())
-            .bind(&name.job)
-            .fetch_optional(&mut *tx)
-            .await?;
-        if !from.contains(&state_from_name(&state.ok_or_else(|| Error::not_found(name))?)?) {
+        let found: Option<(String, Option<String>)> =
+            sqlx::query_as("SELECT state, result FROM jobs WHERE tenant = ? AND job = ?")
+                .bind(name.tenant.as_str())
+                .bind(&name.job)
+                .fetch_optional(&mut *tx)
+                .await?;
+        let (state, result) = found.ok_or_else(|| Error::not_found(name))?;
+        if !from.contains(&state_from_name(&state)?) {
             return Ok(None);
         }
         // A job whose spec cannot be read moves too: it must be possible to cancel it.
         let row = set_state(&mut tx, name, to, &end).await?;
         tx.commit().await?;
+        if let Some(result) = result.filter(|_| to.is_final()) {
+            self.collect_blobs(&[result]).await;
+        }
         job_row(&row).map(Some)
+    }
+
+    /// Makes a job the owner of the blob that it is about to keep its result in until it has ended; gives the blob.
+    pub async fn own_result(&self, name: &JobName) -> Result<String> {
+        let blob = format!("{}/jobs/{}", name.tenant.as_str(), name.job);
+        let owned = sqlx::query(
+            "UPDATE jobs SET result = ? WHERE tenant = ? AND job = ? AND state IN ('RUNNING', 'CANCELLING')",
+        )
+        .bind(&blob)
+        .bind(name.tenant.as_str())
+        .bind(&name.job)
+        .execute(self.pool())
+        .await?;
+        if owned.rows_affected() == 1 { Ok(blob) } else { Err(Error::not_found(name)) }
+    }
+
+    /// Stores what a job trains on.
+    pub async fn set_job_data(&self, name: &JobName, data: TrainingData, total_steps: u32) -> Result<()> {
+        sqlx::query("UPDATE jobs SET data = ?, total_steps = ? WHERE tenant = ? AND job = ?")
+            .bind(documents::write_data(&data)?)
+            .bind(total_steps)
+            .bind(name.tenant.as_str())
+            .bind(&name.job)
+            .execute(self.pool())
+            .await?;
+        Ok(())
     }
 
     /// Stores an event and gives its sequence number; a step moves the job's count of steps too.
@@ -255,26 +282,37 @@ impl Store {
     }
 
     /// At start, for what a dead process was running: a job whose version is in the catalogue has SUCCEEDED, one that was being
-    /// cancelled is CANCELLED, any other is INTERRUPTED. Needs nothing of a row but its name and state.
+    /// cancelled is CANCELLED, any other is INTERRUPTED. A version that its job kept from going live makes it FAILED. Needs nothing of a row but its name and state.
     pub async fn interrupt_stale_jobs(&self) -> Result<()> {
         let mut tx = self.write().await?;
         let rows = sqlx::query("SELECT * FROM jobs WHERE state IN ('RUNNING', 'PAUSING', 'CANCELLING')")
             .fetch_all(&mut *tx)
             .await?;
+        let mut unowned = Vec::new();
         for row in rows {
             let name_and_state = || Ok((job_name(&row)?, state_from_name(row.try_get("state")?)?));
             let Some((name, state)) = readable(name_and_state()) else { continue };
+            let result: Option<String> = row.try_get("result")?;
             let (to, end) = match (made_version(&mut tx, &name).await?, state) {
-                (Some(version), _) => (JobState::Succeeded, JobEnd { version: Some(version), error: None }),
+                (Some(version), _) => made_end(&mut tx, version).await?,
                 (None, JobState::Cancelling) => (JobState::Cancelled, JobEnd::default()),
                 (None, _) => {
-                    let why = "the process that ran it ended; resume the job to run it again".to_owned();
-                    (JobState::Interrupted, JobEnd { version: None, error: Some(why) })
+                    let why = match result {
+                        Some(_) => {
+                            "the process that ran it ended after the training; resume the job to publish its adapter"
+                        }
+                        None => "the process that ran it ended; resume the job to run it again",
+                    };
+                    (JobState::Interrupted, JobEnd { version: None, error: Some(why.to_owned()) })
                 }
             };
             set_state(&mut tx, &name, to, &end).await?;
+            unowned.extend(result.filter(|_| to.is_final()));
         }
         tx.commit().await?;
+        if !unowned.is_empty() {
+            self.collect_blobs(&unowned).await;
+        }
         Ok(())
     }
 }
@@ -287,7 +325,7 @@ async fn made_by(db: &mut SqliteConnection, tenant: &TenantId, request_id: &str)
 }
 
 async fn find(db: &mut SqliteConnection, name: &JobName) -> Result<Option<JobRow>> {
-    let row = sqlx::query("SELECT * FROM jobs WHERE tenant = ? AND job = ?")
+    let row = sqlx::query(concat!("SELECT ", job_columns!(), " FROM jobs WHERE tenant = ? AND job = ?"))
         .bind(name.tenant.as_str())
         .bind(&name.job)
         .fetch_optional(db)
@@ -321,7 +359,7 @@ async fn insert(db: &mut SqliteConnection, job: &NewJob) -> Result<JobRow> {
     };
     let row = sqlx::query(
         "INSERT INTO jobs (tenant, job, adapter, from_adapter, from_version, dataset, state, spec, total_steps, create_time)
-         VALUES (?, ?, ?, ?, ?, ?, 'QUEUED', ?, ?, ?) RETURNING *",
+         VALUES (?, ?, ?, ?, ?, ?, 'QUEUED', ?, ?, ?) RETURNING *, 0 AS live",
     )
     .bind(name.tenant.as_str())
     .bind(&name.job)
@@ -340,12 +378,13 @@ async fn insert(db: &mut SqliteConnection, job: &NewJob) -> Result<JobRow> {
 /// Marks the job that is to run next as this worker's.
 async fn claim(db: &mut SqliteConnection, worker: &str, lease: Duration) -> Result<Option<SqliteRow>> {
     let row = sqlx::query(
-        "UPDATE jobs SET state = 'RUNNING', worker = ?1, lease_until = ?2, start_time = ?3, end_time = NULL, step = 0, error = NULL
+        "UPDATE jobs SET state = 'RUNNING', worker = ?1, lease_until = ?2, start_time = ?3, end_time = NULL, error = NULL,
+         step = CASE WHEN result IS NULL THEN 0 ELSE step END
          WHERE rowid = (
             SELECT rowid FROM jobs AS waiting WHERE state = 'QUEUED'
             ORDER BY COALESCE((SELECT MAX(start_time) FROM jobs WHERE tenant = waiting.tenant), 0), create_time, rowid
             LIMIT 1
-         ) RETURNING *",
+         ) RETURNING *, 0 AS live",
     )
     .bind(worker)
     .bind(now() + int(lease.as_millis() as u64))
@@ -358,25 +397,28 @@ async fn claim(db: &mut SqliteConnection, worker: &str, lease: Duration) -> Resu
 /// Sets the state and what goes with it, and appends the event; gives the new row.
 async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end: &JobEnd) -> Result<SqliteRow> {
     let ended = to.is_final() || to == JobState::Interrupted;
-    let row = sqlx::query(
-        "UPDATE jobs SET state = ?, version_adapter = ?, version = ?, error = ?, end_time = ? WHERE tenant = ? AND job = ? RETURNING *",
-    )
+    let row = sqlx::query(concat!(
+        "UPDATE jobs SET state = ?1, version_adapter = ?2, version = ?3, error = ?4, end_time = ?5, ",
+        "result = CASE WHEN ?6 THEN NULL ELSE result END WHERE tenant = ?7 AND job = ?8 RETURNING ",
+        job_columns!(),
+    ))
     .bind(state_name(to))
     .bind(end.version.as_ref().map(|version| version.adapter.adapter.as_str()))
     .bind(end.version.as_ref().map(|version| version.version))
     .bind(&end.error)
     .bind(ended.then(now))
+    .bind(to.is_final())
     .bind(name.tenant.as_str())
     .bind(&name.job)
     .fetch_one(&mut *db)
     .await?;
-    append(db, name, &state_event(to, end)).await?;
+    append(db, name, &state_event(to, end, row.try_get("live")?)).await?;
     Ok(row)
 }
 
-fn state_event(state: JobState, end: &JobEnd) -> JobEvent {
+fn state_event(state: JobState, end: &JobEnd, live: bool) -> JobEvent {
     let JobEnd { version, error } = end.clone();
-    JobEvent::State { state, error, version }
+    JobEvent::State { state, error, live: version.is_some().then_some(live), version }
 }
 
 async fn append(db: &mut SqliteConnection, name: &JobName, event: &JobEvent) -> Result<u64> {
@@ -394,8 +436,27 @@ async fn append(db: &mut SqliteConnection, name: &JobName, event: &JobEvent) -> 
     Ok(sequence.max(0) as u64)
 }
 
-/// The version that a job has published.
-async fn made_version(db: &mut SqliteConnection, name: &JobName) -> Result<Option<VersionName>> {
+/// How a job ended that has made a version.
+async fn made_end(db: &mut SqliteConnection, version: VersionName) -> Result<(JobState, JobEnd)> {
+    let held: Option<String> =
+        sqlx::query_scalar("SELECT held_reason FROM versions WHERE tenant = ? AND adapter = ? AND version = ?")
+            .bind(version.tenant().as_str())
+            .bind(&version.adapter.adapter)
+            .bind(version.version)
+            .fetch_one(db)
+            .await?;
+    let error = held.map(|reason| held_error(&version, &reason));
+    let state = if error.is_some() { JobState::Failed } else { JobState::Succeeded };
+    Ok((state, JobEnd { version: Some(version), error }))
+}
+
+/// What a job says that has kept its version from going live.
+pub fn held_error(version: &VersionName, reason: &str) -> String {
+    format!("{reason}; {version} is kept and was not made live")
+}
+
+/// The version that a job has made.
+pub(super) async fn made_version(db: &mut SqliteConnection, name: &JobName) -> Result<Option<VersionName>> {
     let row = sqlx::query("SELECT adapter, version FROM versions WHERE tenant = ? AND job = ?")
         .bind(name.tenant.as_str())
         .bind(name.to_string())
@@ -442,6 +503,9 @@ fn job_row(row: &SqliteRow) -> Result<JobRow> {
         step: row.try_get("step")?,
         total_steps: row.try_get("total_steps")?,
         version,
+        live: row.try_get("live")?,
+        data: documents::read_data(row.try_get("data")?)?,
+        result: row.try_get("result")?,
         error: row.try_get("error")?,
         create_time: from_millis(row.try_get("create_time")?),
         start_time: time("start_time")?,

@@ -29,7 +29,7 @@ use sqlx::{SqlSafeStr, Sqlite, Transaction};
 pub use adapters::{AdapterRow, LiveMemory, NewVersionRow, VersionRow};
 pub use blobs::{BlobUpload, Blobs};
 pub use datasets::{DatasetKind, DatasetRow, NewDataset};
-pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent};
+pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent, held_error};
 pub use keys::{KeyOwner, KeyRow, NewKey};
 pub use locks::Custody;
 pub use rows::{Listed, Page, fresh_token};
@@ -49,6 +49,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (1, "init", include_str!("migrations/0001_init.sql")),
     (2, "deleted tenants", include_str!("migrations/0002_deleted_tenants.sql")),
     (3, "tenant weights", include_str!("migrations/0003_tenant_weights.sql")),
+    (5, "training results", include_str!("migrations/0005_training_results.sql")),
 ];
 
 /// The catalogue and the blobs of one data folder. Cheap to clone.
@@ -94,6 +95,12 @@ impl Store {
         &self.inner.blobs
     }
 
+    /// Runs SQL, for tests that break something.
+    #[cfg(test)]
+    pub(crate) async fn execute(&self, sql: &'static str) {
+        sqlx::raw_sql(sql).execute(self.pool()).await.unwrap();
+    }
+
     fn pool(&self) -> &SqlitePool {
         &self.inner.pool
     }
@@ -106,7 +113,7 @@ impl Store {
 
     /// Every blob that a row owns.
     async fn owned_blobs(&self) -> Result<HashSet<String>> {
-        let rows = sqlx::query_scalar("SELECT blob FROM versions UNION SELECT blob FROM datasets")
+        let rows = sqlx::query_scalar("SELECT blob FROM versions UNION SELECT blob FROM datasets UNION SELECT result FROM jobs WHERE result IS NOT NULL")
             .fetch_all(self.pool())
             .await?;
         Ok(rows.into_iter().collect())
@@ -130,7 +137,8 @@ impl Store {
     async fn collect(&self, blob: &str) -> Result<()> {
         let Some(_alone) = self.inner.locks.try_exclusive(blob) else { return Ok(()) };
         let owned: bool = sqlx::query_scalar(
-            "SELECT EXISTS (SELECT 1 FROM versions WHERE blob = ?1 UNION ALL SELECT 1 FROM datasets WHERE blob = ?1)",
+            "SELECT EXISTS (SELECT 1 FROM versions WHERE blob = ?1 UNION ALL SELECT 1 FROM datasets WHERE blob = ?1
+             UNION ALL SELECT 1 FROM jobs WHERE result = ?1)",
         )
         .bind(blob)
         .fetch_one(self.pool())

@@ -51,6 +51,8 @@ fn new_version(adapter: &AdapterName, content: &str) -> NewVersionRow {
         uid: fresh_token(),
         memory_bytes: 20,
         blob: format!("{}/adapters/{}", adapter.tenant.as_str(), digest.hex()),
+        held_reason: None,
+        live: false,
     };
     NewVersionRow { draft, publish: Publish::Auto, request_id: String::new(), validate_only: false }
 }
@@ -120,8 +122,12 @@ async fn a_version_reads_back_as_it_was_inserted() {
     let mut new = new_version(&name, "1");
     new.draft.job = Some(JobName::new(&name.tenant, "7").unwrap());
     let row = add(&store, new.clone()).await.unwrap();
-    let want =
-        VersionRow { name: VersionName { adapter: name, version: 1 }, create_time: row.create_time, ..new.draft };
+    let want = VersionRow {
+        name: VersionName { adapter: name, version: 1 },
+        create_time: row.create_time,
+        live: true,
+        ..new.draft
+    };
     assert_eq!(row, want);
     assert!(row.create_time > SystemTime::UNIX_EPOCH);
     assert_eq!(store.get_version(&row.name).await.unwrap(), want);

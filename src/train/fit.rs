@@ -4,9 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::{Tensor, Var};
+use tokio_util::sync::CancellationToken;
 
 use crate::adapter::Lora;
 use crate::data::{Batches, Examples};
@@ -15,7 +16,8 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::traced::{Dropout, Pass, TracedLora};
 use crate::request::{self, Hyperparameters, JobEvent};
-use crate::train::objective::{Dpo, DpoLoss, Objective, PreferenceSum, Sft};
+use crate::train::objective::measures::{ACCURACIES, MARGINS};
+use crate::train::objective::{Dpo, DpoLoss, LossSum, Measures, Objective, Sft};
 use crate::train::optim::{AdamW, clip, global_norm};
 use crate::train::schedule::Schedule;
 
@@ -44,14 +46,45 @@ pub struct FitInputs<'a> {
 /// What the outside sees and does while a run goes on.
 #[derive(Debug, Default)]
 pub struct Control {
-    stop: AtomicBool,
+    stop: CancellationToken,
+    claim_lost: AtomicBool,
+    saved: AtomicBool,
     tokens: AtomicU64,
 }
 
 impl Control {
     /// Ends the run before its next pass with [`Error::Cancelled`].
     pub fn stop(&self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop.cancel();
+    }
+
+    /// Stops the run, which is another worker's now, or nobody's.
+    pub fn lose_claim(&self) {
+        self.claim_lost.store(true, Ordering::Relaxed);
+        self.stop();
+    }
+
+    /// Returns whether the run is another's.
+    pub fn claim_is_lost(&self) -> bool {
+        self.claim_lost.load(Ordering::Relaxed)
+    }
+
+    /// Notes that what the run has made is on disk.
+    pub fn saved(&self) {
+        self.saved.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns whether what the run has made is on disk.
+    pub fn is_saved(&self) -> bool {
+        self.saved.load(Ordering::Relaxed)
+    }
+
+    /// Waits for so long, or until the run is told to stop.
+    pub async fn pause(&self, pause: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = self.stop.cancelled() => {}
+        }
     }
 
     /// Ids trained on so far, each time that they were.
@@ -61,7 +94,7 @@ impl Control {
 
     /// Fails once the run has been told to stop.
     pub fn check(&self) -> Result<()> {
-        if self.stop.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+        if self.stop.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
 }
 
@@ -81,24 +114,39 @@ pub struct FitOutcome {
     pub lora: Lora,
     /// `train_loss` of the last step, `eval_loss` of the last evaluation, and so on.
     pub metrics: BTreeMap<String, f64>,
+    /// Why the result must not serve, where the training has gone wrong.
+    pub diverged: Option<String>,
 }
 
-/// Trains an adapter. `observe` is told what happens, while no compute is held; an error of its own ends the run.
-pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent) -> Result<()>) -> Result<FitOutcome> {
+/// The reason of a run that has gone wrong.
+pub const DIVERGED: &str = "TRAINING_DIVERGED";
+
+/// How far above the first step's loss the last ones may be. Nats a token (SFT) or a pair (DPO). Where the mean over the last tenth of the
+/// steps is farther above, the first step's records are scored once more: only if theirs has risen that far too has the run diverged, and
+/// not merely come to harder records. A run of fewer than ten steps has no last tenth, and its first records are always scored again.
+pub const DIVERGED_ABOVE: f64 = 1.0;
+
+/// Part of the steps that are the last ones.
+const LAST_PART: usize = 10;
+
+/// Trains an adapter. `observe` is told what happens, while no compute is held.
+///
+/// # Errors
+///
+/// CANCELLED once `control` says so. A run that diverges ends early and gives what it has, with the reason; only where that is no adapter
+/// at all, because its values are not numbers, it is an error ([`DIVERGED`]).
+pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent)) -> Result<FitOutcome> {
     let mut run = Run::new(inputs)?;
-    if run.train.needs_reference() {
-        let pairs = run.train.count() + run.validation.count();
-        observe(JobEvent::Message(format!("computing the reference's log-probabilities of {pairs} pairs")))?;
-        run.score_reference()?;
-        run.started = Instant::now();
+    let diverged = match run.take_all_steps(observe) {
+        Ok(()) => None,
+        Err(Error::Precondition { reason: DIVERGED, message, .. }) => Some(message),
+        Err(error) => return Err(error),
+    };
+    let lora = run.lora.to_lora()?;
+    match diverged {
+        Some(why) if !lora.is_finite() => Err(diverged_because(format!("{why}; its weights are not numbers"))),
+        diverged => Ok(FitOutcome { lora, metrics: run.metrics, diverged }),
     }
-    for step in 1..=run.schedule.total_steps {
-        observe(run.step(step)?)?;
-        if run.evaluates_after(step) {
-            observe(run.evaluate(step)?)?;
-        }
-    }
-    Ok(FitOutcome { lora: run.lora.to_lora()?, metrics: run.metrics })
 }
 
 /// A run under way.
@@ -115,6 +163,10 @@ struct Run<'a> {
     passes: u64,
     started: Instant,
     metrics: BTreeMap<String, f64>,
+    /// The first step's records, and their loss before it.
+    first: Option<(Vec<usize>, f64)>,
+    /// Of each step.
+    losses: Vec<f64>,
 }
 
 /// Loss and what goes with it, summed over pieces.
@@ -122,34 +174,32 @@ struct Run<'a> {
 struct Sums {
     loss: f64,
     weight: f64,
-    examples: usize,
-    preference: Option<PreferenceSum>,
+    measures: Measures,
 }
 
+/// Names that reports had before they had TRL's.
+const OLD_NAMES: [(&str, &str); 2] = [(MARGINS, "margin"), (ACCURACIES, "accuracy")];
+
 impl Sums {
-    fn add(&mut self, loss: f32, examples: usize, preference: Option<PreferenceSum>) {
-        self.loss += f64::from(loss);
-        self.examples += examples;
-        if let Some(preference) = preference {
-            *self.preference.get_or_insert_default() += preference;
-        }
+    fn add(&mut self, part: &LossSum) -> Result<()> {
+        self.loss += f64::from(part.loss.to_scalar::<f32>()?);
+        self.measures.merge(&part.measures);
+        Ok(())
     }
 
     fn loss(&self) -> f64 {
         self.loss / self.weight
     }
 
-    fn margin(&self) -> Option<f64> {
-        self.preference.map(|sums| sums.margin / self.examples as f64)
-    }
-
-    fn accuracy(&self) -> Option<f64> {
-        self.preference.map(|sums| sums.correct / self.examples as f64)
-    }
-
+    /// Keeps the means as `train_...` or `eval_...`.
     fn record(&self, prefix: &str, metrics: &mut BTreeMap<String, f64>) {
-        let values = [("loss", Some(self.loss())), ("margin", self.margin()), ("accuracy", self.accuracy())];
-        metrics.extend(values.into_iter().filter_map(|(name, value)| Some((format!("{prefix}_{name}"), value?))));
+        metrics.insert(format!("{prefix}_loss"), self.loss());
+        for (name, mean) in self.measures.means() {
+            if let Some((_, old)) = OLD_NAMES.iter().find(|(new, _)| *new == name) {
+                metrics.insert(format!("{prefix}_{old}"), mean);
+            }
+            metrics.insert(format!("{prefix}_{name}"), mean);
+        }
     }
 }
 
@@ -172,6 +222,8 @@ impl<'a> Run<'a> {
             passes: 0,
             started: Instant::now(),
             metrics: BTreeMap::new(),
+            first: None,
+            losses: Vec::new(),
         })
     }
 
@@ -180,13 +232,31 @@ impl<'a> Run<'a> {
         self.inputs.arbiter.train()
     }
 
-    fn score_reference(&mut self) -> Result<()> {
+    fn take_all_steps(&mut self, observe: &mut dyn FnMut(JobEvent)) -> Result<()> {
+        if self.train.needs_reference() {
+            // Few steps may see few of the records.
+            let seen = self.batches.seen_in(self.schedule.total_steps.into());
+            let pairs = seen.len() + self.validation.count();
+            observe(JobEvent::Message(format!("computing the reference's log-probabilities of {pairs} pairs")));
+            self.score_reference(&seen)?;
+            self.started = Instant::now();
+        }
+        for step in 1..=self.schedule.total_steps {
+            observe(self.step(step)?);
+            if self.evaluates_after(step) {
+                observe(self.evaluate(step)?);
+            }
+        }
+        self.compare_with_the_start()
+    }
+
+    fn score_reference(&mut self, train: &[usize]) -> Result<()> {
         let lora = self.inputs.reference.map(TracedLora::frozen).transpose()?;
         let lora = lora.as_ref();
         let most = self.inputs.recipe.batch_size as usize;
-        for objective in [&mut self.train, &mut self.validation] {
-            let all: Vec<usize> = (0..objective.count()).collect();
-            for piece in pieces(&**objective, &all, most) {
+        let validation: Vec<usize> = (0..self.validation.count()).collect();
+        for (objective, examples) in [(&mut self.train, train), (&mut self.validation, validation.as_slice())] {
+            for piece in pieces(&**objective, examples, most) {
                 self.inputs.control.check()?;
                 let permit = self.inputs.arbiter.train();
                 let pass = Pass { lora, permit: Some(&permit), ..Pass::default() };
@@ -194,6 +264,26 @@ impl<'a> Run<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Fails where the training has made the loss of its first records far worse.
+    fn compare_with_the_start(&self) -> Result<()> {
+        let (Some((batch, before)), steps) = (&self.first, self.losses.len()) else { return Ok(()) };
+        let last = &self.losses[steps - steps / LAST_PART..];
+        let mean = last.iter().sum::<f64>() / last.len().max(1) as f64;
+        if !last.is_empty() && mean <= before + DIVERGED_ABOVE {
+            return Ok(());
+        }
+        // Not to be stopped: all steps have been taken.
+        let after = self.score(&*self.train, batch, || Ok(()))?.loss();
+        // Not a number is not below.
+        if after <= before + DIVERGED_ABOVE {
+            return Ok(());
+        }
+        let message = format!(
+            "the first step's records had a loss of {before:.3} before the training and have {after:.3} after it; lower the learning rate"
+        );
+        Err(diverged_because(message))
     }
 
     fn step(&mut self, step: u32) -> Result<JobEvent> {
@@ -204,8 +294,10 @@ impl<'a> Run<'a> {
         if !loss.is_finite() || !grad_norm.is_finite() {
             let message =
                 format!("step {step} gave loss {loss} and gradient norm {grad_norm}; lower the learning rate");
-            return Err(diverged(message));
+            return Err(diverged_because(message));
         }
+        self.first.get_or_insert_with(|| (batch.clone(), loss));
+        self.losses.push(loss);
         let learning_rate = self.schedule.learning_rate(step - 1);
         clip(&mut gradients, grad_norm, self.inputs.recipe.max_grad_norm)?;
         let permit = self.permit();
@@ -224,8 +316,7 @@ impl<'a> Run<'a> {
             grad_norm,
             tokens_per_second: tokens as f64 / began.elapsed().as_secs_f64().max(1e-9),
             eta_seconds: self.started.elapsed().as_secs_f64() / f64::from(step) * f64::from(total_steps - step),
-            margin: sums.margin(),
-            accuracy: sums.accuracy(),
+            metrics: sums.measures.means(),
         })
     }
 
@@ -254,7 +345,7 @@ impl<'a> Run<'a> {
         self.passes += 1;
         let pass = Pass { lora: Some(&self.lora), dropout: (rate > 0.0).then_some(dropout), permit: Some(permit) };
         let part = self.train.loss(self.inputs.model, piece, pass)?;
-        sums.add(part.loss.to_scalar::<f32>()?, piece.len(), part.preference);
+        sums.add(&part)?;
         let gradients = (part.loss / sums.weight)?.backward()?;
         let of_var = |var: &Var| gradients.get(var).map(Tensor::detach);
         let all: Option<Vec<Tensor>> = self.vars.iter().map(of_var).collect();
@@ -267,25 +358,30 @@ impl<'a> Run<'a> {
     }
 
     fn evaluate(&mut self, step: u32) -> Result<JobEvent> {
-        // A frozen copy: no graph is built, so no activation is kept.
-        let lora = TracedLora::frozen(&self.lora.to_lora()?)?;
         let all: Vec<usize> = (0..self.validation.count()).collect();
-        let weight = all.iter().map(|example| self.validation.weight(*example)).sum();
-        let mut sums = Sums { weight, ..Sums::default() };
-        for piece in pieces(&*self.validation, &all, self.inputs.recipe.batch_size as usize) {
-            self.inputs.control.check()?;
-            let permit = self.permit();
-            let pass = Pass { lora: Some(&lora), dropout: None, permit: Some(&permit) };
-            let part = self.validation.loss(self.inputs.model, piece, pass)?;
-            sums.add(part.loss.to_scalar::<f32>()?, piece.len(), part.preference);
-        }
+        let sums = self.score(&*self.validation, &all, || self.inputs.control.check())?;
         let loss = sums.loss();
         if !loss.is_finite() {
             let message = format!("the validation after step {step} gave loss {loss}; lower the learning rate");
-            return Err(diverged(message));
+            return Err(diverged_because(message));
         }
         sums.record("eval", &mut self.metrics);
-        Ok(JobEvent::Evaluated { step, loss, margin: sums.margin(), accuracy: sums.accuracy() })
+        Ok(JobEvent::Evaluated { step, loss, metrics: sums.measures.means() })
+    }
+
+    /// The loss of examples as the adapter is now; `go_on` is asked before each pass.
+    fn score(&self, objective: &dyn Objective, examples: &[usize], go_on: impl Fn() -> Result<()>) -> Result<Sums> {
+        // A frozen copy: no graph is built, so no activation is kept.
+        let lora = TracedLora::frozen(&self.lora.to_lora()?)?;
+        let weight = examples.iter().map(|example| objective.weight(*example)).sum();
+        let mut sums = Sums { weight, ..Sums::default() };
+        for piece in pieces(objective, examples, self.inputs.recipe.batch_size as usize) {
+            go_on()?;
+            let permit = self.permit();
+            let pass = Pass { lora: Some(&lora), dropout: None, permit: Some(&permit) };
+            sums.add(&objective.loss(self.inputs.model, piece, pass)?)?;
+        }
+        Ok(sums)
     }
 }
 
@@ -318,6 +414,6 @@ fn pieces<'b>(objective: &dyn Objective, batch: &'b [usize], most: usize) -> Vec
     pieces
 }
 
-fn diverged(message: String) -> Error {
-    Error::precondition("TRAINING_DIVERGED", "the training run", message)
+fn diverged_because(message: String) -> Error {
+    Error::precondition(DIVERGED, "the training run", message)
 }

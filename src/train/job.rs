@@ -4,16 +4,16 @@ use std::sync::Arc;
 
 use crate::adapter::{BaseShape, Lora};
 use crate::config::Limits;
-use crate::data::{self, Chat, Examples, Pair, Preference, Record, Split};
+use crate::data::{self, Batches, Examples, Split};
 use crate::error::{Error, Result};
 use crate::hub::Hub;
 use crate::ids::{AdapterRef, Tenant};
-use crate::model::Model;
-use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start};
+use crate::model::{Model, parity};
+use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start, TrainingData};
 use crate::store::{DatasetKind, DatasetRow, Store};
-use crate::text::{Conversation, Text};
+use crate::text::Text;
+use crate::train::encode::{Encoded, Encoder};
 use crate::train::fit::Control;
-use crate::train::objective::loss_tokens;
 use crate::train::schedule::Schedule;
 
 /// Where jobs look things up.
@@ -41,15 +41,18 @@ pub struct Prepared {
     pub continued: bool,
     pub train: Examples,
     pub validation: Examples,
+    pub data: TrainingData,
+    pub total_steps: u32,
 }
 
 impl Prepared {
-    /// What the parity gate scores: the validation records, of pairs the chosen answers.
+    /// What the parity gate scores: validation records, as many as it uses, of pairs the chosen answers.
     pub fn probes(&self) -> Vec<Vec<u32>> {
-        match &self.validation {
-            Examples::Sft(examples) => examples.iter().map(|example| example.ids.clone()).collect(),
-            Examples::Dpo(pairs) => pairs.iter().map(|pair| pair.chosen.ids.clone()).collect(),
-        }
+        let ids: Vec<&[u32]> = match &self.validation {
+            Examples::Sft(examples) => examples.iter().map(|example| example.ids.as_slice()).collect(),
+            Examples::Dpo(pairs) => pairs.iter().map(|pair| pair.chosen.ids.as_slice()).collect(),
+        };
+        parity::own_probes(&ids)
     }
 }
 
@@ -88,13 +91,23 @@ impl Sources {
         Ok(Checked { dataset, total_steps: schedule.total_steps })
     }
 
+    /// Fails where the disk is nearly full: a result that cannot be saved is hours lost. Limit `min_free_disk_bytes`.
+    pub fn check_disk(&self) -> Result<()> {
+        self.store.blobs().check_free(self.limits.min_free_disk_bytes)
+    }
+
     /// Loads the starting adapter and turns every record into ids, so that nothing about the data can fail once training runs. CANCELLED
     /// soon after `control` has been told to stop.
     pub async fn prepare(&self, tenant: &Tenant, spec: &JobSpec, control: Arc<Control>) -> Result<Prepared> {
         let Checked { dataset, .. } = self.check(tenant, spec).await?;
         let shape = self.model.shape();
         let (start, continued) = match &spec.start {
-            Start::Fresh(lora) => (Lora::fresh(lora, shape, spec.hyperparameters.seed)?, false),
+            Start::Fresh(lora) => {
+                let (lora, shape, seed) = (lora.clone(), shape.clone(), spec.hyperparameters.seed);
+                // Random numbers for a large rank take long.
+                let fresh = tokio::task::spawn_blocking(move || Lora::fresh(&lora, &shape, seed));
+                (fresh.await.map_err(Error::internal)??, false)
+            }
             Start::From(version) => {
                 let (_, package) = self.hub.package(tenant, &AdapterRef::Version(version.clone())).await?;
                 let shape = shape.clone();
@@ -104,11 +117,22 @@ impl Sources {
             }
         };
         let records = data::read(&self.store, &dataset).await?;
-        let (text, recipe) = (self.text.clone(), spec.hyperparameters.clone());
+        let recipe = spec.hyperparameters.clone();
         let max_length = max_length(&recipe, &self.limits, self.model.context_length());
-        let encode = move || encode(&records, dataset.kind, &text, &recipe, max_length, &control);
-        let (train, validation) = tokio::task::spawn_blocking(encode).await.map_err(Error::internal)??;
-        Ok(Prepared { start, continued, train, validation })
+        let (text, limits, too_long) = (self.text.clone(), self.limits.clone(), spec.too_long);
+        let encode = move || {
+            let encoder = Encoder { text: &text, kind: dataset.kind, max_length, too_long, control: &control };
+            let encoded = encoder.encode(&records, &Split::new(records.len(), recipe.validation_split, recipe.seed))?;
+            let schedule = Schedule::new(&recipe, encoded.train.len());
+            check_schedule(&schedule, &limits)?;
+            let data =
+                TrainingData { tokens: tokens_of_all_steps(&encoded.train, &recipe, &schedule), ..encoded.data() };
+            check_tokens(data.tokens, &limits)?;
+            Ok::<_, Error>((encoded, data, schedule.total_steps))
+        };
+        let (encoded, data, total_steps) = tokio::task::spawn_blocking(encode).await.map_err(Error::internal)??;
+        let Encoded { train, validation, .. } = encoded;
+        Ok(Prepared { start, continued, train, validation, data, total_steps })
     }
 }
 
@@ -116,98 +140,6 @@ impl Sources {
 fn max_length(recipe: &Hyperparameters, limits: &Limits, context: usize) -> usize {
     let most = usize::try_from(limits.max_record_tokens).unwrap_or(usize::MAX).min(context);
     recipe.max_length.map_or(most, |length| length as usize)
-}
-
-/// All records as ids, split into training and validation.
-fn encode(
-    records: &[Record],
-    kind: DatasetKind,
-    text: &Text,
-    recipe: &Hyperparameters,
-    max_length: usize,
-    control: &Control,
-) -> Result<(Examples, Examples)> {
-    let split = Split::new(records.len(), recipe.validation_split, recipe.seed);
-    Ok(match kind {
-        DatasetKind::Sft => {
-            let (train, validation) =
-                encode_parts(records, &split, control, |n, record| encode_chat(n, record, text, max_length))?;
-            (Examples::Sft(train), Examples::Sft(validation))
-        }
-        DatasetKind::Preferences => {
-            let (train, validation) =
-                encode_parts(records, &split, control, |n, record| encode_pair(n, record, text, max_length))?;
-            (Examples::Dpo(train), Examples::Dpo(validation))
-        }
-    })
-}
-
-/// In the order of the records, so that an error names the first bad one. `encode` is given a record's number, from 1.
-fn encode_parts<T>(
-    records: &[Record],
-    split: &Split,
-    control: &Control,
-    encode: impl Fn(usize, &Record) -> Result<T>,
-) -> Result<(Vec<T>, Vec<T>)> {
-    let (mut train, mut validation) = (Vec::new(), Vec::new());
-    for (index, record) in records.iter().enumerate() {
-        control.check()?;
-        let held_out = split.validation.binary_search(&index).is_ok();
-        let part = if held_out { &mut validation } else { &mut train };
-        let number = index + 1;
-        part.push(encode(number, record).map_err(|error| in_record(number, error))?);
-    }
-    Ok((train, validation))
-}
-
-/// Says in which record it is wrong, unless it does already.
-fn in_record(number: usize, error: Error) -> Error {
-    match error {
-        Error::Invalid { reason, field, message } if field != "dataset" => Error::Invalid {
-            reason,
-            field: "dataset".to_owned(),
-            message: format!("record {number}: {field}: {message}"),
-        },
-        other => other,
-    }
-}
-
-fn encode_chat(number: usize, record: &Record, text: &Text, max_length: usize) -> Result<Conversation> {
-    let Record::Chat(chat) = record else { return Err(wrong_record(number)) };
-    let conversation = Chat::encode(chat, text)?;
-    check_length(number, &conversation, max_length)?;
-    Ok(conversation)
-}
-
-fn encode_pair(number: usize, record: &Record, text: &Text, max_length: usize) -> Result<Pair> {
-    let Record::Preference(preference) = record else { return Err(wrong_record(number)) };
-    let pair = Preference::encode(preference, text)?;
-    check_length(number, &pair.chosen, max_length)?;
-    check_length(number, &pair.rejected, max_length)?;
-    Ok(pair)
-}
-
-fn wrong_record(number: usize) -> Error {
-    Error::internal(format!("record {number} is not of its dataset's kind"))
-}
-
-fn check_length(number: usize, conversation: &Conversation, max_length: usize) -> Result<()> {
-    let length = conversation.ids.len();
-    if length > max_length {
-        let message = format!(
-            "record {number} has {length} tokens and max_length is {max_length}; shorten the record or raise \
-             hyperparameters.max_length"
-        );
-        return Err(Error::invalid_because("RECORD_TOO_LONG", "dataset", message));
-    }
-    if loss_tokens(conversation) == 0 {
-        return Err(Error::invalid_because(
-            "NOTHING_TO_LEARN",
-            "dataset",
-            format!("record {number} has no token to learn"),
-        ));
-    }
-    Ok(())
 }
 
 fn check_kind(objective: Objective, dataset: &DatasetRow) -> Result<()> {
@@ -266,6 +198,32 @@ fn check_recipe(recipe: &Hyperparameters, limits: &Limits, context: usize) -> Re
         return Err(Error::Exhausted { limit: "max_batch_records", message, retry_after: None });
     }
     Ok(())
+}
+
+/// Ids that a run sees, counted each time that it does.
+fn tokens_of_all_steps(train: &Examples, recipe: &Hyperparameters, schedule: &Schedule) -> u64 {
+    let lengths: Vec<u64> = match train {
+        Examples::Sft(examples) => examples.iter().map(|example| example.ids.len() as u64).collect(),
+        Examples::Dpo(pairs) => pairs.iter().map(|pair| pair.tokens() as u64).collect(),
+    };
+    let (epochs, rest) =
+        (schedule.total_steps / schedule.steps_per_epoch, schedule.total_steps % schedule.steps_per_epoch);
+    let mut batches = Batches::new(lengths.len(), schedule.batch, (!recipe.sequential).then_some(recipe.seed));
+    let first = u64::from(epochs) * u64::from(schedule.steps_per_epoch);
+    let last_epoch = (first..first + u64::from(rest)).flat_map(|step| batches.of_step(step));
+    let of_last_epoch: u64 = last_epoch.map(|record| lengths[record]).sum();
+    lengths.iter().sum::<u64>().saturating_mul(epochs.into()).saturating_add(of_last_epoch)
+}
+
+fn check_tokens(tokens: u64, limits: &Limits) -> Result<()> {
+    if tokens <= limits.max_training_tokens {
+        return Ok(());
+    }
+    let message = format!(
+        "the run would see {tokens} tokens, more than {}: one job at a time trains; lower epochs or max_steps",
+        limits.max_training_tokens
+    );
+    Err(Error::Exhausted { limit: "max_training_tokens", message, retry_after: None })
 }
 
 fn check_schedule(schedule: &Schedule, limits: &Limits) -> Result<()> {

@@ -1,15 +1,20 @@
 //! Training jobs: durable, one at a time, in the slack of serving. [`Trainer`] is the handle; the worker behind it claims jobs,
 //! runs [`fit::fit`] and publishes through the hub.
 
+mod encode;
 pub mod fit;
 mod job;
 pub mod objective;
 pub mod optim;
+mod publishing;
+mod result;
 pub mod schedule;
 mod worker;
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use futures::Stream;
 use tokio::sync::{Notify, broadcast};
@@ -22,17 +27,21 @@ use crate::error::{Error, Result};
 use crate::hub::Hub;
 use crate::ids::{JobName, Tenant};
 use crate::model::Model;
-use crate::request::{JobEvent, JobSpec, JobState};
+use crate::request::{JobEvent, JobSpec, JobState, TrainingData};
 use crate::store::{JobEnd, JobRow, NewJob, Store, StoredEvent};
 use crate::text::Text;
 use crate::train::fit::{Control, StopOnDrop};
-use crate::train::job::Sources;
+use crate::train::job::{Prepared, Sources};
 
 /// Stored events read at once by a watcher.
 const EVENT_PAGE: u32 = 256;
 
 /// Events that a watcher may be behind before it looks at the store unasked.
 const EVENTS_BEHIND: usize = 256;
+
+/// How often storing an event is tried, and the pause between two attempts.
+const REPORT_ATTEMPTS: u32 = 3;
+const REPORT_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a trainer works with.
 #[derive(Debug, Clone)]
@@ -43,6 +52,13 @@ pub struct TrainerParts {
     pub text: Arc<Text>,
     pub arbiter: Arc<Arbiter>,
     pub limits: Limits,
+}
+
+/// A job that would run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Validated {
+    pub total_steps: u32,
+    pub data: TrainingData,
 }
 
 /// The handle to the trainer of a server. Cheap to clone.
@@ -66,6 +82,8 @@ struct Inner {
     /// Says whenever an event of a job has been stored.
     events: broadcast::Sender<JobName>,
     running: Mutex<Option<Running>>,
+    /// The last event could not be stored.
+    reports_fail: AtomicBool,
     shutdown: CancellationToken,
 }
 
@@ -76,11 +94,36 @@ struct Running {
 }
 
 impl Inner {
-    /// Stores an event, then wakes the watchers.
-    async fn record(&self, job: &JobName, event: JobEvent) -> Result<()> {
-        self.sources.store.append_event(job, &event).await?;
-        self.announce(job);
-        Ok(())
+    /// Stores an event, then wakes the watchers. A run is worth more than a report of it: what cannot be stored after a few attempts is left
+    /// out, and after that there is one attempt for each event until one succeeds.
+    async fn report(&self, job: &JobName, event: JobEvent) {
+        let attempts = if self.reports_fail.load(Ordering::Relaxed) { 1 } else { REPORT_ATTEMPTS };
+        for attempt in 1..=attempts {
+            match self.sources.store.append_event(job, &event).await {
+                Ok(_) => {
+                    self.reports_fail.store(false, Ordering::Relaxed);
+                    self.announce(job);
+                    return;
+                }
+                Err(error) if attempt == attempts => {
+                    self.reports_fail.store(true, Ordering::Relaxed);
+                    tracing::warn!(%job, %error, ?event, "an event of a training job is left out");
+                }
+                Err(_) => tokio::time::sleep(REPORT_PAUSE).await,
+            }
+        }
+    }
+
+    /// Stores what a job trains on, as far as that is possible.
+    async fn report_data(&self, job: &JobName, data: TrainingData, total_steps: u32) {
+        if let Err(error) = self.sources.store.set_job_data(job, data, total_steps).await {
+            tracing::warn!(%job, %error, "could not record what a training job trains on");
+        }
+        if data.dropped + data.truncated > 0 {
+            let TrainingData { dropped, truncated, .. } = data;
+            let text = format!("records too long: {dropped} dropped, {truncated} truncated");
+            self.report(job, JobEvent::Message(text)).await;
+        }
     }
 
     fn announce(&self, job: &JobName) {
@@ -109,36 +152,40 @@ impl Trainer {
             queued: Notify::new(),
             events: broadcast::Sender::new(EVENTS_BEHIND),
             running: Mutex::default(),
+            reports_fail: AtomicBool::default(),
             shutdown: CancellationToken::new(),
         });
         let worker = tokio::spawn(worker::run(inner.clone()));
         Ok(Self { inner, worker: Arc::new(Mutex::new(Some(worker))) })
     }
 
-    /// Queues a job. A call with a request id that has been seen gives the job it made. `validate_only` checks the records too and
-    /// stores nothing.
-    pub async fn submit(
-        &self,
-        tenant: &Tenant,
-        spec: JobSpec,
-        request_id: &str,
-        validate_only: bool,
-    ) -> Result<JobRow> {
+    /// Checks a job, its records too, and stores nothing.
+    ///
+    /// # Errors
+    ///
+    /// Those that the job would end with before its first step.
+    pub async fn validate(&self, tenant: &Tenant, spec: &JobSpec) -> Result<Validated> {
+        let sources = &self.inner.sources;
+        // Told to stop where the caller goes away.
+        let control = Arc::new(Control::default());
+        let _stop = StopOnDrop(control.clone());
+        let Prepared { total_steps, data, .. } = sources.prepare(tenant, spec, control).await?;
+        Ok(Validated { total_steps, data })
+    }
+
+    /// Queues a job. A call with a request id that has been seen gives the job it made.
+    pub async fn submit(&self, tenant: &Tenant, spec: JobSpec, request_id: &str) -> Result<JobRow> {
         let sources = &self.inner.sources;
         if let Some(row) = sources.store.job_of_request(tenant.id(), request_id).await? {
             return Ok(row);
         }
         let checked = sources.check(tenant, &spec).await?;
         let name = JobName::new(tenant.id(), &new_id())?;
+        sources.check_disk()?;
         let job = NewJob { name, spec, total_steps: checked.total_steps };
-        if validate_only {
-            // Told to stop where the caller goes away.
-            let control = Arc::new(Control::default());
-            let _stop = StopOnDrop(control.clone());
-            sources.prepare(tenant, &job.spec, control).await?;
-            return Ok(job.into_row());
-        }
         let row = sources.store.insert_job(&job, request_id, sources.limits.max_jobs_per_tenant).await?;
+        let JobSpec { adapter, dataset, .. } = &row.spec;
+        tracing::info!(tenant = %tenant.id(), job = %row.name, %adapter, %dataset, "a training job is queued");
         self.inner.announce(&row.name);
         self.inner.queued.notify_one();
         Ok(row)
@@ -150,6 +197,7 @@ impl Trainer {
         let store = &self.inner.sources.store;
         let idle = [JobState::Queued, JobState::Paused, JobState::Interrupted];
         if let Some(row) = store.transition(job, &idle, JobState::Cancelled, JobEnd::default()).await? {
+            tracing::info!(tenant = %tenant.id(), %job, "a training job is cancelled");
             self.inner.announce(job);
             return Ok(row);
         }
@@ -168,7 +216,7 @@ impl Trainer {
         }
     }
 
-    /// Queues an interrupted job again; it starts over.
+    /// Queues an interrupted job again. It publishes what its training has saved; where there is nothing, it starts over.
     pub async fn resume(&self, tenant: &Tenant, job: &JobName) -> Result<JobRow> {
         tenant.check_owns(&job.tenant)?;
         let store = &self.inner.sources.store;
@@ -178,6 +226,7 @@ impl Trainer {
             let message = format!("is {state:?}; only an interrupted job can be resumed");
             return Err(Error::precondition("JOB_NOT_INTERRUPTED", job, message));
         };
+        tracing::info!(tenant = %tenant.id(), %job, "a training job is resumed");
         self.inner.announce(job);
         self.inner.queued.notify_one();
         Ok(row)

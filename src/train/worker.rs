@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use crate::adapter::format::Package;
 use crate::error::{Error, Result};
-use crate::hub::NewVersion;
-use crate::ids::{JobName, Tenant, VersionName};
+use crate::ids::{JobName, Tenant};
 use crate::request::{JobEvent, JobState};
-use crate::store::{JobEnd, JobRow, UsageDelta, VersionRow};
-use crate::train::fit::{Control, FitInputs, FitOutcome, fit};
+use crate::store::{JobEnd, JobRow, UsageDelta, VersionRow, held_error};
+use crate::train::fit::{Control, FitInputs, fit};
 use crate::train::job::Prepared;
+use crate::train::publishing::{Publication, save_and_publish, shown};
+use crate::train::result::TrainingResult;
 use crate::train::{Inner, Running};
 
 /// How long a claim holds without a heartbeat.
@@ -44,7 +45,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
 
 async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
     inner.announce(&job.name);
-    tracing::info!(job = %job.name, "training");
+    tracing::info!(tenant = %tenant.id(), job = %job.name, "a training job runs");
     let control = Arc::new(Control::default());
     inner.set_running(Some(Running { job: job.name.clone(), control: control.clone() }));
     let outcome = tokio::select! {
@@ -56,22 +57,29 @@ async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
     if let Err(error) = inner.sources.store.add_usage(tenant.id(), usage).await {
         tracing::error!(job = %job.name, %error, "could not record the usage");
     }
+    if control.claim_is_lost() {
+        tracing::error!(job = %job.name, "the claim of a training job was lost; what it has become is for others to say");
+        return;
+    }
+    let end = End::of(&job.name, outcome, control.is_saved());
     // Until it is written the job is RUNNING to everyone, and nothing it uses can be deleted.
-    while let Err(error) = finish(inner, &job.name, outcome.clone()).await {
+    while let Err(error) = end.write(inner, &job.name).await {
         tracing::error!(job = %job.name, %error, "could not record how the job ended");
-        if inner.shutdown.is_cancelled() {
+        if inner.shutdown.is_cancelled() || matches!(error, Error::NotFound { .. }) {
             return;
         }
         tokio::time::sleep(RETRY).await;
     }
 }
 
-/// Keeps the claim, and stops the run when the catalogue says that it is to be cancelled or the server shuts down.
+/// Keeps the claim, and stops the run when the catalogue says that it is to be cancelled, that it is another's, or the server shuts down.
 async fn heartbeat(inner: &Inner, job: &JobName, control: &Control) -> std::convert::Infallible {
     loop {
         match inner.sources.store.heartbeat(job, &inner.worker, LEASE).await {
             Ok(JobState::Running) => {}
             Ok(_) => control.stop(),
+            Err(Error::NotFound { .. }) => control.lose_claim(),
+            // One process has the data folder: while this one lives, nobody takes its claims for a heartbeat that could not be written.
             Err(error) => tracing::warn!(%job, %error, "could not renew the claim"),
         }
         tokio::select! {
@@ -89,50 +97,60 @@ async fn train_and_publish(
     tenant: &Tenant,
     job: &JobRow,
     control: &Arc<Control>,
-) -> Result<VersionName> {
-    let sources = &inner.sources;
-    let prepared = Arc::new(sources.prepare(tenant, &job.spec, control.clone()).await?);
-    let outcome = train(inner, job, prepared.clone(), control.clone()).await?;
-    control.check()?;
-    let version = NewVersion {
-        adapter: job.spec.adapter.clone(),
-        package: Package::from_lora(&outcome.lora, sources.model.shape())?,
-        probes: prepared.probes(),
-        publish: job.spec.publish,
-        job: Some(job.name.clone()),
-        metrics: outcome.metrics,
-        request_id: String::new(),
-        validate_only: false,
+) -> Result<Publication> {
+    let result = match saved_result(inner, job, control).await {
+        Ok(Some(result)) => result,
+        Ok(None) => match prepare(inner, tenant, job, control).await {
+            Ok(prepared) => train(inner, job, Arc::new(prepared), control.clone()).await?,
+            Err(error) if error.passes_by_itself() => return Ok(not_begun(&job.name, &error)),
+            Err(error) => return Err(error),
+        },
+        Err(error) => return Ok(not_begun(&job.name, &error)),
     };
-    inner.record(&job.name, JobEvent::Message("checking that serving gives what training gave".into())).await?;
-    let row = publish(inner, tenant, version, control).await?;
-    let parity = row.parity;
-    let line = format!(
-        "parity gate: mean difference {:.4} nats over {} tokens, at most {:.4} allowed; mean effect {:.4}",
-        parity.mean_abs_difference, parity.tokens, parity.threshold, parity.mean_abs_effect
-    );
-    // The version is there: nothing that fails now may say otherwise.
-    if let Err(error) = inner.record(&job.name, JobEvent::Message(line)).await {
-        tracing::warn!(job = %job.name, %error, "could not record what the gate measured");
+    let line = "checking that serving gives what training gave";
+    inner.report(&job.name, JobEvent::Message(line.into())).await;
+    let publication = save_and_publish(inner, tenant, job, &result, control).await?;
+    if let Publication::Done(row) = &publication {
+        let parity = row.parity;
+        let line = format!(
+            "parity gate: mean difference {:.4} nats over {} tokens, at most {:.4} allowed; mean effect {:.4}",
+            parity.mean_abs_difference, parity.tokens, parity.threshold, parity.mean_abs_effect
+        );
+        inner.report(&job.name, JobEvent::Message(line)).await;
     }
-    Ok(row.name)
+    Ok(publication)
 }
 
-/// Publishes, again and again where there is no room for the moment: the training must not be lost for that.
-async fn publish(inner: &Inner, tenant: &Tenant, new: NewVersion, control: &Control) -> Result<VersionRow> {
-    loop {
-        match inner.sources.hub.publish(tenant, new.clone()).await {
-            Err(Error::Exhausted { retry_after: Some(pause), .. }) => {
-                control.check()?;
-                tokio::time::sleep(pause).await;
-            }
-            outcome => return outcome,
-        }
+async fn prepare(inner: &Inner, tenant: &Tenant, job: &JobRow, control: &Arc<Control>) -> Result<Prepared> {
+    inner.sources.check_disk()?;
+    let prepared = inner.sources.prepare(tenant, &job.spec, control.clone()).await?;
+    inner.report_data(&job.name, prepared.data, prepared.total_steps).await;
+    Ok(prepared)
+}
+
+/// Nothing is wrong with the job, and nothing has been trained.
+fn not_begun(job: &JobName, error: &Error) -> Publication {
+    Publication::Postponed(format!("the job could not begin: {}; then resume it", shown(job, error)))
+}
+
+/// What an earlier run of the job has left: it only has to be published.
+async fn saved_result(inner: &Inner, job: &JobRow, control: &Control) -> Result<Option<TrainingResult>> {
+    let result = TrainingResult::load(&inner.sources.store, job).await?;
+    if result.is_some() {
+        control.saved();
+        let line = "the training had ended before; publishing the adapter that it saved";
+        inner.report(&job.name, JobEvent::Message(line.into())).await;
     }
+    Ok(result)
 }
 
 /// `fit` on a thread of its own, its events recorded as they come.
-async fn train(inner: &Arc<Inner>, job: &JobRow, prepared: Arc<Prepared>, control: Arc<Control>) -> Result<FitOutcome> {
+async fn train(
+    inner: &Arc<Inner>,
+    job: &JobRow,
+    prepared: Arc<Prepared>,
+    control: Arc<Control>,
+) -> Result<TrainingResult> {
     let (inner, name, spec) = (inner.clone(), job.name.clone(), job.spec.clone());
     let runtime = tokio::runtime::Handle::current();
     let run = move || {
@@ -147,46 +165,78 @@ async fn train(inner: &Arc<Inner>, job: &JobRow, prepared: Arc<Prepared>, contro
             arbiter: &inner.arbiter,
             control: &control,
         };
-        fit(inputs, &mut |event| runtime.block_on(inner.record(&name, event)))
+        let outcome = fit(inputs, &mut |event| runtime.block_on(inner.report(&name, event)))?;
+        Ok(TrainingResult {
+            package: Package::from_lora(&outcome.lora, inner.sources.model.shape())?,
+            // JSON has no infinities.
+            metrics: outcome.metrics.into_iter().filter(|(_, value)| value.is_finite()).collect(),
+            probes: prepared.probes(),
+            diverged: outcome.diverged,
+        })
     };
     tokio::task::spawn_blocking(run).await.map_err(|panic| Error::internal(format!("training: {panic}")))?
 }
 
-/// Writes the final state. A stopped run was cancelled if someone asked for it, else interrupted by the shutdown.
-async fn finish(inner: &Inner, job: &JobName, outcome: Result<VersionName>) -> Result<()> {
-    let store = &inner.sources.store;
-    let running = [JobState::Running, JobState::Cancelling];
-    match outcome {
-        Ok(version) => {
-            store.transition(job, &running, JobState::Succeeded, JobEnd { version: Some(version), error: None }).await?
-        }
-        Err(Error::Cancelled) => {
-            let cancelled = store.transition(job, &running[1..], JobState::Cancelled, JobEnd::default()).await?;
-            match cancelled {
-                Some(row) => Some(row),
-                None => {
-                    let why = "the server stopped; resume the job to run it again".to_owned();
-                    let end = JobEnd { version: None, error: Some(why) };
-                    store.transition(job, &running[..1], JobState::Interrupted, end).await?
-                }
-            }
-        }
-        Err(error) => {
-            let error = shown(job, &error);
-            store.transition(job, &running, JobState::Failed, JobEnd { version: None, error: Some(error) }).await?
-        }
-    };
-    inner.announce(job);
-    Ok(())
+/// How a job ends.
+enum End {
+    Succeeded(Box<VersionRow>),
+    /// Its version, where there is one, is not live.
+    Failed {
+        version: Option<Box<VersionRow>>,
+        error: String,
+    },
+    /// Cancelled where someone asked for it, else to be resumed.
+    Stopped(String),
 }
 
-/// What the tenant reads: our own faults go to the log.
-fn shown(job: &JobName, error: &Error) -> String {
-    match error {
-        Error::Internal(message) => {
-            tracing::error!(%job, message, "training failed");
-            "an internal error; the server's log has it under this job's name".to_owned()
+impl End {
+    fn of(job: &JobName, outcome: Result<Publication>, saved: bool) -> Self {
+        match outcome {
+            Ok(Publication::Done(version)) => match &version.held_reason {
+                None => Self::Succeeded(version),
+                Some(why) => {
+                    let error = held_error(&version.name, why);
+                    Self::Failed { version: Some(version), error }
+                }
+            },
+            Ok(Publication::Postponed(why)) => Self::Stopped(why),
+            Err(Error::Cancelled) if saved => {
+                Self::Stopped("the server stopped after the training; resume the job to publish its adapter".to_owned())
+            }
+            Err(Error::Cancelled) => Self::Stopped("the server stopped; resume the job to run it again".to_owned()),
+            Err(error) => Self::Failed { version: None, error: shown(job, &error) },
         }
-        other => other.to_string(),
+    }
+
+    async fn write(&self, inner: &Inner, job: &JobName) -> Result<()> {
+        let store = &inner.sources.store;
+        let running = [JobState::Running, JobState::Cancelling];
+        let named = |version: &VersionRow| Some(version.name.clone());
+        let row = match self {
+            Self::Succeeded(version) => {
+                let end = JobEnd { version: named(version), error: None };
+                store.transition(job, &running, JobState::Succeeded, end).await?
+            }
+            Self::Failed { version, error } => {
+                let version = version.as_deref().and_then(named);
+                let end = JobEnd { version, error: Some(error.clone()) };
+                store.transition(job, &running, JobState::Failed, end).await?
+            }
+            Self::Stopped(why) => {
+                match store.transition(job, &running[1..], JobState::Cancelled, JobEnd::default()).await? {
+                    Some(row) => Some(row),
+                    None => {
+                        let end = JobEnd { version: None, error: Some(why.clone()) };
+                        store.transition(job, &running[..1], JobState::Interrupted, end).await?
+                    }
+                }
+            }
+        };
+        inner.announce(job);
+        if let Some(JobRow { state, version, error, .. }) = row {
+            let version = version.map(|version| version.to_string());
+            tracing::info!(tenant = %job.tenant, %job, ?state, version, error, "a training job ended");
+        }
+        Ok(())
     }
 }

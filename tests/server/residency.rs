@@ -57,6 +57,7 @@ async fn publish(server: &TestServer, count: usize) {
             metrics: Default::default(),
             request_id: String::new(),
             validate_only: false,
+            held_reason: None,
         };
         server.parts.hub.publish(&Tenant::proven(tenant.clone()), new).await.unwrap();
     }

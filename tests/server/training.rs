@@ -170,6 +170,14 @@ fn steps(events: &[Event]) -> Vec<&StepTaken> {
     events.iter().filter_map(|event| if let Event::Step(step) = event { Some(step) } else { None }).collect()
 }
 
+/// Whether the version was live when the job ended.
+fn live_at_the_end(events: &[Event]) -> Option<bool> {
+    match events.last() {
+        Some(Event::State(change)) => change.live,
+        other => panic!("{other:?}"),
+    }
+}
+
 async fn jobs(client: &mut TrainingServiceClient<Transport>) -> Vec<String> {
     let request = ListTrainingJobsRequest { parent: "tenants/a".into(), ..Default::default() };
     let listed = client.list_training_jobs(request).await.unwrap().into_inner().training_jobs;
@@ -201,6 +209,14 @@ async fn preferences_continue_a_version_that_is_their_reference() {
     assert!(taken[0].margin.expect("a margin").abs() < 1e-3, "{taken:?}");
     assert_eq!((second.state(), second.step, second.total_steps), (JobState::Succeeded, 2, 2));
     assert_eq!(second.adapter_version, format!("{ADAPTER}/versions/2"));
+    for name in ["rewards/chosen", "rewards/rejected", "rewards/margins"] {
+        assert!(taken[0].metrics[name].abs() < 1e-3, "{name}: {taken:?}");
+    }
+    assert!(taken[0].metrics["logps/chosen"] < 0.0 && taken[0].metrics.contains_key("logps/rejected"), "{taken:?}");
+    assert_eq!(taken[1].metrics["rewards/accuracies"], taken[1].accuracy.expect("an accuracy"));
+    assert!(learnt.iter().all(|step| (0.0..=1.0).contains(&step.metrics["mean_token_accuracy"])));
+    assert_eq!((live_at_the_end(&events), second.live), (Some(false), false));
+    assert!(job(&mut training, &first.name).await.live);
     assert_eq!(versions(&server, &key).await.unwrap(), [second.adapter_version, first.adapter_version.clone()]);
     let request = GetAdapterRequest { name: ADAPTER.into() };
     let adapter = server.adapters(&key).await.get_adapter(request).await.unwrap().into_inner();
@@ -217,7 +233,9 @@ async fn a_retried_call_makes_one_job_and_a_validated_one_none() {
     let request = recipe("chats", SFT, 1);
     let validate = TrainRequest { validate_only: true, ..request.clone() };
     let validated = training.train(validate.clone()).await.unwrap().into_inner();
-    assert_eq!(validated.total_steps, 1);
+    assert_eq!((validated.name.as_str(), validated.state()), ("", JobState::Unspecified), "there is no job");
+    assert_eq!((validated.total_steps, validated.records), (1, 4));
+    assert!(validated.tokens > 0 && validated.create_time.is_none(), "{validated:?}");
     assert_eq!(jobs(&mut training).await, Vec::<String>::new());
 
     let request = TrainRequest { request_id: "r".into(), ..request };
@@ -244,5 +262,68 @@ async fn a_cancelled_job_leaves_no_version() {
     assert_eq!(last_state(&rest(events).await), JobState::Cancelled);
     assert_eq!(job(&mut training, &name).await.state(), JobState::Cancelled);
     assert_eq!(versions(&server, &key).await.unwrap_err().code(), Code::NotFound);
+    server.stopped().await;
+}
+
+/// A learning rate at which nothing can be learnt: the version is there, is not live, and says why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_diverged_adapter_never_goes_live() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "chats").await.unwrap();
+    let mut training = server.training(&key).await;
+    let taught = TrainRequest { publish: Publish::VersionOnly.into(), ..recipe("chats", SFT, 60) };
+    let (_, taught) = run(&mut training, taught).await;
+    assert!(!taught.live);
+    let mut request = recipe("chats", SFT, 4);
+    (request.publish, request.start) = (Publish::Live.into(), Some(Start::FromVersion(taught.adapter_version.clone())));
+    request.hyperparameters.as_mut().unwrap().learning_rate = Some(1.0);
+    let name = training.train(request).await.unwrap().into_inner().name;
+    let events = rest(watch(&mut training, &name).await).await;
+    assert_eq!((last_state(&events), live_at_the_end(&events)), (JobState::Failed, Some(false)), "{events:?}");
+    let ended = job(&mut training, &name).await;
+    assert!(ended.error.starts_with("TRAINING_DIVERGED: ") && !ended.live, "{ended:?}");
+    assert_eq!(versions(&server, &key).await.unwrap(), [ended.adapter_version.clone(), taught.adapter_version]);
+    let mut adapters = server.adapters(&key).await;
+    let request = ListAdapterVersionsRequest { parent: ADAPTER.into(), ..Default::default() };
+    let kept = adapters.list_adapter_versions(request).await.unwrap().into_inner().versions.remove(0);
+    assert!(kept.held_reason.starts_with("TRAINING_DIVERGED: ") && !kept.live, "{kept:?}");
+    let adapter = adapters.get_adapter(GetAdapterRequest { name: ADAPTER.into() }).await.unwrap().into_inner();
+    assert_eq!(adapter.live_version, "");
+
+    // It is its owner's, who may see for himself.
+    let request = SetLiveVersionRequest { name: ADAPTER.into(), version: kept.name, ..Default::default() };
+    assert_eq!(adapters.set_live_version(request).await.unwrap().into_inner().live_version, ended.adapter_version);
+    assert!(job(&mut training, &name).await.live);
+    server.stopped().await;
+}
+
+/// What an import answers says too whether the version serves.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_says_whether_its_version_is_live() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    let first = server.import(&key, "a", "tone", &server.package(1)).await.unwrap();
+    let second = server.import(&key, "a", "tone", &server.package(2)).await.unwrap();
+    assert_eq!((first.live, second.live), (true, false));
+    server.stopped().await;
+}
+
+/// A job gives back its whole recipe.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_tells_what_it_was_asked_for() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    upload_pairs(&server, &key, header("pairs", ""), vec![data(&LINE.repeat(4))]).await.unwrap();
+    let mut training = server.training(&key).await;
+    let request = TrainRequest { too_long: TooLong::Drop.into(), ..recipe("pairs", DPO, 1) };
+    let (_, done) = run(&mut training, request).await;
+    let spec = done.spec.unwrap();
+    assert_eq!(spec.objective, Some(Objective::Dpo(DpoSpec { beta: Some(0.1), label_smoothing: Some(0.0) })));
+    assert_eq!((spec.dataset.as_str(), spec.too_long()), ("tenants/a/datasets/pairs", TooLong::Drop));
+    assert!(matches!(spec.start, Some(Start::Lora(lora)) if lora.rank == Some(8) && lora.target_modules.len() == 7));
+    let all = spec.hyperparameters.unwrap();
+    assert_eq!((all.learning_rate, all.max_steps, all.beta2), (Some(1e-2), Some(1), Some(0.999)));
+    assert_eq!((done.records, done.validation_records, done.dropped_records), (4, 0, 0));
     server.stopped().await;
 }

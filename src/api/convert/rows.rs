@@ -51,6 +51,8 @@ pub fn version(row: VersionRow, place: Residency) -> pb::AdapterVersion {
         create_time: timestamp(row.create_time),
         metrics: row.metrics.into_iter().collect(),
         residency: Some(residency(place)),
+        live: row.live,
+        held_reason: row.held_reason.unwrap_or_default(),
     }
 }
 

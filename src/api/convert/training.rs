@@ -7,9 +7,12 @@ use crate::api::proto as pb;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, TenantId, VersionName};
 use crate::request::{
-    Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, Publish, Start, Target,
+    Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, Publish, Start, Target, TooLong,
+    TrainingData,
 };
 use crate::store::{JobRow, StoredEvent};
+use crate::train::Validated;
+use crate::train::objective::measures::{ACCURACIES, MARGINS};
 
 /// The recipe of a request. `from` is the version that `from_version` means.
 pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result<JobSpec> {
@@ -27,6 +30,11 @@ pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result
         start,
         hyperparameters: hyperparameters(request.hyperparameters.unwrap_or_default(), objective)?,
         publish: publish(request.publish)?,
+        too_long: match known("too_long", request.too_long)? {
+            pb::TooLong::Unspecified | pb::TooLong::Refuse => TooLong::Refuse,
+            pb::TooLong::Drop => TooLong::Drop,
+            pb::TooLong::Truncate => TooLong::Truncate,
+        },
     })
 }
 
@@ -102,6 +110,7 @@ fn hyperparameters(message: pb::Hyperparameters, objective: Objective) -> Result
 
 pub fn job(row: JobRow) -> pb::TrainingJob {
     pb::TrainingJob {
+        live: row.live,
         name: row.name.to_string(),
         state: state(row.state).into(),
         spec: Some(recipe(&row.spec)),
@@ -112,6 +121,24 @@ pub fn job(row: JobRow) -> pb::TrainingJob {
         create_time: timestamp(row.create_time),
         start_time: row.start_time.and_then(timestamp),
         end_time: row.end_time.and_then(timestamp),
+        ..trains_on(row.data)
+    }
+}
+
+/// What `validate_only` answers: no job.
+pub fn validated(spec: &JobSpec, Validated { total_steps, data }: Validated) -> pb::TrainingJob {
+    pb::TrainingJob { spec: Some(recipe(spec)), total_steps, ..trains_on(data) }
+}
+
+fn trains_on(data: TrainingData) -> pb::TrainingJob {
+    let TrainingData { records, validation_records, tokens, dropped, truncated } = data;
+    pb::TrainingJob {
+        records,
+        validation_records,
+        tokens,
+        dropped_records: dropped,
+        truncated_records: truncated,
+        ..Default::default()
     }
 }
 
@@ -139,7 +166,13 @@ fn recipe(spec: &JobSpec) -> pb::TrainRequest {
         Publish::Live => pb::Publish::Live,
         Publish::VersionOnly => pb::Publish::VersionOnly,
     };
+    let too_long = match spec.too_long {
+        TooLong::Refuse => pb::TooLong::Unspecified,
+        TooLong::Drop => pb::TooLong::Drop,
+        TooLong::Truncate => pb::TooLong::Truncate,
+    };
     pb::TrainRequest {
+        too_long: too_long.into(),
         parent: spec.adapter.tenant.to_string(),
         adapter_id: spec.adapter.adapter.clone(),
         dataset: spec.dataset.to_string(),
@@ -195,7 +228,8 @@ fn state(state: JobState) -> pb::JobState {
 pub fn event(StoredEvent { sequence, time, event }: StoredEvent) -> pb::TrainingEvent {
     use pb::training_event::Event;
     let event = match event {
-        JobEvent::State { state: to, error, version } => Event::State(pb::StateChanged {
+        JobEvent::State { state: to, error, version, live } => Event::State(pb::StateChanged {
+            live,
             state: state(to).into(),
             error: error.unwrap_or_default(),
             adapter_version: or_empty(version),
@@ -208,8 +242,7 @@ pub fn event(StoredEvent { sequence, time, event }: StoredEvent) -> pb::Training
             grad_norm,
             tokens_per_second,
             eta_seconds,
-            margin,
-            accuracy,
+            metrics,
         } => Event::Step(pb::StepTaken {
             step,
             total_steps,
@@ -218,12 +251,17 @@ pub fn event(StoredEvent { sequence, time, event }: StoredEvent) -> pb::Training
             grad_norm,
             tokens_per_second,
             eta_seconds,
-            margin,
-            accuracy,
+            margin: metrics.get(MARGINS).copied(),
+            accuracy: metrics.get(ACCURACIES).copied(),
+            metrics: metrics.into_iter().collect(),
         }),
-        JobEvent::Evaluated { step, loss, margin, accuracy } => {
-            Event::Evaluated(pb::Evaluated { step, loss, margin, accuracy })
-        }
+        JobEvent::Evaluated { step, loss, metrics } => Event::Evaluated(pb::Evaluated {
+            step,
+            loss,
+            margin: metrics.get(MARGINS).copied(),
+            accuracy: metrics.get(ACCURACIES).copied(),
+            metrics: metrics.into_iter().collect(),
+        }),
         JobEvent::Message(text) => Event::Message(text),
     };
     pb::TrainingEvent { sequence, time: timestamp(time), event: Some(event) }
@@ -267,7 +305,8 @@ mod tests {
             ..Default::default()
         };
         let start = Some(pb::train_request::Start::Lora(lora));
-        let spec = job_spec(&pb::TrainRequest { start, ..request() }, None).unwrap();
+        let too_long = pb::TooLong::Truncate.into();
+        let spec = job_spec(&pb::TrainRequest { start, too_long, ..request() }, None).unwrap();
         assert!(matches!(&spec.start, Start::Fresh(lora) if lora.layers == Some(vec![0, 2])
             && lora.targets == [Target::QProj, Target::VProj]));
         assert_eq!(job_spec(&recipe(&spec), None).unwrap(), spec);

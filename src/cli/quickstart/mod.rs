@@ -222,6 +222,7 @@ fn train_request(tenant: &Tenant, lesson: &Lesson, dataset: &str, from: Option<&
         publish: proto::Publish::Unspecified as i32,
         request_id: request_id(),
         validate_only: false,
+        too_long: proto::TooLong::Refuse.into(),
     }
 }
 

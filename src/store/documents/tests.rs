@@ -56,6 +56,7 @@ fn specs() -> [JobSpec; 2] {
         start: Start::Fresh(fresh),
         hyperparameters: recipe(),
         publish: Publish::Live,
+        too_long: TooLong::Refuse,
     };
     let plain = Hyperparameters {
         max_steps: None,
@@ -79,11 +80,15 @@ fn specs() -> [JobSpec; 2] {
     [first, second]
 }
 
+fn metrics(values: &[(&str, f64)]) -> BTreeMap<String, f64> {
+    values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+}
+
 fn events() -> [JobEvent; 6] {
     let version: VersionName = "tenants/acme/adapters/tone/versions/1".parse().unwrap();
     [
-        JobEvent::State { state: JobState::Queued, error: None, version: None },
-        JobEvent::State { state: JobState::Succeeded, error: Some("e".into()), version: Some(version) },
+        JobEvent::State { state: JobState::Queued, error: None, version: None, live: None },
+        JobEvent::State { state: JobState::Succeeded, error: Some("e".into()), version: Some(version), live: None },
         JobEvent::Step {
             step: 1,
             total_steps: 3,
@@ -92,11 +97,14 @@ fn events() -> [JobEvent; 6] {
             grad_norm: 2.0,
             tokens_per_second: 12.5,
             eta_seconds: 3.0,
-            margin: None,
-            accuracy: Some(0.5),
+            metrics: metrics(&[("rewards/accuracies", 0.5)]),
         },
-        JobEvent::Evaluated { step: 2, loss: 0.5, margin: Some(0.25), accuracy: Some(1.0) },
-        JobEvent::Evaluated { step: 2, loss: 0.5, margin: None, accuracy: None },
+        JobEvent::Evaluated {
+            step: 2,
+            loss: 0.5,
+            metrics: metrics(&[("rewards/margins", 0.25), ("rewards/accuracies", 1.0)]),
+        },
+        JobEvent::Evaluated { step: 2, loss: 0.5, metrics: metrics(&[]) },
         JobEvent::Message("hello".into()),
     ]
 }
@@ -131,6 +139,9 @@ fn what_is_written_reads_back_and_says_its_version() {
         let text = write_event(&event).unwrap();
         assert_eq!((read_event(&text).unwrap(), v(&text)), (event, VERSION.into()));
     }
+    let data = TrainingData { records: 5, validation_records: 1, tokens: 70, dropped: 2, truncated: 3 };
+    assert_eq!(read_data(Some(&write_data(&data).unwrap())).unwrap(), data);
+    assert_eq!(read_data(None).unwrap(), TrainingData::default());
     let text = write_parity(&parity()).unwrap();
     assert_eq!((read_parity(&text).unwrap(), v(&text)), (parity(), VERSION.into()));
 }
@@ -139,14 +150,15 @@ fn what_is_written_reads_back_and_says_its_version() {
 fn every_word_reads_back() {
     use JobState::*;
     for state in [Queued, Running, Pausing, Paused, Interrupted, Succeeded, Failed, Cancelling, Cancelled] {
-        let event = JobEvent::State { state, error: None, version: None };
+        let event = JobEvent::State { state, error: None, version: None, live: Some(true) };
         assert_eq!(read_event(&write_event(&event).unwrap()).unwrap(), event);
         assert!(write_event(&event).unwrap().contains(&format!("{state:?}")), "the word is the one first stored");
     }
     for schedule in [LrSchedule::Cosine, LrSchedule::Linear, LrSchedule::Constant] {
         for publish in [Publish::Auto, Publish::Live, Publish::VersionOnly] {
             let [spec, _] = specs();
-            let spec = JobSpec { publish, hyperparameters: Hyperparameters { schedule, ..recipe() }, ..spec };
+            let too_long = if publish == Publish::Live { TooLong::Drop } else { TooLong::Truncate };
+            let spec = JobSpec { publish, too_long, hyperparameters: Hyperparameters { schedule, ..recipe() }, ..spec };
             assert_eq!(read_spec(&write_spec(&spec).unwrap()).unwrap(), spec);
         }
     }
@@ -223,9 +235,11 @@ fn a_later_version_is_refused_and_says_so() {
 
 #[test]
 fn figures_that_are_no_numbers_do_not_make_a_row_unreadable() {
-    let step = JobEvent::Evaluated { step: 1, loss: f64::INFINITY, margin: Some(f64::NAN), accuracy: None };
+    let metrics = metrics(&[("rewards/margins", f64::NAN), ("logps/chosen", -1.0)]);
+    let step = JobEvent::Evaluated { step: 1, loss: f64::INFINITY, metrics };
     let read = read_event(&write_event(&step).unwrap()).unwrap();
-    assert!(matches!(read, JobEvent::Evaluated { step: 1, loss, margin: None, accuracy: None } if loss.is_nan()));
+    let JobEvent::Evaluated { step: 1, loss, metrics } = read else { panic!("{read:?}") };
+    assert!(loss.is_nan() && metrics.keys().eq(["logps/chosen"]), "{metrics:?}");
     let report = ParityReport { mean_abs_effect: f32::NAN, ..parity() };
     assert!(read_parity(&write_parity(&report).unwrap()).unwrap().mean_abs_effect.is_nan());
 }

@@ -1,6 +1,6 @@
 use super::*;
 use crate::ids::{DatasetName, Digest};
-use crate::request::{Hyperparameters, LoraSpec, LrSchedule, Objective, Publish};
+use crate::request::{Hyperparameters, LoraSpec, LrSchedule, Objective, Publish, TooLong};
 use crate::store::{DatasetKind, NewDataset};
 
 const LEASE: Duration = Duration::from_secs(30);
@@ -36,6 +36,7 @@ fn job(tenant: &TenantId, id: &str) -> NewJob {
         start: Start::Fresh(LoraSpec::default()),
         hyperparameters,
         publish: Publish::Auto,
+        too_long: TooLong::Refuse,
     };
     NewJob { name: JobName::new(tenant, id).unwrap(), spec, total_steps: 3 }
 }
@@ -152,8 +153,7 @@ async fn events_count_from_one_and_steps_move_the_job() {
         grad_norm: 0.7,
         tokens_per_second: 12.5,
         eta_seconds: 1.0,
-        margin: None,
-        accuracy: Some(0.5),
+        metrics: [("rewards/accuracies".to_owned(), 0.5)].into(),
     };
     assert_eq!(store.append_event(&name, &step).await.unwrap(), 2);
     assert_eq!(store.append_event(&other, &JobEvent::Message("m".into())).await.unwrap(), 2);

@@ -9,7 +9,10 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::traced::Pass;
 use crate::text::Conversation;
-use crate::train::objective::{LossSum, Objective, PreferenceSum, loss_logprobs};
+use crate::train::objective::measures::{
+    ACCURACIES, CHOSEN_LOGPS, CHOSEN_REWARDS, MARGINS, REJECTED_LOGPS, REJECTED_REWARDS,
+};
+use crate::train::objective::{LossSum, Measures, Objective, loss_tokens, score_loss_tokens};
 
 /// The loss of pairs of sequence log-probabilities.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -22,17 +25,44 @@ pub struct DpoLoss {
 impl DpoLoss {
     /// For `[pairs]` log-probabilities under the policy and their references: the sum of
     /// -(1 - s) ln sigmoid(h) - s ln sigmoid(-h), where h is the margin.
-    pub fn sum(&self, chosen: &Tensor, rejected: &Tensor, reference_margin: &Tensor) -> Result<LossSum> {
+    pub fn sum(&self, chosen: &Tensor, rejected: &Tensor, reference: &[PairLogprobs]) -> Result<LossSum> {
+        let reference_margin: Vec<f32> = reference.iter().map(|pair| pair.chosen - pair.rejected).collect();
+        let reference_margin = Tensor::from_vec(reference_margin, reference.len(), chosen.device())?;
         let margins = (((chosen - rejected)? - reference_margin)? * self.beta)?;
         // -ln sigmoid(-h) = h - ln sigmoid(h)
         let losses = (softplus(&margins.neg()?)? + (&margins * self.label_smoothing)?)?;
-        let values = margins.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-        let preference = PreferenceSum {
-            margin: values.iter().sum(),
-            correct: values.iter().filter(|margin| **margin > 0.0).count() as f64,
-        };
-        Ok(LossSum { loss: losses.sum_all()?, preference: Some(preference) })
+        let measures = self.measures(&values(&margins)?, [&values(chosen)?, &values(rejected)?], reference);
+        Ok(LossSum { loss: losses.sum_all()?, measures })
     }
+
+    fn measures(&self, margins: &[f64], [chosen, rejected]: [&[f64]; 2], reference: &[PairLogprobs]) -> Measures {
+        let reward = |policy: &[f64], of: fn(&PairLogprobs) -> f32| -> f64 {
+            policy.iter().zip(reference).map(|(policy, pair)| self.beta * (policy - f64::from(of(pair)))).sum()
+        };
+        let correct = margins.iter().filter(|margin| **margin > 0.0).count() as f64;
+        let sums = [
+            (CHOSEN_REWARDS, reward(chosen, |pair| pair.chosen)),
+            (REJECTED_REWARDS, reward(rejected, |pair| pair.rejected)),
+            (MARGINS, margins.iter().sum()),
+            (ACCURACIES, correct),
+            (CHOSEN_LOGPS, chosen.iter().sum()),
+            (REJECTED_LOGPS, rejected.iter().sum()),
+        ];
+        let mut measures = Measures::default();
+        sums.into_iter().for_each(|(name, sum)| measures.add(name, sum, margins.len()));
+        measures
+    }
+}
+
+fn values(tensor: &Tensor) -> Result<Vec<f64>> {
+    Ok(tensor.to_dtype(DType::F64)?.to_vec1()?)
+}
+
+/// ln p of both answers of a pair, each summed over its tokens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PairLogprobs {
+    pub chosen: f32,
+    pub rejected: f32,
 }
 
 /// ln(1 + e^x) = max(x, 0) + ln(1 + e^-|x|), which never overflows.
@@ -45,23 +75,23 @@ fn softplus(x: &Tensor) -> Result<Tensor> {
 pub struct Dpo<'a> {
     pairs: &'a [Pair],
     loss: DpoLoss,
-    /// ln p(chosen) - ln p(rejected) under the reference; `None` until scored.
-    reference_margins: Vec<Option<f32>>,
+    /// Under the reference; `None` until scored.
+    reference: Vec<Option<PairLogprobs>>,
 }
 
 impl<'a> Dpo<'a> {
     pub fn new(pairs: &'a [Pair], loss: DpoLoss) -> Self {
-        Self { pairs, loss, reference_margins: vec![None; pairs.len()] }
+        Self { pairs, loss, reference: vec![None; pairs.len()] }
     }
 
     /// Sums over the answer's tokens, `[examples]` each: chosen, rejected.
     fn sequence_logprobs(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<(Tensor, Tensor)> {
         let side = |pick: fn(&Pair) -> &Conversation| examples.iter().map(move |e| pick(&self.pairs[*e]));
         let sequences: Vec<_> = side(|pair| &pair.chosen).chain(side(|pair| &pair.rejected)).collect();
-        let (logprobs, counts) = loss_logprobs(model, &sequences, pass)?;
-        let mut sums = Vec::with_capacity(counts.len());
+        let logprobs = score_loss_tokens(model, &sequences, pass)?.logprobs;
+        let mut sums = Vec::with_capacity(sequences.len());
         let mut start = 0;
-        for count in counts {
+        for count in sequences.iter().map(|conversation| loss_tokens(conversation)) {
             sums.push(logprobs.narrow(0, start, count)?.sum_all()?);
             start += count;
         }
@@ -84,17 +114,17 @@ impl Objective for Dpo<'_> {
     }
 
     fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
-        let known: Option<Vec<f32>> = examples.iter().map(|example| self.reference_margins[*example]).collect();
+        let known: Option<Vec<_>> = examples.iter().map(|example| self.reference[*example]).collect();
         let known = known.ok_or_else(|| Error::internal("a pair was used before the reference had scored it"))?;
         let (chosen, rejected) = self.sequence_logprobs(model, examples, pass)?;
-        let reference = Tensor::from_vec(known, examples.len(), chosen.device())?;
-        self.loss.sum(&chosen, &rejected, &reference)
+        self.loss.sum(&chosen, &rejected, &known)
     }
 
     fn score_reference(&mut self, model: &Arc<Model>, examples: &[usize], reference: Pass<'_>) -> Result<()> {
         let (chosen, rejected) = self.sequence_logprobs(model, examples, reference)?;
-        for (example, margin) in examples.iter().zip((chosen - rejected)?.to_vec1::<f32>()?) {
-            self.reference_margins[*example] = Some(margin);
+        let sides = chosen.to_vec1::<f32>()?.into_iter().zip(rejected.to_vec1::<f32>()?);
+        for (example, (chosen, rejected)) in examples.iter().zip(sides) {
+            self.reference[*example] = Some(PairLogprobs { chosen, rejected });
         }
         Ok(())
     }
@@ -113,6 +143,10 @@ mod tests {
         Tensor::new(values, &Device::Cpu).unwrap()
     }
 
+    fn pairs<const N: usize>(values: [(f32, f32); N]) -> [PairLogprobs; N] {
+        values.map(|(chosen, rejected)| PairLogprobs { chosen, rejected })
+    }
+
     fn scalar(sum: &LossSum) -> f64 {
         f64::from(sum.loss.to_scalar::<f32>().unwrap())
     }
@@ -120,9 +154,12 @@ mod tests {
     #[test]
     fn an_indifferent_policy_costs_ln_2_a_pair() {
         let loss = DpoLoss { beta: 0.1, label_smoothing: 0.0 };
-        let sum = loss.sum(&tensor(&[-5.0, -7.0]), &tensor(&[-9.0, -3.0]), &tensor(&[4.0, -4.0])).unwrap();
+        let reference = pairs([(-5.0, -9.0), (-7.0, -3.0)]);
+        let sum = loss.sum(&tensor(&[-5.0, -7.0]), &tensor(&[-9.0, -3.0]), &reference).unwrap();
         assert!((scalar(&sum) - 2.0 * 2_f64.ln()).abs() < 1e-6);
-        assert_eq!(sum.preference, Some(PreferenceSum { margin: 0.0, correct: 0.0 }));
+        let means = sum.measures.means();
+        assert_eq!((means[MARGINS], means[ACCURACIES], means[CHOSEN_REWARDS]), (0.0, 0.0, 0.0));
+        assert_eq!((means[CHOSEN_LOGPS], means[REJECTED_LOGPS]), (-6.0, -6.0));
     }
 
     #[test]
@@ -131,13 +168,24 @@ mod tests {
         let loss = DpoLoss { beta: 0.5, label_smoothing: 0.2 };
         let chosen = Var::from_tensor(&tensor(&[-1.0, -6.0])).unwrap();
         let rejected = Var::from_tensor(&tensor(&[-3.0, -2.0])).unwrap();
-        let sum = loss.sum(chosen.as_tensor(), rejected.as_tensor(), &tensor(&[1.0, 0.5])).unwrap();
+        let reference = pairs([(-2.0, -3.0), (-1.0, -1.5)]);
+        let sum = loss.sum(chosen.as_tensor(), rejected.as_tensor(), &reference).unwrap();
         let margins = [0.5 * (2.0 - 1.0), 0.5 * (-4.0 - 0.5)];
         let expected: f64 = margins.iter().map(|h| -0.8 * sigmoid(*h).ln() - 0.2 * sigmoid(-h).ln()).sum();
         assert!((scalar(&sum) - expected).abs() < 1e-6);
-        let preference = sum.preference.unwrap();
-        assert!((preference.margin - margins.iter().sum::<f64>()).abs() < 1e-6);
-        assert_eq!(preference.correct, 1.0);
+        let means = sum.measures.means();
+        // Half of beta * (pi - ref) of either answer.
+        let expected = [
+            (MARGINS, margins.iter().sum::<f64>() / 2.0),
+            (ACCURACIES, 0.5),
+            (CHOSEN_REWARDS, (0.5 * 1.0 - 0.5 * 5.0) / 2.0),
+            (REJECTED_REWARDS, (0.0 - 0.5 * 0.5) / 2.0),
+            (CHOSEN_LOGPS, -3.5),
+            (REJECTED_LOGPS, -2.5),
+        ];
+        for (name, expected) in expected {
+            assert!((means[name] - expected).abs() < 1e-6, "{name}: {} {expected}", means[name]);
+        }
         let gradients = sum.loss.backward().unwrap();
         let by_chosen = gradients.get(&chosen).unwrap().to_vec1::<f32>().unwrap();
         let by_rejected = gradients.get(&rejected).unwrap().to_vec1::<f32>().unwrap();
@@ -151,8 +199,8 @@ mod tests {
     #[test]
     fn extreme_margins_stay_finite() {
         let loss = DpoLoss { beta: 1.0, label_smoothing: 0.0 };
-        let zero = tensor(&[0.0]);
-        assert_eq!(scalar(&loss.sum(&tensor(&[1e4]), &zero, &zero).unwrap()), 0.0);
-        assert_eq!(scalar(&loss.sum(&tensor(&[-1e4]), &zero, &zero).unwrap()), 1e4);
+        let (zero, reference) = (tensor(&[0.0]), pairs([(0.0, 0.0)]));
+        assert_eq!(scalar(&loss.sum(&tensor(&[1e4]), &zero, &reference).unwrap()), 0.0);
+        assert_eq!(scalar(&loss.sum(&tensor(&[-1e4]), &zero, &reference).unwrap()), 1e4);
     }
 }

@@ -1,6 +1,7 @@
 //! What is minimised. An objective owns its examples as ids and turns some of them into a loss; the loop in `fit` knows no more.
 
 mod dpo;
+pub mod measures;
 mod sft;
 
 use std::sync::Arc;
@@ -9,10 +10,11 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 use crate::model::Model;
-use crate::model::traced::Pass;
+use crate::model::traced::{Pass, TokenScores};
 use crate::text::Conversation;
 
 pub use dpo::{Dpo, DpoLoss};
+pub use measures::Measures;
 pub use sft::Sft;
 
 /// A loss over examples that never changes while a job runs.
@@ -45,27 +47,10 @@ pub trait Objective {
 pub struct LossSum {
     /// Scalar, with gradients.
     pub loss: Tensor,
-    /// Preferences only.
-    pub preference: Option<PreferenceSum>,
+    pub measures: Measures,
 }
 
-/// Sums over pairs.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct PreferenceSum {
-    /// Of beta * ((pi_c - ref_c) - (pi_r - ref_r)).
-    pub margin: f64,
-    /// Pairs with a positive margin.
-    pub correct: f64,
-}
-
-impl std::ops::AddAssign for PreferenceSum {
-    fn add_assign(&mut self, other: Self) {
-        self.margin += other.margin;
-        self.correct += other.correct;
-    }
-}
-
-/// For each sequence the positions i whose next token is in the loss, as `Model::token_logprobs` wants them.
+/// For each sequence the positions i whose next token is in the loss, as `Model::score_tokens` wants them.
 fn wanted(sequences: &[&Conversation]) -> Vec<(usize, usize)> {
     let of_one = |(sequence, conversation): (usize, &&Conversation)| {
         let positions = conversation.in_loss.iter().enumerate().skip(1).filter(|(_, in_loss)| **in_loss);
@@ -79,9 +64,8 @@ pub fn loss_tokens(conversation: &Conversation) -> usize {
     conversation.in_loss.iter().skip(1).filter(|in_loss| **in_loss).count()
 }
 
-/// Log-probabilities of the tokens in the loss of all sequences, in order, and how many belong to each.
-fn loss_logprobs(model: &Arc<Model>, sequences: &[&Conversation], pass: Pass<'_>) -> Result<(Tensor, Vec<usize>)> {
+/// Scores the tokens in the loss of all sequences, in order.
+fn score_loss_tokens(model: &Arc<Model>, sequences: &[&Conversation], pass: Pass<'_>) -> Result<TokenScores> {
     let ids: Vec<&[u32]> = sequences.iter().map(|conversation| conversation.ids.as_slice()).collect();
-    let logprobs = model.token_logprobs(&ids, &wanted(sequences), pass)?;
-    Ok((logprobs, sequences.iter().map(|conversation| loss_tokens(conversation)).collect()))
+    model.score_tokens(&ids, &wanted(sequences), pass)
 }

@@ -6,7 +6,8 @@ use crate::error::Result;
 use crate::model::Model;
 use crate::model::traced::Pass;
 use crate::text::Conversation;
-use crate::train::objective::{LossSum, Objective, loss_logprobs, loss_tokens};
+use crate::train::objective::measures::TOKEN_ACCURACY;
+use crate::train::objective::{LossSum, Measures, Objective, loss_tokens, score_loss_tokens};
 
 /// Cross-entropy, averaged over the loss tokens of the whole step.
 #[derive(Debug)]
@@ -35,7 +36,10 @@ impl Objective for Sft<'_> {
 
     fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
         let sequences: Vec<_> = examples.iter().map(|example| &self.examples[*example]).collect();
-        let (logprobs, _) = loss_logprobs(model, &sequences, pass)?;
-        Ok(LossSum { loss: logprobs.sum_all()?.neg()?, preference: None })
+        let scores = score_loss_tokens(model, &sequences, pass)?;
+        let mut measures = Measures::default();
+        let right = scores.is_greedy.iter().filter(|greedy| **greedy).count();
+        measures.add(TOKEN_ACCURACY, right as f64, scores.is_greedy.len());
+        Ok(LossSum { loss: scores.logprobs.sum_all()?.neg()?, measures })
     }
 }

@@ -1,5 +1,6 @@
 //! The loop on the tiny model.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::adapter::Lora;
@@ -10,7 +11,9 @@ use crate::model::Model;
 use crate::request::{Hyperparameters, JobEvent, LoraSpec, Objective};
 use crate::store::DatasetKind;
 use crate::text::Text;
-use crate::train::fit::{Control, FitInputs, FitOutcome, fit};
+use crate::train::fit::{Control, DIVERGED_ABOVE, FitInputs, FitOutcome, fit};
+use crate::train::objective::loss_tokens;
+use crate::train::objective::measures::*;
 use crate::train::tests::{lora, recipe};
 
 const DPO: Objective = Objective::Dpo { beta: 0.1, label_smoothing: 0.0 };
@@ -28,14 +31,18 @@ impl Bench {
     }
 
     fn chats(&self, n: usize) -> Examples {
-        let chat = |i: usize| {
-            let line = format!(r#"{{"prompt":"q{i}","completion":"{}"}}"#, "yes, sir ".repeat(1 + i % 3));
+        self.chats_of((0..n).map(|i| "yes, sir ".repeat(1 + i % 3)))
+    }
+
+    fn chats_of(&self, answers: impl Iterator<Item = String>) -> Examples {
+        let chat = |(i, answer): (usize, String)| {
+            let line = format!(r#"{{"prompt":"q{i}","completion":"{answer}"}}"#);
             match Record::parse(DatasetKind::Sft, line.as_bytes()).unwrap() {
                 Record::Chat(chat) => chat.encode(&self.text).unwrap(),
                 Record::Preference(_) => unreachable!(),
             }
         };
-        Examples::Sft((0..n).map(chat).collect())
+        Examples::Sft(answers.enumerate().map(chat).collect())
     }
 
     fn pairs(&self, n: usize) -> Examples {
@@ -80,7 +87,6 @@ impl Bench {
                 control.stop();
             }
             events.push(event);
-            Ok(())
         });
         (outcome, events)
     }
@@ -113,7 +119,7 @@ impl<'a> Run<'a> {
 /// (loss, gradient norm, margin) of each step.
 fn curve(events: &[JobEvent]) -> Vec<(f64, f64, Option<f64>)> {
     let of_step = |event: &JobEvent| match event {
-        JobEvent::Step { loss, grad_norm, margin, .. } => Some((*loss, *grad_norm, *margin)),
+        JobEvent::Step { loss, grad_norm, metrics, .. } => Some((*loss, *grad_norm, metrics.get(MARGINS).copied())),
         _ => None,
     };
     events.iter().filter_map(of_step).collect()
@@ -248,4 +254,117 @@ fn a_run_that_diverges_says_so() {
     }
     let outcome = bench.fit(&Run::new(&start, &bench.chats(4), recipe()));
     assert!(matches!(outcome, Err(Error::Precondition { reason: "TRAINING_DIVERGED", .. })));
+}
+
+/// Steps as long as the weights themselves: the adapter is there, and so is the reason why it must not serve.
+#[test]
+fn a_run_that_makes_everything_worse_has_diverged() {
+    let bench = Bench::new();
+    let (start, train) = (bench.start(lora()), bench.chats(4));
+    let steps = |learning_rate, steps| Hyperparameters { learning_rate, max_steps: Some(steps), ..recipe() };
+    let taught = bench.fit(&Run::new(&start, &train, steps(1e-2, 60))).unwrap().0;
+    assert_eq!(taught.diverged, None);
+    for few_or_many in [1, 3, 12] {
+        let (outcome, _) = bench.fit(&Run::new(&taught.lora, &train, steps(1.0, few_or_many))).unwrap();
+        let why = outcome.diverged.unwrap_or_else(|| panic!("{few_or_many} steps: {:?}", outcome.metrics));
+        assert!(why.contains("lower the learning rate"), "{why}");
+        assert!(outcome.lora.is_finite() && outcome.lora != taught.lora);
+    }
+}
+
+/// The last step's records are harder than the first's, by more than makes a run diverged; but the training harms nothing.
+#[test]
+fn hard_records_at_the_end_are_no_divergence() {
+    let bench = Bench::new();
+    let (start, easy) = (bench.start(lora()), bench.chats(1));
+    let steps = Hyperparameters { max_steps: Some(60), ..recipe() };
+    let taught = bench.fit(&Run::new(&start, &easy, steps)).unwrap().0.lora;
+    let mixed = bench.chats_of(["yes, sir ".to_owned(), "0123456789 XYZ".to_owned()].into_iter());
+    let recipe = Hyperparameters { learning_rate: 1e-6, batch_size: 1, ..recipe() };
+    let (outcome, events) = bench.fit(&Run::new(&taught, &mixed, recipe)).unwrap();
+    let curve = curve(&events);
+    assert!(curve[1].0 > curve[0].0 + DIVERGED_ABOVE, "{curve:?}");
+    assert_eq!(outcome.diverged, None);
+}
+
+/// Each step's measurements.
+fn measured(events: &[JobEvent]) -> Vec<&BTreeMap<String, f64>> {
+    let of_step = |event: &JobEvent| matches!(event, JobEvent::Step { .. });
+    let steps = events.iter().filter(|event| of_step(event));
+    steps.filter_map(|event| if let JobEvent::Step { metrics, .. } = event { Some(metrics) } else { None }).collect()
+}
+
+#[test]
+fn supervised_training_tells_the_accuracy_of_its_tokens() {
+    let bench = Bench::new();
+    let (start, train, validation) = (bench.start(lora()), bench.chats(4), bench.chats(2));
+    let Examples::Sft(examples) = &train else { panic!() };
+    // The most likely ids by all logits of the base, which a fresh adapter is.
+    let (mut right, mut all) = (0, 0);
+    for example in examples {
+        let wanted: Vec<_> = (1..example.ids.len()).filter(|i| example.in_loss[*i]).map(|i| (0, i - 1)).collect();
+        assert_eq!(wanted.len(), loss_tokens(example));
+        let logits = bench.model.reference_logits(&[&example.ids], &wanted, None).unwrap();
+        let best = logits.argmax(1).unwrap().to_vec1::<u32>().unwrap();
+        right += best.iter().zip(&wanted).filter(|(best, (_, i))| **best == example.ids[i + 1]).count();
+        all += wanted.len();
+    }
+    let recipe = Hyperparameters { max_steps: Some(40), ..recipe() };
+    let run = Run { validation: Some(&validation), ..Run::new(&start, &train, recipe) };
+    let (outcome, events) = bench.fit(&run).unwrap();
+    let measured = measured(&events);
+    assert!(
+        close(measured[0][TOKEN_ACCURACY], right as f64 / all as f64)
+            || right == 0 && measured[0][TOKEN_ACCURACY] == 0.0
+    );
+    assert!(measured[39][TOKEN_ACCURACY] > measured[0][TOKEN_ACCURACY] + 0.3, "{measured:?}");
+    assert_eq!(outcome.metrics["train_mean_token_accuracy"], measured[39][TOKEN_ACCURACY]);
+    assert!(outcome.metrics["eval_mean_token_accuracy"] > 0.3);
+}
+
+#[test]
+fn preferences_tell_rewards_and_log_probabilities() {
+    let bench = Bench::new();
+    let (start, train) = (bench.start(lora()), bench.pairs(3));
+    let Examples::Dpo(pairs) = &train else { panic!() };
+    let logp = |pick: fn(&crate::data::Pair) -> &crate::text::Conversation| {
+        let of_pair = |pair| {
+            let answer = pick(pair);
+            let wanted: Vec<_> = (1..answer.ids.len()).filter(|i| answer.in_loss[*i]).map(|i| (0, i - 1)).collect();
+            let logprobs = bench.model.token_logprobs(&[&answer.ids], &wanted, Default::default()).unwrap();
+            logprobs.to_vec1::<f32>().unwrap().iter().map(|x| f64::from(*x)).sum::<f64>()
+        };
+        pairs.iter().map(of_pair).sum::<f64>() / pairs.len() as f64
+    };
+    let (chosen, rejected) = (logp(|pair| &pair.chosen), logp(|pair| &pair.rejected));
+    let recipe = Hyperparameters { max_steps: Some(12), ..recipe() };
+    let (outcome, events) = bench.fit(&Run::new(&start, &train, recipe)).unwrap();
+    let measured = measured(&events);
+    assert!(close(measured[0][CHOSEN_LOGPS], chosen) && close(measured[0][REJECTED_LOGPS], rejected), "{measured:?}");
+    assert!(measured[0][CHOSEN_REWARDS].abs() < 1e-4 && measured[0][REJECTED_REWARDS].abs() < 1e-4);
+    for metrics in &measured {
+        let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-4, "{metrics:?}");
+        near(metrics[MARGINS], metrics[CHOSEN_REWARDS] - metrics[REJECTED_REWARDS]);
+        near(metrics[CHOSEN_REWARDS], 0.1 * (metrics[CHOSEN_LOGPS] - chosen));
+        near(metrics[REJECTED_REWARDS], 0.1 * (metrics[REJECTED_LOGPS] - rejected));
+    }
+    assert!(measured[11][CHOSEN_REWARDS] > measured[11][REJECTED_REWARDS] && measured[11][ACCURACIES] == 1.0);
+    assert_eq!(outcome.metrics["train_margin"], outcome.metrics["train_rewards/margins"]);
+}
+
+/// A reference pass costs as much as a third of a step: only what steps and evaluations use is scored.
+#[test]
+fn few_steps_have_few_pairs_scored_by_the_reference() {
+    let bench = Bench::new();
+    let (start, train, validation) = (bench.start(lora()), bench.pairs(20), bench.pairs(3));
+    let scored = |max_steps| {
+        let recipe = Hyperparameters { max_steps: Some(max_steps), sequential: false, ..recipe() };
+        let run = Run { validation: Some(&validation), ..Run::new(&start, &train, recipe) };
+        match bench.fit(&run).unwrap().1.into_iter().next() {
+            Some(JobEvent::Message(text)) => text,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(scored(2).contains(" 11 pairs"), "{}", scored(2));
+    assert!(scored(7).contains(" 23 pairs"), "{}", scored(7));
 }

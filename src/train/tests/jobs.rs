@@ -11,10 +11,12 @@ use crate::data::Upload;
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, PublishGate};
-use crate::ids::{AdapterName, DatasetName, JobName, Tenant};
+use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant};
 use crate::model::Model;
-use crate::request::{Hyperparameters, JobEvent, JobSpec, JobState, Objective, ParityReport, Publish, Start};
-use crate::store::{DatasetKind, Page, Store, StoredEvent};
+use crate::request::{
+    Hyperparameters, JobEvent, JobSpec, JobState, Objective, ParityReport, Publish, Start, TooLong, TrainingData,
+};
+use crate::store::{DatasetKind, JobRow, NewJob, Page, Store, StoredEvent};
 use crate::train::tests::{lora, recipe};
 use crate::train::{Trainer, TrainerParts};
 
@@ -31,7 +33,7 @@ impl PublishGate for Pass {
 }
 
 struct Bench {
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     parts: TrainerParts,
     trainer: Trainer,
     tenant: Tenant,
@@ -39,21 +41,93 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).await.unwrap();
-        let tenant = Tenant::proven("tenants/one".parse().unwrap());
+        Self::with(Limits::default()).await
+    }
+
+    async fn with(limits: Limits) -> Self {
+        let bench = Self::open(tempfile::tempdir().unwrap(), limits).await;
+        let Self { parts: TrainerParts { store, .. }, tenant, .. } = &bench;
         store.create_tenant(tenant.id(), "", 1, "").await.unwrap();
-        let (model, text) = Model::tiny(1);
-        let limits = Limits::default();
-        let hub = Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(Pass), &limits);
-        let parts = TrainerParts { store, hub, model, text, arbiter: Arbiter::new(0.5), limits };
-        let trainer = Trainer::start(parts.clone()).await.unwrap();
-        let bench = Self { _folder: folder, parts, trainer, tenant };
         let chat = r#"{"prompt":"hello","completion":"good day"}"#;
         bench.upload("chats", DatasetKind::Sft, &format!("{chat}\n").repeat(8)).await;
         let pair = r#"{"prompt":"hello","chosen":"good day","rejected":"go away"}"#;
         bench.upload("pairs", DatasetKind::Preferences, &format!("{pair}\n").repeat(6)).await;
         bench
+    }
+
+    /// A server over a folder, which may have been another's before.
+    async fn open(folder: tempfile::TempDir, limits: Limits) -> Self {
+        let store = Store::open(folder.path()).await.unwrap();
+        let tenant = Tenant::proven("tenants/one".parse().unwrap());
+        let (model, text) = Model::tiny(1);
+        let hub = Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(Pass), &limits);
+        let parts = TrainerParts { store, hub, model, text, arbiter: Arbiter::new(0.5), limits };
+        let trainer = Trainer::start(parts.clone()).await.unwrap();
+        Self { folder, parts, trainer, tenant }
+    }
+
+    /// The server that comes after one that died: what `sql` says is what it had last written.
+    async fn after_a_crash(self, sql: &'static str) -> Self {
+        self.trainer.shutdown().await;
+        self.parts.store.execute(sql).await;
+        let Self { folder, parts, trainer, .. } = self;
+        let limits = parts.limits.clone();
+        drop((parts, trainer));
+        Self::open(folder, limits).await
+    }
+
+    /// Makes the catalogue refuse to take versions, as a full disk does.
+    async fn refuse_versions(&self) {
+        let sql = "CREATE TRIGGER refuse BEFORE INSERT ON versions BEGIN SELECT RAISE(ABORT, 'disk is full'); END";
+        self.parts.store.execute(sql).await;
+    }
+
+    async fn accept_versions(&self) {
+        self.parts.store.execute("DROP TRIGGER refuse").await;
+    }
+
+    /// Returns once an event says so.
+    async fn message(&self, job: &JobName, part: &str) {
+        let mut stream = self.trainer.watch(&self.tenant, job, 0).await.unwrap();
+        let said = async {
+            while let Some(event) = stream.next().await {
+                if matches!(&event.unwrap().event, JobEvent::Message(text) if text.contains(part)) {
+                    return true;
+                }
+            }
+            false
+        };
+        assert!(tokio::time::timeout(PATIENCE, said).await.unwrap(), "{job} ended without saying {part:?}");
+    }
+
+    /// Waits for an interruption, which ends no stream of events.
+    async fn interrupted(&self, job: &JobName) -> JobRow {
+        let wait = async {
+            loop {
+                let row = self.parts.store.get_job(job).await.unwrap();
+                assert!(!row.state.is_final(), "{row:?}");
+                if row.state == JobState::Interrupted {
+                    return row;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.unwrap()
+    }
+
+    /// What has ended keeps nothing; it goes soon after.
+    async fn nothing_saved(&self) {
+        let wait = async {
+            while !self.saved().await.is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.unwrap();
+    }
+
+    /// Blobs that jobs keep.
+    async fn saved(&self) -> Vec<String> {
+        self.parts.store.blobs().list(&format!("{}/jobs", self.tenant.id().as_str())).await.unwrap()
     }
 
     async fn upload(&self, id: &str, kind: DatasetKind, lines: &str) {
@@ -72,11 +146,12 @@ impl Bench {
             start: Start::Fresh(lora()),
             hyperparameters: Hyperparameters { max_steps: Some(steps), validation_split: 0.25, ..recipe() },
             publish: Publish::Auto,
+            too_long: TooLong::Refuse,
         }
     }
 
     async fn submit(&self, spec: JobSpec) -> JobName {
-        self.trainer.submit(&self.tenant, spec, "", false).await.unwrap().name
+        self.trainer.submit(&self.tenant, spec, "").await.unwrap().name
     }
 
     /// All events up to the job's end.
@@ -114,10 +189,15 @@ fn last_state(events: &[StoredEvent]) -> JobState {
     }
 }
 
+/// Steps that were ever taken.
+fn steps(events: &[StoredEvent]) -> usize {
+    events.iter().filter(|event| matches!(event.event, JobEvent::Step { .. })).count()
+}
+
 /// What preferences say of the adapter before anything is learnt.
 fn first_margin(events: &[StoredEvent]) -> f64 {
     let of_first = |event: &StoredEvent| match event.event {
-        JobEvent::Step { step: 1, margin, .. } => margin,
+        JobEvent::Step { step: 1, ref metrics, .. } => metrics.get("rewards/margins").copied(),
         _ => None,
     };
     events.iter().find_map(of_first).unwrap()
@@ -196,28 +276,294 @@ async fn a_shutdown_interrupts_and_resuming_starts_over() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_trained_is_refused_or_fails_before_the_first_step() {
     let bench = Bench::new().await;
-    let submit = |spec: JobSpec, validate_only| bench.trainer.submit(&bench.tenant, spec, "", validate_only);
+    let submit = |spec: JobSpec| bench.trainer.submit(&bench.tenant, spec, "");
     let sft = || bench.spec("chats", Objective::Sft, 1);
-    let wrong = submit(bench.spec("pairs", Objective::Sft, 1), false).await;
+    let wrong = submit(bench.spec("pairs", Objective::Sft, 1)).await;
     assert!(matches!(wrong, Err(Error::Invalid { reason: "WRONG_DATASET_KIND", .. })));
     let mut foreign = sft();
     foreign.dataset.tenant = "tenants/two".parse().unwrap();
-    assert!(matches!(submit(foreign, false).await, Err(Error::PermissionDenied)));
-    assert!(matches!(submit(bench.spec("none", Objective::Sft, 1), false).await, Err(Error::NotFound { .. })));
+    assert!(matches!(submit(foreign).await, Err(Error::PermissionDenied)));
+    assert!(matches!(submit(bench.spec("none", Objective::Sft, 1)).await, Err(Error::NotFound { .. })));
     let mut wide = sft();
     wide.start = Start::Fresh(crate::request::LoraSpec { rank: 100_000, ..lora() });
-    assert!(matches!(submit(wide, false).await, Err(Error::Invalid { .. })));
+    assert!(matches!(submit(wide).await, Err(Error::Invalid { .. })));
 
     let mut short = sft();
     short.hyperparameters.max_length = Some(4);
-    let refused = submit(short.clone(), true).await.unwrap_err().to_string();
-    assert!(refused.contains("record 1 has"), "{refused}");
-    assert_eq!(submit(sft(), true).await.unwrap().state, JobState::Queued);
+    let refused = bench.trainer.validate(&bench.tenant, &short).await.unwrap_err().to_string();
+    assert!(refused.contains("record 1 has") && refused.contains("2 (") && refused.contains(", 8 ("), "{refused}");
+    let valid = bench.trainer.validate(&bench.tenant, &sft()).await.unwrap();
+    let length = valid.data.tokens / 4;
+    assert_eq!((valid.total_steps, valid.data.tokens), (1, 4 * length));
+    assert_eq!((valid.data.records, valid.data.validation_records), (6, 2));
     assert!(bench.parts.store.list_jobs(bench.tenant.id(), &Page::default()).await.unwrap().items.is_empty());
 
     let job = bench.submit(short).await;
     let events = bench.events(&job, 0).await;
     assert_eq!(last_state(&events), JobState::Failed);
     assert!(bench.parts.store.get_job(&job).await.unwrap().error.unwrap().contains("record 1 has"));
+    bench.trainer.shutdown().await;
+}
+
+/// No event but those of states can be stored, as on a disk that is full now and then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_goes_on_though_nobody_can_be_told() {
+    let bench = Bench::new().await;
+    let sql = "CREATE TRIGGER silent BEFORE INSERT ON job_events WHEN NEW.event NOT LIKE '%\"State\"%'
+               BEGIN SELECT RAISE(ABORT, 'disk is full'); END";
+    bench.parts.store.execute(sql).await;
+    let job = bench.submit(bench.spec("chats", Objective::Sft, 4)).await;
+    let events = bench.events(&job, 0).await;
+    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 0), "{events:?}");
+    let row = bench.parts.store.get_job(&job).await.unwrap();
+    assert!(bench.parts.store.get_version(&row.version.unwrap()).await.unwrap().metrics["train_loss"].is_finite());
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_hinders_a_publication_is_waited_for() {
+    let bench = Bench::new().await;
+    bench.refuse_versions().await;
+    let job = bench.submit(bench.spec("chats", Objective::Sft, 3)).await;
+    bench.message(&job, "not published yet").await;
+    assert!(!bench.saved().await.is_empty(), "the adapter is on disk before it is published");
+    bench.accept_versions().await;
+    let events = bench.events(&job, 0).await;
+    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 3), "{events:?}");
+    assert_eq!(bench.versions().await, 1);
+    bench.nothing_saved().await;
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_to_publish_can_be_cancelled() {
+    let bench = Bench::new().await;
+    bench.refuse_versions().await;
+    let job = bench.submit(bench.spec("chats", Objective::Sft, 3)).await;
+    bench.message(&job, "not published yet").await;
+    bench.trainer.cancel(&bench.tenant, &job).await.unwrap();
+    assert_eq!(last_state(&bench.events(&job, 0).await), JobState::Cancelled);
+    assert_eq!(bench.versions().await, 0);
+    bench.nothing_saved().await;
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_that_waits_no_longer_is_resumed_without_training() {
+    let bench = Bench::with(Limits { publish_retry_seconds: 0, ..Limits::default() }).await;
+    bench.refuse_versions().await;
+    let jobs = [
+        bench.submit(bench.spec("chats", Objective::Sft, 3)).await,
+        bench.submit(bench.spec("chats", Objective::Sft, 2)).await,
+    ];
+    for job in &jobs {
+        let row = bench.interrupted(job).await;
+        assert!(row.error.as_ref().unwrap().contains("resume the job to publish it"), "{row:?}");
+    }
+    assert_eq!(bench.versions().await, 0);
+    // The server's next start neither sweeps what is saved nor forgets it.
+    let bench = bench.after_a_crash("DROP TRIGGER refuse").await;
+    let [published, cancelled] = &jobs;
+    bench.trainer.cancel(&bench.tenant, cancelled).await.unwrap();
+    bench.trainer.resume(&bench.tenant, published).await.unwrap();
+    let events = bench.events(published, 0).await;
+    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 3), "{events:?}");
+    let row = bench.parts.store.get_job(published).await.unwrap();
+    assert!(row.live && row.step == 3 && row.data.records == 6, "{row:?}");
+    let made = bench.parts.store.get_version(&row.version.unwrap()).await.unwrap();
+    assert!(made.live && made.metrics["train_loss"].is_finite() && made.metrics["eval_loss"].is_finite());
+    assert_eq!(bench.versions().await, 1);
+    bench.nothing_saved().await;
+    bench.trainer.shutdown().await;
+}
+
+/// A process that dies between the last step and the publication, and one that dies between the publication and the end of the job.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_after_the_training_loses_nothing() {
+    let bench = Bench::with(Limits { publish_retry_seconds: 0, ..Limits::default() }).await;
+    bench.refuse_versions().await;
+    let job = bench.submit(bench.spec("chats", Objective::Sft, 3)).await;
+    bench.interrupted(&job).await;
+    bench.accept_versions().await;
+    let bench = bench.after_a_crash("UPDATE jobs SET state = 'RUNNING', error = NULL").await;
+    let row = bench.interrupted(&job).await;
+    assert!(row.error.unwrap().contains("after the training; resume the job to publish"));
+    bench.trainer.resume(&bench.tenant, &job).await.unwrap();
+    let events = bench.events(&job, 0).await;
+    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 3), "{events:?}");
+
+    let bench = bench.after_a_crash("UPDATE jobs SET state = 'RUNNING', version_adapter = NULL, version = NULL").await;
+    let row = bench.parts.store.get_job(&job).await.unwrap();
+    assert_eq!(
+        (row.state, row.version.map(|version| version.version), bench.versions().await),
+        (JobState::Succeeded, Some(1), 1)
+    );
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_result_is_trained_again() {
+    let bench = Bench::with(Limits { publish_retry_seconds: 0, ..Limits::default() }).await;
+    bench.refuse_versions().await;
+    let job = bench.submit(bench.spec("chats", Objective::Sft, 3)).await;
+    bench.interrupted(&job).await;
+    bench.accept_versions().await;
+    for file in bench.saved().await.iter().filter(|file| file.ends_with("safetensors")) {
+        bench.parts.store.blobs().replace(file, b"damaged".to_vec()).await.unwrap();
+    }
+    bench.trainer.resume(&bench.tenant, &job).await.unwrap();
+    let events = bench.events(&job, 0).await;
+    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 6), "{events:?}");
+    bench.trainer.shutdown().await;
+}
+
+/// Another worker has the job: this one stops, writes nothing about it, and goes on with the next.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_claim_is_lost_stops() {
+    let bench = Bench::new().await;
+    let lost = bench.submit(bench.spec("chats", Objective::Sft, 100_000)).await;
+    bench.first_step(&lost).await;
+    bench.parts.store.execute("UPDATE jobs SET worker = 'another'").await;
+    let next = bench.submit(bench.spec("chats", Objective::Sft, 1)).await;
+    assert_eq!(last_state(&bench.events(&next, 0).await), JobState::Succeeded);
+    assert_eq!(bench.parts.store.get_job(&lost).await.unwrap().state, JobState::Running);
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_nearly_full_starts_no_training() {
+    let bench = Bench::with(Limits { min_free_disk_bytes: u64::MAX, ..Limits::default() }).await;
+    let spec = bench.spec("chats", Objective::Sft, 1);
+    let refused = bench.trainer.submit(&bench.tenant, spec.clone(), "").await.unwrap_err();
+    assert!(matches!(refused, Error::Exhausted { limit: "min_free_disk_bytes", .. }), "{refused:?}");
+    assert!(refused.to_string().contains(bench.folder.path().to_str().unwrap()), "{refused}");
+    // One that was queued while there was room.
+    let name = JobName::new(bench.tenant.id(), "queued").unwrap();
+    bench.parts.store.insert_job(&NewJob { name: name.clone(), spec, total_steps: 1 }, "", 9).await.unwrap();
+    bench.trainer.inner.queued.notify_one();
+    let row = bench.interrupted(&name).await;
+    assert!(row.error.unwrap().contains("bytes free"));
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_diverged_keeps_its_version_from_going_live() {
+    let bench = Bench::new().await;
+    let taught =
+        bench.submit(JobSpec { publish: Publish::VersionOnly, ..bench.spec("chats", Objective::Sft, 60) }).await;
+    bench.events(&taught, 0).await;
+    let taught = bench.parts.store.get_job(&taught).await.unwrap().version.unwrap();
+    let mut spec = JobSpec { start: Start::From(taught), ..bench.spec("chats", Objective::Sft, 4) };
+    (spec.hyperparameters.learning_rate, spec.publish) = (1.0, Publish::Live);
+    let job = bench.submit(spec).await;
+    let events = bench.events(&job, 0).await;
+    let last = events.last().map(|event| event.event.clone());
+    let Some(JobEvent::State { state: JobState::Failed, error, version, live }) = last else { panic!("{events:?}") };
+    assert!(error.as_ref().unwrap().starts_with("TRAINING_DIVERGED: "), "{error:?}");
+    assert_eq!(live, Some(false));
+    let row = bench.parts.store.get_job(&job).await.unwrap();
+    assert_eq!((&row.version, &row.error, row.live), (&version, &error, false));
+    let version = version.unwrap();
+    let made = bench.parts.store.get_version(&version).await.unwrap();
+    assert!(made.held_reason.unwrap().contains("lower the learning rate") && !made.live);
+    let name = AdapterRef::Live(version.adapter.clone());
+    assert!(matches!(
+        bench.parts.store.resolve(&name).await,
+        Err(Error::Precondition { reason: "NO_LIVE_VERSION", .. })
+    ));
+
+    // A crash right after the version was made changes nothing about that.
+    let bench = bench
+        .after_a_crash("UPDATE jobs SET state = 'RUNNING', error = NULL, version_adapter = NULL WHERE state = 'FAILED'")
+        .await;
+    let again = bench.parts.store.get_job(&job).await.unwrap();
+    assert_eq!((again.state, &again.version, &again.error), (JobState::Failed, &Some(version.clone()), &error));
+    // It is the tenant's all the same.
+    bench.parts.hub.set_live(&bench.tenant, &version, "").await.unwrap();
+    assert!(bench.parts.store.get_job(&job).await.unwrap().live);
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_has_a_limit_on_its_tokens() {
+    let bench = Bench::with(Limits { max_training_tokens: 100, ..Limits::default() }).await;
+    let long = JobSpec {
+        hyperparameters: Hyperparameters { epochs: 50, max_steps: None, ..recipe() },
+        ..bench.spec("chats", Objective::Sft, 1)
+    };
+    let refused = bench.trainer.validate(&bench.tenant, &long).await.unwrap_err();
+    assert!(matches!(refused, Error::Exhausted { limit: "max_training_tokens", .. }), "{refused:?}");
+    let job = bench.submit(long).await;
+    assert_eq!(last_state(&bench.events(&job, 0).await), JobState::Failed);
+    assert!(bench.parts.store.get_job(&job).await.unwrap().error.unwrap().contains("max_training_tokens"));
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_too_long_are_refused_dropped_or_cut() {
+    let bench = Bench::new().await;
+    let answers = ["yes", "yes", "a much longer answer than the others are", "yes"];
+    let lines: String =
+        answers.iter().map(|answer| format!("{{\"prompt\":\"q\",\"completion\":\"{answer}\"}}\n")).collect();
+    bench.upload("mixed", DatasetKind::Sft, &lines).await;
+    let base = bench.spec("mixed", Objective::Sft, 1);
+    let whole = JobSpec { hyperparameters: Hyperparameters { batch_size: 4, epochs: 1, ..recipe() }, ..base };
+    let short = JobSpec {
+        hyperparameters: Hyperparameters { batch_size: 3, epochs: 2, ..recipe() },
+        too_long: TooLong::Drop,
+        ..whole.clone()
+    };
+    let with = |too_long, max_length| {
+        let mut spec = JobSpec { too_long, ..short.clone() };
+        spec.hyperparameters.max_length = Some(max_length);
+        spec
+    };
+    // Three short records of the same length, which is found by dropping ever more, and one that is longer.
+    let mut length = bench.parts.model.context_length().min(2048) as u32 + 1;
+    let mut only_short = 0;
+    while only_short == 0 {
+        length -= 1;
+        let valid = bench.trainer.validate(&bench.tenant, &with(TooLong::Drop, length)).await.unwrap().data;
+        if valid.dropped == 1 {
+            only_short = valid.tokens / 2;
+        }
+    }
+    let length = (only_short / 3) as u32;
+    let refused = bench.trainer.validate(&bench.tenant, &with(TooLong::Refuse, length)).await.unwrap_err();
+    assert!(matches!(refused, Error::Invalid { reason: "RECORD_TOO_LONG", .. }), "{refused}");
+    assert!(refused.to_string().contains("record 3 has"), "{refused}");
+
+    let job = bench.submit(with(TooLong::Truncate, length + 4)).await;
+    let events = bench.events(&job, 0).await;
+    assert_eq!(last_state(&events), JobState::Succeeded, "{events:?}");
+    let row = bench.parts.store.get_job(&job).await.unwrap();
+    let tokens = 2 * (only_short + u64::from(length) + 4);
+    let truncated = TrainingData { records: 4, validation_records: 0, tokens, dropped: 0, truncated: 1 };
+    assert_eq!((row.data, row.total_steps, row.step), (truncated, 4, 4));
+
+    let job = bench.submit(with(TooLong::Drop, length)).await;
+    let events = bench.events(&job, 0).await;
+    assert_eq!(last_state(&events), JobState::Succeeded, "{events:?}");
+    let row = bench.parts.store.get_job(&job).await.unwrap();
+    let dropped = TrainingData { records: 3, validation_records: 0, tokens: 2 * only_short, dropped: 1, truncated: 0 };
+    assert_eq!((row.data, row.total_steps, row.step), (dropped, 2, 2), "what is left fits one step an epoch");
+    assert!(events.iter().any(|event| matches!(&event.event, JobEvent::Message(text) if text.contains("1 dropped"))));
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_after_the_last_step_keeps_what_was_trained() {
+    let bench = Bench::new().await;
+    bench.refuse_versions().await;
+    let job = bench.submit(bench.spec("chats", Objective::Sft, 3)).await;
+    let mut stream = bench.trainer.watch(&bench.tenant, &job, 0).await.unwrap();
+    while !matches!(stream.next().await.unwrap().unwrap().event, JobEvent::Step { step: 3, .. }) {}
+    drop(stream);
+    let bench = bench.after_a_crash("DROP TRIGGER refuse").await;
+    let row = bench.interrupted(&job).await;
+    assert!(row.error.unwrap().contains("resume the job to publish"));
+    bench.trainer.resume(&bench.tenant, &job).await.unwrap();
+    let events = bench.events(&job, 0).await;
+    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 3), "{events:?}");
     bench.trainer.shutdown().await;
 }

@@ -1,0 +1,90 @@
+//! A finished run on disk, from its last step until it is published: what a crash, a full disk or a busy catalogue must not lose.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use crate::error::{Error, Result};
+use crate::ids::{Digest, JobName};
+use crate::store::{JobRow, Store};
+
+/// Written after the other files: a folder without it holds no result.
+const MANIFEST_FILE: &str = "result.json";
+
+/// The newest form of the manifest that this build writes and reads.
+const VERSION: u32 = 1;
+
+/// What a run leaves, and what its publication needs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainingResult {
+    pub package: Package,
+    /// Final measurements, finite numbers.
+    pub metrics: BTreeMap<String, f64>,
+    /// Sequences of ids that the gate scores.
+    pub probes: Vec<Vec<u32>>,
+    /// Why the adapter must not serve, where the training has gone wrong.
+    pub diverged: Option<String>,
+}
+
+/// All of it but the adapter's files.
+#[derive(Debug, Serialize, Deserialize)]
+struct Manifest {
+    v: u32,
+    config: String,
+    tensors: String,
+    metrics: BTreeMap<String, f64>,
+    probes: Vec<Vec<u32>>,
+    #[serde(default)]
+    diverged: Option<String>,
+}
+
+impl TrainingResult {
+    /// Writes the result to the job's folder. Once it returns, [`TrainingResult::load`] finds it, also in another process.
+    pub async fn save(&self, store: &Store, job: &JobName) -> Result<()> {
+        let manifest = Manifest {
+            v: VERSION,
+            config: Digest::of(&self.package.config).to_string(),
+            tensors: Digest::of(&self.package.tensors).to_string(),
+            metrics: self.metrics.clone(),
+            probes: self.probes.clone(),
+            diverged: self.diverged.clone(),
+        };
+        let manifest = serde_json::to_vec(&manifest).map_err(Error::internal)?;
+        // Owned before it is there: nothing sweeps it away in between.
+        let folder = store.own_result(job).await?;
+        let blobs = store.blobs();
+        blobs.replace(&format!("{folder}/{CONFIG_FILE}"), self.package.config.clone()).await?;
+        blobs.replace(&format!("{folder}/{TENSORS_FILE}"), self.package.tensors.clone()).await?;
+        blobs.replace(&format!("{folder}/{MANIFEST_FILE}"), manifest).await
+    }
+
+    /// Reads the result that a job has saved. `None` where there is none that is whole and readable: the job has to train again.
+    pub async fn load(store: &Store, job: &JobRow) -> Result<Option<Self>> {
+        let Some(folder) = &job.result else { return Ok(None) };
+        let manifest = format!("{folder}/{MANIFEST_FILE}");
+        if !store.blobs().list(folder).await?.contains(&manifest) {
+            return Ok(None);
+        }
+        let manifest: Manifest = match serde_json::from_slice(&store.blobs().get(&manifest).await?) {
+            Ok(manifest) => manifest,
+            Err(error) => return Ok(unusable(job, &error)),
+        };
+        if manifest.v > VERSION {
+            return Ok(unusable(job, &format!("it has version {}", manifest.v)));
+        }
+        let config = store.blobs().get(&format!("{folder}/{CONFIG_FILE}")).await?;
+        let tensors = store.blobs().get(&format!("{folder}/{TENSORS_FILE}")).await?;
+        if [&config, &tensors].map(|file| Digest::of(file).to_string()) != [manifest.config, manifest.tensors] {
+            return Ok(unusable(job, &"its files have other digests"));
+        }
+        let (package, probes) = (Package { config, tensors }, manifest.probes);
+        Ok(Some(Self { package, metrics: manifest.metrics, probes, diverged: manifest.diverged }))
+    }
+}
+
+/// Says in the log why a saved result is passed over.
+fn unusable<T>(job: &JobRow, why: &dyn std::fmt::Display) -> Option<T> {
+    tracing::error!(job = %job.name, %why, "the saved result cannot be used; the job trains again");
+    None
+}
