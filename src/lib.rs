@@ -2,7 +2,7 @@
 //!
 //! The map, bottom up; a module imports only what stands above it in this list, as `tests/architecture.rs` enforces.
 //!
-//! - leaves: [`error`], [`ids`], [`config`], [`telemetry`], [`device`], [`text`], [`request`], [`random`], [`process`], [`bases`]
+//! - leaves: [`error`], [`ids`], [`config`], [`telemetry`], [`device`], [`text`], [`request`], [`random`], [`process`], [`bases`], [`work`], [`memory`]
 //! - [`kernels`] quantised matmul, attention, batched adapters; [`weights`] GGUF to frozen tensors; [`adapter`] LoRA and PEFT files
 //! - [`model`] the architecture once, over two executors
 //! - [`store`] the catalogue and the blobs; [`hub`] which versions are resident
@@ -42,6 +42,7 @@ pub mod error;
 pub mod hub;
 pub mod ids;
 pub mod kernels;
+pub mod memory;
 pub mod model;
 pub mod process;
 pub mod random;
@@ -52,3 +53,4 @@ pub mod telemetry;
 pub mod text;
 pub mod train;
 pub mod weights;
+pub mod work;

@@ -6,8 +6,20 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Importable by all; they import only each other.
-const LEAVES: &[&str] =
-    &["error", "ids", "config", "telemetry", "device", "text", "request", "random", "bases", "process"];
+const LEAVES: &[&str] = &[
+    "error",
+    "ids",
+    "config",
+    "telemetry",
+    "device",
+    "text",
+    "request",
+    "random",
+    "bases",
+    "process",
+    "work",
+    "memory",
+];
 
 /// What each module may import besides the leaves. `api/client.rs` is a module of its own: the command line's half of the wire.
 const MAY_IMPORT: &[(&str, &[&str])] = &[

@@ -101,9 +101,10 @@ impl Ledger {
         }
     }
 
-    /// Takes a version out of host memory, for the device.
-    pub(super) fn take(&self, uid: &str) -> Option<PackedLora> {
-        Some(self.entries.get_mut(uid)?.kept.take()?.packed)
+    /// Takes a version out of host memory, for the device. It goes back where it is not used up, if there is still room.
+    pub(super) fn take<'a>(&'a self, uid: &'a str) -> Option<Taken<'a>> {
+        let packed = self.entries.get_mut(uid)?.kept.take()?.packed;
+        Some(Taken { ledger: self, uid, packed: Some(packed) })
     }
 
     /// What is known of a version, but for whether it is on the device.
@@ -129,9 +130,33 @@ impl Ledger {
         let oldest = kept.min_by_key(|entry| entry.turn).map(|entry| entry.key().clone());
         let Some(uid) = oldest else { return false };
         // It may have been taken meanwhile; then there is room too.
-        if self.take(&uid).is_some() {
+        let gone = self.entries.get_mut(&uid).and_then(|mut entry| entry.kept.take());
+        if gone.is_some() {
             stats::count_eviction(Tier::Host);
         }
         true
+    }
+}
+
+/// A version on its way from host memory to the device. Dropped on the way (no room, or its caller has gone) it goes back.
+pub(super) struct Taken<'a> {
+    ledger: &'a Ledger,
+    uid: &'a str,
+    /// Taken when it is used up.
+    packed: Option<PackedLora>,
+}
+
+impl Taken<'_> {
+    /// Returns the version; it does not go back.
+    pub(super) fn use_up(mut self) -> Option<PackedLora> {
+        self.packed.take()
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if let Some(packed) = self.packed.take() {
+            self.ledger.keep(self.uid, &packed);
+        }
     }
 }

@@ -10,10 +10,12 @@ use std::time::Instant;
 use crate::adapter::PackedLora;
 use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
 use crate::error::{Error, Result};
+use crate::hub::ledger::Taken;
 use crate::hub::residents::Resident;
 use crate::hub::{Hub, Tier, blocking, stats};
 use crate::ids::Digest;
 use crate::store::VersionRow;
+use crate::work::run_holding;
 
 /// Beside the PEFT files of a version; derived from them.
 pub(super) const PACKED_FILE: &str = "packed.bin";
@@ -23,33 +25,45 @@ pub(super) const PACKED_FILE: &str = "packed.bin";
 pub(super) const LOADS_AT_ONCE: usize = 2;
 
 impl Hub {
-    /// Waits for room, then loads.
-    pub(super) async fn load(&self, row: &VersionRow) -> Result<Arc<Resident>> {
-        if row.base_digest != self.shape.digest {
-            let message = format!("was made for base {}, this server runs {}", row.base_digest, self.shape.digest);
-            return Err(Error::precondition("WRONG_BASE", &row.name, message));
-        }
+    /// Waits for room, then loads. A caller that goes away while it waits leaves nothing; a read that has begun keeps its bytes and its
+    /// place among the loads until it ends.
+    pub(super) async fn load(self: &Arc<Self>, row: &VersionRow) -> Result<Arc<Resident>> {
         // It leaves host memory first: what has to leave the device for it may take its place there.
         let kept = self.residents.ledger.take(&row.uid);
         let reserved = self.residents.room(row.memory_bytes).await?;
         let begun = Instant::now();
-        let (packed, from) = match kept {
-            Some(packed) => (packed, Tier::Host),
-            None => (self.fetch(row).await?, Tier::Disk),
+        let (packed, reserved, from) = match kept.and_then(Taken::use_up) {
+            Some(packed) => (packed, reserved, Tier::Host),
+            None => {
+                let place = Arc::clone(&self.loads).acquire_owned().await.map_err(Error::internal)?;
+                let (hub, row) = (Arc::clone(self), row.clone());
+                let read = async move { hub.fetch(&row).await };
+                let (packed, (_, reserved)) = run_holding((place, reserved), read).await?;
+                (packed, reserved, Tier::Disk)
+            }
         };
         let took = begun.elapsed();
         stats::count_load(from, took);
         self.residents.ledger.loaded(&row.uid, took);
-        // Deleted while it loaded: the deletion may have looked for it before it was here.
+        // Deleted before or while it loaded: the deletion may have looked for it before it was here.
         if !self.store.has_version(&row.uid).await? {
             self.residents.retire(&row.uid);
+            return Err(Error::not_found(&row.name));
         }
         Ok(Arc::new(Resident::new(row.digest, packed, reserved)))
     }
 
-    /// From its files.
+    /// Fails where a version was made for another base.
+    pub(super) fn check_base(&self, row: &VersionRow) -> Result<()> {
+        if row.base_digest == self.shape.digest {
+            return Ok(());
+        }
+        let message = format!("was made for base {}, this server runs {}", row.base_digest, self.shape.digest);
+        Err(Error::precondition("WRONG_BASE", &row.name, message))
+    }
+
+    /// Reads its files.
     async fn fetch(&self, row: &VersionRow) -> Result<PackedLora> {
-        let _place = self.loads.acquire().await.map_err(Error::internal)?;
         match self.read_packed(row).await {
             Ok(packed) => Ok(packed),
             Err(error) => self.pack_again(row, error).await,
