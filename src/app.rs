@@ -16,6 +16,7 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, PublishGate};
 use crate::ids::TenantId;
+use crate::memory::Memory;
 use crate::model::Model;
 use crate::model::parity::Parity;
 use crate::request::ParityReport;
@@ -76,7 +77,8 @@ pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Res
     let arbiter = Arbiter::new(limits.train_share_percent as f64 / 100.0);
     let gate = Arc::new(ParityGate(Parity::new(model.clone(), &text, arbiter.clone())?));
     let hub = Hub::new(store.clone(), model.shape().clone(), text.template_digest(), gate, &limits);
-    let engine = Engine::start(model.clone(), text.clone(), hub.clone(), arbiter.clone(), &limits)?;
+    let memory = Memory::new(limits.max_request_memory_bytes);
+    let engine = Engine::start(model.clone(), text.clone(), hub.clone(), arbiter.clone(), memory.clone(), &limits)?;
     let guard = Guard::new(engine, store.clone(), &limits);
     let context_length = model.context_length();
     let (base_name, base_digest) = (model.shape().name.clone(), model.shape().digest);
@@ -89,7 +91,8 @@ pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Res
         limits: limits.clone(),
     })
     .await?;
-    Ok(api::Parts { store, hub, guard, trainer, text, base_name, base_digest, context_length, limits })
+    let places = api::WorkPlaces::new(&limits);
+    Ok(api::Parts { store, hub, guard, trainer, text, memory, places, base_name, base_digest, context_length, limits })
 }
 
 /// Serves parts, once they are there, until `shutdown`, then drains.

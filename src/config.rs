@@ -101,10 +101,14 @@ limits! {
     max_rank = 256, "rank";
     /// Sequences decoded at once.
     max_running = 48, "sequences";
-    /// Requests of one tenant waiting or running.
-    max_queued_per_tenant = 256, "requests";
-    /// Requests of all tenants waiting or running.
-    max_queued = 1024, "requests";
+    /// Sequences of one tenant waiting or running: an answer is one, a score one for each input.
+    max_queued_per_tenant = 256, "sequences";
+    /// Sequences of all tenants waiting or running. A tenant with fewer than another takes the place of that one's newest waiting request.
+    max_queued = 1024, "sequences";
+    /// Bytes of one answer that may wait to be read; more ends it.
+    max_unread_answer_bytes = MIB, "bytes";
+    /// Memory of what calls bring and what waits to be read of answers (one half), and of imports, exports and datasets read whole (the other).
+    max_request_memory_bytes = 512 * MIB, "bytes";
     /// Rows of one engine step: one for each sequence that decodes, the others for prompts. Must be more than `max_running`.
     max_step_rows = 256, "rows";
     /// Rows of prompts in a step in which other sequences decode: what a long prompt may add to the time between their tokens.
@@ -118,6 +122,8 @@ limits! {
     prefix_cache_percent = 100, "percent";
     /// Memory of adapter versions that are ready to serve.
     adapter_cache_bytes = 1024 * MIB, "bytes";
+    /// Part of `adapter_cache_bytes` that the running requests of one tenant may hold. One version it may always hold.
+    adapter_cache_percent_per_tenant = 50, "percent";
     /// Host memory for adapter versions that had to leave `adapter_cache_bytes`: they come back without a read. 0: none.
     adapter_host_bytes = 256 * MIB, "bytes";
     /// Time that a request waits for its adapter's version to find room while all others are in use.
@@ -193,11 +199,14 @@ limits! {
 /// Values that a limit may have, where not all make sense.
 const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("max_message_bytes", 1024..=1 << 30),
+    ("max_unread_answer_bytes", 4096..=1 << 30),
+    ("max_request_memory_bytes", MIB..=1 << 40),
     ("max_prefill_rows_while_decoding", 1..=u64::MAX),
     ("kv_block_tokens", 1..=4096),
     ("max_sequences_per_request", 1..=256),
     ("max_logit_biases", 0..=1 << 20),
     ("prefix_cache_percent", 0..=100),
+    ("adapter_cache_percent_per_tenant", 1..=100),
     ("train_share_percent", 0..=95),
     ("adapter_wait_seconds", 0..=86_400),
     ("publish_retry_seconds", 0..=86_400),

@@ -6,9 +6,11 @@ mod server {
     mod auth;
     mod base;
     mod bench;
+    mod cancel;
     mod common;
     mod drain;
     mod errors;
+    mod fairness;
     mod imports;
     mod load;
     mod loading;

@@ -13,7 +13,8 @@ use super::{Answer, Streamed, convert, proto as pb};
 use crate::error::{Error, Result};
 use crate::hub::{CONFIG_FILE, NewVersion, Package, TENSORS_FILE};
 use crate::ids::{AdapterName, AdapterRef, TenantId, VersionName};
-use crate::store::{AdapterRow, VersionRow, uninterrupted};
+use crate::store::{AdapterRow, VersionRow};
+use crate::work::run_holding;
 
 /// Most bytes of a file that one message of an export carries.
 const EXPORT_CHUNK: u64 = 256 << 10;
@@ -68,13 +69,8 @@ impl AdapterService for Adapters {
             validate_only: header.validate_only,
             held_reason: None,
         };
-        // A client that goes away keeps its place until what it has begun is done.
-        let (place, hub) = (upload.into_place(), self.0.parts.hub.clone());
-        let publish = async move {
-            let _place = place;
-            hub.publish(&tenant, new).await
-        };
-        let row = uninterrupted(publish).await?;
+        let hub = self.0.parts.hub.clone();
+        let (row, _) = run_holding(upload.into_place(), async move { hub.publish(&tenant, new).await }).await?;
         Ok(Response::new(self.version(row)))
     }
 
@@ -82,7 +78,8 @@ impl AdapterService for Adapters {
         let name: AdapterRef = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), name.tenant()).await?;
         let place = self.0.reads.take(caller_of(request.extensions())?)?;
-        let (row, package) = self.0.parts.hub.package(&tenant, &name).await?;
+        let hub = self.0.parts.hub.clone();
+        let ((row, package), place) = run_holding(place, async move { hub.package(&tenant, &name).await }).await?;
         let size = (self.0.parts.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK) as usize;
         let version = self.version(row);
         let answer = async_stream::stream! {

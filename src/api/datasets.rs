@@ -12,7 +12,8 @@ use super::uploads::misplaced_header;
 use super::{Answer, convert, proto as pb};
 use crate::data::{self, Upload};
 use crate::ids::{DatasetName, TenantId};
-use crate::store::{DatasetKind, uninterrupted};
+use crate::store::DatasetKind;
+use crate::work::run_holding;
 
 pub struct Datasets(pub Arc<Shared>);
 
@@ -93,12 +94,9 @@ impl DatasetService for Datasets {
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
         let place = self.0.reads.take(caller_of(request.extensions())?)?;
         let parts = self.0.parts.clone();
-        let inspect = async move {
-            // Held to the end of the work, also where the client has gone.
-            let _place = place;
-            data::inspect(&parts.store, &parts.text, &tenant, &name, parts.context_length).await
-        };
-        let report = uninterrupted(inspect).await?;
+        let inspect =
+            async move { data::inspect(&parts.store, &parts.text, &tenant, &name, parts.context_length).await };
+        let (report, _) = run_holding(place, inspect).await?;
         Ok(Response::new(convert::report(report)))
     }
 

@@ -26,6 +26,7 @@ mod uploads;
 
 #[doc(hidden)]
 pub use convert::convert_bytes;
+pub use places::WorkPlaces;
 pub use server::serve;
 pub use shared::Parts;
 

@@ -1,29 +1,32 @@
-//! Places for work under way: so many in all, so many for one tenant. Operators take none, so that no tenant can lock them out.
+//! Places for work under way: so many in all, so many for one tenant. Operators take none, so that no tenant can lock them out; and no
+//! number of tenants can lock out another: each may hold no more than is left to the others, and one place whatever is left.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-
 use super::auth::Caller;
+use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
 
 /// A limit's name and value.
 pub type Limit = (&'static str, u64);
 
-/// Places that each tenant holds.
-type Held = Arc<Mutex<HashMap<TenantId, u64>>>;
+/// The places that are taken, in all and by each tenant.
+#[derive(Debug, Default)]
+struct Held {
+    all: u64,
+    tenants: HashMap<TenantId, u64>,
+}
 
 /// The places for one kind of work. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Places {
     /// For people, e.g. `uploads`.
     what: &'static str,
-    all: Arc<Semaphore>,
-    all_limit: &'static str,
-    tenants: Held,
+    held: Arc<Mutex<Held>>,
+    all: Limit,
     per_tenant: Limit,
     /// When a refused client may try again.
     retry_after: Duration,
@@ -31,53 +34,94 @@ pub struct Places {
 
 impl Places {
     pub fn new(what: &'static str, all: Limit, per_tenant: Limit, retry_after: Duration) -> Self {
-        let places = usize::try_from(all.1).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
-        let (all, all_limit) = (Arc::new(Semaphore::new(places)), all.0);
-        Self { what, all, all_limit, tenants: Arc::default(), per_tenant, retry_after }
+        Self { what, held: Arc::default(), all, per_tenant, retry_after }
     }
 
-    /// A place, or EXHAUSTED with the limit's name.
+    /// Takes a place.
+    ///
+    /// # Errors
+    /// EXHAUSTED with the limit's name: of the tenant, or of all where the tenant holds a place already and as many as are left.
     pub fn take(&self, caller: &Caller) -> Result<Place> {
-        let Caller::Tenant(tenant) = caller else { return Ok(Place { _all: None, tenant: None }) };
+        let Caller::Tenant(tenant) = caller else { return Ok(Place { taken: None }) };
         let tenant = tenant.id();
         let full = |limit, whose: &str| Error::Exhausted {
             limit,
             message: format!("{whose} has as many {} under way as it may; try again", self.what),
             retry_after: Some(self.retry_after),
         };
-        let all = self.all.clone().try_acquire_owned().map_err(|_| full(self.all_limit, "the server"))?;
-        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
-        let held = tenants.entry(tenant.clone()).or_default();
-        if *held >= self.per_tenant.1 {
+        let mut held = lock(&self.held);
+        let own = held.tenants.get(tenant).copied().unwrap_or(0);
+        if own >= self.per_tenant.1 {
             return Err(full(self.per_tenant.0, &tenant.to_string()));
         }
-        *held += 1;
-        Ok(Place { _all: Some(all), tenant: Some((self.tenants.clone(), tenant.clone())) })
+        let left = self.all.1.saturating_sub(held.all);
+        if own > 0 && own >= left {
+            return Err(full(self.all.0, "the server, but for the places that are kept for others,"));
+        }
+        held.all += 1;
+        *held.tenants.entry(tenant.clone()).or_default() += 1;
+        Ok(Place { taken: Some((self.held.clone(), tenant.clone())) })
     }
+
+    /// Places that are taken by tenants.
+    pub fn held(&self) -> u64 {
+        lock(&self.held).all
+    }
+}
+
+/// The places for work that takes much memory or disk.
+#[derive(Debug, Clone)]
+pub struct WorkPlaces {
+    /// Imports and uploads of datasets.
+    pub uploads: Places,
+    /// Reading whole datasets and adapters.
+    pub reads: Places,
+}
+
+impl WorkPlaces {
+    pub fn new(limits: &Limits) -> Self {
+        let places = |what, all, per_tenant| Places::new(what, all, per_tenant, Duration::from_secs(5));
+        Self {
+            uploads: places(
+                "uploads",
+                ("max_uploads", limits.max_uploads),
+                ("max_uploads_per_tenant", limits.max_uploads_per_tenant),
+            ),
+            reads: places(
+                "reads",
+                ("max_reads", limits.max_reads),
+                ("max_reads_per_tenant", limits.max_reads_per_tenant),
+            ),
+        }
+    }
+}
+
+fn lock(held: &Mutex<Held>) -> MutexGuard<'_, Held> {
+    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Places {
     /// Returns how many places a tenant holds.
     pub fn held_by(&self, tenant: &TenantId) -> u64 {
-        self.tenants.lock().unwrap_or_else(PoisonError::into_inner).get(tenant).copied().unwrap_or_default()
+        lock(&self.held).tenants.get(tenant).copied().unwrap_or_default()
     }
 }
 
 /// A place taken; given back when dropped.
 #[derive(Debug)]
 pub struct Place {
-    _all: Option<OwnedSemaphorePermit>,
-    tenant: Option<(Held, TenantId)>,
+    taken: Option<(Arc<Mutex<Held>>, TenantId)>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let Some((tenants, tenant)) = &self.tenant else { return };
-        let mut tenants = tenants.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(held) = tenants.get_mut(tenant) {
-            *held -= 1;
-            if *held == 0 {
-                tenants.remove(tenant);
+        let Some((held, tenant)) = &self.taken else { return };
+        let mut held = lock(held);
+        held.all -= 1;
+        if let Some(own) = held.tenants.get_mut(tenant) {
+            *own -= 1;
+            if *own == 0 {
+                held.tenants.remove(tenant);
             }
         }
     }
@@ -107,9 +151,30 @@ mod tests {
         assert_eq!(limit_of(places.take(&a)), "each");
         let other = places.take(&b).unwrap();
         assert_eq!(limit_of(places.take(&b)), "all");
-        assert!(places.take(&Caller::Operator).is_ok());
-        drop((held, other));
-        assert!(places.tenants.lock().unwrap().is_empty());
-        assert!(places.take(&a).is_ok());
+        places.take(&Caller::Operator).unwrap();
+        drop(held);
+        let held = [places.take(&b).unwrap(), places.take(&a).unwrap()];
+        drop((other, held));
+        assert_eq!(places.held(), 0);
+        assert!(lock(&places.held).tenants.is_empty());
+    }
+
+    #[test]
+    fn no_number_of_tenants_locks_out_another() {
+        let places = Places::new("calls", ("all", 64), ("each", 64), Duration::from_secs(1));
+        let mut held = Vec::new();
+        for id in ["a", "b", "c", "d"] {
+            let tenant = tenant(id);
+            let before = held.len();
+            while let Ok(place) = places.take(&tenant) {
+                held.push(place);
+            }
+            assert!(held.len() > before);
+        }
+        assert_eq!(held.len(), 32 + 16 + 8 + 4);
+        let more: Vec<_> = (0..100).map(|i| places.take(&tenant(&format!("t{i}"))).unwrap()).collect();
+        assert_eq!(places.held(), 60 + 100, "whoever holds nothing gets in");
+        drop((held, more));
+        assert_eq!(places.held(), 0);
     }
 }

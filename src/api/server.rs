@@ -17,7 +17,6 @@ use super::base::Base;
 use super::datasets::Datasets;
 use super::edge::{Calls, Edge};
 use super::generation::Generation;
-use super::places::Places;
 use super::proto::{
     DESCRIPTORS, adapter_service_server as adapter, base_service_server as base, dataset_service_server as dataset,
     generation_service_server as generation, safety_service_server as safety, tenant_service_server as tenant,
@@ -141,9 +140,7 @@ async fn report(health: &HealthReporter, status: ServingStatus) {
 
 fn routes(parts: Parts, auth: Auth, calls: Calls) -> Result<Routes> {
     let size = usize::try_from(parts.limits.max_message_bytes).unwrap_or(usize::MAX);
-    let uploads = Uploads::new(&parts.limits);
-    let per_tenant = ("max_reads_per_tenant", parts.limits.max_reads_per_tenant);
-    let reads = Places::new("reads", ("max_reads", parts.limits.max_reads), per_tenant, Duration::from_secs(5));
+    let (uploads, reads) = (Uploads::new(parts.places.uploads.clone(), &parts.limits), parts.places.reads.clone());
     let shared = Arc::new(Shared { parts, auth, calls, uploads, reads });
     macro_rules! sized {
         ($service:expr) => {

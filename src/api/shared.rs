@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use super::auth::Auth;
 use super::edge::Calls;
-use super::places::Places;
+use super::places::{Places, WorkPlaces};
 use super::uploads::Uploads;
 use crate::config::Limits;
 use crate::hub::Hub;
 use crate::ids::Digest;
+use crate::memory::Memory;
 use crate::safety::Guard;
 use crate::store::Store;
 use crate::text::Text;
@@ -26,6 +27,8 @@ pub struct Parts {
     pub base_name: String,
     /// Of the base's file.
     pub base_digest: Digest,
+    pub memory: Arc<Memory>,
+    pub places: WorkPlaces,
     /// The base's, in tokens.
     pub context_length: usize,
     pub limits: Limits,

@@ -14,6 +14,7 @@ use super::shared::Shared;
 use super::{Answer, Streamed, convert, deadline_of, proto as pb};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
+use crate::work::run_holding;
 
 pub struct Training(pub Arc<Shared>);
 
@@ -41,8 +42,10 @@ impl TrainingService for Training {
         let request_id = convert::request_id(request.request_id)?;
         if request.validate_only {
             // It reads the whole dataset.
-            let _place = self.0.reads.take(caller_of(&call)?)?;
-            let validated = self.0.parts.trainer.validate(&tenant, &spec).await?;
+            let place = self.0.reads.take(caller_of(&call)?)?;
+            let trainer = self.0.parts.trainer.clone();
+            let validate = async move { trainer.validate(&tenant, &spec).await.map(|validated| (spec, validated)) };
+            let ((spec, validated), _) = run_holding(place, validate).await?;
             return Ok(Response::new(convert::validated(&spec, validated)));
         }
         let row = self.0.parts.trainer.submit(&tenant, spec, &request_id).await?;

@@ -18,10 +18,7 @@ pub struct Uploads {
 }
 
 impl Uploads {
-    pub fn new(limits: &Limits) -> Self {
-        let all = ("max_uploads", limits.max_uploads);
-        let per_tenant = ("max_uploads_per_tenant", limits.max_uploads_per_tenant);
-        let places = Places::new("uploads", all, per_tenant, Duration::from_secs(5));
+    pub fn new(places: Places, limits: &Limits) -> Self {
         Self { places, idle: Duration::from_secs(limits.upload_idle_seconds) }
     }
 

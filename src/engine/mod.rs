@@ -1,8 +1,9 @@
 //! The engine that serves: this handle, and behind it one thread that runs the loop ([`run`]).
 //!
-//! The handle encodes the prompt, leases the version, takes a ticket and submits; the loop does the rest. Dropping a stream cancels its
-//! sequence.
+//! The handle takes a ticket, encodes the prompt, finds out which version its name means, and submits; the loop does the rest, and leases
+//! the version when the sequence starts. Dropping a stream cancels its sequence.
 
+mod answer;
 mod blocks;
 mod lru;
 mod prefix;
@@ -12,34 +13,39 @@ mod scheduler;
 mod sequence;
 mod stats;
 mod tickets;
+mod warm;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::pin::Pin;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use futures::Stream;
-use tokio::sync::{Semaphore, mpsc as async_mpsc, oneshot};
-use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::config::Limits;
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
-use crate::hub::{Hub, Lease};
+use crate::hub::{Hub, VersionRow};
 use crate::ids::{AdapterRef, Digest, Tenant, TenantId};
+use crate::memory::Memory;
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout};
 use crate::request::{BAN, GenerateEvent, GenerateSpec, Prompt, Sampling, ScoreAnswer, ScoreSpec, Stopping, Usage};
 use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
+use crate::work::block_holding;
+use answer::{Answer, AnswerStream, CancelOnDrop};
 use prefix::{Chain, Scope};
 use run::{Loop, Message};
 use scheduler::{Bounds, Demand, Scheduler};
-use sequence::{Generation, Scoring, Sequence, Work};
+use sequence::{Adapter, Generation, Scoring, Sequence, Work};
 use tickets::{Ticket, Tickets};
+use warm::Warm;
 
 /// Most tokens listed beside each log-probability.
 pub const MAX_LOGPROBS: u32 = 20;
@@ -69,10 +75,11 @@ pub type GenerateStream = Pin<Box<dyn Stream<Item = Result<GenerateEvent>> + Sen
 /// The handle. Cheap to clone; the loop ends when the last one is gone.
 #[derive(Debug, Clone)]
 pub struct Engine {
-    inbox: mpsc::Sender<Message>,
+    inbox: Arc<mpsc::Sender<Message>>,
     text: Arc<Text>,
     hub: Arc<Hub>,
     tickets: Tickets,
+    memory: Arc<Memory>,
     limits: Arc<Limits>,
     large_encodes: Arc<Semaphore>,
     facts: Facts,
@@ -88,12 +95,13 @@ struct Facts {
 }
 
 impl Engine {
-    /// Starts the loop's thread.
+    /// Starts the loop's thread. What waits to be read of answers is taken from `memory`. Call it in a runtime: versions are loaded there.
     pub fn start(
         model: Arc<Model>,
         text: Arc<Text>,
         hub: Arc<Hub>,
         arbiter: Arc<Arbiter>,
+        memory: Arc<Memory>,
         limits: &Limits,
     ) -> Result<Self> {
         let block_tokens = limits.kv_block_tokens.clamp(1, 4096) as usize;
@@ -103,7 +111,7 @@ impl Engine {
         let layout = KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize };
         let facts = Facts { base: model.shape().digest, context: model.context_length(), layout };
         let executor = model.executor(layout)?;
-        Self::start_with(executor, facts, text, hub, arbiter, limits)
+        Self::start_with(executor, facts, text, hub, arbiter, memory, limits)
     }
 
     fn start_with(
@@ -112,10 +120,13 @@ impl Engine {
         text: Arc<Text>,
         hub: Arc<Hub>,
         arbiter: Arc<Arbiter>,
+        memory: Arc<Memory>,
         limits: &Limits,
     ) -> Result<Self> {
         let (sender, inbox) = mpsc::channel();
+        let sender = Arc::new(sender);
         let bounds = bounds(facts.layout, limits)?;
+        let runtime = Handle::try_current().map_err(Error::internal)?;
         let state = Loop {
             inbox,
             scheduler: Scheduler::new(bounds),
@@ -127,13 +138,15 @@ impl Engine {
             text: text.clone(),
             context: facts.context,
             sequences: HashMap::new(),
-            next_id: 0,
+            deadlines: BTreeSet::new(),
+            warm: Warm::new(hub.clone(), runtime, Arc::downgrade(&sender)),
+            stuck: false,
             closed: false,
         };
         std::thread::Builder::new().name("engine".into()).spawn(move || state.run())?;
         let tickets = Tickets::new(limits);
         let large_encodes = Arc::new(Semaphore::new(LARGE_ENCODES));
-        Ok(Self { inbox: sender, text, hub, tickets, limits: Arc::new(limits.clone()), large_encodes, facts })
+        Ok(Self { inbox: sender, text, hub, tickets, memory, limits: Arc::new(limits.clone()), large_encodes, facts })
     }
 
     /// Starts the answers that the spec asks for, a stream each. Errors before the first token are given here: bad settings, NOT_FOUND,
@@ -146,7 +159,7 @@ impl Engine {
         check_logprobs("logprobs", spec.logprobs.unwrap_or(0))?;
         check_priority(spec.priority)?;
         let patterns = Patterns::new(&spec.stopping.stop, false)?;
-        let take = |_| self.tickets.take(tenant.id()).map(Arc::new);
+        let take = |_| self.admit(tenant, 1);
         let tickets = (0..spec.sampling.n).map(take).collect::<Result<Vec<_>>>()?;
         let Some(ticket) = tickets.first() else { return Err(Error::invalid("sampling.n", "must be at least 1")) };
         self.check_prompt("prompt", &spec.prompt)?;
@@ -154,7 +167,7 @@ impl Engine {
         let mut ids = self.encode(vec![spec.prompt], encode, ticket).await?.pop().unwrap_or_default();
         let longest = self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
         ids.reserve_exact(longest - ids.len());
-        let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
+        let version = self.resolve(tenant, spec.adapter.as_ref()).await?;
         let withheld = match spec.stopping.ignore_eos || spec.sampling.min_tokens == 0 {
             true => Vec::new(),
             false => self.text.ends().to_vec(),
@@ -163,15 +176,16 @@ impl Engine {
         let mut prompt_done = Some(prompt_done);
         let (mut streams, mut submissions) = (Vec::with_capacity(tickets.len()), Vec::with_capacity(tickets.len()));
         for (i, ticket) in tickets.into_iter().enumerate() {
-            let (events, stream) = async_mpsc::unbounded_channel();
-            streams.push(Box::pin(UnboundedReceiverStream::new(stream)) as GenerateStream);
             let mut sampling = spec.sampling.clone();
             sampling.seed = sampling.seed.wrapping_add(i as u64);
-            let version = lease.as_ref().map(|lease| lease.name().clone());
+            let name = version.as_ref().map(|version| version.name.clone());
             let seed = (sampling.temperature > 0.0).then_some(sampling.seed);
-            // The receiver is here.
-            let _ = events.send(Ok(GenerateEvent::Started { version, prompt_tokens: ids.len() as u32, seed }));
-            let chain = self.chain(tenant, lease.as_ref(), &ids, longest);
+            let account = self.memory.account(Some(tenant.id()));
+            let (answer, events) = Answer::new(account, self.limits.max_unread_answer_bytes);
+            answer.send(GenerateEvent::Started { version: name, prompt_tokens: ids.len() as u32, seed })?;
+            let (id, cancel) = (ticket.ids.start, self.cancel_on_drop(&ticket));
+            streams.push(Box::pin(AnswerStream { events, ticket: Some(ticket.clone()), cancel }) as GenerateStream);
+            let chain = self.chain(tenant, version.as_deref(), &ids, longest);
             let generation = Generation {
                 prompt_tokens: ids.len(),
                 cached_tokens: None,
@@ -183,17 +197,19 @@ impl Engine {
                 decoder: self.text.decoder(),
                 hold_back: HoldBack::new(patterns.clone()),
                 open: Default::default(),
-                events,
+                answer,
+                unsent: None,
                 end: None,
             };
             let (weight, priority, length) = (tenant.weight(), spec.priority, ids.len());
             let demand = Demand { tenant: ticket.number, weight, priority, length, longest, chain };
-            let (ids, lease, work) = (ids.clone(), lease.clone(), Work::Generate(Box::new(generation)));
-            submissions.push((demand, Sequence { ids, deadline: spec.deadline, lease, _ticket: ticket, work }));
+            let (ids, work) = (ids.clone(), Work::Generate(Box::new(generation)));
+            let adapter = adapter_of(version.clone());
+            submissions.push((id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, work }));
         }
         let mut others = submissions.into_iter();
-        if let Some((demand, sequence)) = others.next() {
-            self.submit(demand, sequence)?;
+        if let Some((id, demand, sequence)) = others.next() {
+            self.submit(id, demand, sequence)?;
         }
         if others.len() > 0 {
             let engine = self.clone();
@@ -201,7 +217,7 @@ impl Engine {
                 // An error says the same: the first one has computed its prompt or has come to an end.
                 let _ = done.await;
                 // Where the loop is gone, each stream says so as its sequence is dropped.
-                others.for_each(|(demand, sequence)| drop(engine.submit(demand, sequence)));
+                others.for_each(|(id, demand, sequence)| drop(engine.submit(id, demand, sequence)));
             });
         }
         Ok(streams)
@@ -214,7 +230,7 @@ impl Engine {
         if spec.inputs.is_empty() || spec.inputs.len() > MAX_SCORE_INPUTS {
             return Err(Error::invalid("inputs", format!("must hold 1 to {MAX_SCORE_INPUTS} sequences")));
         }
-        let ticket = Arc::new(self.tickets.take(tenant.id())?);
+        let ticket = self.admit(tenant, spec.inputs.len() as u64)?;
         for (i, input) in spec.inputs.iter().enumerate() {
             self.check_prompt(&format!("inputs[{i}]"), input)?;
         }
@@ -223,11 +239,12 @@ impl Engine {
             self.check_length(&format!("inputs[{i}]"), ids, 0)?;
         }
         self.check_score_size(&inputs, spec.top_logprobs as usize)?;
-        let lease = self.lease(tenant, spec.adapter.as_ref()).await?;
-        let version = lease.as_ref().map(|lease| lease.name().clone());
+        let row = self.resolve(tenant, spec.adapter.as_ref()).await?;
+        let version = row.as_ref().map(|row| row.name.clone());
+        let mut cancel = self.cancel_on_drop(&ticket);
         let mut answers = Vec::with_capacity(inputs.len());
         let mut usage = Usage::default();
-        for ids in inputs {
+        for (id, ids) in ticket.ids.clone().zip(inputs) {
             usage.prompt_tokens += ids.len() as u32;
             let (sender, answer) = oneshot::channel();
             let top = spec.top_logprobs as usize;
@@ -236,14 +253,17 @@ impl Engine {
             let (number, weight, priority, length) = (ticket.number, tenant.weight(), spec.priority, ids.len());
             // Every row's logits are asked for, so none can be left out, and such texts are seldom begun again.
             let demand = Demand { tenant: number, weight, priority, length, longest: length, chain: None };
-            let (lease, ticket) = (lease.clone(), ticket.clone());
-            self.submit(demand, Sequence { ids, deadline: spec.deadline, lease, _ticket: ticket, work })?;
+            let (adapter, ticket) = (adapter_of(row.clone()), ticket.clone());
+            self.submit(id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, work })?;
             answers.push(answer);
         }
+        // Its places are the sequences' alone from now on: they are given back before the answer is.
+        drop(ticket);
         let mut results = Vec::with_capacity(answers.len());
         for answer in answers {
             results.push(answer.await.map_err(|_| sequence::lost())??);
         }
+        cancel.disarm();
         Ok(ScoreAnswer { version, results, usage })
     }
 
@@ -263,7 +283,7 @@ impl Engine {
             return Err(Error::invalid_because("TEXT_TOO_LONG", "input", message));
         }
         self.check_messages("chat", &prompt)?;
-        let ticket = Arc::new(self.tickets.take(tenant.id())?);
+        let ticket = self.admit(tenant, 1)?;
         let encode = match generation_prompt {
             true => |text: &Text, _: usize, prompt: &Prompt| text.encode_prompt(prompt),
             false => |text: &Text, _: usize, prompt: &Prompt| match prompt {
@@ -291,6 +311,11 @@ impl Engine {
         let _ = self.check_integrity().await;
     }
 
+    /// Sequences that wait or run, and answers that are not read to their end.
+    pub fn queued(&self) -> u64 {
+        self.tickets.held()
+    }
+
     /// Fails unless the engine is idle and holds no block, entry or ticket.
     pub async fn check_integrity(&self) -> Result<()> {
         let (sender, answer) = oneshot::channel();
@@ -303,22 +328,37 @@ impl Engine {
         }
     }
 
-    fn submit(&self, demand: Demand, sequence: Sequence) -> Result<()> {
-        let message = Message::Submit(demand, Box::new(sequence));
+    /// Takes places for a request of so many sequences; requests that lose theirs for it are ended.
+    fn admit(&self, tenant: &Tenant, sequences: u64) -> Result<Arc<Ticket>> {
+        let (ticket, displaced) = self.tickets.take(tenant.id(), sequences)?;
+        for ids in displaced {
+            // One that has not been submitted yet is told when it is.
+            let _ = self.inbox.send(Message::Displace(ids));
+        }
+        Ok(Arc::new(ticket))
+    }
+
+    fn cancel_on_drop(&self, ticket: &Ticket) -> CancelOnDrop {
+        CancelOnDrop::new(self.inbox.clone(), ticket.ids.clone())
+    }
+
+    fn submit(&self, id: u64, demand: Demand, sequence: Sequence) -> Result<()> {
+        let message = Message::Submit(id, demand, Box::new(sequence));
         self.inbox.send(message).map_err(|_| Error::internal("the engine's loop has ended"))
     }
 
-    async fn lease(&self, tenant: &Tenant, adapter: Option<&AdapterRef>) -> Result<Option<Lease>> {
+    /// The version that a name means now; the request holds nothing of it before it starts.
+    async fn resolve(&self, tenant: &Tenant, adapter: Option<&AdapterRef>) -> Result<Option<Arc<VersionRow>>> {
         match adapter {
-            Some(adapter) => Ok(Some(self.hub.lease(tenant, adapter).await?)),
+            Some(adapter) => Ok(Some(Arc::new(self.hub.resolve(tenant, adapter).await?))),
             None => Ok(None),
         }
     }
 
     /// The keys under which a sequence's blocks are found, unless none are kept.
-    fn chain(&self, tenant: &Tenant, lease: Option<&Lease>, ids: &[u32], longest: usize) -> Option<Chain> {
+    fn chain(&self, tenant: &Tenant, version: Option<&VersionRow>, ids: &[u32], longest: usize) -> Option<Chain> {
         let Facts { base, layout, .. } = self.facts;
-        let (template, version) = (self.text.template_digest(), lease.map(Lease::digest));
+        let (template, version) = (self.text.template_digest(), version.map(|version| version.digest));
         let scope = Scope { tenant: tenant.id(), base, template, version };
         (self.limits.prefix_cache_percent > 0).then(|| Chain::new(&scope, layout.block_tokens, ids, longest))
     }
@@ -342,12 +382,10 @@ impl Engine {
             return prompts.iter().enumerate().map(|(i, prompt)| encode(&self.text, i, prompt)).collect();
         }
         let place = self.large_encodes.clone().acquire_owned().await.map_err(Error::internal)?;
-        let (text, ticket) = (self.text.clone(), ticket.clone());
-        let work = move || {
-            let _held = (place, ticket);
-            prompts.iter().enumerate().map(|(i, prompt)| encode(&text, i, prompt)).collect()
-        };
-        tokio::task::spawn_blocking(work).await.map_err(Error::internal)?
+        let text = self.text.clone();
+        let work = move || prompts.iter().enumerate().map(|(i, prompt)| encode(&text, i, prompt)).collect();
+        let (ids, _) = block_holding((place, ticket.clone()), work).await?;
+        Ok(ids)
     }
 
     /// What is known of a prompt before it is encoded: more text than the context's tokens could hold, or too many messages.
@@ -467,6 +505,10 @@ impl Engine {
         }
         Ok(longest)
     }
+}
+
+fn adapter_of(version: Option<Arc<VersionRow>>) -> Adapter {
+    version.map_or(Adapter::Base, Adapter::Wanted)
 }
 
 /// Errors name the input.

@@ -1,25 +1,45 @@
 //! The loop: drain the inbox, plan, compute (build the batch, forward, sample), commit. One thread runs it and owns the executor and the KV cache.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError};
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use crate::device::Arbiter;
-use crate::engine::scheduler::{Demand, Planned, Scheduler};
-use crate::engine::sequence::{Next, Reading, Sequence};
+use crate::engine::scheduler::{Demand, Planned, Readiness, Scheduler};
+use crate::engine::sequence::{Adapter, Next, Reading, Sequence};
 use crate::engine::stats;
+use crate::engine::warm::{Wanted, Warm};
 use crate::error::{Error, Result};
+use crate::hub::Lease;
 use crate::kernels::cpu::Team;
 use crate::model::batch::{Executor, Span, reused};
 use crate::text::Text;
 
+/// Messages taken between two steps: a flood of them does not stop those who run.
+const MESSAGES_A_TURN: usize = 256;
+
+/// Tenants whose next sequence has its adapter loaded ahead of its turn.
+const PREFETCHED_TENANTS: usize = 4;
+
+/// How often sequences that cannot start are looked at where nothing runs. A load that ends is told at once.
+const STUCK_TICK: Duration = Duration::from_millis(20);
+
 /// What reaches the loop from outside.
+#[derive(Debug)]
 pub enum Message {
-    Submit(Demand, Box<Sequence>),
+    /// A sequence, by an id of its ticket.
+    Submit(u64, Demand, Box<Sequence>),
+    /// Nobody waits for these any more.
+    Cancel(Range<u64>),
+    /// The request of these has lost its place.
+    Displace(Range<u64>),
+    /// A load has ended.
+    Loaded(String, Result<Lease>),
     /// Ends every sequence with what it has, and from now on every new one.
     CancelAll,
     /// Fails where an idle engine still holds something.
@@ -41,7 +61,11 @@ pub struct Loop {
     /// Tokens.
     pub context: usize,
     pub sequences: HashMap<u64, Sequence>,
-    pub next_id: u64,
+    /// When the time of those ends that have a deadline.
+    pub deadlines: BTreeSet<(Instant, u64)>,
+    pub warm: Warm,
+    /// There are sequences, and none could be planned.
+    pub stuck: bool,
     /// Everything has been cancelled, and so is what comes now: a request that was still encoded or leased meanwhile.
     pub closed: bool,
 }
@@ -64,8 +88,8 @@ impl Loop {
         if !self.drain_inbox() {
             return false;
         }
-        self.drop_lost();
-        self.scheduler.plan(&mut self.plan);
+        self.drop_late();
+        self.schedule();
         if !self.plan.is_empty() {
             let done = self.compute();
             self.commit(done);
@@ -78,36 +102,61 @@ impl Loop {
     pub(super) fn start_over(&mut self) {
         tracing::error!("the engine's loop panicked; {} sequences fail", self.sequences.len());
         self.scheduler.reset();
+        self.warm.clear();
+        self.deadlines.clear();
         for (_, sequence) in self.sequences.drain() {
             sequence.fail(Error::internal("the engine's loop panicked"));
         }
     }
 
-    /// Takes what has come; waits where there is nothing to compute. False once every handle is gone.
+    /// Chooses the rows of the next step, leases the adapters of those that start, and loads those of the next in line.
+    pub(super) fn schedule(&mut self) {
+        let Self { scheduler, plan, sequences, warm, .. } = self;
+        scheduler.plan(plan, &mut |id| readiness(id, sequences, warm));
+        for id in scheduler.next_in_line(PREFETCHED_TENANTS) {
+            if let Some(Sequence { adapter: Adapter::Wanted(row), .. }) = sequences.get(&id) {
+                warm.prefetch(row);
+            }
+        }
+        self.stuck = self.plan.is_empty() && !self.sequences.is_empty();
+    }
+
+    /// Takes what has come, so much at most; waits where there is nothing to compute. False once every handle is gone.
     fn drain_inbox(&mut self) -> bool {
         if self.sequences.is_empty() {
             match self.inbox.recv() {
                 Ok(message) => self.take(message),
                 Err(_) => return false,
             }
+        } else if self.stuck {
+            match self.inbox.recv_timeout(STUCK_TICK) {
+                Ok(message) => self.take(message),
+                Err(RecvTimeoutError::Timeout) => {}
+                // Nobody is left to be answered, nor a load to wait for.
+                Err(RecvTimeoutError::Disconnected) => return false,
+            }
         }
-        loop {
+        for _ in 0..MESSAGES_A_TURN {
             match self.inbox.try_recv() {
                 Ok(message) => self.take(message),
-                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return !self.sequences.is_empty(),
             }
         }
+        true
     }
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Submit(_, sequence) if self.closed => sequence.cancel(),
-            Message::Submit(demand, sequence) => {
-                self.next_id += 1;
-                self.scheduler.add(self.next_id, demand);
-                self.sequences.insert(self.next_id, *sequence);
-            }
+            Message::Submit(_, _, sequence) if self.closed => sequence.cancel(),
+            Message::Submit(id, demand, sequence) => self.submit(id, demand, *sequence),
+            Message::Cancel(ids) => ids.for_each(|id| drop(self.remove(id))),
+            Message::Displace(ids) => ids.for_each(|id| {
+                if let Some(sequence) = self.remove(id) {
+                    sequence.fail_displaced();
+                }
+            }),
+            Message::Loaded(uid, outcome) => self.loaded(&uid, outcome),
             Message::CancelAll => {
                 self.closed = true;
                 self.cancel_all();
@@ -117,11 +166,44 @@ impl Loop {
         }
     }
 
-    /// Lets go of sequences that nobody waits for or whose time is up.
-    fn drop_lost(&mut self) {
+    fn submit(&mut self, id: u64, demand: Demand, sequence: Sequence) {
+        if sequence.ticket.displaced().is_some() {
+            return sequence.fail_displaced();
+        }
+        if sequence.is_abandoned() {
+            // Its cancellation has come already.
+            return;
+        }
+        if let Some(deadline) = sequence.deadline {
+            self.deadlines.insert((deadline, id));
+        }
+        if let Adapter::Wanted(row) = &sequence.adapter {
+            self.warm.want(row);
+        }
+        self.scheduler.add(id, demand);
+        self.sequences.insert(id, sequence);
+    }
+
+    /// The sequences that were set aside for a version wait in their places again, or fail with the load.
+    fn loaded(&mut self, uid: &str, outcome: Result<Lease>) {
+        let (sequences, outcome) = self.warm.loaded(uid, outcome);
+        for id in sequences {
+            match &outcome {
+                Ok(()) => self.scheduler.resume(id),
+                Err(error) => {
+                    if let Some(sequence) = self.remove(id) {
+                        sequence.fail_unloaded(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lets go of sequences whose time is up.
+    fn drop_late(&mut self) {
         let now = Instant::now();
-        let lost = self.sequences.iter().filter(|(_, s)| s.is_abandoned() || s.is_late(now));
-        for id in lost.map(|(id, _)| *id).collect::<Vec<_>>() {
+        while let Some((_, id)) = self.deadlines.first().filter(|(deadline, _)| *deadline <= now).copied() {
+            self.deadlines.pop_first();
             if let Some(sequence) = self.remove(id) {
                 sequence.fail(Error::DeadlineExceeded);
             }
@@ -130,7 +212,14 @@ impl Loop {
 
     fn remove(&mut self, id: u64) -> Option<Sequence> {
         self.scheduler.remove(id);
-        self.sequences.remove(&id)
+        let sequence = self.sequences.remove(&id)?;
+        if let Some(deadline) = sequence.deadline {
+            self.deadlines.remove(&(deadline, id));
+        }
+        if let Adapter::Wanted(row) = &sequence.adapter {
+            self.warm.unwant(row);
+        }
+        Some(sequence)
     }
 
     fn cancel_all(&mut self) {
@@ -205,6 +294,29 @@ impl Loop {
     }
 }
 
+/// Whether a sequence can start; one that can has its adapter.
+fn readiness(id: u64, sequences: &mut HashMap<u64, Sequence>, warm: &mut Warm) -> Readiness {
+    let Some(sequence) = sequences.get_mut(&id) else { return Readiness::Gone };
+    let lease = match &sequence.adapter {
+        Adapter::Base | Adapter::Leased(_) => None,
+        Adapter::Wanted(row) => match warm.lease(id, row) {
+            Wanted::Lease(lease) => Some(lease),
+            Wanted::Loading => return Readiness::Loading,
+            Wanted::Later => return Readiness::Later,
+        },
+    };
+    if !sequence.ticket.start() {
+        // Its end is on the way.
+        return Readiness::Gone;
+    }
+    if let Some(lease) = lease
+        && let Adapter::Wanted(row) = std::mem::replace(&mut sequence.adapter, Adapter::Leased(lease))
+    {
+        warm.unwant(&row);
+    }
+    Readiness::Ready
+}
+
 /// The plan's rows as the model takes them.
 fn fill<'a>(
     spans: &mut Vec<Span<'a>>,
@@ -219,11 +331,16 @@ fn fill<'a>(
                 ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
                 start: planned.start,
                 blocks: scheduler.blocks_of(planned)?,
-                lora: sequence.lease.as_ref().map(|lease| lease.packed()),
+                lora: match &sequence.adapter {
+                    Adapter::Base => None,
+                    Adapter::Leased(lease) => Some(lease.packed()),
+                    // Never the base in its place.
+                    Adapter::Wanted(_) => return None,
+                },
                 logits: sequence.logit_rows(planned.completes),
             })
         };
-        spans.push(span().ok_or_else(|| Error::internal("a planned sequence is gone"))?);
+        spans.push(span().ok_or_else(|| Error::internal("a planned sequence is gone, or has no adapter"))?);
     }
     Ok(())
 }

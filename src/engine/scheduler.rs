@@ -10,15 +10,24 @@
 //! comes first, and one that comes back after a pause is lifted to the least-served active one, so that idling earns no credit. What is
 //! not computed is not counted: tokens found in the cache, and tokens computed again. Priorities order the sequences of one tenant and
 //! never come before the counters.
+//!
+//! A sequence whose adapter version is not in memory yet is set aside while it is loaded, and the others go on. Every operation on one
+//! sequence takes time logarithmic in those that wait ([`waiting`]), so that a long queue costs nobody's steps.
+
+mod waiting;
 
 use std::cmp::Reverse;
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
 use crate::engine::blocks::Blocks;
 use crate::engine::prefix::Chain;
+use waiting::{Rank, Waiting};
 
 /// What a token counts for a tenant of weight 1.
 const TOKEN: u64 = 1 << 20;
+
+/// Running sequences that there is room for at once in the list; it grows beyond.
+const MOST_PREALLOCATED: usize = 4096;
 
 /// A sequence as the scheduler gets it.
 #[derive(Debug)]
@@ -36,14 +45,30 @@ pub struct Demand {
     pub chain: Option<Chain>,
 }
 
+/// Whether a sequence whose turn it is can start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// It starts now.
+    Ready,
+    /// Its adapter is being loaded: it is set aside until [`Scheduler::resume`].
+    Loading,
+    /// Not now, and none of its tenant's before it.
+    Later,
+    /// It is no more.
+    Gone,
+}
+
 /// What the scheduler knows of a sequence.
 #[derive(Debug)]
 struct Entry {
     id: u64,
     tenant: u32,
-    priority: i32,
+    /// Its place among its tenant's.
+    rank: Rank,
     /// Tokens whose KV the next token needs.
     length: usize,
+    /// Most tokens whose KV it may need.
+    longest: usize,
     /// Tokens whose KV is in `blocks`.
     computed: usize,
     /// Tokens that its tenant has been charged for, or has been spared.
@@ -64,12 +89,15 @@ impl Entry {
     }
 }
 
-/// What a tenant has had.
+/// What a tenant has had, and how many sequences it has.
 #[derive(Debug, Default)]
 struct Account {
     weight: u64,
     /// [`TOKEN`] over the weight for each token served.
     served: u64,
+    running: usize,
+    /// Running ones, those set aside, and those that wait.
+    all: usize,
 }
 
 /// Rows of one sequence in a step: positions `start..start + count`.
@@ -103,9 +131,10 @@ pub struct Bounds {
 pub struct Scheduler {
     bounds: Bounds,
     blocks: Blocks,
-    waiting: VecDeque<Entry>,
+    waiting: Waiting,
     /// In the order of admission.
     running: Vec<Entry>,
+    /// Of the tenants since the scheduler was last idle.
     accounts: HashMap<u32, Account>,
 }
 
@@ -114,8 +143,8 @@ impl Scheduler {
         Self {
             bounds,
             blocks: Blocks::new(bounds.blocks, bounds.max_idle_blocks),
-            waiting: VecDeque::new(),
-            running: Vec::with_capacity(bounds.max_running),
+            waiting: Waiting::default(),
+            running: Vec::with_capacity(bounds.max_running.min(MOST_PREALLOCATED)),
             accounts: HashMap::new(),
         }
     }
@@ -128,36 +157,59 @@ impl Scheduler {
     /// Queues a sequence.
     pub fn add(&mut self, id: u64, demand: Demand) {
         let Demand { tenant, weight, priority, length, longest, chain } = demand;
-        let entries = || self.waiting.iter().chain(&self.running);
-        let active = entries().any(|entry| entry.tenant == tenant);
-        let least = entries().map(|entry| self.served(entry.tenant)).min().filter(|_| !active);
+        let active = self.accounts.get(&tenant).is_some_and(|account| account.all > 0);
+        let others = || self.accounts.values().filter(|account| account.all > 0).map(|account| account.served);
+        let least = if active { 0 } else { others().min().unwrap_or(0) };
         let account = self.accounts.entry(tenant).or_default();
         account.weight = u64::from(weight).max(1);
-        account.served = account.served.max(least.unwrap_or(0));
-        let blocks = Vec::with_capacity(longest.max(length).div_ceil(self.bounds.block_tokens));
-        self.waiting.push_back(Entry {
-            id,
-            tenant,
-            priority,
-            length,
-            computed: 0,
-            charged: 0,
-            blocks,
-            chain,
-            published: 0,
-        });
+        account.served = account.served.max(least);
+        account.all += 1;
+        let rank = self.waiting.last_rank(priority);
+        let (blocks, served) = (Vec::new(), account.served);
+        let entry = Entry { id, tenant, rank, length, longest, computed: 0, charged: 0, blocks, chain, published: 0 };
+        self.waiting.push(served, entry);
     }
 
     /// Forgets a sequence and gives back its blocks.
     pub fn remove(&mut self, id: u64) {
-        self.waiting.retain(|entry| entry.id != id);
-        if let Some(at) = self.running.iter().position(|entry| entry.id == id) {
-            self.blocks.release(&mut self.running.remove(at).blocks);
+        let entry = match self.waiting.remove(id) {
+            Some(entry) => Some(entry),
+            None => self.running.iter().position(|entry| entry.id == id).map(|at| self.stop(at)),
+        };
+        let Some(mut entry) = entry else { return };
+        self.blocks.release(&mut entry.blocks);
+        self.forget(entry.tenant);
+    }
+
+    /// One sequence of a tenant is no more.
+    fn forget(&mut self, tenant: u32) {
+        if let Some(account) = self.accounts.get_mut(&tenant) {
+            account.all -= 1;
         }
         if self.waiting.is_empty() && self.running.is_empty() {
             // Nobody is ahead of anybody.
             self.accounts.clear();
         }
+    }
+
+    /// Takes a sequence out of the running.
+    fn stop(&mut self, at: usize) -> Entry {
+        let entry = self.running.remove(at);
+        if let Some(account) = self.accounts.get_mut(&entry.tenant) {
+            account.running -= 1;
+        }
+        entry
+    }
+
+    /// A sequence that was set aside waits in its old place again.
+    pub fn resume(&mut self, id: u64) {
+        let served = |tenant| self.accounts.get(&tenant).map_or(0, |account| account.served);
+        self.waiting.resume(id, served);
+    }
+
+    /// The first waiting sequences of the tenants whose turn comes next.
+    pub fn next_in_line(&self, tenants: usize) -> impl Iterator<Item = u64> + '_ {
+        self.waiting.first_of_tenants().take(tenants)
     }
 
     /// What a sequence with these ids has computed has proved sound: from now on others find its whole blocks, and itself where it starts
@@ -179,10 +231,11 @@ impl Scheduler {
         }
     }
 
-    /// Chooses the rows of the next step and takes their blocks; the rows count as computed. None only where nothing is queued.
-    pub fn plan(&mut self, planned: &mut Vec<Planned>) {
+    /// Chooses the rows of the next step and takes their blocks; the rows count as computed. None only where nothing is queued, or
+    /// nothing of it is ready. `ready` is asked of a sequence for which there is room; one that it calls ready has started.
+    pub fn plan(&mut self, planned: &mut Vec<Planned>, ready: &mut dyn FnMut(u64) -> Readiness) {
         planned.clear();
-        self.admit();
+        self.admit(ready);
         self.plan_decoding(planned);
         self.plan_prefill(planned);
     }
@@ -194,23 +247,51 @@ impl Scheduler {
 
     /// Starts waiting sequences, the least-served tenant's first: as many as keep the next step busy, and one of a tenant that has
     /// nothing running.
-    fn admit(&mut self) {
-        while let Some(next) = self.next_waiting() {
-            let entry = &self.waiting[next];
-            let (tenant, needed) = (entry.tenant, entry.length.div_ceil(self.bounds.block_tokens));
-            if (self.is_busy() && self.runs(tenant)) || !self.make_room(tenant, needed) {
+    fn admit(&mut self, ready: &mut dyn FnMut(u64) -> Readiness) {
+        // The last tenant that has to wait, of those looked at.
+        let mut passed = None;
+        while let Some((turn, first)) = self.waiting.next_after(passed) {
+            let (id, tenant, needed) = (first.id, first.tenant, first.length.div_ceil(self.bounds.block_tokens));
+            if self.is_busy() && self.runs(tenant) {
                 break;
             }
-            // Where one had to make room, it waits now before the others.
-            let Some(mut entry) = self.next_waiting_of(tenant).and_then(|next| self.waiting.remove(next)) else {
-                break;
-            };
-            if !self.take_first_blocks(&mut entry) {
-                self.waiting.push_front(entry);
+            let Some(victims) = self.make_room(tenant, needed) else { break };
+            match ready(id) {
+                Readiness::Ready => {}
+                Readiness::Loading => {
+                    self.waiting.set_aside(id);
+                    continue;
+                }
+                Readiness::Later => {
+                    passed = Some(turn);
+                    continue;
+                }
+                Readiness::Gone => {
+                    self.remove(id);
+                    continue;
+                }
+            }
+            // The last first: so the others keep their places in the list, and their order in the queue.
+            victims.into_iter().rev().for_each(|victim| self.send_back(victim));
+            if !self.start(id) {
                 break;
             }
-            self.running.push(entry);
         }
+    }
+
+    /// Makes a waiting sequence a running one; false, and it waits on, where its blocks are not there.
+    fn start(&mut self, id: u64) -> bool {
+        let Some(mut entry) = self.waiting.remove(id) else { return false };
+        entry.blocks.reserve_exact(entry.longest.max(entry.length).div_ceil(self.bounds.block_tokens));
+        if !self.take_first_blocks(&mut entry) {
+            self.waiting.push(self.served(entry.tenant), entry);
+            return false;
+        }
+        if let Some(account) = self.accounts.get_mut(&entry.tenant) {
+            account.running += 1;
+        }
+        self.running.push(entry);
+        true
     }
 
     /// Whether the next step has as many rows as it may have.
@@ -251,22 +332,21 @@ impl Scheduler {
         entry.published = 0;
     }
 
-    /// Whether a sequence of this tenant can start with `needed` blocks. Only a tenant with nothing running sends others back to the queue.
-    /// None is sent back where that would not make room enough.
-    fn make_room(&mut self, tenant: u32, needed: usize) -> bool {
+    /// The running sequences, in order, that go back to the queue for a sequence of this tenant that starts with `needed` blocks; `None`
+    /// where it cannot start. Only a tenant with nothing running sends others back, and none is sent back where that would not make room
+    /// enough.
+    fn make_room(&self, tenant: u32, needed: usize) -> Option<Vec<usize>> {
         let running = self.running.len();
         let places = running < self.bounds.max_running;
         if running == 0 || places && needed + running <= self.blocks.available() {
-            return true;
+            return Some(Vec::new());
         }
         if self.runs(tenant) {
-            return false;
+            return None;
         }
-        let Some(mut victims) = self.victims(needed) else { return false };
-        // The last first: so the others keep their places in the list, and their order in the queue.
+        let mut victims = self.victims(needed)?;
         victims.sort_unstable();
-        victims.into_iter().rev().for_each(|victim| self.send_back(victim));
-        true
+        Some(victims)
     }
 
     /// The running sequences whose places and blocks let one start that needs so many blocks; `None` where too few can go. A block that
@@ -285,7 +365,7 @@ impl Scheduler {
     }
 
     fn runs(&self, tenant: u32) -> bool {
-        self.running.iter().any(|entry| entry.tenant == tenant)
+        self.accounts.get(&tenant).is_some_and(|account| account.running > 0)
     }
 
     /// Of these running sequences, of the tenant that has most of them for its weight, two at least: the one of the lowest priority with
@@ -298,7 +378,7 @@ impl Scheduler {
         let most = several().map(busy).max()?;
         several()
             .filter(|at| busy(at) == most)
-            .min_by_key(|at| (self.running[**at].priority, self.running[**at].computed))
+            .min_by_key(|at| (self.running[**at].rank.priority(), self.running[**at].computed))
             .copied()
     }
 
@@ -351,9 +431,10 @@ impl Scheduler {
 
     /// Takes the blocks of a running sequence, which starts over later.
     fn send_back(&mut self, at: usize) {
-        let mut entry = self.running.remove(at);
+        let mut entry = self.stop(at);
         self.clear(&mut entry);
-        self.waiting.push_front(entry);
+        entry.rank = self.waiting.first_rank(entry.rank.priority());
+        self.waiting.push(self.served(entry.tenant), entry);
     }
 
     fn take_rows(&mut self, at: usize, rows: usize) -> Planned {
@@ -366,6 +447,7 @@ impl Scheduler {
         let counts = self.counts_for(tenant, new);
         if let Some(account) = self.accounts.get_mut(&tenant) {
             account.served = account.served.saturating_add(counts);
+            self.waiting.serve(tenant, account.served);
         }
         Planned { id, start, count: rows, completes, at }
     }
@@ -382,19 +464,10 @@ impl Scheduler {
 
     /// The least comes first. Tenants that have had as much go by their numbers, so that no priority decides between them.
     fn turn(&self, entry: &Entry) -> (u64, u32, Reverse<i32>) {
-        (self.served(entry.tenant), entry.tenant, Reverse(entry.priority))
+        (self.served(entry.tenant), entry.tenant, Reverse(entry.rank.priority()))
     }
 
-    /// The first waiting sequence of the least-served tenant.
-    fn next_waiting(&self) -> Option<usize> {
-        (0..self.waiting.len()).min_by_key(|at| (self.turn(&self.waiting[*at]), *at))
-    }
-
-    fn next_waiting_of(&self, tenant: u32) -> Option<usize> {
-        let of_tenant = (0..self.waiting.len()).filter(|at| self.waiting[*at].tenant == tenant);
-        of_tenant.min_by_key(|at| (Reverse(self.waiting[*at].priority), *at))
-    }
-
+    /// Sequences that do not run, those set aside included.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }

@@ -4,15 +4,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
+use crate::engine::answer::Answer;
 use crate::engine::sampler::{History, logprob, sample, top_logprobs};
 use crate::engine::scheduler::Planned;
 use crate::engine::stats;
 use crate::engine::tickets::Ticket;
 use crate::error::{Error, Result};
-use crate::hub::Lease;
+use crate::hub::{Lease, VersionRow};
 use crate::model::batch::LogitRows;
 use crate::request::{
     FinishReason, GenerateEvent, Sampling, ScoreOut, StopCause, Stopping, TokenLogprob, TokenOut, Usage,
@@ -28,11 +28,20 @@ use crate::text::{Decoder, Text};
 pub struct Sequence {
     pub ids: Vec<u32>,
     pub deadline: Option<Instant>,
-    /// `None` is the base. Keeps the version it started with.
-    pub lease: Option<Lease>,
+    pub adapter: Adapter,
     /// Counts the request against the limits for as long as one of its sequences lives.
-    pub _ticket: Arc<Ticket>,
+    pub ticket: Arc<Ticket>,
     pub work: Work,
+}
+
+/// What a sequence runs under.
+#[derive(Debug)]
+pub enum Adapter {
+    Base,
+    /// A version that its name meant when it came. While it waits it holds nothing of it.
+    Wanted(Arc<VersionRow>),
+    /// The version it has started with, which it keeps to its end, also where it starts over.
+    Leased(Lease),
 }
 
 /// What the logits are for.
@@ -60,8 +69,10 @@ pub struct Generation {
     /// Text and tokens that end inside a character. They go on with the rest of it, so that a character's first token does not leave
     /// before it is known what it begins.
     pub open: (String, Vec<TokenOut>),
-    /// Never blocks the engine; `max_tokens` bounds what it can hold.
-    pub events: UnboundedSender<Result<GenerateEvent>>,
+    /// Never blocks the engine.
+    pub answer: Answer,
+    /// Why no more of the answer is sent.
+    pub unsent: Option<Error>,
     /// How it ended; sent by the drop.
     pub end: Option<Result<GenerateEvent>>,
 }
@@ -69,8 +80,7 @@ pub struct Generation {
 impl Drop for Generation {
     fn drop(&mut self) {
         let end = self.end.take().unwrap_or_else(|| Err(lost()));
-        // A receiver that is gone needs no answer.
-        let _ = self.events.send(end);
+        self.answer.end(end);
     }
 }
 
@@ -131,13 +141,9 @@ impl Sequence {
     /// Whether nobody waits for the results any more.
     pub fn is_abandoned(&self) -> bool {
         match &self.work {
-            Work::Generate(generation) => generation.events.is_closed(),
+            Work::Generate(generation) => generation.answer.is_closed(),
             Work::Score(scoring) => scoring.answer.as_ref().is_none_or(oneshot::Sender::is_closed),
         }
-    }
-
-    pub fn is_late(&self, now: Instant) -> bool {
-        self.deadline.is_some_and(|deadline| deadline <= now)
     }
 
     /// The rows of a chunk whose logits are needed; `completes` says that the chunk ends the sequence.
@@ -190,6 +196,24 @@ impl Sequence {
     /// Ends it with an error.
     pub fn fail(mut self, error: Error) {
         self.set_error(error);
+    }
+
+    /// Ends it because another tenant has its place.
+    pub fn fail_displaced(self) {
+        let error = self.ticket.displaced().unwrap_or_else(lost);
+        self.fail(error);
+    }
+
+    /// Ends it because its adapter could not be loaded.
+    pub fn fail_unloaded(self, error: &Error) {
+        let error = match (&self.adapter, error) {
+            (Adapter::Wanted(row), Error::NotFound { .. }) => {
+                let message = "was deleted before the request could start; name another version and send it again";
+                Error::precondition("VERSION_DELETED", &row.name, message)
+            }
+            _ => error.clone(),
+        };
+        self.fail(error);
     }
 
     fn set_error(&mut self, error: Error) {
@@ -253,6 +277,10 @@ impl Generation {
             self.set_stopped_by_text(length);
             return Next::Finished;
         }
+        if let Some(error) = self.unsent.take() {
+            self.end = Some(Err(error));
+            return Next::Failed;
+        }
         if length - self.prompt_tokens >= self.stopping.max_tokens as usize || length >= context {
             self.finish(FinishReason::Length, None, length);
             return Next::Finished;
@@ -286,10 +314,10 @@ impl Generation {
         matched
     }
 
-    fn send(&self, released: Released) {
-        if !released.is_empty() {
-            // A receiver that is gone is noticed at the next step.
-            let _ = self.events.send(Ok(GenerateEvent::Delta { text: released.text, tokens: released.tokens }));
+    fn send(&mut self, released: Released) {
+        if !released.is_empty() && self.unsent.is_none() {
+            let sent = self.answer.send(GenerateEvent::Delta { text: released.text, tokens: released.tokens });
+            self.unsent = sent.err();
         }
     }
 
@@ -305,6 +333,9 @@ impl Generation {
             completion_tokens: (length - self.prompt_tokens) as u32,
             cached_tokens: self.cached_tokens.map(|tokens| tokens as u32),
         };
-        self.end = Some(Ok(GenerateEvent::Finished { reason, stop, usage }));
+        self.end = Some(match self.unsent.take() {
+            Some(error) => Err(error),
+            None => Ok(GenerateEvent::Finished { reason, stop, usage }),
+        });
     }
 }

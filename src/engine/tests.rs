@@ -1,5 +1,6 @@
 //! The engine on the tiny model: an answer does not depend on its company, and nothing is left behind.
 
+mod queue;
 mod reuse;
 mod sampling;
 
@@ -10,6 +11,7 @@ use futures::StreamExt as _;
 use proptest::prelude::*;
 use tempfile::TempDir;
 
+use super::answer::UnreadEvents;
 use super::*;
 use crate::adapter::format::Package;
 use crate::adapter::{Lora, PackedLora};
@@ -92,9 +94,15 @@ async fn make_world() -> World {
     World { dir, model, text, store, hub, tenant }
 }
 
+fn start(model: Arc<Model>, text: Arc<Text>, hub: Arc<Hub>, limits: &Limits) -> Result<Engine> {
+    let memory = Memory::new(limits.max_request_memory_bytes);
+    let _runtime = runtime().enter();
+    Engine::start(model, text, hub, Arbiter::new(0.4), memory, limits)
+}
+
 fn engine(limits: &Limits) -> Engine {
     let w = world();
-    Engine::start(w.model.clone(), w.text.clone(), w.hub.clone(), Arbiter::new(0.4), limits).unwrap()
+    start(w.model.clone(), w.text.clone(), w.hub.clone(), limits).unwrap()
 }
 
 #[derive(Debug, Clone)]
@@ -249,8 +257,9 @@ fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
 }
 
 /// The loop without its thread.
-fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (Loop, mpsc::Sender<Message>) {
+fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (Loop, Bare) {
     let (sender, inbox) = mpsc::channel();
+    let sender = Arc::new(sender);
     let state = Loop {
         inbox,
         scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap()),
@@ -262,20 +271,24 @@ fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (Loop, mpsc::Send
         text: world().text.clone(),
         context: 100,
         sequences: HashMap::new(),
-        next_id: 0,
+        deadlines: BTreeSet::new(),
+        warm: Warm::new(world().hub.clone(), runtime().handle().clone(), Arc::downgrade(&sender)),
+        stuck: false,
         closed: false,
     };
-    (state, sender)
+    (state, Bare { sender, tickets: Tickets::new(&Limits::default()) })
+}
+
+/// The handle of a bare loop.
+struct Bare {
+    sender: Arc<mpsc::Sender<Message>>,
+    tickets: Tickets,
 }
 
 /// Sends a sequence of 20 tokens to a bare loop.
-fn submit(
-    sender: &mpsc::Sender<Message>,
-    lease: Option<Lease>,
-    max_tokens: u32,
-) -> async_mpsc::UnboundedReceiver<Result<GenerateEvent>> {
+fn submit(bare: &Bare, adapter: Adapter, max_tokens: u32) -> UnreadEvents {
     let w = world();
-    let (events, reader) = async_mpsc::unbounded_channel();
+    let (answer, reader) = Answer::new(Memory::new(1 << 30).account(None), 1 << 20);
     let generation = Generation {
         prompt_tokens: 20,
         cached_tokens: None,
@@ -287,15 +300,17 @@ fn submit(
         decoder: w.text.decoder(),
         hold_back: HoldBack::new(Patterns::new(&[], false).unwrap()),
         open: Default::default(),
-        events,
+        answer,
+        unsent: None,
         end: None,
     };
-    let ticket = Arc::new(Tickets::new(&Limits::default()).take(w.tenant.id()).unwrap());
+    let ticket = Arc::new(bare.tickets.take(w.tenant.id(), 1).unwrap().0);
+    let id = ticket.ids.start;
     let work = Work::Generate(Box::new(generation));
     let longest = 20 + max_tokens as usize;
     let demand = Demand { tenant: 0, weight: 1, priority: 0, length: 20, longest, chain: None };
-    let sequence = Sequence { ids: vec![1; 20], deadline: None, lease, _ticket: ticket, work };
-    sender.send(Message::Submit(demand, Box::new(sequence))).unwrap();
+    let sequence = Sequence { ids: vec![1; 20], deadline: None, adapter, ticket, work };
+    bare.sender.send(Message::Submit(id, demand, Box::new(sequence))).unwrap();
     reader
 }
 
@@ -305,23 +320,22 @@ fn a_steady_step_allocates_nothing() {
     run(async {
         let w = world();
         let layout = KvLayout { block_tokens: 8, blocks: 64 };
-        let (mut state, sender) = bare_loop(layout, w.model.executor(layout).unwrap());
+        let (mut state, bare) = bare_loop(layout, w.model.executor(layout).unwrap());
         let mut readers = Vec::new();
         for adapter in [None, Some("a0"), Some("a1"), None] {
-            let lease = match adapter {
+            let adapter = match adapter {
                 Some(name) => {
-                    Some(w.hub.lease(&w.tenant, &format!("tenants/t/adapters/{name}").parse().unwrap()).await.unwrap())
+                    let name = format!("tenants/t/adapters/{name}").parse().unwrap();
+                    Adapter::Wanted(Arc::new(w.hub.resolve(&w.tenant, &name).await.unwrap()))
                 }
-                None => None,
+                None => Adapter::Base,
             };
-            readers.push(submit(&sender, lease, 60));
+            readers.push(submit(&bare, adapter, 60));
         }
         // The prompts, and one step with all of them.
         (0..10).for_each(|_| assert!(state.turn()));
         for _ in 0..20 {
-            let mut plan = std::mem::take(&mut state.plan);
-            state.scheduler.plan(&mut plan);
-            state.plan = plan;
+            state.schedule();
             assert!(state.plan.len() == 4 && state.plan.iter().all(|planned| planned.count == 1));
             let before = crate::kernels::testing::allocations();
             let done = state.compute();
@@ -337,8 +351,8 @@ fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
     run(async {
         let layout = KvLayout { block_tokens: 8, blocks: 16 };
         let faulty = Box::new(Faulty { steps: 3, logits: Vec::new() });
-        let (mut state, sender) = bare_loop(layout, faulty);
-        let readers: Vec<_> = (0..3).map(|_| submit(&sender, None, 5)).collect();
+        let (mut state, bare) = bare_loop(layout, faulty);
+        let readers: Vec<_> = (0..3).map(|_| submit(&bare, Adapter::Base, 5)).collect();
         assert!(state.turn());
         assert!(state.scheduler.blocks().used() > 0);
         state.start_over();
@@ -354,7 +368,7 @@ fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
 fn limits_that_leave_prompts_no_row_are_refused() {
     let w = world();
     let limits = Limits { max_running: 64, max_step_rows: 64, ..Limits::default() };
-    let engine = Engine::start(w.model.clone(), w.text.clone(), w.hub.clone(), Arbiter::new(0.4), &limits);
+    let engine = start(w.model.clone(), w.text.clone(), w.hub.clone(), &limits);
     assert!(engine.unwrap_err().to_string().contains("max_running"));
 }
 
@@ -553,7 +567,8 @@ fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
         let faulty = Box::new(Faulty { steps: 0, logits: Vec::new() });
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
         let facts = Facts { base: w.model.shape().digest, context: 100, layout };
-        let engine = Engine::start_with(faulty, facts, text, hub, arbiter, &Limits::default()).unwrap();
+        let memory = Memory::new(1 << 30);
+        let engine = Engine::start_with(faulty, facts, text, hub, arbiter, memory, &Limits::default()).unwrap();
         let request = Request { adapter: Some(0), prompt: vec![1; 25], max_tokens: 3, temperature: 0.0, seed: 0 };
         for fault in ["panic", "error", "no number"] {
             let stream = one(&engine, &w.tenant, request.spec()).await.unwrap();
@@ -586,8 +601,7 @@ fn nobody_waits_for_what_another_request_loads() {
         let w = make_world().await;
         let shape = w.model.shape().clone();
         let cold = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(Pass), &Limits::default());
-        let engine =
-            Engine::start(w.model.clone(), w.text.clone(), cold, Arbiter::new(0.4), &Limits::default()).unwrap();
+        let engine = start(w.model.clone(), w.text.clone(), cold, &Limits::default()).unwrap();
         let mut files = packed_files(w.dir.path());
         files.sort_by_key(|file| file.metadata().unwrap().len());
         // Of `a1`, which has the higher rank.
@@ -596,7 +610,7 @@ fn nobody_waits_for_what_another_request_loads() {
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
 
         let ask = |adapter| Request { adapter, prompt: vec![1; 9], max_tokens: 3, temperature: 0.0, seed: 0 };
-        let waits = one(&engine, &w.tenant, ask(Some(1)).spec());
+        let waits = async { one(&engine, &w.tenant, ask(Some(1)).spec()).await.unwrap().collect::<Vec<_>>().await };
         tokio::pin!(waits);
         let others = async {
             for adapter in [None, Some(0), None] {
@@ -609,7 +623,7 @@ fn nobody_waits_for_what_another_request_loads() {
         }
         let closed =
             tokio::task::spawn_blocking(move || drop(std::fs::File::options().write(true).open(pipe).unwrap()));
-        assert!(waits.await.is_ok(), "an empty file is made again");
+        assert!(waits.await.iter().all(Result::is_ok), "an empty file is made again");
         closed.await.unwrap();
     });
 }

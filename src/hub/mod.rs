@@ -12,6 +12,7 @@ mod ledger;
 mod load;
 mod publish;
 mod residents;
+mod share;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,8 @@ use tokio::sync::Semaphore;
 use budget::Tells;
 use load::LOADS_AT_ONCE;
 use residents::{Resident, Residents};
+pub use share::Claim;
+use share::Shares;
 
 pub use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
 pub use ledger::{Residency, Tier};
@@ -36,7 +39,8 @@ use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, Tenant, TenantId, VersionName};
 use crate::request::{ParityReport, Publish};
-use crate::store::{AdapterRow, Store, VersionRow, uninterrupted};
+pub use crate::store::VersionRow;
+use crate::store::{AdapterRow, Store, uninterrupted};
 
 /// Judges a version before it exists. Injected by `app`, so that the hub needs no model.
 pub trait PublishGate: Send + Sync {
@@ -75,6 +79,7 @@ pub struct Lease {
 struct Held {
     name: VersionName,
     resident: Arc<Resident>,
+    _claim: Claim,
     /// Dropped last.
     _counted: Counted,
 }
@@ -107,6 +112,17 @@ impl Lease {
     }
 }
 
+/// What there is of a version that is asked for without waiting.
+#[derive(Debug)]
+pub enum Attempt {
+    /// It was on the device.
+    Leased(Lease),
+    /// It has to be loaded: [`Hub::load_claimed`].
+    Cold(Claim),
+    /// Its tenant's leases hold as much of the device as they may (limit `adapter_cache_percent_per_tenant`).
+    ShareUsed,
+}
+
 /// The resident versions.
 pub struct Hub {
     store: Store,
@@ -115,8 +131,9 @@ pub struct Hub {
     gate: Arc<dyn PublishGate>,
     limits: Limits,
     residents: Residents,
+    shares: Arc<Shares>,
     /// Places for reading versions.
-    loads: Semaphore,
+    loads: Arc<Semaphore>,
     leases: Arc<AtomicUsize>,
 }
 
@@ -139,24 +156,66 @@ impl Hub {
         let wait = Duration::from_secs(limits.adapter_wait_seconds);
         let residents = Residents::new(limits.adapter_cache_bytes, limits.adapter_host_bytes, wait);
         let (shape, limits, leases) = (Arc::new(shape), limits.clone(), Arc::default());
-        let loads = Semaphore::new(LOADS_AT_ONCE);
-        Arc::new(Self { store, shape, template_digest, gate, limits, residents, loads, leases })
+        let loads = Arc::new(Semaphore::new(LOADS_AT_ONCE));
+        let percent = u128::from(limits.adapter_cache_percent_per_tenant);
+        let share = (u128::from(limits.adapter_cache_bytes) * percent / 100) as u64;
+        let shares = Shares::new(share);
+        Arc::new(Self { store, shape, template_digest, gate, limits, residents, shares, loads, leases })
     }
 
     /// Brings the version a name means into memory where it is not. NOT_FOUND for what does not exist, never the base;
     /// EXHAUSTED where the versions that others lease leave it no room for `adapter_wait_seconds`.
-    pub async fn lease(&self, tenant: &Tenant, adapter: &AdapterRef) -> Result<Lease> {
+    pub async fn lease(self: &Arc<Self>, tenant: &Tenant, adapter: &AdapterRef) -> Result<Lease> {
+        let row = self.resolve(tenant, adapter).await?;
+        match self.claim(&row, true) {
+            Some(claim) => self.load_claimed(&row, claim).await,
+            None => Err(Error::internal("a forced claim was refused")),
+        }
+    }
+
+    /// Returns the version that a name means now, which holds nothing yet. NOT_FOUND for what does not exist, WRONG_BASE and EXHAUSTED for
+    /// what this server can never serve.
+    pub async fn resolve(&self, tenant: &Tenant, adapter: &AdapterRef) -> Result<VersionRow> {
         tenant.check_owns(adapter.tenant())?;
         let row = self.store.resolve(adapter).await?;
-        let resident = self.residents.get_or_load(&row.uid, row.name.tenant(), self.load(&row)).await?;
+        self.check_base(&row)?;
+        self.check_size(row.memory_bytes)?;
+        Ok(row)
+    }
+
+    /// Leases a version where it is on the device; never waits. Else claims its tenant's share for the load.
+    pub fn try_lease(&self, row: &VersionRow) -> Attempt {
+        let Some(claim) = self.claim(row, false) else { return Attempt::ShareUsed };
+        match self.residents.get(&row.uid) {
+            Some(resident) => Attempt::Leased(self.leased(row, resident, claim)),
+            None => Attempt::Cold(claim),
+        }
+    }
+
+    /// Leases a version, and loads it where it is not on the device. NOT_FOUND where it has been deleted meanwhile.
+    pub async fn load_claimed(self: &Arc<Self>, row: &VersionRow, claim: Claim) -> Result<Lease> {
+        let resident = self.residents.get_or_load(&row.uid, row.name.tenant(), self.load(row)).await?;
+        Ok(self.leased(row, resident, claim))
+    }
+
+    /// Whether a version is on the device.
+    pub fn is_resident(&self, uid: &str) -> bool {
+        self.residents.is_loaded(uid)
+    }
+
+    fn claim(&self, row: &VersionRow, forced: bool) -> Option<Claim> {
+        self.shares.claim(row.name.tenant(), &row.uid, row.memory_bytes, forced)
+    }
+
+    fn leased(&self, row: &VersionRow, resident: Arc<Resident>, claim: Claim) -> Lease {
         self.residents.ledger.used(&row.uid);
         self.leases.fetch_add(1, Ordering::AcqRel);
         let counted = Counted { leases: Arc::clone(&self.leases), _tells: self.residents.tells() };
-        Ok(Lease { held: Arc::new(Held { name: row.name, resident, _counted: counted }) })
+        Lease { held: Arc::new(Held { name: row.name.clone(), resident, _claim: claim, _counted: counted }) }
     }
 
     /// Makes a version the live one, once it is known to load. CONFLICT where `etag` (empty: none) is not the current one.
-    pub async fn set_live(&self, tenant: &Tenant, version: &VersionName, etag: &str) -> Result<AdapterRow> {
+    pub async fn set_live(self: &Arc<Self>, tenant: &Tenant, version: &VersionName, etag: &str) -> Result<AdapterRow> {
         let _loads = self.lease(tenant, &AdapterRef::Version(version.clone())).await?;
         self.store.set_live(version, etag).await
     }

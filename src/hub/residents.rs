@@ -112,6 +112,21 @@ impl Residents {
         slot.loaded.get_or_try_init(|| load).await.cloned()
     }
 
+    /// The version of a uid where it is loaded, marked as used now.
+    pub(super) fn get(&self, uid: &str) -> Option<Arc<Resident>> {
+        let slot = self.slots.get(uid)?;
+        let resident = slot.loaded.get().cloned()?;
+        let turn = self.tick();
+        slot.last_used.store(turn, Ordering::Relaxed);
+        self.ledger.enter(uid, &slot.tenant, turn);
+        Some(resident)
+    }
+
+    /// Whether the version of a uid is loaded.
+    pub(super) fn is_loaded(&self, uid: &str) -> bool {
+        self.slots.get(uid).is_some_and(|slot| slot.loaded.initialized())
+    }
+
     /// Puts a version in its place before it has a name. It leaves again unless [`Unnamed::keep`] is called.
     pub(super) fn admit(&self, uid: &str, tenant: &TenantId, resident: Resident) -> Unnamed<'_> {
         let resident = Arc::new(resident);
@@ -145,8 +160,7 @@ impl Residents {
 
     pub(super) fn residency(&self, uid: &str, memory_bytes: u64) -> Residency {
         let residency = self.ledger.residency(uid, memory_bytes);
-        let here = self.slots.get(uid).is_some_and(|slot| slot.loaded.initialized());
-        if here { Residency { tier: Tier::Device, ..residency } } else { residency }
+        if self.is_loaded(uid) { Residency { tier: Tier::Device, ..residency } } else { residency }
     }
 
     /// The slot of a uid, marked as used now.

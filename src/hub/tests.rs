@@ -397,9 +397,9 @@ async fn a_version_deleted_while_it_loads_does_not_stay_in_memory() {
     // A lease has read the row; the deletion comes before its load, first sparing the files, then with them.
     let files_stay = bench.store.custody(bench.tenant.id(), &row.blob).await;
     bench.hub.delete_adapter(&bench.tenant, &row.name.adapter, "").await.unwrap();
-    let loaded = load().await.unwrap();
-    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: UNIT, leases: 0, host_bytes: 0 });
-    drop((loaded, files_stay));
+    assert!(matches!(load().await, Err(Error::NotFound { .. })), "its files are there, it is not");
+    assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0, host_bytes: 0 });
+    drop(files_stay);
     bench.store.collect_blobs(std::slice::from_ref(&row.blob)).await;
     assert!(matches!(load().await, Err(Error::NotFound { .. })));
     bench.assert_nothing_left().await;
@@ -537,6 +537,84 @@ async fn a_lease_waits_for_room() {
     let big = NewVersion { publish: Publish::Live, ..bench.new_version("x", 2, 0.5) };
     let never = hub.publish(&bench.tenant, big).await.unwrap_err();
     assert!(matches!(never, Error::Exhausted { retry_after: None, .. }), "{never:?}");
+}
+
+/// A version's packed file becomes a pipe that gives nothing: whoever opens it waits.
+#[cfg(target_os = "linux")]
+fn stall(bench: &Bench, row: &VersionRow) -> std::path::PathBuf {
+    let file = bench.dir.path().join("blobs").join(&row.blob).join(PACKED_FILE);
+    std::fs::remove_file(&file).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
+    file
+}
+
+/// What is read is counted until it has been read, whoever has gone meanwhile.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn cancelled_loads_keep_their_places_and_their_bytes_until_they_end() {
+    let mut bench = Bench::new(32).await;
+    let mut rows = Vec::new();
+    for i in 0..20 {
+        rows.push(bench.publish(&format!("x{i}"), 1, 0.25 + i as f32).await.unwrap());
+    }
+    let good = bench.publish("good", 1, 0.5).await.unwrap();
+    let pipes: Vec<_> = rows.iter().map(|row| stall(&bench, row)).collect();
+    bench.forget(32);
+    let calls: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            let (hub, tenant, name) = (Arc::clone(&bench.hub), bench.tenant.clone(), row.name.clone());
+            tokio::spawn(async move { hub.lease(&tenant, &AdapterRef::Version(name)).await })
+        })
+        .collect();
+    until(|| bench.hub.stats().resident_bytes == 20 * UNIT && bench.hub.loads.available_permits() == 0).await;
+    calls.iter().for_each(tokio::task::JoinHandle::abort);
+    for call in calls {
+        assert!(call.await.is_err_and(|e| e.is_cancelled()));
+    }
+    // Those that had only waited are gone; those that read go on, and count.
+    assert_eq!(bench.hub.stats().resident_bytes, LOADS_AT_ONCE as u64 * UNIT);
+    assert_eq!(bench.hub.loads.available_permits(), 0, "their places are taken");
+    let waits = bench.lease(&good.name);
+    tokio::pin!(waits);
+    assert!(futures::poll!(&mut waits).is_pending());
+    assert!(tokio::time::timeout(Duration::from_millis(50), &mut waits).await.is_err(), "it has no place");
+
+    // Opening without waiting for a reader fails where nobody reads: so all that read are let go, and no more.
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut options = std::fs::File::options();
+    const O_NONBLOCK: i32 = 0o4000;
+    options.write(true).custom_flags(O_NONBLOCK);
+    until(|| {
+        pipes.iter().for_each(|pipe| drop(options.open(pipe)));
+        bench.hub.loads.available_permits() > 0 || bench.hub.stats().resident == 1
+    })
+    .await;
+    assert_serves(&waits.await.unwrap(), &lora(1, 0.5));
+    until(|| {
+        pipes.iter().for_each(|pipe| drop(options.open(pipe)));
+        bench.hub.stats().resident_bytes == UNIT
+    })
+    .await;
+    assert_eq!(bench.hub.loads.available_permits(), LOADS_AT_ONCE);
+}
+
+#[tokio::test]
+async fn a_kept_copy_that_finds_no_room_stays_in_host_memory() {
+    let bench = Bench::new(8).await;
+    let limits = |limits: &mut Limits| (limits.adapter_cache_bytes, limits.adapter_host_bytes) = (UNIT, 2 * UNIT);
+    let hub = hub_with(&bench.store, &bench.gate, b"base", limits);
+    let (x, y) = (bench.publish("x", 1, 0.5).await.unwrap(), bench.publish("y", 1, 0.25).await.unwrap());
+    let lease = async |row: &VersionRow| hub.lease(&bench.tenant, &AdapterRef::Version(row.name.clone())).await;
+    lease(&x).await.unwrap();
+    let held = lease(&y).await.unwrap();
+    assert_eq!(hub.residency(&x.uid, UNIT).tier, Tier::Host);
+    assert!(matches!(lease(&x).await, Err(Error::Exhausted { .. })));
+    assert_eq!(hub.residency(&x.uid, UNIT).tier, Tier::Host, "it came back");
+    drop(held);
+    damage(&bench, &x, PACKED_FILE);
+    damage(&bench, &x, TENSORS_FILE);
+    assert_serves(&lease(&x).await.unwrap(), &lora(1, 0.5));
 }
 
 #[tokio::test]

@@ -67,6 +67,11 @@ impl Guard {
         self.policies.check_text(tenant, text).await
     }
 
+    /// As [`Engine::queued`].
+    pub fn queued(&self) -> u64 {
+        self.engine.queued()
+    }
+
     /// As [`Engine::drain`].
     pub async fn drain(&self, timeout: Duration) {
         self.engine.drain(timeout).await;

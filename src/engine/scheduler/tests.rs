@@ -28,7 +28,7 @@ fn sharing(ids: &[u32]) -> Demand {
 
 fn plan(s: &mut Scheduler) -> Vec<Planned> {
     let mut planned = Vec::new();
-    s.plan(&mut planned);
+    s.plan(&mut planned, &mut |_| Readiness::Ready);
     planned
 }
 
@@ -387,5 +387,111 @@ proptest! {
         prop_assert!(left.is_empty());
         prop_assert_eq!(s.blocks().used(), 0);
         prop_assert!(s.blocks().idle() <= max_idle);
+    }
+}
+
+#[test]
+fn one_whose_adapter_loads_is_set_aside_and_comes_back_to_its_place() {
+    let mut s = Scheduler::new(Bounds { max_running: 1, ..bounds(100) });
+    (1..=3).for_each(|id| s.add(id, demand(0, 4)));
+    let mut planned = Vec::new();
+    s.plan(&mut planned, &mut |id| if id == 1 { Readiness::Loading } else { Readiness::Ready });
+    assert_eq!((planned[0].id, s.waiting()), (2, 2), "the next of the same tenant goes on");
+    s.resume(1);
+    s.remove(2);
+    assert_eq!(planned_ids(&mut s), [1], "it is before those that came later");
+    s.remove(1);
+    s.add(4, demand(1, 4));
+    s.plan(&mut planned, &mut |id| if id == 3 { Readiness::Later } else { Readiness::Ready });
+    assert_eq!(planned[0].id, 4, "a tenant that has to wait lets the others go on");
+    s.remove(4);
+    s.plan(&mut planned, &mut |_| Readiness::Gone);
+    assert_eq!((planned.len(), s.waiting()), (0, 0));
+    s.add(5, demand(0, 4));
+    s.plan(&mut planned, &mut |_| Readiness::Loading);
+    s.remove(5);
+    s.resume(5);
+    assert_eq!((planned.len(), s.waiting()), (0, 0), "one that was set aside can go too");
+}
+
+#[test]
+fn nobody_starts_over_for_one_that_is_not_ready() {
+    let mut s = scheduler(100);
+    (1..=4).for_each(|id| s.add(id, demand(0, 4)));
+    plan(&mut s);
+    (1..=4).for_each(|id| s.extend(id));
+    s.add(6, demand(2, 4));
+    let mut planned = Vec::new();
+    s.plan(&mut planned, &mut |_| Readiness::Loading);
+    assert_eq!(planned.len(), 4, "its adapter is not there, so it takes no place");
+}
+
+/// A queue of tens of thousands costs a step nothing: only the first of each tenant is looked at.
+#[test]
+fn a_long_queue_is_not_walked() {
+    let mut s = scheduler(100);
+    const MANY: u64 = 50_000;
+    (0..MANY).for_each(|id| s.add(id, demand((id % 7) as u32, 4)));
+    let mut asked = 0;
+    let mut planned = Vec::new();
+    s.plan(&mut planned, &mut |_| {
+        asked += 1;
+        Readiness::Ready
+    });
+    assert!(asked <= 4, "{asked}");
+    (0..MANY).rev().for_each(|id| s.remove(id));
+    assert_eq!((s.waiting(), s.running()), (0, 0));
+}
+
+proptest! {
+    /// The queue is the one of the definition: the least-served tenant's first by (priority, arrival), whatever comes, goes, is set aside
+    /// or sent back.
+    #[test]
+    fn the_queue_is_in_the_order_of_its_definition(steps in prop::collection::vec((0u8..6, 0u32..3, -1i32..2), 0..60)) {
+        let mut waiting = Waiting::default();
+        // (served, tenant, priority, arrival, id), those set aside apart.
+        let mut queued: Vec<(u64, u32, Reverse<i32>, i64, u64)> = Vec::new();
+        let mut aside = Vec::new();
+        let mut served = [0u64; 3];
+        let (mut arrivals, mut returns) = (0i64, 0i64);
+        for (id, (what, tenant, priority)) in (1u64..).zip(steps) {
+            let entry = |rank| Entry { id, tenant, rank, length: 1, longest: 1, computed: 0, charged: 0, blocks: Vec::new(), chain: None, published: 0 };
+            match what {
+                0 | 1 => {
+                    arrivals += 1;
+                    let rank = waiting.last_rank(priority);
+                    waiting.push(served[tenant as usize], entry(rank));
+                    queued.push((0, tenant, Reverse(priority), arrivals, id));
+                }
+                2 => {
+                    returns -= 1;
+                    let rank = waiting.first_rank(priority);
+                    waiting.push(served[tenant as usize], entry(rank));
+                    queued.push((0, tenant, Reverse(priority), returns, id));
+                }
+                3 => {
+                    served[tenant as usize] += 1 + id % 3;
+                    waiting.serve(tenant, served[tenant as usize]);
+                }
+                4 if !queued.is_empty() => {
+                    let one = queued.remove(id as usize % queued.len());
+                    waiting.set_aside(one.4);
+                    aside.push(one);
+                }
+                _ => if let Some(one) = aside.pop() {
+                    waiting.resume(one.4, |tenant| served[tenant as usize]);
+                    queued.push(one);
+                } else if let Some(one) = queued.pop() {
+                    prop_assert_eq!(waiting.remove(one.4).map(|entry| entry.id), Some(one.4));
+                }
+            }
+            queued.iter_mut().for_each(|one| one.0 = served[one.1 as usize]);
+            queued.sort_unstable();
+            let mut tenants: Vec<u32> = queued.iter().map(|one| one.1).collect();
+            tenants.dedup();
+            let firsts: Vec<u64> = tenants.iter().map(|tenant| queued.iter().find(|one| one.1 == *tenant).unwrap().4).collect();
+            prop_assert_eq!(waiting.first_of_tenants().collect::<Vec<_>>(), firsts);
+            prop_assert_eq!(waiting.len(), queued.len() + aside.len());
+        }
     }
 }

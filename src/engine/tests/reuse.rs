@@ -26,7 +26,8 @@ fn what_was_computed_before_is_not_computed_again() {
         let counting = Box::new(Counting { model: w.model.executor(layout).unwrap(), rows: rows.clone() });
         let facts = Facts { base: w.model.shape().digest, context: w.model.context_length(), layout };
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
-        let engine = Engine::start_with(counting, facts, text, hub, arbiter, &Limits::default()).unwrap();
+        let memory = Memory::new(1 << 30);
+        let engine = Engine::start_with(counting, facts, text, hub, arbiter, memory, &Limits::default()).unwrap();
         let ask = async |tenant: &Tenant, adapter, prompt: Vec<u32>| {
             let request = Request { adapter, prompt, max_tokens: 6, temperature: 0.0, seed: 0 };
             let before = rows.load(Ordering::Relaxed);

@@ -1,0 +1,179 @@
+//! What waits in the queue: it holds no adapter, it can lose its place to a tenant with fewer, and what is not read stays bounded.
+
+use super::*;
+
+fn ask(adapter: Option<usize>, max_tokens: u32) -> Request {
+    Request { adapter, prompt: vec![1; 9], max_tokens, temperature: 0.0, seed: 0 }
+}
+
+async fn begin(engine: &Engine, tenant: &Tenant, request: &Request) -> GenerateStream {
+    one(engine, tenant, request.spec()).await.unwrap()
+}
+
+/// The last thing that a stream says.
+async fn end(stream: GenerateStream) -> Result<GenerateEvent> {
+    stream.fold(None, |_, event| async { Some(event) }).await.unwrap()
+}
+
+/// Waits for the first token of an answer.
+async fn runs(stream: &mut GenerateStream) {
+    while !matches!(stream.next().await.unwrap().unwrap(), GenerateEvent::Delta { .. }) {}
+}
+
+#[test]
+fn requests_that_wait_hold_no_adapter() {
+    run(async {
+        let w = make_world().await;
+        let engine = start(w.model.clone(), w.text.clone(), w.hub.clone(), &tight(2, 40)).unwrap();
+        let mut first = begin(&engine, &w.tenant, &ask(None, 200)).await;
+        runs(&mut first).await;
+        let mut waiting = Vec::new();
+        for i in 0..60 {
+            waiting.push(begin(&engine, &w.tenant, &ask(Some(i % 2), 3)).await);
+        }
+        // All have been taken in, and the next in line may have been loaded.
+        assert!(engine.check_integrity().await.is_err());
+        assert!(w.hub.stats().leases <= 2, "{:?}", w.hub.stats());
+        drop(first);
+        for stream in waiting {
+            assert!(matches!(end(stream).await, Ok(GenerateEvent::Finished { .. })));
+        }
+        assert_idle(&engine).await;
+        assert_eq!(w.hub.stats().leases, 0);
+    });
+}
+
+#[test]
+fn a_version_that_is_deleted_before_its_request_starts_is_named() {
+    run(async {
+        let w = make_world().await;
+        let engine = start(w.model.clone(), w.text.clone(), w.hub.clone(), &tight(2, 40)).unwrap();
+        let mut first = begin(&engine, &w.tenant, &ask(None, 240)).await;
+        runs(&mut first).await;
+        // Only the first that waits has its version loaded ahead.
+        let (second, third) =
+            (begin(&engine, &w.tenant, &ask(None, 3)).await, begin(&engine, &w.tenant, &ask(Some(1), 3)).await);
+        let name = AdapterName::new(w.tenant.id(), "a1").unwrap();
+        w.hub.delete_adapter(&w.tenant, &name, "").await.unwrap();
+        drop(first);
+        assert!(end(second).await.is_ok());
+        match end(third).await {
+            Err(Error::Precondition { reason: "VERSION_DELETED", subject, .. }) => {
+                assert_eq!(subject, "tenants/t/adapters/a1/versions/1")
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_idle(&engine).await;
+    });
+}
+
+#[test]
+fn a_tenant_runs_no_more_versions_at_once_than_its_share_holds() {
+    run(async {
+        let w = make_world().await;
+        let shape = w.model.shape().clone();
+        // Room for both of its versions, of which its share holds one at a time.
+        let adapter_cache_bytes = w.hub.stats().resident_bytes;
+        let limits = Limits { adapter_cache_bytes, ..Limits::default() };
+        let hub = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(Pass), &limits);
+        let engine = start(w.model.clone(), w.text.clone(), hub.clone(), &limits).unwrap();
+        let mut first = begin(&engine, &w.tenant, &ask(Some(0), 240)).await;
+        runs(&mut first).await;
+        let mut same = begin(&engine, &w.tenant, &ask(Some(0), 240)).await;
+        runs(&mut same).await;
+        assert_eq!(hub.stats().leases, 2, "requests for one version share it");
+        drop((first, same));
+        let streams =
+            [begin(&engine, &w.tenant, &ask(Some(0), 5)).await, begin(&engine, &w.tenant, &ask(Some(1), 5)).await];
+        for ended in futures::future::join_all(streams.map(end)).await {
+            assert!(matches!(ended, Ok(GenerateEvent::Finished { .. })), "{ended:?}");
+        }
+        assert_idle(&engine).await;
+    });
+}
+
+#[test]
+fn where_the_queue_is_full_a_tenant_with_fewer_gets_the_newest_place_of_the_one_with_most() {
+    run(async {
+        let w = world();
+        let limits = Limits { max_queued: 8, max_queued_per_tenant: 8, ..tight(2, 40) };
+        let engine = engine(&limits);
+        let other = Tenant::proven(TenantId::new("u").unwrap());
+        let mut held = Vec::new();
+        for _ in 0..8 {
+            held.push(begin(&engine, &w.tenant, &ask(None, 200)).await);
+        }
+        runs(&mut held[0]).await;
+        let served = begin(&engine, &other, &ask(None, 3)).await;
+        match end(held.pop().unwrap()).await {
+            Err(Error::Exhausted { limit: "max_queued", retry_after: Some(_), .. }) => {}
+            last => panic!("{last:?}"),
+        }
+        assert!(matches!(end(served).await, Ok(GenerateEvent::Finished { .. })), "it runs beside the others");
+        drop(held);
+        assert_idle(&engine).await;
+    });
+}
+
+#[test]
+fn a_score_counts_as_many_requests_as_it_has_inputs() {
+    run(async {
+        let engine = engine(&Limits { max_queued_per_tenant: 4, ..Limits::default() });
+        let spec = |inputs: usize| ScoreSpec {
+            adapter: None,
+            inputs: vec![Prompt::TokenIds(vec![1; 9]); inputs],
+            top_logprobs: 0,
+            priority: 0,
+            deadline: None,
+        };
+        let refused = engine.score(&world().tenant, spec(5)).await.unwrap_err();
+        assert!(matches!(refused, Error::Exhausted { limit: "max_queued_per_tenant", .. }), "{refused}");
+        assert_eq!(engine.score(&world().tenant, spec(4)).await.unwrap().results.len(), 4);
+        let cancelled = engine.score(&world().tenant, spec(4));
+        assert!(tokio::time::timeout(Duration::ZERO, cancelled).await.is_err());
+        assert_idle(&engine).await;
+    });
+}
+
+#[test]
+fn an_answer_that_nobody_reads_ends_and_keeps_its_place_until_it_is_read() {
+    run(async {
+        let w = world();
+        let limits = Limits { max_unread_answer_bytes: 4096, max_queued_per_tenant: 2, ..tight(2, 40) };
+        let engine = engine(&limits);
+        let unread = begin(&engine, &w.tenant, &ask(None, 200)).await;
+        // With one place in a step this one is computed after the other has ended.
+        assert_eq!(tokens(&engine, &ask(None, 5)).await.len(), 5);
+        let second = begin(&engine, &w.tenant, &ask(None, 5)).await;
+        let refused = engine.generate(&w.tenant, ask(None, 5).spec()).await.err().unwrap();
+        assert!(matches!(refused, Error::Exhausted { limit: "max_queued_per_tenant", .. }), "{refused}");
+        match end(unread).await {
+            Err(Error::Exhausted { limit: "max_unread_answer_bytes", retry_after: None, .. }) => {}
+            last => panic!("{last:?}"),
+        }
+        assert!(end(second).await.is_ok());
+        assert_idle(&engine).await;
+        assert_eq!(engine.memory.used(), 0);
+    });
+}
+
+#[test]
+fn unread_answers_of_all_are_bounded_together() {
+    run(async {
+        let w = world();
+        let limits = Limits { max_request_memory_bytes: 1 << 16, ..tight(2, 40) };
+        let memory = Memory::new(1 << 16);
+        let engine = {
+            let _runtime = runtime().enter();
+            let (model, text, hub) = (w.model.clone(), w.text.clone(), w.hub.clone());
+            Engine::start(model, text, hub, Arbiter::new(0.4), memory.clone(), &limits).unwrap()
+        };
+        let mut unread = Vec::new();
+        for _ in 0..6 {
+            unread.push(begin(&engine, &w.tenant, &ask(None, 100)).await);
+        }
+        let ends = futures::future::join_all(unread.into_iter().map(end)).await;
+        assert!(memory.used() == 0 && ends.len() == 6);
+        assert_idle(&engine).await;
+    });
+}
