@@ -165,6 +165,7 @@ fn tiny_vocabulary() -> Vocabulary {
         control: vec![256, 257],
         pre: "smollm".into(),
         end_of_turn: 257,
+        bos: None,
         chat_template: String::new(),
     }
 }

@@ -93,8 +93,10 @@ limits! {
     max_dataset_bytes = 256 * MIB, "bytes";
     /// Records of one dataset.
     max_dataset_records = 1_000_000, "records";
-    /// One line of a dataset.
+    /// One record of a dataset.
     max_record_bytes = MIB, "bytes";
+    /// Records that one report on a dataset shows.
+    max_shown_records = 100, "records";
     /// All files of one imported adapter.
     max_adapter_bytes = 1024 * MIB, "bytes";
     /// Rank of an adapter.
@@ -202,6 +204,7 @@ const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("max_unread_answer_bytes", 4096..=1 << 30),
     ("max_request_memory_bytes", MIB..=1 << 40),
     ("max_prefill_rows_while_decoding", 1..=u64::MAX),
+    ("max_shown_records", 0..=10_000),
     ("kv_block_tokens", 1..=4096),
     ("max_sequences_per_request", 1..=256),
     ("max_logit_biases", 0..=1 << 20),

@@ -13,6 +13,16 @@ pub struct ChatMessage {
     /// `system`, `user` or `assistant`.
     pub role: String,
     pub content: String,
+    /// Who speaks, for templates that show it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+impl ChatMessage {
+    /// A message without a name.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into(), name: None }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -21,6 +31,8 @@ pub enum Prompt {
     Text(String),
     /// Rendered by the base's chat template; content is always plain text.
     Chat(Vec<ChatMessage>),
+    /// The same; the last message, the assistant's, is continued.
+    ContinuedChat(Vec<ChatMessage>),
     TokenIds(Vec<u32>),
 }
 

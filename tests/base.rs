@@ -75,8 +75,7 @@ async fn sixteen_requests_give_the_bits_of_each_alone() {
     }
     let adapters = ["", "tenants/t/adapters/random", "tenants/t/adapters/r1", "tenants/t/adapters/r2"];
     let request = |i: usize| {
-        let message =
-            ChatMessage { role: "user".into(), content: format!("Tell me {} things about number {i}.", i % 5 + 2) };
+        let message = ChatMessage::new("user", format!("Tell me {} things about number {i}.", i % 5 + 2));
         let temperature = if i.is_multiple_of(2) { 0.0 } else { 0.8 };
         GenerateRequest {
             adapter: adapters[i % 4].into(),

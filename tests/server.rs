@@ -8,6 +8,7 @@ mod server {
     mod bench;
     mod cancel;
     mod common;
+    mod datasets;
     mod drain;
     mod errors;
     mod fairness;

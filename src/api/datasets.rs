@@ -10,7 +10,8 @@ use super::proto::{upload_dataset_request as records, upload_preferences_request
 use super::shared::Shared;
 use super::uploads::misplaced_header;
 use super::{Answer, convert, proto as pb};
-use crate::data::{self, Upload};
+use crate::data::{self, Question, Upload};
+use crate::error::Error;
 use crate::ids::{DatasetName, TenantId};
 use crate::store::DatasetKind;
 use crate::work::run_holding;
@@ -28,8 +29,30 @@ impl Datasets {
         let tenant = self.0.auth.tenant_for(call, &parent).await?;
         let name = DatasetName::new(&parent, &header.dataset_id).map_err(|e| convert::at("header.dataset_id", e))?;
         let request_id = convert::request_id(header.request_id).map_err(|e| convert::at("header.request_id", e))?;
-        let (store, limits) = (&self.0.parts.store, &self.0.parts.limits);
-        Ok(Upload::begin(store, limits, &tenant, name, kind, &request_id, header.validate_only).await?)
+        let parts = &self.0.parts;
+        let (store, text, limits) = (&parts.store, &parts.text, &parts.limits);
+        Ok(Upload::begin(store, text, limits, &tenant, name, kind, &request_id, header.validate_only).await?)
+    }
+}
+
+impl Datasets {
+    /// What an inspection is to look for; records are measured as training would.
+    fn question(&self, request: &pb::InspectDatasetRequest) -> crate::error::Result<Question> {
+        let limits = &self.0.parts.limits;
+        let longest = limits.max_record_tokens.min(self.0.parts.context_length as u64);
+        let max_length = match u64::from(request.max_length) {
+            0 => longest,
+            length if (2..=longest).contains(&length) => length,
+            _ => {
+                let message = format!("must be in 2..={longest} (limit max_record_tokens, and the base's context)");
+                return Err(Error::invalid("max_length", message));
+            }
+        };
+        if u64::from(request.show) > limits.max_shown_records {
+            let message = format!("must be at most {} (limit max_shown_records)", limits.max_shown_records);
+            return Err(Error::invalid("show", message));
+        }
+        Ok(Question { max_length: usize::try_from(max_length).unwrap_or(usize::MAX), show: request.show as usize })
     }
 }
 
@@ -48,7 +71,7 @@ impl DatasetService for Datasets {
                 _ => return Err(misplaced_header().into()),
             }
         }
-        Ok(Response::new(convert::dataset(upload.finish().await?)))
+        Ok(Response::new(convert::uploaded(upload.finish().await?)))
     }
 
     async fn upload_preferences(
@@ -69,7 +92,7 @@ impl DatasetService for Datasets {
                 _ => return Err(misplaced_header().into()),
             }
         }
-        Ok(Response::new(convert::dataset(upload.finish().await?)))
+        Ok(Response::new(convert::uploaded(upload.finish().await?)))
     }
 
     async fn get_dataset(&self, request: Request<pb::GetDatasetRequest>) -> Answer<pb::Dataset> {
@@ -92,10 +115,10 @@ impl DatasetService for Datasets {
     async fn inspect_dataset(&self, request: Request<pb::InspectDatasetRequest>) -> Answer<pb::DatasetReport> {
         let name: DatasetName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        let question = self.question(request.get_ref())?;
         let place = self.0.reads.take(caller_of(request.extensions())?)?;
         let parts = self.0.parts.clone();
-        let inspect =
-            async move { data::inspect(&parts.store, &parts.text, &tenant, &name, parts.context_length).await };
+        let inspect = async move { data::inspect(&parts.store, &parts.text, &tenant, &name, question).await };
         let (report, _) = run_holding(place, inspect).await?;
         Ok(Response::new(convert::report(report)))
     }

@@ -53,7 +53,7 @@ pub(super) async fn tokenize(args: TokenizeArgs) -> Result<()> {
         None => read_stdin().await?,
     };
     let input = match args.chat {
-        true => Input::Chat(chat(args.system.as_deref(), &text)),
+        true => Input::Chat(chat(args.system.as_deref(), &text, None)),
         false => Input::Text(text),
     };
     let request = proto::TokenizeRequest { input: Some(input), add_generation_prompt: None };

@@ -34,6 +34,9 @@ pub(super) struct Args {
     /// A system message before the prompt.
     #[arg(long, conflicts_with = "raw")]
     system: Option<String>,
+    /// Begin the answer with this text; the model goes on from its end.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    continue_from: Option<String>,
     /// No chat template: the text is continued as it is, control tokens in it are recognised.
     #[arg(long)]
     raw: bool,
@@ -221,8 +224,9 @@ fn request(args: &Args, adapter: String, prompt: &str) -> proto::GenerateRequest
         adapter,
         prompt: Some(match args.raw {
             true => Prompt::Text(prompt.to_owned()),
-            false => Prompt::Chat(chat(args.system.as_deref(), prompt)),
+            false => Prompt::Chat(chat(args.system.as_deref(), prompt, args.continue_from.as_deref())),
         }),
+        continue_final_message: args.continue_from.is_some(),
         sampling: Some(proto::Sampling {
             temperature: sampling.temperature,
             top_p: sampling.top_p,

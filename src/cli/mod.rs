@@ -39,6 +39,9 @@ enum Failure {
     /// Found on this side.
     #[error(transparent)]
     Local(#[from] Error),
+    /// A server has said no to a file.
+    #[error("{}: {source}", path.display())]
+    InFile { path: PathBuf, source: ClientError },
     #[error("{}: {source}", path.display())]
     File { path: PathBuf, source: std::io::Error },
     #[error("cannot read the terminal or write to it: {0}")]
@@ -51,6 +54,14 @@ enum Failure {
 impl Failure {
     fn other(message: impl Into<String>) -> Self {
         Self::Other(message.into())
+    }
+
+    /// Names the file that a server has said no to.
+    fn in_file(self, path: impl Into<PathBuf>) -> Self {
+        match self {
+            Self::Server(source) => Self::InFile { path: path.into(), source },
+            other => other,
+        }
     }
 
     /// For `map_err` where a file is read or written.

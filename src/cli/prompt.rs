@@ -5,11 +5,16 @@ use std::io::{IsTerminal as _, read_to_string, stdin};
 use super::{Failure, Result};
 use crate::api::client::proto;
 
-/// A chat of one user message.
-pub(super) fn chat(system: Option<&str>, prompt: &str) -> proto::Chat {
-    let message = |role: &str, content: &str| proto::ChatMessage { role: role.into(), content: content.into() };
+/// A chat of one user message; `begun` is how the answer to it begins.
+pub(super) fn chat(system: Option<&str>, prompt: &str, begun: Option<&str>) -> proto::Chat {
+    let message = |role: &str, content: &str| proto::ChatMessage {
+        role: role.into(),
+        content: content.into(),
+        ..Default::default()
+    };
     let system = system.map(|text| message("system", text));
-    proto::Chat { messages: system.into_iter().chain([message("user", prompt)]).collect() }
+    let begun = begun.map(|text| message("assistant", text));
+    proto::Chat { messages: system.into_iter().chain([message("user", prompt)]).chain(begun).collect() }
 }
 
 /// Reads on a thread of its own: the future that waits for it gives way to a signal.

@@ -81,8 +81,12 @@ async fn inputs(args: &Args) -> Result<Vec<proto::ScoreInput>> {
     let mut sequences: Vec<Sequence> = args.texts.iter().cloned().map(Sequence::Text).collect();
     sequences.extend(args.ids.iter().map(|ids| Sequence::TokenIds(proto::TokenIds { ids: ids.0.clone() })));
     if let (Some(user), Some(assistant)) = (&args.user, &args.assistant) {
-        let mut chat = chat(args.system.as_deref(), user);
-        chat.messages.push(proto::ChatMessage { role: "assistant".into(), content: assistant.clone() });
+        let mut chat = chat(args.system.as_deref(), user, None);
+        chat.messages.push(proto::ChatMessage {
+            role: "assistant".into(),
+            content: assistant.clone(),
+            ..Default::default()
+        });
         sequences.push(Sequence::Chat(chat));
     }
     if sequences.is_empty() {

@@ -212,21 +212,55 @@ impl Listed for proto::Dataset {
 
 impl Show for proto::Dataset {
     fn json(&self) -> Value {
-        json!({
+        let value = json!({
             "name": self.name, "kind": self.kind().as_str_name().trim_start_matches("DATASET_KIND_"),
             "records": self.records, "size_bytes": self.size_bytes, "digest": self.digest,
             "create_time": time(&self.create_time),
-        })
+        });
+        with_content(value, &self.content)
     }
+}
+
+/// Adds what a file was taken for.
+fn with_content(mut value: Value, content: &Option<proto::DatasetContent>) -> Value {
+    let counts = |list: &[proto::NamedCount]| -> Value {
+        Value::Object(list.iter().map(|count| (count.name.clone(), json!(count.count))).collect())
+    };
+    if let Some(content) = content {
+        value["format"] = json!(content.format);
+        value["shapes"] = counts(&content.shapes);
+        value["ignored_fields"] = counts(&content.ignored_fields);
+        value["more_ignored_fields"] = json!(content.more_ignored_fields);
+        value["control_token_mentions"] = json!(content.control_token_mentions);
+        value["empty_answers"] = json!(content.empty_answers);
+    }
+    value
+}
+
+fn rendered_json(sequence: &proto::RenderedSequence) -> Value {
+    let span =
+        |span: &proto::RenderedSpan| json!({ "text": span.text, "token_ids": span.token_ids, "in_loss": span.in_loss });
+    json!({
+        "record": sequence.record, "line": sequence.line, "answer": sequence.answer,
+        "spans": sequence.spans.iter().map(span).collect::<Vec<_>>(),
+    })
 }
 
 impl Show for proto::DatasetReport {
     fn json(&self) -> Value {
         let dataset = self.dataset.clone().unwrap_or_default();
-        json!({
+        let mut value = json!({
             "name": dataset.name, "records": dataset.records, "tokens": self.tokens, "loss_tokens": self.loss_tokens,
-            "longest": self.longest, "duplicates": self.duplicates, "too_long": self.too_long,
-        })
+            "longest": self.longest, "duplicates": self.duplicates, "max_length": self.max_length, "too_long": self.too_long,
+        });
+        if !self.too_long_records.is_empty() {
+            let record = |record: &proto::RecordLength| json!({ "line": record.line, "tokens": record.tokens });
+            value["too_long_records"] = self.too_long_records.iter().map(record).collect();
+        }
+        if !self.rendered.is_empty() {
+            value["rendered"] = self.rendered.iter().map(rendered_json).collect();
+        }
+        with_content(value, &self.content)
     }
 }
 

@@ -180,6 +180,10 @@ pub(super) async fn run(args: Args) -> Result<()> {
         },
         parent,
     };
+    if !args.validate_only {
+        // Every record, before anything is queued: a job that waits for hours must not fail for its data.
+        client.train(proto::TrainRequest { validate_only: true, request_id: String::new(), ..request.clone() }).await?;
+    }
     let job = client.train(request).await?;
     if args.validate_only {
         return Ok(writeln!(stdout(), "{}", validated(&job, json))?);
@@ -241,9 +245,10 @@ async fn dataset(client: &Client, args: &Args, parent: &str) -> Result<String> {
     }
     let header =
         proto::UploadHeader { parent: parent.to_owned(), dataset_id, request_id: request_id(), validate_only: false };
-    let dataset = datasets::upload(client, header, kind, content).await?;
+    let dataset = datasets::upload(client, header, kind, content).await.map_err(|failure| failure.in_file(&path))?;
     if !args.connection.json {
         writeln!(stdout(), "uploaded {} records as {}", dataset.records, dataset.name)?;
+        datasets::print_content(dataset.content.as_ref())?;
     }
     Ok(dataset.name)
 }

@@ -1,15 +1,22 @@
-//! Upload of a dataset as JSON lines, cut anywhere: every record is checked as it arrives, and what is not finished leaves nothing.
+//! Upload of a dataset's file, cut anywhere: every record is checked as it arrives, and what is not finished leaves nothing. The file is
+//! kept as it was sent; whoever reads it reads it with the same reader.
+
+use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
 use crate::config::Limits;
-use crate::data::{Record, is_blank};
+use crate::data::Record;
+use crate::data::reader::{Findings, Reader};
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{BlobUpload, DatasetKind, DatasetRow, NewDataset, Store, fresh_token, uninterrupted};
+use crate::text::Text;
 
 /// Bytes that go to the disk at once.
 const PART_BYTES: usize = 1 << 20;
+/// Bytes that are checked on the caller's own thread; more go to one that may be busy.
+const INLINE_BYTES: usize = 16 << 10;
 
 /// An upload under way. Dropped before [`Upload::finish`], or after an error, it leaves nothing.
 #[derive(Debug)]
@@ -18,7 +25,9 @@ pub struct Upload {
     name: DatasetName,
     request_id: String,
     most_datasets: u64,
-    checker: Checker,
+    kind: DatasetKind,
+    /// `None` after an error.
+    checker: Option<Checker>,
     destination: Destination,
 }
 
@@ -40,6 +49,7 @@ impl Upload {
     /// Starts one; refuses a name that is taken.
     pub async fn begin(
         store: &Store,
+        text: &Arc<Text>,
         limits: &Limits,
         tenant: &Tenant,
         name: DatasetName,
@@ -61,14 +71,15 @@ impl Upload {
             name,
             request_id: request_id.to_owned(),
             most_datasets: limits.max_datasets_per_tenant,
-            checker: Checker::new(kind, limits),
+            kind,
+            checker: Some(Checker::new(kind, text, limits)),
             destination,
         })
     }
 
     /// The next bytes, cut anywhere.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.checker.push(bytes)?;
+        self.check(bytes).await?;
         if let Destination::Blob { file, part, .. } = &mut self.destination {
             part.extend_from_slice(bytes);
             if part.len() >= PART_BYTES {
@@ -83,14 +94,33 @@ impl Upload {
         self.write(format!("{}\n", record.to_line()).as_bytes()).await
     }
 
-    /// Ends the last line and makes the dataset.
-    pub async fn finish(mut self) -> Result<DatasetRow> {
-        let Checked { records, size_bytes, digest } = self.checker.finish()?;
-        let kind = self.checker.kind;
+    /// Checks the next bytes, where no call waits for it.
+    async fn check(&mut self, bytes: &[u8]) -> Result<()> {
+        let mut checker = self.checker.take().ok_or_else(ended)?;
+        if bytes.len() <= INLINE_BYTES {
+            checker.push(bytes)?;
+            self.checker = Some(checker);
+            return Ok(());
+        }
+        let bytes = bytes.to_vec();
+        let push = move || checker.push(&bytes).map(|()| checker);
+        self.checker = Some(tokio::task::spawn_blocking(push).await.map_err(Error::internal)??);
+        Ok(())
+    }
+
+    /// Ends the file and makes the dataset; gives what was found in it.
+    ///
+    /// # Errors
+    /// INVALID_RECORD with the first bad records and their count, EMPTY_DATASET, a limit.
+    pub async fn finish(mut self) -> Result<(DatasetRow, Findings)> {
+        let checker = self.checker.take().ok_or_else(ended)?;
+        let checked = tokio::task::spawn_blocking(move || checker.finish()).await.map_err(Error::internal)??;
+        let Checked { records, size_bytes, digest, findings } = checked;
+        let kind = self.kind;
         let new = |blob| NewDataset { name: self.name, kind, records, size_bytes, digest, blob };
-        match self.destination {
-            Destination::Made(row) => Ok(row),
-            Destination::Nowhere => Ok(new(String::new()).into_row()),
+        let row = match self.destination {
+            Destination::Made(row) => row,
+            Destination::Nowhere => new(String::new()).into_row(),
             Destination::Blob { key, mut file, part } => {
                 let (dataset, store, request_id, most) = (new(key), self.store, self.request_id, self.most_datasets);
                 let make = async move {
@@ -103,24 +133,22 @@ impl Upload {
                     store.collect_blobs(&[dataset.blob]).await;
                     row
                 };
-                uninterrupted(make).await
+                uninterrupted(make).await?
             }
-        }
+        };
+        Ok((row, findings))
     }
 }
 
-/// Cuts bytes into lines and checks each; the result does not depend on how the bytes are cut.
+fn ended() -> Error {
+    Error::internal("an upload that has failed was written to")
+}
+
+/// Checks the bytes as they come, and sums them up.
 #[derive(Debug)]
 struct Checker {
-    kind: DatasetKind,
+    reader: Reader,
     max_bytes: u64,
-    max_records: u64,
-    max_record_bytes: u64,
-    max_messages: u64,
-    /// The line under way.
-    partial: Vec<u8>,
-    lines: u64,
-    records: u64,
     bytes: u64,
     hash: Sha256,
 }
@@ -130,93 +158,34 @@ struct Checked {
     records: u64,
     size_bytes: u64,
     digest: Digest,
+    findings: Findings,
 }
 
 impl Checker {
-    fn new(kind: DatasetKind, limits: &Limits) -> Self {
-        Self {
-            kind,
-            max_bytes: limits.max_dataset_bytes,
-            max_records: limits.max_dataset_records,
-            max_record_bytes: limits.max_record_bytes,
-            max_messages: limits.max_chat_messages,
-            partial: Vec::new(),
-            lines: 0,
-            records: 0,
-            bytes: 0,
-            hash: Sha256::new(),
-        }
+    fn new(kind: DatasetKind, text: &Arc<Text>, limits: &Limits) -> Self {
+        let reader = Reader::new(kind, text.clone(), limits);
+        Self { reader, max_bytes: limits.max_dataset_bytes, bytes: 0, hash: Sha256::new() }
     }
 
     fn push(&mut self, bytes: &[u8]) -> Result<()> {
-        let room = usize::try_from(self.max_bytes - self.bytes).unwrap_or(usize::MAX);
-        let fits = &bytes[..bytes.len().min(room)];
-        self.bytes += fits.len() as u64;
-        self.hash.update(fits);
-        let mut pieces = fits.split(|byte| *byte == b'\n').peekable();
-        while let Some(piece) = pieces.next() {
-            if (self.partial.len() + piece.len()) as u64 > self.max_record_bytes {
-                let message = format!("line {} is longer than {} bytes", self.lines + 1, self.max_record_bytes);
-                return Err(exhausted("max_record_bytes", message));
-            }
-            self.partial.extend_from_slice(piece);
-            if pieces.peek().is_some() {
-                self.end_line()?;
-            }
+        self.bytes += bytes.len() as u64;
+        if self.bytes > self.max_bytes {
+            let message = format!("the dataset is larger than {} bytes", self.max_bytes);
+            return Err(Error::Exhausted { limit: "max_dataset_bytes", message, retry_after: None });
         }
-        if fits.len() < bytes.len() {
-            return Err(exhausted("max_dataset_bytes", format!("the dataset is larger than {} bytes", self.max_bytes)));
-        }
-        Ok(())
+        self.hash.update(bytes);
+        self.reader.push(bytes, &mut drop)
     }
 
-    fn end_line(&mut self) -> Result<()> {
-        self.lines += 1;
-        if !is_blank(&self.partial) {
-            if self.records == self.max_records {
-                let message = format!("the dataset has more than {} records", self.max_records);
-                return Err(exhausted("max_dataset_records", message));
-            }
-            let record = Record::parse(self.kind, &self.partial).map_err(|e| at_line(e, self.lines))?;
-            if record.messages() as u64 > self.max_messages {
-                let message = format!("line {} has more than {} messages", self.lines, self.max_messages);
-                return Err(exhausted("max_chat_messages", message));
-            }
-            self.records += 1;
-        }
-        self.partial.clear();
-        Ok(())
-    }
-
-    fn finish(&mut self) -> Result<Checked> {
-        self.end_line()?;
-        if self.records == 0 {
-            return Err(Error::invalid_because(
-                "EMPTY_DATASET",
-                "data",
-                "holds no record; send one JSON object a line",
-            ));
-        }
-        let digest = Digest::from(self.hash.clone());
-        Ok(Checked { records: self.records, size_bytes: self.bytes, digest })
-    }
-}
-
-fn exhausted(limit: &'static str, message: String) -> Error {
-    Error::Exhausted { limit, message, retry_after: None }
-}
-
-fn at_line(error: Error, line: u64) -> Error {
-    match error {
-        Error::Invalid { reason, message, .. } => Error::Invalid { reason, field: format!("line {line}"), message },
-        other => other,
+    fn finish(self) -> Result<Checked> {
+        let (records, findings) = self.reader.finish(&mut drop)?;
+        Ok(Checked { records, size_bytes: self.bytes, digest: Digest::from(self.hash), findings })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     const GOOD: &str = r#"{"prompt":"p","completion":"é"}"#;
 
@@ -231,7 +200,7 @@ mod tests {
     }
 
     fn check<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> Result<Checked> {
-        let mut checker = Checker::new(DatasetKind::Sft, &limits());
+        let mut checker = Checker::new(DatasetKind::Sft, &Text::tiny(), &limits());
         chunks.into_iter().try_for_each(|chunk| checker.push(chunk))?;
         checker.finish()
     }
@@ -244,7 +213,9 @@ mod tests {
     fn records_are_counted_and_blank_lines_are_not() {
         let text = format!("{GOOD}\r\n\n  \n{GOOD}");
         let checked = check_text(&text).unwrap();
-        assert_eq!(checked, Checked { records: 2, size_bytes: text.len() as u64, digest: Digest::of(text.as_bytes()) });
+        assert_eq!((checked.records, checked.size_bytes), (2, text.len() as u64));
+        assert_eq!(checked.digest, Digest::of(text.as_bytes()));
+        assert_eq!(checked.findings.format, "JSON Lines");
     }
 
     #[test]
@@ -252,7 +223,9 @@ mod tests {
         let error = check_text(&format!("{GOOD}\n\n{{\"prompt\":1}}\n{GOOD}")).unwrap_err();
         assert!(error.to_string().starts_with("line 3: "), "{error}");
         let unended = check_text(&format!("{GOOD}\n{{")).unwrap_err();
-        assert!(unended.to_string().starts_with("line 2: not JSON"), "{unended}");
+        assert!(unended.to_string().starts_with("line 2: ends before its last bracket"), "{unended}");
+        let two = check_text("{}\n{}").unwrap_err().to_string();
+        assert!(two.starts_with("data: 2 of 2 records can't be used:\nlines 1, 2: has no field"), "{two}");
         assert!(matches!(check_text("\n \n"), Err(Error::Invalid { reason: "EMPTY_DATASET", .. })));
     }
 
@@ -263,39 +236,14 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(limit(&format!("{GOOD}\n").repeat(6)), "max_dataset_records");
-        assert_eq!(limit(&"a".repeat(61)), "max_record_bytes");
+        assert_eq!(limit(&format!("{{{}", "a".repeat(61))), "max_record_bytes");
         assert_eq!(limit(&"\n".repeat(401)), "max_dataset_bytes");
         let turn = r#"{"role":"assistant","content":""}"#;
-        let mut checker = Checker::new(DatasetKind::Sft, &Limits { max_record_bytes: 1000, ..limits() });
+        let mut checker = Checker::new(DatasetKind::Sft, &Text::tiny(), &Limits { max_record_bytes: 1000, ..limits() });
         let user = r#"{"role":"user","content":""}"#;
-        let error = checker.push(format!("{{\"messages\":[{user},{turn},{turn}]}}\n").as_bytes()).unwrap_err();
+        checker.push(format!("{{\"messages\":[{user},{turn},{turn}]}}\n").as_bytes()).unwrap();
+        let error = checker.finish().unwrap_err();
         assert!(matches!(error, Error::Exhausted { limit: "max_chat_messages", .. }));
-    }
-
-    fn line() -> impl Strategy<Value = String> {
-        prop_oneof![
-            8 => Just(GOOD.to_owned()),
-            2 => Just(String::new()),
-            1 => Just("{\"prompt\":".to_owned()),
-            1 => (55_usize..65).prop_map(|n| " ".repeat(n)),
-            1 => Just("\u{2028}".to_owned()),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn cutting_changes_nothing(lines in prop::collection::vec(line(), 0..20), cuts in prop::collection::vec(1_usize..50, 1..60)) {
-            let text = lines.join("\n");
-            let mut chunks = Vec::new();
-            let mut rest = text.as_bytes();
-            for cut in cuts.iter().cycle() {
-                if rest.is_empty() { break }
-                let (chunk, more) = rest.split_at((*cut).min(rest.len()));
-                chunks.push(chunk);
-                rest = more;
-            }
-            prop_assert_eq!(format!("{:?}", check(chunks)), format!("{:?}", check_text(&text)));
-        }
     }
 
     async fn store() -> (tempfile::TempDir, Store, Tenant) {
@@ -309,7 +257,7 @@ mod tests {
     async fn begin(store: &Store, tenant: &Tenant, id: &str, request_id: &str, validate_only: bool) -> Result<Upload> {
         let name = DatasetName::new(tenant.id(), id).unwrap();
         let limits = Limits { max_datasets_per_tenant: 2, max_record_bytes: 200, ..limits() };
-        Upload::begin(store, &limits, tenant, name, DatasetKind::Sft, request_id, validate_only).await
+        Upload::begin(store, &Text::tiny(), &limits, tenant, name, DatasetKind::Sft, request_id, validate_only).await
     }
 
     /// Every file below the blob folder, staged ones too.
@@ -340,14 +288,18 @@ mod tests {
         upload.write(&GOOD.as_bytes()[9..]).await.unwrap();
         upload.write(b"\n").await.unwrap();
         upload.write_record(&record).await.unwrap();
-        let row = upload.finish().await.unwrap();
+        let (row, _) = upload.finish().await.unwrap();
         assert_eq!(row.records, 2);
-        assert_eq!(crate::data::read(&store, &row).await.unwrap(), [record.clone(), record]);
+        let read = crate::data::read(&store, &Text::tiny(), &row).await.unwrap();
+        assert_eq!(
+            read.iter().map(|numbered| (numbered.line, &numbered.record)).collect::<Vec<_>>(),
+            [(1, &record), (2, &record)]
+        );
         assert_eq!(row, store.get_dataset(&row.name).await.unwrap());
 
         let mut retried = begin(&store, &tenant, "d", "r", false).await.unwrap();
         retried.write(GOOD.as_bytes()).await.unwrap();
-        assert_eq!(retried.finish().await.unwrap(), row);
+        assert_eq!(retried.finish().await.unwrap().0, row);
         let taken = begin(&store, &tenant, "d", "", false).await;
         assert!(matches!(taken, Err(Error::AlreadyExists { .. })));
         crate::data::delete_dataset(&store, &tenant, &row.name).await.unwrap();
@@ -361,13 +313,13 @@ mod tests {
         dropped.write(GOOD.as_bytes()).await.unwrap();
         drop(dropped);
         let mut wrong = begin(&store, &tenant, "b", "", false).await.unwrap();
-        assert!(wrong.write(b"{\n").await.is_err());
-        drop(wrong);
+        wrong.write(b"{\n").await.unwrap();
+        assert!(wrong.finish().await.is_err());
         let empty = begin(&store, &tenant, "c", "", false).await.unwrap();
         assert!(empty.finish().await.is_err());
         let mut validated = begin(&store, &tenant, "d", "", true).await.unwrap();
         validated.write(GOOD.as_bytes()).await.unwrap();
-        assert_eq!(validated.finish().await.unwrap().records, 1);
+        assert_eq!(validated.finish().await.unwrap().0.records, 1);
         settles_to(&folder, 0).await;
         let page = crate::store::Page::default();
         assert!(store.list_datasets(tenant.id(), &page).await.unwrap().items.is_empty());
@@ -388,7 +340,7 @@ mod tests {
         let stranger = Tenant::proven("tenants/two".parse().unwrap());
         let name = DatasetName::new(tenant.id(), "x").unwrap();
         let limits = limits();
-        let refused = Upload::begin(&store, &limits, &stranger, name, DatasetKind::Sft, "", false).await;
+        let refused = Upload::begin(&store, &Text::tiny(), &limits, &stranger, name, DatasetKind::Sft, "", false).await;
         assert!(matches!(refused, Err(Error::PermissionDenied)));
     }
 }

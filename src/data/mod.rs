@@ -1,27 +1,60 @@
-//! Datasets: upload ([`ingest`]), the shapes of records ([`records`]), which records a step sees ([`batching`]), and a quality
-//! report ([`report`]).
+//! Datasets: upload ([`ingest`]); from bytes to records ([`reader`], over [`container`] and [`records`]); records as ids ([`encode`]); which
+//! records a step sees ([`batching`]); and a quality report ([`report`]).
 
 mod batching;
+mod container;
+mod encode;
 mod ingest;
+mod json;
+mod problems;
+mod reader;
 mod records;
 mod report;
 
 pub use batching::{Batches, Split};
+pub use encode::{Encoded, Examples, Length, encode};
 pub use ingest::Upload;
-pub use records::{Chat, Examples, Pair, Preference, Record};
-pub use report::{Report, inspect};
+pub use reader::{Findings, Numbered};
+pub use records::{Chat, Pair, Preference, Record, Shape};
+pub use report::{Question, Report, Shown, inspect};
+
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Tenant};
 use crate::store::{DatasetRow, Store, uninterrupted};
+use crate::text::Text;
+use reader::Reader;
 
-/// All records of a dataset, in order.
-pub async fn read(store: &Store, dataset: &DatasetRow) -> Result<Vec<Record>> {
+/// Returns all records of a dataset, in order.
+///
+/// # Errors
+/// Those of the reader: an earlier build may have accepted what this one refuses, and the base may be another one since.
+pub async fn read(store: &Store, text: &Arc<Text>, dataset: &DatasetRow) -> Result<Vec<Numbered>> {
     let bytes = store.blobs().get(&dataset.blob).await?;
-    let (kind, name) = (dataset.kind, dataset.name.clone());
-    let parse =
-        move |line: &[u8]| Record::parse(kind, line).map_err(|e| Error::internal(format!("{name} as stored: {e}")));
-    tokio::task::spawn_blocking(move || lines(&bytes).map(parse).collect()).await.map_err(Error::internal)?
+    let (reader, name) = (Reader::of_stored(dataset.kind, text.clone()), dataset.name.clone());
+    let read = move || {
+        let mut records = Vec::new();
+        read_all(reader, &bytes, &mut |numbered| records.push(numbered)).map_err(|error| in_dataset(&name, error))?;
+        Ok(records)
+    };
+    tokio::task::spawn_blocking(read).await.map_err(Error::internal)?
+}
+
+/// Reads a whole file.
+fn read_all(mut reader: Reader, bytes: &[u8], sink: &mut dyn FnMut(Numbered)) -> Result<Findings> {
+    reader.push(bytes, sink)?;
+    Ok(reader.finish(sink)?.1)
+}
+
+/// Says of which dataset an error is.
+fn in_dataset(name: &DatasetName, error: Error) -> Error {
+    match error {
+        Error::Invalid { reason, field, message } => {
+            Error::Invalid { reason, field: "dataset".into(), message: format!("{name}: {field}: {message}") }
+        }
+        other => other,
+    }
 }
 
 /// Deletes a dataset and its content. Refused (`DATASET_IN_USE`) while a job that has not ended uses it.
@@ -36,11 +69,5 @@ pub async fn delete_dataset(store: &Store, tenant: &Tenant, name: &DatasetName) 
     uninterrupted(delete).await
 }
 
-/// The lines that hold a record; blank ones do not.
-fn lines(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
-    bytes.split(|byte| *byte == b'\n').filter(|line| !is_blank(line))
-}
-
-fn is_blank(line: &[u8]) -> bool {
-    line.iter().all(u8::is_ascii_whitespace)
-}
+#[cfg(test)]
+mod tests;

@@ -275,7 +275,9 @@ impl Engine {
         let most = self.limits.max_tokenize_bytes;
         let bytes = match &prompt {
             Prompt::Text(text) => text.len(),
-            Prompt::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
+            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
+                messages.iter().map(|message| message.content.len()).sum()
+            }
             Prompt::TokenIds(_) => 0,
         };
         if bytes as u64 > most {
@@ -285,7 +287,10 @@ impl Engine {
         self.check_messages("chat", &prompt)?;
         let ticket = self.admit(tenant, 1)?;
         let encode = match generation_prompt {
-            true => |text: &Text, _: usize, prompt: &Prompt| text.encode_prompt(prompt),
+            true => |text: &Text, _: usize, prompt: &Prompt| match prompt {
+                Prompt::Chat(messages) => text.encode_chat(messages, true),
+                other => text.encode_prompt(other),
+            },
             false => |text: &Text, _: usize, prompt: &Prompt| match prompt {
                 Prompt::Chat(messages) => text.encode_chat(messages, false),
                 other => text.encode_prompt(other),
@@ -373,7 +378,9 @@ impl Engine {
     ) -> Result<Vec<Vec<u32>>> {
         let size = |prompt: &Prompt| match prompt {
             Prompt::Text(text) => (text.len(), 1),
-            Prompt::Chat(messages) => (messages.iter().map(|m| m.content.len()).sum(), messages.len()),
+            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
+                (messages.iter().map(|m| m.content.len()).sum(), messages.len())
+            }
             Prompt::TokenIds(_) => (0, 0),
         };
         let (bytes, messages) =
@@ -404,7 +411,9 @@ impl Engine {
         self.check_messages(field, prompt)?;
         match prompt {
             Prompt::Text(text) => check_text(text.len()),
-            Prompt::Chat(messages) => check_text(messages.iter().map(|message| message.content.len()).sum()),
+            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
+                check_text(messages.iter().map(|message| message.content.len()).sum())
+            }
             Prompt::TokenIds(_) => Ok(()),
         }
     }
@@ -412,7 +421,7 @@ impl Engine {
     fn check_messages(&self, field: &str, prompt: &Prompt) -> Result<()> {
         let most = self.limits.max_chat_messages;
         match prompt {
-            Prompt::Chat(messages) if messages.len() as u64 > most => {
+            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) if messages.len() as u64 > most => {
                 let message = format!("has {} messages, over the limit max_chat_messages of {most}", messages.len());
                 Err(Error::invalid_because("TOO_MANY_MESSAGES", field, message))
             }

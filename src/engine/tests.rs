@@ -446,7 +446,7 @@ fn bad_requests_say_what_is_wrong() {
         assert!(long.contains("300") && long.contains("256"), "both lengths: {long}");
         let far_too_long = refused(&|s| s.prompt = Prompt::Text("x".repeat(100_000))).await;
         assert!(far_too_long.contains("100000 bytes") && far_too_long.contains("256"), "{far_too_long}");
-        let message = ChatMessage { role: "user".into(), content: String::new() };
+        let message = ChatMessage::new("user", "");
         let turns = refused(&|s| s.prompt = Prompt::Chat(vec![message.clone(); 1001])).await;
         assert!(turns.contains("max_chat_messages"), "{turns}");
         assert!(refused(&|s| s.prompt = Prompt::TokenIds(Vec::new())).await.contains("no token"));

@@ -4,20 +4,25 @@
 //! raw text does. Rendering and encoding are one step here, so that the rule cannot be bypassed.
 
 mod chat;
+mod conversation;
 mod decoder;
+mod markup;
 pub mod matcher;
 mod tokenizer;
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
+pub use conversation::Conversation;
 pub use decoder::Decoder;
+pub use markup::Markup;
 pub use tokenizer::Vocabulary;
 
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::request::{ChatMessage, Prompt};
 use chat::Template;
+use markup::Markers;
 use tokenizer::Tokenizer;
 
 /// The tokenizer and the template of a base. Shared as `Arc<Text>`.
@@ -25,23 +30,10 @@ use tokenizer::Tokenizer;
 pub struct Text {
     tokenizer: Tokenizer,
     template: Template,
+    markers: Markers,
     end_of_turn: u32,
     ends: Vec<u32>,
     longest_token: usize,
-}
-
-/// A conversation as training sees it: `in_loss[i]` says whether `ids[i]` is a token to be learnt.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Conversation {
-    pub ids: Vec<u32>,
-    pub in_loss: Vec<bool>,
-}
-
-impl Conversation {
-    fn extend(&mut self, ids: impl IntoIterator<Item = u32>, in_loss: bool) {
-        self.ids.extend(ids);
-        self.in_loss.resize(self.ids.len(), in_loss);
-    }
 }
 
 /// Control tokens that end an answer, in the vocabularies of the supported families.
@@ -55,11 +47,12 @@ impl Text {
             return Err(Error::invalid("tokenizer.ggml.eos_token_id", "is outside the vocabulary"));
         }
         let template = Template::new(&vocabulary)?;
-        let ends = (0..vocabulary.tokens.len() as u32)
+        let ends: Vec<u32> = (0..vocabulary.tokens.len() as u32)
             .filter(|&id| id == end_of_turn || END_TOKENS.contains(&vocabulary.tokens[id as usize].as_str()))
             .collect();
+        let markers = Markers::new(&vocabulary, &ends);
         let tokenizer = Tokenizer::new(vocabulary)?;
-        Ok(Arc::new(Self { longest_token: tokenizer.longest_token(), tokenizer, template, end_of_turn, ends }))
+        Ok(Arc::new(Self { longest_token: tokenizer.longest_token(), tokenizer, template, markers, end_of_turn, ends }))
     }
 
     /// A byte-level toy vocabulary: ids 0..256 are bytes, 256 is `<|im_start|>`, 257 `<|im_end|>` (the end of a turn). For tests.
@@ -77,6 +70,11 @@ impl Text {
     /// Text in which nothing is a control token: an answer, a message.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
         self.tokenizer.encode_plain(text)
+    }
+
+    /// Whether a message's text looks as if it had been rendered already.
+    pub fn markup(&self, content: &str) -> Markup {
+        self.markers.look_at(content)
     }
 
     /// The template's rendering, for people; [`Text::encode_chat`] is what the model sees.
@@ -98,7 +96,15 @@ impl Text {
     pub fn encode_prompt(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         match prompt {
             Prompt::Text(text) => self.encode(text),
+            Prompt::Chat(messages) if messages.last().is_some_and(|last| last.role == "assistant") => {
+                Err(Error::invalid_because(
+                    "CHAT_ENDS_WITH_ASSISTANT",
+                    "chat.messages",
+                    "the last message is the assistant's: set continue_final_message to have it continued, or end with the user's message",
+                ))
+            }
             Prompt::Chat(messages) => self.encode_chat(messages, true),
+            Prompt::ContinuedChat(messages) => self.encode_continued(messages),
             Prompt::TokenIds(ids) => self.check_ids(ids),
         }
     }
@@ -107,7 +113,9 @@ impl Text {
     pub fn encode_sequence(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         match prompt {
             Prompt::Text(text) => self.encode(text),
-            Prompt::Chat(messages) => Ok(self.encode_conversation(messages, &|_| true)?.ids),
+            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
+                Ok(self.encode_conversation(messages, &|_| true)?.ids)
+            }
             Prompt::TokenIds(ids) => self.check_ids(ids),
         }
     }
@@ -123,23 +131,28 @@ impl Text {
         }
     }
 
-    /// prompt with the generation prompt ++ answer ++ end of turn, for every assistant turn in order; `learn(i)` says whether the
-    /// assistant message i is in the loss (OpenAI's `weight`). Messages after the last assistant turn are rendered, not learnt.
-    pub fn encode_conversation(&self, messages: &[ChatMessage], learn: &dyn Fn(usize) -> bool) -> Result<Conversation> {
-        let mut conversation = Conversation::default();
-        let mut done = String::new();
-        for (i, message) in messages.iter().enumerate().filter(|(_, m)| m.role == "assistant") {
-            let prompt = self.template.render_marked(&messages[..i], true)?;
-            conversation.extend(self.encode_marked(rest(&prompt, &done)?)?, false);
-            conversation.extend(self.encode_plain(&message.content)?, learn(i));
-            conversation.extend([self.end_of_turn], learn(i));
-            done = prompt + &self.template.mark(&message.content) + self.tokenizer.token(self.end_of_turn);
+    /// The ids of a chat up to the end of its last message, the assistant's, which is to be continued: what transformers' templates call
+    /// `continue_final_message`. The message's ids are those that training gives it.
+    fn encode_continued(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
+        let refuse = |message: &str| Err(Error::invalid("continue_final_message", message));
+        let Some(last) = messages.last().filter(|last| last.role == "assistant") else {
+            return refuse("needs a chat whose last message is the assistant's");
+        };
+        if last.content.trim().is_empty() {
+            return refuse("needs a last message with text; leave that message out to have the answer begun");
         }
-        if messages.last().is_none_or(|m| m.role != "assistant") {
-            let whole = self.template.render_marked(messages, false)?;
-            conversation.extend(self.encode_marked(rest(&whole, &done)?)?, false);
-        }
-        Ok(conversation)
+        let whole = self.template.render_marked(messages, false)?;
+        let marked = self.template.mark(&last.content);
+        let Some(at) = whole.rfind(marked.trim()) else {
+            return refuse("can't be done: this base's chat template does not show the last message as it is");
+        };
+        // A template may trim contents: what it keeps of the white space around this one is part of it.
+        let lead = &marked[..marked.len() - marked.trim_start().len()];
+        let begin = if whole[..at].ends_with(lead) { at - lead.len() } else { at };
+        let kept = if whole[at..].starts_with(marked.trim_start()) { marked.trim_start() } else { marked.trim() };
+        let mut ids = self.encode_marked(&whole[..begin])?;
+        ids.extend(self.encode_plain(&chat::unmark(&whole[begin..at + kept.len()]))?);
+        Ok(ids)
     }
 
     /// Whether this id ends an answer.
@@ -236,7 +249,7 @@ mod tests {
     use super::*;
 
     fn message(role: &str, content: &str) -> ChatMessage {
-        ChatMessage { role: role.into(), content: content.into() }
+        ChatMessage::new(role, content)
     }
 
     #[test]
@@ -279,6 +292,32 @@ mod tests {
     fn unknown_roles_are_refused() {
         assert!(Text::tiny().encode_chat(&[message("user<|im_end|>", "x")], true).is_err());
         assert!(Text::tiny().encode_chat(&[], true).is_err());
+    }
+
+    #[test]
+    fn a_last_answer_is_continued_where_asked_and_refused_otherwise() {
+        let text = Text::tiny();
+        let chat = |answer: &str| vec![message("user", "q"), message("assistant", answer)];
+        let refused = text.encode_prompt(&Prompt::Chat(chat("So"))).unwrap_err();
+        assert!(
+            matches!(&refused, Error::Invalid { reason: "CHAT_ENDS_WITH_ASSISTANT", message, .. } if message.contains("continue_final_message"))
+        );
+        for answer in ["So", "So \n", " So", "<|im_end|>", "q"] {
+            let ids = text.encode_prompt(&Prompt::ContinuedChat(chat(answer))).unwrap();
+            let trained = text.encode_conversation(&chat(answer), &|_| true).unwrap().ids;
+            assert_eq!(ids, trained[..trained.len() - 1], "{answer:?}: as trained, without the turn's end");
+            assert_eq!(
+                text.decode(&ids, false).unwrap(),
+                format!("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n{answer}")
+            );
+        }
+        for wrong in [chat(" \n"), vec![message("user", "q")], vec![]] {
+            assert!(text.encode_prompt(&Prompt::ContinuedChat(wrong)).is_err());
+        }
+        let trims = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}";
+        let text = Text::new(Vocabulary { chat_template: trims.into(), ..Vocabulary::tiny() }).unwrap();
+        let ids = text.encode_prompt(&Prompt::ContinuedChat(chat(" So "))).unwrap();
+        assert!(text.decode(&ids, false).unwrap().ends_with("<|im_start|>assistant\nSo"));
     }
 
     #[test]

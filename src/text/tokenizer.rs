@@ -22,6 +22,8 @@ pub struct Vocabulary {
     /// The pre-tokenizer, in llama.cpp's words: `smollm`, `gpt-2`.
     pub pre: String,
     pub end_of_turn: u32,
+    /// What the template calls `bos_token`.
+    pub bos: Option<u32>,
     /// Jinja.
     pub chat_template: String,
 }
@@ -38,6 +40,7 @@ impl Vocabulary {
             control: vec![256, 257],
             pre: "smollm".into(),
             end_of_turn: 257,
+            bos: None,
             chat_template: "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}\
                             {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
                 .into(),

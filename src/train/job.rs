@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::adapter::{BaseShape, Lora};
 use crate::config::Limits;
-use crate::data::{self, Batches, Examples, Split};
+use crate::data::{self, Batches, Encoded, Examples, Length, Split};
 use crate::error::{Error, Result};
 use crate::hub::Hub;
 use crate::ids::{AdapterRef, Tenant};
@@ -12,7 +12,6 @@ use crate::model::{Model, parity};
 use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start, TrainingData};
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
-use crate::train::encode::{Encoded, Encoder};
 use crate::train::fit::Control;
 use crate::train::schedule::Schedule;
 
@@ -116,22 +115,25 @@ impl Sources {
                 (read.await.map_err(Error::internal)??, true)
             }
         };
-        let records = data::read(&self.store, &dataset).await?;
+        let records = data::read(&self.store, &self.text, &dataset).await?;
         let recipe = spec.hyperparameters.clone();
-        let max_length = max_length(&recipe, &self.limits, self.model.context_length());
-        let (text, limits, too_long) = (self.text.clone(), self.limits.clone(), spec.too_long);
+        let max = max_length(&recipe, &self.limits, self.model.context_length());
+        let length = Length { max, too_long: spec.too_long };
+        let (text, limits) = (self.text.clone(), self.limits.clone());
         let encode = move || {
-            let encoder = Encoder { text: &text, kind: dataset.kind, max_length, too_long, control: &control };
-            let encoded = encoder.encode(&records, &Split::new(records.len(), recipe.validation_split, recipe.seed))?;
-            let schedule = Schedule::new(&recipe, encoded.train.len());
+            let encoded = data::encode(&records, dataset.kind, &text, length, || control.check())?;
+            let Encoded { examples, dropped, truncated } = encoded;
+            let (train, validation) = examples.split(recipe.validation_split, recipe.seed);
+            let schedule = Schedule::new(&recipe, train.len());
             check_schedule(&schedule, &limits)?;
-            let data =
-                TrainingData { tokens: tokens_of_all_steps(&encoded.train, &recipe, &schedule), ..encoded.data() };
-            check_tokens(data.tokens, &limits)?;
-            Ok::<_, Error>((encoded, data, schedule.total_steps))
+            let tokens = tokens_of_all_steps(&train, &recipe, &schedule);
+            check_tokens(tokens, &limits)?;
+            let (records, validation_records) = (train.len() as u64, validation.len() as u64);
+            let data = TrainingData { records, validation_records, tokens, dropped, truncated };
+            Ok::<_, Error>((train, validation, data, schedule.total_steps))
         };
-        let (encoded, data, total_steps) = tokio::task::spawn_blocking(encode).await.map_err(Error::internal)??;
-        let Encoded { train, validation, .. } = encoded;
+        let encoded = tokio::task::spawn_blocking(encode).await.map_err(Error::internal)??;
+        let (train, validation, data, total_steps) = encoded;
         Ok(Prepared { start, continued, train, validation, data, total_steps })
     }
 }

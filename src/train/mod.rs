@@ -1,7 +1,6 @@
 //! Training jobs: durable, one at a time, in the slack of serving. [`Trainer`] is the handle; the worker behind it claims jobs,
 //! runs [`fit::fit`] and publishes through the hub.
 
-mod encode;
 pub mod fit;
 mod job;
 pub mod objective;

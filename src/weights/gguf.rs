@@ -265,6 +265,7 @@ fn vocabulary(metadata: &Metadata<'_>) -> Result<Vocabulary> {
         })?,
         pre: metadata.text("tokenizer.ggml.pre")?.to_owned(),
         end_of_turn: metadata.integer("tokenizer.ggml.eos_token_id")? as u32,
+        bos: metadata.integer("tokenizer.ggml.bos_token_id").ok().map(|id| id as u32),
         chat_template: metadata.text("tokenizer.chat_template")?.to_owned(),
     })
 }

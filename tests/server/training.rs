@@ -25,7 +25,7 @@ fn header(id: &str, request_id: &str) -> UploadHeader {
 
 /// What [`LINE`] says.
 fn pair() -> Part {
-    let message = ChatMessage { role: "user".into(), content: "a".into() };
+    let message = ChatMessage { role: "user".into(), content: "a".into(), ..Default::default() };
     let prompt = Some(Chat { messages: vec![message] });
     Part::Pair(PreferencePair { prompt, chosen: "b".into(), rejected: "no".into() })
 }
@@ -58,7 +58,7 @@ async fn datasets(server: &TestServer, key: &str) -> Vec<Dataset> {
 }
 
 async fn inspect(server: &TestServer, key: &str, dataset: &Dataset) -> DatasetReport {
-    let request = InspectDatasetRequest { name: dataset.name.clone() };
+    let request = InspectDatasetRequest { name: dataset.name.clone(), ..Default::default() };
     server.datasets(key).await.inspect_dataset(request).await.unwrap().into_inner()
 }
 
@@ -110,7 +110,7 @@ async fn a_request_id_is_its_methods_own_and_outlives_its_dataset() {
         let status = upload_pairs(&server, &key, header(id, "r"), vec![pair()]).await.unwrap_err();
         assert_eq!(status.code(), Code::NotFound, "{id}: {status:?}");
     }
-    assert_eq!(datasets(&server, &key).await, [chats]);
+    assert_eq!(datasets(&server, &key).await, [Dataset { content: None, ..chats }]);
     upload_pairs(&server, &key, header("pairs", "r2"), vec![pair()]).await.unwrap();
     server.stopped().await;
 }

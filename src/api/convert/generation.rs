@@ -17,6 +17,15 @@ const DEFAULT_ANSWER_TOKENS: u64 = 256;
 pub fn generate_spec(request: pb::GenerateRequest, deadline: Option<Instant>, limits: &Limits) -> Result<GenerateSpec> {
     let prompt = match request.prompt {
         Some(pb::generate_request::Prompt::Text(text)) => Prompt::Text(text),
+        Some(pb::generate_request::Prompt::Chat(chat)) if request.continue_final_message => {
+            Prompt::ContinuedChat(messages("chat", chat)?)
+        }
+        Some(_) if request.continue_final_message => {
+            return Err(Error::invalid(
+                "continue_final_message",
+                "is for a chat; a text or token_ids are continued as they are",
+            ));
+        }
         Some(pb::generate_request::Prompt::Chat(chat)) => Prompt::Chat(messages("chat", chat)?),
         Some(pb::generate_request::Prompt::TokenIds(ids)) => Prompt::TokenIds(ids.ids),
         None => return Err(Error::invalid("prompt", "give one of text, chat and token_ids")),

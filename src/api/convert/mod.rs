@@ -108,9 +108,17 @@ fn known<T: TryFrom<i32>>(field: &str, value: i32) -> Result<T> {
 }
 
 pub fn messages(field: &str, chat: pb::Chat) -> Result<Vec<ChatMessage>> {
-    let check = |(i, message): (usize, pb::ChatMessage)| match message.role.as_str() {
-        "system" | "user" | "assistant" => Ok(ChatMessage { role: message.role, content: message.content }),
-        _ => Err(Error::invalid(format!("{field}.messages[{i}].role"), "must be system, user or assistant")),
+    let check = |(i, message): (usize, pb::ChatMessage)| {
+        let role = match message.role.as_str() {
+            "developer" => "system",
+            role @ ("system" | "user" | "assistant") => role,
+            _ => {
+                let message = "must be system (or developer), user or assistant";
+                return Err(Error::invalid(format!("{field}.messages[{i}].role"), message));
+            }
+        };
+        let name = Some(message.name).filter(|name| !name.is_empty());
+        Ok(ChatMessage { name, ..ChatMessage::new(role, message.content) })
     };
     if chat.messages.is_empty() {
         return Err(Error::invalid(format!("{field}.messages"), "must have at least one message"));
@@ -156,7 +164,7 @@ mod tests {
     fn errors_name_the_field() {
         let error = name::<AdapterName>("from_version", "adapters/x").unwrap_err();
         assert!(matches!(error, Error::Invalid { field, .. } if field == "from_version"));
-        let wrong_role = pb::Chat { messages: vec![pb::ChatMessage { role: "tool".into(), content: String::new() }] };
+        let wrong_role = pb::Chat { messages: vec![pb::ChatMessage { role: "tool".into(), ..Default::default() }] };
         let error = messages("chat", wrong_role).unwrap_err();
         assert!(matches!(error, Error::Invalid { field, .. } if field == "chat.messages[0].role"));
     }

@@ -22,7 +22,7 @@ impl PairForm {
             return Err(mixed());
         }
         *self = Self::Messages;
-        let answer = |content: String| vec![ChatMessage { role: "assistant".to_owned(), content }];
+        let answer = |content: String| vec![ChatMessage::new("assistant", content)];
         Ok(Record::Preference(Preference {
             prompt: messages("pair.prompt", pair.prompt.unwrap_or_default())?,
             chosen: answer(pair.chosen),
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     fn pair() -> pb::PreferencePair {
-        let message = pb::ChatMessage { role: "user".into(), content: "hello".into() };
+        let message = pb::ChatMessage { role: "user".into(), content: "hello".into(), ..Default::default() };
         pb::PreferencePair {
             prompt: Some(pb::Chat { messages: vec![message] }),
             chosen: "hi".into(),

@@ -2,7 +2,7 @@
 
 use super::{or_empty, timestamp};
 use crate::api::proto as pb;
-use crate::data::Report;
+use crate::data::{Findings, Report, Shown};
 use crate::hub::{Residency, Tier};
 use crate::ids::{KeyName, TenantId};
 use crate::request::ParityReport;
@@ -77,6 +77,25 @@ pub fn dataset(row: DatasetRow) -> pb::Dataset {
         size_bytes: row.size_bytes,
         digest: row.digest.to_string(),
         create_time: timestamp(row.create_time),
+        content: None,
+    }
+}
+
+/// What an upload answers.
+pub fn uploaded((row, findings): (DatasetRow, Findings)) -> pb::Dataset {
+    pb::Dataset { content: Some(content(findings)), ..dataset(row) }
+}
+
+fn content(findings: Findings) -> pb::DatasetContent {
+    let named = |(name, count): (String, u64)| pb::NamedCount { name, count };
+    let shapes = findings.shapes.into_iter().map(|(shape, count)| (shape.name().to_owned(), count));
+    pb::DatasetContent {
+        format: findings.format,
+        shapes: shapes.map(named).collect(),
+        ignored_fields: findings.ignored.into_iter().map(named).collect(),
+        more_ignored_fields: findings.more_ignored,
+        control_token_mentions: findings.mentions,
+        empty_answers: findings.empty_answers,
     }
 }
 
@@ -87,8 +106,29 @@ pub fn report(report: Report) -> pb::DatasetReport {
         loss_tokens: report.loss_tokens,
         longest: report.longest,
         duplicates: report.duplicates,
-        too_long: report.too_long,
+        too_long: narrow(report.too_long.count),
+        content: Some(content(report.findings)),
+        max_length: narrow(report.max_length as u64),
+        too_long_records: report.too_long.first.into_iter().map(record_length).collect(),
+        rendered: report.shown.into_iter().map(rendered).collect(),
     }
+}
+
+fn narrow(count: u64) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+fn record_length((line, tokens): (u64, usize)) -> pb::RecordLength {
+    pb::RecordLength { line, tokens: narrow(tokens as u64) }
+}
+
+fn rendered(shown: Shown) -> pb::RenderedSequence {
+    let spans = shown.spans.into_iter().map(|span| pb::RenderedSpan {
+        text: span.text,
+        token_ids: span.ids,
+        in_loss: span.in_loss,
+    });
+    pb::RenderedSequence { record: shown.record, line: shown.line, answer: shown.answer.into(), spans: spans.collect() }
 }
 
 pub fn tenant(row: TenantRow) -> pb::Tenant {

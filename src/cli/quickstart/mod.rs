@@ -237,7 +237,7 @@ async fn tokens_used(operator: &Client, tenants: [&Tenant; 2], measured: &mut Me
 fn question(adapter: &str, question: &str) -> proto::GenerateRequest {
     proto::GenerateRequest {
         adapter: adapter.to_owned(),
-        prompt: Some(proto::generate_request::Prompt::Chat(prompt::chat(Some(SYSTEM), question))),
+        prompt: Some(proto::generate_request::Prompt::Chat(prompt::chat(Some(SYSTEM), question, None))),
         stopping: Some(proto::Stopping { max_tokens: Some(MAX_TOKENS), ..Default::default() }),
         ..Default::default()
     }

@@ -47,7 +47,7 @@ impl Bench {
 
     fn pairs(&self, n: usize) -> Examples {
         let pair = |i: usize| {
-            let message = |role: &str, content: String| crate::request::ChatMessage { role: role.into(), content };
+            let message = |role: &str, content: String| crate::request::ChatMessage::new(role, content);
             let preference = Preference {
                 prompt: vec![message("user", format!("q{i}"))],
                 chosen: vec![message("assistant", "good".into())],

@@ -132,8 +132,8 @@ impl Bench {
 
     async fn upload(&self, id: &str, kind: DatasetKind, lines: &str) {
         let name = DatasetName::new(self.tenant.id(), id).unwrap();
-        let Self { parts: TrainerParts { store, limits, .. }, tenant, .. } = self;
-        let mut upload = Upload::begin(store, limits, tenant, name, kind, "", false).await.unwrap();
+        let Self { parts: TrainerParts { store, text, limits, .. }, tenant, .. } = self;
+        let mut upload = Upload::begin(store, text, limits, tenant, name, kind, "", false).await.unwrap();
         upload.write(lines.as_bytes()).await.unwrap();
         upload.finish().await.unwrap();
     }
@@ -291,7 +291,8 @@ async fn what_cannot_be_trained_is_refused_or_fails_before_the_first_step() {
     let mut short = sft();
     short.hyperparameters.max_length = Some(4);
     let refused = bench.trainer.validate(&bench.tenant, &short).await.unwrap_err().to_string();
-    assert!(refused.contains("record 1 has") && refused.contains("2 (") && refused.contains(", 8 ("), "{refused}");
+    assert!(refused.contains("8 of 8 records are longer than 4 tokens (max_length): line 1 ("), "{refused}");
+    assert!(refused.contains(", line 8 ("), "{refused}");
     let valid = bench.trainer.validate(&bench.tenant, &sft()).await.unwrap();
     let length = valid.data.tokens / 4;
     assert_eq!((valid.total_steps, valid.data.tokens), (1, 4 * length));
@@ -301,7 +302,7 @@ async fn what_cannot_be_trained_is_refused_or_fails_before_the_first_step() {
     let job = bench.submit(short).await;
     let events = bench.events(&job, 0).await;
     assert_eq!(last_state(&events), JobState::Failed);
-    assert!(bench.parts.store.get_job(&job).await.unwrap().error.unwrap().contains("record 1 has"));
+    assert!(bench.parts.store.get_job(&job).await.unwrap().error.unwrap().contains("records are longer than 4 tokens"));
     bench.trainer.shutdown().await;
 }
 
@@ -531,7 +532,7 @@ async fn records_too_long_are_refused_dropped_or_cut() {
     let length = (only_short / 3) as u32;
     let refused = bench.trainer.validate(&bench.tenant, &with(TooLong::Refuse, length)).await.unwrap_err();
     assert!(matches!(refused, Error::Invalid { reason: "RECORD_TOO_LONG", .. }), "{refused}");
-    assert!(refused.to_string().contains("record 3 has"), "{refused}");
+    assert!(refused.to_string().contains("line 3 ("), "{refused}");
 
     let job = bench.submit(with(TooLong::Truncate, length + 4)).await;
     let events = bench.events(&job, 0).await;

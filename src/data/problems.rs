@@ -1,0 +1,98 @@
+//! The records of a file that can't be used: the first ones with their reasons, and how many there are.
+
+use crate::error::Error;
+
+/// Bad records that are listed.
+pub const LISTED: usize = 20;
+/// Bytes of the list: an error travels in the trailers of a call, of which clients take 8 KiB, and which hold it three times.
+const LIST_BYTES: usize = 1500;
+/// Least bytes of a reason.
+const REASON_BYTES: usize = 70;
+
+/// Bad records, by line.
+#[derive(Debug, Default)]
+pub struct Problems {
+    first: Vec<(u64, String)>,
+    count: u64,
+}
+
+impl Problems {
+    /// Notes that the record at this line can't be used.
+    pub fn add(&mut self, line: u64, reason: String) {
+        self.count += 1;
+        if self.first.len() < LISTED {
+            self.first.push((line, reason));
+        }
+    }
+
+    /// The error that lists them; `None` where there are none. `records`: all of the file's, good and bad.
+    pub fn into_error(self, records: u64) -> Option<Error> {
+        let Self { mut first, count } = self;
+        let invalid = |field: String, message| Error::invalid_because("INVALID_RECORD", field, message);
+        if first.len() == 1 && count == 1 {
+            return first.pop().map(|(line, reason)| invalid(format!("line {line}"), reason));
+        }
+        (count > 0).then(|| invalid("data".into(), listing(&grouped(first), count, records)))
+    }
+}
+
+/// Reasons in the order of their first lines, each with its lines.
+fn grouped(first: Vec<(u64, String)>) -> Vec<(Vec<u64>, String)> {
+    let mut groups: Vec<(Vec<u64>, String)> = Vec::new();
+    for (line, reason) in first {
+        match groups.iter_mut().find(|(_, known)| *known == reason) {
+            Some((lines, _)) => lines.push(line),
+            None => groups.push((vec![line], reason)),
+        }
+    }
+    groups
+}
+
+fn listing(groups: &[(Vec<u64>, String)], count: u64, records: u64) -> String {
+    let listed: usize = groups.iter().map(|(lines, _)| lines.len()).sum();
+    let mut text = match count > listed as u64 {
+        true => format!("{count} of {records} records can't be used; the first {listed}:"),
+        false => format!("{count} of {records} records can't be used:"),
+    };
+    let room = (LIST_BYTES / groups.len().max(1)).max(REASON_BYTES);
+    for (lines, reason) in groups {
+        let word = if lines.len() == 1 { "line" } else { "lines" };
+        let lines: Vec<String> = lines.iter().map(u64::to_string).collect();
+        text += &format!("\n{word} {}: {}", lines.join(", "), cut(reason, room));
+    }
+    text
+}
+
+/// At most so many bytes of a text.
+fn cut(text: &str, bytes: usize) -> String {
+    if text.len() <= bytes {
+        return text.to_owned();
+    }
+    let end = (0..=bytes).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    format!("{}...", &text[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(reasons: impl IntoIterator<Item = String>) -> String {
+        let mut problems = Problems::default();
+        for (i, reason) in reasons.into_iter().enumerate() {
+            problems.add(i as u64 + 1, reason);
+        }
+        problems.into_error(100).map_or_else(String::new, |error| error.to_string())
+    }
+
+    #[test]
+    fn the_first_twenty_are_listed_by_reason_with_a_count_of_all() {
+        assert_eq!(problems([]), "");
+        assert_eq!(problems(["is bad".to_owned()]), "line 1: is bad");
+        let two = problems(["is bad", "is worse", "is bad"].map(str::to_owned));
+        assert_eq!(two, "data: 3 of 100 records can't be used:\nlines 1, 3: is bad\nline 2: is worse");
+        let many = problems((0..30).map(|i| format!("{i} {}", "é".repeat(400))));
+        assert!(many.starts_with("data: 30 of 100 records can't be used; the first 20:\nline 1: 0 "), "{many}");
+        assert_eq!(many.lines().count(), 21);
+        assert!(many.len() < 2400, "{}", many.len());
+    }
+}

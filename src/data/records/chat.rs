@@ -1,0 +1,63 @@
+//! Whole chats: OpenAI's and TRL's `messages`, ShareGPT's `conversations`. Every assistant message is learnt unless its weight is 0.
+
+use serde_json::Value;
+
+use super::fields::{Fields, Reason};
+use super::message::{self, Weighted};
+use super::{CHAT_NAMES, Chat, Shape, add_system, check_beginning, check_rendering, pair, system_of};
+use crate::request::ChatMessage;
+
+pub fn read(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
+    let name = fields.one_of(&CHAT_NAMES)?.unwrap_or(CHAT_NAMES[0]);
+    let value = fields.take(name).unwrap_or(&Value::Null);
+    if let Some(answer) = pair::ANSWERS.iter().find(|answer| fields.has(answer)) {
+        return Err(format!("has both {name:?} and {answer:?}; keep the one that is to be learnt"));
+    }
+    let list = message::list(name, value)?;
+    let mut learn: Vec<bool> = list.iter().map(learnt).collect();
+    let mut messages: Vec<ChatMessage> = list.into_iter().map(|weighted| weighted.message).collect();
+    if messages.last().is_none_or(|last| last.role != "assistant") {
+        return Err("the last message must be the assistant's".into());
+    }
+    if let Some(prompt) = fields.take("prompt") {
+        check_prompt(prompt, &messages)?;
+    }
+    if add_system(system_of(fields)?, &mut messages)? {
+        learn.insert(0, false);
+    }
+    check_rendering(fields, &messages.iter().filter(|message| message.role != "system").collect::<Vec<_>>())?;
+    check_beginning(&messages)?;
+    if !learn.contains(&true) {
+        return Err("no assistant message has a weight of 1, so there is nothing to learn".into());
+    }
+    Ok((Chat { messages, learn }, shape(value)))
+}
+
+/// Whether a message is in the loss.
+pub fn learnt(weighted: &Weighted) -> bool {
+    weighted.message.role == "assistant" && weighted.weight.unwrap_or(true)
+}
+
+fn shape(value: &Value) -> Shape {
+    match value.get(0).and_then(|first| first.get("from")) {
+        Some(_) => Shape::ShareGpt,
+        None => Shape::Messages,
+    }
+}
+
+/// A prompt beside the whole chat must be its beginning.
+fn check_prompt(prompt: &Value, messages: &[ChatMessage]) -> Result<(), Reason> {
+    let agrees = match prompt {
+        Value::String(text) => super::preference::is_prompt_of(text, messages),
+        list => {
+            let list = message::list("prompt", list)?;
+            list.len() < messages.len()
+                && list.iter().zip(messages).all(|(weighted, message)| weighted.message == *message)
+        }
+    };
+    if agrees {
+        Ok(())
+    } else {
+        Err("has a \"prompt\" that is not the beginning of its chat; remove the one that is not meant".into())
+    }
+}

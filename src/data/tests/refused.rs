@@ -1,0 +1,358 @@
+//! Files that are refused, each with words of the true reason.
+
+use super::*;
+
+/// Name, file, words of the reason.
+const CHATS: &[(&str, &str, &str)] = &[
+    ("CSV", "prompt,completion\nWhy?,So.\n", "is CSV, not JSON; convert it: python3"),
+    ("CSV with quotes", "\"prompt\",\"completion\"\n\"Why, then?\",\"So.\"\n", "is CSV"),
+    ("TSV", "prompt\tcompletion\nWhy?\tSo.\n", "is TSV"),
+    ("YAML", "- prompt: Why?\n  completion: So.\n", "is YAML"),
+    ("HTML", "<!DOCTYPE html>\n<html></html>", "is HTML"),
+    ("plain text", "Anarchism is a political philosophy, and more.\n", "is plain text"),
+    ("a Git LFS pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+    ("Parquet", "PAR1\u{15}\u{4}", "is a Parquet file"),
+    ("Arrow", "ARROW1\0\0", "is an Arrow file"),
+    ("zip", "PK\u{3}\u{4}", "is a zip archive"),
+    ("single quotes", "{'prompt': 'Why?', 'completion': 'So.'}\n", "single quotes"),
+    (
+        "a comma after each object",
+        "{\"prompt\":\"a\",\"completion\":\"b\"},\n{\"prompt\":\"a\",\"completion\":\"b\"}\n",
+        "comma after the object",
+    ),
+    ("NaN", r#"{"prompt":"a","completion":"b","score":NaN}"#, "has NaN at column 40"),
+    ("Infinity", r#"{"prompt":"a","completion":"b","score":-Infinity}"#, "Infinity"),
+    ("Python's None", r#"{"prompt":"a","completion":None}"#, "Python's None"),
+    ("a trailing comma", r#"{"prompt":"a","completion":"b",}"#, "comma before the closing bracket"),
+    (
+        "a trailing comma in an array",
+        r#"[{"prompt":"a","completion":"b"},]"#,
+        "comma before the array's closing bracket",
+    ),
+    ("an array cut short", r#"[{"prompt":"a","completion":"b"},"#, "cut short"),
+    ("a line cut short", "{\"prompt\":\"a\",\"completion\":\"b\"}\n{\"prompt\":\"a\",\"comp", "line 2: ends before"),
+    ("a comment", "{\"prompt\":\"a\", // x\n\"completion\":\"b\"}", "comment"),
+    ("keys without quotes", "{prompt: \"a\", completion: \"b\"}", "key without quotes"),
+    ("a line break in a string", "{\"prompt\":\"a\nb\",\"completion\":\"c\"}", "line break"),
+    ("a key twice", r#"{"prompt":"a","completion":"b","completion":"c"}"#, "the key \"completion\" twice"),
+    ("JSON within strings", "\"{\\\"prompt\\\":\\\"a\\\"}\"\n", "within strings"),
+    (
+        "a bare list of messages",
+        r#"[[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]]"#,
+        "jq -c '{messages: .}'",
+    ),
+    (
+        "messages one by one",
+        r#"[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]"#,
+        "is one message, not a record",
+    ),
+    ("records inside of a field", r#"{"data":[{"prompt":"a","completion":"b"}]}"#, "jq -c '.[\"data\"][]'"),
+    ("a record inside of a field", r#"{"row_idx":0,"row":{"prompt":"a","completion":"b"}}"#, "jq -c '.[\"row\"]'"),
+    ("columns", r#"{"prompt":["a","b"],"completion":["c","d"]}"#, "columns"),
+    ("messages as JSON in a string", r#"{"messages":"[{\"role\":\"user\"}]"}"#, "fromjson"),
+    ("plain text as JSON", r#"{"text":"Once upon a time"}"#, "is plain text (\"text\")"),
+    (
+        "text that differs from the chat beside it",
+        r#"{"prompt":"a","completion":"b","text":"something else"}"#,
+        "the two differ",
+    ),
+    ("unpaired labels", r#"{"prompt":"a","completion":"b","label":true}"#, "unpaired label"),
+    (
+        "unpaired labels of chats",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"label":false}"#,
+        "unpaired label",
+    ),
+    ("kto_tag", r#"{"instruction":"a","output":"b","kto_tag":true}"#, "unpaired label"),
+    ("stepwise labels", r#"{"prompt":"a","completions":["b","c"],"labels":[true,false]}"#, "several completions"),
+    (
+        "tools",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"tools":[{"type":"function"}]}"#,
+        "uses tools",
+    ),
+    (
+        "tools as text",
+        r#"{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"b"}],"tools":"[{\"name\":\"f\"}]"}"#,
+        "uses tools",
+    ),
+    (
+        "tool calls",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":null,"tool_calls":[{"id":"1"}]}]}"#,
+        "uses tools (messages[1].tool_calls)",
+    ),
+    (
+        "tool messages",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"tool","content":"x"},{"role":"assistant","content":"b"}]}"#,
+        "uses tools (messages[1].role",
+    ),
+    (
+        "ShareGPT's function calls",
+        r#"{"conversations":[{"from":"human","value":"a"},{"from":"function_call","value":"{}"},{"from":"gpt","value":"b"}]}"#,
+        "uses tools (conversations[1].from",
+    ),
+    (
+        "images",
+        r#"{"messages":[{"role":"user","content":"<image>a"},{"role":"assistant","content":"b"}],"images":["1.jpg"]}"#,
+        "only text can be trained",
+    ),
+    (
+        "image parts",
+        r#"{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]},{"role":"assistant","content":"b"}]}"#,
+        "messages[0].content[0] is of type \"image_url\"",
+    ),
+    (
+        "loss weights of messages",
+        r#"{"messages":[{"role":"user","content":"a","loss_weight":0.0},{"role":"assistant","content":"b","loss_weight":1.0}]}"#,
+        "messages[0].loss_weight says which part is learnt",
+    ),
+    (
+        "training flags of messages",
+        r#"{"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"b","train":false}]}"#,
+        "conversations[1].train says which part",
+    ),
+    (
+        "masks of messages",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","mask":1}]}"#,
+        "messages[1].mask says which part",
+    ),
+    (
+        "reasoning",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","reasoning_content":"c"}]}"#,
+        "reasoning beside the answer",
+    ),
+    (
+        "thinking",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","thinking":"c"}]}"#,
+        "reasoning beside the answer",
+    ),
+    (
+        "a prefix flag",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","prefix":true}]}"#,
+        "messages[1].prefix is not supported",
+    ),
+    (
+        "any other field of a message",
+        r#"{"messages":[{"role":"user","content":"a","mood":"sad"},{"role":"assistant","content":"b"}]}"#,
+        "messages[0].mood is not supported",
+    ),
+    (
+        "a refusal",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","refusal":"no"}]}"#,
+        "messages[1].refusal is not supported",
+    ),
+    (
+        "weights between 0 and 1",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","weight":0.5}]}"#,
+        "weight must be 0 or 1",
+    ),
+    (
+        "nothing to learn",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","weight":0}]}"#,
+        "nothing to learn",
+    ),
+    (
+        "an unknown role",
+        r#"{"messages":[{"role":"wizard","content":"a"},{"role":"assistant","content":"b"}]}"#,
+        "messages[0].role is \"wizard\"",
+    ),
+    (
+        "content that is null",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":null}]}"#,
+        "messages[1].content must be a string, not null",
+    ),
+    (
+        "a chat that ends with the user",
+        r#"{"messages":[{"role":"user","content":"a"}]}"#,
+        "last message must be the assistant's",
+    ),
+    (
+        "a chat that begins with the assistant",
+        r#"{"conversations":[{"from":"gpt","value":"a"},{"from":"human","value":"b"},{"from":"gpt","value":"c"}]}"#,
+        "first message must not be",
+    ),
+    (
+        "both words for one message",
+        r#"{"messages":[{"role":"user","from":"human","content":"a"},{"role":"assistant","content":"b"}]}"#,
+        "has both",
+    ),
+    (
+        "two system messages",
+        r#"{"system":"x","messages":[{"role":"system","content":"y"},{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#,
+        "another one beside it",
+    ),
+    ("two prompts", r#"{"prompt":"a","question":"b","completion":"c"}"#, "has both \"prompt\" and \"question\""),
+    ("two answers", r#"{"prompt":"a","completion":"b","response":"c"}"#, "has both \"completion\" and \"response\""),
+    (
+        "a chat and an answer",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"completion":"c"}"#,
+        "has both \"messages\" and \"completion\"",
+    ),
+    (
+        "a prompt that is not its chat's",
+        r#"{"prompt":"x","messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#,
+        "not the beginning of its chat",
+    ),
+    ("a context that would be lost", r#"{"instruction":"a","context":"long text","response":"b"}"#, "\"context\""),
+    (
+        "a weight in a prompt",
+        r#"{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"b","weight":1},{"role":"user","content":"c"}],"completion":"d"}"#,
+        "a prompt is not learnt",
+    ),
+    ("token ids", r#"{"input_ids":[1,2],"labels":[1,2],"attention_mask":[1,1]}"#, "tokenised already"),
+    (
+        "template arguments",
+        r#"{"prompt":"a","completion":"b","chat_template_kwargs":{"thinking":true}}"#,
+        "chat template",
+    ),
+    ("a preference", r#"{"prompt":"a","chosen":"b","rejected":"c"}"#, "is a preference pair"),
+    ("a configuration", r#"{"identity":{"file_name":"identity.json"}}"#, "make none of the shapes"),
+    (
+        "a rendered prompt",
+        r#"{"prompt":"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n","completion":"b"}"#,
+        "rendered for a chat already (by \"<|im_start|>\")",
+    ),
+    (
+        "a rendered answer",
+        r#"{"prompt":"a","completion":"b<|im_end|>"}"#,
+        "rendered for a chat already (by \"<|im_end|>\")",
+    ),
+    (
+        "a prompt rendered for another family",
+        r#"{"prompt":"<s>[INST] a [/INST]","completion":"b"}"#,
+        "rendered for a chat already",
+    ),
+    ("a prompt without an answer", r#"{"prompt":"a","category":"x"}"#, "has a prompt (\"prompt\") and no answer"),
+    ("an empty object", "{}", "no field that says anything"),
+    ("an empty file", "", "holds no record"),
+    ("an empty array", "[]", "holds no record"),
+];
+
+const PAIRS: &[(&str, &str, &str)] = &[
+    ("one answer", r#"{"prompt":"a","completion":"b"}"#, "upload it for SFT"),
+    ("one answer of two", r#"{"prompt":"a","chosen":"b"}"#, "\"rejected\" is missing"),
+    ("the same answer twice", r#"{"prompt":"a","chosen":"b","rejected":"b"}"#, "are the same"),
+    ("no prompt", r#"{"chosen":"b","rejected":"c"}"#, "without a prompt"),
+    (
+        "transcripts",
+        r#"{"chosen":"\n\nHuman: a\n\nAssistant: b","rejected":"\n\nHuman: a\n\nAssistant: c"}"#,
+        "without a prompt",
+    ),
+    ("unpaired labels", r#"{"prompt":"a","completion":"b","label":true}"#, "unpaired label"),
+    (
+        "a prompt that the chats do not begin with",
+        r#"{"prompt":"x","chosen":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"rejected":[{"role":"user","content":"a"},{"role":"assistant","content":"c"}]}"#,
+        "the two must agree",
+    ),
+    (
+        "a prompt list that the chats do not begin with",
+        r#"{"prompt":[{"role":"user","content":"x"}],"chosen":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"rejected":[{"role":"user","content":"a"},{"role":"assistant","content":"c"}]}"#,
+        "the two must agree",
+    ),
+    (
+        "chats with nothing in common",
+        r#"{"chosen":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"rejected":[{"role":"user","content":"x"},{"role":"assistant","content":"c"}]}"#,
+        "at least one message",
+    ),
+    (
+        "chats that part at a question",
+        r#"{"chosen":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"user","content":"c"},{"role":"assistant","content":"d"}],"rejected":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"user","content":"x"},{"role":"assistant","content":"y"}]}"#,
+        "part before an answer",
+    ),
+    (
+        "an answer that ends with the user",
+        r#"{"prompt":"a","chosen":[{"role":"assistant","content":"b"},{"role":"user","content":"c"}],"rejected":"d"}"#,
+        "chosen answer must end",
+    ),
+    (
+        "weights",
+        r#"{"prompt":"a","chosen":[{"role":"assistant","content":"b","weight":0}],"rejected":"c"}"#,
+        "chosen[0].weight",
+    ),
+    (
+        "tools",
+        r#"{"input":{"messages":[{"role":"user","content":"a"}],"tools":[{"type":"function"}]},"preferred_output":[{"role":"assistant","content":"b"}],"non_preferred_output":[{"role":"assistant","content":"c"}]}"#,
+        "uses tools",
+    ),
+    (
+        "loss weights",
+        r#"{"chosen_messages":[{"role":"user","content":"a","loss_weight":0.0},{"role":"assistant","content":"b","loss_weight":1.0}],"rejected_messages":[{"role":"user","content":"a"},{"role":"assistant","content":"c"}]}"#,
+        "chosen_messages[0].loss_weight",
+    ),
+    (
+        "two names for the answers",
+        r#"{"prompt":"a","chosen":"b","rejected":"c","preferred_output":[{"role":"assistant","content":"b"}]}"#,
+        "has both",
+    ),
+    (
+        "OpenAI's input without messages",
+        r#"{"input":"a","preferred_output":[{"role":"assistant","content":"b"}],"non_preferred_output":[{"role":"assistant","content":"c"}]}"#,
+        "object with \"messages\"",
+    ),
+    (
+        "another chat beside the prompt",
+        r#"{"prompt":"a","messages":[{"role":"user","content":"x"}],"chosen":"b","rejected":"c"}"#,
+        "neither the prompt nor",
+    ),
+    (
+        "two system messages",
+        r#"{"system":"x","prompt":[{"role":"system","content":"y"},{"role":"user","content":"a"}],"chosen":"b","rejected":"c"}"#,
+        "another one beside it",
+    ),
+    (
+        "an answer that is a number",
+        r#"{"prompt":"a","chosen":1,"rejected":2}"#,
+        "must be a string or a list of messages",
+    ),
+];
+
+#[test]
+fn chats_are_refused_for_the_true_reason() {
+    for (name, file, words) in CHATS {
+        let error = sft(file).expect_err(name).to_string();
+        assert!(error.contains(words), "{name}: {error}");
+        assert_eq!(error.matches("line 1").count().min(2), usize::from(error.contains("line 1")), "{name}: {error}");
+    }
+}
+
+#[test]
+fn preferences_are_refused_for_the_true_reason() {
+    for (name, file, words) in PAIRS {
+        let error = dpo(file).expect_err(name).to_string();
+        assert!(error.contains(words), "{name}: {error}");
+    }
+}
+
+#[test]
+fn other_encodings_are_named() {
+    let line = "{\"prompt\":\"é\",\"completion\":\"b\"}\n";
+    let latin: Vec<u8> = line.chars().map(|c| c as u8).collect();
+    for (file, words) in [
+        (utf16(line, true), "is UTF-16 text, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8"),
+        (utf16(line, false), "iconv -f UTF-16LE"),
+        (latin, "iconv -f LATIN1"),
+        (gzip("prompt,completion\na,b\n"), "is CSV"),
+        (gzip(line)[..30].to_vec(), "damaged or cut short"),
+        (b"BZh91AY&SY".to_vec(), "bunzip2"),
+        (b"\x28\xb5\x2f\xfd\x04\x00".to_vec(), "zstd -d"),
+    ] {
+        let error = sft(&file).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn errors_name_the_lines_of_the_file() {
+    let good = r#"{"prompt":"a","completion":"b"}"#;
+    let file = format!("{good}\n\n{{\"prompt\":\"a\"}}\n{good}\n{{\"prompt\":\"a\"}}\n{{'x': 1}}\n");
+    let error = sft(&file).unwrap_err().to_string();
+    assert!(
+        error.starts_with("data: 3 of 5 records can't be used:\nlines 3, 5: has a prompt (\"prompt\") and no answer"),
+        "{error}"
+    );
+    assert!(error.contains("\nline 6: has single quotes"), "{error}");
+    let pretty = format!("[\n  {good},\n  {{\n    \"prompt\": \"a\",\n    \"completion\": NaN\n  }}\n]");
+    let error = sft(&pretty).unwrap_err().to_string();
+    assert!(error.starts_with("line 5: has NaN at column 19"), "{error}");
+    let many = format!("{{\"prompt\":\"a\"}}\n").repeat(1000);
+    let error = sft(&many).unwrap_err().to_string();
+    assert!(error.starts_with("data: 1000 of 1000 records can't be used; the first 20:\nlines 1, 2, 3,"), "{error}");
+}
