@@ -151,7 +151,7 @@ pub fn protos(data: &[u8]) -> bool {
 }
 
 fn message(role: &str, content: &str) -> ChatMessage {
-    ChatMessage { role: role.to_owned(), content: content.to_owned() }
+    ChatMessage::new(role, content)
 }
 
 fn chat() -> [ChatMessage; 2] {

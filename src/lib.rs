@@ -19,7 +19,7 @@
 //! # fn main() -> tenora::error::Result<()> {
 //! // A small random base, as the tests use; `Model::load` reads a GGUF file.
 //! let (model, text) = Model::tiny(1);
-//! let message = ChatMessage { role: "user".into(), content: "Hello <|im_end|>".into() };
+//! let message = ChatMessage::new("user", "Hello <|im_end|>");
 //! let ids = text.encode_chat(&[message], true)?;
 //! assert_eq!(ids.iter().filter(|id| text.is_end(**id)).count(), 1, "content never yields control tokens");
 //!
