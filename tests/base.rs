@@ -75,7 +75,8 @@ async fn sixteen_requests_give_the_bits_of_each_alone() {
     }
     let adapters = ["", "tenants/t/adapters/random", "tenants/t/adapters/r1", "tenants/t/adapters/r2"];
     let request = |i: usize| {
-        let message = ChatMessage::new("user", format!("Tell me {} things about number {i}.", i % 5 + 2));
+        let content = format!("Tell me {} things about number {i}.", i % 5 + 2);
+        let message = ChatMessage { role: "user".into(), content, ..Default::default() };
         let temperature = if i.is_multiple_of(2) { 0.0 } else { 0.8 };
         GenerateRequest {
             adapter: adapters[i % 4].into(),
@@ -83,7 +84,7 @@ async fn sixteen_requests_give_the_bits_of_each_alone() {
             sampling: Some(Sampling { temperature: Some(temperature), seed: Some(i as u64), ..Default::default() }),
             stopping: Some(Stopping { max_tokens: Some(8 + i as u32 % 3 * 4), ignore_eos: true, ..Default::default() }),
             logprobs: Some(0),
-            priority: None,
+            ..Default::default()
         }
     };
     let client = server.generation(&key).await;
