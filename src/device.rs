@@ -266,7 +266,7 @@ impl Turn {
         self.since.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn give_way(&self) {
+    fn yield_to_serving(&self) {
         let mut since = self.since();
         let Some(began) = *since else { return };
         let arbiter = &self.arbiter;
@@ -285,8 +285,8 @@ impl Turn {
 impl TrainPermit {
     /// Lets waiting engine steps run, unless training is owed the time, and other trainers. Call it at least every few milliseconds of
     /// work.
-    pub fn give_way(&self) {
-        self.turn.give_way();
+    pub fn yield_to_serving(&self) {
+        self.turn.yield_to_serving();
     }
 
     /// Returns what may be kept in a graph of tensors: it gives way but holds nothing.
@@ -309,10 +309,10 @@ impl Drop for TrainPermit {
 pub struct YieldPoint(Weak<Turn>);
 
 impl YieldPoint {
-    /// As [`TrainPermit::give_way`].
-    pub fn give_way(&self) {
+    /// As [`TrainPermit::yield_to_serving`].
+    pub fn yield_to_serving(&self) {
         if let Some(turn) = self.0.upgrade() {
-            turn.give_way();
+            turn.yield_to_serving();
         }
     }
 }
@@ -399,7 +399,7 @@ mod tests {
                 }
                 pass(5);
                 trained += 5;
-                permit.give_way();
+                permit.yield_to_serving();
             }
             done.store(true, Ordering::SeqCst);
             drop(permit);
@@ -414,12 +414,12 @@ mod tests {
         let arbiter = Arbiter::new(0.4);
         let permit = arbiter.train();
         let kept = permit.yield_point();
-        kept.give_way();
+        kept.yield_to_serving();
         assert!(arbiter.lock().busy);
         drop(permit);
         assert!(!arbiter.lock().busy);
         drop(arbiter.serve());
-        kept.give_way();
+        kept.yield_to_serving();
         assert!(!arbiter.lock().busy && !arbiter.lock().train_waiting());
     }
 
@@ -454,13 +454,13 @@ mod tests {
             for _ in 0..3 {
                 scope.spawn(|| {
                     let short = arbiter.train();
-                    (0..5).for_each(|_| short.give_way());
+                    (0..5).for_each(|_| short.yield_to_serving());
                     done.fetch_add(1, Ordering::Relaxed);
                 });
             }
             while done.load(Ordering::Relaxed) < 3 {
                 std::thread::sleep(Duration::from_micros(200));
-                long.give_way();
+                long.yield_to_serving();
             }
         });
         assert!(!arbiter.lock().busy && !arbiter.lock().train_waiting());
@@ -483,7 +483,7 @@ mod tests {
             let mut pieces = 0;
             while steps.load(Ordering::Relaxed) < 50 {
                 std::thread::sleep(Duration::from_micros(200));
-                permit.give_way();
+                permit.yield_to_serving();
                 pieces += 1;
             }
             assert!(pieces > 5, "training starved: {pieces} pieces");

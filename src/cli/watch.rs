@@ -20,7 +20,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 const PLOT: (usize, usize) = (60, 6);
 
 /// A job that has ended well.
-pub(super) struct Course {
+pub(super) struct TrainingHistory {
     pub steps: Vec<proto::StepTaken>,
     /// The version it made.
     pub version: String,
@@ -33,7 +33,7 @@ pub(super) async fn follow(
     client: &Client,
     job: &str,
     mut on_event: impl FnMut(&proto::TrainingEvent) -> Result<()>,
-) -> Result<Course> {
+) -> Result<TrainingHistory> {
     let request = proto::WatchTrainingJobRequest { name: job.to_owned(), after_sequence: 0 };
     let mut events = client.watch_training_job(request).await?;
     let mut steps: Vec<proto::StepTaken> = Vec::new();
@@ -49,7 +49,7 @@ pub(super) async fn follow(
             Some(Event::State(change)) => match change.state() {
                 proto::JobState::Succeeded => {
                     let live = change.live.unwrap_or_default();
-                    return Ok(Course { steps, version: change.adapter_version, live });
+                    return Ok(TrainingHistory { steps, version: change.adapter_version, live });
                 }
                 proto::JobState::Failed => {
                     let kept = match change.adapter_version.as_str() {
@@ -59,6 +59,11 @@ pub(super) async fn follow(
                     return Err(Failure::other(format!("{job} failed: {}{kept}", printable(&change.error))));
                 }
                 proto::JobState::Cancelled => return Err(Failure::other(format!("{job} was cancelled"))),
+                // It may be an interruption of the past, after which the job was resumed.
+                proto::JobState::Interrupted => {
+                    let request = proto::GetTrainingJobRequest { name: job.to_owned() };
+                    still_interrupted(&client.get_training_job(request).await?)?;
+                }
                 _ => {}
             },
             _ => {}
@@ -67,6 +72,15 @@ pub(super) async fn follow(
     let resume =
         format!("look with `tenora jobs get {job}`, go on with `tenora jobs resume {job}` if it was interrupted");
     Err(Failure::other(format!("the server stopped before {job} ended; {resume}")))
+}
+
+/// A job that is interrupted has no more events until someone resumes it.
+fn still_interrupted(job: &proto::TrainingJob) -> Result<()> {
+    if job.state() != proto::JobState::Interrupted {
+        return Ok(());
+    }
+    let (name, why) = (&job.name, printable(&job.error));
+    Err(Failure::other(format!("{name} was interrupted: {why}; `tenora jobs resume {name}` does so")))
 }
 
 /// Follows a job and prints its progress, the plot and the new version; as JSON: its events, a line each.
@@ -83,7 +97,7 @@ pub(super) async fn to_the_end(client: &Client, job: &str, json: bool) -> Result
 }
 
 /// The last figures of a training.
-pub(super) fn summary(course: &Course) -> String {
+pub(super) fn summary(course: &TrainingHistory) -> String {
     let loss = match (course.steps.first(), course.steps.last()) {
         (Some(first), Some(last)) => {
             format!("{} steps, loss {:.3} -> {:.3}", last.step, first.loss, last.loss)
@@ -271,7 +285,7 @@ mod tests {
     #[test]
     fn the_end_tells_whether_the_version_is_live_and_what_makes_it_so() {
         let version = "tenants/a/adapters/tone/versions/2".to_owned();
-        let course = |live| Course { steps: steps(&[2.0, 1.0]), version: version.clone(), live };
+        let course = |live| TrainingHistory { steps: steps(&[2.0, 1.0]), version: version.clone(), live };
         assert_eq!(
             summary(&course(true)),
             format!("2 steps, loss 2.000 -> 1.000, published as {version}, which is live")
@@ -280,6 +294,20 @@ mod tests {
         assert!(
             waits.contains("is not live") && waits.contains("`tenora adapters set-live tenants/a/adapters/tone 2`"),
             "{waits}"
+        );
+    }
+
+    #[test]
+    fn an_interrupted_job_is_not_waited_for() {
+        let mut job = proto::TrainingJob { name: "tenants/a/trainingJobs/j".into(), ..Default::default() };
+        job.error = "the disk is full; then resume the job to publish it".into();
+        job.set_state(proto::JobState::Running);
+        assert!(still_interrupted(&job).is_ok(), "it was resumed");
+        job.set_state(proto::JobState::Interrupted);
+        let told = still_interrupted(&job).unwrap_err().to_string();
+        assert!(
+            told.contains("the disk is full") && told.contains("`tenora jobs resume tenants/a/trainingJobs/j`"),
+            "{told}"
         );
     }
 

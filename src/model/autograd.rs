@@ -274,7 +274,7 @@ impl Attention {
             let results: Vec<R> = now.par_iter().map(&work).collect();
             now.iter().zip(results).for_each(|(task, result)| take(task, result));
             rest = later;
-            self.compute.give_way();
+            self.compute.yield_to_serving();
         }
     }
 }

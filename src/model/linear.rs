@@ -25,7 +25,7 @@ fn pieces(w: &PackedMatrix, rows: usize, compute: &YieldPoint, mut f: impl FnMut
         let dense = &mut dense[..count * w.cols()];
         dense.par_chunks_mut(16 * w.cols()).enumerate().for_each(|(i, rows)| w.dequantize(from + 16 * i, rows));
         f(from, dense);
-        compute.give_way();
+        compute.yield_to_serving();
     }
 }
 
@@ -152,7 +152,7 @@ impl CustomOp3 for AdaptedLinear {
             Mat::dense(b, rank),
             true,
         );
-        self.frozen.compute.give_way();
+        self.frozen.compute.yield_to_serving();
         Ok((CpuStorage::F32(y), (l1.dims()[0], out).into()))
     }
 
@@ -186,7 +186,7 @@ impl CustomOp3 for AdaptedLinear {
                 dx.iter_mut().zip(dinput).for_each(|(dx, d)| *dx += d);
             }
         }
-        self.frozen.compute.give_way();
+        self.frozen.compute.yield_to_serving();
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);
         Ok((tensor(dx, x)?, tensor(da, a)?, tensor(db, b)?))
     }

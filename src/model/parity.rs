@@ -114,7 +114,7 @@ impl Parity {
                 }
                 let bits = logits.iter().map(|x| u64::from(x.to_bits()));
                 fingerprint = bits.fold(fingerprint, |sum, bits| sum.rotate_left(5).wrapping_add(bits));
-                permit.give_way();
+                permit.yield_to_serving();
             }
         }
         Ok((logprobs, fingerprint))

@@ -256,7 +256,7 @@ impl<'a> Run<'a> {
         let most = self.inputs.recipe.batch_size as usize;
         let validation: Vec<usize> = (0..self.validation.count()).collect();
         for (objective, examples) in [(&mut self.train, train), (&mut self.validation, validation.as_slice())] {
-            for piece in pieces(&**objective, examples, most) {
+            for piece in micro_batches(&**objective, examples, most) {
                 self.inputs.control.check()?;
                 let permit = self.inputs.arbiter.train();
                 let pass = Pass { lora, permit: Some(&permit), ..Pass::default() };
@@ -301,7 +301,7 @@ impl<'a> Run<'a> {
         let learning_rate = self.schedule.learning_rate(step - 1);
         clip(&mut gradients, grad_norm, self.inputs.recipe.max_grad_norm)?;
         let permit = self.permit();
-        self.optimizer.step(&gradients, learning_rate, &|| permit.give_way())?;
+        self.optimizer.step(&gradients, learning_rate, &|| permit.yield_to_serving())?;
         drop(permit);
 
         let tokens: usize = batch.iter().map(|example| self.train.tokens(*example)).sum();
@@ -325,7 +325,7 @@ impl<'a> Run<'a> {
         let weight = batch.iter().map(|example| self.train.weight(*example)).sum();
         let mut sums = Sums { weight, ..Sums::default() };
         let mut gradients: Vec<Tensor> = Vec::new();
-        for piece in pieces(&*self.train, batch, self.inputs.recipe.batch_size as usize) {
+        for piece in micro_batches(&*self.train, batch, self.inputs.recipe.batch_size as usize) {
             self.inputs.control.check()?;
             let permit = self.permit();
             let part = self.backward(piece, &permit, &mut sums)?;
@@ -375,7 +375,7 @@ impl<'a> Run<'a> {
         let lora = TracedLora::frozen(&self.lora.to_lora()?)?;
         let weight = examples.iter().map(|example| objective.weight(*example)).sum();
         let mut sums = Sums { weight, ..Sums::default() };
-        for piece in pieces(objective, examples, self.inputs.recipe.batch_size as usize) {
+        for piece in micro_batches(objective, examples, self.inputs.recipe.batch_size as usize) {
             go_on()?;
             let permit = self.permit();
             let pass = Pass { lora: Some(&lora), dropout: None, permit: Some(&permit) };
@@ -397,21 +397,21 @@ fn objective<'a>(spec: request::Objective, examples: &'a Examples) -> Result<Box
 }
 
 /// Cuts a batch into passes of at most `most` examples and [`PIECE_TOKENS`] ids, at least one example each.
-fn pieces<'b>(objective: &dyn Objective, batch: &'b [usize], most: usize) -> Vec<&'b [usize]> {
-    let mut pieces = Vec::new();
+fn micro_batches<'b>(objective: &dyn Objective, batch: &'b [usize], most: usize) -> Vec<&'b [usize]> {
+    let mut batches = Vec::new();
     let (mut start, mut tokens) = (0, 0);
     for (end, example) in batch.iter().enumerate() {
         let more = objective.tokens(*example);
         if end > start && (tokens + more > PIECE_TOKENS || end - start >= most) {
-            pieces.push(&batch[start..end]);
+            batches.push(&batch[start..end]);
             (start, tokens) = (end, 0);
         }
         tokens += more;
     }
     if start < batch.len() {
-        pieces.push(&batch[start..]);
+        batches.push(&batch[start..]);
     }
-    pieces
+    batches
 }
 
 fn diverged_because(message: String) -> Error {

@@ -10,7 +10,7 @@ use crate::config::Limits;
 use crate::data::Upload;
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
-use crate::hub::{Hub, PublishGate};
+use crate::hub::{Hub, NewVersion, Package, PublishGate};
 use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant};
 use crate::model::Model;
 use crate::request::{
@@ -68,10 +68,14 @@ impl Bench {
 
     /// The server that comes after one that died: what `sql` says is what it had last written.
     async fn after_a_crash(self, sql: &'static str) -> Self {
+        let limits = self.parts.limits.clone();
+        self.after_a_crash_with(sql, limits).await
+    }
+
+    async fn after_a_crash_with(self, sql: &'static str, limits: Limits) -> Self {
         self.trainer.shutdown().await;
         self.parts.store.execute(sql).await;
         let Self { folder, parts, trainer, .. } = self;
-        let limits = parts.limits.clone();
         drop((parts, trainer));
         Self::open(folder, limits).await
     }
@@ -566,5 +570,37 @@ async fn a_shutdown_after_the_last_step_keeps_what_was_trained() {
     bench.trainer.resume(&bench.tenant, &job).await.unwrap();
     let events = bench.events(&job, 0).await;
     assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 3), "{events:?}");
+    bench.trainer.shutdown().await;
+}
+
+/// Another version has taken the last place while the job ran: nobody but its owner can help, and waiting would not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_without_room_waits_for_its_owner() {
+    let bench = Bench::with(Limits { max_versions_per_adapter: 1, ..Limits::default() }).await;
+    let mut spec = bench.spec("chats", Objective::Sft, 200);
+    spec.hyperparameters.learning_rate = 1e-3;
+    let job = bench.submit(spec).await;
+    bench.first_step(&job).await;
+    let shape = bench.parts.model.shape();
+    let other = NewVersion {
+        adapter: AdapterName::new(bench.tenant.id(), "a").unwrap(),
+        package: Package::from_lora(&Lora::fresh(&lora(), shape, 3).unwrap(), shape).unwrap(),
+        probes: Vec::new(),
+        publish: Publish::Auto,
+        job: None,
+        metrics: Default::default(),
+        request_id: String::new(),
+        validate_only: false,
+        held_reason: None,
+    };
+    bench.parts.hub.publish(&bench.tenant, other).await.unwrap();
+    let error = bench.interrupted(&job).await.error.unwrap();
+    assert!(error.contains("max_versions_per_adapter") && error.contains("resume the job to publish it"), "{error}");
+    let bench = bench.after_a_crash_with("SELECT 1", Limits::default()).await;
+    bench.trainer.resume(&bench.tenant, &job).await.unwrap();
+    let events = bench.events(&job, 0).await;
+    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 200));
+    let row = bench.parts.store.get_job(&job).await.unwrap();
+    assert_eq!((row.version.unwrap().version, row.live, bench.versions().await), (2, false, 2));
     bench.trainer.shutdown().await;
 }
