@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
 
 mod server {
+    mod adapter_files;
     mod auth;
     mod base;
     mod bench;

@@ -4,6 +4,9 @@ pub mod format;
 mod lora;
 pub mod packed;
 mod packed_file;
+mod selection;
+mod settings;
+mod tensors;
 
 pub use lora::{BaseShape, Lora, LoraLayer, Site};
 pub use packed::PackedLora;

@@ -6,6 +6,9 @@
 //!   vector for each value of the rank;
 //! - the scale in float32, to be applied to what A gives: folded into a tensor it would be rounded with it.
 //!
+//! Where rounding to bf16 would show, a layer is packed as one of three times its rank (see [`PackedLora::precise`]): the kernels know of no
+//! other form, so that all of them serve it, with the same bits.
+//!
 //! Rounding is to nearest, ties to even. What is not finite stays so and what overflows becomes infinite: no broken number looks good.
 
 use std::ops::Range;
@@ -107,6 +110,28 @@ impl PackedLora {
         Some(LoraPair { rank: place.rank, scale: place.scale, a, b })
     }
 
+    /// Packs an adapter in twice the bits. A value x is held as hi + lo, hi its nearest bf16 and lo that of what is left: A = Ah + Al and
+    /// B = Bh + Bl, and of B A all is kept but Bl Al, a part in 2^18. Bh Ah + Bh Al + Bl Ah is the product of [Bh Bh Bl] and
+    /// [Ah; Al; Ah], an adapter of three times the rank whose values are bf16. For adapters whose product is small beside its factors, such as
+    /// those made from differences of large ones (PiSSA converted to plain LoRA).
+    pub fn precise(lora: &Lora, shape: &BaseShape) -> Result<Self> {
+        let layers = lora.layers.iter().map(|(site, layer)| (*site, in_two_parts(layer))).collect();
+        Self::new(&Lora { spec: lora.spec.clone(), layers }, shape)
+    }
+
+    /// Whether packing an adapter in bf16 changes any of its values.
+    pub fn rounds(lora: &Lora) -> bool {
+        let rounds = |values: &[f32]| values.iter().any(|x| x.to_bits() & 0xffff != 0);
+        lora.layers.values().any(|layer| rounds(&layer.a) || rounds(&layer.b))
+    }
+
+    /// Packs an adapter in the form that has so many bytes: as it was published.
+    pub fn of_size(lora: &Lora, shape: &BaseShape, bytes: u64) -> Result<Self> {
+        let dims = |site: &Site| shape.dims(site.target);
+        let plain: u64 = lora.layers.iter().map(|(site, layer)| layer_bytes(layer.rank, dims(site))).sum();
+        if plain == bytes { Self::new(lora, shape) } else { Self::precise(lora, shape) }
+    }
+
     /// The rounded values in PEFT's order.
     pub fn to_lora(&self) -> Lora {
         let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
@@ -178,6 +203,19 @@ fn pack(layer: &LoraLayer, (inputs, outputs): (usize, usize), place: &Place, val
         transpose(rows, rank, tile, OUT_TILE);
     }
     Some(())
+}
+
+/// The layer of three times the rank that holds hi and lo of each value, see [`PackedLora::precise`].
+fn in_two_parts(layer: &LoraLayer) -> LoraLayer {
+    let high = |x: &f32| f32::from_bits(u32::from(round(*x)) << 16);
+    let low = |x: &f32| x - high(x);
+    let rank = layer.rank;
+    let part = |f: &dyn Fn(&f32) -> f32| layer.a.iter().map(f).collect::<Vec<f32>>();
+    let a = [part(&high), part(&low), part(&high)].concat();
+    let rows = layer.b.chunks_exact(rank.max(1));
+    let b = rows
+        .flat_map(|row| [row.iter().map(high), row.iter().map(high)].into_iter().flatten().chain(row.iter().map(low)));
+    LoraLayer { rank: 3 * rank, alpha: layer.alpha, scale: layer.scale, a, b: b.collect() }
 }
 
 /// Rows and columns that are transposed at a time: they fit the first-level cache, and the compiler keeps them in registers.
@@ -289,6 +327,42 @@ mod tests {
         fn rounding_is_that_of_bf16(bits: u32) {
             let x = f32::from_bits(bits);
             prop_assert_eq!(round(x), bf16::from_f32(x).to_bits());
+        }
+    }
+
+    /// Where B A is a small difference of large products, bf16 loses it and two parts keep it.
+    #[test]
+    fn twice_the_bits_keep_what_cancels() {
+        let shape = shape();
+        let site = Site { layer: 1, target: Target::UpProj };
+        let (inputs, outputs) = shape.dims(site.target);
+        let wave = |i: usize, by: f32| (i as f32 * by).sin();
+        // Two ranks that cancel but for a thousandth.
+        let a = (0..2 * inputs).map(|i| wave(i % inputs, 0.7) * 5.0).collect::<Vec<_>>();
+        let b = |o: usize| [wave(o, 0.3) * 5.0, -wave(o, 0.3) * 5.0 + 0.005 * wave(o, 1.1)];
+        let layer = LoraLayer { rank: 2, alpha: 2.0, scale: 0.7, a, b: (0..outputs).flat_map(b).collect() };
+        let lora = Lora { spec: LoraSpec::default(), layers: [(site, layer)].into() };
+        let product = |lora: &Lora| -> Vec<f64> {
+            let layer = &lora.layers[&site];
+            let at = |o: usize, i: usize, k: usize| {
+                f64::from(layer.b[o * layer.rank + k]) * f64::from(layer.a[k * inputs + i])
+            };
+            let cell = |cell: usize| (0..layer.rank).map(|k| at(cell / inputs, cell % inputs, k)).sum();
+            (0..outputs * inputs).map(cell).collect()
+        };
+        let wanted = product(&lora);
+        let error = |packed: &PackedLora| {
+            let found = product(&packed.to_lora());
+            let size: f64 = wanted.iter().map(|x| x.abs()).sum();
+            found.iter().zip(&wanted).map(|(x, y)| (x - y).abs()).sum::<f64>() / size
+        };
+        let (plain, precise) = (PackedLora::new(&lora, &shape).unwrap(), PackedLora::precise(&lora, &shape).unwrap());
+        assert!(error(&plain) > 0.5, "{}", error(&plain));
+        assert!(error(&precise) < 0.01, "{}", error(&precise));
+        assert_eq!((plain.rank(), precise.rank()), (2, 6));
+        for form in [plain, precise] {
+            let again = PackedLora::of_size(&lora, &shape, form.byte_size()).unwrap();
+            assert_eq!(again.layer(site), form.layer(site), "it is made again as it was");
         }
     }
 

@@ -10,6 +10,9 @@ use super::proto::{export_adapter_response as exported, import_adapter_request a
 use super::shared::Shared;
 use super::uploads::misplaced_header;
 use super::{Answer, Streamed, convert, proto as pb};
+use crate::adapter::BaseShape;
+use crate::adapter::format::{MAX_CONFIG_BYTES, check_beginning, most_file_bytes, whole_len};
+use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::hub::{CONFIG_FILE, NewVersion, Package, TENSORS_FILE};
 use crate::ids::{AdapterName, AdapterRef, TenantId, VersionName};
@@ -50,7 +53,7 @@ impl AdapterService for Adapters {
         };
         let parent: TenantId = convert::name("header.parent", &header.parent)?;
         let tenant = self.0.auth.tenant_for(&call, &parent).await?;
-        let mut folder = Folder::new(self.0.parts.limits.max_adapter_bytes);
+        let mut folder = Folder::new(&self.0.parts.limits, self.0.parts.hub.shape());
         let adapter = AdapterName::new(&parent, &header.adapter_id).map_err(|e| convert::at("header.adapter_id", e))?;
         while let Some(message) = upload.next().await? {
             match message.part {
@@ -151,16 +154,25 @@ fn part(part: exported::Part) -> pb::ExportAdapterResponse {
     pb::ExportAdapterResponse { part: Some(part) }
 }
 
-/// The files of an import as they come in; nothing is taken by any name but the two that PEFT writes.
+/// The files of an import as they come in; nothing is taken by any name but the two that PEFT writes. What cannot be an adapter of the
+/// base is refused as soon as that shows, so that no more of it is held.
 struct Folder {
     config: Vec<u8>,
     tensors: Vec<u8>,
+    /// The limit `max_adapter_bytes`.
     limit: u64,
+    /// Most bytes of tensors that an adapter of the base has.
+    most: u64,
+    shape: BaseShape,
+    /// The header of the tensors has come, and room for all of them is made.
+    sized: bool,
 }
 
 impl Folder {
-    fn new(limit: u64) -> Self {
-        Self { config: Vec::new(), tensors: Vec::new(), limit }
+    fn new(limits: &Limits, shape: &BaseShape) -> Self {
+        let most = most_file_bytes(shape, limits.max_rank);
+        let (config, tensors) = Default::default();
+        Self { config, tensors, limit: limits.max_adapter_bytes, most, shape: shape.clone(), sized: false }
     }
 
     fn add(&mut self, chunk: &pb::FileChunk) -> Result<()> {
@@ -168,14 +180,46 @@ impl Folder {
         if size > self.limit {
             return Err(Error::Exhausted {
                 limit: "max_adapter_bytes",
-                message: format!("the adapter's files have more than {} bytes", self.limit),
+                message: format!(
+                    "the adapter's files have more than {} bytes; save it in bfloat16 or with a lower rank",
+                    self.limit
+                ),
                 retry_after: None,
             });
         }
         match chunk.filename.as_str() {
-            CONFIG_FILE => self.config.extend_from_slice(&chunk.data),
-            TENSORS_FILE => self.tensors.extend_from_slice(&chunk.data),
-            other => return Err(refused_file(other)),
+            CONFIG_FILE if self.config.len() + chunk.data.len() > MAX_CONFIG_BYTES => {
+                let message =
+                    format!("is over {MAX_CONFIG_BYTES} bytes; send the config that PEFT wrote beside the tensors");
+                Err(Error::invalid_because("MALFORMED_CONFIG", CONFIG_FILE, message))
+            }
+            CONFIG_FILE => {
+                self.config.extend_from_slice(&chunk.data);
+                Ok(())
+            }
+            TENSORS_FILE => self.add_tensors(&chunk.data),
+            other => Err(refused_file(other)),
+        }
+    }
+
+    fn add_tensors(&mut self, data: &[u8]) -> Result<()> {
+        if (self.tensors.len() + data.len()) as u64 > self.most {
+            let message = format!(
+                "has more than the {} bytes that an adapter of this base can have at the limit max_rank; import it on a server that runs the \
+                 base it was trained on, or save it in bfloat16 or with a lower rank",
+                self.most
+            );
+            return Err(Error::invalid_because("ADAPTER_TOO_LARGE", TENSORS_FILE, message));
+        }
+        self.tensors.extend_from_slice(data);
+        check_beginning(&self.tensors, &self.shape)?;
+        // Once, so that the file is held once and not copied each time that its room doubles.
+        if !self.sized
+            && let Some(len) = whole_len(&self.tensors)
+        {
+            self.sized = true;
+            let more = (len as u64).min(self.most).min(self.limit).saturating_sub(self.tensors.len() as u64);
+            self.tensors.reserve_exact(usize::try_from(more).unwrap_or_default());
         }
         Ok(())
     }
@@ -183,7 +227,9 @@ impl Folder {
     fn package(self) -> Result<Package> {
         for (name, bytes) in [(CONFIG_FILE, &self.config), (TENSORS_FILE, &self.tensors)] {
             if bytes.is_empty() {
-                return Err(Error::invalid_because("MISSING_FILE", "chunk.filename", format!("{name} was not sent")));
+                let message =
+                    format!("{name} was not sent, or is empty; send both files that PEFT's save_pretrained writes");
+                return Err(Error::invalid_because("MISSING_FILE", "chunk.filename", message));
             }
         }
         Ok(Package { config: self.config, tensors: self.tensors })
@@ -195,7 +241,7 @@ fn refused_file(name: &str) -> Error {
     let (reason, why) = if name.contains("..") || name.contains(['/', '\\']) {
         ("UNSAFE_FILE_NAME", "is a path")
     } else if [".bin", ".pt", ".pth", ".pkl"].iter().any(|ending| name.ends_with(ending)) {
-        ("UNSUPPORTED_FILE", "is a pickle, which can run code")
+        ("UNSUPPORTED_FILE", "is a pickle, which can run code; save it again with safe_serialization=True")
     } else {
         ("UNSUPPORTED_FILE", "is not part of an adapter")
     };
@@ -206,14 +252,20 @@ fn refused_file(name: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::Digest;
 
     fn add(folder: &mut Folder, filename: &str, data: &[u8]) -> Result<()> {
         folder.add(&pb::FileChunk { filename: filename.into(), data: data.to_vec() })
     }
 
+    fn folder(max_adapter_bytes: u64) -> Folder {
+        let shape = BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 1, dims: [(8, 8); 7] };
+        Folder::new(&Limits { max_adapter_bytes, max_rank: 4, ..Limits::default() }, &shape)
+    }
+
     #[test]
     fn chunks_of_the_two_files_are_joined() {
-        let mut folder = Folder::new(100);
+        let mut folder = folder(100);
         for (name, data) in [(CONFIG_FILE, "{"), (CONFIG_FILE, "}"), (TENSORS_FILE, "abc"), (TENSORS_FILE, "def")] {
             add(&mut folder, name, data.as_bytes()).unwrap();
         }
@@ -230,7 +282,7 @@ mod tests {
             ("README.md", "UNSUPPORTED_FILE"),
             ("", "UNSUPPORTED_FILE"),
         ] {
-            match add(&mut Folder::new(100), name, b"x") {
+            match add(&mut folder(100), name, b"x") {
                 Err(Error::Invalid { reason, message, .. }) => {
                     assert_eq!(reason, expected, "{name}");
                     assert!(message.contains(&format!("{name:?}")), "{message}");
@@ -242,12 +294,36 @@ mod tests {
 
     #[test]
     fn too_much_and_too_little_are_refused() {
-        let mut folder = Folder::new(3);
+        let mut folder = folder(3);
         add(&mut folder, CONFIG_FILE, b"{}").unwrap();
         assert!(matches!(
             add(&mut folder, TENSORS_FILE, b"ab"),
             Err(Error::Exhausted { limit: "max_adapter_bytes", .. })
         ));
         assert!(matches!(folder.package(), Err(Error::Invalid { reason: "MISSING_FILE", .. })));
+    }
+
+    /// A header that no adapter of the base has is refused when its length is there, and more tensors than one has when they come.
+    #[test]
+    fn what_cannot_be_an_adapter_is_refused_as_it_comes() {
+        let refused = |folder: &mut Folder, data: &[u8], expected: &str| match add(folder, TENSORS_FILE, data) {
+            Err(Error::Invalid { reason, message, .. }) => {
+                assert_eq!(reason, expected);
+                assert!(message.contains(';'), "{message}");
+            }
+            other => panic!("{other:?}"),
+        };
+        let mut long = folder(1 << 30);
+        add(&mut long, TENSORS_FILE, &(90_u64 << 20).to_le_bytes()[..7]).unwrap();
+        refused(&mut long, &[0], "MALFORMED_SAFETENSORS");
+        refused(&mut folder(1 << 30), b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "GIT_LFS_POINTER");
+        let header = br#"{"a":{"dtype":"U8","shape":[60000],"data_offsets":[0,60000]}}"#;
+        let mut large = folder(1 << 30);
+        add(&mut large, TENSORS_FILE, &[&(header.len() as u64).to_le_bytes()[..], header].concat()).unwrap();
+        assert!(large.tensors.capacity() >= 60_000, "room for all of it is made at once");
+        refused(&mut large, &vec![0; 100_000], "ADAPTER_TOO_LARGE");
+        let mut config = folder(1 << 30);
+        assert!(add(&mut config, CONFIG_FILE, &vec![b' '; MAX_CONFIG_BYTES]).is_ok());
+        assert!(add(&mut config, CONFIG_FILE, b" ").is_err());
     }
 }

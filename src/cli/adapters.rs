@@ -7,6 +7,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio_stream::StreamExt as _;
 
 use super::connection::Connection;
+use super::peft_folder::PeftFolder;
 use super::{Failure, Result, request_id, show};
 use crate::api::client::{Client, proto};
 
@@ -29,11 +30,11 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Upload a PEFT folder (adapter_config.json, adapter_model.safetensors) as a new version.
+    /// Upload a PEFT folder (adapter_config.json, adapter_model.safetensors) as a new version. What lies beside the two files is not read.
     Import {
         /// The adapter that gets the version; made if there is none.
         adapter: String,
-        /// Holds adapter_config.json and adapter_model.safetensors.
+        /// Holds adapter_config.json and adapter_model.safetensors, or one folder that does.
         folder: PathBuf,
         #[command(flatten)]
         publish: PublishArg,
@@ -106,8 +107,14 @@ pub(super) async fn run(args: Args) -> Result<()> {
             let publish = publish.proto() as i32;
             let header =
                 proto::ImportAdapterHeader { parent, adapter_id, request_id: request_id(), validate_only, publish };
-            let version = import(&connection.client().await?, header, &folder).await?;
-            show::one(json, &version)
+            let client = connection.client().await?;
+            let version = import(&client, header, &folder).await?;
+            show::one(json, &version)?;
+            match validate_only {
+                true => eprintln!("valid; nothing was kept"),
+                false => say_whether_live(&client, &version.name).await?,
+            }
+            Ok(())
         }
         Command::Export { name: given, folder } => {
             let request = proto::ExportAdapterRequest { name: name(&given)? };
@@ -153,9 +160,32 @@ async fn versions(connection: &Connection, parent: String) -> Result<Vec<proto::
     list.await
 }
 
-/// Sends the files of a folder, all but PEFT's README.md and hidden ones. The server refuses what it does not know.
+/// Sends the adapter of a folder, and says on standard error what of the folder it was.
 async fn import(client: &Client, header: proto::ImportAdapterHeader, folder: &Path) -> Result<proto::AdapterVersion> {
-    upload(client, header, read_folder(folder)?).await
+    let read = PeftFolder::read(folder)?;
+    if let Some(note) = read.note(folder) {
+        eprintln!("{note}");
+    }
+    upload(client, header, read.files).await
+}
+
+/// Says on standard error whether requests for the adapter get this version, and the command that makes it so.
+pub(super) async fn say_whether_live(client: &Client, version: &str) -> Result<()> {
+    let Some((adapter, number)) = version.rsplit_once("/versions/") else { return Ok(()) };
+    let live = client.get_adapter(proto::GetAdapterRequest { name: adapter.to_owned() }).await?.live_version;
+    eprintln!("{}", whether_live(adapter, number, &live));
+    Ok(())
+}
+
+fn whether_live(adapter: &str, number: &str, live: &str) -> String {
+    if live == format!("{adapter}/versions/{number}") {
+        return format!("version {number} is live: requests for {adapter} get it");
+    }
+    let now = match live.rsplit_once('/') {
+        Some((_, other)) => format!("version {other} is"),
+        None => "none is yet".to_owned(),
+    };
+    format!("version {number} is not live, {now}; to make it so: tenora adapters set-live {adapter} {number}")
 }
 
 /// Sends files by their names.
@@ -175,22 +205,6 @@ pub(super) async fn upload(
         }
     };
     Ok(client.import_adapter(parts).await?)
-}
-
-fn read_folder(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(Failure::at(folder))? {
-        let path = entry.map_err(Failure::at(folder))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if path.is_file() && name != "README.md" && !name.starts_with('.') {
-            files.push((name, std::fs::read(&path).map_err(Failure::at(&path))?));
-        }
-    }
-    files.sort();
-    match files.is_empty() {
-        true => Err(Failure::other(format!("{} holds no adapter files", folder.display()))),
-        false => Ok(files),
-    }
 }
 
 /// Writes a version's files into `folder`; a file that is there already is not touched.
@@ -227,4 +241,21 @@ async fn create(path: &Path, name: &str) -> Result<tokio::fs::File> {
         return Err(Failure::other(format!("the server sent a file called {name:?}; nothing is written there")));
     }
     tokio::fs::File::create_new(path).await.map_err(Failure::at(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_import_says_whether_it_is_live() {
+        let adapter = "tenants/acme/adapters/tone";
+        assert!(whether_live(adapter, "2", &format!("{adapter}/versions/2")).starts_with("version 2 is live"));
+        let not = whether_live(adapter, "12", &format!("{adapter}/versions/1"));
+        assert_eq!(
+            not,
+            "version 12 is not live, version 1 is; to make it so: tenora adapters set-live tenants/acme/adapters/tone 12"
+        );
+        assert!(whether_live(adapter, "1", "").contains("none is yet"));
+    }
 }

@@ -9,6 +9,7 @@ mod generate;
 mod jobs;
 mod keys;
 mod models;
+mod peft_folder;
 mod plot;
 mod policy;
 mod prompt;

@@ -82,7 +82,9 @@ impl Hub {
         tracing::warn!(version = %row.name, error = %why, "its packed file cannot be used and is made again");
         let shape = Arc::clone(&self.shape);
         // The limit on ranks is for what comes in: a version that exists loads whatever the limit is now.
-        let packed = blocking(move || PackedLora::new(&package.read(&shape, u64::MAX)?, &shape)).await?;
+        let bytes = row.memory_bytes;
+        let pack = move || PackedLora::of_size(&package.read(&shape, u64::MAX)?, &shape, bytes);
+        let packed = blocking(pack).await?;
         let custody = self.store.custody(row.name.tenant(), &row.blob).await;
         let written = self.write_packed(&row.blob, row.digest, &packed).await;
         drop(custody);

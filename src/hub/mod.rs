@@ -259,6 +259,11 @@ impl Hub {
         self.residents.residency(uid, memory_bytes)
     }
 
+    /// The base's shape, which every adapter fits.
+    pub fn shape(&self) -> &BaseShape {
+        &self.shape
+    }
+
     /// Fails where an adapter of so many bytes could never be in memory.
     pub fn check_size(&self, bytes: u64) -> Result<()> {
         self.residents.check_size(bytes)

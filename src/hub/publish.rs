@@ -1,5 +1,8 @@
 //! How a version comes to be: check the headers, reserve the bytes, read and hash, put the files, gate it without a name, one transaction.
 //! Whatever fails before the transaction leaves nothing.
+//!
+//! An adapter is served in bf16. Where the gate finds serving further from training than usual, and twice the bits bring it nearer, the version
+//! is served in those: the figures of the form that is served are the version's.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,11 +12,18 @@ use crate::adapter::format::{CONFIG_FILE, TENSORS_FILE};
 use crate::adapter::{Lora, PackedLora};
 use crate::error::{Error, Result};
 use crate::hub::budget::Reservation;
-use crate::hub::residents::Resident;
+use crate::hub::residents::{Resident, Unnamed};
 use crate::hub::{Hub, NewVersion, blocking};
-use crate::ids::{AdapterName, Digest, Tenant, VersionName};
+use crate::ids::{AdapterName, Digest, Tenant, TenantId, VersionName};
 use crate::request::ParityReport;
 use crate::store::{NewVersionRow, VersionRow, fresh_token, uninterrupted};
+
+/// A difference between serving and training, in nats a token, from which on the rounding to bf16 may be what it comes from. Usual adapters
+/// stay below it.
+const ROUNDING_SHOWS: f32 = 0.0015;
+
+/// The share of that difference that twice the bits may leave to be worth three times the work.
+const WORTH_TWICE_THE_BITS: f32 = 0.7;
 
 /// An adapter that fits the base.
 struct Checked {
@@ -72,10 +82,13 @@ impl Hub {
         self.store.blobs().put(&format!("{blob}/{CONFIG_FILE}"), new.package.config).await?;
         self.store.blobs().put(&format!("{blob}/{TENSORS_FILE}"), new.package.tensors).await?;
 
-        let (uid, memory_bytes, (rank, targets)) = (fresh_token(), packed.byte_size(), extent(&lora));
-        let unnamed = self.residents.admit(&uid, tenant, Resident::new(digest, packed, reserved));
+        let (rank, targets) = extent(&lora);
+        let probed = Probed { lora: Arc::new(lora), probes: Arc::new(new.probes) };
+        let plain = self.measure(tenant, digest, packed, reserved, &probed).await?;
+        let Measured { uid, unnamed, parity } = self.better_form(plain, tenant, digest, probed).await?;
+        judge(&new.adapter, &parity, new.job.is_some())?;
         let packed = Arc::clone(&unnamed.resident().packed);
-        let parity = self.pass_gate(&new.adapter, &packed, lora, new.probes, new.job.is_some()).await?;
+        let memory_bytes = packed.byte_size();
         if !new.validate_only {
             self.write_packed(blob, digest, &packed).await?;
         }
@@ -107,33 +120,75 @@ impl Hub {
         Ok(row)
     }
 
-    /// Measures the adapter and judges the figures.
-    async fn pass_gate(
+    /// Takes a form of an adapter into memory, without a name, and measures it.
+    async fn measure(
         &self,
-        adapter: &AdapterName,
-        packed: &Arc<PackedLora>,
-        lora: Lora,
-        probes: Vec<Vec<u32>>,
-        trained: bool,
-    ) -> Result<ParityReport> {
-        let (gate, packed, lora) = (Arc::clone(&self.gate), Arc::clone(packed), Arc::new(lora));
-        let report = blocking(move || gate.check(&packed, &lora, &probes)).await?;
-        let ParityReport { tokens, mean_abs_difference, mean_abs_effect, threshold, no_effect } = report;
-        let finite = mean_abs_effect.is_finite() && threshold.is_finite();
-        if !(finite && mean_abs_difference <= threshold) {
-            let message = format!(
-                "serving and training disagree by {mean_abs_difference} nats a token over {tokens} tokens, more than {threshold} \
-                 (the adapter's effect is {mean_abs_effect}); nothing was published"
-            );
-            return Err(Error::precondition("PARITY_FAILED", adapter, message));
-        }
-        if no_effect && trained {
-            let message =
-                "the training changed nothing: every delta is zero; raise the learning rate or the number of steps";
-            return Err(Error::precondition("NO_EFFECT", adapter, message));
-        }
-        Ok(report)
+        tenant: &TenantId,
+        digest: Digest,
+        packed: PackedLora,
+        reserved: Reservation,
+        probed: &Probed,
+    ) -> Result<Measured<'_>> {
+        let uid = fresh_token();
+        let unnamed = self.residents.admit(&uid, tenant, Resident::new(digest, packed, reserved));
+        let (gate, packed) = (Arc::clone(&self.gate), Arc::clone(&unnamed.resident().packed));
+        let Probed { lora, probes } = probed.clone();
+        let parity = blocking(move || gate.check(&packed, &lora, &probes)).await?;
+        Ok(Measured { uid, unnamed, parity })
     }
+
+    /// Of an adapter in bf16 and in twice the bits, the form to serve; the other leaves memory.
+    async fn better_form<'a>(
+        &'a self,
+        plain: Measured<'a>,
+        tenant: &TenantId,
+        digest: Digest,
+        probed: Probed,
+    ) -> Result<Measured<'a>> {
+        if plain.parity.mean_abs_difference <= ROUNDING_SHOWS {
+            return Ok(plain);
+        }
+        let (lora, shape) = (Arc::clone(&probed.lora), Arc::clone(&self.shape));
+        let pack = move || PackedLora::rounds(&lora).then(|| PackedLora::precise(&lora, &shape)).transpose();
+        let Some(precise) = blocking(pack).await? else { return Ok(plain) };
+        let reserved = self.residents.room(precise.byte_size()).await?;
+        let precise = self.measure(tenant, digest, precise, reserved, &probed).await?;
+        let worth = plain.parity.mean_abs_difference * WORTH_TWICE_THE_BITS;
+        Ok(if precise.parity.mean_abs_difference <= worth { precise } else { plain })
+    }
+}
+
+/// What is measured, and on what.
+#[derive(Clone)]
+struct Probed {
+    lora: Arc<Lora>,
+    probes: Arc<Vec<Vec<u32>>>,
+}
+
+/// A form of an adapter in memory, and its figures.
+struct Measured<'a> {
+    uid: String,
+    unnamed: Unnamed<'a>,
+    parity: ParityReport,
+}
+
+/// Refuses what the gate's figures speak against.
+fn judge(adapter: &AdapterName, parity: &ParityReport, trained: bool) -> Result<()> {
+    let ParityReport { tokens, mean_abs_difference, mean_abs_effect, threshold, no_effect } = parity;
+    let finite = mean_abs_effect.is_finite() && threshold.is_finite();
+    if !(finite && mean_abs_difference <= threshold) {
+        let message = format!(
+            "serving and training disagree by {mean_abs_difference} nats a token over {tokens} tokens, more than {threshold} \
+             (the adapter's effect is {mean_abs_effect}); nothing was published"
+        );
+        return Err(Error::precondition("PARITY_FAILED", adapter, message));
+    }
+    if *no_effect && trained {
+        let message =
+            "the training changed nothing: every delta is zero; raise the learning rate or the number of steps";
+        return Err(Error::precondition("NO_EFFECT", adapter, message));
+    }
+    Ok(())
 }
 
 /// The largest rank, and the targets in PEFT's words, sorted.

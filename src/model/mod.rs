@@ -22,9 +22,9 @@ use crate::error::{Error, Result};
 use crate::kernels::cpu::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM};
 use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
-use crate::text::Text;
+use crate::text::{Text, Vocabulary};
 use crate::weights::{LlamaConfig, Weights};
-use batch::{Executor, KvLayout};
+use batch::{Executor, KvLayout, LogitRows, Span};
 use exec::Exec;
 use llama::Norm;
 use tensors::{DeviceWeights, TensorExec};
@@ -42,8 +42,33 @@ pub struct Model {
 impl Model {
     /// Loads a GGUF file of the llama architecture and its tokenizer, to be served on `device`.
     pub fn load(path: &Path, device: &Device) -> Result<(Arc<Self>, Arc<Text>)> {
-        let (weights, vocabulary) = Weights::load(path)?;
-        Ok((Self::new(weights, device)?, Text::new(vocabulary)?))
+        Self::proven(Weights::load(path)?, device)
+    }
+
+    /// Puts a base together and takes a step with it.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_BASE where it cannot be served, or its logits are not numbers.
+    fn proven((weights, vocabulary): (Weights, Vocabulary), device: &Device) -> Result<(Arc<Self>, Arc<Text>)> {
+        let base = (Self::new(weights, device)?, Text::new(vocabulary)?);
+        base.0.take_a_step()?;
+        Ok(base)
+    }
+
+    /// Computes the logits of a few tokens, all of which must be numbers: what a damaged file gives is found here, and not by the first
+    /// request.
+    fn take_a_step(self: &Arc<Self>) -> Result<()> {
+        let last = self.vocab_size() as u32 - 1;
+        let ids = [0, last / 3, last / 2, last];
+        let ids = &ids[..ids.len().min(self.context_length())];
+        let mut exec = self.executor(KvLayout { block_tokens: ids.len(), blocks: 1 })?;
+        let span = Span { ids, start: 0, blocks: &[0], lora: None, logits: LogitRows::All };
+        if exec.forward(&[span])?.iter().all(|logit| logit.is_finite()) {
+            return Ok(());
+        }
+        let message =
+            "gives logits that are not numbers: the file is damaged or its values are too large; fetch it again";
+        Err(Error::invalid_because("UNSUPPORTED_BASE", &self.shape.name, message))
     }
 
     /// A small random model over `Text::tiny`'s vocabulary, the same for the same seed: 2 layers, width 64, 4 heads, 2 KV heads,
@@ -163,5 +188,23 @@ impl RopeTable {
     fn at(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.half..(position + 1) * self.half;
         (&self.cos[range.clone()], &self.sin[range])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::testing::File;
+
+    /// Values that are numbers one by one and give none together.
+    #[test]
+    fn a_base_whose_logits_are_no_numbers_is_refused() {
+        let load = |file: File| Model::proven(Weights::from_bytes(&file.bytes()).unwrap(), &Device::Cpu).map(drop);
+        load(File::tiny()).unwrap();
+        for (norm, value) in [("output_norm.weight", f32::MAX), ("blk.0.ffn_norm.weight", 3e38)] {
+            let large = File::tiny().tensor(norm, |tensor| tensor.3 = [value.to_le_bytes(); 32].concat());
+            let refused = load(large).unwrap_err().to_string();
+            assert!(refused.contains("not numbers"), "{refused}");
+        }
     }
 }

@@ -30,7 +30,7 @@ pub struct Vocabulary {
 
 impl Vocabulary {
     /// See [`super::Text::tiny`].
-    pub(super) fn tiny() -> Self {
+    pub fn tiny() -> Self {
         let alphabet = byte_alphabet();
         let mut tokens: Vec<String> = alphabet.iter().map(char::to_string).collect();
         tokens.extend(["<|im_start|>".to_owned(), "<|im_end|>".to_owned()]);

@@ -1,24 +1,27 @@
 //! Reads a GGUF file of the llama architecture, fail-closed.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use candle_core::quantized::GgmlDType;
-use candle_core::quantized::gguf_file::{Content, Value};
+use half::f16;
 use sha2::{Digest as _, Sha256};
 
+use super::header::{Header, TensorInfo, Value};
 use super::{Block, LlamaConfig, Weights};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
-use crate::kernels::blocks::QType;
+use crate::kernels::blocks::{BLOCK, QType};
 use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::Vocabulary;
 
 /// GGUF token types that are control tokens or defined by the user.
 const CONTROL_TYPES: [i64; 2] = [3, 4];
+
+/// Most tokens of a context: the angles of all positions are held in memory.
+const MAX_CONTEXT: usize = 1 << 20;
 
 fn unsupported(field: impl Into<String>, message: impl Into<String>) -> Error {
     Error::invalid_because("UNSUPPORTED_BASE", field, message)
@@ -28,17 +31,28 @@ pub(super) fn load(path: &Path) -> Result<(Weights, Vocabulary)> {
     let shown = path.display();
     let open = |e: std::io::Error| Error::invalid_because("BASE_UNREADABLE", "base", format!("{shown}: {e}"));
     let digest = digest_of(path).map_err(open)?;
-    let mut file = BufReader::new(File::open(path).map_err(open)?);
-    let content = Content::read(&mut file)
-        .map_err(|e| Error::invalid_because("BASE_UNREADABLE", "base", format!("{shown} is not a GGUF file: {e}")))?;
-    let config = config(&Metadata(&content.metadata), path)?;
-    let vocabulary = vocabulary(&Metadata(&content.metadata))?;
-    if vocabulary.tokens.len() != config.vocab {
-        return Err(unsupported("tokenizer.ggml.tokens", "has another length than the embedding"));
-    }
-    let mut tensors = Tensors { names: content.tensor_infos.keys().cloned().collect(), content: &content, file };
+    let file = BufReader::new(File::open(path).map_err(open)?);
+    let name = path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
+    read(file, name, digest).map_err(|error| match error {
+        Error::Invalid { reason, field, message } => {
+            Error::Invalid { reason, field, message: format!("{message} ({shown})") }
+        }
+        other => other,
+    })
+}
+
+/// Reads a base of this name and digest.
+pub(super) fn read(mut file: impl Read + Seek, name: String, digest: Digest) -> Result<(Weights, Vocabulary)> {
+    let header = Header::read(&mut file)?;
+    let metadata = Metadata(&header.metadata);
+    let config = config(&metadata, name)?;
+    let vocabulary = vocabulary(&metadata)?;
+    let mut tensors = Tensors { names: header.tensors.keys().cloned().collect(), infos: &header.tensors, file };
     let embedding = tensors.matrix("token_embd.weight", config.vocab, config.width)?;
-    let blocks = (0..config.layers).map(|layer| block(&mut tensors, &config, layer)).collect::<Result<_>>()?;
+    let mut blocks = Vec::new();
+    for layer in 0..config.layers {
+        blocks.push(block(&mut tensors, &config, layer)?);
+    }
     let final_norm = tensors.vector("output_norm.weight", config.width)?;
     let head = match tensors.names.contains("output.weight") {
         true => Some(tensors.matrix("output.weight", config.vocab, config.width)?),
@@ -56,7 +70,7 @@ fn digest_of(path: &Path) -> std::io::Result<Digest> {
     Ok(hasher.into())
 }
 
-fn block(tensors: &mut Tensors<'_>, config: &LlamaConfig, layer: usize) -> Result<Block> {
+fn block(tensors: &mut Tensors<'_, impl Read + Seek>, config: &LlamaConfig, layer: usize) -> Result<Block> {
     let mut linear = |target: Target| -> Result<PackedMatrix> {
         let (cols, rows) = config.dims(target);
         let (name, heads) = match target {
@@ -105,54 +119,53 @@ struct Tensor {
 }
 
 /// The tensors of a file; each is taken once.
-struct Tensors<'a> {
-    content: &'a Content,
-    file: BufReader<File>,
+struct Tensors<'a, R> {
+    infos: &'a BTreeMap<String, TensorInfo>,
+    file: R,
     /// Not yet taken.
     names: BTreeSet<String>,
 }
 
-impl Tensors<'_> {
-    /// The bytes of a tensor of this shape, `cols` innermost; `row_bytes` says how many a row of its type has, or why it cannot be read.
-    fn take(
-        &mut self,
-        name: &str,
-        (rows, cols): (usize, usize),
-        row_bytes: impl Fn(GgmlDType) -> Result<usize>,
-    ) -> Result<(GgmlDType, Vec<u8>)> {
-        let info = self.content.tensor_infos.get(name).ok_or_else(|| unsupported(name, "is missing"))?;
+impl<R: Read + Seek> Tensors<'_, R> {
+    /// The bytes of a tensor of this shape, `cols` innermost, which the header has found to be in the file.
+    fn take(&mut self, name: &str, (rows, cols): (usize, usize)) -> Result<(&'static str, Vec<u8>)> {
+        let info = self.infos.get(name).ok_or_else(|| unsupported(name, "is missing"))?;
         self.names.remove(name);
-        let row_bytes = row_bytes(info.ggml_dtype)?;
-        if info.shape.elem_count() != rows * cols || info.shape.dims().last() != Some(&cols) {
-            return Err(unsupported(
-                name,
-                format!("has shape {:?} where [{rows}, {cols}] was expected", info.shape.dims()),
-            ));
+        let values = info.dims.iter().product::<u64>();
+        if info.dims.first() != Some(&(cols as u64)) || Some(values) != (rows as u64).checked_mul(cols as u64) {
+            let message = format!(
+                "has rows of {} values, {values} in all, where the metadata and the list of tokens say {rows} rows of {cols}",
+                info.dims.first().unwrap_or(&0)
+            );
+            return Err(unsupported(name, message));
         }
-        let start = self.content.tensor_data_offset.saturating_add(info.offset);
-        let mut data = Vec::new();
-        let wanted = (rows * row_bytes) as u64;
-        self.file.seek(SeekFrom::Start(start))?;
-        // Reading through `take` allocates as the file gives, not as the header claims.
-        if self.file.by_ref().take(wanted).read_to_end(&mut data)? as u64 != wanted {
-            return Err(unsupported(name, "ends beyond the file: the file is truncated"));
-        }
-        Ok((info.ggml_dtype, data))
+        self.file.seek(SeekFrom::Start(info.start))?;
+        let mut data = vec![0; usize::try_from(info.bytes).map_err(Error::internal)?];
+        self.file.read_exact(&mut data)?;
+        Ok((info.storage.name, data))
     }
 
     fn matrix_bytes(&mut self, name: &str, rows: usize, cols: usize) -> Result<Tensor> {
-        let served = |dtype| match dtype {
-            GgmlDType::Q4_0 => Ok(QType::Q4_0),
-            GgmlDType::Q4_1 => Ok(QType::Q4_1),
-            GgmlDType::Q8_0 => Ok(QType::Q8_0),
-            other => Err(unsupported(name, format!("is stored as {other:?}; Q4_0, Q4_1 and Q8_0 matrices are served"))),
+        let (storage, data) = self.take(name, (rows, cols))?;
+        let qtype = match storage {
+            "Q4_0" => QType::Q4_0,
+            "Q4_1" => QType::Q4_1,
+            "Q8_0" => QType::Q8_0,
+            other => {
+                return Err(unsupported(
+                    name,
+                    format!("is stored as {other}; Q4_0, Q4_1 and Q8_0 matrices are served"),
+                ));
+            }
         };
-        let row_bytes = |dtype| match served(dtype)? {
-            qtype if qtype.fits(cols) => Ok(qtype.row_bytes(cols)),
-            qtype => Err(unsupported(name, format!("has rows of {cols} values, which {qtype:?} cannot hold"))),
-        };
-        let (dtype, data) = self.take(name, (rows, cols), row_bytes)?;
-        Ok(Tensor { qtype: served(dtype)?, data })
+        if let Some(block) = broken_block(qtype, &data) {
+            let row = block * BLOCK / cols;
+            return Err(unsupported(
+                name,
+                format!("has a scale that is not a number, in row {row}: the file is damaged"),
+            ));
+        }
+        Ok(Tensor { qtype, data })
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix> {
@@ -161,17 +174,26 @@ impl Tensors<'_> {
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let row_bytes = |dtype| match dtype {
-            GgmlDType::F32 => Ok(size_of::<f32>() * len),
-            other => Err(unsupported(name, format!("is stored as {other:?}; F32 was expected"))),
+        let values: Vec<f32> = match self.take(name, (1, len))? {
+            ("F32", data) => data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
+            (other, _) => return Err(unsupported(name, format!("is stored as {other}; F32 was expected"))),
         };
-        let (_, data) = self.take(name, (1, len), row_bytes)?;
-        Ok(data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+        match values.iter().position(|x| !x.is_finite()) {
+            Some(at) => Err(unsupported(name, format!("holds {} at element {at}: the file is damaged", values[at]))),
+            None => Ok(values),
+        }
     }
 }
 
+/// The first block whose scale or minimum is not a finite number.
+fn broken_block(qtype: QType, data: &[u8]) -> Option<usize> {
+    let halves = if qtype == QType::Q4_1 { 2 } else { 1 };
+    let finite = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).is_finite();
+    data.chunks_exact(qtype.row_bytes(BLOCK)).position(|block| !block[..2 * halves].chunks_exact(2).all(finite))
+}
+
 /// Metadata with its keys in the errors.
-struct Metadata<'a>(&'a HashMap<String, Value>);
+struct Metadata<'a>(&'a BTreeMap<String, Value>);
 
 impl Metadata<'_> {
     fn get(&self, key: &str) -> Result<&Value> {
@@ -179,62 +201,65 @@ impl Metadata<'_> {
     }
 
     fn integer(&self, key: &str) -> Result<usize> {
-        let value = integer(self.get(key)?).and_then(|v| usize::try_from(v).ok());
+        let value = match self.get(key)? {
+            Value::Integer(value) => usize::try_from(*value).ok(),
+            _ => None,
+        };
         value.filter(|v| *v < 1 << 31).ok_or_else(|| unsupported(key, "is not a sane number"))
     }
 
-    fn float(&self, key: &str) -> Result<f32> {
-        self.get(key)?.to_f32().map_err(|_| unsupported(key, "is not a float"))
+    /// A number over 0.
+    fn positive(&self, key: &str) -> Result<f32> {
+        match self.get(key)? {
+            Value::Float(value) if (*value as f32).is_finite() && *value as f32 > 0.0 => Ok(*value as f32),
+            other => Err(unsupported(key, format!("is {other:?}; must be a number over 0"))),
+        }
     }
 
     fn text(&self, key: &str) -> Result<&str> {
-        self.get(key)?.to_string().map(String::as_str).map_err(|_| unsupported(key, "is not a string"))
+        match self.get(key)? {
+            Value::Text(text) => std::str::from_utf8(text).map_err(|_| unsupported(key, "is no UTF-8")),
+            _ => Err(unsupported(key, "is not a text")),
+        }
     }
 
-    fn list<T>(&self, key: &str, map: impl Fn(&Value) -> Option<T>) -> Result<Vec<T>> {
-        let values = self.get(key)?.to_vec().map_err(|_| unsupported(key, "is not a list"))?;
-        values.iter().map(map).collect::<Option<_>>().ok_or_else(|| unsupported(key, "holds an entry of a wrong type"))
+    fn texts(&self, key: &str) -> Result<Vec<String>> {
+        self.get(key)?.texts().ok_or_else(|| unsupported(key, "is not a list of texts in UTF-8"))
     }
-}
 
-fn integer(value: &Value) -> Option<i64> {
-    match value {
-        Value::U8(v) => Some((*v).into()),
-        Value::I8(v) => Some((*v).into()),
-        Value::U16(v) => Some((*v).into()),
-        Value::I16(v) => Some((*v).into()),
-        Value::U32(v) => Some((*v).into()),
-        Value::I32(v) => Some((*v).into()),
-        Value::U64(v) => i64::try_from(*v).ok(),
-        Value::I64(v) => Some(*v),
-        _ => None,
+    fn integers(&self, key: &str) -> Result<Vec<i64>> {
+        self.get(key)?.integers().ok_or_else(|| unsupported(key, "is not a list of whole numbers"))
     }
 }
 
-fn config(metadata: &Metadata<'_>, path: &Path) -> Result<LlamaConfig> {
+fn config(metadata: &Metadata<'_>, name: String) -> Result<LlamaConfig> {
     let architecture = metadata.text("general.architecture")?;
     if architecture != "llama" {
         return Err(unsupported("general.architecture", format!("is {architecture:?}; this version runs \"llama\"")));
     }
-    if let Some(kind) =
-        metadata.0.get("llama.rope.scaling.type").and_then(|v| v.to_string().ok()).filter(|k| *k != "none")
-    {
-        return Err(unsupported("llama.rope.scaling.type", format!("is {kind:?}; scaled RoPE is not supported")));
+    if metadata.0.contains_key("llama.rope.scaling.type") {
+        match metadata.text("llama.rope.scaling.type")? {
+            "none" => {}
+            kind => {
+                let message = format!("is {kind:?}; scaled RoPE is not supported");
+                return Err(unsupported("llama.rope.scaling.type", message));
+            }
+        }
     }
     let heads = metadata.integer("llama.attention.head_count")?;
     let width = metadata.integer("llama.embedding_length")?;
     let config = LlamaConfig {
-        name: path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned()),
+        name,
         layers: metadata.integer("llama.block_count")?,
         width,
         heads,
         kv_heads: metadata.integer("llama.attention.head_count_kv")?,
         head_dim: metadata.integer("llama.rope.dimension_count")?,
         ffn: metadata.integer("llama.feed_forward_length")?,
-        vocab: metadata.list("tokenizer.ggml.tokens", |_| Some(()))?.len(),
+        vocab: metadata.texts("tokenizer.ggml.tokens")?.len(),
         context: metadata.integer("llama.context_length")?,
-        rope_base: metadata.float("llama.rope.freq_base")?,
-        rms_eps: metadata.float("llama.attention.layer_norm_rms_epsilon")?,
+        rope_base: metadata.positive("llama.rope.freq_base")?,
+        rms_eps: metadata.positive("llama.attention.layer_norm_rms_epsilon")?,
     };
     let sane =
         [config.layers, width, heads, config.kv_heads, config.ffn, config.vocab, config.context].iter().all(|n| *n > 0)
@@ -243,6 +268,10 @@ fn config(metadata: &Metadata<'_>, path: &Path) -> Result<LlamaConfig> {
             && config.head_dim > 0;
     if !sane {
         return Err(unsupported("llama.*", format!("the numbers do not fit together: {config:?}")));
+    }
+    if config.context > MAX_CONTEXT {
+        let message = format!("is {}; contexts of up to {MAX_CONTEXT} tokens are served", config.context);
+        return Err(unsupported("llama.context_length", message));
     }
     Ok(config)
 }
@@ -255,16 +284,31 @@ fn vocabulary(metadata: &Metadata<'_>) -> Result<Vocabulary> {
             format!("is {model:?}; byte-level BPE (\"gpt2\") can be read"),
         ));
     }
-    let types = metadata.list("tokenizer.ggml.token_type", integer)?;
+    let (tokens, types) = (metadata.texts("tokenizer.ggml.tokens")?, metadata.integers("tokenizer.ggml.token_type")?);
+    if types.len() != tokens.len() {
+        let message = format!("has {} entries, and tokenizer.ggml.tokens {}", types.len(), tokens.len());
+        return Err(unsupported("tokenizer.ggml.token_type", message));
+    }
     let control = types.iter().enumerate().filter(|(_, kind)| CONTROL_TYPES.contains(kind)).map(|(id, _)| id as u32);
+    let control: Vec<u32> = control.collect();
+    // One without a text would be found between any two characters.
+    if let Some(id) = control.iter().find(|id| tokens[**id as usize].is_empty()) {
+        return Err(unsupported("tokenizer.ggml.tokens", format!("has a control token without a text, {id}")));
+    }
+    let end_of_turn = metadata.integer("tokenizer.ggml.eos_token_id")?;
+    if end_of_turn >= tokens.len() {
+        let message = format!("is {end_of_turn}, and there are {} tokens", tokens.len());
+        return Err(unsupported("tokenizer.ggml.eos_token_id", message));
+    }
+    let pair = |merge: &String| merge.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned()));
+    let merges = metadata.texts("tokenizer.ggml.merges")?;
+    let merges = merges.iter().map(pair).collect::<Option<_>>();
     Ok(Vocabulary {
-        control: control.collect(),
-        tokens: metadata.list("tokenizer.ggml.tokens", |v| v.to_string().ok().cloned())?,
-        merges: metadata.list("tokenizer.ggml.merges", |v| {
-            v.to_string().ok()?.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned()))
-        })?,
+        control,
+        tokens,
+        merges: merges.ok_or_else(|| unsupported("tokenizer.ggml.merges", "holds an entry that is no pair"))?,
         pre: metadata.text("tokenizer.ggml.pre")?.to_owned(),
-        end_of_turn: metadata.integer("tokenizer.ggml.eos_token_id")? as u32,
+        end_of_turn: end_of_turn as u32,
         bos: metadata.integer("tokenizer.ggml.bos_token_id").ok().map(|id| id as u32),
         chat_template: metadata.text("tokenizer.chat_template")?.to_owned(),
     })

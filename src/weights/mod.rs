@@ -1,6 +1,11 @@
 //! Frozen tensors of the base, from GGUF: the quantised values as they are, in the kernels' order and Hugging Face's order of rows.
 
 mod gguf;
+mod header;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 
@@ -69,6 +74,14 @@ impl Weights {
     /// Reads a GGUF file. Fails on anything it does not know: an architecture, a tensor, a block format, a RoPE scaling.
     pub fn load(path: &Path) -> Result<(Self, Vocabulary)> {
         gguf::load(path)
+    }
+
+    /// Reads a GGUF file from memory, as [`Weights::load`] does; for tests and fuzzing.
+    ///
+    /// # Errors
+    /// BASE_UNREADABLE or UNSUPPORTED_BASE, for whatever bytes there are.
+    pub fn from_bytes(file: &[u8]) -> Result<(Self, Vocabulary)> {
+        gguf::read(std::io::Cursor::new(file), "base".to_owned(), Digest::of(file))
     }
 
     pub fn head(&self) -> &PackedMatrix {

@@ -98,6 +98,50 @@ async fn bad_adapters_are_refused_by_name_and_leave_nothing() {
     server.stopped().await;
 }
 
+/// An adapter whose product is a small difference of large ones, as one that was started by PiSSA and converted to plain LoRA: ranks 2 and 3
+/// undo ranks 0 and 1 but for a part.
+fn small_beside_its_factors(shape: &BaseShape, part: f32) -> Package {
+    let spec = LoraSpec { rank: 4, alpha: 4.0, ..LoraSpec::default() };
+    let mut lora = Lora::fresh(&spec, shape, 1).unwrap();
+    for (i, (site, layer)) in lora.layers.iter_mut().enumerate() {
+        let (inputs, outputs) = shape.dims(site.target);
+        let wave = |at: usize, by: f32| ((at + 17 * i) as f32 * by).sin();
+        let a = |rank: usize, at: usize| 3.0 * wave(at + 977 * (rank % 2), 0.71) + part * (rank / 2) as f32 * wave(at, 1.37);
+        let b = |at: usize, rank: usize| [3.0, -3.0][rank / 2] * wave(at + 577 * (rank % 2), 0.43);
+        layer.a = (0..4 * inputs).map(|j| a(j / inputs, j % inputs)).collect();
+        layer.b = (0..4 * outputs).map(|j| b(j / 4, j % 4)).collect();
+    }
+    Package::from_lora(&lora, shape).unwrap()
+}
+
+/// Where rounding to bf16 would show, a version is served in twice the bits, also after its packed file was lost; a usual one is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_whose_rounding_shows_is_served_in_twice_the_bits() {
+    // Room for one of the small ones in both forms, so that another makes it leave.
+    let server = TestServer::start_with(|config| {
+        config.limits.adapter_host_bytes = 0;
+        config.limits.adapter_cache_bytes = 100_000;
+    })
+    .await;
+    let key = server.tenant("a").await;
+    let usual = server.import(&key, "a", "usual", &server.package(1)).await.unwrap();
+    let package = small_beside_its_factors(server.model.shape(), 0.04);
+    let version = server.import(&key, "a", "small", &package).await.unwrap();
+    let bytes = |version: &AdapterVersion| version.residency.as_ref().unwrap().memory_bytes;
+    assert_eq!(bytes(&version), 3 * bytes(&usual), "both have rank 4 on all layers");
+    assert_eq!(version.rank, 4, "its rank is the file's");
+    let parity = version.parity.unwrap();
+    assert!(parity.mean_abs_effect > 1.0 && parity.mean_abs_difference <= 0.003, "{parity:?}");
+    let before = scores(&server, &key, "tenants/a/adapters/small").await;
+    let packed: Vec<_> = server.blobs().into_iter().filter(|path| path.ends_with("packed.bin")).collect();
+    assert_eq!(packed.len(), 2);
+    packed.iter().for_each(|path| std::fs::remove_file(path).unwrap());
+    let other = small_beside_its_factors(server.model.shape(), 0.05);
+    server.import(&key, "a", "other", &other).await.unwrap();
+    assert_eq!(scores(&server, &key, "tenants/a/adapters/small").await, before);
+    server.stopped().await;
+}
+
 /// Score to the last bit: the ids and log-probabilities under an adapter.
 async fn scores(server: &TestServer, key: &str, adapter: &str) -> Vec<ScoreResult> {
     let input = ScoreInput { sequence: Some(score_input::Sequence::Text("the same text".into())) };

@@ -1,0 +1,242 @@
+//! The tensors of `adapter_model.safetensors`: read within what the base can need, and told apart by their names.
+//!
+//! A name is PEFT's (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`), or that with the adapter's name in it
+//! (`lora_A.default.weight`), or without PEFT's prefix, or with what trainers wrap a model in. All names of a file are of one form: two
+//! forms are two adapters.
+
+use std::collections::BTreeMap;
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::adapter::format::{TENSORS_FILE, refuse};
+use crate::adapter::selection::module_name;
+use crate::adapter::{BaseShape, Site};
+use crate::error::{Error, Result};
+use crate::request::Target;
+
+/// Bytes of the length that a safetensors file begins with.
+const LENGTH_BYTES: usize = 8;
+
+/// Most bytes that the header says of one tensor.
+const ENTRY_BYTES: u64 = 512;
+
+/// Most bytes of a header beside its tensors: what trainers note in `__metadata__`.
+const NOTES_BYTES: u64 = 64 << 10;
+
+/// Parts of names that wrappers of models add.
+const WRAPPERS: [&str; 4] = ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+
+/// Most characters of a name that an error shows.
+const SHOWN: usize = 200;
+
+/// Most bytes of a file's header: what an adapter of every linear layer of the base needs. What has more is no adapter of it, and is
+/// refused before it is read: a header takes many times its size in memory.
+pub fn most_header_bytes(shape: &BaseShape) -> u64 {
+    NOTES_BYTES + ENTRY_BYTES * 2 * u64::from(shape.layers) * Target::ALL.len() as u64
+}
+
+/// Most bytes of a whole file for this base, at the rank `max_rank` in float32.
+pub fn most_file_bytes(shape: &BaseShape, max_rank: u64) -> u64 {
+    let values: u64 = shape.dims.iter().map(|(inputs, outputs)| (inputs + outputs) as u64).sum();
+    let tensors = values.saturating_mul(u64::from(shape.layers)).saturating_mul(4).saturating_mul(max_rank);
+    tensors.saturating_add(most_header_bytes(shape)).saturating_add(LENGTH_BYTES as u64)
+}
+
+/// Checks the length that a file says its header has, as soon as so much of the file is there.
+///
+/// # Errors
+/// MALFORMED_SAFETENSORS where the header is longer than the base can need, GIT_LFS_POINTER where the file only points at one.
+pub fn check_beginning(file: &[u8], shape: &BaseShape) -> Result<()> {
+    check_no_pointer(TENSORS_FILE, file)?;
+    let Some(length) = file.first_chunk::<LENGTH_BYTES>() else { return Ok(()) };
+    let (length, most) = (u64::from_le_bytes(*length), most_header_bytes(shape));
+    if length > most {
+        let message = format!(
+            "says that its header has {length} bytes; an adapter of this base needs {most} at most: it is not a safetensors file, or not an \
+             adapter of this base; save the adapter with PEFT's save_pretrained"
+        );
+        return Err(refuse("MALFORMED_SAFETENSORS", TENSORS_FILE, message));
+    }
+    Ok(())
+}
+
+/// Gives the bytes that the whole file has by what its header says, once the header is there; 0 where the header cannot be read.
+pub fn whole_len(file: &[u8]) -> Option<usize> {
+    let header = usize::try_from(u64::from_le_bytes(*file.first_chunk::<LENGTH_BYTES>()?)).ok()?;
+    let header_end = LENGTH_BYTES.checked_add(header)?;
+    let header = file.get(LENGTH_BYTES..header_end)?;
+    let last = |entries: serde_json::Map<String, serde_json::Value>| {
+        let ends = entries.values().filter_map(|entry| entry.get("data_offsets")?.get(1)?.as_u64());
+        header_end.checked_add(usize::try_from(ends.max()?).ok()?)
+    };
+    Some(serde_json::from_slice(header).ok().and_then(last).unwrap_or_default())
+}
+
+/// Refuses what a clone without Git LFS leaves in a file's place.
+pub(super) fn check_no_pointer(name: &str, file: &[u8]) -> Result<()> {
+    if is_lfs_pointer(file) {
+        let message =
+            "is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder and import it again";
+        return Err(refuse("GIT_LFS_POINTER", name, message));
+    }
+    Ok(())
+}
+
+/// Whether a file only says where Git LFS keeps the real one.
+pub fn is_lfs_pointer(file: &[u8]) -> bool {
+    file.starts_with(b"version https://git-lfs.github.com/spec/")
+}
+
+/// A file that holds what it should: A and B by site, and how their names are made.
+pub(super) struct Tensors<'a> {
+    /// A, then B, each with its name.
+    pub(super) by_site: BTreeMap<Site, [Option<(String, TensorView<'a>)>; 2]>,
+    /// What the names of the base's modules begin with: "model." or nothing.
+    pub(super) root: &'static str,
+}
+
+/// Reads the header, within bounds.
+pub(super) fn open(file: &[u8]) -> Result<SafeTensors<'_>> {
+    SafeTensors::deserialize(file).map_err(|e| {
+        let message =
+            format!("is truncated or not a safetensors file ({e}); save the adapter with PEFT's save_pretrained, or copy it again");
+        refuse("MALFORMED_SAFETENSORS", TENSORS_FILE, message)
+    })
+}
+
+impl<'a> Tensors<'a> {
+    /// Reads the header; every tensor is A or B of a linear layer of the base.
+    pub(super) fn read(file: &'a [u8], shape: &BaseShape) -> Result<Self> {
+        check_beginning(file, shape)?;
+        // By name, so that of several faults it is always the same one that is named.
+        let sorted: BTreeMap<_, _> = open(file)?.tensors().into_iter().collect();
+        let mut form: Option<(Form, String)> = None;
+        let mut by_site: BTreeMap<Site, [Option<(String, TensorView<'a>)>; 2]> = BTreeMap::new();
+        for (name, view) in sorted {
+            let parsed = Name::parse(&name, shape)?;
+            match &form {
+                None => form = Some((parsed.form, name.clone())),
+                Some((form, _)) if *form == parsed.form => {}
+                Some((_, first)) => {
+                    let message = format!(
+                        "is named in another way than {}: the file holds more than one adapter; save one adapter by itself",
+                        shown(first)
+                    );
+                    return Err(refuse("EXTRA_TENSOR", shown(&name), message));
+                }
+            }
+            // Two names of one form are of two tensors.
+            by_site.entry(parsed.site).or_default()[parsed.which] = Some((name, view));
+        }
+        let root = form.map_or("model.", |(form, _)| form.root);
+        Ok(Self { by_site, root })
+    }
+}
+
+fn shown(name: &str) -> String {
+    name.chars().take(SHOWN).collect()
+}
+
+/// PEFT's name of a tensor.
+pub(super) fn tensor_name(site: Site, which: &str) -> String {
+    format!("base_model.model.{}.{which}.weight", module_name("model.", site))
+}
+
+/// What is the same in all names of a file.
+#[derive(Debug, Clone, PartialEq)]
+struct Form {
+    /// What comes before `layers`.
+    head: Vec<String>,
+    root: &'static str,
+    /// The adapter's name, where the file has it.
+    infix: Option<String>,
+}
+
+/// What a tensor's name says.
+struct Name {
+    form: Form,
+    site: Site,
+    /// 0 is A, 1 is B.
+    which: usize,
+}
+
+impl Name {
+    fn parse(name: &str, shape: &BaseShape) -> Result<Self> {
+        let parts: Vec<&str> = name.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
+        Self::of_parts(&parts, shape).ok_or_else(|| refuse("EXTRA_TENSOR", shown(name), why_not(&parts, shape)))
+    }
+
+    fn of_parts(parts: &[&str], shape: &BaseShape) -> Option<Self> {
+        let at = parts.iter().rposition(|part| *part == "layers")?;
+        let (head, tail) = (&parts[..at], &parts[at + 1..]);
+        let (layer, block, target, which, infix) = match *tail {
+            [layer, block, target, which, "weight"] => (layer, block, target, which, None),
+            [layer, block, target, which, infix, "weight"] => (layer, block, target, which, Some(infix.to_owned())),
+            _ => return None,
+        };
+        let which = ["lora_A", "lora_B"].iter().position(|w| *w == which)?;
+        let site = Site { layer: layer.parse().ok()?, target: Target::from_name(target)? };
+        // The whole name of the module, so that no other block and no other spelling of the number passes.
+        if site.layer >= shape.layers || module_name("", site) != format!("layers.{layer}.{block}.{target}") {
+            return None;
+        }
+        let root = match *head {
+            [] | ["base_model", "model"] => "",
+            ["model"] | ["base_model", "model", "model"] => "model.",
+            _ => return None,
+        };
+        let head = head.iter().map(|part| (*part).to_owned()).collect();
+        Some(Self { form: Form { head, root, infix }, site, which })
+    }
+}
+
+/// Why a tensor is no A or B of the base, and what to do.
+fn why_not(parts: &[&str], shape: &BaseShape) -> String {
+    let has = |part: &str| parts.contains(&part);
+    let layer = parts.iter().skip_while(|part| **part != "layers").nth(1).and_then(|layer| layer.parse::<u64>().ok());
+    let (what, advice) = if has("lora_magnitude_vector") {
+        ("belongs to a DoRA adapter", "merge the adapter into its base, or train it again without use_dora")
+    } else if has("lora_embedding_A") || has("lora_embedding_B") || has("embed_tokens") || has("lm_head") {
+        ("changes the embedding or the head", "train again with modules of the layers only, and modules_to_save empty")
+    } else if parts.last() == Some(&"bias") {
+        ("is a bias", "train again with bias \"none\" and lora_bias false")
+    } else if has("lora_A") || has("lora_B") {
+        if layer.is_some_and(|layer| layer >= u64::from(shape.layers)) {
+            ("is of a layer that this base does not have", "import it on a server that runs the base it was trained on")
+        } else {
+            ("is of no linear layer of this base", "import it on a server that runs the base it was trained on")
+        }
+    } else {
+        ("is no lora_A or lora_B of a linear layer of this base", "save the adapter alone, with PEFT's save_pretrained")
+    };
+    format!("{what}, and nothing may be left unapplied; {advice}")
+}
+
+/// Float32 values of a tensor.
+///
+/// # Errors
+/// NOT_FINITE for NaN and infinity, UNSUPPORTED_DTYPE for what is not float32, float16 or bfloat16.
+pub(super) fn values(name: &str, view: &TensorView<'_>) -> Result<Vec<f32>> {
+    let data = view.data();
+    let values: Vec<f32> = match view.dtype() {
+        Dtype::F32 => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => data.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => data.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        other => return Err(unsupported_dtype(name, other)),
+    };
+    match values.iter().position(|x| !x.is_finite()) {
+        Some(at) => {
+            let message =
+                format!("holds {} at element {at}: the training diverged; import an earlier checkpoint", values[at]);
+            Err(refuse("NOT_FINITE", name, message))
+        }
+        None => Ok(values),
+    }
+}
+
+fn unsupported_dtype(name: &str, dtype: Dtype) -> Error {
+    let message =
+        format!("is {dtype:?}; F32, F16 and BF16 can be read: convert the tensors to one of these and save them again");
+    refuse("UNSUPPORTED_DTYPE", name, message)
+}
