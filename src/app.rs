@@ -8,7 +8,7 @@ use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::adapter::{Lora, PackedLora};
+use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::api::{self, auth::OPERATOR_TENANT};
 use crate::config::Config;
 use crate::device::{self, Arbiter};
@@ -76,7 +76,11 @@ pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Res
     make_operator_tenant(&store).await?;
     let arbiter = Arbiter::new(limits.train_share_percent as f64 / 100.0);
     let gate = Arc::new(ParityGate(Parity::new(model.clone(), &text, arbiter.clone())?));
-    let hub = Hub::new(store.clone(), model.shape().clone(), text.template_digest(), gate, &limits);
+    let mut shape = model.shape().clone();
+    if let Some(name) = &config.base_name {
+        name.clone_into(&mut shape.name);
+    }
+    let hub = Hub::new(store.clone(), shape, text.template_digest(), gate, &limits);
     let memory = Memory::new(limits.max_request_memory_bytes);
     let engine = Engine::start(model.clone(), text.clone(), hub.clone(), arbiter.clone(), memory.clone(), &limits)?;
     let guard = Guard::new(engine, store.clone(), &limits);
@@ -122,6 +126,10 @@ struct ParityGate(Parity);
 impl PublishGate for ParityGate {
     fn check(&self, packed: &Arc<PackedLora>, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport> {
         self.0.measure(packed, lora, probes)
+    }
+
+    fn plain_form(&self, lora: &Lora, initialisation: Initialisation) -> Result<Option<Lora>> {
+        self.0.plain_form(lora, initialisation)
     }
 }
 
@@ -187,6 +195,7 @@ mod tests {
         Config {
             data_dir: "data".into(),
             base: "base.gguf".into(),
+            base_name: None,
             device: DeviceSpec::Cpu,
             threads: 1,
             metrics_listen: None,

@@ -14,6 +14,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// The GGUF file of the base, already on disk.
     pub base: PathBuf,
+    /// What exports call the base, in a name that PEFT's tools can load; `None`: the file's.
+    pub base_name: Option<String>,
     pub device: DeviceSpec,
     /// Worker threads of the compute pool.
     pub threads: usize,

@@ -11,7 +11,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::adapter::packed::layer_bytes;
 use crate::adapter::selection::module_name;
-use crate::adapter::settings::{Selected, Settings};
+use crate::adapter::settings::{Initialisation, Selected, Settings};
 use crate::adapter::tensors::{self, Tensors, tensor_name, values};
 use crate::adapter::{BaseShape, Lora, LoraLayer, Site};
 use crate::error::{Error, Result};
@@ -152,6 +152,19 @@ impl Package {
         Ok(selected.iter().map(|of| layer_bytes(of.rank as usize, shape.dims(of.site.target))).sum())
     }
 
+    /// What the config says of how the adapter began.
+    pub fn initialisation(&self) -> Result<Initialisation> {
+        Ok(Settings::read(&self.config)?.initialisation)
+    }
+
+    /// Says in the config what the base is called, by which other tools load it. That is no part of what the adapter is.
+    pub fn name_base(&mut self, name: &str) -> Result<()> {
+        let mut config: Map<String, Value> = serde_json::from_slice(&self.config).map_err(Error::internal)?;
+        config.insert("base_model_name_or_path".to_owned(), name.into());
+        self.config = serde_json::to_vec_pretty(&config).map_err(Error::internal)?;
+        Ok(())
+    }
+
     /// Over the sorted (name, dtype, shape, bytes) and the settings that change their meaning; not over JSON text.
     pub fn digest(&self) -> Result<Digest> {
         let mut hasher = Sha256::new();
@@ -251,8 +264,15 @@ mod tests {
         }
         let package = Package::from_lora(&lora, &shape).unwrap();
         assert_eq!(package.read(&shape, 8).unwrap(), lora);
-        let again = Package::from_lora(&package.read(&shape, 8).unwrap(), &shape).unwrap();
+        let mut again = Package::from_lora(&package.read(&shape, 8).unwrap(), &shape).unwrap();
         assert_eq!(again.digest().unwrap(), package.digest().unwrap());
+        again.name_base("owner/model").unwrap();
+        let config: Value = serde_json::from_slice(&again.config).unwrap();
+        assert_eq!(
+            (&config["base_model_name_or_path"], &config["task_type"]),
+            (&json!("owner/model"), &json!("CAUSAL_LM"))
+        );
+        assert_eq!(again.digest().unwrap(), package.digest().unwrap(), "what the base is called is no part of it");
     }
 
     /// An adapter of sites that no list of targets and layers selects is published as what it is.

@@ -10,3 +10,4 @@ mod tensors;
 
 pub use lora::{BaseShape, Lora, LoraLayer, Site};
 pub use packed::PackedLora;
+pub use settings::Initialisation;

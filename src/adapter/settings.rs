@@ -68,9 +68,22 @@ const REFUSED: [(&str, &str); 13] = [
     ("modules_to_save", "whole layers are served as the base has them: train again with modules_to_save empty"),
 ];
 
-/// PEFT's initialisations by name, all but `pissa_niter_N`. None of them says anything about the tensors that were saved.
-const INITIALISATIONS: [&str; 9] =
-    ["gaussian", "eva", "orthogonal", "pissa", "olora", "corda", "loftq", "lora_ga", "mica"];
+/// PEFT's initialisations that leave the base as it is where PEFT loads the adapter. LoftQ's base is the same base in fewer bits, as every base
+/// here is; what its adapter makes up for is a part of what was trained.
+const APART: [&str; 6] = ["gaussian", "eva", "orthogonal", "loftq", "lora_ga", "mica"];
+
+/// What an adapter's initialisation has to do with its tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Initialisation {
+    /// Nothing: the base stayed as it was.
+    Apart,
+    /// The adapter began as the largest singular values of the base.
+    Pissa,
+    /// The adapter began as the first columns of the base's QR decomposition.
+    Olora,
+    /// The adapter began as directions of the base that data chose.
+    Corda,
+}
 
 /// A config that is read.
 #[derive(Debug)]
@@ -79,6 +92,7 @@ pub(super) struct Settings {
     alpha: f32,
     dropout: f32,
     use_rslora: bool,
+    pub(super) initialisation: Initialisation,
     selection: Selection,
     rank_pattern: Pattern,
     alpha_pattern: Pattern,
@@ -99,7 +113,7 @@ impl Settings {
         let config = object(config)?;
         check_kind(&config)?;
         check_known(&config)?;
-        check_initialisation(config.get("init_lora_weights"))?;
+        let initialisation = initialisation(config.get("init_lora_weights"))?;
         let number = |value: &Value| value.as_f64().filter(|x| x.is_finite());
         let whole = |value: &Value| value.as_u64().and_then(|r| u32::try_from(r).ok()).filter(|r| *r > 0);
         let missing = |key: &str| refuse("INVALID_SETTING", key, "is missing; it is in every config that PEFT writes");
@@ -112,6 +126,7 @@ impl Settings {
             alpha: alpha.ok_or_else(|| missing("lora_alpha"))? as f32,
             dropout: setting(&config, "lora_dropout", "a number in [0, 1)", dropout)?.unwrap_or(0.0) as f32,
             use_rslora: setting(&config, "use_rslora", "true or false", Value::as_bool)?.unwrap_or(false),
+            initialisation,
             selection: Selection::read(&config)?,
             rank_pattern: Pattern::read("rank_pattern", &config)?,
             alpha_pattern: Pattern::read("alpha_pattern", &config)?,
@@ -246,17 +261,22 @@ fn check_known(config: &Map<String, Value>) -> Result<()> {
     }
 }
 
-/// Refuses an initialisation that PEFT does not have: it could change what the tensors mean.
-fn check_initialisation(value: Option<&Value>) -> Result<()> {
+/// Reads the initialisation. One that PEFT does not have is refused: it could change what the tensors mean.
+fn initialisation(value: Option<&Value>) -> Result<Initialisation> {
     let name = match value {
-        None | Some(Value::Null | Value::Bool(_)) => return Ok(()),
+        None | Some(Value::Null | Value::Bool(_)) => return Ok(Initialisation::Apart),
         Some(Value::String(name)) => name.to_ascii_lowercase(),
         Some(other) => other.to_string(),
     };
-    let rounds =
-        name.strip_prefix("pissa_niter_").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
-    if rounds || INITIALISATIONS.contains(&name.as_str()) {
-        return Ok(());
+    let rounds = |rounds: &str| !rounds.is_empty() && rounds.bytes().all(|b| b.is_ascii_digit());
+    if name == "pissa" || name.strip_prefix("pissa_niter_").is_some_and(rounds) {
+        return Ok(Initialisation::Pissa);
+    }
+    match name.as_str() {
+        "olora" => return Ok(Initialisation::Olora),
+        "corda" => return Ok(Initialisation::Corda),
+        name if APART.contains(&name) => return Ok(Initialisation::Apart),
+        _ => {}
     }
     let name: String = name.chars().take(100).collect();
     let message = format!(

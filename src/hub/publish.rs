@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::adapter::format::{CONFIG_FILE, TENSORS_FILE};
-use crate::adapter::{Lora, PackedLora};
+use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::error::{Error, Result};
 use crate::hub::budget::Reservation;
 use crate::hub::residents::{Resident, Unnamed};
@@ -47,9 +47,20 @@ impl Hub {
         // The limit on ranks is for what comes in; a job was held to it when it was accepted.
         let max_rank = if new.job.is_some() { u64::MAX } else { self.limits.max_rank };
         let shape = Arc::clone(&self.shape);
-        let (new, bytes) = blocking(move || {
+        let (gate, mut new) = (Arc::clone(&self.gate), new);
+        let (new, bytes, max_rank) = blocking(move || {
             let bytes = new.package.memory_bytes(&shape, max_rank)?;
-            Ok((new, bytes))
+            let initialisation = new.package.initialisation()?;
+            if new.job.is_some() || initialisation == Initialisation::Apart {
+                return Ok((new, bytes, max_rank));
+            }
+            let Some(plain) = gate.plain_form(&new.package.read(&shape, max_rank)?, initialisation)? else {
+                return Ok((new, bytes, max_rank));
+            };
+            // Of twice the rank, which is not what the limit is for.
+            new.package = Package::from_lora(&plain, &shape)?;
+            let bytes = new.package.memory_bytes(&shape, u64::MAX)?;
+            Ok((new, bytes, u64::MAX))
         })
         .await?;
         let reserved = self.residents.room(bytes).await?;

@@ -4,6 +4,7 @@
 mod autograd;
 pub mod batch;
 mod exec;
+mod initial;
 mod kv;
 mod linear;
 pub mod llama;

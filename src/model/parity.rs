@@ -6,13 +6,13 @@
 
 use std::sync::{Arc, OnceLock};
 
-use crate::adapter::{Lora, PackedLora};
+use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
-use crate::model::Model;
 use crate::model::batch::{KvLayout, LogitRows, Span};
 use crate::model::traced::{Pass, TracedLora};
+use crate::model::{Model, initial};
 use crate::request::ParityReport;
 use crate::text::Text;
 
@@ -87,6 +87,16 @@ impl Parity {
         let (serve, fingerprint) = self.serve(probes, Some(served), &permit)?;
         let train = self.train(probes, Some(&TracedLora::frozen(trained)?), &permit)?;
         report(base, &serve, &train, fingerprint == base.serve.1)
+    }
+
+    /// Gives the adapter for the base as it is, of one that began as a part of the base; `None` where it is that already. Gives way to serving
+    /// after every layer.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_SETTING where that part cannot be found again.
+    pub fn plain_form(&self, lora: &Lora, initialisation: Initialisation) -> Result<Option<Lora>> {
+        let permit = self.arbiter.train();
+        initial::plain_form(&self.model, lora, initialisation, &|| permit.give_way())
     }
 
     fn base_scores(&self, probes: &[Vec<u32>], permit: &TrainPermit) -> Result<BaseScores> {

@@ -300,6 +300,14 @@ fn vocabulary(metadata: &Metadata<'_>) -> Result<Vocabulary> {
         let message = format!("is {end_of_turn}, and there are {} tokens", tokens.len());
         return Err(unsupported("tokenizer.ggml.eos_token_id", message));
     }
+    let bos = match metadata.0.contains_key("tokenizer.ggml.bos_token_id") {
+        true => Some(metadata.integer("tokenizer.ggml.bos_token_id")?),
+        false => None,
+    };
+    if let Some(id) = bos.filter(|id| *id >= tokens.len()) {
+        let message = format!("is {id}, and there are {} tokens", tokens.len());
+        return Err(unsupported("tokenizer.ggml.bos_token_id", message));
+    }
     let pair = |merge: &String| merge.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned()));
     let merges = metadata.texts("tokenizer.ggml.merges")?;
     let merges = merges.iter().map(pair).collect::<Option<_>>();
@@ -309,7 +317,7 @@ fn vocabulary(metadata: &Metadata<'_>) -> Result<Vocabulary> {
         merges: merges.ok_or_else(|| unsupported("tokenizer.ggml.merges", "holds an entry that is no pair"))?,
         pre: metadata.text("tokenizer.ggml.pre")?.to_owned(),
         end_of_turn: end_of_turn as u32,
-        bos: metadata.integer("tokenizer.ggml.bos_token_id").ok().map(|id| id as u32),
+        bos: bos.map(|id| id as u32),
         chat_template: metadata.text("tokenizer.chat_template")?.to_owned(),
     })
 }

@@ -103,6 +103,7 @@ impl TestServer {
         let mut config = Config {
             data_dir: data.path().to_owned(),
             base: "unused.gguf".into(),
+            base_name: None,
             device: DeviceSpec::Cpu,
             threads: 2,
             metrics_listen: None,

@@ -106,7 +106,9 @@ fn small_beside_its_factors(shape: &BaseShape, part: f32) -> Package {
     for (i, (site, layer)) in lora.layers.iter_mut().enumerate() {
         let (inputs, outputs) = shape.dims(site.target);
         let wave = |at: usize, by: f32| ((at + 17 * i) as f32 * by).sin();
-        let a = |rank: usize, at: usize| 3.0 * wave(at + 977 * (rank % 2), 0.71) + part * (rank / 2) as f32 * wave(at, 1.37);
+        let a = |rank: usize, at: usize| {
+            3.0 * wave(at + 977 * (rank % 2), 0.71) + part * (rank / 2) as f32 * wave(at, 1.37)
+        };
         let b = |at: usize, rank: usize| [3.0, -3.0][rank / 2] * wave(at + 577 * (rank % 2), 0.43);
         layer.a = (0..4 * inputs).map(|j| a(j / inputs, j % inputs)).collect();
         layer.b = (0..4 * outputs).map(|j| b(j / 4, j % 4)).collect();
@@ -131,7 +133,7 @@ async fn an_adapter_whose_rounding_shows_is_served_in_twice_the_bits() {
     assert_eq!(bytes(&version), 3 * bytes(&usual), "both have rank 4 on all layers");
     assert_eq!(version.rank, 4, "its rank is the file's");
     let parity = version.parity.unwrap();
-    assert!(parity.mean_abs_effect > 1.0 && parity.mean_abs_difference <= 0.003, "{parity:?}");
+    assert!(parity.mean_abs_effect > 0.05 && parity.mean_abs_difference <= 0.0015, "{parity:?}");
     let before = scores(&server, &key, "tenants/a/adapters/small").await;
     let packed: Vec<_> = server.blobs().into_iter().filter(|path| path.ends_with("packed.bin")).collect();
     assert_eq!(packed.len(), 2);

@@ -1,0 +1,355 @@
+//! Adapters that began as a part of the base. PiSSA (Meng et al. 2024) takes the largest singular values of a layer out of the base and starts
+//! the adapter as them, OLoRA (Büyükakyüz 2024) the first columns of its QR decomposition, CorDA (Yang et al. 2024) directions that its data
+//! choose. Such an adapter means something on the base without that part, B A on W - B0 A0: PEFT takes the part out again when it loads one.
+//!
+//! Here the base stays as it is, so the part goes into the adapter: [B, -B0] [A; A0], of twice the rank, which is what PEFT's own conversion
+//! gives (`path_initial_model_for_weight_conversion`). A config may also keep the initialisation's name when its tensors are converted or
+//! others, so they are looked at: where taking the part out makes the sum of all changes smaller, they hold it still.
+
+use crate::adapter::{Initialisation, Lora, LoraLayer, Site};
+use crate::error::{Error, Result};
+use crate::kernels::gemm::{self, Mat, Out};
+use crate::model::Model;
+
+/// Rounds of the search for singular vectors before it is looked whether it has ended, and how often that is looked at most.
+const ROUNDS: usize = 4;
+const LOOKS: usize = 15;
+
+/// The share by which the values that were found may still grow when the search ends.
+const FOUND: f64 = 1e-7;
+
+/// Vectors that are searched beside twice those that are wanted: the more, the faster it ends.
+const SPARE: usize = 16;
+
+/// What a layer's initialisation took out of the base, without the adapter's scale: the columns `u` `[out, rank]`, orthonormal, times `a`
+/// `[rank, in]`.
+struct Part {
+    rank: usize,
+    u: Vec<f32>,
+    a: Vec<f32>,
+}
+
+/// Gives the adapter for the base as it is; `None` where it is that already.
+///
+/// # Errors
+/// UNSUPPORTED_SETTING where the part that was taken out cannot be found again from the files (CorDA).
+pub(super) fn plain_form(
+    model: &Model,
+    lora: &Lora,
+    initialisation: Initialisation,
+    give_way: &dyn Fn(),
+) -> Result<Option<Lora>> {
+    if initialisation == Initialisation::Apart {
+        return Ok(None);
+    }
+    let part_of = |(site, layer): (&Site, &LoraLayer)| {
+        give_way();
+        (*site, part(model, *site, layer, initialisation, give_way))
+    };
+    let parts: Vec<(Site, Part)> = lora.layers.iter().map(part_of).collect();
+    // (The changes' product with the parts, the parts' square): |change - part|^2 < |change|^2 where the product is over half the square.
+    let mut held = (0.0, 0.0);
+    for (site, part) in &parts {
+        let (product, square) = overlap(&lora.layers[site], part, weight(&lora.layers[site], initialisation));
+        held = (held.0 + product, held.1 + square);
+    }
+    if held.0 <= 0.5 * held.1 {
+        return Ok(None);
+    }
+    if initialisation == Initialisation::Corda {
+        let message = "is \"corda\", and the tensors belong to a base that it changed by data that are not in the files; save the adapter again \
+                       with PEFT's save_pretrained and path_initial_model_for_weight_conversion, which makes it a plain one";
+        return Err(Error::invalid_because("UNSUPPORTED_SETTING", "init_lora_weights", message));
+    }
+    let doubled = |layer: &LoraLayer| if lora.spec.use_rslora { layer.alpha * 2_f32.sqrt() } else { layer.alpha * 2.0 };
+    let layers = parts.into_iter().map(|(site, part)| {
+        let layer = &lora.layers[&site];
+        (site, without(layer, part, weight(layer, initialisation), doubled(layer)))
+    });
+    let layers = layers.collect();
+    let mut spec = lora.spec.clone();
+    spec.rank *= 2;
+    spec.alpha *= if spec.use_rslora { 2_f32.sqrt() } else { 2.0 };
+    Ok(Some(Lora { spec, layers }))
+}
+
+/// What the part is multiplied by: PiSSA takes the adapter's scale out of it, OLoRA leaves it in.
+fn weight(layer: &LoraLayer, initialisation: Initialisation) -> f32 {
+    if initialisation == Initialisation::Olora { layer.scale } else { 1.0 }
+}
+
+/// The layer with its part taken out.
+fn without(layer: &LoraLayer, part: Part, weight: f32, alpha: f32) -> LoraLayer {
+    let by = if layer.scale == 0.0 { 0.0 } else { weight / layer.scale };
+    let mut a = layer.a.clone();
+    a.extend(part.a.iter().map(|x| x * by));
+    // Of a layer narrower than its rank there are fewer columns.
+    a.resize(2 * layer.a.len(), 0.0);
+    let missing = layer.rank - part.rank;
+    let rows = layer.b.chunks_exact(layer.rank).zip(part.u.chunks_exact(part.rank));
+    let b =
+        rows.flat_map(|(b, u)| b.iter().copied().chain(u.iter().map(|x| -x)).chain(std::iter::repeat_n(0.0, missing)));
+    LoraLayer { rank: 2 * layer.rank, alpha, scale: layer.scale, a, b: b.collect() }
+}
+
+/// (The product of scale B A and the part, the part's square), both summed over all elements.
+fn overlap(layer: &LoraLayer, part: &Part, weight: f32) -> (f64, f64) {
+    let inputs = layer.a.len() / layer.rank;
+    let mut bu = vec![0.0; layer.rank * part.rank];
+    gemm::mul_tn(out(&mut bu, part.rank), Mat::dense(&layer.b, layer.rank), Mat::dense(&part.u, part.rank), false);
+    let mut aa = vec![0.0; layer.rank * part.rank];
+    gemm::mul_nt(out(&mut aa, part.rank), Mat::dense(&layer.a, inputs), Mat::dense(&part.a, inputs), false);
+    let product: f64 = bu.iter().zip(&aa).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+    let square: f64 = part.a.iter().map(|x| f64::from(*x).powi(2)).sum();
+    let (scale, weight) = (f64::from(layer.scale), f64::from(weight));
+    (scale * weight * product, weight * weight * square)
+}
+
+fn out(data: &mut [f32], stride: usize) -> Out<'_> {
+    Out { data, stride, accumulate: false }
+}
+
+/// What the initialisation took out of a layer.
+fn part(model: &Model, site: Site, layer: &LoraLayer, initialisation: Initialisation, give_way: &dyn Fn()) -> Part {
+    let matrix = model.matrix(site);
+    let (outputs, inputs) = (matrix.rows(), matrix.cols());
+    let mut w = vec![0.0; outputs * inputs];
+    for (row, values) in w.chunks_exact_mut(inputs).enumerate() {
+        matrix.dequantize(row, values);
+    }
+    let rank = layer.rank.min(outputs).min(inputs);
+    let columns = |from: &[f32], stride: usize| -> Vec<f32> {
+        from.chunks_exact(stride).flat_map(|row| row[..rank].iter().copied()).collect()
+    };
+    let mut u = match initialisation {
+        Initialisation::Olora => columns(&w, inputs),
+        // Those of B, which training has moved a little.
+        Initialisation::Corda => columns(&layer.b, layer.rank),
+        Initialisation::Pissa | Initialisation::Apart => {
+            return singular(&w, (outputs, inputs), rank, layer, give_way);
+        }
+    };
+    orthonormalise(&mut u, rank);
+    let mut a = vec![0.0; rank * inputs];
+    gemm::mul_tn(out(&mut a, inputs), Mat::dense(&u, rank), Mat::dense(&w, inputs), true);
+    Part { rank, u, a }
+}
+
+/// The largest `rank` singular values of W with their vectors, by subspace iteration; it starts from B, which began as them.
+fn singular(w: &[f32], (outputs, inputs): (usize, usize), rank: usize, start: &LoraLayer, give_way: &dyn Fn()) -> Part {
+    let (b, b_rank) = (&start.b, start.rank);
+    let width = (2 * rank + SPARE).min(outputs).min(inputs);
+    let mut q = vec![0.0; outputs * width];
+    for (row, (to, from)) in q.chunks_exact_mut(width).zip(b.chunks_exact(b_rank)).enumerate() {
+        let known = b_rank.min(width);
+        to[..known].copy_from_slice(&from[..known]);
+        for (k, x) in to.iter_mut().enumerate().skip(known) {
+            *x = ((row * 31 + k * 7919 + 1) as f32 * 0.618_034).fract() - 0.5;
+        }
+    }
+    orthonormalise(&mut q, width);
+    let (w, mut z) = (Mat::dense(w, inputs), vec![0.0; inputs * width]);
+    gemm::mul_tn(out(&mut z, width), w, Mat::dense(&q, width), true);
+    let (mut values, mut vectors) = eigen(&gram(&z, width), width);
+    for _ in 0..LOOKS {
+        for _ in 0..ROUNDS {
+            give_way();
+            gemm::mul(out(&mut q, width), w, Mat::dense(&z, width), true);
+            orthonormalise(&mut q, width);
+            gemm::mul_tn(out(&mut z, width), w, Mat::dense(&q, width), true);
+        }
+        let before: f64 = values[..rank].iter().sum();
+        (values, vectors) = eigen(&gram(&z, width), width);
+        if values[..rank].iter().sum::<f64>() <= before * (1.0 + FOUND) {
+            break;
+        }
+    }
+    let u = project(&q, width, &vectors, rank);
+    Part { rank, u, a: transposed(&project(&z, width, &vectors, rank), rank) }
+}
+
+/// Makes the columns of a matrix orthonormal, one after the other, twice over; one that is none of its own becomes zero.
+fn orthonormalise(q: &mut [f32], width: usize) {
+    let rows = q.len() / width;
+    let mut columns = transposed(q, width);
+    for k in 0..width {
+        let (done, rest) = columns.split_at_mut(k * rows);
+        let column = &mut rest[..rows];
+        let length = |column: &[f32]| column.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let before = length(column);
+        for other in done.chunks_exact(rows).chain(done.chunks_exact(rows)) {
+            let along: f64 = other.iter().zip(&*column).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+            column.iter_mut().zip(other).for_each(|(x, y)| *x -= along as f32 * y);
+        }
+        let after = length(column);
+        let by = if after > 1e-5 * before { (1.0 / after) as f32 } else { 0.0 };
+        column.iter_mut().for_each(|x| *x *= by);
+    }
+    q.copy_from_slice(&transposed(&columns, rows));
+}
+
+fn transposed(values: &[f32], cols: usize) -> Vec<f32> {
+    (0..cols).flat_map(|col| values.iter().skip(col).step_by(cols).copied()).collect()
+}
+
+/// Z^T Z.
+fn gram(z: &[f32], width: usize) -> Vec<f64> {
+    let mut products = vec![0.0; width * width];
+    gemm::mul_tn(out(&mut products, width), Mat::dense(z, width), Mat::dense(z, width), false);
+    products.into_iter().map(f64::from).collect()
+}
+
+/// The first `rank` columns of Q V.
+fn project(q: &[f32], width: usize, vectors: &[f64], rank: usize) -> Vec<f32> {
+    let v: Vec<f32> = vectors.chunks_exact(width).flat_map(|row| row[..rank].iter().map(|x| *x as f32)).collect();
+    let mut projected = vec![0.0; q.len() / width * rank];
+    gemm::mul(out(&mut projected, rank), Mat::dense(q, width), Mat::dense(&v, rank), false);
+    projected
+}
+
+/// Eigenvalues of a symmetric matrix, the largest first, and their vectors as columns, by Jacobi's rotations.
+fn eigen(matrix: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
+    let mut a = matrix.to_vec();
+    let mut v = vec![0.0; n * n];
+    (0..n).for_each(|i| v[i * n + i] = 1.0);
+    let size: f64 = a.iter().map(|x| x * x).sum();
+    for _ in 0..30 {
+        let off: f64 = (0..n).map(|i| (0..i).map(|j| a[i * n + j].powi(2)).sum::<f64>()).sum();
+        if off <= 1e-22 * size {
+            break;
+        }
+        for p in 0..n {
+            for q in p + 1..n {
+                rotate(&mut a, &mut v, n, (p, q));
+            }
+        }
+    }
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by(|i, j| a[j * n + j].total_cmp(&a[i * n + i]));
+    let values = order.iter().map(|i| a[i * n + i]).collect();
+    let vectors = (0..n).flat_map(|row| order.iter().map(|col| v[row * n + col]).collect::<Vec<_>>()).collect();
+    (values, vectors)
+}
+
+/// Turns rows and columns p and q so that their common element becomes zero.
+fn rotate(a: &mut [f64], v: &mut [f64], n: usize, (p, q): (usize, usize)) {
+    let common = a[p * n + q];
+    if common == 0.0 {
+        return;
+    }
+    let theta = (a[q * n + q] - a[p * n + p]) / (2.0 * common);
+    let t = theta.signum() / (theta.abs() + (theta * theta + 1.0).sqrt());
+    let (cos, sin) = (1.0 / (t * t + 1.0).sqrt(), t / (t * t + 1.0).sqrt());
+    for k in 0..n {
+        let (x, y) = (a[k * n + p], a[k * n + q]);
+        (a[k * n + p], a[k * n + q]) = (cos * x - sin * y, sin * x + cos * y);
+    }
+    for k in 0..n {
+        let (x, y) = (a[p * n + k], a[q * n + k]);
+        (a[p * n + k], a[q * n + k]) = (cos * x - sin * y, sin * x + cos * y);
+        let (x, y) = (v[k * n + p], v[k * n + q]);
+        (v[k * n + p], v[k * n + q]) = (cos * x - sin * y, sin * x + cos * y);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::LoraSpec;
+
+    fn dense(model: &Model, site: Site) -> (Vec<f32>, usize) {
+        let matrix = model.matrix(site);
+        let mut w = vec![0.0; matrix.rows() * matrix.cols()];
+        w.chunks_exact_mut(matrix.cols()).enumerate().for_each(|(row, to)| matrix.dequantize(row, to));
+        (w, matrix.cols())
+    }
+
+    /// scale B A, in full.
+    fn change(layer: &LoraLayer) -> Vec<f64> {
+        let inputs = layer.a.len() / layer.rank;
+        let at =
+            |o: usize, i: usize, k: usize| f64::from(layer.b[o * layer.rank + k]) * f64::from(layer.a[k * inputs + i]);
+        let outputs = layer.b.len() / layer.rank;
+        let cell = |cell: usize| {
+            (0..layer.rank).map(|k| at(cell / inputs, cell % inputs, k)).sum::<f64>() * f64::from(layer.scale)
+        };
+        (0..outputs * inputs).map(cell).collect()
+    }
+
+    /// The part that PiSSA takes out of a layer, from all eigenvectors of W W^T.
+    fn largest(w: &[f32], inputs: usize, rank: usize) -> Vec<f64> {
+        let outputs = w.len() / inputs;
+        let row = |o: usize| &w[o * inputs..][..inputs];
+        let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+        let squares: Vec<f64> = (0..outputs * outputs).map(|i| dot(row(i / outputs), row(i % outputs))).collect();
+        let (_, vectors) = eigen(&squares, outputs);
+        let mut part = vec![0.0; w.len()];
+        for k in 0..rank {
+            let u = |o: usize| vectors[o * outputs + k];
+            for i in 0..inputs {
+                let along: f64 = (0..outputs).map(|o| u(o) * f64::from(w[o * inputs + i])).sum();
+                (0..outputs).for_each(|o| part[o * inputs + i] += u(o) * along);
+            }
+        }
+        part
+    }
+
+    /// An adapter as PiSSA or OLoRA starts it, moved a little: what it means on the base as it is is the move alone.
+    #[test]
+    fn the_part_of_the_base_is_taken_out_again() {
+        let (model, _) = Model::tiny(1);
+        for (initialisation, use_rslora) in
+            [(Initialisation::Pissa, false), (Initialisation::Olora, false), (Initialisation::Pissa, true)]
+        {
+            let spec = LoraSpec { rank: 4, alpha: 12.0, use_rslora, ..LoraSpec::default() };
+            let mut lora = Lora::fresh(&spec, model.shape(), 3).unwrap();
+            let mut expected = Vec::new();
+            for (site, layer) in &mut lora.layers {
+                let start = LoraLayer { b: vec![1.0; layer.b.len()], ..layer.clone() };
+                let Part { u, a, .. } = part(&model, *site, &start, initialisation, &|| {});
+                let by = weight(layer, initialisation) / layer.scale;
+                let wave = |i: usize| 0.01 * (i as f32 * 0.37).sin();
+                let taken = LoraLayer { a: a.iter().map(|x| x * by).collect(), b: u.clone(), ..layer.clone() };
+                let (w, inputs) = dense(&model, *site);
+                if initialisation == Initialisation::Pissa {
+                    let exact = largest(&w, inputs, 4);
+                    let error = change(&taken).iter().zip(&exact).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+                    assert!(error < 1e-3, "{site:?}: {error}");
+                }
+                layer.a = taken.a.iter().enumerate().map(|(i, x)| x + wave(i)).collect();
+                layer.b = taken.b.iter().enumerate().map(|(i, x)| x + wave(i + 5)).collect();
+                let moved = change(layer).iter().zip(change(&taken)).map(|(x, y)| x - y).collect::<Vec<_>>();
+                expected.push((*site, moved));
+            }
+            let plain =
+                plain_form(&model, &lora, initialisation, &|| {}).unwrap().expect("it holds a part of the base");
+            for (site, moved) in expected {
+                let layer = &plain.layers[&site];
+                assert_eq!((layer.rank, plain.spec.rank), (8, 8));
+                assert!((plain.spec.scale(layer.alpha, 8) / layer.scale - 1.0).abs() < 1e-6);
+                let error = change(layer).iter().zip(&moved).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+                assert!(error < 1e-3, "{initialisation:?} {site:?}: {error}");
+            }
+            assert!(
+                plain_form(&model, &plain, initialisation, &|| {}).unwrap().is_none(),
+                "converted, it stays as it is"
+            );
+        }
+    }
+
+    #[test]
+    fn corda_is_told_from_what_only_bears_its_name() {
+        let (model, _) = Model::tiny(1);
+        let mut lora = Lora::fresh(&LoraSpec { rank: 4, alpha: 4.0, ..LoraSpec::default() }, model.shape(), 3).unwrap();
+        lora.layers
+            .values_mut()
+            .for_each(|l| l.b.iter_mut().enumerate().for_each(|(i, b)| *b = 0.1 * (i as f32 * 0.7).sin()));
+        assert!(plain_form(&model, &lora, Initialisation::Corda, &|| {}).unwrap().is_none());
+        for (site, layer) in &mut lora.layers {
+            let Part { u, a, .. } = part(&model, *site, layer, Initialisation::Pissa, &|| {});
+            (layer.a, layer.b) = (a, u);
+        }
+        let refused = plain_form(&model, &lora, Initialisation::Corda, &|| {}).unwrap_err().to_string();
+        assert!(refused.contains("path_initial_model_for_weight_conversion"), "{refused}");
+    }
+}
