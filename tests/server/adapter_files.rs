@@ -637,7 +637,7 @@ fn refused_files(t: &mut Table<'_>) {
 async fn answers(server: &TestServer, key: &str, adapter: &str) -> Vec<ScoreResult> {
     let input = ScoreInput { sequence: Some(score_input::Sequence::Text("what is served".into())) };
     let name = format!("tenants/a/adapters/{adapter}");
-    let request = ScoreRequest { adapter: name.clone(), inputs: vec![input], top_logprobs: 2, priority: None };
+    let request = ScoreRequest { adapter: name.clone(), inputs: vec![input], top_logprobs: 2, ..Default::default() };
     let results = server.generation(key).await.score(request).await.unwrap().into_inner().results;
     let request = DeleteAdapterRequest { name, etag: String::new() };
     server.adapters(key).await.delete_adapter(request).await.unwrap();
