@@ -89,14 +89,14 @@ impl Parity {
         report(base, &serve, &train, fingerprint == base.serve.1)
     }
 
-    /// Gives the adapter for the base as it is, of one that began as a part of the base; `None` where it is that already. Gives way to serving
+    /// Gives the adapter for the base as it is, of one that began as a part of the base; `None` where it is that already. Yields to serving
     /// after every layer.
     ///
     /// # Errors
     /// UNSUPPORTED_SETTING where that part cannot be found again.
     pub fn plain_form(&self, lora: &Lora, initialisation: Initialisation) -> Result<Option<Lora>> {
         let permit = self.arbiter.train();
-        initial::plain_form(&self.model, lora, initialisation, &|| permit.give_way())
+        initial::plain_form(&self.model, lora, initialisation, &|| permit.yield_to_serving())
     }
 
     fn base_scores(&self, probes: &[Vec<u32>], permit: &TrainPermit) -> Result<BaseScores> {
