@@ -12,7 +12,7 @@ fmt:
 lint:
     cargo fmt --check
     cargo clippy --all-targets --locked -- -D warnings
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked
 
 # All tests. The first run fetches the default base.
 test *ARGS:
@@ -40,7 +40,7 @@ cuda-check:
 
 # The documentation of the crate's modules.
 docs:
-    cargo doc --no-deps --open
+    cargo doc --no-deps --document-private-items --open
 
 # Licences, advisories and banned crates; needs cargo-deny.
 deny:

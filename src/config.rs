@@ -16,6 +16,7 @@ pub struct Config {
     pub base: PathBuf,
     /// What exports call the base, in a name that PEFT's tools can load; `None`: the file's.
     pub base_name: Option<String>,
+    /// Where the base is served.
     pub device: DeviceSpec,
     /// Worker threads of the compute pool.
     pub threads: usize,
@@ -25,16 +26,20 @@ pub struct Config {
     pub insecure_no_auth: bool,
     /// Revokes all operator keys at the start and makes a new one.
     pub rotate_operator_key: bool,
+    /// The server's certificate; without one, connections are in clear text.
     pub tls: Option<TlsFiles>,
     /// Plaintext beyond loopback is refused unless this is set.
     pub allow_plaintext: bool,
+    /// Every limit.
     pub limits: Limits,
 }
 
 /// PEM files.
 #[derive(Debug, Clone)]
 pub struct TlsFiles {
+    /// The certificate chain, in PEM.
     pub cert: PathBuf,
+    /// The certificate's private key, in PEM.
     pub key: PathBuf,
 }
 
@@ -221,6 +226,7 @@ const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
 ];
 
 impl Limits {
+    /// Returns how long calls under way may take once the server stops.
     pub fn drain_timeout(&self) -> Duration {
         Duration::from_secs(self.drain_timeout_seconds)
     }

@@ -18,7 +18,9 @@ use crate::error::{Error, Result};
 pub enum DeviceSpec {
     /// A GPU where the build and the machine have one, else the CPU.
     Auto,
+    /// The processor, with the kernels of `kernels::cpu`.
     Cpu,
+    /// The NVIDIA GPU of this number.
     Cuda(usize),
 }
 

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+/// What fallible functions of this crate give.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong, in the caller's terms.
@@ -11,34 +12,77 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// The request can never succeed as it is. `field` is its path, e.g. `sampling.top_p`.
     #[error("{field}: {message}")]
-    Invalid { reason: &'static str, field: String, message: String },
+    Invalid {
+        /// Stable, in UPPER_SNAKE.
+        reason: &'static str,
+        /// The field's path in the request.
+        field: String,
+        /// What is wrong and what to do.
+        message: String,
+    },
     /// A named thing of the caller's own does not exist.
     #[error("{name} does not exist")]
-    NotFound { name: String },
+    NotFound {
+        /// The name as the caller gave it.
+        name: String,
+    },
+    /// A thing of that name is there.
     #[error("{name} already exists{}", hint(.message))]
-    AlreadyExists { name: String, message: String },
+    AlreadyExists {
+        /// The name as the caller gave it.
+        name: String,
+        /// What is wrong and what to do.
+        message: String,
+    },
     /// No key, or one that is unknown or revoked.
     #[error("{message}")]
-    Unauthenticated { message: String },
+    Unauthenticated {
+        /// What is wrong and what to do.
+        message: String,
+    },
     /// Another tenant's name, or an operator's method. The same text whether the name exists or not.
     #[error("this key may not use that name or method; names begin with tenants/{{your tenant}}")]
     PermissionDenied,
     /// Right request, wrong state of `subject`.
     #[error("{subject}: {message}")]
-    Precondition { reason: &'static str, subject: String, message: String },
+    Precondition {
+        /// Stable, in UPPER_SNAKE.
+        reason: &'static str,
+        /// What is in the wrong state.
+        subject: String,
+        /// What is wrong and what to do.
+        message: String,
+    },
     /// The etag given is not the current one.
     #[error("{name} has changed since it was read; read it again and retry with its new etag")]
-    Conflict { name: String },
+    Conflict {
+        /// The name as the caller gave it.
+        name: String,
+    },
     /// A named limit is reached. `limit` is its name in `config::Limits`.
     #[error("{message} (limit {limit})")]
-    Exhausted { limit: &'static str, message: String, retry_after: Option<Duration> },
+    Exhausted {
+        /// The limit's name.
+        limit: &'static str,
+        /// What is wrong and what to do.
+        message: String,
+        /// When it may be tried again.
+        retry_after: Option<Duration>,
+    },
+    /// The caller does not wait any longer.
     #[error("the deadline passed before the work was done")]
     DeadlineExceeded,
+    /// The caller has gone.
     #[error("the call was cancelled")]
     Cancelled,
     /// Not now; the same call may succeed later.
     #[error("{message}")]
-    Unavailable { message: String, retry_after: Option<Duration> },
+    Unavailable {
+        /// What is wrong and what to do.
+        message: String,
+        /// When it may be tried again.
+        retry_after: Option<Duration>,
+    },
     /// Our fault. The message goes to the log, not to the client.
     #[error("{0}")]
     Internal(String),
@@ -49,18 +93,22 @@ fn hint(message: &str) -> String {
 }
 
 impl Error {
+    /// Returns an error about a field whose reason is INVALID_ARGUMENT.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid { reason: "INVALID_ARGUMENT", field: field.into(), message: message.into() }
     }
 
+    /// Returns an error about a field with a reason of its own.
     pub fn invalid_because(reason: &'static str, field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid { reason, field: field.into(), message: message.into() }
     }
 
+    /// Returns the error that a name of the caller's own means nothing.
     pub fn not_found(name: impl std::fmt::Display) -> Self {
         Self::NotFound { name: name.to_string() }
     }
 
+    /// Returns the error that `subject` is in the wrong state for the request.
     pub fn precondition(reason: &'static str, subject: impl std::fmt::Display, message: impl Into<String>) -> Self {
         Self::Precondition { reason, subject: subject.to_string(), message: message.into() }
     }
@@ -75,6 +123,7 @@ impl Error {
         self.may_pass() && !matches!(self, Self::Exhausted { retry_after: None, .. })
     }
 
+    /// Returns an error that is our fault.
     pub fn internal(message: impl std::fmt::Display) -> Self {
         Self::Internal(message.to_string())
     }

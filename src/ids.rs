@@ -48,11 +48,13 @@ pub fn check_id(field: &str, id: &str) -> Result<()> {
 pub struct TenantId(String);
 
 impl TenantId {
+    /// Checks an id.
     pub fn new(id: &str) -> Result<Self> {
         check_id("tenant_id", id)?;
         Ok(Self(id.to_owned()))
     }
 
+    /// Returns the id without `tenants/`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -92,6 +94,7 @@ impl Tenant {
         Self { weight, ..self }
     }
 
+    /// Returns the tenant's id.
     pub fn id(&self) -> &TenantId {
         &self.id
     }
@@ -118,11 +121,14 @@ macro_rules! child_name {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $type {
+            /// Whose it is.
             pub tenant: TenantId,
+            /// The last segment.
             pub $id: String,
         }
 
         impl $type {
+            /// Makes a name of its parts.
             pub fn new(tenant: &TenantId, $id: &str) -> Result<Self> {
                 check_id(concat!(stringify!($id), "_id"), $id)?;
                 Ok(Self { tenant: tenant.clone(), $id: $id.to_owned() })
@@ -171,11 +177,14 @@ child_name!(
 /// `tenants/{t}/adapters/{a}/versions/{v}`: immutable. v counts from 1 within its adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VersionName {
+    /// The adapter it is a version of.
     pub adapter: AdapterName,
+    /// Its number, from 1.
     pub version: u32,
 }
 
 impl VersionName {
+    /// Returns whose it is.
     pub fn tenant(&self) -> &TenantId {
         &self.adapter.tenant
     }
@@ -205,11 +214,14 @@ impl FromStr for VersionName {
 /// What a request may name: an adapter for its live version, or one version.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum AdapterRef {
+    /// The version that is live when the request is taken.
     Live(AdapterName),
+    /// This one.
     Version(VersionName),
 }
 
 impl AdapterRef {
+    /// Returns whose it is.
     pub fn tenant(&self) -> &TenantId {
         match self {
             Self::Live(adapter) => &adapter.tenant,
@@ -217,6 +229,7 @@ impl AdapterRef {
         }
     }
 
+    /// Returns the adapter, of whichever version.
     pub fn adapter(&self) -> &AdapterName {
         match self {
             Self::Live(adapter) => adapter,
@@ -246,10 +259,12 @@ impl FromStr for AdapterRef {
 pub struct Digest([u8; 32]);
 
 impl Digest {
+    /// Computes the digest of bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
     }
 
+    /// Returns the 64 hex digits.
     pub fn hex(&self) -> String {
         self.0.iter().map(|b| format!("{b:02x}")).collect()
     }

@@ -16,10 +16,15 @@ pub fn philox4x32(mut key: [u32; 2], mut counter: [u32; 4]) -> [u32; 4] {
 /// What a stream of numbers is for; streams of one seed are independent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
+    /// Drawing the next token.
     Sampling = 1,
+    /// An adapter's first values.
     Initialisation = 2,
+    /// Which inputs are dropped.
     Dropout = 3,
+    /// The order of the records of an epoch.
     Order = 4,
+    /// Which records are held out.
     Split = 5,
 }
 
@@ -31,6 +36,7 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// Returns the stream of a seed and a purpose.
     pub fn new(seed: u64, purpose: Purpose) -> Self {
         Self { seed, purpose }
     }

@@ -8,10 +8,12 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, DatasetName, VersionName};
 
+/// A message of a conversation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ChatMessage {
     /// `system`, `user` or `assistant`.
     pub role: String,
+    /// The text; nothing in it is a control token.
     pub content: String,
     /// Who speaks, for templates that show it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -25,6 +27,7 @@ impl ChatMessage {
     }
 }
 
+/// What a generation continues, or what is scored.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Prompt {
     /// Control tokens are recognised.
@@ -33,6 +36,7 @@ pub enum Prompt {
     Chat(Vec<ChatMessage>),
     /// The same; the last message, the assistant's, is continued.
     ContinuedChat(Vec<ChatMessage>),
+    /// Ids as they are; each must be in the vocabulary.
     TokenIds(Vec<u32>),
 }
 
@@ -48,6 +52,7 @@ pub enum Prompt {
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
+    /// What logits are divided by; 0 takes the likeliest.
     pub temperature: f32,
     /// 1 is off.
     pub top_p: f32,
@@ -67,6 +72,7 @@ pub struct Sampling {
     pub min_tokens: u32,
     /// Answers to one prompt; answer i is drawn with `seed + i`.
     pub n: u32,
+    /// The same seed draws the same tokens.
     pub seed: u64,
 }
 
@@ -114,10 +120,14 @@ impl Sampling {
     }
 }
 
+/// When an answer ends.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stopping {
+    /// Tokens at most.
     pub max_tokens: u32,
+    /// Texts that end the answer; the answer ends before them.
     pub stop: Vec<String>,
+    /// Goes on over tokens that end an answer.
     pub ignore_eos: bool,
 }
 
@@ -126,47 +136,65 @@ pub struct Stopping {
 pub struct GenerateSpec {
     /// `None` is the base.
     pub adapter: Option<AdapterRef>,
+    /// What is continued.
     pub prompt: Prompt,
+    /// How tokens are drawn.
     pub sampling: Sampling,
+    /// When the answer ends.
     pub stopping: Stopping,
     /// `Some(n)`: log-probabilities, with the n most likely tokens beside each.
     pub logprobs: Option<u32>,
     /// Higher goes first among the requests of one tenant.
     pub priority: i32,
+    /// When the caller stops waiting.
     pub deadline: Option<Instant>,
 }
 
 /// One call of Score.
 #[derive(Debug, Clone)]
 pub struct ScoreSpec {
+    /// The adapter; `None` is the base.
     pub adapter: Option<AdapterRef>,
+    /// The sequences.
     pub inputs: Vec<Prompt>,
+    /// The likeliest tokens that are told at each position.
     pub top_logprobs: u32,
     /// Higher goes first among the requests of one tenant.
     pub priority: i32,
+    /// When the caller stops waiting.
     pub deadline: Option<Instant>,
 }
 
 /// The log-probability of a token and of the most likely ones at its position, best first. Nats.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprob {
+    /// The token.
     pub id: u32,
+    /// Its natural log-probability.
     pub logprob: f32,
+    /// The likeliest tokens there, with theirs.
     pub top: Vec<(u32, f32)>,
 }
 
 /// A generated token; `logprob` where asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenOut {
+    /// The token.
     pub id: u32,
+    /// Where it was asked for.
     pub logprob: Option<TokenLogprob>,
 }
 
+/// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
+    /// By a token that ends answers, or a stop string.
     Stop,
+    /// By the most tokens that were asked for, or the end of the context.
     Length,
+    /// Before a phrase of the tenant's policy.
     ContentFiltered,
+    /// The caller has gone.
     Cancelled,
 }
 
@@ -179,9 +207,12 @@ pub enum StopCause {
     Token(u32),
 }
 
+/// What a request is charged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
+    /// Tokens that came in.
     pub prompt_tokens: u32,
+    /// Tokens that were generated.
     pub completion_tokens: u32,
     /// Of the prompt's, those found in the prefix cache, where it is known.
     pub cached_tokens: Option<u32>,
@@ -192,19 +223,27 @@ pub struct Usage {
 pub enum GenerateEvent {
     /// The version leased; `None` is the base.
     Started {
+        /// The adapter's version; `None` is the base.
         version: Option<VersionName>,
+        /// Tokens of the prompt.
         prompt_tokens: u32,
         /// What its tokens are drawn with; `None` where they are not drawn.
         seed: Option<u64>,
     },
+    /// More of the answer.
     Delta {
+        /// Whole characters.
         text: String,
+        /// The tokens that it was made of.
         tokens: Vec<TokenOut>,
     },
+    /// The last event.
     Finished {
+        /// Why it ended.
         reason: FinishReason,
         /// Of [`FinishReason::Stop`].
         stop: Option<StopCause>,
+        /// What it is charged.
         usage: Usage,
     },
 }
@@ -212,15 +251,22 @@ pub enum GenerateEvent {
 /// The scores of one sequence of n ids: n - 1 log-probabilities.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScoreOut {
+    /// The sequence as ids.
     pub ids: Vec<u32>,
+    /// Of each id but the first, given those before it.
     pub logprobs: Vec<TokenLogprob>,
+    /// The likeliest ids after the sequence.
     pub next: Vec<(u32, f32)>,
 }
 
+/// What scoring gives.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScoreAnswer {
+    /// The adapter's version; `None` is the base.
     pub version: Option<VersionName>,
+    /// One for each input, in their order.
     pub results: Vec<ScoreOut>,
+    /// What it is charged.
     pub usage: Usage,
 }
 
@@ -229,23 +275,33 @@ pub struct ScoreAnswer {
 pub enum Publish {
     /// Live where the adapter has no live version, else version only.
     Auto,
+    /// It becomes the adapter's live version.
     Live,
+    /// The live version stays as it is.
     VersionOnly,
 }
 
 /// A linear layer of a block, in PEFT's words. The order is that of the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Target {
+    /// The queries of attention.
     QProj,
+    /// The keys of attention.
     KProj,
+    /// The values of attention.
     VProj,
+    /// The output of attention.
     OProj,
+    /// The gate of the feed-forward network.
     GateProj,
+    /// The other half of the feed-forward network's inner layer.
     UpProj,
+    /// The output of the feed-forward network.
     DownProj,
 }
 
 impl Target {
+    /// All of them, in the order of their numbers.
     pub const ALL: [Self; 7] =
         [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
 
@@ -262,6 +318,7 @@ impl Target {
         }
     }
 
+    /// Returns the target of PEFT's name for it.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|t| t.name() == name)
     }
@@ -270,13 +327,17 @@ impl Target {
 /// How a fresh LoRA is shaped.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraSpec {
+    /// The inner dimension of B A.
     pub rank: u32,
+    /// The scale is alpha / rank (or alpha / sqrt(rank)).
     pub alpha: f32,
+    /// The share of the inputs that are dropped in training.
     pub dropout: f32,
     /// Sorted, not empty.
     pub targets: Vec<Target>,
     /// Sorted; `None` is all.
     pub layers: Option<Vec<u32>>,
+    /// Divides by the square root of the rank.
     pub use_rslora: bool,
 }
 
@@ -286,50 +347,72 @@ impl Default for LoraSpec {
     }
 }
 
+/// Where a training begins.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Start {
+    /// With a new adapter that changes nothing yet.
     Fresh(LoraSpec),
     /// Resolved when the job was accepted.
     From(VersionName),
 }
 
+/// What a training minimises.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Objective {
+    /// The mean negative log-probability of the tokens that are to be learnt.
     Sft,
     /// Sigmoid DPO.
     Dpo {
+        /// How much a preference counts against moving away from the reference.
         beta: f32,
+        /// The share of pairs that are taken to be labelled the wrong way round.
         label_smoothing: f32,
     },
 }
 
+/// How the learning rate changes after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LrSchedule {
+    /// Falls to zero by half a cosine.
     Cosine,
+    /// Falls to zero by a straight line.
     Linear,
+    /// Stays.
     Constant,
 }
 
 /// AdamW and the batches it sees; all defaults filled in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Hyperparameters {
+    /// The largest learning rate.
     pub learning_rate: f64,
+    /// Passes over the records.
     pub epochs: u32,
     /// Over `epochs` where given.
     pub max_steps: Option<u32>,
+    /// Records of a forward pass.
     pub batch_size: u32,
+    /// Forward passes of an update.
     pub gradient_accumulation_steps: u32,
     /// `None`: 5 % of all steps.
     pub warmup_steps: Option<u32>,
+    /// How the learning rate changes.
     pub schedule: LrSchedule,
+    /// AdamW's decoupled decay.
     pub weight_decay: f64,
+    /// AdamW's decay of the gradients' mean.
     pub beta1: f64,
+    /// AdamW's decay of the squared gradients' mean.
     pub beta2: f64,
+    /// AdamW's term against division by zero.
     pub epsilon: f64,
     /// 0 is off.
     pub max_grad_norm: f64,
+    /// Of the adapter's first values, the order, the split and dropout.
     pub seed: u64,
+    /// Takes the records in the dataset's order.
     pub sequential: bool,
+    /// The share of the records that is held out.
     pub validation_split: f32,
     /// `None`: once an epoch.
     pub eval_steps: Option<u32>,
@@ -342,17 +425,24 @@ pub struct Hyperparameters {
 pub struct JobSpec {
     /// Gets the new version.
     pub adapter: AdapterName,
+    /// What it learns from.
     pub dataset: DatasetName,
+    /// What it minimises.
     pub objective: Objective,
+    /// Where it begins.
     pub start: Start,
+    /// The recipe.
     pub hyperparameters: Hyperparameters,
+    /// Whether its version becomes the live one.
     pub publish: Publish,
+    /// What becomes of records that are too long.
     pub too_long: TooLong,
 }
 
 /// What becomes of records with more tokens than `max_length`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum TooLong {
+    /// The job is refused.
     #[default]
     Refuse,
     /// They are left out.
@@ -361,16 +451,26 @@ pub enum TooLong {
     Truncate,
 }
 
+/// Where a training job is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum JobState {
+    /// Waits for its turn.
     Queued,
+    /// Is trained.
     Running,
+    /// Was asked to pause.
     Pausing,
+    /// Waits to be resumed.
     Paused,
+    /// The server stopped meanwhile; it can be resumed.
     Interrupted,
+    /// Its version is there.
     Succeeded,
+    /// Ended with an error.
     Failed,
+    /// Was asked to end.
     Cancelling,
+    /// Ended because it was asked to.
     Cancelled,
 }
 
@@ -384,7 +484,9 @@ impl JobState {
 /// What a job trains on, known once its records have been read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TrainingData {
+    /// Records that are trained on.
     pub records: u64,
+    /// Records that are held out.
     pub validation_records: u64,
     /// Ids that all steps together see.
     pub tokens: u64,
@@ -415,40 +517,59 @@ pub mod metric {
 /// Something that happened to a job.
 #[derive(Debug, Clone, PartialEq)]
 pub enum JobEvent {
+    /// The job is in another state.
     State {
+        /// The new state.
         state: JobState,
+        /// Why, where it failed.
         error: Option<String>,
+        /// What it made, where it succeeded.
         version: Option<VersionName>,
         /// Whether that version is its adapter's live one.
         live: Option<bool>,
     },
+    /// An update was made.
     Step {
+        /// Its number, from 1.
         step: u32,
+        /// Updates in all.
         total_steps: u32,
+        /// The mean loss of the update's records.
         loss: f64,
+        /// The learning rate of the update.
         learning_rate: f64,
+        /// The gradients' norm before clipping.
         grad_norm: f64,
+        /// Tokens of the update by its time.
         tokens_per_second: f64,
+        /// What is left, at the pace so far.
         eta_seconds: f64,
         /// What is measured beside the loss, by TRL's names: `mean_token_accuracy`, or `rewards/margins` and so on.
         metrics: BTreeMap<String, f64>,
     },
+    /// The records that are held out were evaluated.
     Evaluated {
+        /// After this update.
         step: u32,
+        /// Their mean loss.
         loss: f64,
+        /// What else the objective measures, by name.
         metrics: BTreeMap<String, f64>,
     },
+    /// A line for people.
     Message(String),
 }
 
 /// What the parity gate measured; D is logp(adapter) - logp(base), nats.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ParityReport {
+    /// Tokens that were compared.
     pub tokens: u32,
     /// Mean |D_serve - D_train|.
     pub mean_abs_difference: f32,
     /// Mean |D_train|.
     pub mean_abs_effect: f32,
+    /// The largest mean difference that passes. Nats.
     pub threshold: f32,
     /// Every effective delta is zero.
     pub no_effect: bool,

@@ -20,7 +20,9 @@ use crate::request::Target;
 
 pub use crate::adapter::tensors::{check_beginning, is_lfs_pointer, most_file_bytes, whole_len};
 
+/// The name of the file of an adapter's settings, as PEFT writes it.
 pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The name of the file of an adapter's tensors, as PEFT writes it.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 
 /// Most bytes of `adapter_config.json`.

@@ -14,7 +14,9 @@ use crate::request::{LoraSpec, Target};
 pub struct BaseShape {
     /// For people, e.g. `SmolLM2-135M-Instruct.Q4_1`.
     pub name: String,
+    /// SHA-256 of the base's file.
     pub digest: Digest,
+    /// Transformer blocks.
     pub layers: u32,
     /// (in, out) of each target, in the order of `Target::ALL`.
     pub dims: [(usize, usize); 7],
@@ -30,13 +32,16 @@ impl BaseShape {
 /// A linear layer of the base.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Site {
+    /// The block, from 0.
     pub layer: u32,
+    /// The linear layer within the block.
     pub target: Target,
 }
 
 /// The pair of one site.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraLayer {
+    /// The inner dimension of B A.
     pub rank: usize,
     /// The spec's, or this layer's own.
     pub alpha: f32,
@@ -51,7 +56,9 @@ pub struct LoraLayer {
 /// An adapter. Immutable once made.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Lora {
+    /// What it was made with, or what its configuration says.
     pub spec: LoraSpec,
+    /// The sites that it changes; others are as the base has them.
     pub layers: BTreeMap<Site, LoraLayer>,
 }
 

@@ -1,4 +1,4 @@
-//! LoRA adapters: their tensors as they are trained ([`Lora`]), as they are served ([`packed`], also as a file), and as PEFT files ([`format`]).
+//! LoRA adapters: their tensors as they are trained ([`Lora`]), as they are served ([`packed`], also as a file), and as PEFT files ([`mod@format`]).
 
 pub mod format;
 mod lora;

@@ -18,7 +18,9 @@ pub const OPERATOR_TENANT: &str = "operator";
 /// Whose key came with the call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Caller {
+    /// Holds an operator key: may administer, and act for any tenant.
     Operator,
+    /// Holds a key of this tenant.
     Tenant(Tenant),
 }
 
@@ -31,6 +33,7 @@ pub struct Auth {
 }
 
 impl Auth {
+    /// Returns what tells callers by the store's keys. `insecure` takes every caller for the operator.
     pub fn new(store: Store, insecure: bool) -> Self {
         Self { store, insecure }
     }

@@ -25,6 +25,7 @@ use proto::safety_service_client::SafetyServiceClient;
 use proto::tenant_service_client::TenantServiceClient;
 use proto::training_service_client::TrainingServiceClient;
 
+/// What a call gives.
 pub type Result<T, E = ClientError> = std::result::Result<T, E>;
 
 /// What a server streams: an error ends it.
@@ -42,6 +43,7 @@ pub struct ClientError {
     pub code: &'static str,
     /// The server's stable reason, e.g. `UNKNOWN_TARGET`; empty where it gave none.
     pub reason: String,
+    /// What the server says, or why it could not be reached.
     pub message: String,
     /// What the error's details add to the message, a line each.
     pub details: Vec<String>,
@@ -143,6 +145,7 @@ fn name_of(code: Code) -> &'static str {
 pub struct Target {
     /// `http://HOST:PORT` or `https://HOST:PORT`.
     pub server: String,
+    /// The bearer key; none is sent where there is none.
     pub key: Option<String>,
     /// PEM file of the authority that signed the server's certificate.
     pub tls_ca: Option<PathBuf>,

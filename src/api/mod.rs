@@ -32,7 +32,7 @@ pub use shared::Parts;
 
 /// The messages and services of `tenora.v1`.
 #[expect(clippy::large_enum_variant, reason = "generated")]
-#[allow(clippy::allow_attributes_without_reason, reason = "generated")]
+#[allow(clippy::allow_attributes_without_reason, rustdoc::invalid_html_tags, reason = "generated")]
 pub mod proto {
     tonic::include_proto!("tenora.v1");
 

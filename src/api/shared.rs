@@ -18,19 +18,27 @@ use crate::train::Trainer;
 /// The inside of a server, put together by `app`.
 #[derive(Debug, Clone)]
 pub struct Parts {
+    /// The catalogue and the blobs.
     pub store: Store,
+    /// The adapters' versions in memory.
     pub hub: Arc<Hub>,
+    /// The way to the engine.
     pub guard: Guard,
+    /// The training jobs.
     pub trainer: Trainer,
+    /// The base's tokenizer and template.
     pub text: Arc<Text>,
     /// Of the base's file, without the ending.
     pub base_name: String,
     /// Of the base's file.
     pub base_digest: Digest,
+    /// The bytes that requests, imports and reads may take together.
     pub memory: Arc<Memory>,
+    /// The places for calls and for the work behind them.
     pub places: WorkPlaces,
     /// The base's, in tokens.
     pub context_length: usize,
+    /// The limits that this server was started with.
     pub limits: Limits,
 }
 

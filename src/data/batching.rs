@@ -5,7 +5,9 @@ use crate::random::{Purpose, Stream};
 /// Record indices, each part ascending.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Split {
+    /// Indices of the records that are trained on.
     pub train: Vec<usize>,
+    /// Indices of the records that are only evaluated.
     pub validation: Vec<usize>,
 }
 
@@ -18,6 +20,7 @@ impl Split {
         ((records as f64 * f64::from(share)).round() as usize).clamp(1, records - 1)
     }
 
+    /// Splits records at random by the seed; `share` of them are held out.
     pub fn new(records: usize, share: f32, seed: u64) -> Self {
         let shuffled = permutation(records, Stream::new(seed, Purpose::Split), 0);
         let (validation, train) = shuffled.split_at(Self::held_out(records, share));

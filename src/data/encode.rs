@@ -11,11 +11,14 @@ use crate::text::{Conversation, Text};
 /// Many records of one kind as ids.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Examples {
+    /// Conversations.
     Sft(Vec<Conversation>),
+    /// Preferences.
     Dpo(Vec<Pair>),
 }
 
 impl Examples {
+    /// Returns how many there are.
     pub fn len(&self) -> usize {
         match self {
             Self::Sft(examples) => examples.len(),
@@ -23,6 +26,7 @@ impl Examples {
         }
     }
 
+    /// Returns whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

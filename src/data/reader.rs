@@ -38,7 +38,9 @@ pub struct Findings {
 /// A record and the line it begins on.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Numbered {
+    /// The line, from 1.
     pub line: u64,
+    /// The record.
     pub record: Record,
 }
 

@@ -27,6 +27,7 @@ pub struct Question {
 /// Counts over the records of one dataset.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
+    /// What was looked at.
     pub dataset: DatasetRow,
     pub findings: Findings,
     /// Ids of all records as training would see them; both answers of a pair count with their prompt.

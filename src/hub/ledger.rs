@@ -25,9 +25,11 @@ pub enum Tier {
 /// Where a version is and has been since the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Residency {
+    /// The fastest tier that has it.
     pub tier: Tier,
     /// Bytes it takes where it serves.
     pub memory_bytes: u64,
+    /// When it was last leased.
     pub last_use: Option<SystemTime>,
     /// How long its last load took, from the moment there was room for it.
     pub last_load: Option<Duration>,

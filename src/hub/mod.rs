@@ -57,10 +57,13 @@ pub trait PublishGate: Send + Sync {
 /// An adapter on its way to become a version.
 #[derive(Debug, Clone)]
 pub struct NewVersion {
+    /// The adapter that gets the version; it is made where there is none.
     pub adapter: AdapterName,
+    /// The PEFT files.
     pub package: Package,
     /// Ids to score in the gate; empty: the built-in probe set.
     pub probes: Vec<Vec<u32>>,
+    /// Whether the version becomes the live one.
     pub publish: Publish,
     /// What trained it; `None` for an import.
     pub job: Option<JobName>,
@@ -103,10 +106,12 @@ impl Drop for Counted {
 }
 
 impl Lease {
+    /// Returns the version that the lease holds.
     pub fn name(&self) -> &VersionName {
         &self.held.name
     }
 
+    /// Returns the digest of the version's content.
     pub fn digest(&self) -> Digest {
         self.held.resident.digest
     }
@@ -283,6 +288,7 @@ impl Hub {
         self.residents.check_size(bytes)
     }
 
+    /// Returns what is in memory now.
     pub fn stats(&self) -> HubStats {
         HubStats {
             resident: self.residents.count(),

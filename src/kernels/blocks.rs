@@ -12,8 +12,11 @@ pub const BLOCK: usize = 32;
 /// How a matrix's values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum QType {
+    /// 32 quants of four bits around 8, times a half-precision scale.
     Q4_0,
+    /// 32 quants of four bits, times a half-precision scale, plus a half-precision least value.
     Q4_1,
+    /// 32 quants of eight bits, times a half-precision scale.
     Q8_0,
 }
 

@@ -18,6 +18,7 @@ impl<'a> Mat<'a> {
         Self { data, rows, cols, stride }
     }
 
+    /// Returns how many rows it has.
     pub fn rows(&self) -> usize {
         self.rows
     }
@@ -35,8 +36,11 @@ fn reaches(len: usize, rows: usize, cols: usize, stride: usize) -> bool {
 /// Where a product goes: as [`Mat`], writable; added to what is there if `accumulate`.
 #[derive(Debug)]
 pub struct Out<'a> {
+    /// Where the rows lie.
     pub data: &'a mut [f32],
+    /// Values from one row's begin to the next one's.
     pub stride: usize,
+    /// Adds to what is there in place of overwriting it.
     pub accumulate: bool,
 }
 

@@ -120,18 +120,22 @@ impl PackedMatrix {
         }
     }
 
+    /// Returns the format of its blocks.
     pub fn qtype(&self) -> QType {
         self.qtype
     }
 
+    /// Returns the outputs.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
+    /// Returns the inputs.
     pub fn cols(&self) -> usize {
         self.cols
     }
 
+    /// Returns how many tiles of rows it has, the last one filled up.
     pub fn strips(&self) -> usize {
         self.rows.div_ceil(TILE_ROWS)
     }

@@ -24,15 +24,20 @@ pub trait Executor: Send {
 /// The KV cache's size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
+    /// Positions that a block holds.
     pub block_tokens: usize,
+    /// Blocks in all.
     pub blocks: usize,
 }
 
 /// Which rows of a span get logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogitRows {
+    /// No row's.
     None,
+    /// The last row's.
     Last,
+    /// Every row's.
     All,
 }
 
@@ -52,11 +57,13 @@ impl LogitRows {
 pub struct Span<'a> {
     /// The new ids, at positions `start..start + ids.len()`.
     pub ids: &'a [u32],
+    /// The position of the first id.
     pub start: usize,
     /// The sequence's KV blocks in order; they cover `start + ids.len()` positions. Positions below `start` hold KV already.
     pub blocks: &'a [u32],
     /// `None` is the base.
     pub lora: Option<&'a Arc<PackedLora>>,
+    /// The rows whose logits are wanted.
     pub logits: LogitRows,
 }
 

@@ -85,7 +85,9 @@ impl CustomOp1 for FrozenLinear {
 /// Dropout on the adapter's input: masks are a function of (seed, step, site, element) by Philox.
 #[derive(Debug, Clone, Copy)]
 pub struct Dropout {
+    /// The share of the inputs that are set to zero.
     pub rate: f32,
+    /// What is dropped is a function of the seed and the place.
     pub seed: u64,
     /// Counts forward passes of the training.
     pub step: u64,

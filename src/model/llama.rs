@@ -8,8 +8,11 @@ use crate::request::Target;
 /// One of the model's norms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Norm {
+    /// The one before a layer's attention.
     Attention(usize),
+    /// The one before a layer's feed-forward network.
     Ffn(usize),
+    /// The one before the head.
     Final,
 }
 
@@ -21,6 +24,7 @@ pub trait Ops {
 
     /// The embeddings of the executor's ids.
     fn embed(&mut self) -> Result<Self::Rows>;
+    /// Computes the RMS norm of every row, with that norm's weights.
     fn norm(&mut self, x: &Self::Rows, norm: Norm) -> Result<Self::Rows>;
     /// The frozen layers q, k and v of one input, and on top each row's adapter.
     fn qkv(&mut self, x: &Self::Rows, layer: usize) -> Result<[Self::Rows; 3]>;

@@ -120,14 +120,17 @@ impl Model {
         })
     }
 
+    /// Returns what an adapter has to fit.
     pub fn shape(&self) -> &BaseShape {
         &self.shape
     }
 
+    /// Returns the dimensions and constants of the architecture.
     pub fn config(&self) -> &LlamaConfig {
         &self.weights.config
     }
 
+    /// Returns how many tokens there are.
     pub fn vocab_size(&self) -> usize {
         self.config().vocab
     }

@@ -59,6 +59,7 @@ pub struct Parity {
 }
 
 impl Parity {
+    /// Returns the gate for a base, with the text that it compares on encoded once.
     pub fn new(model: Arc<Model>, text: &Text, arbiter: Arc<Arbiter>) -> Result<Self> {
         let ids = text.encode_plain(PROBE)?;
         let probes: Vec<Vec<u32>> = ids.chunks(CHUNK.min(model.context_length())).map(<[u32]>::to_vec).collect();

@@ -85,6 +85,7 @@ impl TracedLora {
 pub struct Pass<'a> {
     /// `None` is the base.
     pub lora: Option<&'a TracedLora>,
+    /// Dropped inputs of the adapter; none where it is evaluated.
     pub dropout: Option<Dropout>,
     /// Gives way to serving at every frozen layer, forward and backward.
     pub permit: Option<&'a TrainPermit>,

@@ -23,6 +23,7 @@ pub struct Guard {
 }
 
 impl Guard {
+    /// Returns the door to an engine, with the store's policies.
     pub fn new(engine: Engine, store: Store, limits: &Limits) -> Self {
         Self { engine, policies: Policies::new(store, limits) }
     }
@@ -53,6 +54,7 @@ impl Guard {
         self.engine.score(tenant, spec).await
     }
 
+    /// Returns the tenant's policy.
     pub async fn policy(&self, tenant: &Tenant) -> Result<PolicyRow> {
         self.policies.get(tenant).await
     }

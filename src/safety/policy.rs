@@ -14,8 +14,11 @@ const PHRASES_FIELD: &str = "safety_policy.blocked_phrases";
 /// A phrase of the policy as the policy has it, and where it stands in the text, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PhraseMatch {
+    /// The phrase as the policy has it.
     pub phrase: String,
+    /// The first byte of where it stands.
     pub start: usize,
+    /// The byte after the last.
     pub end: usize,
 }
 

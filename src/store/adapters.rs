@@ -13,14 +13,18 @@ use crate::request::{ParityReport, Publish};
 use crate::store::rows::{first_result, from_json, from_millis, int, now, record_result, require_tenant, to_json};
 use crate::store::{Listed, Page, Store, documents, fresh_token, jobs};
 
+/// An adapter in the catalogue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterRow {
+    /// Its name.
     pub name: AdapterName,
     /// What requests for the name get.
     pub live: Option<VersionName>,
     /// How the live version is known in memory.
     pub live_memory: Option<LiveMemory>,
+    /// Changes with the adapter.
     pub etag: String,
+    /// When its first version came.
     pub create_time: SystemTime,
     /// When `live` last changed.
     pub update_time: SystemTime,
@@ -29,7 +33,9 @@ pub struct AdapterRow {
 /// What a live version's row says of it in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LiveMemory {
+    /// The live version's uid.
     pub uid: String,
+    /// What it takes in memory where it serves.
     pub memory_bytes: u64,
 }
 
@@ -47,9 +53,13 @@ macro_rules! select_adapters {
 /// A version, and all that is known of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VersionRow {
+    /// Its name.
     pub name: VersionName,
+    /// Of its content.
     pub digest: Digest,
+    /// Of the base that it was made for.
     pub base_digest: Digest,
+    /// Of the chat template that it was made with.
     pub template_digest: Digest,
     /// Bytes of the tensors as stored.
     pub size_bytes: u64,
@@ -57,11 +67,13 @@ pub struct VersionRow {
     pub rank: u32,
     /// PEFT's words, sorted.
     pub targets: Vec<String>,
+    /// What the gate measured.
     pub parity: ParityReport,
     /// What trained it; `None` for an import.
     pub job: Option<JobName>,
     /// Final measurements, finite numbers.
     pub metrics: BTreeMap<String, f64>,
+    /// When it was published.
     pub create_time: SystemTime,
     /// Random, never given twice: what caches are keyed by.
     pub uid: String,
@@ -91,6 +103,7 @@ macro_rules! select_versions {
 pub struct NewVersionRow {
     /// Complete but for its number and its time, which the catalogue gives.
     pub draft: VersionRow,
+    /// Whether it becomes the live one.
     pub publish: Publish,
     /// Empty: none.
     pub request_id: String,
@@ -110,6 +123,7 @@ fn version_method(trained: bool) -> &'static str {
 }
 
 impl Store {
+    /// Returns an adapter.
     pub async fn get_adapter(&self, name: &AdapterName) -> Result<AdapterRow> {
         read_adapter(&mut *self.pool().acquire().await?, name).await
     }
@@ -124,6 +138,7 @@ impl Store {
         Listed::read(rows, page, adapter_row, |row| Ok(row.try_get("adapter")?))
     }
 
+    /// Returns a version.
     pub async fn get_version(&self, name: &VersionName) -> Result<VersionRow> {
         read_version(&mut *self.pool().acquire().await?, name).await
     }

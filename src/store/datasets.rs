@@ -22,13 +22,17 @@ pub enum DatasetKind {
 /// A dataset.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DatasetRow {
+    /// Its name.
     pub name: DatasetName,
+    /// What its records are.
     pub kind: DatasetKind,
+    /// How many there are.
     pub records: u64,
     /// Bytes as uploaded.
     pub size_bytes: u64,
     /// Of the bytes as uploaded.
     pub digest: Digest,
+    /// When the upload ended.
     pub create_time: SystemTime,
     /// The key of the content; empty for one that was only validated.
     pub blob: String,
@@ -37,11 +41,17 @@ pub struct DatasetRow {
 /// A dataset to insert.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewDataset {
+    /// Its name.
     pub name: DatasetName,
+    /// What its records are.
     pub kind: DatasetKind,
+    /// How many there are.
     pub records: u64,
+    /// Bytes of the blob.
     pub size_bytes: u64,
+    /// Of the blob.
     pub digest: Digest,
+    /// Where its content lies.
     pub blob: String,
 }
 
@@ -131,6 +141,7 @@ impl Store {
         }
     }
 
+    /// Returns a dataset.
     pub async fn get_dataset(&self, name: &DatasetName) -> Result<DatasetRow> {
         find(&mut *self.pool().acquire().await?, name).await?.ok_or_else(|| Error::not_found(name))
     }

@@ -14,11 +14,15 @@ use crate::store::{Listed, Page, Store, documents};
 /// A training job.
 #[derive(Debug, Clone, PartialEq)]
 pub struct JobRow {
+    /// Its name.
     pub name: JobName,
+    /// What was asked for.
     pub spec: JobSpec,
+    /// Where it is.
     pub state: JobState,
     /// Optimizer steps taken.
     pub step: u32,
+    /// Updates in all.
     pub total_steps: u32,
     /// Once SUCCEEDED, or FAILED with a version that was kept.
     pub version: Option<VersionName>,
@@ -30,8 +34,11 @@ pub struct JobRow {
     pub data: TrainingData,
     /// The blob that is, or will be, its trained adapter until the job has ended.
     pub result: Option<String>,
+    /// When it was submitted.
     pub create_time: SystemTime,
+    /// When it was last begun.
     pub start_time: Option<SystemTime>,
+    /// When it ended.
     pub end_time: Option<SystemTime>,
 }
 
@@ -45,23 +52,31 @@ macro_rules! job_columns {
 /// A job to queue.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewJob {
+    /// Its name.
     pub name: JobName,
+    /// What is asked for.
     pub spec: JobSpec,
+    /// Updates in all.
     pub total_steps: u32,
 }
 
 /// What a change of state leaves in the row.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct JobEnd {
+    /// What it made.
     pub version: Option<VersionName>,
+    /// Why it failed.
     pub error: Option<String>,
 }
 
 /// An event as stored. `sequence` counts from 1 within its job.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoredEvent {
+    /// Its number within the job, from 1.
     pub sequence: u64,
+    /// When it was written.
     pub time: SystemTime,
+    /// What happened.
     pub event: JobEvent,
 }
 
@@ -121,6 +136,7 @@ impl Store {
         made_by(&mut *self.pool().acquire().await?, tenant, request_id).await
     }
 
+    /// Returns a job.
     pub async fn get_job(&self, name: &JobName) -> Result<JobRow> {
         find(&mut *self.pool().acquire().await?, name).await?.ok_or_else(|| Error::not_found(name))
     }

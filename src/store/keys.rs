@@ -14,18 +14,24 @@ use crate::store::{Listed, Page, Store, fresh_token};
 /// Whom a key speaks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KeyOwner {
+    /// An operator's.
     Operator,
     /// A tenant and its weight.
     Tenant(TenantId, u32),
 }
 
+/// A key in the catalogue, without what it proves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyRow {
+    /// What names it in a call that revokes it.
     pub id: String,
     /// SHA-256 of the whole secret.
     pub hash: [u8; 32],
+    /// Whose it is.
     pub owner: KeyOwner,
+    /// A name for people.
     pub display_name: String,
+    /// When it was made.
     pub created: SystemTime,
     /// Worthless since then.
     pub revoked: Option<SystemTime>,
@@ -40,6 +46,7 @@ pub struct NewKey {
 }
 
 impl NewKey {
+    /// Draws a key at random.
     #[expect(clippy::new_without_default, reason = "every one is another")]
     pub fn new() -> Self {
         let id = format!("{:016x}", u64::from_le_bytes(random()));

@@ -17,7 +17,9 @@ const MAX_PAGE: u32 = 1000;
 /// Which part of a list: at most `size` items (0: the default of 50; at most 1000) after the `token` of the page before (empty: the first).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Page {
+    /// Items at most; 0 leaves it to the server.
     pub size: u32,
+    /// Where the page begins; empty is the beginning.
     pub token: String,
 }
 
@@ -44,7 +46,9 @@ impl Page {
 /// A page of a list; `next` is empty on the last one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Listed<T> {
+    /// The page.
     pub items: Vec<T>,
+    /// The token of the next page; empty where this is the last.
     pub next: String,
 }
 

@@ -12,36 +12,49 @@ use crate::store::{Listed, Page, Store, fresh_token};
 
 const CREATE_METHOD: &str = "CreateTenant";
 
+/// A tenant in the catalogue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TenantRow {
+    /// Its id.
     pub id: TenantId,
+    /// A name for people.
     pub display_name: String,
     /// Its share of the engine beside other tenants'.
     pub weight: u32,
+    /// Changes with the tenant.
     pub etag: String,
+    /// When it was made.
     pub create_time: SystemTime,
 }
 
 /// New values of a tenant; `None` leaves one as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TenantChange {
+    /// The new name for people.
     pub display_name: Option<String>,
+    /// The new weight.
     pub weight: Option<u32>,
 }
 
 /// What a tenant has used, in calls and tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct UsageRow {
+    /// Calls that reached the engine.
     pub requests: u64,
+    /// Tokens that came in.
     pub prompt_tokens: u64,
+    /// Tokens that were generated.
     pub completion_tokens: u64,
+    /// Tokens that were trained on.
     pub training_tokens: u64,
 }
 
 /// How many of each a tenant has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TenantCounts {
+    /// Adapters it has.
     pub adapters: u64,
+    /// Datasets it has.
     pub datasets: u64,
     /// Those that have not ended.
     pub jobs: u64,
@@ -53,7 +66,9 @@ pub type UsageDelta = UsageRow;
 /// A tenant's safety policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PolicyRow {
+    /// What no answer may hold.
     pub phrases: Vec<String>,
+    /// Changes with the policy.
     pub etag: String,
 }
 
@@ -99,6 +114,7 @@ impl Store {
         self.get_tenant(id).await
     }
 
+    /// Returns a tenant.
     pub async fn get_tenant(&self, id: &TenantId) -> Result<TenantRow> {
         let row =
             sqlx::query("SELECT * FROM tenants WHERE tenant = ?").bind(id.as_str()).fetch_optional(self.pool()).await?;
@@ -177,6 +193,7 @@ impl Store {
         Ok(())
     }
 
+    /// Returns what a tenant has used.
     pub async fn get_usage(&self, id: &TenantId) -> Result<UsageRow> {
         let row =
             sqlx::query("SELECT * FROM tenants WHERE tenant = ?").bind(id.as_str()).fetch_optional(self.pool()).await?;
@@ -204,6 +221,7 @@ impl Store {
         Ok(TenantCounts { adapters: count("adapters")?, datasets: count("datasets")?, jobs: count("jobs")? })
     }
 
+    /// Returns a tenant's policy; an empty one where none was set.
     pub async fn get_policy(&self, id: &TenantId) -> Result<PolicyRow> {
         let row = sqlx::query("SELECT policy_phrases, policy_etag FROM tenants WHERE tenant = ?")
             .bind(id.as_str())

@@ -11,7 +11,9 @@ use crate::request::ChatMessage;
 /// A conversation as training sees it: `in_loss[i]` says whether `ids[i]` is a token to be learnt.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Conversation {
+    /// The whole conversation.
     pub ids: Vec<u32>,
+    /// One for each id.
     pub in_loss: Vec<bool>,
 }
 

@@ -46,6 +46,7 @@ impl Patterns {
         Ok(Self(Arc::new(Automaton { nfa, start, depths })))
     }
 
+    /// Returns whether there is nothing to find.
     pub fn is_empty(&self) -> bool {
         self.0.nfa.patterns_len() == 0
     }
@@ -108,7 +109,9 @@ pub struct HoldBack {
 /// What may go out.
 #[derive(Debug, Default, PartialEq)]
 pub struct Released {
+    /// The text that may go out.
     pub text: String,
+    /// The tokens whose text lies wholly within what has gone out.
     pub tokens: Vec<TokenOut>,
     /// A phrase stands right after this text. Nothing comes any more.
     pub matched: bool,
@@ -122,6 +125,7 @@ impl Released {
 }
 
 impl HoldBack {
+    /// Returns a buffer for one stream.
     pub fn new(patterns: Patterns) -> Self {
         let state = patterns.0.start;
         Self { patterns, state, held: String::new(), released: 0, tokens: VecDeque::new(), matched: None }

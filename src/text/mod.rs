@@ -210,6 +210,7 @@ impl Text {
         self.end_of_turn
     }
 
+    /// Returns how many tokens there are.
     pub fn vocab_size(&self) -> usize {
         self.tokenizer.vocab_size()
     }
@@ -219,6 +220,7 @@ impl Text {
         self.longest_token
     }
 
+    /// Returns the digest of the chat template's text.
     pub fn template_digest(&self) -> Digest {
         self.template.digest()
     }

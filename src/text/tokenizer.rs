@@ -16,11 +16,13 @@ use crate::error::{Error, Result};
 pub struct Vocabulary {
     /// By id; byte-level BPE pieces in GPT-2's byte alphabet, control tokens as they are written.
     pub tokens: Vec<String>,
+    /// The pairs that are merged, the first one first.
     pub merges: Vec<(String, String)>,
     /// Ids of the control tokens.
     pub control: Vec<u32>,
     /// The pre-tokenizer, in llama.cpp's words: `smollm`, `gpt-2`.
     pub pre: String,
+    /// The id that ends an assistant's turn.
     pub end_of_turn: u32,
     /// What the template calls `bos_token`.
     pub bos: Option<u32>,

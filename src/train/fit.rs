@@ -28,6 +28,7 @@ const PIECE_TOKENS: usize = 512;
 /// What a run is a function of.
 #[derive(Debug, Clone, Copy)]
 pub struct FitInputs<'a> {
+    /// The frozen base.
     pub model: &'a Arc<Model>,
     /// The adapter's values before the first step; its spec holds the dropout.
     pub start: &'a Lora,
@@ -37,9 +38,13 @@ pub struct FitInputs<'a> {
     pub train: &'a Examples,
     /// Of the same kind; may be empty.
     pub validation: &'a Examples,
+    /// What is minimised.
     pub objective: request::Objective,
+    /// The hyperparameters.
     pub recipe: &'a Hyperparameters,
+    /// Whom it asks for compute.
     pub arbiter: &'a Arc<Arbiter>,
+    /// By which it is told to end.
     pub control: &'a Control,
 }
 
@@ -111,6 +116,7 @@ impl Drop for StopOnDrop {
 /// A finished run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FitOutcome {
+    /// The trained adapter.
     pub lora: Lora,
     /// `train_loss` of the last step, `eval_loss` of the last evaluation, and so on.
     pub metrics: BTreeMap<String, f64>,

@@ -45,18 +45,26 @@ const REPORT_PAUSE: Duration = Duration::from_millis(200);
 /// What a trainer works with.
 #[derive(Debug, Clone)]
 pub struct TrainerParts {
+    /// Where jobs and datasets are.
     pub store: Store,
+    /// Where versions are published.
     pub hub: Arc<Hub>,
+    /// The frozen base.
     pub model: Arc<Model>,
+    /// The base's tokenizer and template.
     pub text: Arc<Text>,
+    /// Whom training asks for compute.
     pub arbiter: Arc<Arbiter>,
+    /// The limits that this server was started with.
     pub limits: Limits,
 }
 
 /// A job that would run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Validated {
+    /// Updates in all.
     pub total_steps: u32,
+    /// What it would train on.
     pub data: TrainingData,
 }
 

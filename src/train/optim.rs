@@ -8,9 +8,13 @@ use crate::request::Hyperparameters;
 /// The constants of AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWConfig {
+    /// The decay of the gradients' mean.
     pub beta1: f64,
+    /// The decay of the squared gradients' mean.
     pub beta2: f64,
+    /// The term against division by zero.
     pub epsilon: f64,
+    /// The decoupled decay of the weights.
     pub weight_decay: f64,
 }
 
@@ -40,6 +44,7 @@ pub struct AdamW {
 }
 
 impl AdamW {
+    /// Returns an optimizer of these variables, with its moments at zero.
     pub fn new(config: AdamWConfig, vars: Vec<Var>) -> Result<Self> {
         let zeros = |var: &Var| -> Result<Moments> {
             Ok(Moments { first: var.as_tensor().zeros_like()?, second: var.as_tensor().zeros_like()? })

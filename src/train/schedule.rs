@@ -10,7 +10,9 @@ const WARMUP_SHARE: f64 = 0.05;
 /// The steps of a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
+    /// Updates in all.
     pub total_steps: u32,
+    /// Updates in which the learning rate rises from zero.
     pub warmup_steps: u32,
     /// Records of a full step: batch size times accumulation. The last step of an epoch takes what is left.
     pub batch: usize,

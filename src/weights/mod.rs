@@ -18,18 +18,27 @@ use crate::text::Vocabulary;
 /// The numbers of a llama-family architecture.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlamaConfig {
+    /// The name of the file, without its extension.
     pub name: String,
+    /// Transformer blocks.
     pub layers: usize,
     /// Width of the residual stream.
     pub width: usize,
+    /// Heads of queries.
     pub heads: usize,
+    /// Heads of keys and values.
     pub kv_heads: usize,
+    /// Values of a head.
     pub head_dim: usize,
+    /// Values of the feed-forward network's inner layer.
     pub ffn: usize,
+    /// Tokens of the vocabulary.
     pub vocab: usize,
     /// Tokens.
     pub context: usize,
+    /// The base of the rotary embedding's frequencies.
     pub rope_base: f32,
+    /// What the RMS norms add to the mean square.
     pub rms_eps: f32,
 }
 
@@ -50,7 +59,9 @@ impl LlamaConfig {
 /// One layer's tensors.
 #[derive(Debug)]
 pub struct Block {
+    /// The weights of the norm before attention.
     pub attn_norm: Vec<f32>,
+    /// The weights of the norm before the feed-forward network.
     pub ffn_norm: Vec<f32>,
     /// In the order of `Target::ALL`.
     pub linears: [PackedMatrix; 7],
@@ -59,12 +70,15 @@ pub struct Block {
 /// All of a base's tensors.
 #[derive(Debug)]
 pub struct Weights {
+    /// The dimensions and constants.
     pub config: LlamaConfig,
     /// Of the file.
     pub digest: Digest,
     /// `[vocab, width]`.
     pub embedding: PackedMatrix,
+    /// The transformer blocks.
     pub blocks: Vec<Block>,
+    /// The weights of the norm before the head.
     pub final_norm: Vec<f32>,
     /// `[vocab, width]`; `None` where the head is the embedding.
     pub head: Option<PackedMatrix>,
@@ -84,6 +98,7 @@ impl Weights {
         gguf::read(std::io::Cursor::new(file), "base".to_owned(), Digest::of(file))
     }
 
+    /// Returns the output matrix: the file's own, or the embedding where it has none.
     pub fn head(&self) -> &PackedMatrix {
         self.head.as_ref().unwrap_or(&self.embedding)
     }

@@ -35,29 +35,38 @@ use fields::{Fields, Reason, is_absent};
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Record {
+    /// A conversation to learn from (SFT).
     Chat(Chat),
+    /// Two answers, one of them better (DPO).
     Preference(Preference),
 }
 
 /// A conversation that ends with an assistant's turn; `learn[i]` says whether message i is in the loss.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Chat {
+    /// In their order, the system message first where there is one.
     pub messages: Vec<ChatMessage>,
+    /// One for each message.
     pub learn: Vec<bool>,
 }
 
 /// A prompt and two answers to it, each of which ends with an assistant's turn.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Preference {
+    /// What both answers begin with; learnt by neither.
     pub prompt: Vec<ChatMessage>,
+    /// The better answer, without the prompt.
     pub chosen: Vec<ChatMessage>,
+    /// The worse answer, without the prompt.
     pub rejected: Vec<ChatMessage>,
 }
 
 /// A preference as ids; the loss covers the assistant's turns of the answers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pair {
+    /// The prompt with the better answer.
     pub chosen: Conversation,
+    /// The prompt with the worse answer.
     pub rejected: Conversation,
 }
 

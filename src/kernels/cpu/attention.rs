@@ -25,7 +25,9 @@ const SPAN: usize = 64;
 /// The shape of one layer's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvShape {
+    /// Positions that a block holds.
     pub block_tokens: usize,
+    /// Heads of keys and values.
     pub kv_heads: usize,
     /// A multiple of 16, at most [`MAX_HEAD_DIM`].
     pub head_dim: usize,
@@ -48,16 +50,22 @@ impl KvShape {
 /// half-precision numbers.
 #[derive(Debug, Clone, Copy)]
 pub struct KvView<'a> {
+    /// How the blocks are laid out.
     pub shape: KvShape,
+    /// All blocks' keys, in half precision.
     pub keys: &'a [u16],
+    /// All blocks' values, in half precision.
     pub values: &'a [u16],
 }
 
 /// As [`KvView`], to be written.
 #[derive(Debug)]
 pub struct KvViewMut<'a> {
+    /// How the blocks are laid out.
     pub shape: KvShape,
+    /// All blocks' keys, in half precision.
     pub keys: &'a mut [u16],
+    /// All blocks' values, in half precision.
     pub values: &'a mut [u16],
 }
 

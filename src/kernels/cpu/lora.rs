@@ -16,7 +16,9 @@ pub const GROUP_ROWS: usize = 4;
 /// One adapter at one layer: y += scale * B (A x), in bfloat16.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoraPair<'a> {
+    /// The inner dimension.
     pub rank: usize,
+    /// What B A x is multiplied by.
     pub scale: f32,
     /// `[rank, in]`.
     pub a: &'a [u16],
@@ -27,13 +29,16 @@ pub struct LoraPair<'a> {
 /// Rows in a row of the batch with the same adapter, [`GROUP_ROWS`] at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowGroup {
+    /// The first row.
     pub first: usize,
+    /// Rows, one after the other.
     pub count: usize,
     /// The adapter's number in the batch; `None` is the base.
     pub adapter: Option<usize>,
 }
 
 impl RowGroup {
+    /// Returns the rows' numbers.
     pub fn rows(&self) -> Range<usize> {
         self.first..self.first + self.count
     }

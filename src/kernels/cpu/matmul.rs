@@ -20,6 +20,7 @@ const ROW_BLOCK: usize = 64;
 
 /// A frozen layer and where its result goes.
 pub struct Linear<'a> {
+    /// The frozen weights.
     pub matrix: &'a PackedMatrix,
     /// `[rows, matrix.rows()]`.
     pub y: &'a mut [f32],

@@ -79,10 +79,12 @@ impl QuantizedRows {
         RowWriter { rows, blocks, panels: self.panels.as_mut_ptr(), units: self.units.as_mut_ptr() }
     }
 
+    /// Returns how many rows there are.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
+    /// Returns how many values a row has.
     pub fn cols(&self) -> usize {
         self.blocks * BLOCK
     }

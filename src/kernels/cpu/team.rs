@@ -120,6 +120,7 @@ impl Team {
         Self { helpers: helpers.collect(), state, turn: Mutex::new(()) }
     }
 
+    /// Returns how many threads compute, the caller's included.
     pub fn threads(&self) -> usize {
         self.helpers.len() + 1
     }

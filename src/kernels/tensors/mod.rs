@@ -1,5 +1,5 @@
 //! What serves on a device of candle's: the operations of a forward pass over tensors, in two forms that give the same numbers but for
-//! rounding. [`reference`] is plain candle, on any device, and says what each operation means; `kernels::cuda` has a kernel of its own for
+//! rounding. [`mod@reference`] is plain candle, on any device, and says what each operation means; `kernels::cuda` has a kernel of its own for
 //! each. One contract test holds the second to the first wherever there is a GPU.
 //!
 //! A batch goes to the device as one [`Plan`]: positions, places in the cache, sequences, adapters. Nothing else of it travels.
@@ -31,6 +31,7 @@ pub const OUT_TILE: usize = 16;
 
 /// Activations are float32 `[rows, width]`, contiguous. What comes by value may be written over.
 pub trait TensorKernels: Debug + Send + Sync {
+    /// Returns the device that it computes on.
     fn device(&self) -> &Device;
 
     /// Brings the batch to the device; every operation until the next call is of this batch.
@@ -81,14 +82,18 @@ pub trait TensorKernels: Debug + Send + Sync {
 pub struct Best {
     /// `None` where a logit is not a number or the largest is not finite.
     pub id: Option<u32>,
+    /// The log-probability of that id.
     pub logprob: f32,
 }
 
 /// A frozen matrix `[rows, cols]` on a device: the file's bytes as they are.
 #[derive(Debug, Clone)]
 pub struct DeviceMatrix {
+    /// The format of its blocks.
     pub qtype: QType,
+    /// Outputs.
     pub rows: usize,
+    /// Inputs.
     pub cols: usize,
     tensor: Arc<QTensor>,
 }
@@ -106,6 +111,7 @@ impl DeviceMatrix {
         Ok(Self { qtype: matrix.qtype(), rows: matrix.rows(), cols: matrix.cols(), tensor })
     }
 
+    /// Returns the blocks on the device.
     pub fn tensor(&self) -> &QTensor {
         &self.tensor
     }
@@ -119,24 +125,33 @@ impl DeviceMatrix {
 /// Cosines and sines of every position's angles, `[context, head_dim / 2]` each.
 #[derive(Debug)]
 pub struct Rope {
+    /// The cosines, `[positions, head_dim / 2]`.
     pub cos: Tensor,
+    /// The sines, `[positions, head_dim / 2]`.
     pub sin: Tensor,
 }
 
 /// One layer's cache: keys (turned) and values, `[blocks * block_tokens, kv_heads * head_dim]` in half precision.
 #[derive(Debug)]
 pub struct KvLayer {
+    /// The keys of all blocks.
     pub keys: Tensor,
+    /// The values of all blocks.
     pub values: Tensor,
+    /// How they are laid out.
     pub shape: HeadShape,
 }
 
 /// How the width of q, k and v is cut into heads, and the cache into blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadShape {
+    /// Heads of queries.
     pub heads: usize,
+    /// Heads of keys and values.
     pub kv_heads: usize,
+    /// Values of a head.
     pub head_dim: usize,
+    /// Positions that a block holds.
     pub block_tokens: usize,
 }
 
@@ -212,6 +227,7 @@ impl DeviceLora {
         Self { address, _descriptors: descriptors, ..self }
     }
 
+    /// Returns the tensors of all layers, as one array.
     pub fn values(&self) -> &Tensor {
         &self.values
     }

@@ -15,11 +15,13 @@ const PARTITION: usize = 256;
 /// New rows of one sequence.
 #[derive(Debug, Clone)]
 pub struct Rows<'a> {
+    /// A token a row.
     pub ids: &'a [u32],
     /// The first row's position.
     pub start: usize,
     /// The sequence's blocks, which cover all its rows.
     pub blocks: &'a [u32],
+    /// The adapter of these rows.
     pub lora: Option<&'a Arc<DeviceLora>>,
     /// Last rows that are wanted beyond the last layer.
     pub wanted: usize,
@@ -29,8 +31,11 @@ pub struct Rows<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct Sequence {
+    /// Its first row in the batch.
     pub first_row: u32,
+    /// Its rows in the batch.
     pub rows: u32,
+    /// The position of its first row.
     pub start: u32,
     /// Where its blocks begin in [`Plan::blocks`].
     pub table: u32,
@@ -40,6 +45,7 @@ pub struct Sequence {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct AttentionTask {
+    /// The sequence, by its number in the plan.
     pub sequence: u32,
     /// Of one KV head's queries, numbered row by row.
     pub first: u32,
@@ -51,8 +57,11 @@ pub struct AttentionTask {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct LoraTask {
+    /// The address of the adapter's table of layers, as two words.
     pub layers: [u32; 2],
+    /// The first row.
     pub first: u32,
+    /// Rows, one after the other.
     pub count: u32,
 }
 
@@ -78,7 +87,7 @@ pub struct Plan {
     pub(super) lora_tasks: Vec<LoraTask>,
 }
 
-/// Where each part of a plan lies in the packed array, in the order of [`Plan::parts`].
+/// Where each part of a plan lies in the packed array, in the order of `Plan::parts`.
 pub type Places = [Range<usize>; 9];
 
 impl Plan {

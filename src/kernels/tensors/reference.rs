@@ -17,6 +17,7 @@ pub struct Reference {
 }
 
 impl Reference {
+    /// Returns the reference kernels on a device.
     pub fn new(device: &Device) -> Self {
         Self { device: device.clone() }
     }

@@ -17,6 +17,7 @@ use crate::train::objective::{LossSum, Measures, Objective, loss_tokens, score_l
 /// The loss of pairs of sequence log-probabilities.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DpoLoss {
+    /// How much a preference counts against moving away from the reference.
     pub beta: f64,
     /// Share of labels taken as flipped.
     pub label_smoothing: f64,
@@ -80,6 +81,7 @@ pub struct Dpo<'a> {
 }
 
 impl<'a> Dpo<'a> {
+    /// Returns the objective over pairs.
     pub fn new(pairs: &'a [Pair], loss: DpoLoss) -> Self {
         Self { pairs, loss, reference: vec![None; pairs.len()] }
     }

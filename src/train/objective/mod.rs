@@ -47,6 +47,7 @@ pub trait Objective {
 pub struct LossSum {
     /// Scalar, with gradients.
     pub loss: Tensor,
+    /// Sums of what is measured beside the loss.
     pub measures: Measures,
 }
 

@@ -16,6 +16,7 @@ pub struct Sft<'a> {
 }
 
 impl<'a> Sft<'a> {
+    /// Returns the objective over conversations.
     pub fn new(examples: &'a [Conversation]) -> Self {
         Self { examples }
     }
