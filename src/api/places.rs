@@ -79,6 +79,7 @@ pub struct WorkPlaces {
 }
 
 impl WorkPlaces {
+    /// Returns the places that the limits allow.
     pub fn new(limits: &Limits) -> Self {
         let places = |what, all, per_tenant| Places::new(what, all, per_tenant, Duration::from_secs(5));
         Self {

@@ -59,6 +59,7 @@ fn part<T>(all: Vec<T>, split: &Split) -> (Vec<T>, Vec<T>) {
 /// A dataset as ids.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Encoded {
+    /// The records as ids.
     pub examples: Examples,
     /// Records left out for their length.
     pub dropped: u64,
@@ -71,6 +72,7 @@ pub struct Encoded {
 pub struct Length {
     /// Ids of a sequence.
     pub max: usize,
+    /// What becomes of longer ones.
     pub too_long: TooLong,
 }
 

@@ -47,6 +47,7 @@ enum Destination {
 
 impl Upload {
     /// Starts one; refuses a name that is taken.
+    #[expect(clippy::too_many_arguments, reason = "what a call to upload says, one by one")]
     pub async fn begin(
         store: &Store,
         text: &Arc<Text>,

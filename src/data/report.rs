@@ -29,6 +29,7 @@ pub struct Question {
 pub struct Report {
     /// What was looked at.
     pub dataset: DatasetRow,
+    /// What its file turned out to be.
     pub findings: Findings,
     /// Ids of all records as training would see them; both answers of a pair count with their prompt.
     pub tokens: u64,
@@ -51,6 +52,7 @@ pub struct Report {
 pub struct Shown {
     /// Counted from 1.
     pub record: u64,
+    /// The line it begins on, from 1.
     pub line: u64,
     /// Of a pair: `chosen` or `rejected`; else empty.
     pub answer: &'static str,
@@ -153,7 +155,7 @@ fn shown(
             *at += mask.len();
             Some(Span { text: text.decode(ids, false).unwrap_or_default(), ids: ids.to_vec(), in_loss: mask[0] })
         });
-        Shown { record: number, line, answer: *answer, spans: spans.collect() }
+        Shown { record: number, line, answer, spans: spans.collect() }
     };
     answers.iter().zip(sequences).map(show).filter(|shown| !shown.spans.is_empty()).collect()
 }

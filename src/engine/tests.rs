@@ -156,7 +156,7 @@ async fn one(engine: &Engine, tenant: &Tenant, spec: GenerateSpec) -> Result<Gen
 }
 
 async fn tokens(engine: &Engine, request: &Request) -> Vec<TokenOut> {
-    let mut stream = one(&engine, &world().tenant, request.spec()).await.unwrap();
+    let mut stream = one(engine, &world().tenant, request.spec()).await.unwrap();
     let mut all = Vec::new();
     while let Some(event) = stream.next().await {
         if let GenerateEvent::Delta { tokens, .. } = event.unwrap() {
@@ -220,7 +220,7 @@ proptest! {
                     if *fate == 1 {
                         spec.deadline = Some(Instant::now() + Duration::from_millis(u64::from(request.max_tokens) / 4));
                     }
-                    let mut stream = one(&engine, &world().tenant, spec).await.unwrap();
+                    let mut stream = one(engine, &world().tenant, spec).await.unwrap();
                     if *fate == 2 {
                         stream.next().await;
                         return true;
@@ -501,7 +501,7 @@ fn draining_ends_answers_with_what_they_have() {
 async fn answer(engine: &Engine, request: &Request, stop: &[String]) -> (String, Vec<u32>, FinishReason) {
     let mut spec = request.spec();
     spec.stopping.stop = stop.to_vec();
-    let mut stream = one(&engine, &world().tenant, spec).await.unwrap();
+    let mut stream = one(engine, &world().tenant, spec).await.unwrap();
     let (mut text, mut ids, mut reason) = (String::new(), Vec::new(), None);
     while let Some(event) = stream.next().await {
         match event.unwrap() {

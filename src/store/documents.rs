@@ -102,6 +102,7 @@ fn small_number<'de, D: Deserializer<'de>>(from: D) -> Result<f32, D::Error> {
 macro_rules! words {
     ($document:ident, $domain:ident, $($variant:ident)*) => {
         #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+        #[allow(clippy::enum_variant_names, reason = "the names are stored")]
         enum $document { $($variant,)* }
 
         impl From<$domain> for $document {

@@ -176,7 +176,7 @@ mod tests {
         #[test]
         fn the_short_way_gives_what_the_definition_gives(messages in chat(), template in 0..TEMPLATES.len()) {
             let text = text(TEMPLATES[template]);
-            let learn = |i: usize| i % 3 != 0;
+            let learn = |i: usize| !i.is_multiple_of(3);
             if let Some(short) = text.in_one_pass(&messages, &learn).unwrap() {
                 prop_assert_eq!(short, text.turn_by_turn(&messages, &learn).unwrap());
             }

@@ -11,7 +11,7 @@ fn text(text: &str) -> TokenizeRequest {
 
 fn chat(content: &str, add_generation_prompt: Option<bool>) -> TokenizeRequest {
     let message = ChatMessage { role: "user".into(), content: content.into(), ..Default::default() };
-    let chat = Chat { messages: vec![message], ..Default::default() };
+    let chat = Chat { messages: vec![message] };
     TokenizeRequest { input: Some(tokenize_request::Input::Chat(chat)), add_generation_prompt }
 }
 

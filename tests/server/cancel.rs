@@ -148,7 +148,6 @@ fn calls() -> Vec<Call> {
     });
     call!(datasets, delete_dataset, |c: &Caller| DeleteDatasetRequest {
         name: name("datasets", format!("u{}", c.n / 2)),
-        ..Default::default()
     });
     call!(stream generation, generate, |c: &Caller| {
         let adapter = ["", "tenants/a/adapters/x", "tenants/a/adapters/x/versions/1"][(c.n % 3) as usize];
@@ -183,7 +182,7 @@ fn calls() -> Vec<Call> {
     call!(operator list_api_keys, |_: &Caller| ListApiKeysRequest { parent: "tenants/a".into(), ..Default::default() });
     call!(operator revoke_api_key, |_: &Caller| RevokeApiKeyRequest { name: name("apiKeys", "none") });
     call!(operator get_usage, |_: &Caller| GetUsageRequest { name: "tenants/a".into() });
-    call!(training, train, |c: &Caller| train(c.n, c.n % 2 == 0));
+    call!(training, train, |c: &Caller| train(c.n, c.n.is_multiple_of(2)));
     call!(training, get_training_job, |_: &Caller| GetTrainingJobRequest { name: name("trainingJobs", "none") });
     call!(training, list_training_jobs, |_: &Caller| ListTrainingJobsRequest {
         parent: "tenants/a".into(),

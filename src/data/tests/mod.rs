@@ -13,7 +13,9 @@ use crate::store::DatasetKind;
 use crate::text::{Conversation, Text};
 
 /// The sequences that training would see, the format, and what was ignored.
-fn read(kind: DatasetKind, file: &[u8]) -> Result<(Vec<Conversation>, String, Vec<(String, u64)>)> {
+type Seen = (Vec<Conversation>, String, Vec<(String, u64)>);
+
+fn read(kind: DatasetKind, file: &[u8]) -> Result<Seen> {
     let text = Text::tiny();
     let mut sequences = Vec::new();
     let findings = read_all(Reader::of_stored(kind, text.clone()), file, &mut |numbered| match numbered.record {

@@ -352,7 +352,7 @@ fn errors_name_the_lines_of_the_file() {
     let pretty = format!("[\n  {good},\n  {{\n    \"prompt\": \"a\",\n    \"completion\": NaN\n  }}\n]");
     let error = sft(&pretty).unwrap_err().to_string();
     assert!(error.starts_with("line 5: has NaN at column 19"), "{error}");
-    let many = format!("{{\"prompt\":\"a\"}}\n").repeat(1000);
+    let many = "{\"prompt\":\"a\"}\n".repeat(1000);
     let error = sft(&many).unwrap_err().to_string();
     assert!(error.starts_with("data: 1000 of 1000 records can't be used; the first 20:\nlines 1, 2, 3,"), "{error}");
 }
