@@ -18,8 +18,9 @@ use crate::request::ChatMessage;
 
 const MARK: char = '\u{FDD0}';
 const ROLES: [&str; 3] = ["system", "user", "assistant"];
-/// Operations of one rendering. The largest templates in use take a few hundred a message, and a chat has at most a thousand.
-const FUEL: u64 = 5_000_000;
+/// Operations of one rendering, by the chat's messages: so few may be rendered on a thread that others wait for. The largest templates in
+/// use take some thousands and a few hundred a message.
+const FUEL: [(usize, u64); 2] = [(32, 300_000), (usize::MAX, 5_000_000)];
 /// What a rendering may add to the messages' text: bytes in all, and for each message.
 const FRAME_BYTES: usize = 256 << 10;
 const MESSAGE_BYTES: usize = 4 << 10;
@@ -28,7 +29,8 @@ const REPEATS: usize = 4;
 
 #[derive(Debug)]
 pub(super) struct Template {
-    environment: Environment<'static>,
+    /// Which [`FUEL`] says how many messages each is for.
+    environments: [Environment<'static>; 2],
     digest: Digest,
     /// The first characters of all control tokens.
     openers: Vec<char>,
@@ -45,7 +47,6 @@ impl Template {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| Error::internal(format!("template syntax: {e}")))?);
-        environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -61,7 +62,12 @@ impl Template {
         let bos = vocabulary.bos.and_then(name).cloned();
         let eos = name(vocabulary.end_of_turn).cloned().unwrap_or_default();
         let digest = Digest::of(vocabulary.chat_template.as_bytes());
-        let template = Self { environment, digest, openers, bos, eos };
+        let environments = FUEL.map(|(_, fuel)| {
+            let mut fuelled = environment.clone();
+            fuelled.set_fuel(Some(fuel));
+            fuelled
+        });
+        let template = Self { environments, digest, openers, bos, eos };
         template.try_out()?;
         Ok(template)
     }
@@ -84,7 +90,7 @@ impl Template {
 
     /// Returns the template's text.
     pub fn source(&self) -> String {
-        self.environment.get_template("chat").map(|template| template.source().to_owned()).unwrap_or_default()
+        self.environments[0].get_template("chat").map(|template| template.source().to_owned()).unwrap_or_default()
     }
 
     /// Breaks every control token in `content`.
@@ -149,17 +155,18 @@ impl Template {
         let said: usize = messages.iter().map(|message| 2 * message.content.len()).sum();
         let room = REPEATS * said + FRAME_BYTES + MESSAGE_BYTES * messages.len();
         let mut out = Capped { bytes: Vec::new(), room };
-        let rendered =
-            self.environment.get_template("chat").and_then(|t| t.render_captured_to(values, &mut out).map(drop));
-        rendered.map_err(|e| refused(&e, room))?;
+        let which = usize::from(messages.len() > FUEL[0].0);
+        let template = self.environments[which].get_template("chat");
+        let rendered = template.and_then(|template| template.render_captured_to(values, &mut out).map(drop));
+        rendered.map_err(|e| refused(&e, FUEL[which].1, room))?;
         String::from_utf8(out.bytes).map_err(Error::internal)
     }
 }
 
 /// What a template says to a chat, in its own words where it has any.
-fn refused(error: &minijinja::Error, room: usize) -> Error {
+fn refused(error: &minijinja::Error, fuel: u64, room: usize) -> Error {
     let message = match error.kind() {
-        ErrorKind::OutOfFuel => format!("the chat template takes more than {FUEL} operations for this chat"),
+        ErrorKind::OutOfFuel => format!("the chat template takes more than {fuel} operations for this chat"),
         ErrorKind::WriteFailure => format!("the chat template makes more than {room} bytes of this chat"),
         ErrorKind::InvalidOperation => {
             format!("the chat template says: {}", error.detail().unwrap_or("this can't be rendered"))

@@ -198,18 +198,18 @@ mod tests {
     }
 
     #[test]
-    fn a_thousand_turns_are_encoded_and_the_long_way_is_bounded() {
+    fn many_turns_are_encoded_and_the_long_way_is_bounded() {
         let text = text(TEMPLATES[0]);
-        let mut messages = rounds(500);
+        let mut messages = rounds(300);
         assert!(text.in_one_pass(&messages, &|_| true).unwrap().is_some());
         for message in &mut messages {
-            message.content = "x".repeat(1000);
+            message.content = "x".repeat(2000);
         }
         let error = text.turn_by_turn(&messages, &|_| true).unwrap_err();
         assert!(matches!(error, Error::Invalid { reason: "CHAT_TOO_LONG", .. }), "{error}");
         assert_eq!(
             text.encode_conversation(&messages, &|_| true).unwrap().in_loss.iter().filter(|l| **l).count(),
-            500 * 1001
+            300 * 2001
         );
     }
 }

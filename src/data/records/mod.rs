@@ -236,11 +236,6 @@ fn unknown_shape(fields: &Fields<'_>) -> Reason {
         return "is one message, not a record; a record holds the list: jq -c '{messages: .}' IN > OUT.jsonl for lists"
             .into();
     }
-    if let Some(prompt) = pair::PROMPTS.iter().find(|name| fields.has(name)) {
-        return format!(
-            "has a prompt ({prompt:?}) and no answer to it; give \"completion\" (or response, output, answer)"
-        );
-    }
     let holds = |value: &Value| match value {
         Value::Object(map) => is_record(map),
         Value::Array(list) => list.first().and_then(Value::as_object).is_some_and(is_record),
@@ -254,7 +249,14 @@ fn unknown_shape(fields: &Fields<'_>) -> Reason {
             fields::shown(name)
         );
     }
-    format!("has {}, which make none of the shapes {SHAPES}", fields.names())
+    let names = fields.names();
+    match pair::PROMPTS.iter().find(|name| fields.has(name)) {
+        Some(prompt) => format!(
+            "has {names}: a prompt ({prompt:?}), and no answer by a name that is known (completion, response, output, answer; chosen and \
+             rejected)"
+        ),
+        None => format!("has {names}, which make none of the shapes {SHAPES}"),
+    }
 }
 
 fn is_record(map: &Map<String, Value>) -> bool {

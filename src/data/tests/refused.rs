@@ -220,7 +220,7 @@ const CHATS: &[(&str, &str, &str)] = &[
         r#"{"prompt":"<s>[INST] a [/INST]","completion":"b"}"#,
         "rendered for a chat already",
     ),
-    ("a prompt without an answer", r#"{"prompt":"a","category":"x"}"#, "has a prompt (\"prompt\") and no answer"),
+    ("a prompt without an answer", r#"{"prompt":"a","category":"x"}"#, "a prompt (\"prompt\"), and no answer"),
     ("an empty object", "{}", "no field that says anything"),
     ("an empty file", "", "holds no record"),
     ("an empty array", "[]", "holds no record"),
@@ -345,7 +345,7 @@ fn errors_name_the_lines_of_the_file() {
     let file = format!("{good}\n\n{{\"prompt\":\"a\"}}\n{good}\n{{\"prompt\":\"a\"}}\n{{'x': 1}}\n");
     let error = sft(&file).unwrap_err().to_string();
     assert!(
-        error.starts_with("data: 3 of 5 records can't be used:\nlines 3, 5: has a prompt (\"prompt\") and no answer"),
+        error.starts_with("data: 3 of 5 records can't be used:\nlines 3, 5: has the fields \"prompt\": a prompt"),
         "{error}"
     );
     assert!(error.contains("\nline 6: has single quotes"), "{error}");
