@@ -139,8 +139,8 @@ const LAST_PART: usize = 10;
 ///
 /// # Errors
 ///
-/// CANCELLED once `control` says so. A run that diverges ends early and gives what it has, with the reason; only where that is no adapter
-/// at all, because its values are not numbers, it is an error ([`DIVERGED`]).
+/// CANCELLED once `control` says so. A run that diverges ends early and gives what it has, with the reason: where a loss is not a number,
+/// the weights that gave the last one that was. Only where there are none it is an error ([`DIVERGED`]).
 pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent)) -> Result<FitOutcome> {
     let mut run = Run::new(inputs)?;
     let diverged = match run.take_all_steps(observe) {
@@ -173,6 +173,8 @@ struct Run<'a> {
     first: Option<(Vec<usize>, f64)>,
     /// Of each step.
     losses: Vec<f64>,
+    /// The weights that gave the last of them, in the order of the variables.
+    sound: Vec<Tensor>,
 }
 
 /// Loss and what goes with it, summed over pieces.
@@ -230,6 +232,7 @@ impl<'a> Run<'a> {
             metrics: BTreeMap::new(),
             first: None,
             losses: Vec::new(),
+            sound: Vec::new(),
         })
     }
 
@@ -272,6 +275,14 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// Goes back to the weights that gave the last loss that was a number, if any has.
+    fn restore_sound_weights(&self) -> Result<()> {
+        for (var, sound) in self.vars.iter().zip(&self.sound) {
+            var.set(sound)?;
+        }
+        Ok(())
+    }
+
     /// Fails where the training has made the loss of its first records far worse.
     fn compare_with_the_start(&self) -> Result<()> {
         let (Some((batch, before)), steps) = (&self.first, self.losses.len()) else { return Ok(()) };
@@ -282,9 +293,11 @@ impl<'a> Run<'a> {
         }
         // Not to be stopped: all steps have been taken.
         let after = self.score(&*self.train, batch, || Ok(()))?.loss();
-        // Not a number is not below.
         if after <= before + DIVERGED_ABOVE {
             return Ok(());
+        }
+        if !after.is_finite() {
+            self.restore_sound_weights()?;
         }
         let message = format!(
             "the first step's records had a loss of {before:.3} before the training and have {after:.3} after it; lower the learning rate"
@@ -297,6 +310,9 @@ impl<'a> Run<'a> {
         let batch = self.batches.of_step(u64::from(step - 1));
         let (sums, mut gradients) = self.gradients(&batch)?;
         let (loss, grad_norm) = (sums.loss(), global_norm(&gradients)?);
+        if !loss.is_finite() {
+            self.restore_sound_weights()?;
+        }
         if !loss.is_finite() || !grad_norm.is_finite() {
             let message =
                 format!("step {step} gave loss {loss} and gradient norm {grad_norm}; lower the learning rate");
@@ -304,6 +320,7 @@ impl<'a> Run<'a> {
         }
         self.first.get_or_insert_with(|| (batch.clone(), loss));
         self.losses.push(loss);
+        self.sound = self.vars.iter().map(|var| var.as_detached_tensor().copy()).collect::<candle_core::Result<_>>()?;
         let learning_rate = self.schedule.learning_rate(step - 1);
         clip(&mut gradients, grad_norm, self.inputs.recipe.max_grad_norm)?;
         let permit = self.permit();
@@ -368,6 +385,7 @@ impl<'a> Run<'a> {
         let sums = self.score(&*self.validation, &all, || self.inputs.control.check())?;
         let loss = sums.loss();
         if !loss.is_finite() {
+            self.restore_sound_weights()?;
             let message = format!("the validation after step {step} gave loss {loss}; lower the learning rate");
             return Err(diverged_because(message));
         }

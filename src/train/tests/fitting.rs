@@ -272,6 +272,22 @@ fn a_run_that_makes_everything_worse_has_diverged() {
     }
 }
 
+/// Weights that give no numbers are of no use to anybody: those before them are kept.
+#[test]
+fn a_run_without_numbers_gives_the_last_weights_that_had_some() {
+    let bench = Bench::new();
+    let (start, train, validation) = (bench.start(lora()), bench.chats(4), bench.chats(2));
+    let steps = |learning_rate, steps| Hyperparameters { learning_rate, max_steps: Some(steps), ..recipe() };
+    let taught = bench.fit(&Run::new(&start, &train, steps(1e-2, 20))).unwrap().0.lora;
+    // Found by the second step, by the evaluation after the first, by the comparison after the last.
+    for (steps, validation) in [(steps(1e38, 3), None), (steps(1e38, 1), Some(&validation)), (steps(1e38, 1), None)] {
+        let run = Run { validation, ..Run::new(&taught, &train, steps) };
+        let (outcome, events) = bench.fit(&run).unwrap();
+        assert_eq!((curve(&events).len(), &outcome.lora), (1, &taught));
+        assert!(outcome.diverged.is_some_and(|why| why.contains("lower the learning rate")));
+    }
+}
+
 /// The last step's records are harder than the first's, by more than makes a run diverged; but the training harms nothing.
 #[test]
 fn hard_records_at_the_end_are_no_divergence() {
