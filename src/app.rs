@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use metrics_exporter_prometheus::{BuildError, PrometheusBuilder};
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -22,11 +21,12 @@ use crate::model::parity::Parity;
 use crate::request::ParityReport;
 use crate::safety::Guard;
 use crate::store::{NewKey, Store};
+use crate::telemetry::{self, Serving, traces};
 use crate::text::Text;
 use crate::train::{Trainer, TrainerParts};
 
-/// Upper bounds of the histogram of calls. Seconds.
-const CALL_SECONDS: [f64; 9] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0];
+/// Time that the last spans have to reach their collector.
+const FLUSH: Duration = Duration::from_secs(2);
 
 /// How often the hub's figures are read.
 const HUB_INTERVAL: Duration = Duration::from_secs(5);
@@ -50,7 +50,7 @@ pub async fn run(
     mut announce: impl FnMut(Announcement),
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    check_listener(&config, listener.local_addr()?)?;
+    check_listener(&config, listener.local_addr().map_err(Error::internal)?)?;
     let device = config.device.open()?;
     let location = device.location();
     let store = Store::open(&config.data_dir).await?;
@@ -108,16 +108,21 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    check_listener(config, listener.local_addr()?)?;
+    check_listener(config, listener.local_addr().map_err(Error::internal)?)?;
+    if let Some(endpoint) = &config.otlp_endpoint {
+        traces::start(endpoint)?;
+    }
+    let serving = Serving::default();
+    let metrics = config.metrics_listen.map(|addr| telemetry::serve_metrics(addr, serving.clone())).transpose()?;
     let mut _observer = None;
     let parts = async {
         let parts = parts.await?;
-        if let Some(addr) = config.metrics_listen {
-            _observer = Some(serve_metrics(addr, parts.hub.clone())?);
-        }
+        _observer = metrics.is_some().then(|| observe(parts.hub.clone()));
         Ok(parts)
     };
-    api::serve(config, store, parts, ready, listener, shutdown).await
+    let ended = api::serve(config, store, parts, ready, &serving, listener, shutdown).await;
+    traces::flush(FLUSH).await;
+    ended
 }
 
 /// The model's parity, as the hub asks for it.
@@ -142,7 +147,9 @@ pub async fn bootstrap_operator_key(store: &Store, rotate: bool, show: impl FnOn
     let key = NewKey::new();
     show(key.secret.clone());
     store.revoke_operator_keys().await?;
-    store.insert_operator_key(&key, if rotate { "rotated operator key" } else { "first operator key" }).await
+    store.insert_operator_key(&key, if rotate { "rotated operator key" } else { "first operator key" }).await?;
+    tracing::info!(key = %key.id, rotate, "operator key created");
+    Ok(())
 }
 
 /// The tenant that operators' calls of the base are made for.
@@ -154,17 +161,14 @@ async fn make_operator_tenant(store: &Store) -> Result<()> {
     }
 }
 
-/// Answers Prometheus on `addr`, and reads the hub's figures until the guard is dropped; all others report for themselves.
-fn serve_metrics(addr: SocketAddr, hub: Arc<Hub>) -> Result<AbortOnDropHandle<()>> {
-    let refused = |e: BuildError| Error::invalid("--metrics-listen", format!("{addr}: {e}"));
-    let exporter = PrometheusBuilder::new().with_http_listener(addr).set_buckets(&CALL_SECONDS).map_err(refused)?;
-    exporter.install().map_err(refused)?;
-    Ok(AbortOnDropHandle::new(tokio::spawn(async move {
+/// Reads the hub's figures until the handle is dropped; all others report for themselves.
+fn observe(hub: Arc<Hub>) -> AbortOnDropHandle<()> {
+    AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             hub.stats().show();
             tokio::time::sleep(HUB_INTERVAL).await;
         }
-    })))
+    }))
 }
 
 /// Refuses what would let strangers in or show keys on the network.
@@ -199,6 +203,7 @@ mod tests {
             device: DeviceSpec::Cpu,
             threads: 1,
             metrics_listen: None,
+            otlp_endpoint: None,
             insecure_no_auth: false,
             rotate_operator_key: false,
             tls: None,

@@ -22,6 +22,8 @@ pub struct Config {
     pub threads: usize,
     /// Prometheus text format; `None` is off.
     pub metrics_listen: Option<SocketAddr>,
+    /// OpenTelemetry collector that gets spans of calls, `http://HOST:4318`; `None` is off.
+    pub otlp_endpoint: Option<String>,
     /// Everyone is the operator and every tenant. Refused beyond loopback.
     pub insecure_no_auth: bool,
     /// Revokes all operator keys at the start and makes a new one.
@@ -177,6 +179,9 @@ limits! {
     max_tokenize_bytes = 256 << 10, "bytes";
     /// Ids of one Detokenize.
     max_detokenize_tokens = 65_536, "tokens";
+    /// Tenants whose requests the metrics show under a name of their own, the first that come; all later ones are `other`. 0: no figure
+    /// has a tenant. `--metrics-by-tenant` sets it.
+    max_metric_tenants = 0, "tenants";
     /// Stop strings of one request.
     max_stop_strings = 16, "strings";
     /// One stop string.

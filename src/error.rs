@@ -2,6 +2,7 @@
 //!
 //! Every error tells its reader what to do next. `reason` is UPPER_SNAKE and stable: clients may match on it.
 
+use std::path::Path;
 use std::time::Duration;
 
 /// What fallible functions of this crate give.
@@ -123,6 +124,12 @@ impl Error {
         self.may_pass() && !matches!(self, Self::Exhausted { retry_after: None, .. })
     }
 
+    /// Makes an error of a file or a folder say which one; for `map_err`. There is no other way from an error of the system to one of
+    /// ours, so that none reaches a person without its path.
+    pub fn at(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        move |e| Self::Internal(format!("{}: {e}", path.as_ref().display()))
+    }
+
     /// Returns an error that is our fault.
     pub fn internal(message: impl std::fmt::Display) -> Self {
         Self::Internal(message.to_string())
@@ -132,11 +139,5 @@ impl Error {
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
         Self::Internal(format!("tensor: {e}"))
-    }
-}
-
-impl From<std::io::Error> for Error {
-    fn from(e: std::io::Error) -> Self {
-        Self::Internal(format!("i/o: {e}"))
     }
 }

@@ -38,7 +38,7 @@ async fn serve(config: Config, listen: SocketAddr) -> Result<()> {
     let unusable = |e| Error::precondition("ADDRESS_UNUSABLE", listen, format!("{e}; give another one with --listen"));
     let listener = TcpListener::bind(listen).await.map_err(unusable)?;
     let scheme = if config.tls.is_some() { "https" } else { "http" };
-    let address = listener.local_addr()?;
+    let address = listener.local_addr().map_err(Error::internal)?;
     let announce = |what| match what {
         Announcement::OperatorKey(key) => println!("operator key (shown this once, keep it): {key}"),
         Announcement::Serving => println!("listening on {scheme}://{address}"),

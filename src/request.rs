@@ -6,6 +6,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::telemetry::traces;
 use crate::ids::{AdapterName, AdapterRef, DatasetName, VersionName};
 
 /// A message of a conversation.
@@ -148,6 +149,8 @@ pub struct GenerateSpec {
     pub priority: i32,
     /// When the caller stops waiting.
     pub deadline: Option<Instant>,
+    /// What its spans belong to.
+    pub trace: Option<traces::Context>,
 }
 
 /// One call of Score.
@@ -163,6 +166,8 @@ pub struct ScoreSpec {
     pub priority: i32,
     /// When the caller stops waiting.
     pub deadline: Option<Instant>,
+    /// What its spans belong to.
+    pub trace: Option<traces::Context>,
 }
 
 /// The log-probability of a token and of the most likely ones at its position, best first. Nats.

@@ -16,6 +16,7 @@ mod server {
     mod imports;
     mod load;
     mod loading;
+    mod logs;
     mod metrics;
     mod reflection;
     mod residency;
@@ -26,5 +27,6 @@ mod server {
     mod swap;
     mod tenants;
     mod tls;
+    mod traces;
     mod training;
 }

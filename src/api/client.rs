@@ -1,6 +1,7 @@
 //! A thin typed client: one method a call, bearer key, TLS, and errors a person can act on. No caller needs to know tonic.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
@@ -143,11 +144,11 @@ fn name_of(code: Code) -> &'static str {
 /// Where a server is and how to be let in.
 #[derive(Debug, Clone, Default)]
 pub struct Target {
-    /// `http://HOST:PORT` or `https://HOST:PORT`.
+    /// `http://HOST:PORT` or `https://HOST:PORT`; without a scheme it is http, on this machine only.
     pub server: String,
     /// The bearer key; none is sent where there is none.
     pub key: Option<String>,
-    /// PEM file of the authority that signed the server's certificate.
+    /// PEM file of the authority that signed the server's certificate; without one, the system's authorities are trusted.
     pub tls_ca: Option<PathBuf>,
 }
 
@@ -295,22 +296,22 @@ calls! {
 }
 
 impl Client {
-    /// Connects, and fails where nothing listens.
+    /// Connects.
+    ///
+    /// # Errors
+    /// UNAVAILABLE where nothing listens, where the address makes no sense, and where the server's certificate is not trusted.
     pub async fn connect(target: &Target) -> Result<Self> {
-        let server = &target.server;
+        let server = &with_scheme(&target.server)?;
         let invalid =
             |why: &dyn fmt::Display| ClientError::local(format!("the server address {server:?} is unusable: {why}"));
         let mut endpoint =
             Endpoint::from_shared(server.clone()).map_err(|e| invalid(&e))?.connect_timeout(CONNECT_TIMEOUT);
-        if let Some(tls) = tls_config(target)? {
+        if let Some(tls) = tls_config(server, target.tls_ca.as_deref())? {
             super::choose_tls_library();
-            endpoint = endpoint.tls_config(tls).map_err(|e| invalid(&e))?;
+            endpoint = endpoint.tls_config(tls).map_err(|e| invalid(&root_cause(&e)))?;
         }
         let bearer = bearer(target.key.as_deref())?;
-        let channel = endpoint.connect().await.map_err(|e| {
-            let start = "start one with `tenora serve`, or name another with --server";
-            ClientError::local(format!("no server answers at {server}: {}; {start}", root_cause(&e)))
-        })?;
+        let channel = endpoint.connect().await.map_err(|e| unreachable(server, &root_cause(&e)))?;
         Ok(Self { channel, bearer })
     }
 
@@ -327,15 +328,57 @@ impl Client {
     }
 }
 
-fn tls_config(target: &Target) -> Result<Option<ClientTlsConfig>> {
-    match (&target.tls_ca, target.server.starts_with("https://")) {
-        (Some(ca), true) => Ok(Some(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(ca)?)))),
+/// The address with its scheme. Without one it is http where no key can leave this machine.
+fn with_scheme(server: &str) -> Result<String> {
+    if server.contains("://") {
+        return Ok(server.to_owned());
+    }
+    let host = match server.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => server.split(':').next().unwrap_or_default(),
+    };
+    let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    if loopback {
+        return Ok(format!("http://{server}"));
+    }
+    Err(ClientError::local(format!(
+        "the server address {server:?} has no scheme: write https://{server}, or http://{server} where your key may cross the network \
+         readable"
+    )))
+}
+
+fn tls_config(server: &str, ca: Option<&Path>) -> Result<Option<ClientTlsConfig>> {
+    let tls = ClientTlsConfig::new();
+    match (ca, server.starts_with("https://")) {
+        (Some(ca), true) => Ok(Some(tls.ca_certificate(Certificate::from_pem(read(ca)?)))),
+        (None, true) => Ok(Some(tls.with_native_roots())),
         (None, false) => Ok(None),
-        (None, true) => Err(ClientError::local(
-            "an https:// server needs --tls-ca FILE: the PEM certificate of the authority that signed the server's",
-        )),
         (Some(_), false) => Err(ClientError::local("--tls-ca is of use with an https:// server only")),
     }
+}
+
+/// Why no connection came about, in words that say what to do.
+fn unreachable(server: &str, cause: &str) -> ClientError {
+    let trust = "name the PEM file of the authority that signed it with --tls-ca FILE";
+    let advice = if cause.contains("UnknownIssuer") {
+        format!("its certificate is signed by itself or by an authority that this machine does not know; {trust}")
+    } else if cause.contains("CaUsedAsEndEntity") {
+        "its certificate is an authority's own, made without basicConstraints=CA:FALSE; give the server one that an authority signed \
+         for it (`openssl req -x509 -addext basicConstraints=critical,CA:FALSE ...` makes one that signs itself)"
+            .to_owned()
+    } else if cause.contains("NotValidForName") || cause.contains("not valid for name") {
+        "its certificate is for other names; name the server as its certificate does".to_owned()
+    } else if cause.contains("Expired") || cause.contains("expired") {
+        "its certificate has expired, or this machine's clock is wrong".to_owned()
+    } else if cause.contains("InvalidContentType") || cause.contains("corrupt message") {
+        "it does not speak TLS; is it http:// ?".to_owned()
+    } else if cause.contains("invalid peer certificate") {
+        format!("its certificate is not trusted; {trust}")
+    } else {
+        let start = "start one with `tenora serve`, or name another with --server";
+        return ClientError::local(format!("no server answers at {server}: {cause}; {start}"));
+    };
+    ClientError::local(format!("no connection to {server}: {cause}: {advice}"))
 }
 
 fn bearer(key: Option<&str>) -> Result<Bearer> {
@@ -399,15 +442,29 @@ mod tests {
         );
     }
 
+    #[test]
+    fn loopback_needs_no_scheme() {
+        for local in ["localhost:50051", "127.0.0.1:1", "127.9.9.9:1", "[::1]:50051"] {
+            assert_eq!(with_scheme(local).unwrap(), format!("http://{local}"));
+        }
+        assert_eq!(with_scheme("https://example.org").unwrap(), "https://example.org");
+        for remote in ["example.org:443", "10.0.0.1:1", "[2001:db8::1]:1", "localhost.example.org:1"] {
+            assert!(with_scheme(remote).unwrap_err().message.contains(&format!("https://{remote}")), "{remote}");
+        }
+    }
+
     #[tokio::test]
     async fn targets_that_cannot_work_are_refused() {
         let connect = async |server: &str, key: Option<&str>| {
             let target = Target { server: server.into(), key: key.map(str::to_owned), tls_ca: None };
             Client::connect(&target).await.unwrap_err().message
         };
-        assert!(connect("https://127.0.0.1:1", None).await.contains("--tls-ca"));
+        assert!(connect("https://127.0.0.1:1", None).await.contains("tenora serve"));
+        assert!(connect("127.0.0.1:1", None).await.contains("http://127.0.0.1:1"));
+        assert!(connect("10.0.0.1:50051", None).await.contains("write https://10.0.0.1:50051"));
         assert!(connect("http://127.0.0.1:1", None).await.contains("tenora serve"));
         assert!(connect("http://127.0.0.1:1", Some("a\nb")).await.contains("copy it again"));
-        assert!(connect("not a url", None).await.contains("unusable"));
+        assert!(connect("http://not a url", None).await.contains("unusable"));
+        assert!(connect("not a url", None).await.contains("no scheme"));
     }
 }

@@ -21,18 +21,21 @@ use tonic::codegen::http::{self, HeaderMap};
 use tonic::codegen::{BoxFuture, Bytes, Service};
 use tonic::service::Routes;
 use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
 
-use super::auth::{Auth, Caller};
+use super::auth::{Auth, Caller, OPERATOR_TENANT};
 use super::places::{Place, Places};
 use super::{Deadline, proto, status};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
+use crate::telemetry::traces;
 
 /// The paths of all methods that can be called with a key.
 static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
-    let reflection = tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET;
-    let sets = [proto::DESCRIPTORS, reflection].map(|bytes| FileDescriptorSet::decode(bytes).unwrap_or_default());
+    use tonic_reflection::pb::{v1, v1alpha};
+    let sets = [proto::DESCRIPTORS, v1::FILE_DESCRIPTOR_SET, v1alpha::FILE_DESCRIPTOR_SET];
+    let sets = sets.map(|bytes| FileDescriptorSet::decode(bytes).unwrap_or_default());
     let mut methods = HashSet::new();
     for file in sets.iter().flat_map(|set| &set.file) {
         for service in &file.service {
@@ -45,6 +48,12 @@ static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
 
 /// Open to everyone, at all times.
 const HEALTH: &str = "/grpc.health.v1.Health/";
+
+/// How much earlier than its deadline a call that has not been answered ends.
+const HEADWAY: Duration = Duration::from_millis(2);
+
+/// Answers in messages of a few bytes each, which no compression makes smaller.
+const NEVER_COMPRESSED: &str = "/tenora.v1.GenerationService/Generate";
 
 /// The calls under way. Clones share the state.
 #[derive(Debug, Clone)]
@@ -158,42 +167,80 @@ impl Service<http::Request<Body>> for Edge {
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let since = Instant::now();
+        let deadline = match timeout_of(request.headers()) {
+            Ok(time) => time.and_then(|time| since.checked_add(time)),
+            Err(error) => {
+                let record = Record::new(request.uri().path(), since, &self.calls);
+                return Box::pin(std::future::ready(Ok(record.refused(error.into()))));
+            }
+        };
         if request.uri().path().starts_with(HEALTH) {
-            return Box::pin(self.health.call(request));
+            let answer = self.health.call(request);
+            let late = || Ok(Status::from(Error::DeadlineExceeded).into_http());
+            return Box::pin(async move { within(deadline, answer).await.unwrap_or_else(late) });
         }
         let Self { services, auth, calls, .. } = self.clone();
-        let mut record = Record::new(request.uri().path(), &calls);
-        let time = timeout_of(request.headers());
-        if let Some(deadline) = time.and_then(|time| record.since.checked_add(time)) {
+        let mut record = Record::new(request.uri().path(), since, &calls);
+        if let Some(deadline) = deadline {
             request.extensions_mut().insert(Deadline(deadline));
         }
-        // Started here, before tonic starts its own timer for the same header, so that ours ends first and the status has details.
-        let timer = time.map(tokio::time::sleep);
+        let traceparent = request.headers().get("traceparent").and_then(|value| value.to_str().ok());
+        record.trace = traces::Call::begin(traceparent);
+        if let Some(trace) = &record.trace {
+            request.extensions_mut().insert(trace.context());
+        }
+        if request.uri().path() == NEVER_COMPRESSED {
+            request.headers_mut().remove("grpc-accept-encoding");
+        }
         let answer = async move {
-            match admit(&auth, &calls, &mut request).await {
-                Ok(place) => record.place = Some(place),
-                Err(error) => return Ok(record.refused(error.into())),
-            }
-            let Some(mut routes) = services.0.get().cloned() else { return Ok(record.refused(loading().into())) };
-            let expired = async move {
-                match timer {
-                    Some(timer) => timer.await,
-                    None => std::future::pending().await,
-                }
+            let caller = &mut record.caller;
+            let work = async {
+                let place = admit(&auth, &calls, &mut request, caller).await?;
+                let mut routes = services.0.get().cloned().ok_or_else(loading)?;
+                let Ok(response) = routes.call(request).await;
+                Ok::<_, Error>((response, place))
             };
-            tokio::select! {
-                biased;
-                response = routes.call(request) => response.map(|response| record.answered(response)),
-                () = expired => Ok(record.refused(Error::DeadlineExceeded.into())),
-            }
+            let done = within(deadline, work).await.unwrap_or(Err(Error::DeadlineExceeded));
+            Ok(match done {
+                Ok((response, place)) => {
+                    record.place = Some(place);
+                    record.answered(response)
+                }
+                Err(error) => record.refused(Status::from(error)),
+            })
         };
         Box::pin(answer)
     }
 }
 
+/// What the work gives, or `None` where the deadline comes first.
+///
+/// tonic has a timer of its own for the same header and asks it right after this future; its status would be CANCELLED and without
+/// details. So this one ends a little earlier, and looks at the clock after every piece of work.
+async fn within<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Option<T> {
+    let Some(deadline) = deadline else { return Some(work.await) };
+    let end = deadline.checked_sub(HEADWAY).unwrap_or(deadline);
+    let mut timer = std::pin::pin!(tokio::time::sleep_until(end.into()));
+    let mut work = std::pin::pin!(work);
+    std::future::poll_fn(|cx| {
+        if Instant::now() < end
+            && let Poll::Ready(done) = work.as_mut().poll(cx)
+        {
+            return Poll::Ready(Some(done));
+        }
+        if Instant::now() >= end { Poll::Ready(None) } else { timer.as_mut().poll(cx).map(|()| None) }
+    })
+    .await
+}
+
 /// Finds out who calls, first of all: a stranger learns nothing about the server's state.
-async fn admit(auth: &Auth, calls: &Calls, request: &mut http::Request<Body>) -> Result<Place> {
+async fn admit(auth: &Auth, calls: &Calls, request: &mut http::Request<Body>, name: &mut String) -> Result<Place> {
     let caller = auth.caller(request.headers()).await?;
+    *name = match &caller {
+        Caller::Tenant(tenant) => tenant.id().to_string(),
+        Caller::Operator => format!("tenants/{OPERATOR_TENANT}"),
+    };
     let place = calls.enter(&caller)?;
     request.extensions_mut().insert(caller);
     Ok(place)
@@ -205,24 +252,37 @@ struct Record {
     path: String,
     since: Instant,
     code: Code,
+    /// Why the call failed, for the log.
+    failure: Option<Status>,
+    /// Whose key came with it; empty until that is known.
+    caller: String,
+    trace: Option<traces::Call>,
     place: Option<Place>,
     _under_way: TaskTrackerToken,
 }
 
 impl Record {
-    fn new(path: &str, calls: &Calls) -> Self {
+    fn new(path: &str, since: Instant, calls: &Calls) -> Self {
         Self {
             path: path.to_owned(),
-            since: Instant::now(),
+            since,
             code: Code::Cancelled,
+            failure: None,
+            caller: String::new(),
+            trace: None,
             place: None,
             _under_way: calls.under_way.token(),
         }
     }
 
     fn refused(mut self, status: Status) -> http::Response<Body> {
-        self.code = status.code();
+        self.failed(status.clone());
         status.into_http()
+    }
+
+    fn failed(&mut self, status: Status) {
+        self.code = status.code();
+        self.failure = (status.code() != Code::Ok).then_some(status);
     }
 
     /// Follows the answer to its end.
@@ -243,6 +303,16 @@ impl Drop for Record {
         // A path that no service has is the caller's invention and must not become a label.
         let method = if METHODS.contains(&self.path) { self.path.as_str() } else { "unknown" }.to_owned();
         let code = format!("{:?}", self.code);
+        if let Some(status) = &self.failure {
+            let details = status.get_error_details();
+            let reason = details.error_info().map_or("", |info| info.reason.as_str());
+            let (tenant, error) = (&self.caller, status.message());
+            tracing::info!(%tenant, %method, %code, %reason, %error, "call refused");
+        }
+        if let Some(trace) = self.trace.take() {
+            let attributes = vec![("rpc.grpc.status", code.clone()), ("tenora.tenant", self.caller.clone())];
+            trace.end(&method, attributes, self.failure.as_ref().map(|status| status.message().to_owned()));
+        }
         metrics::counter!("tenora_calls_total", "method" => method.clone(), "code" => code).increment(1);
         metrics::histogram!("tenora_call_seconds", "method" => method).record(self.since.elapsed().as_secs_f64());
     }
@@ -262,7 +332,7 @@ impl http_body::Body for Followed {
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         let trailers = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.trailers_ref());
         if let Some(status) = trailers.and_then(Status::from_header_map) {
-            self.record.code = status.code();
+            self.record.failed(status);
         }
         Poll::Ready(frame)
     }
@@ -277,22 +347,27 @@ impl http_body::Body for Followed {
 }
 
 /// The time that the client gives the call: at most eight digits and a unit.
-fn timeout_of(headers: &HeaderMap) -> Option<Duration> {
-    let value = headers.get("grpc-timeout")?.to_str().ok()?;
-    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>> {
+    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
+    let wrong = || {
+        let message = "must be one to eight digits and a unit of H, M, S, m, u and n, such as 250m";
+        Error::invalid_because("INVALID_TIMEOUT", "grpc-timeout", message)
+    };
+    let value = value.to_str().map_err(|_| wrong())?;
+    let (digits, unit) = value.len().checked_sub(1).and_then(|at| value.split_at_checked(at)).ok_or_else(wrong)?;
     if digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
+        return Err(wrong());
     }
-    let n: u64 = digits.parse().ok()?;
-    match unit {
-        "H" => Some(Duration::from_secs(n * 3600)),
-        "M" => Some(Duration::from_secs(n * 60)),
-        "S" => Some(Duration::from_secs(n)),
-        "m" => Some(Duration::from_millis(n)),
-        "u" => Some(Duration::from_micros(n)),
-        "n" => Some(Duration::from_nanos(n)),
-        _ => None,
-    }
+    let n: u64 = digits.parse().map_err(|_| wrong())?;
+    Ok(Some(match unit {
+        "H" => Duration::from_secs(n * 3600),
+        "M" => Duration::from_secs(n * 60),
+        "S" => Duration::from_secs(n),
+        "m" => Duration::from_millis(n),
+        "u" => Duration::from_micros(n),
+        "n" => Duration::from_nanos(n),
+        _ => return Err(wrong()),
+    }))
 }
 
 #[cfg(test)]
@@ -302,12 +377,15 @@ mod tests {
     #[test]
     fn timeouts_are_read() {
         let read = |value: &str| {
-            timeout_of(&HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), value.parse().unwrap())]))
+            let value = http::HeaderValue::from_bytes(value.as_bytes()).unwrap();
+            timeout_of(&HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), value)]))
         };
-        assert_eq!(read("250m"), Some(Duration::from_millis(250)));
-        assert_eq!(read("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
-        for wrong in ["", "m", "1", "1x", "123456789S", "-1S"] {
-            assert_eq!(read(wrong), None, "{wrong:?}");
+        assert_eq!(timeout_of(&HeaderMap::new()).unwrap(), None);
+        assert_eq!(read("250m").unwrap(), Some(Duration::from_millis(250)));
+        assert_eq!(read("0n").unwrap(), Some(Duration::ZERO));
+        assert_eq!(read("99999999H").unwrap(), Some(Duration::from_secs(99_999_999 * 3600)));
+        for wrong in ["", "m", "1", "1x", "123456789S", "-1S", "1é", "1 S"] {
+            assert!(matches!(read(wrong), Err(Error::Invalid { reason: "INVALID_TIMEOUT", .. })), "{wrong:?}");
         }
     }
 
@@ -315,6 +393,7 @@ mod tests {
     fn only_methods_that_exist_become_labels() {
         assert!(METHODS.contains("/tenora.v1.GenerationService/Generate"));
         assert!(METHODS.contains("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"));
+        assert!(METHODS.contains("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"));
         assert!(!METHODS.contains("/tenora.v1.GenerationService/Other"));
     }
 

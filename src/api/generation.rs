@@ -9,7 +9,7 @@ use tonic::{Extensions, Request, Response};
 
 use super::proto::generation_service_server::GenerationService;
 use super::shared::Shared;
-use super::{Answer, Streamed, convert, deadline_of, proto as pb};
+use super::{Answer, Streamed, convert, deadline_of, proto as pb, trace_of};
 use crate::error::Result;
 use crate::ids::{AdapterRef, Tenant, TenantId};
 use crate::request::{GenerateEvent, Usage};
@@ -46,7 +46,7 @@ impl GenerationService for Generation {
     async fn generate(&self, request: Request<pb::GenerateRequest>) -> Answer<Self::GenerateStream> {
         let (_, call, request) = request.into_parts();
         let tenant = self.tenant(&call, &request.adapter).await?;
-        let spec = convert::generate_spec(request, deadline_of(&call), &self.0.parts.limits)?;
+        let spec = convert::generate_spec(request, (deadline_of(&call), trace_of(&call)), &self.0.parts.limits)?;
         let answers = self.0.parts.guard.generate(&tenant, spec).await?;
         let count = answers.len();
         let mut events =
@@ -69,7 +69,7 @@ impl GenerationService for Generation {
         let (_, call, request) = request.into_parts();
         let tenant = self.tenant(&call, &request.adapter).await?;
         let text = (!request.omit_token_text).then_some(&*self.0.parts.text);
-        let spec = convert::score_spec(request, deadline_of(&call))?;
+        let spec = convert::score_spec(request, (deadline_of(&call), trace_of(&call)))?;
         let answer = self.0.parts.guard.score(&tenant, spec).await?;
         self.meter(&tenant).used = answer.usage;
         let entries = answer.results.iter().flat_map(|result| &result.logprobs).map(|entry| 1 + entry.top.len()).sum();

@@ -24,6 +24,7 @@ mod tenants;
 mod training;
 mod uploads;
 
+use crate::telemetry::traces;
 #[doc(hidden)]
 pub use convert::convert_bytes;
 pub use places::WorkPlaces;
@@ -58,6 +59,11 @@ struct Deadline(Instant);
 
 fn deadline_of(call: &Extensions) -> Option<Instant> {
     call.get::<Deadline>().map(|deadline| deadline.0)
+}
+
+/// What the spans of a call's parts belong to, where its trace is recorded; the edge has begun it.
+fn trace_of(call: &Extensions) -> Option<traces::Context> {
+    call.get().copied()
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ impl SafetyService for Safety {
         let owner = convert::policy_owner("safety_policy.name", &policy.name)?;
         let tenant = self.0.auth.tenant_for(&call, &owner).await?;
         let row = self.0.parts.guard.update_policy(&tenant, policy.blocked_phrases, &policy.etag).await?;
+        tracing::info!(tenant = %owner, phrases = row.phrases.len(), "safety policy updated");
         Ok(Response::new(convert::policy(&owner, row)))
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Identity, Server, ServerTlsConfig};
@@ -30,6 +31,7 @@ use super::uploads::Uploads;
 use crate::config::{Config, Limits, TlsFiles};
 use crate::error::{Error, Result};
 use crate::store::Store;
+use crate::telemetry::Serving;
 
 /// The services that health reports on, beside the server as a whole (the empty name).
 const SERVICES: [&str; 8] = [
@@ -54,6 +56,7 @@ pub async fn serve(
     store: Store,
     parts: impl Future<Output = Result<Parts>>,
     ready: impl FnOnce(),
+    serving: &Serving,
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
@@ -65,7 +68,7 @@ pub async fn serve(
         server = server.tls_config(identity(files)?).map_err(|e| bad_tls(files, e))?;
     }
     let (health, health_service) = tonic_health::server::health_reporter();
-    report(&health, ServingStatus::NotServing).await;
+    report(&health, serving, ServingStatus::NotServing).await;
     let edge = Edge::new(Routes::new(health_service).prepare(), auth.clone(), calls.clone());
     let services = edge.services();
 
@@ -80,14 +83,14 @@ pub async fn serve(
     };
     let (guard, trainer) = (parts.guard.clone(), parts.trainer.clone());
     services.open(routes(parts, auth, calls.clone())?);
-    report(&health, ServingStatus::Serving).await;
+    report(&health, serving, ServingStatus::Serving).await;
     ready();
     tokio::select! {
         ended = &mut transport => return ended.map_err(Error::internal),
         () = &mut shutdown => {}
     }
     tracing::info!("draining");
-    report(&health, ServingStatus::NotServing).await;
+    report(&health, serving, ServingStatus::NotServing).await;
     calls.close();
     let drained = async {
         // Answers still running at the end of the time are cut short by the guard, and then only have to be read.
@@ -131,11 +134,23 @@ fn bad_tls(files: &TlsFiles, error: tonic::transport::Error) -> Error {
     Error::invalid("--tls-cert", format!("{cert} and {key} are not a PEM certificate and its private key: {why}"))
 }
 
-/// Sets what health says of every service.
-async fn report(health: &HealthReporter, status: ServingStatus) {
+/// Sets what health says of every service, here and on the metrics port.
+async fn report(health: &HealthReporter, serving: &Serving, status: ServingStatus) {
+    serving.set(matches!(status, ServingStatus::Serving));
     for service in SERVICES {
         health.set_service_status(service, status).await;
     }
+}
+
+/// What the two versions of reflection tell, each of the other too.
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    use tonic_reflection::pb::{v1, v1alpha};
+    tonic_reflection::server::Builder::configure()
+        .include_reflection_service(false)
+        .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(v1alpha::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
 }
 
 fn routes(parts: Parts, auth: Auth, calls: Calls) -> Result<Routes> {
@@ -144,15 +159,16 @@ fn routes(parts: Parts, auth: Auth, calls: Calls) -> Result<Routes> {
     let shared = Arc::new(Shared { parts, auth, calls, uploads, reads });
     macro_rules! sized {
         ($service:expr) => {
-            $service.max_decoding_message_size(size).max_encoding_message_size(size)
+            // What a message unpacks to is held to the same size.
+            $service
+                .accept_compressed(CompressionEncoding::Gzip)
+                .send_compressed(CompressionEncoding::Gzip)
+                .max_decoding_message_size(size)
+                .max_encoding_message_size(size)
         };
     }
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()
-        .map_err(Error::internal)?;
-    Ok(Routes::new(reflection)
+    Ok(Routes::new(reflection().build_v1().map_err(Error::internal)?)
+        .add_service(reflection().build_v1alpha().map_err(Error::internal)?)
         .add_service(sized!(adapter::AdapterServiceServer::new(Adapters(shared.clone()))))
         .add_service(sized!(base::BaseServiceServer::new(Base(shared.clone()))))
         .add_service(sized!(dataset::DatasetServiceServer::new(Datasets(shared.clone()))))

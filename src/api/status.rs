@@ -10,13 +10,20 @@ use crate::error::Error;
 
 const DOMAIN: &str = "tenora";
 
+/// Longest word of a message. Names and file names that are allowed fit in.
+const MAX_WORD: usize = 300;
+/// Longest message. It stands in a status up to three times, percent-encoded or in base64, and clients take headers of 8 KiB.
+const MAX_MESSAGE: usize = 2000;
+
 impl From<Error> for Status {
+    /// What callers have sent is shortened, so that every client can read the answer.
     fn from(error: Error) -> Self {
-        let text = error.to_string();
+        let text = shortened(&error.to_string());
         match error {
             Error::Invalid { reason, field, message } => {
+                let field = shortened(&field);
                 let mut details = info(reason, [("field", field.as_str())]);
-                details.add_bad_request_violation(field, message);
+                details.add_bad_request_violation(field, shortened(&message));
                 Self::with_error_details(Code::InvalidArgument, text, details)
             }
             Error::NotFound { name } => about(Code::NotFound, "NOT_FOUND", text, &name),
@@ -25,13 +32,13 @@ impl From<Error> for Status {
             Error::PermissionDenied => plain(Code::PermissionDenied, "PERMISSION_DENIED", text),
             Error::Precondition { reason, subject, message } => {
                 let mut details = info(reason, []);
-                details.add_precondition_failure_violation(reason, subject, message);
+                details.add_precondition_failure_violation(reason, shortened(&subject), shortened(&message));
                 Self::with_error_details(Code::FailedPrecondition, text, details)
             }
             Error::Conflict { name } => about(Code::Aborted, "ETAG_MISMATCH", text, &name),
             Error::Exhausted { limit, message, retry_after } => {
                 let mut details = info("LIMIT_REACHED", [("limit", limit)]);
-                details.add_quota_failure_violation(limit, message);
+                details.add_quota_failure_violation(limit, shortened(&message));
                 retry(&mut details, retry_after);
                 Self::with_error_details(Code::ResourceExhausted, text, details)
             }
@@ -55,27 +62,32 @@ impl From<Error> for Status {
     }
 }
 
-/// Gives statuses that tonic made (an unknown method, a message over the limit, one that does not decode) their `ErrorInfo`.
+/// Gives statuses that tonic made (an unknown method, a message over the limit, one that does not decode) their `ErrorInfo`. What tonic
+/// calls its own fault, a message that does not decode, is the caller's.
 pub fn with_details(status: Status) -> Status {
     if !status.details().is_empty() {
         return status;
     }
-    let reason = match status.code() {
+    let said = status.message();
+    let (code, reason, text) = match status.code() {
         // tonic says nothing of a method that it does not know, and says which encoding it does not.
-        Code::Unimplemented if status.message().is_empty() => "UNKNOWN_METHOD",
-        Code::Unimplemented => "UNSUPPORTED_ENCODING",
-        Code::OutOfRange | Code::ResourceExhausted => "MESSAGE_TOO_LARGE",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::Cancelled => "CANCELLED",
-        _ => "MALFORMED_MESSAGE",
-    };
-    let text = match status.code() {
-        Code::Unimplemented if status.message().is_empty() => "this server has no such method".to_owned(),
-        Code::OutOfRange | Code::ResourceExhausted => format!("{} (limit max_message_bytes)", status.message()),
-        _ => status.message().to_owned(),
+        Code::Unimplemented if said.is_empty() => {
+            (Code::Unimplemented, "UNKNOWN_METHOD", "this server has no such method".to_owned())
+        }
+        Code::Unimplemented => (Code::Unimplemented, "UNSUPPORTED_ENCODING", said.to_owned()),
+        code @ (Code::OutOfRange | Code::ResourceExhausted) => {
+            (code, "MESSAGE_TOO_LARGE", format!("{said} (limit max_message_bytes)"))
+        }
+        Code::DeadlineExceeded => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED", said.to_owned()),
+        Code::Cancelled => (Code::Cancelled, "CANCELLED", said.to_owned()),
+        Code::NotFound => (Code::NotFound, "NOT_FOUND", said.to_owned()),
+        Code::Internal | Code::Unknown | Code::InvalidArgument => {
+            (Code::InvalidArgument, "MALFORMED_MESSAGE", format!("the message cannot be read: {said}"))
+        }
+        code => (code, "MALFORMED_MESSAGE", said.to_owned()),
     };
     let metadata = status.metadata().clone();
-    Status::with_error_details_and_metadata(status.code(), text, info(reason, []), metadata)
+    Status::with_error_details_and_metadata(code, shortened(&text), info(reason, []), metadata)
 }
 
 fn info<const N: usize>(reason: &str, metadata: [(&str, &str); N]) -> ErrorDetails {
@@ -90,14 +102,31 @@ fn plain(code: Code, reason: &str, text: String) -> Status {
 /// A status about one named resource.
 fn about(code: Code, reason: &str, text: String, name: &str) -> Status {
     let mut details = info(reason, []);
-    details.set_resource_info(resource_type(name), name, "", text.as_str());
+    details.set_resource_info(resource_type(name), shortened(name), "", text.as_str());
     Status::with_error_details(code, text, details)
 }
 
 /// `tenora/adapters` for `tenants/a/adapters/b`: the last collection of the name.
 fn resource_type(name: &str) -> String {
     let collection = name.split('/').step_by(2).last().unwrap_or_default();
-    format!("{DOMAIN}/{collection}")
+    shortened(&format!("{DOMAIN}/{collection}"))
+}
+
+/// A message with its long words cut, and its middle where it is still too long: what it is about stands at its beginning, what to do at
+/// its end.
+fn shortened(text: &str) -> String {
+    let words = text.split_inclusive(char::is_whitespace);
+    let text: String = words.map(|word| cut(word, MAX_WORD / 2, MAX_WORD / 4, MAX_WORD)).collect();
+    cut(&text, MAX_MESSAGE / 2, MAX_MESSAGE / 4, MAX_MESSAGE)
+}
+
+/// The first `head` and the last `tail` bytes of a text of more than `most`, and how much is left out between.
+fn cut(text: &str, head: usize, tail: usize, most: usize) -> String {
+    if text.len() <= most {
+        return text.to_owned();
+    }
+    let (head, tail) = (text.floor_char_boundary(head), text.ceil_char_boundary(text.len() - tail));
+    format!("{}[... {} bytes ...]{}", &text[..head], tail - head, &text[tail..])
 }
 
 fn retry(details: &mut ErrorDetails, after: Option<Duration>) {
@@ -162,7 +191,40 @@ mod tests {
     }
 
     #[test]
+    fn long_values_are_cut_and_what_to_do_is_not() {
+        let long = "x".repeat(5 << 20);
+        let texts = "many short words ".repeat(100_000);
+        for value in [long.as_str(), &texts, &"é".repeat(1 << 20), &"\"".repeat(3000)] {
+            let errors = [
+                Error::invalid(value, format!("{value:?} is no role; use user")),
+                Error::invalid_because("INVALID_NAME", "name", format!("{value} is wrong; use user")),
+                Error::not_found(value),
+                Error::AlreadyExists { name: value.into(), message: "choose another".into() },
+                Error::precondition("JOB_RUNS", value, format!("{value} runs; wait")),
+                Error::Conflict { name: value.into() },
+                Error::Exhausted { limit: "max_queued", message: value.into(), retry_after: None },
+                Error::Unavailable { message: value.into(), retry_after: None },
+                Error::Unauthenticated { message: value.into() },
+            ];
+            for error in errors {
+                let status = Status::from(error);
+                let headers = status.clone().into_http::<tonic::body::Body>().into_parts().0.headers;
+                let size: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+                assert!(size <= 16 << 10, "{size} bytes: {}", status.message());
+                assert!(status.message().contains("bytes ..."), "{}", status.message());
+            }
+        }
+        let status = Status::from(Error::invalid("role", format!("{long:?} is no role; use user")));
+        assert!(status.message().ends_with("is no role; use user"), "{}", status.message());
+        let name = format!("tenants/{}/adapters/{}/versions/4294967295", "a".repeat(63), "b".repeat(63));
+        assert_eq!(Status::from(Error::not_found(&name)).get_details_resource_info().unwrap().resource_name, name);
+    }
+
+    #[test]
     fn foreign_statuses_get_details() {
+        let malformed = with_details(Status::internal("failed to decode Protobuf message: invalid wire type"));
+        assert_eq!(malformed.code(), Code::InvalidArgument);
+        assert_eq!(malformed.get_error_details().error_info().unwrap().reason, "MALFORMED_MESSAGE");
         let status = with_details(Status::out_of_range("decoded message length too large"));
         assert_eq!(status.get_error_details().error_info().unwrap().reason, "MESSAGE_TOO_LARGE");
         assert!(status.message().contains("max_message_bytes"));

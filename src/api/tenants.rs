@@ -48,6 +48,7 @@ impl TenantService for Tenants {
         let weight = convert::weight("weight", request.weight.unwrap_or(1))?;
         let request_id = convert::request_id(request.request_id)?;
         let row = self.0.parts.store.create_tenant(&id, &display_name, weight, &request_id).await?;
+        tracing::info!(tenant = %id, weight, "tenant created");
         Ok(Response::new(convert::tenant(row)))
     }
 
@@ -59,6 +60,7 @@ impl TenantService for Tenants {
         let etag = tenant.etag.clone();
         let change = convert::tenant_change(tenant, request.update_mask)?;
         let row = self.0.parts.store.update_tenant(&id, &change, &etag).await?;
+        tracing::info!(tenant = %id, weight = row.weight, "tenant updated");
         Ok(Response::new(convert::tenant(row)))
     }
 
@@ -94,6 +96,7 @@ impl TenantService for Tenants {
             return Err(Error::precondition("TENANT_IN_USE", id, "operators' own calls are counted under it").into());
         }
         self.0.parts.hub.delete_tenant(&id).await?;
+        tracing::info!(tenant = %id, "tenant deleted");
         Ok(Response::new(pb::DeleteTenantResponse {}))
     }
 
@@ -104,6 +107,7 @@ impl TenantService for Tenants {
         let display_name = convert::display_name(request.display_name)?;
         let request_id = convert::request_id(request.request_id)?;
         let (row, secret) = self.0.parts.store.create_key(&owner, &display_name, &request_id).await?;
+        tracing::info!(tenant = %owner, key = %row.id, "key created");
         Ok(Response::new(pb::CreateApiKeyResponse { api_key: Some(convert::key(&owner, row)), secret }))
     }
 
@@ -121,6 +125,7 @@ impl TenantService for Tenants {
         self.0.auth.operator(request.extensions())?;
         let name: KeyName = convert::name("name", &request.get_ref().name)?;
         self.0.parts.store.revoke_key(&name).await?;
+        tracing::info!(tenant = %name.tenant, key = %name.key, "key revoked");
         Ok(Response::new(pb::RevokeApiKeyResponse {}))
     }
 

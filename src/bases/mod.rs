@@ -173,7 +173,7 @@ pub fn home() -> Result<PathBuf> {
 
 /// The file of a base, fetched first where it is remote and not in the cache. Blocks; call [`fetch`] inside a runtime.
 pub fn resolve(spec: &str, progress: impl FnMut(Progress)) -> Result<PathBuf> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(fetch(spec, progress))
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::internal)?.block_on(fetch(spec, progress))
 }
 
 /// The file of a base, fetched first where it is remote and not in the cache. Dropping the future ends a download and removes
@@ -205,7 +205,7 @@ fn cached_in(root: &Path) -> Result<Vec<Cached>> {
         // Locks and unfinished folders begin with a dot.
         let Some(spec) = spec_of(&name) else { continue };
         if let Some(path) = gguf_in(&folder)?.pop() {
-            let bytes = path.metadata()?.len();
+            let bytes = path.metadata().map_err(Error::at(&path))?.len();
             found.push(Cached { spec, path, bytes });
         }
     }
@@ -223,9 +223,12 @@ fn local(path: PathBuf) -> Result<PathBuf> {
 /// What lies in a folder; nothing where there is no such folder.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     match fs::read_dir(folder) {
-        Ok(entries) => Ok(entries.map(|entry| entry.map(|e| e.path())).collect::<std::io::Result<_>>()?),
+        Ok(entries) => entries
+            .map(|entry| entry.map(|e| e.path()))
+            .collect::<std::io::Result<_>>()
+            .map_err(Error::at(folder)),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(Vec::new()),
-        Err(e) => Err(e.into()),
+        Err(e) => Err(Error::at(folder)(e)),
     }
 }
 
@@ -267,7 +270,7 @@ impl Cache {
         if let Some(path) = gguf_in(&folder)?.pop() {
             return Ok(path);
         }
-        fs::create_dir_all(&self.root)?;
+        fs::create_dir_all(&self.root).map_err(Error::at(&self.root))?;
         let _lock = self.lock(&source, &mut progress).await?;
         if let Some(path) = gguf_in(&folder)?.pop() {
             return Ok(path); // the process that held the lock has fetched it
@@ -292,14 +295,15 @@ impl Cache {
         }
         let path = install(part.path(), &fetched, &folder)?;
         match fs::remove_dir_all(&kept) {
-            Err(e) if e.kind() != ErrorKind::NotFound => Err(e.into()),
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(Error::at(&kept)(e)),
             _ => Ok(path),
         }
     }
 
     /// The right to fetch this base, held until dropped or until the process ends.
     async fn lock(&self, source: &Source, progress: &mut impl FnMut(Progress)) -> Result<File> {
-        let lock = File::create(self.root.join(format!(".{}.lock", source.folder())))?;
+        let path = self.root.join(format!(".{}.lock", source.folder()));
+        let lock = File::create(&path).map_err(Error::at(&path))?;
         loop {
             match lock.try_lock() {
                 Ok(()) => return Ok(lock),
@@ -307,7 +311,7 @@ impl Cache {
                     progress(Progress { stage: Stage::Waiting, done: 0, total: None });
                     tokio::time::sleep(TICK).await;
                 }
-                Err(TryLockError::Error(e)) => return Err(e.into()),
+                Err(TryLockError::Error(e)) => return Err(Error::at(&path)(e)),
             }
         }
     }
@@ -318,10 +322,10 @@ impl Cache {
         let prefix = format!(".{}.part-", source.folder());
         for path in entries(&self.root)? {
             if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {
-                fs::remove_dir_all(&path)?;
+                fs::remove_dir_all(&path).map_err(Error::at(&path))?;
             }
         }
-        Ok(tempfile::Builder::new().prefix(&prefix).tempdir_in(&self.root)?)
+        tempfile::Builder::new().prefix(&prefix).tempdir_in(&self.root).map_err(Error::at(&self.root))
     }
 }
 
@@ -358,11 +362,11 @@ async fn check(path: &Path, expected: &str) -> Result<()> {
 }
 
 fn digest_of(path: &Path) -> Result<Digest> {
-    let mut file = File::open(path)?;
+    let mut file = File::open(path).map_err(Error::at(path))?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
-        match file.read(&mut buffer)? {
+        match file.read(&mut buffer).map_err(Error::at(path))? {
             0 => return Ok(hasher.into()),
             n => hasher.update(&buffer[..n]),
         }
@@ -373,13 +377,14 @@ fn digest_of(path: &Path) -> Result<Digest> {
 fn install(part: &Path, fetched: &Path, folder: &Path) -> Result<PathBuf> {
     let name = fetched.file_name().ok_or_else(|| Error::internal("the fetched file has no name"))?;
     let ready = part.join("ready");
-    fs::create_dir(&ready)?;
-    fs::rename(fetched, ready.join(name))?;
-    File::open(ready.join(name))?.sync_all()?;
-    File::open(&ready)?.sync_all()?;
-    fs::rename(&ready, folder)?;
+    let sync = |path: &Path| File::open(path).and_then(|file| file.sync_all()).map_err(Error::at(path));
+    fs::create_dir(&ready).map_err(Error::at(&ready))?;
+    fs::rename(fetched, ready.join(name)).map_err(Error::at(fetched))?;
+    sync(&ready.join(name))?;
+    sync(&ready)?;
+    fs::rename(&ready, folder).map_err(Error::at(folder))?;
     if let Some(parent) = folder.parent() {
-        File::open(parent)?.sync_all()?;
+        sync(parent)?;
     }
     Ok(folder.join(name))
 }

@@ -50,13 +50,20 @@ enum Command {
         folder: PathBuf,
     },
     /// Show one adapter.
-    Get { adapter: String },
+    Get {
+        /// The adapter.
+        adapter: String,
+    },
     /// List the tenant's adapters.
     List,
     /// List an adapter's versions, newest first.
-    Versions { adapter: String },
+    Versions {
+        /// The adapter.
+        adapter: String,
+    },
     /// Make a version the live one: the swap and the rollback. Answers under way finish on the version they began with.
     SetLive {
+        /// The adapter.
         adapter: String,
         /// The version's number.
         version: String,
@@ -66,6 +73,7 @@ enum Command {
     },
     /// Delete an adapter and its versions.
     Delete {
+        /// The adapter.
         adapter: String,
         /// Refuse if the adapter has changed since it had this etag.
         #[arg(long, default_value = "")]

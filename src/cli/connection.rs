@@ -8,14 +8,14 @@ use crate::api::client::{Client, ClientError, Target};
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Server")]
 pub(super) struct Connection {
-    /// The server, http://HOST:PORT or https://HOST:PORT.
+    /// The server: http://HOST:PORT or https://HOST:PORT; HOST:PORT alone where it is on this machine.
     #[arg(long, env = "TENORA_SERVER", default_value = "http://127.0.0.1:50051", global = true, value_name = "URL")]
     server: String,
     /// The bearer key. Better set as TENORA_KEY: other users see command lines.
     #[arg(long, env = "TENORA_KEY", hide_env_values = true, global = true)]
     key: Option<String>,
-    /// PEM certificate of the authority that signed the server's certificate; for https.
-    #[arg(long, env = "TENORA_TLS_CA", global = true, value_name = "FILE")]
+    /// PEM certificate of the authority that signed the server's certificate, for https [default: the system's authorities]
+    #[arg(long, visible_alias = "ca", env = "TENORA_TLS_CA", global = true, value_name = "FILE")]
     tls_ca: Option<PathBuf>,
     /// The tenant that short names belong to: `tone` is then tenants/TENANT/adapters/tone.
     #[arg(long, env = "TENORA_TENANT", global = true)]

@@ -37,13 +37,19 @@ enum Command {
     /// Upload preference pairs, for DPO.
     UploadPreferences(UploadArgs),
     /// Show one dataset.
-    Get { dataset: String },
+    Get {
+        /// The dataset.
+        dataset: String,
+    },
     /// List the tenant's datasets.
     List,
     /// Count a dataset's tokens and what is wrong with it.
     Inspect(InspectArgs),
     /// Delete a dataset.
-    Delete { dataset: String },
+    Delete {
+        /// The dataset.
+        dataset: String,
+    },
 }
 
 #[derive(Debug, clap::Args)]

@@ -20,15 +20,27 @@ pub(super) struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum Command {
     /// Show one job.
-    Get { job: String },
+    Get {
+        /// The job: its id, or its name in full.
+        job: String,
+    },
     /// List the tenant's jobs, newest first.
     List,
     /// Follow a job to its end: progress, then a plot of the loss.
-    Watch { job: String },
+    Watch {
+        /// The job: its id, or its name in full.
+        job: String,
+    },
     /// Cancel a job; nothing is published.
-    Cancel { job: String },
+    Cancel {
+        /// The job: its id, or its name in full.
+        job: String,
+    },
     /// Queue an interrupted job again: it publishes what it has saved, or starts over.
-    Resume { job: String },
+    Resume {
+        /// The job: its id, or its name in full.
+        job: String,
+    },
 }
 
 pub(super) async fn run(args: Args) -> Result<()> {

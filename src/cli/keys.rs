@@ -27,7 +27,10 @@ enum Command {
     /// List the keys, without their secrets.
     List,
     /// Make a key worthless at once.
-    Revoke { key: String },
+    Revoke {
+        /// The key's id, as `list` shows it, or its name in full.
+        key: String,
+    },
 }
 
 pub(super) async fn run(args: Args) -> Result<()> {

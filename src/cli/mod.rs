@@ -216,6 +216,7 @@ mod tests {
     fn commands_are_understood() {
         for line in [
             "quickstart",
+            "serve --metrics-listen localhost:9090 --metrics-by-tenant",
             "serve --listen 127.0.0.1:0 --limit max_rank=16 --limit max_queued=3 --threads 1",
             "generate --adapter a --tenant t --temperature 0.7 --stop x --stop y hello world",
             "generate --raw --json --logprobs 3",
@@ -244,10 +245,50 @@ mod tests {
         }
     }
 
+    /// Every command and every argument says what it is, and every example can be typed.
+    #[test]
+    fn help_is_whole_and_its_examples_are_understood() {
+        let mut examples = 0;
+        check_help(&CommandLine::command(), &mut examples);
+        assert!(examples > 25, "{examples}");
+    }
+
+    fn check_help(command: &clap::Command, examples: &mut usize) {
+        let name = command.get_name();
+        assert!(command.get_about().is_some(), "{name} says nothing of itself");
+        for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+            let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.len() > 3 && !help.starts_with('['), "{name}: {} has no help: {help:?}", argument.get_id());
+        }
+        let after = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        for line in after.lines().filter(|line| line.starts_with("  tenora")) {
+            let words = words_of(line.split("   ").find(|part| part.trim().starts_with("tenora")).unwrap_or_default());
+            let parsed = CommandLine::try_parse_from(&words);
+            assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
+            *examples += 1;
+        }
+        command.get_subcommands().for_each(|inner| check_help(inner, examples));
+    }
+
+    /// As a shell cuts a line without escapes.
+    fn words_of(line: &str) -> Vec<String> {
+        let (mut words, mut quoted) = (vec![String::new()], false);
+        for c in line.trim().chars() {
+            match c {
+                '"' => quoted = !quoted,
+                ' ' if !quoted => words.push(String::new()),
+                c => words.last_mut().unwrap().push(c),
+            }
+        }
+        words.retain(|word| !word.is_empty());
+        words
+    }
+
     #[test]
     fn contradictions_are_refused() {
         for line in [
             "serve --tls-cert a.pem",
+            "serve --metrics-by-tenant",
             "serve --limit max_rank",
             "serve --limit no_such_limit=1",
             "serve --threads 0",

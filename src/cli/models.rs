@@ -31,11 +31,13 @@ enum Command {
     },
     /// Fetch a base and print its path.
     Fetch {
+        /// Which base.
         #[arg(default_value = bases::DEFAULT)]
         spec: String,
     },
     /// Print the path of a base that has been fetched.
     Path {
+        /// Which base.
         #[arg(default_value = bases::DEFAULT)]
         spec: String,
     },

@@ -22,13 +22,17 @@ enum Command {
     Get,
     /// Replace all blocked phrases; none given: nothing is blocked.
     Set {
+        /// The phrases, in place of all that were blocked; none lifts the policy.
         phrases: Vec<String>,
         /// Refuse if the policy has changed since it had this etag.
         #[arg(long, default_value = "")]
         etag: String,
     },
     /// Say what the policy finds in a text.
-    Check { text: String },
+    Check {
+        /// The text.
+        text: String,
+    },
 }
 
 pub(super) async fn run(args: Args) -> Result<()> {

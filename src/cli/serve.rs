@@ -16,9 +16,9 @@ use crate::device::DeviceSpec;
 /// `listening on http://HOST:PORT`, says that the server listens. SIGTERM and ctrl-c let answers under way finish.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Where to listen. Port 0 takes a free one.
-    #[arg(long, env = "TENORA_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS")]
-    listen: SocketAddr,
+    /// Where to listen, HOST:PORT; a name such as localhost is looked up. Port 0 takes a free one.
+    #[arg(long, env = "TENORA_LISTEN", default_value = "127.0.0.1:50051", value_name = "HOST:PORT")]
+    listen: String,
     /// Tenants, adapters, datasets and jobs [default: $XDG_DATA_HOME/tenora or ~/.local/share/tenora]
     #[arg(long, env = "TENORA_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
@@ -35,8 +35,14 @@ pub(super) struct Args {
     #[arg(long, env = "TENORA_THREADS", value_name = "N")]
     threads: Option<NonZeroUsize>,
     /// Also serve Prometheus metrics here, in plain HTTP and without a key.
-    #[arg(long, value_name = "ADDRESS")]
-    metrics_listen: Option<SocketAddr>,
+    #[arg(long, value_name = "HOST:PORT")]
+    metrics_listen: Option<String>,
+    /// Show the metrics of requests by tenant: N tenants by name, the others together.
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "100", requires = "metrics_listen")]
+    metrics_by_tenant: Option<u64>,
+    /// Send spans of calls (queue, prefill, decode) to this OpenTelemetry collector, by OTLP over HTTP.
+    #[arg(long, env = "TENORA_OTLP_ENDPOINT", value_name = "http://HOST:4318")]
+    otlp_endpoint: Option<String>,
     /// PEM certificate chain; makes the server speak TLS.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -84,9 +90,15 @@ impl Args {
         for (name, value) in &self.limits {
             limits.set(name, *value)?;
         }
+        limits.max_metric_tenants = self.metrics_by_tenant.unwrap_or(limits.max_metric_tenants);
         let data_dir = match &self.data_dir {
             Some(dir) => dir.clone(),
             None => default_data_dir()?,
+        };
+        let listen = resolve("--listen", &self.listen).await?;
+        let metrics_listen = match &self.metrics_listen {
+            Some(address) => Some(resolve("--metrics-listen", address).await?),
+            None => None,
         };
         let config = Config {
             data_dir,
@@ -94,15 +106,31 @@ impl Args {
             base_name: self.base_name.clone().or_else(|| bases::model_name(&self.base)),
             device: self.device,
             threads: self.threads(),
-            metrics_listen: self.metrics_listen,
+            metrics_listen,
+            otlp_endpoint: self.otlp_endpoint,
             insecure_no_auth: self.insecure_no_auth,
             rotate_operator_key: self.rotate_operator_key,
             tls: self.tls_cert.zip(self.tls_key).map(|(cert, key)| TlsFiles { cert, key }),
             allow_plaintext: self.allow_plaintext,
             limits,
         };
-        Ok(Some((config, self.listen)))
+        Ok(Some((config, listen)))
     }
+}
+
+/// The address of HOST:PORT; of a name that has several, an IPv4 one.
+async fn resolve(flag: &str, given: &str) -> Result<SocketAddr> {
+    if let Ok(address) = given.parse() {
+        return Ok(address);
+    }
+    let wrong = |why: String| {
+        Failure::other(format!("{flag} {given:?} is no address: {why}; write HOST:PORT, for example 127.0.0.1:50051"))
+    };
+    let Some((_, port)) = given.rsplit_once(':') else { return Err(wrong("it has no port".into())) };
+    port.parse::<u16>().map_err(|_| wrong(format!("{port:?} is no port")))?;
+    let found: Vec<SocketAddr> = tokio::net::lookup_host(given).await.map_err(|e| wrong(e.to_string()))?.collect();
+    let address = found.iter().find(|address| address.is_ipv4()).or(found.first()).copied();
+    address.ok_or_else(|| wrong("the name has no address".into()))
 }
 
 /// Not below TENORA_HOME: what was trained is no cache.
@@ -125,6 +153,19 @@ fn print_limits() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn names_are_looked_up_and_what_is_no_address_is_refused() {
+        let found = async |given: &str| resolve("--listen", given).await.map_err(|e| e.to_string());
+        assert_eq!(found("127.0.0.1:0").await.unwrap().to_string(), "127.0.0.1:0");
+        assert_eq!(found("[::1]:7").await.unwrap().to_string(), "[::1]:7");
+        let localhost = found("localhost:50051").await.unwrap();
+        assert!(localhost.ip().is_loopback() && localhost.port() == 50051, "{localhost}");
+        for wrong in ["localhost", "localhost:", "localhost:99999", "no such host:1", ""] {
+            let said = found(wrong).await.unwrap_err();
+            assert!(said.contains("--listen") && said.contains("HOST:PORT"), "{said}");
+        }
+    }
 
     #[test]
     fn the_readme_lists_the_limits_as_they_are() {

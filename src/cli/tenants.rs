@@ -35,6 +35,7 @@ enum Command {
     /// Change a tenant's display name or weight.
     #[command(group = clap::ArgGroup::new("change").required(true).multiple(true))]
     Update {
+        /// The tenant's id.
         id: String,
         /// For people.
         #[arg(long, group = "change")]
@@ -45,15 +46,21 @@ enum Command {
     },
     /// Show a tenant, what it has used, and how much of its limits. The tenant's own key is enough.
     Get {
-        /// [default: --tenant, else the tenant of the key]
+        /// The tenant's id [default: --tenant, else the tenant of the key]
         id: Option<String>,
     },
     /// List the tenants.
     List,
     /// Delete a tenant and all of its own: adapters, datasets, jobs, keys, policy.
-    Delete { id: String },
+    Delete {
+        /// The tenant's id.
+        id: String,
+    },
     /// Show the tokens a tenant has used. The tenant's own key is enough.
-    Usage { id: String },
+    Usage {
+        /// The tenant's id.
+        id: String,
+    },
 }
 
 pub(super) async fn run(args: Args) -> Result<()> {

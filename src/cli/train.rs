@@ -65,7 +65,7 @@ struct Objective {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "LoRA")]
 struct Lora {
-    /// [default: 8]
+    /// Rank of the adapter's matrices [default: 8]
     #[arg(long)]
     rank: Option<u32>,
     /// The scale is alpha / rank [default: 16]
@@ -109,16 +109,16 @@ struct Hyperparameters {
     /// How the learning rate falls after the warm-up.
     #[arg(long, value_enum, default_value = "cosine")]
     schedule: Schedule,
-    /// [default: 0]
+    /// Weight decay of AdamW [default: 0]
     #[arg(long)]
     weight_decay: Option<f64>,
-    /// [default: 0.9]
+    /// Decay of AdamW's mean of the gradients [default: 0.9]
     #[arg(long)]
     beta1: Option<f64>,
-    /// [default: 0.999]
+    /// Decay of AdamW's mean of their squares [default: 0.999]
     #[arg(long)]
     beta2: Option<f64>,
-    /// [default: 1e-8]
+    /// What AdamW adds to its denominator [default: 1e-8]
     #[arg(long)]
     epsilon: Option<f64>,
     /// Clips the gradient; 0 is off [default: 1]

@@ -132,6 +132,10 @@ impl Upload {
                     drop(custody);
                     // It has no owner where it was refused, or where another call with this request id was quicker.
                     store.collect_blobs(&[dataset.blob]).await;
+                    if let Ok(row) = &row {
+                        let (tenant, dataset) = (&row.name.tenant, &row.name);
+                        tracing::info!(%tenant, %dataset, records, size_bytes, "dataset uploaded");
+                    }
                     row
                 };
                 uninterrupted(make).await?

@@ -64,6 +64,7 @@ pub async fn delete_dataset(store: &Store, tenant: &Tenant, name: &DatasetName) 
     let delete = async move {
         let blob = store.delete_dataset(&name).await?;
         store.collect_blobs(&[blob]).await;
+        tracing::info!(tenant = %name.tenant, dataset = %name, "dataset deleted");
         Ok(())
     };
     uninterrupted(delete).await

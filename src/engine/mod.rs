@@ -44,6 +44,7 @@ use prefix::{Chain, Scope};
 use run::{Loop, Message};
 use scheduler::{Bounds, Demand, Scheduler};
 use sequence::{Adapter, Generation, Scoring, Sequence, Work};
+use stats::Figures;
 use tickets::{Ticket, Tickets};
 use warm::Warm;
 
@@ -83,6 +84,8 @@ pub struct Engine {
     limits: Arc<Limits>,
     large_encodes: Arc<Semaphore>,
     facts: Facts,
+    /// Whose figures are shown by name.
+    tenants: stats::Tenants,
 }
 
 /// What the handle knows of the base and its cache.
@@ -143,10 +146,12 @@ impl Engine {
             stuck: false,
             closed: false,
         };
-        std::thread::Builder::new().name("engine".into()).spawn(move || state.run())?;
+        std::thread::Builder::new().name("engine".into()).spawn(move || state.run()).map_err(Error::internal)?;
         let tickets = Tickets::new(limits);
         let large_encodes = Arc::new(Semaphore::new(LARGE_ENCODES));
-        Ok(Self { inbox: sender, text, hub, tickets, memory, limits: Arc::new(limits.clone()), large_encodes, facts })
+        let tenants = stats::Tenants::new(limits.max_metric_tenants);
+        let limits = Arc::new(limits.clone());
+        Ok(Self { inbox: sender, text, hub, tickets, memory, limits, large_encodes, facts, tenants })
     }
 
     /// Starts the answers that the spec asks for, a stream each. Errors before the first token are given here: bad settings, NOT_FOUND,
@@ -154,6 +159,7 @@ impl Engine {
     ///
     /// The first answer computes the prompt. The others start when it is there to be found in the prefix cache.
     pub async fn generate(&self, tenant: &Tenant, spec: GenerateSpec) -> Result<Vec<GenerateStream>> {
+        let since = Instant::now();
         self.check_sampling(&spec)?;
         self.check_stopping(&spec.stopping)?;
         check_logprobs("logprobs", spec.logprobs.unwrap_or(0))?;
@@ -205,7 +211,8 @@ impl Engine {
             let demand = Demand { tenant: ticket.number, weight, priority, length, longest, chain };
             let (ids, work) = (ids.clone(), Work::Generate(Box::new(generation)));
             let adapter = adapter_of(version.clone());
-            submissions.push((id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, work }));
+            let figures = Figures::new(&self.tenants, tenant.id(), since, spec.trace);
+            submissions.push((id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work }));
         }
         let mut others = submissions.into_iter();
         if let Some((id, demand, sequence)) = others.next() {
@@ -225,6 +232,7 @@ impl Engine {
 
     /// Scores every sequence under one version; they ride in the same batches as generation.
     pub async fn score(&self, tenant: &Tenant, spec: ScoreSpec) -> Result<ScoreAnswer> {
+        let since = Instant::now();
         check_logprobs("top_logprobs", spec.top_logprobs)?;
         check_priority(spec.priority)?;
         if spec.inputs.is_empty() || spec.inputs.len() > MAX_SCORE_INPUTS {
@@ -254,7 +262,8 @@ impl Engine {
             // Every row's logits are asked for, so none can be left out, and such texts are seldom begun again.
             let demand = Demand { tenant: number, weight, priority, length, longest: length, chain: None };
             let (adapter, ticket) = (adapter_of(row.clone()), ticket.clone());
-            self.submit(id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, work })?;
+            let figures = Figures::new(&self.tenants, tenant.id(), since, spec.trace);
+            self.submit(id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work })?;
             answers.push(answer);
         }
         // Its places are the sequences' alone from now on: they are given back before the answer is.

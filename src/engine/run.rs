@@ -91,6 +91,12 @@ impl Loop {
         self.drop_late();
         self.schedule();
         if !self.plan.is_empty() {
+            let now = Instant::now();
+            for planned in &self.plan {
+                if let Some(sequence) = self.sequences.get_mut(&planned.id) {
+                    sequence.figures.planned(now);
+                }
+            }
             let done = self.compute();
             self.commit(done);
         }

@@ -21,6 +21,7 @@ use std::collections::HashMap;
 
 use crate::engine::blocks::Blocks;
 use crate::engine::prefix::Chain;
+use crate::engine::stats;
 use waiting::{Rank, Waiting};
 
 /// What a token counts for a tenant of weight 1.
@@ -432,6 +433,7 @@ impl Scheduler {
     /// Takes the blocks of a running sequence, which starts over later.
     fn send_back(&mut self, at: usize) {
         let mut entry = self.stop(at);
+        stats::count_preemption();
         self.clear(&mut entry);
         entry.rank = self.waiting.first_rank(entry.rank.priority());
         self.waiting.push(self.served(entry.tenant), entry);

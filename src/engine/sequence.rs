@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use crate::engine::answer::Answer;
 use crate::engine::sampler::{History, logprob, sample, top_logprobs};
 use crate::engine::scheduler::Planned;
-use crate::engine::stats;
+use crate::engine::stats::{self, Figures};
 use crate::engine::tickets::Ticket;
 use crate::error::{Error, Result};
 use crate::hub::{Lease, VersionRow};
@@ -31,6 +31,7 @@ pub struct Sequence {
     pub adapter: Adapter,
     /// Counts the request against the limits for as long as one of its sequences lives.
     pub ticket: Arc<Ticket>,
+    pub figures: Figures,
     pub work: Work,
 }
 
@@ -171,16 +172,19 @@ impl Sequence {
         {
             generation.cached_tokens = Some(planned.start);
             stats::count_prompt(generation.prompt_tokens, planned.start);
+            self.figures.prompt(generation.prompt_tokens);
         }
         match (&mut self.work, reading) {
             (_, Reading::Nothing) => Next::Unchanged,
             (Work::Generate(generation), Reading::Token(token)) => {
                 self.ids.push(token.id);
+                self.figures.token(Instant::now());
                 generation.commit(token, self.ids.len(), text, context)
             }
             (Work::Score(scoring), Reading::Scores { logprobs, next }) => {
                 scoring.logprobs.extend(logprobs);
                 if planned.completes {
+                    self.figures.prompt(self.ids.len());
                     scoring.finish(std::mem::take(&mut self.ids), next);
                     return Next::Finished;
                 }

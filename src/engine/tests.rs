@@ -125,6 +125,7 @@ impl Request {
             logprobs: Some(2),
             priority: 0,
             deadline: None,
+            trace: None,
         }
     }
 }
@@ -247,6 +248,7 @@ fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
             top_logprobs: 0,
             priority: 0,
             deadline: None,
+            trace: None,
         };
         for _ in 0..200 {
             let mut stream = one(&engine, &world().tenant, request.spec()).await.unwrap();
@@ -309,7 +311,8 @@ fn submit(bare: &Bare, adapter: Adapter, max_tokens: u32) -> UnreadEvents {
     let work = Work::Generate(Box::new(generation));
     let longest = 20 + max_tokens as usize;
     let demand = Demand { tenant: 0, weight: 1, priority: 0, length: 20, longest, chain: None };
-    let sequence = Sequence { ids: vec![1; 20], deadline: None, adapter, ticket, work };
+    let figures = stats::Figures::new(&stats::Tenants::new(1), w.tenant.id(), Instant::now(), None);
+    let sequence = Sequence { ids: vec![1; 20], deadline: None, adapter, ticket, figures, work };
     bare.sender.send(Message::Submit(id, demand, Box::new(sequence))).unwrap();
     reader
 }
@@ -386,6 +389,7 @@ fn scoring_rides_along_and_agrees_with_generation() {
             top_logprobs: 2,
             priority: 0,
             deadline: None,
+            trace: None,
         };
         let (scored, _) = tokio::join!(engine.score(&world().tenant, spec), tokens(&engine, &request));
         let results = scored.unwrap().results;
@@ -475,6 +479,7 @@ fn a_score_that_no_message_can_hold_is_refused_before_it_is_computed() {
             top_logprobs,
             priority: 0,
             deadline: None,
+            trace: None,
         };
         let refused = engine.score(&world().tenant, spec(1)).await.unwrap_err();
         assert!(matches!(refused, Error::Exhausted { limit: "max_message_bytes", .. }), "{refused}");

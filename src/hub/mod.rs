@@ -227,7 +227,9 @@ impl Hub {
     /// Makes a version the live one, once it is known to load. CONFLICT where `etag` (empty: none) is not the current one.
     pub async fn set_live(self: &Arc<Self>, tenant: &Tenant, version: &VersionName, etag: &str) -> Result<AdapterRow> {
         let _loads = self.lease(tenant, &AdapterRef::Version(version.clone())).await?;
-        self.store.set_live(version, etag).await
+        let row = self.store.set_live(version, etag).await?;
+        tracing::info!(tenant = %tenant.id(), %version, "live version set");
+        Ok(row)
     }
 
     /// A version's files, as they go out: what was trained here calls the base as the server does.
@@ -255,6 +257,7 @@ impl Hub {
             let (uids, blobs) = hub.store.delete_adapter(&name, &etag).await?;
             uids.iter().for_each(|uid| hub.residents.retire(uid));
             hub.store.collect_blobs(&blobs).await;
+            tracing::info!(tenant = %name.tenant, adapter = %name, versions = uids.len(), "adapter deleted");
             Ok(())
         };
         uninterrupted(delete).await

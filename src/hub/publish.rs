@@ -127,6 +127,9 @@ impl Hub {
         let row = self.store.insert_version(row, &self.limits).await?;
         if !validate_only {
             unnamed.keep(&row.uid);
+            let (job, live) = (row.job.as_ref().map(ToString::to_string), row.live);
+            let from = job.as_deref().unwrap_or("import");
+            tracing::info!(tenant = %row.name.tenant(), version = %row.name, from, live, rank, size_bytes, "version published");
         }
         Ok(row)
     }

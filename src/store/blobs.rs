@@ -22,7 +22,7 @@ pub struct Blobs {
 
 impl Blobs {
     pub(super) fn open(root: &FilePath) -> Result<Self> {
-        std::fs::create_dir_all(root)?;
+        std::fs::create_dir_all(root).map_err(Error::at(root))?;
         let files = LocalFileSystem::new_with_prefix(root)?.with_fsync(true).with_automatic_cleanup(true);
         Ok(Self { files: Arc::new(files), root: root.to_owned() })
     }
@@ -53,7 +53,8 @@ impl Blobs {
 
     /// Opens a file, to be read on a thread that may block. INTERNAL where there is none.
     pub fn open_file(&self, key: &str) -> Result<File> {
-        Ok(File::open(self.files.path_to_filesystem(&parse(key)?)?)?)
+        let path = self.files.path_to_filesystem(&parse(key)?)?;
+        File::open(&path).map_err(Error::at(path))
     }
 
     /// The keys below a folder, sorted.
@@ -102,14 +103,14 @@ impl Blobs {
     pub(super) async fn sweep(&self, owned: &HashSet<String>) -> Result<()> {
         let mut folders = vec![self.root.clone()];
         while let Some(folder) = folders.pop() {
-            let mut entries = tokio::fs::read_dir(&folder).await?;
-            while let Some(entry) = entries.next_entry().await? {
+            let mut entries = tokio::fs::read_dir(&folder).await.map_err(Error::at(&folder))?;
+            while let Some(entry) = entries.next_entry().await.map_err(Error::at(&folder))? {
                 let path = entry.path();
-                if entry.file_type().await?.is_dir() {
+                if entry.file_type().await.map_err(Error::at(&path))?.is_dir() {
                     folders.push(path);
                 } else if !self.is_owned(&path, owned) {
                     tracing::info!(file = %path.display(), "collecting a blob without an owner");
-                    tokio::fs::remove_file(&path).await?;
+                    tokio::fs::remove_file(&path).await.map_err(Error::at(&path))?;
                 }
             }
         }

@@ -128,6 +128,7 @@ impl Store {
         append(&mut tx, &row.name, &state_event(row.state, &JobEnd::default(), false)).await?;
         record_result(&mut tx, tenant, TRAIN_METHOD, request_id, &row.name.to_string()).await?;
         tx.commit().await?;
+        log_state(&row.name, row.state, &JobEnd::default());
         Ok(row)
     }
 
@@ -177,6 +178,7 @@ impl Store {
                 Ok(job) => {
                     append(&mut tx, &name, &state_event(job.state, &JobEnd::default(), false)).await?;
                     tx.commit().await?;
+                    log_state(&name, job.state, &JobEnd::default());
                     return Ok(Some((Tenant::proven(name.tenant), job)));
                 }
                 Err(error) => {
@@ -227,6 +229,7 @@ impl Store {
         // A job whose spec cannot be read moves too: it must be possible to cancel it.
         let row = set_state(&mut tx, name, to, &end).await?;
         tx.commit().await?;
+        log_state(name, to, &end);
         if let Some(result) = result.filter(|_| to.is_final()) {
             self.collect_blobs(&[result]).await;
         }
@@ -305,6 +308,7 @@ impl Store {
             .fetch_all(&mut *tx)
             .await?;
         let mut unowned = Vec::new();
+        let mut ended = Vec::new();
         for row in rows {
             let name_and_state = || Ok((job_name(&row)?, state_from_name(row.try_get("state")?)?));
             let Some((name, state)) = readable(name_and_state()) else { continue };
@@ -324,8 +328,10 @@ impl Store {
             };
             set_state(&mut tx, &name, to, &end).await?;
             unowned.extend(result.filter(|_| to.is_final()));
+            ended.push((name, to, end));
         }
         tx.commit().await?;
+        ended.iter().for_each(|(name, to, end)| log_state(name, *to, end));
         if !unowned.is_empty() {
             self.collect_blobs(&unowned).await;
         }
@@ -430,6 +436,13 @@ async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end:
     .await?;
     append(db, name, &state_event(to, end, row.try_get("live")?)).await?;
     Ok(row)
+}
+
+/// Says in the log that a job has come to a state.
+fn log_state(name: &JobName, state: JobState, end: &JobEnd) {
+    let (tenant, state) = (&name.tenant, state_name(state));
+    let version = end.version.as_ref().map(ToString::to_string);
+    tracing::info!(%tenant, job = %name, %state, version, error = end.error, "job state");
 }
 
 fn state_event(state: JobState, end: &JobEnd, live: bool) -> JobEvent {

@@ -40,7 +40,7 @@ pub struct KeyRow {
 /// A key that is not kept yet.
 #[derive(Debug, Clone)]
 pub struct NewKey {
-    id: String,
+    pub id: String,
     /// `tnr_{key id}_{64 hex digits}`.
     pub secret: String,
 }

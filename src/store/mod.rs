@@ -71,19 +71,21 @@ impl Store {
     /// Opens or makes the catalogue and the blobs below `data_dir`, migrates, and collects half uploads and blobs without an owner.
     /// DATA_DIR_IN_USE where another process has it.
     pub async fn open(data_dir: &Path) -> Result<Self> {
-        tokio::fs::create_dir_all(data_dir).await?;
+        tokio::fs::create_dir_all(data_dir).await.map_err(|e| unusable(data_dir, e))?;
         let folder = lock_folder(data_dir, FOLDER_WAIT).await?;
         // NORMAL in WAL mode: a commit survives the death of the process (it is in the system's page cache); power loss may undo the
         // last commits but never tears one. Blobs are synced before their rows, and a deletion's commit before its blobs go.
+        let catalogue = data_dir.join("tenora.db");
         let options = SqliteConnectOptions::new()
-            .filename(data_dir.join("tenora.db"))
+            .filename(&catalogue)
             .create_if_missing(true)
             .foreign_keys(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Normal)
             .busy_timeout(BUSY_TIMEOUT);
-        let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).connect_with(options).await?;
-        migrator().run(&pool).await.map_err(|e| Error::internal(format!("catalogue migration: {e}")))?;
+        let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).connect_with(options).await;
+        let pool = pool.map_err(|e| unusable(&catalogue, e))?;
+        migrator().run(&pool).await.map_err(|e| unusable(&catalogue, e))?;
         let blobs = Blobs::open(&data_dir.join("blobs"))?;
         let store = Self { inner: Arc::new(Inner { pool, blobs, locks: locks::Locks::default(), _folder: folder }) };
         store.blobs().sweep(&store.owned_blobs().await?).await?;
@@ -165,9 +167,16 @@ fn migrator() -> Migrator {
     Migrator::with_migrations(MIGRATIONS.iter().map(migration).collect())
 }
 
+/// What a start says where the data folder or a file in it cannot be used.
+fn unusable(path: &Path, error: impl std::fmt::Display) -> Error {
+    let message = format!("{error}; see that this user may write there, or choose another --data-dir");
+    Error::precondition("DATA_DIR_UNUSABLE", path.display(), message)
+}
+
 /// Takes the folder for this process, waiting for the one before at most so long.
 async fn lock_folder(data_dir: &Path, wait: Duration) -> Result<File> {
-    let file = File::options().create(true).truncate(false).write(true).open(data_dir.join("lock"))?;
+    let lock = data_dir.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&lock).map_err(|e| unusable(&lock, e))?;
     let deadline = tokio::time::Instant::now() + wait;
     loop {
         match file.try_lock() {
@@ -182,7 +191,7 @@ async fn lock_folder(data_dir: &Path, wait: Duration) -> Result<File> {
                     "another process serves this folder; stop it or choose another --data-dir",
                 ));
             }
-            Err(TryLockError::Error(e)) => return Err(e.into()),
+            Err(TryLockError::Error(e)) => return Err(unusable(&lock, e)),
         }
     }
 }

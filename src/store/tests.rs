@@ -511,3 +511,30 @@ async fn usage_adds_up() {
     assert_eq!(store.get_usage(&id).await.unwrap(), want);
     assert!(matches!(store.get_usage(&TenantId::new("b").unwrap()).await, Err(Error::NotFound { .. })));
 }
+
+/// Every way in which the data folder or a file in it can be of no use: the error says which one.
+#[tokio::test]
+async fn a_folder_that_cannot_be_used_is_named() {
+    let dir = TempDir::new().unwrap();
+    let refused = async |path: &std::path::Path, named: &std::path::Path| {
+        let error = Store::open(path).await.err().expect("refused").to_string();
+        assert!(error.contains(&named.display().to_string()), "{named:?} is not in {error}");
+    };
+    let file = dir.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    refused(&file, &file).await;
+    refused(&file.join("below"), &file).await;
+    for name in ["lock", "tenora.db"] {
+        let data = dir.path().join(format!("with-{name}"));
+        std::fs::create_dir_all(data.join(name)).unwrap();
+        refused(&data, &data.join(name)).await;
+    }
+    let data = dir.path().join("no-catalogue");
+    std::fs::create_dir_all(&data).unwrap();
+    std::fs::write(data.join("tenora.db"), "this is no catalogue, but a text that is long enough".repeat(100)).unwrap();
+    refused(&data, &data.join("tenora.db")).await;
+    let data = dir.path().join("with-blobs");
+    std::fs::create_dir_all(&data).unwrap();
+    std::fs::write(data.join("blobs"), "x").unwrap();
+    refused(&data, &data.join("blobs")).await;
+}

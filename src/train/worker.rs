@@ -45,7 +45,6 @@ pub(super) async fn run(inner: Arc<Inner>) {
 
 async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
     inner.announce(&job.name);
-    tracing::info!(tenant = %tenant.id(), job = %job.name, "a training job runs");
     let control = Arc::new(Control::default());
     inner.set_running(Some(Running { job: job.name.clone(), control: control.clone() }));
     let outcome = tokio::select! {

@@ -27,6 +27,11 @@ fn unsupported(field: impl Into<String>, message: impl Into<String>) -> Error {
     Error::invalid_because("UNSUPPORTED_BASE", field, message)
 }
 
+/// What cannot be read of a base's file; [`load`] adds the path.
+pub(super) fn unreadable(error: std::io::Error) -> Error {
+    Error::invalid_because("BASE_UNREADABLE", "base", error.to_string())
+}
+
 pub(super) fn load(path: &Path) -> Result<(Weights, Vocabulary)> {
     let shown = path.display();
     let open = |e: std::io::Error| Error::invalid_because("BASE_UNREADABLE", "base", format!("{shown}: {e}"));
@@ -139,9 +144,9 @@ impl<R: Read + Seek> Tensors<'_, R> {
             );
             return Err(unsupported(name, message));
         }
-        self.file.seek(SeekFrom::Start(info.start))?;
+        self.file.seek(SeekFrom::Start(info.start)).map_err(unreadable)?;
         let mut data = vec![0; usize::try_from(info.bytes).map_err(Error::internal)?];
-        self.file.read_exact(&mut data)?;
+        self.file.read_exact(&mut data).map_err(unreadable)?;
         Ok((info.storage.name, data))
     }
 

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 
+use super::gguf::unreadable;
 use crate::error::{Error, Result};
 
 /// Most bytes of a header. Vocabularies of 256,000 tokens take 10 MB.
@@ -202,8 +203,8 @@ impl Header {
     /// # Errors
     /// BASE_UNREADABLE where it is none, ends too early, or says what cannot be.
     pub(super) fn read(file: &mut (impl Read + Seek)) -> Result<Self> {
-        let file_bytes = file.seek(SeekFrom::End(0))?;
-        file.seek(SeekFrom::Start(0))?;
+        let file_bytes = file.seek(SeekFrom::End(0)).map_err(unreadable)?;
+        file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
         let mut reader = Reader { file, left: file_bytes.min(MAX_HEADER_BYTES), at: 0, wide: true };
         if reader.array()? != *b"GGUF" {
             return Err(broken("it does not begin with \"GGUF\""));

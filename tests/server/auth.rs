@@ -13,8 +13,9 @@ use super::reflection::{Api, call};
 const HEALTH: &str = "/grpc.health.v1.Health/";
 
 /// Requests of these carry no resource name. A method that is new here must be meant to.
-const NAMELESS: [&str; 6] = [
+const NAMELESS: [&str; 7] = [
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
     "/tenora.v1.BaseService/Detokenize",
     "/tenora.v1.BaseService/GetBase",
     "/tenora.v1.BaseService/Tokenize",

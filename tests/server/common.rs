@@ -107,6 +107,7 @@ impl TestServer {
             device: DeviceSpec::Cpu,
             threads: 2,
             metrics_listen: None,
+            otlp_endpoint: None,
             insecure_no_auth: false,
             rotate_operator_key: false,
             tls: None,

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use prost::Message as _;
 use tenora::api::proto::*;
-use tonic::{Code, Request};
+use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
 use super::common::{TestServer, generate, reason};
@@ -44,7 +45,140 @@ async fn what_tonic_refuses_has_details_too() {
     let status = call(transport.clone(), "/tenora.v1.GenerationService/Nothing", Vec::new()).await.unwrap_err();
     assert_eq!((status.code(), reason(&status).as_str()), (Code::Unimplemented, "UNKNOWN_METHOD"));
     let status = call(transport, "/tenora.v1.AdapterService/GetAdapter", vec![0xff; 9]).await.unwrap_err();
-    assert_eq!(reason(&status), "MALFORMED_MESSAGE");
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::InvalidArgument, "MALFORMED_MESSAGE"));
+    server.stopped().await;
+}
+
+/// Every method, also those that take streams: what does not decode is the caller's mistake.
+#[tokio::test(flavor = "multi_thread")]
+async fn malformed_messages_are_invalid_arguments() {
+    let server = TestServer::start().await;
+    let transport = server.transport(&server.operator).await;
+    let api = super::reflection::Api::discover(transport.clone()).await;
+    let ours: Vec<_> = api.methods.iter().filter(|method| method.path.starts_with("/tenora.v1.")).collect();
+    assert!(ours.len() > 30, "{}", ours.len());
+    for method in ours {
+        for message in [vec![0xff; 9], vec![0x0a, 0x7f, 1], vec![0x0a, 0x02, 0xff, 0xfe], vec![0x07]] {
+            let answer = call(transport.clone(), &method.path, message.clone()).await;
+            // A message without fields passes over what it does not know.
+            let Err(status) = answer else { continue };
+            let known = [Code::InvalidArgument, Code::NotFound, Code::PermissionDenied, Code::AlreadyExists];
+            assert!(known.contains(&status.code()), "{} {message:?}: {status:?}", method.path);
+            if message == [0xff; 9] {
+                assert_eq!(reason(&status), "MALFORMED_MESSAGE", "{}", method.path);
+            }
+        }
+    }
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compressed_messages_are_taken_and_bounded_unpacked() {
+    use tonic::codec::CompressionEncoding::Gzip;
+    let server = TestServer::start_with(|config| config.limits.max_message_bytes = 64 << 10).await;
+    let key = server.tenant("a").await;
+    let mut client = server.base(&key).await.send_compressed(Gzip).accept_compressed(Gzip);
+    let text = |n| TokenizeRequest { input: Some(tokenize_request::Input::Text("x".repeat(n))), ..Default::default() };
+    let answer = client.tokenize(text(1000)).await.unwrap();
+    assert_eq!(answer.metadata().get("grpc-encoding").map(|v| v.to_str().unwrap()), Some("gzip"));
+    assert_eq!(answer.into_inner().token_ids.len(), 1000);
+    // A few kilobytes on the wire, megabytes unpacked.
+    let status = client.tokenize(text(8 << 20)).await.unwrap_err();
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"));
+    let mut plain = server.base(&key).await;
+    let answer = plain.get_base(GetBaseRequest {}).await.unwrap();
+    assert!(answer.metadata().get("grpc-encoding").is_none(), "nobody gets what they did not ask for");
+    server.stopped().await;
+}
+
+/// One call with this `grpc-timeout`, to its end. Not by tonic's client, which would end it by a timer of its own.
+async fn timed(server: &TestServer, key: &str, path: &str, message: Vec<u8>, timeout: &str) -> Status {
+    let connection = tokio::net::TcpStream::connect(server.addr).await.unwrap();
+    let (mut client, connection) = h2::client::handshake(connection).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let request = tonic::codegen::http::Request::post(format!("http://{}{path}", server.addr))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .header("authorization", format!("Bearer {key}"))
+        .header("grpc-timeout", timeout)
+        .body(())
+        .unwrap();
+    let (answer, mut body) = client.send_request(request, false).unwrap();
+    let mut frame = vec![0];
+    frame.extend((message.len() as u32).to_be_bytes());
+    frame.extend(message);
+    // The answer may have come already, and the server wants no more.
+    let _ = body.send_data(frame.into(), true);
+    let answer = answer.await.unwrap();
+    let mut status = Status::from_header_map(answer.headers());
+    let mut body = answer.into_body();
+    while let Some(data) = body.data().await {
+        body.flow_control().release_capacity(data.unwrap().len()).unwrap();
+    }
+    if let Some(trailers) = body.trailers().await.unwrap() {
+        status = Status::from_header_map(&trailers);
+    }
+    connection.abort();
+    status.expect("a status")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tiny_and_malformed_deadlines_are_told_apart() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    let path = "/tenora.v1.GenerationService/Generate";
+    let message = generate("", "hello", 200).encode_to_vec();
+    for round in 0..10 {
+        for timeout in ["0n", "1n", "1u", "999u", "1m"] {
+            let ended = timed(&server, &key, path, message.clone(), timeout).await;
+            let got = (ended.code(), reason(&ended));
+            assert_eq!(got, (Code::DeadlineExceeded, "DEADLINE_EXCEEDED".into()), "{timeout} {round}");
+        }
+    }
+    for timeout in ["x", "1", "123456789S", "-1S"] {
+        let status = timed(&server, &key, path, message.clone(), timeout).await;
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::InvalidArgument, "INVALID_TIMEOUT"), "{timeout}");
+    }
+    let status = timed(&server, &key, "/grpc.health.v1.Health/Check", Vec::new(), "0n").await;
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    let status = timed(&server, &key, "/grpc.health.v1.Health/Check", Vec::new(), "9S").await;
+    assert_eq!(status.code(), Code::Ok);
+    server.idle().await;
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_reflections_tell_of_everything() {
+    use tonic_reflection::pb::v1alpha::ServerReflectionRequest;
+    use tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1alpha::server_reflection_response::MessageResponse;
+    let server = TestServer::start().await;
+    let transport = server.transport(&server.operator).await;
+    let mut client = ServerReflectionClient::new(transport.clone());
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut answers = client.server_reflection_info(futures::stream::iter([request])).await.unwrap().into_inner();
+    let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
+    let MessageResponse::ListServicesResponse(list) = answer else { panic!("no list") };
+    let names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
+    for name in ["tenora.v1.BaseService", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"] {
+        assert!(names.iter().any(|known| known == name), "{name} in {names:?}");
+    }
+    let methods = super::reflection::Api::discover(transport).await.methods;
+    assert!(methods.iter().any(|m| m.path == "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"));
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_of_megabytes_gets_an_answer_that_fits_a_header() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    let status = server.generation(&key).await.generate(generate(&"x/".repeat(1 << 20), "x", 1)).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().len() < 2000, "{}", status.message().len());
     server.stopped().await;
 }
 

@@ -10,11 +10,15 @@ use crate::request::{
     FinishReason, GenerateEvent, GenerateSpec, Prompt, Sampling, ScoreAnswer, ScoreOut, ScoreSpec, StopCause, Stopping,
     TokenLogprob, Usage,
 };
+use crate::telemetry::traces;
 use crate::text::Text;
 
 const DEFAULT_ANSWER_TOKENS: u64 = 256;
 
-pub fn generate_spec(request: pb::GenerateRequest, deadline: Option<Instant>, limits: &Limits) -> Result<GenerateSpec> {
+/// What the edge knows of a call: when its client stops waiting, and what its spans belong to.
+pub type Call = (Option<Instant>, Option<traces::Context>);
+
+pub fn generate_spec(request: pb::GenerateRequest, (deadline, trace): Call, limits: &Limits) -> Result<GenerateSpec> {
     let prompt = match request.prompt {
         Some(pb::generate_request::Prompt::Text(text)) => Prompt::Text(text),
         Some(pb::generate_request::Prompt::Chat(chat)) if request.continue_final_message => {
@@ -38,6 +42,7 @@ pub fn generate_spec(request: pb::GenerateRequest, deadline: Option<Instant>, li
         logprobs: request.logprobs,
         priority: request.priority.unwrap_or_default(),
         deadline,
+        trace,
     })
 }
 
@@ -143,13 +148,14 @@ pub fn tokenize_input(input: Option<pb::tokenize_request::Input>) -> Result<Prom
     }
 }
 
-pub fn score_spec(request: pb::ScoreRequest, deadline: Option<Instant>) -> Result<ScoreSpec> {
+pub fn score_spec(request: pb::ScoreRequest, (deadline, trace): Call) -> Result<ScoreSpec> {
     Ok(ScoreSpec {
         adapter: adapter("adapter", &request.adapter)?,
         inputs: request.inputs.into_iter().enumerate().map(score_input).collect::<Result<_>>()?,
         top_logprobs: request.top_logprobs,
         priority: request.priority.unwrap_or_default(),
         deadline,
+        trace,
     })
 }
 
@@ -185,7 +191,7 @@ mod tests {
     }
 
     fn field_of(request: pb::GenerateRequest) -> String {
-        match generate_spec(request, None, &Limits::default()) {
+        match generate_spec(request, (None, None), &Limits::default()) {
             Err(Error::Invalid { field, .. }) => field,
             other => panic!("{other:?}"),
         }
@@ -193,11 +199,11 @@ mod tests {
 
     #[test]
     fn defaults_are_those_of_the_proto() {
-        let spec = generate_spec(request(), None, &Limits::default()).unwrap();
+        let spec = generate_spec(request(), (None, None), &Limits::default()).unwrap();
         assert_eq!(spec.adapter, None);
         assert_eq!(spec.stopping, Stopping { max_tokens: 256, stop: vec![], ignore_eos: false });
         assert_eq!(Sampling { seed: 0, ..spec.sampling }, Sampling::default());
-        let other = generate_spec(request(), None, &Limits::default()).unwrap();
+        let other = generate_spec(request(), (None, None), &Limits::default()).unwrap();
         assert_ne!(spec.sampling.seed, other.sampling.seed, "a seed is drawn where none is given");
     }
 

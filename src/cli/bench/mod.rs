@@ -100,12 +100,13 @@ struct AdapterArgs {
     /// How the requests spread over adapters.
     #[arg(long, value_enum, value_name = "SPREAD", default_value = "none")]
     adapters: Spread,
-    /// [default: one a stream; with --rate 16]
+    /// How many adapters there are [default: one a stream; with --rate 16]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     adapter_count: Option<u32>,
     /// The exponent s of --adapters zipf.
     #[arg(long, value_name = "S", default_value = "1", value_parser = positive)]
     zipf_s: f64,
+    /// Rank of adapters to be made.
     #[arg(long, default_value = "16", value_parser = clap::value_parser!(u32).range(1..))]
     rank: u32,
     /// q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj [default: all]

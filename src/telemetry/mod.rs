@@ -1,6 +1,11 @@
-//! Logs to stderr.
+//! What an operator sees of the process: logs on stderr, the port for Prometheus ([`port`]), spans for a collector ([`traces`]).
+
+mod port;
+pub mod traces;
 
 use std::io::IsTerminal as _;
+
+pub use port::{Serving, serve_metrics};
 
 /// Logs at `info` unless `RUST_LOG` says otherwise. The first call wins.
 pub fn init_logs() {
