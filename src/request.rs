@@ -6,8 +6,8 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::telemetry::traces;
 use crate::ids::{AdapterName, AdapterRef, DatasetName, VersionName};
+use crate::telemetry::traces;
 
 /// A message of a conversation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -173,7 +173,11 @@ pub fn home() -> Result<PathBuf> {
 
 /// The file of a base, fetched first where it is remote and not in the cache. Blocks; call [`fetch`] inside a runtime.
 pub fn resolve(spec: &str, progress: impl FnMut(Progress)) -> Result<PathBuf> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::internal)?.block_on(fetch(spec, progress))
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::internal)?
+        .block_on(fetch(spec, progress))
 }
 
 /// The file of a base, fetched first where it is remote and not in the cache. Dropping the future ends a download and removes
@@ -223,10 +227,9 @@ fn local(path: PathBuf) -> Result<PathBuf> {
 /// What lies in a folder; nothing where there is no such folder.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     match fs::read_dir(folder) {
-        Ok(entries) => entries
-            .map(|entry| entry.map(|e| e.path()))
-            .collect::<std::io::Result<_>>()
-            .map_err(Error::at(folder)),
+        Ok(entries) => {
+            entries.map(|entry| entry.map(|e| e.path())).collect::<std::io::Result<_>>().map_err(Error::at(folder))
+        }
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(Vec::new()),
         Err(e) => Err(Error::at(folder)(e)),
     }

@@ -73,7 +73,8 @@ impl Hub {
     async fn read_packed(&self, row: &VersionRow) -> Result<PackedLora> {
         let (blobs, key) = (self.store.blobs().clone(), format!("{}/{PACKED_FILE}", row.blob));
         let (digest, bytes, shape) = (row.digest, row.memory_bytes, Arc::clone(&self.shape));
-        blocking(move || PackedLora::from_file(blobs.open_file(&key)?, digest, bytes, &shape).map_err(Error::at(&key))).await
+        blocking(move || PackedLora::from_file(blobs.open_file(&key)?, digest, bytes, &shape).map_err(Error::at(&key)))
+            .await
     }
 
     /// From the PEFT files, which are checked in full.

@@ -85,7 +85,7 @@ impl Blobs {
 
     /// Fails where the disk has fewer free bytes than `least` (limit `min_free_disk_bytes`).
     pub fn check_free(&self, least: u64) -> Result<()> {
-        let disk = rustix::fs::statvfs(&self.root).map_err(std::io::Error::from)?;
+        let disk = rustix::fs::statvfs(&self.root).map_err(|e| Error::at(&self.root)(e.into()))?;
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         if free >= least {
             return Ok(());

@@ -200,7 +200,8 @@ async fn post(client: &Client<HttpConnector, String>, uri: &Uri, batch: &[Span])
 
 /// OTLP's ExportTraceServiceRequest.
 fn message(batch: &[Span]) -> Value {
-    let resource = attributes(&[("service.name", "tenora".into()), ("service.version", env!("CARGO_PKG_VERSION").into())]);
+    let resource =
+        attributes(&[("service.name", "tenora".into()), ("service.version", env!("CARGO_PKG_VERSION").into())]);
     let spans: Vec<Value> = batch.iter().map(Span::json).collect();
     let scope = json!({ "name": "tenora" });
     json!({ "resourceSpans": [{ "resource": { "attributes": resource }, "scopeSpans": [{ "scope": scope, "spans": spans }] }] })
@@ -242,7 +243,11 @@ mod tests {
         let read = |text: &str| parse_traceparent(text);
         assert_eq!(read(&format!("00-{trace}-{parent}-01")), expected.map(|(t, p)| (t, p, true)));
         assert_eq!(read(&format!("00-{trace}-{parent}-00")), expected.map(|(t, p)| (t, p, false)));
-        assert_eq!(read(&format!("01-{trace}-{parent}-01-more")), expected.map(|(t, p)| (t, p, true)), "a later version");
+        assert_eq!(
+            read(&format!("01-{trace}-{parent}-01-more")),
+            expected.map(|(t, p)| (t, p, true)),
+            "a later version"
+        );
         for wrong in [
             String::new(),
             "00-x-y-01".into(),

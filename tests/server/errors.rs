@@ -164,7 +164,9 @@ async fn both_reflections_tell_of_everything() {
     let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
     let MessageResponse::ListServicesResponse(list) = answer else { panic!("no list") };
     let names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
-    for name in ["tenora.v1.BaseService", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"] {
+    for name in
+        ["tenora.v1.BaseService", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
+    {
         assert!(names.iter().any(|known| known == name), "{name} in {names:?}");
     }
     let methods = super::reflection::Api::discover(transport).await.methods;

@@ -70,8 +70,7 @@ async fn health_is_that_of_grpc() {
     let addr = free_port();
     let (loaded, told) = oneshot::channel::<()>();
     let wait = async { told.await.map_err(Error::internal) };
-    let mut server =
-        TestServer::start_after(wait, Model::tiny(1), |config| config.metrics_listen = Some(addr)).await;
+    let mut server = TestServer::start_after(wait, Model::tiny(1), |config| config.metrics_listen = Some(addr)).await;
     while TcpStream::connect(addr).await.is_err() {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }

@@ -63,7 +63,8 @@ async fn a_call_and_its_parts_are_spans_of_the_callers_trace() {
     client.generate(with(Request::new(generate("nothing", "hello", 5)), "01")).await.unwrap_err();
 
     let calls = |spans: &[Value]| spans.iter().filter(|span| span["kind"] == 2).count();
-    let spans = tokio::time::timeout(Duration::from_secs(60), collect(listener, |spans| calls(spans) >= 2)).await.unwrap();
+    let spans =
+        tokio::time::timeout(Duration::from_secs(60), collect(listener, |spans| calls(spans) >= 2)).await.unwrap();
     assert_eq!((calls(&spans), spans.len()), (2, 5), "{spans:#?}");
     let named = |name: &str| spans.iter().find(|span| span["name"] == name).unwrap_or_else(|| panic!("no {name}"));
     let call = named("tenora.v1.GenerationService/Generate");

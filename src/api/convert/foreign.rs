@@ -21,8 +21,8 @@ fn decode<M: Message + Default>(bytes: &[u8]) -> M {
 
 fn convert(which: u8, bytes: &[u8], limits: &Limits) -> Result<()> {
     match which % 10 {
-        0 => drop(generate_spec(decode(bytes), None, limits)?),
-        1 => drop(score_spec(decode(bytes), None)?),
+        0 => drop(generate_spec(decode(bytes), (None, None), limits)?),
+        1 => drop(score_spec(decode(bytes), (None, None))?),
         2 => {
             let request: pb::TrainRequest = decode(bytes);
             drop(job_spec(&request, Some(name("name", "tenants/t/adapters/a/versions/1")?))?);

@@ -125,6 +125,7 @@ fn a_score_counts_as_many_requests_as_it_has_inputs() {
             top_logprobs: 0,
             priority: 0,
             deadline: None,
+            trace: None,
         };
         let refused = engine.score(&world().tenant, spec(5)).await.unwrap_err();
         assert!(matches!(refused, Error::Exhausted { limit: "max_queued_per_tenant", .. }), "{refused}");
