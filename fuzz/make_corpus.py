@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Writes the corpora of the fuzz targets: small files that are right, for mutations to begin from. Needs nothing but Python."""
 
+import gzip
 import hashlib
 import json
 import random
@@ -195,6 +196,14 @@ LINES = {
 for name, record in LINES.items():
     put("jsonl", name, json.dumps(record) + "\n")
 put("jsonl", "two-lines", "\n".join(json.dumps(LINES[name], ensure_ascii=False) for name in ["messages", "preference"]))
+
+array = [LINES["messages"], LINES["weights"]]
+put("jsonl", "array", json.dumps(array))
+put("jsonl", "array-pretty", json.dumps(array, indent=2))
+put("jsonl", "mark", b"\xef\xbb\xbf" + json.dumps(LINES["alpaca"]).encode() + b"\r\n")
+put("jsonl", "gzip", gzip.compress("\n".join(json.dumps(LINES[name]) for name in ["messages", "alpaca"]).encode(), mtime=0))
+put("jsonl", "utf-16", json.dumps(LINES["messages"]).encode("utf-16"))
+put("jsonl", "csv", "prompt,completion\n1,2\n")
 
 # Templates with messages, phrases with texts.
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock};
 
 use tenora::adapter::{BaseShape, PackedLora};
 use tenora::config::Limits;
-use tenora::data::Record;
+use tenora::data::{Numbered, Reader, Record};
 use tenora::hub::Package;
 use tenora::ids::Digest;
 use tenora::model::Model;
@@ -78,12 +78,14 @@ pub fn packed_file(data: &[u8]) -> bool {
     read(&sealed) || as_it_is
 }
 
-/// Lines of a dataset: what is read comes back the same from its own line, and is rendered and encoded.
+/// A dataset's file: what it holds does not depend on the pieces that it comes in, what is read comes back the same from its own line, and
+/// is rendered and encoded.
 pub fn jsonl(data: &[u8]) -> bool {
     let mut accepted = false;
-    for line in data.split(|byte| *byte == b'\n').take(64) {
-        for kind in [DatasetKind::Sft, DatasetKind::Preferences] {
-            let Ok(record) = Record::parse(kind, line) else { continue };
+    for kind in [DatasetKind::Sft, DatasetKind::Preferences] {
+        let whole = records(kind, data, data.len());
+        assert_eq!(records(kind, data, 7), whole, "in pieces as at once");
+        for Numbered { record, .. } in whole.into_iter().flatten().take(64) {
             accepted = true;
             let again = Record::parse(kind, record.to_line().as_bytes()).expect("a record's own line can be read");
             assert_eq!(again, record);
@@ -95,6 +97,17 @@ pub fn jsonl(data: &[u8]) -> bool {
         }
     }
     accepted
+}
+
+/// The records of a file that comes in pieces; nothing where it is refused.
+fn records(kind: DatasetKind, data: &[u8], piece: usize) -> Option<Vec<Numbered>> {
+    let limits = Limits { max_dataset_bytes: 1 << 20, ..Limits::default() };
+    let (mut reader, mut records) = (Reader::new(kind, TINY.1.clone(), &limits), Vec::new());
+    for piece in data.chunks(piece.max(1)) {
+        reader.push(piece, &mut |record| records.push(record)).ok()?;
+    }
+    reader.finish(&mut |record| records.push(record)).ok()?;
+    Some(records)
 }
 
 /// A chat template, and then messages, one a line.

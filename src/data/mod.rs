@@ -14,7 +14,7 @@ mod report;
 pub use batching::{Batches, Split};
 pub use encode::{Encoded, Examples, Length, encode};
 pub use ingest::Upload;
-pub use reader::{Findings, Numbered};
+pub use reader::{Findings, Numbered, Reader};
 pub use records::{Chat, Pair, Preference, Record, Shape};
 pub use report::{Question, Report, Shown, inspect};
 
@@ -24,7 +24,6 @@ use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Tenant};
 use crate::store::{DatasetRow, Store, uninterrupted};
 use crate::text::Text;
-use reader::Reader;
 
 /// Returns all records of a dataset, in order.
 ///
