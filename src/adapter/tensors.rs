@@ -75,17 +75,12 @@ pub fn whole_len(file: &[u8]) -> Option<usize> {
 
 /// Refuses what a clone without Git LFS leaves in a file's place.
 pub(super) fn check_no_pointer(name: &str, file: &[u8]) -> Result<()> {
-    if is_lfs_pointer(file) {
+    if file.starts_with(b"version https://git-lfs.github.com/spec/") {
         let message =
             "is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder and import it again";
         return Err(refuse("GIT_LFS_POINTER", name, message));
     }
     Ok(())
-}
-
-/// Whether a file only says where Git LFS keeps the real one.
-pub fn is_lfs_pointer(file: &[u8]) -> bool {
-    file.starts_with(b"version https://git-lfs.github.com/spec/")
 }
 
 /// A file that holds what it should: A and B by site, and how their names are made.

@@ -10,11 +10,12 @@ use super::proto::{export_adapter_response as exported, import_adapter_request a
 use super::shared::Shared;
 use super::uploads::misplaced_header;
 use super::{Answer, Streamed, convert, proto as pb};
-use crate::adapter::BaseShape;
-use crate::adapter::format::{MAX_CONFIG_BYTES, check_beginning, most_file_bytes, whole_len};
 use crate::config::Limits;
 use crate::error::{Error, Result};
-use crate::hub::{CONFIG_FILE, NewVersion, Package, TENSORS_FILE};
+use crate::hub::{
+    BaseShape, CONFIG_FILE, MAX_CONFIG_BYTES, NewVersion, Package, TENSORS_FILE, check_beginning, most_file_bytes,
+    whole_len,
+};
 use crate::ids::{AdapterName, AdapterRef, TenantId, VersionName};
 use crate::store::{AdapterRow, VersionRow};
 use crate::work::run_holding;

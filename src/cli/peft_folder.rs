@@ -3,7 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use super::{Failure, Result};
-use crate::adapter::format::{CONFIG_FILE, TENSORS_FILE, is_lfs_pointer};
+
+/// The two files of an adapter, as PEFT and an import call them.
+const CONFIG_FILE: &str = "adapter_config.json";
+const TENSORS_FILE: &str = "adapter_model.safetensors";
+
+/// What a file begins with that only says where Git LFS keeps the real one.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
 /// PEFT's older file of tensors, which can run code when it is read.
 const PICKLE_FILE: &str = "adapter_model.bin";
@@ -36,7 +42,7 @@ impl PeftFolder {
         let read = |name: &str| {
             let path = folder.join(name);
             let content = std::fs::read(&path).map_err(Failure::at(&path))?;
-            match is_lfs_pointer(&content) {
+            match content.starts_with(LFS_POINTER) {
                 true => Err(Failure::other(format!(
                     "{} is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder and import it again",
                     path.display()

@@ -30,11 +30,14 @@ use residents::{Resident, Residents};
 pub use share::Claim;
 use share::Shares;
 
-pub use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+pub use crate::adapter::BaseShape;
+pub use crate::adapter::format::{
+    CONFIG_FILE, MAX_CONFIG_BYTES, Package, TENSORS_FILE, check_beginning, most_file_bytes, whole_len,
+};
 pub use ledger::{Residency, Tier};
 pub use stats::HubStats;
 
-use crate::adapter::{BaseShape, Initialisation, Lora, PackedLora};
+use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, Tenant, TenantId, VersionName};

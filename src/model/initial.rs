@@ -168,8 +168,44 @@ fn singular(w: &[f32], (outputs, inputs): (usize, usize), rank: usize, start: &L
     Part { rank, u, a: transposed(&project(&z, width, &vectors, rank), rank) }
 }
 
-/// Makes the columns of a matrix orthonormal, one after the other, twice over; one that is none of its own becomes zero.
+/// Makes the columns of a matrix orthonormal.
 fn orthonormalise(q: &mut [f32], width: usize) {
+    // Twice: the first time removes all but what rounding leaves.
+    if !(by_products(q, width) && by_products(q, width)) {
+        one_by_one(q, width);
+    }
+}
+
+/// Multiplies by the inverse of the Cholesky factor of Q^T Q. Fast, and no help where columns nearly depend on each other: then false, with
+/// the matrix as it was.
+fn by_products(q: &mut [f32], width: usize) -> bool {
+    let mut r = gram(q, width);
+    let largest = (0..width).map(|i| r[i * width + i]).fold(0.0, f64::max);
+    for k in 0..width {
+        let left = r[k * width + k] - (0..k).map(|j| r[k * width + j].powi(2)).sum::<f64>();
+        if left.is_nan() || left <= 1e-5 * largest {
+            return false;
+        }
+        r[k * width + k] = left.sqrt();
+        for i in k + 1..width {
+            let along: f64 = (0..k).map(|j| r[i * width + j] * r[k * width + j]).sum();
+            r[i * width + k] = (r[i * width + k] - along) / r[k * width + k];
+        }
+    }
+    let mut inverse = vec![0.0; width * width];
+    for k in 0..width {
+        inverse[k * width + k] = 1.0 / r[k * width + k];
+        for i in k + 1..width {
+            let along: f64 = (k..i).map(|j| r[i * width + j] * inverse[k * width + j]).sum();
+            inverse[k * width + i] = -along / r[i * width + i];
+        }
+    }
+    q.copy_from_slice(&project(q, width, &inverse, width));
+    true
+}
+
+/// Takes the columns one after the other, each twice; one that is none of its own becomes zero.
+fn one_by_one(q: &mut [f32], width: usize) {
     let rows = q.len() / width;
     let mut columns = transposed(q, width);
     for k in 0..width {
