@@ -20,7 +20,7 @@ use crate::model::Model;
 use crate::model::parity::Parity;
 use crate::request::ParityReport;
 use crate::safety::Guard;
-use crate::store::{NewKey, Store};
+use crate::store::{self, NewKey, Store};
 use crate::telemetry::{self, Serving, traces};
 use crate::text::Text;
 use crate::train::{Trainer, TrainerParts};
@@ -53,7 +53,7 @@ pub async fn run(
     check_listener(&config, listener.local_addr().map_err(Error::internal)?)?;
     let device = config.device.open()?;
     let location = device.location();
-    let store = Store::open(&config.data_dir).await?;
+    let store = Store::open_with(&config.data_dir, store_options(&config)).await?;
     let show = |key| announce(Announcement::OperatorKey(key));
     bootstrap_operator_key(&store, config.rotate_operator_key, show).await?;
     let path = config.base.clone();
@@ -120,9 +120,17 @@ pub async fn serve(
         _observer = metrics.is_some().then(|| observe(parts.hub.clone()));
         Ok(parts)
     };
-    let ended = api::serve(config, store, parts, ready, &serving, listener, shutdown).await;
+    let served = api::serve(config, store.clone(), parts, ready, &serving, listener, shutdown).await;
     traces::flush(FLUSH).await;
-    ended
+    // Counted, and perhaps not written yet.
+    let flushed = store.flush_usage().await;
+    served.and(flushed)
+}
+
+/// How the data folder is to be opened.
+fn store_options(config: &Config) -> store::Options {
+    let trash = Duration::from_secs(config.limits.trash_days * 86_400);
+    store::Options { adopt_orphans: config.adopt_orphans, trash, ..store::Options::default() }
 }
 
 /// The model's parity, as the hub asks for it.
@@ -208,6 +216,7 @@ mod tests {
             rotate_operator_key: false,
             tls: None,
             allow_plaintext: false,
+            adopt_orphans: false,
             limits: Limits::default(),
         }
     }

@@ -32,6 +32,8 @@ pub struct Config {
     pub tls: Option<TlsFiles>,
     /// Plaintext beyond loopback is refused unless this is set.
     pub allow_plaintext: bool,
+    /// Starts over blobs that the catalogue does not know, and moves them to the trash.
+    pub adopt_orphans: bool,
     /// Every limit.
     pub limits: Limits,
 }
@@ -208,6 +210,8 @@ limits! {
     drain_timeout_seconds = 30, "seconds";
     /// Uploads that send nothing for this long end.
     upload_idle_seconds = 60, "seconds";
+    /// Blobs that a start finds without an owner stay in the data folder's `trash/` for this long.
+    trash_days = 30, "days";
 }
 
 /// Values that a limit may have, where not all make sense.
@@ -228,6 +232,7 @@ const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("keepalive_seconds", 1..=86_400),
     ("drain_timeout_seconds", 0..=86_400),
     ("upload_idle_seconds", 1..=86_400),
+    ("trash_days", 0..=36_500),
 ];
 
 impl Limits {

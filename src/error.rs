@@ -2,6 +2,7 @@
 //!
 //! Every error tells its reader what to do next. `reason` is UPPER_SNAKE and stable: clients may match on it.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Duration;
 
@@ -70,6 +71,12 @@ pub enum Error {
         /// When it may be tried again.
         retry_after: Option<Duration>,
     },
+    /// The disk that holds a file is full.
+    #[error("no room is left on the disk that holds {path}; nothing was stored: free some and retry")]
+    DiskFull {
+        /// The file or folder that was to be written.
+        path: String,
+    },
     /// The caller does not wait any longer.
     #[error("the deadline passed before the work was done")]
     DeadlineExceeded,
@@ -116,7 +123,14 @@ impl Error {
 
     /// Returns whether the same may succeed later: another time, with more room, or on a machine in order.
     pub fn may_pass(&self) -> bool {
-        matches!(self, Self::Exhausted { .. } | Self::DeadlineExceeded | Self::Unavailable { .. } | Self::Internal(_))
+        matches!(
+            self,
+            Self::Exhausted { .. }
+                | Self::DiskFull { .. }
+                | Self::DeadlineExceeded
+                | Self::Unavailable { .. }
+                | Self::Internal(_)
+        )
     }
 
     /// Returns whether it may do so though nobody changes anything for it.
@@ -127,7 +141,13 @@ impl Error {
     /// Makes an error of a file or a folder say which one; for `map_err`. There is no other way from an error of the system to one of
     /// ours, so that none reaches a person without its path.
     pub fn at(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
-        move |e| Self::Internal(format!("{}: {e}", path.as_ref().display()))
+        move |e| {
+            let path = path.as_ref().display().to_string();
+            match e.kind() {
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::DiskFull { path },
+                _ => Self::Internal(format!("{path}: {e}")),
+            }
+        }
     }
 
     /// Returns an error that is our fault.
@@ -139,5 +159,21 @@ impl Error {
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
         Self::Internal(format!("tensor: {e}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    #[test]
+    fn a_full_disk_is_no_fault_of_ours_and_names_the_path() {
+        for kind in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded] {
+            let error = Error::at("/data/x")(io::Error::from(kind));
+            assert!(matches!(&error, Error::DiskFull { path } if path == "/data/x"), "{error}");
+        }
+        let other = Error::at("/data/x")(io::Error::from(ErrorKind::PermissionDenied));
+        assert!(matches!(&other, Error::Internal(message) if message.contains("/data/x")), "{other}");
     }
 }

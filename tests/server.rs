@@ -5,6 +5,7 @@
 mod server {
     mod adapter_files;
     mod auth;
+    mod backup;
     mod base;
     mod bench;
     mod cancel;

@@ -4,7 +4,6 @@
 
 use std::collections::HashSet;
 use std::convert::Infallible;
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock, OnceLock};
 use std::task::{Context, Poll, ready};
@@ -93,11 +92,6 @@ impl Calls {
     /// Waits until nothing is under way, after [`Calls::close`].
     pub async fn finished(&self) {
         self.under_way.wait().await;
-    }
-
-    /// Runs something that outlives its call, such as counting what a vanished client has used; the drain waits for it.
-    pub fn afterwards(&self, work: impl Future<Output = ()> + Send + 'static) {
-        self.under_way.spawn(work);
     }
 
     fn enter(&self, caller: &Caller) -> Result<Place> {

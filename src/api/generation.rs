@@ -124,11 +124,6 @@ impl Drop for Meter {
             completion_tokens: self.used.completion_tokens.into(),
             training_tokens: 0,
         };
-        let (shared, tenant) = (self.shared.clone(), self.tenant.clone());
-        self.shared.calls.afterwards(async move {
-            if let Err(error) = shared.parts.store.add_usage(&tenant, delta).await {
-                tracing::error!(%tenant, %error, "usage was not counted");
-            }
-        });
+        self.shared.parts.store.add_usage(&self.tenant, delta);
     }
 }

@@ -14,6 +14,8 @@ const DOMAIN: &str = "tenora";
 const MAX_WORD: usize = 300;
 /// Longest message. It stands in a status up to three times, percent-encoded or in base64, and clients take headers of 8 KiB.
 const MAX_MESSAGE: usize = 2000;
+/// When to look again whether a full disk has room.
+const DISK_RETRY: Duration = Duration::from_secs(30);
 
 impl From<Error> for Status {
     /// What callers have sent is shortened, so that every client can read the answer.
@@ -40,6 +42,11 @@ impl From<Error> for Status {
                 let mut details = info("LIMIT_REACHED", [("limit", limit)]);
                 details.add_quota_failure_violation(limit, shortened(&message));
                 retry(&mut details, retry_after);
+                Self::with_error_details(Code::ResourceExhausted, text, details)
+            }
+            Error::DiskFull { path } => {
+                let mut details = info("DISK_FULL", [("path", path.as_str())]);
+                retry(&mut details, Some(DISK_RETRY));
                 Self::with_error_details(Code::ResourceExhausted, text, details)
             }
             Error::DeadlineExceeded => plain(Code::DeadlineExceeded, "DEADLINE_EXCEEDED", text),
@@ -153,6 +160,7 @@ mod tests {
                 Error::Exhausted { limit: "max_queued", message: "full".into(), retry_after: soon },
                 Code::ResourceExhausted,
             ),
+            (Error::DiskFull { path: "/data".into() }, Code::ResourceExhausted),
             (Error::DeadlineExceeded, Code::DeadlineExceeded),
             (Error::Cancelled, Code::Cancelled),
             (Error::Unavailable { message: "draining".into(), retry_after: soon }, Code::Unavailable),

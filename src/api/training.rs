@@ -13,7 +13,7 @@ use super::proto::training_service_server::TrainingService;
 use super::shared::Shared;
 use super::{Answer, Streamed, convert, deadline_of, proto as pb};
 use crate::error::{Error, Result};
-use crate::ids::{AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
+use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
 use crate::work::run_holding;
 
 pub struct Training(pub Arc<Shared>);
@@ -37,9 +37,14 @@ impl TrainingService for Training {
         let parent: TenantId = convert::name("parent", &request.parent)?;
         let tenant = self.0.auth.tenant_for(&call, &parent).await?;
         tenant.check_owns(&convert::name::<DatasetName>("dataset", &request.dataset)?.tenant)?;
+        let key = convert::train_key(&request)?;
+        // Before the names are looked up: a retry means what they meant at first.
+        let adapter = AdapterName::new(&parent, &request.adapter_id)?;
+        if let Some(made) = self.0.parts.store.job_of_request(&adapter, &key).await? {
+            return Ok(Response::new(convert::job(made)));
+        }
         let from = self.start_version(&tenant, &request).await?;
         let spec = convert::job_spec(&request, from)?;
-        let request_id = convert::request_id(request.request_id)?;
         if request.validate_only {
             // It reads the whole dataset.
             let place = self.0.reads.take(caller_of(&call)?)?;
@@ -48,7 +53,7 @@ impl TrainingService for Training {
             let ((spec, validated), _) = run_holding(place, validate).await?;
             return Ok(Response::new(convert::validated(&spec, validated)));
         }
-        let row = self.0.parts.trainer.submit(&tenant, spec, &request_id).await?;
+        let row = self.0.parts.trainer.submit(&tenant, spec, &key).await?;
         Ok(Response::new(convert::job(row)))
     }
 

@@ -58,6 +58,9 @@ pub(super) struct Args {
     /// Revoke all operator keys and make a new one, which is printed at this start.
     #[arg(long)]
     rotate_operator_key: bool,
+    /// Start although there are blobs that the catalogue does not know, and move them to trash/ in the data folder.
+    #[arg(long)]
+    adopt_orphans: bool,
     /// Set a limit; may be repeated. --list-limits shows them.
     #[arg(long = "limit", value_name = "NAME=VALUE", value_parser = parse_limit)]
     limits: Vec<(String, u64)>,
@@ -112,6 +115,7 @@ impl Args {
             rotate_operator_key: self.rotate_operator_key,
             tls: self.tls_cert.zip(self.tls_key).map(|(cert, key)| TlsFiles { cert, key }),
             allow_plaintext: self.allow_plaintext,
+            adopt_orphans: self.adopt_orphans,
             limits,
         };
         Ok(Some((config, listen)))

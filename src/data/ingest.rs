@@ -6,11 +6,13 @@ use std::sync::Arc;
 use sha2::{Digest as _, Sha256};
 
 use crate::config::Limits;
-use crate::data::Record;
 use crate::data::reader::{Findings, Reader};
+use crate::data::{Record, content};
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
-use crate::store::{BlobUpload, DatasetKind, DatasetRow, NewDataset, Store, fresh_token, uninterrupted};
+use crate::store::{
+    BlobUpload, DatasetBefore, DatasetKind, DatasetRow, NewDataset, Store, fresh_token, taken, uninterrupted,
+};
 use crate::text::Text;
 
 /// Bytes that go to the disk at once.
@@ -38,15 +40,23 @@ enum Destination {
         key: String,
         file: BlobUpload,
         part: Vec<u8>,
+        /// The dataset whose damaged file this is to replace.
+        repairs: Option<DatasetRow>,
     },
     /// Nothing is kept.
     Nowhere,
-    /// A call with this request id has made the dataset already.
-    Made(DatasetRow),
+    /// The same call with this request id has made the dataset already.
+    Made,
+}
+
+impl Destination {
+    async fn blob(store: &Store, key: String, repairs: Option<DatasetRow>) -> Result<Self> {
+        Ok(Self::Blob { file: store.blobs().upload(&key).await?, key, part: Vec::new(), repairs })
+    }
 }
 
 impl Upload {
-    /// Starts one; refuses a name that is taken.
+    /// Starts one; refuses a name that is taken, unless the file of that dataset is damaged: then the same content repairs it.
     #[expect(clippy::too_many_arguments, reason = "what a call to upload says, one by one")]
     pub async fn begin(
         store: &Store,
@@ -59,13 +69,19 @@ impl Upload {
         validate_only: bool,
     ) -> Result<Self> {
         tenant.check_owns(&name.tenant)?;
-        let destination = match store.dataset_to_make(&name, kind, request_id).await? {
-            Some(made) => Destination::Made(made),
-            None if validate_only => Destination::Nowhere,
-            None => {
+        let destination = match store.dataset_before(&name, kind, request_id, None).await? {
+            DatasetBefore::Free if validate_only => Destination::Nowhere,
+            DatasetBefore::Free => {
                 let key = format!("{}/datasets/{}", name.tenant.as_str(), fresh_token());
-                Destination::Blob { file: store.blobs().upload(&key).await?, key, part: Vec::new() }
+                Destination::blob(store, key, None).await?
             }
+            DatasetBefore::Made(row) | DatasetBefore::Taken(row)
+                if !validate_only && content(store, &row).await.is_err() =>
+            {
+                Destination::blob(store, row.blob.clone(), Some(row)).await?
+            }
+            DatasetBefore::Made(_) => Destination::Made,
+            DatasetBefore::Taken(_) => return Err(taken(&name)),
         };
         Ok(Self {
             store: store.clone(),
@@ -118,12 +134,26 @@ impl Upload {
         let checked = tokio::task::spawn_blocking(move || checker.finish()).await.map_err(Error::internal)??;
         let Checked { records, size_bytes, digest, findings } = checked;
         let kind = self.kind;
-        let new = |blob| NewDataset { name: self.name, kind, records, size_bytes, digest, blob };
+        let new = |name, blob| NewDataset { name, kind, records, size_bytes, digest, blob };
+        let (store, request_id, name) = (self.store, self.request_id, self.name);
         let row = match self.destination {
-            Destination::Made(row) => row,
-            Destination::Nowhere => new(String::new()).into_row(),
-            Destination::Blob { key, mut file, part } => {
-                let (dataset, store, request_id, most) = (new(key), self.store, self.request_id, self.most_datasets);
+            Destination::Made => match store.dataset_before(&name, kind, &request_id, Some(digest)).await? {
+                DatasetBefore::Made(row) => row,
+                _ => return Err(Error::not_found(name)),
+            },
+            Destination::Nowhere => new(name, String::new()).into_row(),
+            Destination::Blob { file, part, repairs: Some(row), .. } => {
+                // The request id stands for its own content, whatever has become of the file.
+                store.dataset_before(&name, kind, &request_id, Some(digest)).await?;
+                if (row.kind, row.digest) != (kind, digest) {
+                    let message = "its file is damaged: the content that it was made of would repair it, and this is another; delete it first, \
+                                   or upload under another name";
+                    return Err(Error::AlreadyExists { name: name.to_string(), message: message.into() });
+                }
+                uninterrupted(repair(store, row, file, part)).await?
+            }
+            Destination::Blob { key, mut file, part, repairs: None } => {
+                let (dataset, most) = (new(name, key), self.most_datasets);
                 let make = async move {
                     file.write(part).await?;
                     let custody = store.custody(&dataset.name.tenant, &dataset.blob).await;
@@ -147,6 +177,18 @@ impl Upload {
 
 fn ended() -> Error {
     Error::internal("an upload that has failed was written to")
+}
+
+/// Puts a dataset's content in the place of what is damaged.
+async fn repair(store: Store, row: DatasetRow, mut file: BlobUpload, part: Vec<u8>) -> Result<DatasetRow> {
+    file.write(part).await?;
+    let custody = store.custody(&row.name.tenant, &row.blob).await;
+    file.finish().await?;
+    drop(custody);
+    tracing::warn!(dataset = %row.name, "its damaged file was replaced by the same content");
+    // The dataset may have been deleted meanwhile.
+    store.collect_blobs(std::slice::from_ref(&row.blob)).await;
+    Ok(row)
 }
 
 /// Checks the bytes as they come, and sums them up.
@@ -284,6 +326,12 @@ mod tests {
         assert_eq!(files(folder), expected);
     }
 
+    /// The second line of a dataset as stored.
+    async fn row_text(store: &Store, row: &DatasetRow) -> String {
+        let bytes = store.blobs().get(&row.blob).await.unwrap();
+        String::from_utf8(bytes).unwrap().lines().nth(1).unwrap().to_owned()
+    }
+
     #[tokio::test]
     async fn what_is_uploaded_is_what_is_read() {
         let (folder, store, tenant) = store().await;
@@ -303,8 +351,14 @@ mod tests {
         assert_eq!(row, store.get_dataset(&row.name).await.unwrap());
 
         let mut retried = begin(&store, &tenant, "d", "r", false).await.unwrap();
-        retried.write(GOOD.as_bytes()).await.unwrap();
+        retried.write(format!("{GOOD}\n{}\n", row_text(&store, &row).await).as_bytes()).await.unwrap();
         assert_eq!(retried.finish().await.unwrap().0, row);
+        let mut other = begin(&store, &tenant, "d", "r", false).await.unwrap();
+        other.write(GOOD.as_bytes()).await.unwrap();
+        for refused in [other.finish().await.map(drop), begin(&store, &tenant, "e", "r", false).await.map(drop)] {
+            assert!(matches!(&refused, Err(Error::Invalid { reason: "REQUEST_ID_REUSED", .. })), "{refused:?}");
+            assert!(refused.unwrap_err().to_string().contains("tenants/one/datasets/d"), "it names the first result");
+        }
         let taken = begin(&store, &tenant, "d", "", false).await;
         assert!(matches!(taken, Err(Error::AlreadyExists { .. })));
         crate::data::delete_dataset(&store, &tenant, &row.name).await.unwrap();
@@ -347,5 +401,53 @@ mod tests {
         let limits = limits();
         let refused = Upload::begin(&store, &Text::tiny(), &limits, &stranger, name, DatasetKind::Sft, "", false).await;
         assert!(matches!(refused, Err(Error::PermissionDenied)));
+    }
+
+    #[tokio::test]
+    async fn damage_is_an_error_and_the_same_content_repairs_it() {
+        let (folder, store, tenant) = store().await;
+        let text = format!("{GOOD}\n").repeat(3);
+        let upload = async |id: &str, request_id: &str, text: &str| {
+            let mut upload = begin(&store, &tenant, id, request_id, false).await?;
+            upload.write(text.as_bytes()).await?;
+            upload.finish().await.map(|(row, _)| row)
+        };
+        let row = upload("d", "r", &text).await.unwrap();
+        let path = folder.path().join("blobs").join(&row.blob);
+        let read = async || crate::data::read(&store, &Text::tiny(), &row).await;
+        // Truncated at a record's end, one byte changed, gone.
+        type Damage<'a> = Box<dyn Fn() + 'a>;
+        let damages: [(&str, Damage<'_>); 3] = [
+            ("truncated", Box::new(|| std::fs::write(&path, &text[..text.len() / 3]).unwrap())),
+            ("changed", Box::new(|| std::fs::write(&path, text.replacen("\"p\"", "\"q\"", 1)).unwrap())),
+            ("gone", Box::new(|| std::fs::remove_file(&path).unwrap())),
+        ];
+        for (what, damage) in damages {
+            for request_id in ["", "r"] {
+                assert_eq!(read().await.unwrap().len(), 3);
+                damage();
+                let error = read().await.unwrap_err();
+                assert!(matches!(&error, Error::Precondition { reason: "DATASET_DAMAGED", .. }), "{what}: {error:?}");
+                let other = upload("d", "", &format!("{GOOD}\n")).await.unwrap_err();
+                assert!(other.to_string().contains("damaged"), "{what}: {other}");
+                assert_eq!(upload("d", request_id, &text).await.unwrap(), row, "{what}");
+                assert_eq!(read().await.unwrap().len(), 3, "{what}");
+            }
+        }
+        settles_to(&folder, 1).await;
+    }
+
+    #[tokio::test]
+    async fn retries_at_once_make_one_dataset() {
+        let (folder, store, tenant) = store().await;
+        let one = async || {
+            let mut upload = begin(&store, &tenant, "d", "r", false).await?;
+            upload.write(GOOD.as_bytes()).await?;
+            upload.finish().await.map(|(row, _)| row)
+        };
+        let (a, b, c) = tokio::join!(one(), one(), one());
+        let row = a.unwrap();
+        assert_eq!((b.unwrap(), c.unwrap()), (row.clone(), row));
+        settles_to(&folder, 1).await;
     }
 }

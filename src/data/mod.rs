@@ -21,20 +21,22 @@ pub use report::{Question, Report, Shown, inspect};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::ids::{DatasetName, Tenant};
+use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{DatasetRow, Store, uninterrupted};
 use crate::text::Text;
 
 /// Returns all records of a dataset, in order.
 ///
 /// # Errors
-/// Those of the reader: an earlier build may have accepted what this one refuses, and the base may be another one since.
+/// DATASET_DAMAGED where its file is not what was uploaded. Those of the reader: an earlier build may have accepted what this one refuses, and the base may be another one since.
 pub async fn read(store: &Store, text: &Arc<Text>, dataset: &DatasetRow) -> Result<Vec<Numbered>> {
-    let bytes = store.blobs().get(&dataset.blob).await?;
-    let (reader, name) = (Reader::of_stored(dataset.kind, text.clone()), dataset.name.clone());
+    let bytes = content(store, dataset).await?;
+    let (reader, row) = (Reader::of_stored(dataset.kind, text.clone()), dataset.clone());
     let read = move || {
         let mut records = Vec::new();
-        read_all(reader, &bytes, &mut |numbered| records.push(numbered)).map_err(|error| in_dataset(&name, error))?;
+        read_all(reader, &bytes, &mut |numbered| records.push(numbered))
+            .map_err(|error| in_dataset(&row.name, error))?;
+        check_count(&row, records.len() as u64)?;
         Ok(records)
     };
     tokio::task::spawn_blocking(read).await.map_err(Error::internal)?
@@ -54,6 +56,38 @@ fn in_dataset(name: &DatasetName, error: Error) -> Error {
         }
         other => other,
     }
+}
+
+/// The bytes of a dataset, as they were hashed when it was uploaded.
+///
+/// # Errors
+/// DATASET_DAMAGED where its file is another or gone: nothing else may ever be trained on under its name.
+async fn content(store: &Store, dataset: &DatasetRow) -> Result<Vec<u8>> {
+    let bytes = match store.blobs().get(&dataset.blob).await {
+        Err(Error::Internal(why)) => return Err(damaged(dataset, &why)),
+        read => read?,
+    };
+    let hash = move || (Digest::of(&bytes), bytes);
+    let (digest, bytes) = tokio::task::spawn_blocking(hash).await.map_err(Error::internal)?;
+    if digest == dataset.digest {
+        return Ok(bytes);
+    }
+    Err(damaged(dataset, &format!("its digest is {digest}, not {}", dataset.digest)))
+}
+
+/// The same content may read as other records in another build: then they are not those that were accepted.
+fn check_count(dataset: &DatasetRow, records: u64) -> Result<()> {
+    if records == dataset.records {
+        return Ok(());
+    }
+    Err(damaged(dataset, &format!("it holds {records} records, not {}", dataset.records)))
+}
+
+fn damaged(dataset: &DatasetRow, why: &str) -> Error {
+    tracing::error!(dataset = %dataset.name, blob = dataset.blob, why, "a dataset's file is damaged");
+    let message = "its stored file is damaged or missing; upload the same content under the same name to repair it, delete the dataset, or \
+                   restore the file from a backup";
+    Error::precondition("DATASET_DAMAGED", &dataset.name, message)
 }
 
 /// Deletes a dataset and its content. Refused (`DATASET_IN_USE`) while a job that has not ended uses it.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::encode::{LongRecords, longest, reason, sequences};
 use super::problems::Problems;
 use super::reader::{Findings, Numbered, Reader};
-use super::{Record, in_dataset, read_all};
+use super::{Record, check_count, content, in_dataset, read_all};
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{DatasetRow, Store};
@@ -81,7 +81,7 @@ pub async fn inspect(
 ) -> Result<Report> {
     tenant.check_owns(&name.tenant)?;
     let dataset = store.get_dataset(name).await?;
-    let bytes = store.blobs().get(&dataset.blob).await?;
+    let bytes = content(store, &dataset).await?;
     let text = text.clone();
     let name = name.clone();
     let count = move || count(dataset, &bytes, &text, question).map_err(|error| in_dataset(&name, error));
@@ -116,6 +116,7 @@ fn count(dataset: DatasetRow, bytes: &[u8], text: &Arc<Text>, question: Question
             Err(error) => problems.add(line, reason(&error)),
         }
     })?;
+    check_count(&report.dataset, records)?;
     match problems.into_error(records) {
         Some(error) => Err(error),
         None => Ok(Report { findings, ..report }),
@@ -169,7 +170,7 @@ mod tests {
         let dataset = NewDataset {
             name: "tenants/a/datasets/d".parse().unwrap(),
             kind,
-            records: 0,
+            records: file.lines().filter(|line| !line.is_empty()).count() as u64,
             size_bytes: 0,
             digest: Digest::of(file.as_bytes()),
             blob: String::new(),

@@ -109,18 +109,26 @@ impl Hub {
         let files = async {
             let config = self.store.blobs().get(&format!("{}/{CONFIG_FILE}", row.blob)).await?;
             let tensors = self.store.blobs().get(&format!("{}/{TENSORS_FILE}", row.blob)).await?;
-            Ok(Package { config, tensors })
+            Ok::<_, Error>(Package { config, tensors })
         };
         let package = match files.await {
             Ok(package) => package,
             Err(_) if !self.store.has_version(&row.uid).await? => return Err(Error::not_found(&row.name)),
-            Err(e) => return Err(e),
+            Err(e) => return Err(damaged(row, &e)),
         };
         let (package, digest) = blocking(move || package.digest().map(|digest| (package, digest))).await?;
         if digest == row.digest {
             Ok(package)
         } else {
-            Err(Error::internal(format!("the files of {} are damaged: digest {digest}, not {}", row.name, row.digest)))
+            Err(damaged(row, &format!("their digest is {digest}, not {}", row.digest)))
         }
     }
+}
+
+/// Its files are not what they were when it was made.
+fn damaged(row: &VersionRow, why: &dyn std::fmt::Display) -> Error {
+    tracing::error!(version = %row.name, blob = row.blob, %why, "the files of a version are damaged");
+    let message = "its stored files are damaged or missing; import the same files again, under any name, to repair it, or restore them from \
+                   a backup";
+    Error::precondition("VERSION_DAMAGED", &row.name, message)
 }

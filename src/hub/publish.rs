@@ -48,27 +48,33 @@ impl Hub {
         let max_rank = if new.job.is_some() { u64::MAX } else { self.limits.max_rank };
         let shape = Arc::clone(&self.shape);
         let (gate, mut new) = (Arc::clone(&self.gate), new);
-        let (new, bytes, max_rank) = blocking(move || {
+        let (new, bytes, max_rank, digest) = blocking(move || {
             let bytes = new.package.memory_bytes(&shape, max_rank)?;
             let initialisation = new.package.initialisation()?;
             if new.job.is_some() || initialisation == Initialisation::Apart {
-                return Ok((new, bytes, max_rank));
+                let digest = new.package.digest()?;
+                return Ok((new, bytes, max_rank, digest));
             }
             let Some(plain) = gate.plain_form(&new.package.read(&shape, max_rank)?, initialisation)? else {
-                return Ok((new, bytes, max_rank));
+                let digest = new.package.digest()?;
+                return Ok((new, bytes, max_rank, digest));
             };
             // Of twice the rank, which is not what the limit is for.
             new.package = Package::from_lora(&plain, &shape)?;
             let bytes = new.package.memory_bytes(&shape, u64::MAX)?;
-            Ok((new, bytes, u64::MAX))
+            let digest = new.package.digest()?;
+            Ok((new, bytes, u64::MAX, digest))
         })
         .await?;
+        // Before it waits for room: a retry needs none.
+        if let Some(row) = self.published_before(&new, digest).await? {
+            return Ok(row);
+        }
         let reserved = self.residents.room(bytes).await?;
         let shape = Arc::clone(&self.shape);
         let checked = blocking(move || {
             let lora = new.package.read(&shape, max_rank)?;
             let packed = PackedLora::new(&lora, &shape)?;
-            let digest = new.package.digest()?;
             Ok(Checked { new, lora, packed, digest })
         })
         .await?;
@@ -86,7 +92,8 @@ impl Hub {
     async fn make_version(&self, checked: Checked, reserved: Reservation, blob: &str) -> Result<VersionRow> {
         let Checked { new, lora, packed, digest } = checked;
         let tenant = &new.adapter.tenant;
-        if let Some(row) = self.store.published_before(tenant, new.job.is_some(), &new.request_id).await? {
+        // Again with the custody: the same call may have been under way.
+        if let Some(row) = self.published_before(&new, digest).await? {
             return Ok(row);
         }
         let size_bytes = new.package.tensors.len() as u64;
@@ -132,6 +139,12 @@ impl Hub {
             tracing::info!(tenant = %row.name.tenant(), version = %row.name, from, live, rank, size_bytes, "version published");
         }
         Ok(row)
+    }
+
+    /// What the same call made before.
+    async fn published_before(&self, new: &NewVersion, digest: Digest) -> Result<Option<VersionRow>> {
+        let NewVersion { adapter, job, request_id, publish, .. } = new;
+        self.store.published_before(adapter, job.is_some(), request_id, digest, *publish).await
     }
 
     /// Takes a form of an adapter into memory, without a name, and measures it.

@@ -305,8 +305,16 @@ async fn a_retried_publish_gives_the_first_version() {
     assert_eq!(bench.gate.calls(), 1);
 
     let files = bench.blobs();
-    let other = NewVersion { package: bench.new_version("x", 2, 0.5).package, ..new };
-    assert_eq!(bench.hub.publish(&bench.tenant, other).await.unwrap(), one);
+    let again = NewVersion { package: bench.new_version("x", 1, 0.5).package, ..new.clone() };
+    assert_eq!(bench.hub.publish(&bench.tenant, again).await.unwrap(), one);
+    let content = NewVersion { package: bench.new_version("x", 2, 0.5).package, ..new.clone() };
+    let target = NewVersion { adapter: bench.new_version("y", 1, 0.5).adapter, ..new.clone() };
+    let publish = NewVersion { publish: Publish::VersionOnly, ..new };
+    for other in [content, target, publish] {
+        let refused = bench.hub.publish(&bench.tenant, other).await.unwrap_err();
+        assert!(matches!(&refused, Error::Invalid { reason: "REQUEST_ID_REUSED", .. }), "{refused:?}");
+        assert!(refused.to_string().contains(&one.name.to_string()), "it names the first result: {refused}");
+    }
     assert_eq!(bench.blobs(), files);
     assert_eq!(bench.hub.stats(), HubStats { resident: 1, resident_bytes: UNIT, leases: 0, host_bytes: 0 });
 }
@@ -447,7 +455,7 @@ async fn damaged_files_are_never_served() {
     damage(&bench, &row, TENSORS_FILE);
     bench.forget(8);
     let refused = bench.lease(&row.name).await.unwrap_err();
-    assert!(matches!(&refused, Error::Internal(told) if told.contains("damaged")), "{refused:?}");
+    assert!(matches!(&refused, Error::Precondition { reason: "VERSION_DAMAGED", .. }), "{refused:?}");
     assert_eq!(bench.hub.stats(), HubStats::default());
 }
 

@@ -10,7 +10,8 @@ use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, TenantId, VersionName};
 use crate::request::{ParityReport, Publish};
-use crate::store::rows::{first_result, from_json, from_millis, int, now, record_result, require_tenant, to_json};
+use crate::store::requests::Claim;
+use crate::store::rows::{from_json, from_millis, int, now, require_tenant, to_json};
 use crate::store::{Listed, Page, Store, documents, fresh_token, jobs};
 
 /// An adapter in the catalogue.
@@ -111,15 +112,22 @@ pub struct NewVersionRow {
     pub validate_only: bool,
 }
 
-impl NewVersionRow {
-    fn method(&self) -> &'static str {
-        version_method(self.draft.job.is_some())
-    }
-}
-
-/// Request ids of imports and of jobs are apart.
-fn version_method(trained: bool) -> &'static str {
-    if trained { "PublishTrained" } else { "ImportAdapter" }
+/// A publish as its caller asked for it. Request ids of imports and of jobs are apart.
+fn claim<'a>(
+    adapter: &'a AdapterName,
+    trained: bool,
+    request_id: &'a str,
+    digest: Digest,
+    publish: Publish,
+) -> Claim<'a> {
+    let method = if trained { "PublishTrained" } else { "ImportAdapter" };
+    let goes_live = match publish {
+        Publish::Auto => "auto",
+        Publish::Live => "live",
+        Publish::VersionOnly => "version only",
+    };
+    let content = Some(format!("{goes_live}, {digest}"));
+    Claim { tenant: &adapter.tenant, method, request_id, target: adapter.to_string(), content }
 }
 
 impl Store {
@@ -188,15 +196,18 @@ impl Store {
         Ok(found.fetch_one(self.pool()).await?)
     }
 
-    /// What an earlier publish with this request id made. NOT_FOUND where that has been deleted since.
+    /// What the same publish made before, known by its request id. NOT_FOUND where that has been deleted since; REQUEST_ID_REUSED where
+    /// it was another publish.
     pub async fn published_before(
         &self,
-        tenant: &TenantId,
+        adapter: &AdapterName,
         trained: bool,
         request_id: &str,
+        digest: Digest,
+        publish: Publish,
     ) -> Result<Option<VersionRow>> {
         let mut db = self.pool().acquire().await?;
-        match first_result(&mut db, tenant, version_method(trained), request_id).await? {
+        match claim(adapter, trained, request_id, digest, publish).first_result(&mut db).await? {
             Some(name) => read_version(&mut db, &name.parse()?).await.map(Some),
             None => Ok(None),
         }
@@ -210,11 +221,13 @@ impl Store {
     }
 
     /// One transaction: makes the adapter where it is new, numbers the version, moves the live name as asked. An earlier result of
-    /// the same request id, or of the same job, is given again. CANCELLED where the version's job is being cancelled. Limits `max_adapters_per_tenant` and `max_versions_per_adapter`.
+    /// the same publish, known by its request id, or of the same job, is given again. CANCELLED where the version's job is being cancelled. Limits `max_adapters_per_tenant` and `max_versions_per_adapter`.
     pub async fn insert_version(&self, new: NewVersionRow, limits: &Limits) -> Result<VersionRow> {
         let mut tx = self.write().await?;
         let adapter = new.draft.name.adapter.clone();
-        if let Some(name) = first_result(&mut tx, &adapter.tenant, new.method(), &new.request_id).await? {
+        let claim =
+            claim(&new.draft.name.adapter, new.draft.job.is_some(), &new.request_id, new.draft.digest, new.publish);
+        if let Some(name) = claim.first_result(&mut tx).await? {
             return read_version(&mut tx, &name.parse()?).await;
         }
         require_tenant(&mut tx, &adapter.tenant).await?;
@@ -232,7 +245,7 @@ impl Store {
         } else {
             change_etag(&mut tx, &name.adapter).await?;
         }
-        record_result(&mut tx, name.tenant(), new.method(), &new.request_id, &name.to_string()).await?;
+        claim.record(&mut tx, &name.to_string()).await?;
         let row = read_version(&mut tx, &name).await?;
         if !new.validate_only {
             tx.commit().await?;

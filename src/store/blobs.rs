@@ -1,7 +1,7 @@
 //! Immutable files below one folder, by key. Whole or not there: a file is written beside its place, synced, then renamed.
 
-use std::collections::HashSet;
 use std::fs::File;
+use std::io;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,52 +9,95 @@ use std::time::Duration;
 use futures::StreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::{Error as BlobError, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode};
+use object_store::{Error as BlobError, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
 use crate::error::{Error, Result};
+use crate::store::watch::{Watch, reach};
 
 /// The files. Cheap to clone. Keys are `/`-separated; the first segment is a tenant's id.
 #[derive(Debug, Clone)]
 pub struct Blobs {
     files: Arc<LocalFileSystem>,
     root: PathBuf,
+    watch: Option<Arc<dyn Watch>>,
 }
 
 impl Blobs {
-    pub(super) fn open(root: &FilePath) -> Result<Self> {
+    pub(super) fn open(root: &FilePath, watch: Option<Arc<dyn Watch>>) -> Result<Self> {
         std::fs::create_dir_all(root).map_err(Error::at(root))?;
-        let files = LocalFileSystem::new_with_prefix(root)?.with_fsync(true).with_automatic_cleanup(true);
-        Ok(Self { files: Arc::new(files), root: root.to_owned() })
+        let files = LocalFileSystem::new_with_prefix(root).map_err(|e| failed(root, e))?;
+        let files = Arc::new(files.with_fsync(true).with_automatic_cleanup(true));
+        Ok(Self { files, root: root.to_owned(), watch })
     }
 
-    /// Writes a file once; where the key exists, its content stays.
+    /// Writes a file once. Where the key exists with the same content nothing is written; with another one, which is damage, the file is
+    /// put right.
     pub async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
-        match self.files.put_opts(&parse(key)?, bytes.into(), PutMode::Create.into()).await {
-            Ok(_) | Err(BlobError::AlreadyExists { .. }) => Ok(()),
-            Err(e) => Err(e.into()),
+        reach(self.watch.as_ref(), "put").await?;
+        let content = PutPayload::from(bytes);
+        match self.files.put_opts(&parse(key)?, content.clone(), PutMode::Create.into()).await {
+            Ok(_) => {}
+            Err(BlobError::AlreadyExists { .. }) if self.holds(key, &content).await => {}
+            Err(BlobError::AlreadyExists { .. }) => {
+                tracing::warn!(key, "a damaged file is written again");
+                let replaced = self.files.put_opts(&parse(key)?, content, PutMode::Overwrite.into()).await;
+                replaced.map_err(|e| self.failed(key, e))?;
+            }
+            Err(e) => return Err(self.failed(key, e)),
+        }
+        reach(self.watch.as_ref(), "stored").await
+    }
+
+    /// Whether a file can be read and has this content.
+    async fn holds(&self, key: &str, content: &PutPayload) -> bool {
+        if self.size(key).await.ok().flatten() != Some(content.content_length() as u64) {
+            return false;
+        }
+        let Ok(found) = self.get(key).await else { return false };
+        let mut rest = found.as_slice();
+        content.iter().all(|piece| match rest.split_at_checked(piece.len()) {
+            Some((head, tail)) => {
+                rest = tail;
+                head == piece
+            }
+            None => false,
+        })
+    }
+
+    /// The bytes of a file; `None` where there is none.
+    pub async fn size(&self, key: &str) -> Result<Option<u64>> {
+        match self.files.head(&parse(key)?).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(BlobError::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.failed(key, e)),
         }
     }
 
     /// Writes a file, in place of one that is there.
     pub async fn replace(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
-        self.files.put_opts(&parse(key)?, bytes.into(), PutMode::Overwrite.into()).await?;
-        Ok(())
+        reach(self.watch.as_ref(), "replace").await?;
+        let written = self.files.put_opts(&parse(key)?, bytes.into(), PutMode::Overwrite.into()).await;
+        written.map_err(|e| self.failed(key, e))?;
+        reach(self.watch.as_ref(), "written").await
     }
 
-    /// Starts a file that is written piece by piece. Nothing is seen of it before [`BlobUpload::finish`].
+    /// Starts a file that is written piece by piece. Nothing is seen of it before [`BlobUpload::finish`], which puts it in place of one
+    /// that is there.
     pub async fn upload(&self, key: &str) -> Result<BlobUpload> {
-        Ok(BlobUpload { upload: self.files.put_multipart(&parse(key)?).await? })
+        let upload = self.files.put_multipart(&parse(key)?).await.map_err(|e| self.failed(key, e))?;
+        Ok(BlobUpload { upload, path: self.root.join(key), watch: self.watch.clone() })
     }
 
     /// A whole file. INTERNAL where there is none: a row has told its key.
     pub async fn get(&self, key: &str) -> Result<Vec<u8>> {
-        Ok(self.files.get(&parse(key)?).await?.bytes().await?.into())
+        let found = self.files.get(&parse(key)?).await.map_err(|e| self.failed(key, e))?;
+        Ok(found.bytes().await.map_err(|e| self.failed(key, e))?.into())
     }
 
     /// Opens a file, to be read on a thread that may block. INTERNAL where there is none.
     pub fn open_file(&self, key: &str) -> Result<File> {
-        let path = self.files.path_to_filesystem(&parse(key)?)?;
-        File::open(&path).map_err(Error::at(path))
+        let path = self.files.path_to_filesystem(&parse(key)?).map_err(|e| self.failed(key, e))?;
+        File::open(&path).map_err(Error::at(&path))
     }
 
     /// The keys below a folder, sorted.
@@ -62,7 +105,7 @@ impl Blobs {
         let mut found = self.files.list(Some(&parse(folder)?));
         let mut keys = Vec::new();
         while let Some(file) = found.next().await {
-            keys.push(file?.location.to_string());
+            keys.push(file.map_err(|e| self.failed(folder, e))?.location.to_string());
         }
         keys.sort();
         Ok(keys)
@@ -75,10 +118,12 @@ impl Blobs {
             doomed.push(key.to_owned());
         }
         for key in doomed {
+            reach(self.watch.as_ref(), "delete").await?;
             match self.files.delete(&parse(&key)?).await {
                 Ok(()) | Err(BlobError::NotFound { .. }) => {}
-                Err(e) => return Err(e.into()),
+                Err(e) => return Err(self.failed(&key, e)),
             }
+            reach(self.watch.as_ref(), "deleted").await?;
         }
         Ok(())
     }
@@ -98,61 +143,46 @@ impl Blobs {
         Err(Error::Exhausted { limit: "min_free_disk_bytes", message, retry_after: Some(Duration::from_secs(60)) })
     }
 
-    /// Deletes every file that is neither one of `owned` nor below one. Walks the folder itself, because half-written files are
-    /// invisible by key.
-    pub(super) async fn sweep(&self, owned: &HashSet<String>) -> Result<()> {
-        let mut folders = vec![self.root.clone()];
-        while let Some(folder) = folders.pop() {
-            let mut entries = tokio::fs::read_dir(&folder).await.map_err(Error::at(&folder))?;
-            while let Some(entry) = entries.next_entry().await.map_err(Error::at(&folder))? {
-                let path = entry.path();
-                if entry.file_type().await.map_err(Error::at(&path))?.is_dir() {
-                    folders.push(path);
-                } else if !self.is_owned(&path, owned) {
-                    tracing::info!(file = %path.display(), "collecting a blob without an owner");
-                    tokio::fs::remove_file(&path).await.map_err(Error::at(&path))?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn is_owned(&self, path: &FilePath, owned: &HashSet<String>) -> bool {
-        let Ok(key) = path.strip_prefix(&self.root) else { return false };
-        key.ancestors().filter_map(FilePath::to_str).any(|key| owned.contains(key)) && !is_half_written(path)
+    fn failed(&self, key: &str, error: BlobError) -> Error {
+        failed(&self.root.join(key), error)
     }
 }
 
-/// `LocalFileSystem` stages `name` as `name#1`, `name#2`, ...
-fn is_half_written(path: &FilePath) -> bool {
-    path.file_name().is_some_and(|name| name.to_string_lossy().contains('#'))
+/// What a failure means, with the path: a disk that is full is nobody's mistake.
+fn failed(path: &FilePath, error: BlobError) -> Error {
+    let mut cause = Some(&error as &dyn std::error::Error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return Error::at(path)(io::Error::new(io.kind(), io.to_string()));
+        }
+        cause = error.source();
+    }
+    Error::internal(format!("blobs: {}: {error}", path.display()))
 }
 
 /// A file being written. Dropped before [`BlobUpload::finish`] it leaves nothing.
 #[derive(Debug)]
 pub struct BlobUpload {
     upload: Box<dyn MultipartUpload>,
+    path: PathBuf,
+    watch: Option<Arc<dyn Watch>>,
 }
 
 impl BlobUpload {
     /// Adds bytes at the end.
     pub async fn write(&mut self, bytes: Vec<u8>) -> Result<()> {
-        Ok(self.upload.put_part(bytes.into()).await?)
+        reach(self.watch.as_ref(), "part").await?;
+        self.upload.put_part(bytes.into()).await.map_err(|e| failed(&self.path, e))
     }
 
     /// Syncs the file and gives it its key.
     pub async fn finish(mut self) -> Result<()> {
-        self.upload.complete().await?;
-        Ok(())
+        reach(self.watch.as_ref(), "finish").await?;
+        self.upload.complete().await.map_err(|e| failed(&self.path, e))?;
+        reach(self.watch.as_ref(), "finished").await
     }
 }
 
 fn parse(key: &str) -> Result<Key> {
     Key::parse(key).map_err(Error::internal)
-}
-
-impl From<BlobError> for Error {
-    fn from(e: BlobError) -> Self {
-        Self::Internal(format!("blobs: {e}"))
-    }
 }

@@ -7,7 +7,8 @@ use sqlx::{Row, SqliteConnection};
 
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, TenantId};
-use crate::store::rows::{first_result, from_millis, int, now, record_result, require_tenant};
+use crate::store::requests::Claim;
+use crate::store::rows::{from_millis, int, now, require_tenant};
 use crate::store::{Listed, Page, Store};
 
 /// What the records of a dataset are.
@@ -55,6 +56,17 @@ pub struct NewDataset {
     pub blob: String,
 }
 
+/// What there is under a name that an upload asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum DatasetBefore {
+    /// Nothing.
+    Free,
+    /// What the first call with this request id made.
+    Made(DatasetRow),
+    /// Another call's.
+    Taken(DatasetRow),
+}
+
 impl NewDataset {
     /// The row it would be, were it made now.
     pub fn into_row(self) -> DatasetRow {
@@ -88,13 +100,17 @@ impl DatasetKind {
 }
 
 impl Store {
-    /// Makes a dataset whose blob is there already. A request id that has been seen gives the dataset it made, with another blob.
+    /// Makes a dataset whose blob is there already. The same again with its request id gives the dataset that it made, with another blob.
     /// `most`: datasets of the tenant (limit `max_datasets_per_tenant`).
+    ///
+    /// # Errors
+    /// REQUEST_ID_REUSED, ALREADY_EXISTS, EXHAUSTED; NOT_FOUND where the tenant, or what the request id has made, is gone.
     pub async fn insert_dataset(&self, dataset: &NewDataset, request_id: &str, most: u64) -> Result<DatasetRow> {
         let NewDataset { name, kind, records, size_bytes, digest, blob } = dataset;
         let mut tx = self.write().await?;
         require_tenant(&mut tx, &name.tenant).await?;
-        if let Some(made) = made_by(&mut tx, &name.tenant, *kind, request_id).await? {
+        let claim = claim(name, *kind, request_id, Some(*digest));
+        if let Some(made) = made_by(&mut tx, &claim).await? {
             return Ok(made);
         }
         let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM datasets WHERE tenant = ?")
@@ -120,25 +136,29 @@ impl Store {
         .fetch_optional(&mut *tx)
         .await?;
         let row = dataset_row(&made.ok_or_else(|| taken(name))?)?;
-        record_result(&mut tx, &name.tenant, kind.method(), request_id, blob).await?;
+        claim.record(&mut tx, blob).await?;
         tx.commit().await?;
         Ok(row)
     }
 
-    /// The dataset that this request id made; else the name must be free. What an upload asks before it begins.
-    pub async fn dataset_to_make(
+    /// What an upload asks before it begins. `digest` is `None` while it is not known.
+    ///
+    /// # Errors
+    /// NOT_FOUND where there is no such tenant; REQUEST_ID_REUSED.
+    pub async fn dataset_before(
         &self,
         name: &DatasetName,
         kind: DatasetKind,
         request_id: &str,
-    ) -> Result<Option<DatasetRow>> {
-        let db = &mut *self.pool().acquire().await?;
-        require_tenant(db, &name.tenant).await?;
-        match made_by(db, &name.tenant, kind, request_id).await? {
-            Some(made) => Ok(Some(made)),
-            None if find(db, name).await?.is_some() => Err(taken(name)),
-            None => Ok(None),
-        }
+        digest: Option<Digest>,
+    ) -> Result<DatasetBefore> {
+        // One snapshot: between two the first call of a retried upload might commit.
+        let mut tx = self.pool().begin().await?;
+        require_tenant(&mut tx, &name.tenant).await?;
+        Ok(match made_by(&mut tx, &claim(name, kind, request_id, digest)).await? {
+            Some(made) => DatasetBefore::Made(made),
+            None => find(&mut tx, name).await?.map_or(DatasetBefore::Free, DatasetBefore::Taken),
+        })
     }
 
     /// Returns a dataset.
@@ -183,25 +203,26 @@ impl Store {
     }
 }
 
-fn taken(name: &DatasetName) -> Error {
+/// The name is another dataset's.
+pub fn taken(name: &DatasetName) -> Error {
     Error::AlreadyExists { name: name.to_string(), message: "delete it first, or upload under another name".into() }
+}
+
+fn claim<'a>(name: &'a DatasetName, kind: DatasetKind, request_id: &'a str, digest: Option<Digest>) -> Claim<'a> {
+    let (method, content) = (kind.method(), digest.map(|digest| digest.to_string()));
+    Claim { tenant: &name.tenant, method, request_id, target: name.to_string(), content }
 }
 
 /// What the first call with this request id made, known by its blob: the name may mean another dataset by now. NOT_FOUND where it has been
 /// deleted since.
-async fn made_by(
-    db: &mut SqliteConnection,
-    tenant: &TenantId,
-    kind: DatasetKind,
-    request_id: &str,
-) -> Result<Option<DatasetRow>> {
-    let Some(blob) = first_result(db, tenant, kind.method(), request_id).await? else { return Ok(None) };
+async fn made_by(db: &mut SqliteConnection, claim: &Claim<'_>) -> Result<Option<DatasetRow>> {
+    let Some(blob) = claim.first_result(db).await? else { return Ok(None) };
     let row = sqlx::query("SELECT * FROM datasets WHERE tenant = ? AND blob = ?")
-        .bind(tenant.as_str())
+        .bind(claim.tenant.as_str())
         .bind(&blob)
         .fetch_optional(db)
         .await?;
-    let gone = || Error::not_found(format!("what the first call with request_id {request_id:?} has made"));
+    let gone = || Error::not_found(format!("what the first call with request_id {:?} has made", claim.request_id));
     dataset_row(&row.ok_or_else(gone)?).map(Some)
 }
 

@@ -8,7 +8,8 @@ use sqlx::{Row, SqliteConnection};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, JobName, Tenant, TenantId, VersionName};
 use crate::request::{JobEvent, JobSpec, JobState, Start, TrainingData};
-use crate::store::rows::{first_result, from_millis, int, now, readable, record_result, require_tenant};
+use crate::store::requests::{Claim, RequestKey};
+use crate::store::rows::{from_millis, int, now, readable, require_tenant};
 use crate::store::{Listed, Page, Store, documents};
 
 /// A training job.
@@ -104,13 +105,17 @@ fn state_from_name(name: &str) -> Result<JobState> {
 }
 
 impl Store {
-    /// Queues a job; QUEUED is its first event. A request id that has been seen gives the job it made. `most_open`: jobs of the
+    /// Queues a job; QUEUED is its first event. The same request again, known by its id, gives the job it made. `most_open`: jobs of the
     /// tenant that have not ended (limit `max_jobs_per_tenant`).
-    pub async fn insert_job(&self, job: &NewJob, request_id: &str, most_open: u64) -> Result<JobRow> {
+    ///
+    /// # Errors
+    /// REQUEST_ID_REUSED; EXHAUSTED; NOT_FOUND where the dataset or the starting version is gone.
+    pub async fn insert_job(&self, job: &NewJob, request: &RequestKey, most_open: u64) -> Result<JobRow> {
         let tenant = &job.name.tenant;
         let mut tx = self.write().await?;
         require_tenant(&mut tx, tenant).await?;
-        if let Some(made) = made_by(&mut tx, tenant, request_id).await? {
+        let claim = claim_of(&job.spec.adapter, request);
+        if let Some(made) = made_by(&mut tx, &claim).await? {
             return Ok(made);
         }
         let open: i64 = sqlx::query_scalar(
@@ -126,15 +131,15 @@ impl Store {
         require_inputs(&mut tx, &job.spec).await?;
         let row = insert(&mut tx, job).await?;
         append(&mut tx, &row.name, &state_event(row.state, &JobEnd::default(), false)).await?;
-        record_result(&mut tx, tenant, TRAIN_METHOD, request_id, &row.name.to_string()).await?;
+        claim.record(&mut tx, &row.name.to_string()).await?;
         tx.commit().await?;
         log_state(&row.name, row.state, &JobEnd::default());
         Ok(row)
     }
 
-    /// The job that a request id made.
-    pub async fn job_of_request(&self, tenant: &TenantId, request_id: &str) -> Result<Option<JobRow>> {
-        made_by(&mut *self.pool().acquire().await?, tenant, request_id).await
+    /// The job that the same request made before, known by its id. REQUEST_ID_REUSED where it was another request.
+    pub async fn job_of_request(&self, adapter: &AdapterName, request: &RequestKey) -> Result<Option<JobRow>> {
+        made_by(&mut *self.pool().acquire().await?, &claim_of(adapter, request)).await
     }
 
     /// Returns a job.
@@ -195,6 +200,7 @@ impl Store {
 
     /// Renews a claim and tells the job's state; NOT_FOUND where the claim is another worker's.
     pub async fn heartbeat(&self, name: &JobName, worker: &str, lease: Duration) -> Result<JobState> {
+        let mut tx = self.write().await?;
         let state: Option<String> = sqlx::query_scalar(
             "UPDATE jobs SET lease_until = ? WHERE tenant = ? AND job = ? AND worker = ? RETURNING state",
         )
@@ -202,8 +208,9 @@ impl Store {
         .bind(name.tenant.as_str())
         .bind(&name.job)
         .bind(worker)
-        .fetch_optional(self.pool())
+        .fetch_optional(&mut *tx)
         .await?;
+        tx.commit().await?;
         state_from_name(&state.ok_or_else(|| Error::not_found(name))?)
     }
 
@@ -239,27 +246,30 @@ impl Store {
     /// Makes a job the owner of the blob that it is about to keep its result in until it has ended; gives the blob.
     pub async fn own_result(&self, name: &JobName) -> Result<String> {
         let blob = format!("{}/jobs/{}", name.tenant.as_str(), name.job);
+        let mut tx = self.write().await?;
         let owned = sqlx::query(
             "UPDATE jobs SET result = ? WHERE tenant = ? AND job = ? AND state IN ('RUNNING', 'CANCELLING')",
         )
         .bind(&blob)
         .bind(name.tenant.as_str())
         .bind(&name.job)
-        .execute(self.pool())
+        .execute(&mut *tx)
         .await?;
+        tx.commit().await?;
         if owned.rows_affected() == 1 { Ok(blob) } else { Err(Error::not_found(name)) }
     }
 
     /// Stores what a job trains on.
     pub async fn set_job_data(&self, name: &JobName, data: TrainingData, total_steps: u32) -> Result<()> {
+        let mut tx = self.write().await?;
         sqlx::query("UPDATE jobs SET data = ?, total_steps = ? WHERE tenant = ? AND job = ?")
             .bind(documents::write_data(&data)?)
             .bind(total_steps)
             .bind(name.tenant.as_str())
             .bind(&name.job)
-            .execute(self.pool())
+            .execute(&mut *tx)
             .await?;
-        Ok(())
+        tx.commit().await
     }
 
     /// Stores an event and gives its sequence number; a step moves the job's count of steps too.
@@ -339,11 +349,16 @@ impl Store {
     }
 }
 
-async fn made_by(db: &mut SqliteConnection, tenant: &TenantId, request_id: &str) -> Result<Option<JobRow>> {
-    match first_result(db, tenant, TRAIN_METHOD, request_id).await? {
-        Some(name) => find(db, &name.parse()?).await,
-        None => Ok(None),
-    }
+/// A job as its caller asked for it, by the adapter that it trains.
+fn claim_of<'a>(adapter: &'a AdapterName, request: &'a RequestKey) -> Claim<'a> {
+    let (target, content) = (adapter.to_string(), Some(request.content.clone()));
+    Claim { tenant: &adapter.tenant, method: TRAIN_METHOD, request_id: &request.id, target, content }
+}
+
+async fn made_by(db: &mut SqliteConnection, claim: &Claim<'_>) -> Result<Option<JobRow>> {
+    let Some(name) = claim.first_result(db).await? else { return Ok(None) };
+    let name: JobName = name.parse()?;
+    find(db, &name).await?.ok_or_else(|| Error::not_found(name)).map(Some)
 }
 
 async fn find(db: &mut SqliteConnection, name: &JobName) -> Result<Option<JobRow>> {
@@ -404,16 +419,23 @@ async fn claim(db: &mut SqliteConnection, worker: &str, lease: Duration) -> Resu
          step = CASE WHEN result IS NULL THEN 0 ELSE step END
          WHERE rowid = (
             SELECT rowid FROM jobs AS waiting WHERE state = 'QUEUED'
-            ORDER BY COALESCE((SELECT MAX(start_time) FROM jobs WHERE tenant = waiting.tenant), 0), create_time, rowid
+            ORDER BY (SELECT last_start FROM tenants WHERE tenant = waiting.tenant), create_time, rowid
             LIMIT 1
          ) RETURNING *, 0 AS live",
     )
     .bind(worker)
     .bind(now() + int(lease.as_millis() as u64))
     .bind(now())
-    .fetch_optional(db)
+    .fetch_optional(&mut *db)
     .await?;
-    Ok(row)
+    let Some(row) = row else { return Ok(None) };
+    // Later than any other's, also where the clock stands still.
+    sqlx::query("UPDATE tenants SET last_start = MAX(?, 1 + (SELECT MAX(last_start) FROM tenants)) WHERE tenant = ?")
+        .bind(now())
+        .bind(row.try_get::<&str, _>("tenant")?)
+        .execute(db)
+        .await?;
+    Ok(Some(row))
 }
 
 /// Sets the state and what goes with it, and appends the event; gives the new row.

@@ -8,7 +8,8 @@ use sqlx::{Row, SqliteConnection};
 
 use crate::error::{Error, Result};
 use crate::ids::{KeyName, TenantId};
-use crate::store::rows::{first_result, from_millis, now, random, record_result, require_tenant};
+use crate::store::requests::Claim;
+use crate::store::rows::{from_millis, now, random, require_tenant};
 use crate::store::{Listed, Page, Store, fresh_token};
 
 /// Whom a key speaks for.
@@ -57,18 +58,21 @@ impl NewKey {
 const CREATE_METHOD: &str = "CreateApiKey";
 
 impl Store {
-    /// Makes a tenant's key, and its secret, which nobody can read again. ALREADY_EXISTS for a `request_id` (empty: none) that has made one.
+    /// Makes a tenant's key, and its secret, which nobody can read again. ALREADY_EXISTS for a `request_id` (empty: none) that has made one,
+    /// REQUEST_ID_REUSED where it was another.
     pub async fn create_key(&self, owner: &TenantId, display_name: &str, request_id: &str) -> Result<(KeyRow, String)> {
         let key = NewKey::new();
+        let content = Some(display_name.to_owned());
+        let claim = Claim { tenant: owner, method: CREATE_METHOD, request_id, target: owner.to_string(), content };
         let mut tx = self.write().await?;
         require_tenant(&mut tx, owner).await?;
-        if let Some(name) = first_result(&mut tx, owner, CREATE_METHOD, request_id).await? {
+        if let Some(name) = claim.first_result_anywhere(&mut tx).await? {
             let message = "its secret went with the first answer; revoke it and make another".to_owned();
             return Err(Error::AlreadyExists { name, message });
         }
         insert(&mut tx, &key, Some(owner), display_name).await?;
         let name = KeyName { tenant: owner.clone(), key: key.id.clone() };
-        record_result(&mut tx, owner, CREATE_METHOD, request_id, &name.to_string()).await?;
+        claim.record(&mut tx, &name.to_string()).await?;
         tx.commit().await?;
         let row = self.find_key(&key.id).await?.ok_or_else(|| Error::not_found(&key.id))?;
         Ok((row, key.secret))
@@ -76,16 +80,19 @@ impl Store {
 
     /// Keeps an operator key that has been shown.
     pub async fn insert_operator_key(&self, key: &NewKey, display_name: &str) -> Result<()> {
-        insert(&mut *self.pool().acquire().await?, key, None, display_name).await
+        let mut tx = self.write().await?;
+        insert(&mut tx, key, None, display_name).await?;
+        tx.commit().await
     }
 
     /// Makes all operator keys worthless.
     pub async fn revoke_operator_keys(&self) -> Result<()> {
+        let mut tx = self.write().await?;
         sqlx::query("UPDATE api_keys SET revoke_time = ? WHERE tenant IS NULL AND revoke_time IS NULL")
             .bind(now())
-            .execute(self.pool())
+            .execute(&mut *tx)
             .await?;
-        Ok(())
+        tx.commit().await
     }
 
     /// The key of an id, revoked or not.
@@ -94,7 +101,7 @@ impl Store {
             "SELECT api_keys.*, tenants.weight FROM api_keys LEFT JOIN tenants ON tenants.tenant = api_keys.tenant WHERE key = ?",
         )
         .bind(id)
-        .fetch_optional(self.pool())
+        .fetch_optional(self.lookups())
         .await?;
         row.as_ref().map(key_row).transpose()
     }
@@ -116,13 +123,15 @@ impl Store {
 
     /// Makes a key worthless; revoking it again changes nothing.
     pub async fn revoke_key(&self, name: &KeyName) -> Result<()> {
+        let mut tx = self.write().await?;
         let done =
             sqlx::query("UPDATE api_keys SET revoke_time = COALESCE(revoke_time, ?) WHERE tenant = ? AND key = ?")
                 .bind(now())
                 .bind(name.tenant.as_str())
                 .bind(&name.key)
-                .execute(self.pool())
+                .execute(&mut *tx)
                 .await?;
+        tx.commit().await?;
         if done.rows_affected() == 0 { Err(Error::not_found(name)) } else { Ok(()) }
     }
 

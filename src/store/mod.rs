@@ -6,51 +6,62 @@
 
 mod adapters;
 mod blobs;
+mod catalogue;
 mod datasets;
 mod documents;
 mod jobs;
 mod keys;
 mod locks;
+mod requests;
 mod rows;
+mod sweep;
 mod tenants;
 #[cfg(test)]
 mod tests;
+mod usage;
+mod watch;
 
-use std::collections::HashSet;
 use std::fs::{File, TryLockError};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::migrate::{Migration, MigrationType, Migrator};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{SqlSafeStr, Sqlite, Transaction};
-
 pub use adapters::{AdapterRow, LiveMemory, NewVersionRow, VersionRow};
 pub use blobs::{BlobUpload, Blobs};
-pub use datasets::{DatasetKind, DatasetRow, NewDataset};
+pub use datasets::{DatasetBefore, DatasetKind, DatasetRow, NewDataset, taken};
 pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent, held_error};
 pub use keys::{KeyOwner, KeyRow, NewKey};
 pub use locks::Custody;
+pub use requests::RequestKey;
 pub use rows::{Listed, Page, fresh_token};
-pub use tenants::{PolicyRow, TenantChange, TenantCounts, TenantRow, UsageDelta, UsageRow};
+pub use tenants::{PolicyRow, TenantChange, TenantCounts, TenantRow};
+pub use usage::{UsageDelta, UsageRow};
+pub use watch::Watch;
 
 use crate::error::{Error, Result};
 
-/// Longest wait for SQLite's write lock.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a process that starts waits for one that is ending to let go of the data folder.
 const FOLDER_WAIT: Duration = Duration::from_secs(5);
-/// Connections: readers do not block each other in WAL mode.
-const CONNECTIONS: u32 = 4;
 
-/// The schema, in the order it grew. Applied ones never change; a change is a new file at the end.
-const MIGRATIONS: &[(i64, &str, &str)] = &[
-    (1, "init", include_str!("migrations/0001_init.sql")),
-    (2, "deleted tenants", include_str!("migrations/0002_deleted_tenants.sql")),
-    (3, "tenant weights", include_str!("migrations/0003_tenant_weights.sql")),
-    (5, "training results", include_str!("migrations/0005_training_results.sql")),
-];
+/// How a data folder is opened.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Starts over blobs that the catalogue does not know, and moves them to the trash.
+    pub adopt_orphans: bool,
+    /// How long what was swept stays in the trash.
+    pub trash: Duration,
+    /// Longest wait for SQLite's write lock.
+    pub busy_timeout: Duration,
+    /// For tests.
+    pub watch: Option<Arc<dyn Watch>>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let trash = Duration::from_secs(30 * 86_400);
+        Self { adopt_orphans: false, trash, busy_timeout: Duration::from_secs(10), watch: None }
+    }
+}
 
 /// The catalogue and the blobs of one data folder. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -60,35 +71,34 @@ pub struct Store {
 
 #[derive(Debug)]
 struct Inner {
-    pool: SqlitePool,
+    catalogue: catalogue::Catalogue,
     blobs: Blobs,
     locks: locks::Locks,
+    usage: usage::UsageBook,
     /// Held while the store lives; the system releases it when the process dies.
     _folder: File,
 }
 
 impl Store {
-    /// Opens or makes the catalogue and the blobs below `data_dir`, migrates, and collects half uploads and blobs without an owner.
-    /// DATA_DIR_IN_USE where another process has it.
+    /// Opens a folder as a server does that was told nothing else.
     pub async fn open(data_dir: &Path) -> Result<Self> {
+        Self::open_with(data_dir, Options::default()).await
+    }
+
+    /// Opens or makes the catalogue and the blobs below `data_dir`, migrates, and sweeps half uploads and blobs without an owner.
+    ///
+    /// # Errors
+    /// DATA_DIR_IN_USE where another process has it; UNKNOWN_BLOBS where its blobs are not this catalogue's.
+    pub async fn open_with(data_dir: &Path, options: Options) -> Result<Self> {
         tokio::fs::create_dir_all(data_dir).await.map_err(|e| unusable(data_dir, e))?;
         let folder = lock_folder(data_dir, FOLDER_WAIT).await?;
-        // NORMAL in WAL mode: a commit survives the death of the process (it is in the system's page cache); power loss may undo the
-        // last commits but never tears one. Blobs are synced before their rows, and a deletion's commit before its blobs go.
-        let catalogue = data_dir.join("tenora.db");
-        let options = SqliteConnectOptions::new()
-            .filename(&catalogue)
-            .create_if_missing(true)
-            .foreign_keys(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Normal)
-            .busy_timeout(BUSY_TIMEOUT);
-        let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).connect_with(options).await;
-        let pool = pool.map_err(|e| unusable(&catalogue, e))?;
-        migrator().run(&pool).await.map_err(|e| unusable(&catalogue, e))?;
-        let blobs = Blobs::open(&data_dir.join("blobs"))?;
-        let store = Self { inner: Arc::new(Inner { pool, blobs, locks: locks::Locks::default(), _folder: folder }) };
-        store.blobs().sweep(&store.owned_blobs().await?).await?;
+        sweep::check_before_open(data_dir, &options).await?;
+        let catalogue = catalogue::Catalogue::open(data_dir, options.busy_timeout, options.watch.clone()).await?;
+        let blobs = Blobs::open(&data_dir.join("blobs"), options.watch.clone())?;
+        let (locks, usage) = (locks::Locks::default(), usage::UsageBook::default());
+        let store = Self { inner: Arc::new(Inner { catalogue, blobs, locks, usage, _folder: folder }) };
+        store.sweep(data_dir, &options).await?;
+        tokio::spawn(usage::keep_flushing(Arc::downgrade(&store.inner)));
         Ok(store)
     }
 
@@ -100,39 +110,16 @@ impl Store {
     /// Runs SQL, for tests that break something.
     #[cfg(test)]
     pub(crate) async fn execute(&self, sql: &'static str) {
-        sqlx::raw_sql(sql).execute(self.pool()).await.unwrap();
-    }
-
-    fn pool(&self) -> &SqlitePool {
-        &self.inner.pool
-    }
-
-    /// A transaction that writes. It takes the write lock at once, so that it never fails half way for another writer; dropped
-    /// without a commit it leaves nothing.
-    async fn write(&self) -> Result<Transaction<'static, Sqlite>> {
-        Ok(self.pool().begin_with("BEGIN IMMEDIATE").await?)
-    }
-
-    /// Every blob that a row owns.
-    async fn owned_blobs(&self) -> Result<HashSet<String>> {
-        let rows = sqlx::query_scalar("SELECT blob FROM versions UNION SELECT blob FROM datasets UNION SELECT result FROM jobs WHERE result IS NOT NULL")
-            .fetch_all(self.pool())
-            .await?;
-        Ok(rows.into_iter().collect())
+        sqlx::raw_sql(sql).execute(self.writer()).await.unwrap();
     }
 
     /// Deletes those blobs that no row owns and of which no [`Custody`] is held, whose holder then answers for it. What cannot be deleted
-    /// now stays until the next start.
+    /// now stays until the next start. A row that is gone is gone on the disk: its commit was synced.
     pub async fn collect_blobs(&self, blobs: &[String]) {
-        let collect = async {
-            self.sync().await?;
-            for blob in blobs {
-                self.collect(blob).await?;
+        for blob in blobs {
+            if let Err(error) = self.collect(blob).await {
+                tracing::warn!(%error, blob, "a blob that may have no owner stays until the next start");
             }
-            Ok::<_, Error>(())
-        };
-        if let Err(error) = collect.await {
-            tracing::warn!(%error, ?blobs, "blobs that may have no owner stay until the next start");
         }
     }
 
@@ -147,24 +134,11 @@ impl Store {
         .await?;
         if owned { Ok(()) } else { self.blobs().delete(blob).await }
     }
-
-    /// Rows that are gone are gone on the disk too, lest a power loss bring one back without its blob.
-    async fn sync(&self) -> Result<()> {
-        sqlx::query("PRAGMA wal_checkpoint(FULL)").execute(self.pool()).await?;
-        Ok(())
-    }
 }
 
 /// Runs work to its end even where the caller goes away in the middle.
 pub async fn uninterrupted<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
     tokio::spawn(work).await.map_err(Error::internal)?
-}
-
-fn migrator() -> Migrator {
-    let migration = |&(version, name, sql): &(i64, &'static str, &'static str)| {
-        Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false)
-    };
-    Migrator::with_migrations(MIGRATIONS.iter().map(migration).collect())
 }
 
 /// What a start says where the data folder or a file in it cannot be used.
@@ -192,18 +166,6 @@ async fn lock_folder(data_dir: &Path, wait: Duration) -> Result<File> {
                 ));
             }
             Err(TryLockError::Error(e)) => return Err(unusable(&lock, e)),
-        }
-    }
-}
-
-impl From<sqlx::Error> for Error {
-    fn from(e: sqlx::Error) -> Self {
-        match e {
-            sqlx::Error::PoolTimedOut => Self::Unavailable {
-                message: "the catalogue is busy; retry".into(),
-                retry_after: Some(Duration::from_secs(1)),
-            },
-            e => Self::Internal(format!("catalogue: {e}")),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What all tables share: times, JSON columns, pages, random tokens, and the first results of calls with a request id.
+//! What all tables share: times, JSON columns, pages and random tokens.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -118,45 +118,4 @@ pub(super) fn random<const N: usize>() -> [u8; N] {
 pub(super) async fn require_tenant(db: &mut SqliteConnection, tenant: &TenantId) -> Result<()> {
     let found = sqlx::query("SELECT 1 FROM tenants WHERE tenant = ?").bind(tenant.as_str()).fetch_optional(db).await?;
     found.map(|_| ()).ok_or_else(|| Error::not_found(tenant))
-}
-
-/// The name of what the first call with this request id made. An empty id is none.
-pub(super) async fn first_result(
-    db: &mut SqliteConnection,
-    tenant: &TenantId,
-    method: &str,
-    request_id: &str,
-) -> Result<Option<String>> {
-    if request_id.is_empty() {
-        return Ok(None);
-    }
-    let found = sqlx::query_scalar("SELECT result FROM requests WHERE tenant = ? AND method = ? AND request_id = ?")
-        .bind(tenant.as_str())
-        .bind(method)
-        .bind(request_id)
-        .fetch_optional(db)
-        .await?;
-    Ok(found)
-}
-
-/// Keeps what the first call with this request id made, in the transaction that makes it.
-pub(super) async fn record_result(
-    db: &mut SqliteConnection,
-    tenant: &TenantId,
-    method: &str,
-    request_id: &str,
-    result: &str,
-) -> Result<()> {
-    if request_id.is_empty() {
-        return Ok(());
-    }
-    sqlx::query("INSERT INTO requests (tenant, method, request_id, result, create_time) VALUES (?, ?, ?, ?, ?)")
-        .bind(tenant.as_str())
-        .bind(method)
-        .bind(request_id)
-        .bind(result)
-        .bind(now())
-        .execute(db)
-        .await?;
-    Ok(())
 }

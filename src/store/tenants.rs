@@ -1,4 +1,4 @@
-//! Tenants: their rows, what they have used, and what their answers may say.
+//! Tenants: their rows, and what their answers may say.
 
 use std::time::SystemTime;
 
@@ -7,7 +7,8 @@ use sqlx::sqlite::SqliteRow;
 
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
-use crate::store::rows::{first_result, from_json, from_millis, int, now, record_result, to_json};
+use crate::store::requests::Claim;
+use crate::store::rows::{from_json, from_millis, now, to_json};
 use crate::store::{Listed, Page, Store, fresh_token};
 
 const CREATE_METHOD: &str = "CreateTenant";
@@ -36,19 +37,6 @@ pub struct TenantChange {
     pub weight: Option<u32>,
 }
 
-/// What a tenant has used, in calls and tokens.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct UsageRow {
-    /// Calls that reached the engine.
-    pub requests: u64,
-    /// Tokens that came in.
-    pub prompt_tokens: u64,
-    /// Tokens that were generated.
-    pub completion_tokens: u64,
-    /// Tokens that were trained on.
-    pub training_tokens: u64,
-}
-
 /// How many of each a tenant has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TenantCounts {
@@ -60,9 +48,6 @@ pub struct TenantCounts {
     pub jobs: u64,
 }
 
-/// What is added to a [`UsageRow`].
-pub type UsageDelta = UsageRow;
-
 /// A tenant's safety policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PolicyRow {
@@ -73,7 +58,10 @@ pub struct PolicyRow {
 }
 
 impl Store {
-    /// ALREADY_EXISTS unless it was made by the same `request_id` (empty: none); also for the id of a deleted one.
+    /// Makes a tenant. The same again with its `request_id` (empty: none) gives it again.
+    ///
+    /// # Errors
+    /// ALREADY_EXISTS, also for the id of a deleted one; REQUEST_ID_REUSED.
     pub async fn create_tenant(
         &self,
         id: &TenantId,
@@ -81,8 +69,10 @@ impl Store {
         weight: u32,
         request_id: &str,
     ) -> Result<TenantRow> {
+        let content = Some(format!("weight {weight}, {display_name}"));
+        let claim = Claim { tenant: id, method: CREATE_METHOD, request_id, target: id.to_string(), content };
         let mut tx = self.write().await?;
-        if first_result(&mut tx, id, CREATE_METHOD, request_id).await?.is_some() {
+        if claim.first_result_anywhere(&mut tx).await?.is_some() {
             drop(tx);
             return self.get_tenant(id).await;
         }
@@ -109,20 +99,23 @@ impl Store {
         if made.rows_affected() == 0 {
             return Err(Error::AlreadyExists { name: id.to_string(), message: String::new() });
         }
-        record_result(&mut tx, id, CREATE_METHOD, request_id, &id.to_string()).await?;
+        claim.record(&mut tx, &id.to_string()).await?;
         tx.commit().await?;
         self.get_tenant(id).await
     }
 
     /// Returns a tenant.
     pub async fn get_tenant(&self, id: &TenantId) -> Result<TenantRow> {
-        let row =
-            sqlx::query("SELECT * FROM tenants WHERE tenant = ?").bind(id.as_str()).fetch_optional(self.pool()).await?;
+        let row = sqlx::query("SELECT * FROM tenants WHERE tenant = ?")
+            .bind(id.as_str())
+            .fetch_optional(self.lookups())
+            .await?;
         tenant_row(&row.ok_or_else(|| Error::not_found(id))?)
     }
 
     /// Changes a tenant; calls that come after have its new weight. `etag`: CONFLICT where it is not empty and not the current one.
     pub async fn update_tenant(&self, id: &TenantId, change: &TenantChange, etag: &str) -> Result<TenantRow> {
+        let mut tx = self.write().await?;
         let done = sqlx::query(
             "UPDATE tenants SET display_name = COALESCE(?, display_name), weight = COALESCE(?, weight), etag = ?
              WHERE tenant = ? AND etag = COALESCE(?, etag)",
@@ -132,8 +125,9 @@ impl Store {
         .bind(fresh_token())
         .bind(id.as_str())
         .bind((!etag.is_empty()).then_some(etag))
-        .execute(self.pool())
+        .execute(&mut *tx)
         .await?;
+        tx.commit().await?;
         let row = self.get_tenant(id).await?;
         if done.rows_affected() == 1 { Ok(row) } else { Err(Error::Conflict { name: id.to_string() }) }
     }
@@ -173,38 +167,7 @@ impl Store {
             .execute(&mut *tx)
             .await?;
         tx.commit().await?;
-        self.sync().await?;
         self.blobs().delete(id.as_str()).await
-    }
-
-    /// Adds to a tenant's counters. A tenant deleted meanwhile is no error: its counters went with it.
-    pub async fn add_usage(&self, id: &TenantId, used: UsageDelta) -> Result<()> {
-        sqlx::query(
-            "UPDATE tenants SET requests = requests + ?, prompt_tokens = prompt_tokens + ?,
-             completion_tokens = completion_tokens + ?, training_tokens = training_tokens + ? WHERE tenant = ?",
-        )
-        .bind(int(used.requests))
-        .bind(int(used.prompt_tokens))
-        .bind(int(used.completion_tokens))
-        .bind(int(used.training_tokens))
-        .bind(id.as_str())
-        .execute(self.pool())
-        .await?;
-        Ok(())
-    }
-
-    /// Returns what a tenant has used.
-    pub async fn get_usage(&self, id: &TenantId) -> Result<UsageRow> {
-        let row =
-            sqlx::query("SELECT * FROM tenants WHERE tenant = ?").bind(id.as_str()).fetch_optional(self.pool()).await?;
-        let row = row.ok_or_else(|| Error::not_found(id))?;
-        let count = |column: &str| row.try_get::<i64, _>(column).map(|n| n.max(0) as u64);
-        Ok(UsageRow {
-            requests: count("requests")?,
-            prompt_tokens: count("prompt_tokens")?,
-            completion_tokens: count("completion_tokens")?,
-            training_tokens: count("training_tokens")?,
-        })
     }
 
     /// Counts what a tenant has.
@@ -234,6 +197,7 @@ impl Store {
     /// Replaces the policy. `etag`: CONFLICT where it is given and not the current one.
     pub async fn set_policy(&self, id: &TenantId, phrases: &[String], etag: Option<&str>) -> Result<PolicyRow> {
         let fresh = PolicyRow { phrases: phrases.to_vec(), etag: fresh_token() };
+        let mut tx = self.write().await?;
         let done = sqlx::query(
             "UPDATE tenants SET policy_phrases = ?, policy_etag = ? WHERE tenant = ? AND policy_etag = COALESCE(?, policy_etag)",
         )
@@ -241,8 +205,9 @@ impl Store {
         .bind(&fresh.etag)
         .bind(id.as_str())
         .bind(etag.filter(|e| !e.is_empty()))
-        .execute(self.pool())
+        .execute(&mut *tx)
         .await?;
+        tx.commit().await?;
         if done.rows_affected() == 1 {
             return Ok(fresh);
         }

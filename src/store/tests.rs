@@ -72,7 +72,7 @@ async fn add_job(store: &Store, tenant: &TenantId, state: &str, from_adapter: Op
     .bind(fresh_token())
     .bind(from_adapter)
     .bind(state)
-    .execute(store.pool())
+    .execute(store.writer())
     .await
     .unwrap();
 }
@@ -199,21 +199,38 @@ async fn a_request_id_gives_the_first_result_again() {
     let (_dir, store) = open().await;
     let id = TenantId::new("a").unwrap();
     let first = store.create_tenant(&id, "first", 1, "r1").await.unwrap();
-    assert_eq!(store.create_tenant(&id, "again", 1, "r1").await.unwrap(), first);
+    assert_eq!(store.create_tenant(&id, "first", 1, "r1").await.unwrap(), first);
+    let reused = |outcome: Result<()>| {
+        assert!(matches!(&outcome, Err(Error::Invalid { reason: "REQUEST_ID_REUSED", .. })), "{outcome:?}");
+    };
+    reused(store.create_tenant(&id, "again", 1, "r1").await.map(drop));
+    reused(store.create_tenant(&id, "first", 2, "r1").await.map(drop));
+    reused(store.create_tenant(&TenantId::new("c").unwrap(), "first", 1, "r1").await.map(drop));
+    store.create_key(&id, "key", "k1").await.unwrap();
+    assert!(matches!(store.create_key(&id, "key", "k1").await, Err(Error::AlreadyExists { .. })));
+    reused(store.create_key(&id, "other", "k1").await.map(drop));
     assert!(matches!(store.create_tenant(&id, "other", 1, "r2").await, Err(Error::AlreadyExists { .. })));
     assert!(matches!(store.create_tenant(&id, "none", 1, "").await, Err(Error::AlreadyExists { .. })));
 
     let name = adapter(&id, "x");
     let with_id = |content: &str| NewVersionRow { request_id: "r1".into(), ..new_version(&name, content) };
     let one = add(&store, with_id("1")).await.unwrap();
-    assert_eq!(add(&store, with_id("2")).await.unwrap(), one);
-    assert_eq!(store.published_before(&id, false, "r1").await.unwrap(), Some(one));
-    assert_eq!(store.published_before(&id, true, "r1").await.unwrap(), None, "a job's ids are apart");
+    assert_eq!(add(&store, with_id("1")).await.unwrap(), one);
+    reused(add(&store, with_id("2")).await.map(drop));
+    reused(add(&store, NewVersionRow { publish: Publish::Live, ..with_id("1") }).await.map(drop));
+    reused(
+        add(&store, NewVersionRow { request_id: "r1".into(), ..new_version(&adapter(&id, "y"), "1") }).await.map(drop),
+    );
+    let digest = Digest::of(b"1");
+    let before =
+        async |name: &AdapterName, trained| store.published_before(name, trained, "r1", digest, Publish::Auto).await;
+    assert_eq!(before(&name, false).await.unwrap(), Some(one));
+    assert_eq!(before(&name, true).await.unwrap(), None, "a job's ids are apart");
     let other = tenant(&store, "b").await;
-    assert_eq!(store.published_before(&other, false, "r1").await.unwrap(), None, "a tenant's ids are its own");
+    assert_eq!(before(&adapter(&other, "x"), false).await.unwrap(), None, "a tenant's ids are its own");
 
     store.delete_adapter(&name, "").await.unwrap();
-    assert!(matches!(store.published_before(&id, false, "r1").await, Err(Error::NotFound { .. })));
+    assert!(matches!(before(&name, false).await, Err(Error::NotFound { .. })));
 }
 
 #[tokio::test]
@@ -237,7 +254,8 @@ async fn validating_leaves_no_row() {
     let row = store.insert_version(new, &Limits::default()).await.unwrap();
     assert_eq!(row.name.version, 1, "the name it would have");
     assert!(matches!(store.get_adapter(&name).await, Err(Error::NotFound { .. })));
-    assert_eq!(store.published_before(&name.tenant, false, "r").await.unwrap(), None);
+    let before = store.published_before(&name, false, "r", Digest::of(b"1"), Publish::Auto).await;
+    assert_eq!(before.unwrap(), None);
 }
 
 #[tokio::test]
@@ -347,13 +365,13 @@ async fn fill(store: &Store, tenant: &TenantId) {
     sqlx::query("INSERT INTO job_events (tenant, job, sequence, time, event) VALUES (?, ?, 1, 0, '{}')")
         .bind(tenant.as_str())
         .bind(job)
-        .execute(store.pool())
+        .execute(store.writer())
         .await
         .unwrap();
     sqlx::query("INSERT INTO datasets VALUES (?, 'd', 'SFT', 1, 1, '', ?, 0)")
         .bind(tenant.as_str())
         .bind(format!("{}/datasets/d", tenant.as_str()))
-        .execute(store.pool())
+        .execute(store.writer())
         .await
         .unwrap();
 }
@@ -503,7 +521,15 @@ async fn usage_adds_up() {
     let (_dir, store) = open().await;
     let id = tenant(&store, "a").await;
     let used = UsageDelta { requests: 1, prompt_tokens: 10, completion_tokens: 3, training_tokens: 0 };
-    let adding = (0..20).map(|_| store.add_usage(&id, used));
+    let adding = (0..20).map(|n| {
+        let (store, id) = (store.clone(), id.clone());
+        tokio::spawn(async move {
+            store.add_usage(&id, used);
+            if n % 4 == 0 {
+                store.flush_usage().await.unwrap();
+            }
+        })
+    });
     for added in futures::future::join_all(adding).await {
         added.unwrap();
     }
@@ -537,4 +563,38 @@ async fn a_folder_that_cannot_be_used_is_named() {
     std::fs::create_dir_all(&data).unwrap();
     std::fs::write(data.join("blobs"), "x").unwrap();
     refused(&data, &data.join("blobs")).await;
+}
+
+#[tokio::test]
+async fn counted_usage_outlives_an_orderly_stop_and_goes_with_its_tenant() {
+    let (dir, store) = open().await;
+    let (kept, gone) = (tenant(&store, "a").await, tenant(&store, "b").await);
+    let used = UsageDelta { requests: 1, prompt_tokens: 2, completion_tokens: 3, training_tokens: 4 };
+    for id in [&kept, &gone] {
+        store.add_usage(id, used);
+    }
+    store.delete_tenant(&gone).await.unwrap();
+    store.flush_usage().await.unwrap();
+    assert_eq!(store.get_usage(&kept).await.unwrap(), used);
+    drop(store);
+    let store = Store::open(dir.path()).await.unwrap();
+    assert_eq!(store.get_usage(&kept).await.unwrap(), used);
+}
+
+#[tokio::test]
+async fn usage_is_written_without_being_asked_for() {
+    let (_dir, store) = open().await;
+    let id = tenant(&store, "a").await;
+    store.add_usage(&id, UsageDelta { requests: 1, ..UsageDelta::default() });
+    for _ in 0..200 {
+        let requests: i64 = sqlx::query_scalar("SELECT requests FROM tenants WHERE tenant = 'a'")
+            .fetch_one(store.pool())
+            .await
+            .unwrap();
+        if requests == 1 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("nothing was written");
 }

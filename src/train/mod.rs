@@ -27,7 +27,7 @@ use crate::hub::Hub;
 use crate::ids::{JobName, Tenant};
 use crate::model::Model;
 use crate::request::{JobEvent, JobSpec, JobState, TrainingData};
-use crate::store::{JobEnd, JobRow, NewJob, Store, StoredEvent};
+use crate::store::{JobEnd, JobRow, NewJob, RequestKey, Store, StoredEvent};
 use crate::text::Text;
 use crate::train::fit::{Control, StopOnDrop};
 use crate::train::job::{Prepared, Sources};
@@ -180,17 +180,18 @@ impl Trainer {
         Ok(Validated { total_steps, data })
     }
 
-    /// Queues a job. A call with a request id that has been seen gives the job it made.
-    pub async fn submit(&self, tenant: &Tenant, spec: JobSpec, request_id: &str) -> Result<JobRow> {
+    /// Queues a job. The same request again, known by its id, gives the job it made; another one under the id is REQUEST_ID_REUSED.
+    pub async fn submit(&self, tenant: &Tenant, spec: JobSpec, request: &RequestKey) -> Result<JobRow> {
         let sources = &self.inner.sources;
-        if let Some(row) = sources.store.job_of_request(tenant.id(), request_id).await? {
+        tenant.check_owns(&spec.adapter.tenant)?;
+        if let Some(row) = sources.store.job_of_request(&spec.adapter, request).await? {
             return Ok(row);
         }
         let checked = sources.check(tenant, &spec).await?;
         let name = JobName::new(tenant.id(), &new_id())?;
         sources.check_disk()?;
         let job = NewJob { name, spec, total_steps: checked.total_steps };
-        let row = sources.store.insert_job(&job, request_id, sources.limits.max_jobs_per_tenant).await?;
+        let row = sources.store.insert_job(&job, request, sources.limits.max_jobs_per_tenant).await?;
         let JobSpec { adapter, dataset, .. } = &row.spec;
         tracing::info!(tenant = %tenant.id(), job = %row.name, %adapter, %dataset, "a training job is queued");
         self.inner.announce(&row.name);

@@ -53,9 +53,7 @@ async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
     };
     inner.set_running(None);
     let usage = UsageDelta { training_tokens: control.tokens(), ..UsageDelta::default() };
-    if let Err(error) = inner.sources.store.add_usage(tenant.id(), usage).await {
-        tracing::error!(job = %job.name, %error, "could not record the usage");
-    }
+    inner.sources.store.add_usage(tenant.id(), usage);
     if control.claim_is_lost() {
         tracing::error!(job = %job.name, "the claim of a training job was lost; what it has become is for others to say");
         return;

@@ -112,6 +112,7 @@ impl TestServer {
             rotate_operator_key: false,
             tls: None,
             allow_plaintext: false,
+            adopt_orphans: false,
             limits: Limits { kv_cache_bytes: 8 << 20, ..Limits::default() },
         };
         change(&mut config);

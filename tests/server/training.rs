@@ -106,10 +106,10 @@ async fn a_request_id_is_its_methods_own_and_outlives_its_dataset() {
 
     let request = DeleteDatasetRequest { name: pairs.name };
     server.datasets(&key).await.delete_dataset(request).await.unwrap();
-    for id in ["pairs", "others"] {
-        let status = upload_pairs(&server, &key, header(id, "r"), vec![pair()]).await.unwrap_err();
-        assert_eq!(status.code(), Code::NotFound, "{id}: {status:?}");
-    }
+    let gone = upload_pairs(&server, &key, header("pairs", "r"), vec![pair()]).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound, "{gone:?}");
+    let other = upload_pairs(&server, &key, header("others", "r"), vec![pair()]).await.unwrap_err();
+    assert_eq!(reason(&other), "REQUEST_ID_REUSED");
     assert_eq!(datasets(&server, &key).await, [Dataset { content: None, ..chats }]);
     upload_pairs(&server, &key, header("pairs", "r2"), vec![pair()]).await.unwrap();
     server.stopped().await;
@@ -243,6 +243,46 @@ async fn a_retried_call_makes_one_job_and_a_validated_one_none() {
     training.train(validate).await.unwrap();
     let retried = training.train(request).await.unwrap().into_inner();
     assert_eq!(retried.name, first.name);
+    assert_eq!(jobs(&mut training).await, [first.name]);
+    server.stopped().await;
+}
+
+/// A retry means what its names meant at first; another request under the id is refused and makes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_id_stands_for_one_request() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "chats").await.unwrap();
+    for seed in [1, 2] {
+        server.import(&key, "a", "base", &server.package(seed)).await.unwrap();
+    }
+    let mut training = server.training(&key).await;
+    let start = Some(Start::FromVersion("tenants/a/adapters/base".into()));
+    let request = TrainRequest { request_id: "r".into(), start, ..recipe("chats", SFT, 1) };
+    let first = training.train(request.clone()).await.unwrap().into_inner();
+    rest(watch(&mut training, &first.name).await).await;
+    let live = SetLiveVersionRequest {
+        name: "tenants/a/adapters/base".into(),
+        version: "tenants/a/adapters/base/versions/2".into(),
+        ..Default::default()
+    };
+    server.adapters(&key).await.set_live_version(live).await.unwrap();
+    let retried = training.train(request.clone()).await.unwrap().into_inner();
+    assert_eq!(retried.name, first.name, "the name meant version 1 when it was first said");
+    // Spelling out a default changes nothing.
+    let mut spelled = request.clone();
+    spelled.hyperparameters.as_mut().unwrap().batch_size = Some(4);
+    assert_eq!(training.train(spelled).await.unwrap().into_inner().name, first.name);
+
+    let target = TrainRequest { adapter_id: "other".into(), ..request.clone() };
+    let steps = TrainRequest { hyperparameters: recipe("chats", SFT, 2).hyperparameters, ..request.clone() };
+    let version = Some(Start::FromVersion("tenants/a/adapters/base/versions/1".into()));
+    let start = TrainRequest { start: version, ..request };
+    for other in [target, steps, start] {
+        let status = training.train(other).await.unwrap_err();
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::InvalidArgument, "REQUEST_ID_REUSED"));
+        assert!(status.message().contains(&first.name), "it names the first result: {status:?}");
+    }
     assert_eq!(jobs(&mut training).await, [first.name]);
     server.stopped().await;
 }

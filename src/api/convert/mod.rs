@@ -15,7 +15,7 @@ pub use foreign::convert_bytes;
 pub use generation::{generate_spec, response_of, score_response, score_spec, token, tokenize_input};
 pub use pairs::PairForm;
 pub use rows::*;
-pub use training::{event, job, job_spec, validated};
+pub use training::{event, job, job_spec, train_key, validated};
 
 use crate::api::proto as pb;
 use crate::error::{Error, Result};

@@ -2,15 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use super::{at, known, name, or_empty, publish, timestamp};
+use prost::Message as _;
+
+use super::{at, known, name, or_empty, publish, request_id, timestamp};
 use crate::api::proto as pb;
 use crate::error::{Error, Result};
-use crate::ids::{AdapterName, TenantId, VersionName};
+use crate::ids::{AdapterName, Digest, TenantId, VersionName};
 use crate::request::{
     Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, Publish, Start, Target, TooLong,
     TrainingData,
 };
-use crate::store::{JobRow, StoredEvent};
+use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
 use crate::train::objective::measures::{ACCURACIES, MARGINS};
 
@@ -36,6 +38,22 @@ pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result
             pb::TooLong::Truncate => TooLong::Truncate,
         },
     })
+}
+
+/// The request's id, and the digest of what it asks for with defaults filled in: one that spells them out is the same. The names are as
+/// they were given, not what they mean now.
+pub fn train_key(request: &pb::TrainRequest) -> Result<RequestKey> {
+    let id = request_id(request.request_id.clone())?;
+    let Some(pb::train_request::Start::FromVersion(_)) = &request.start else {
+        return Ok(RequestKey { id, content: content(&recipe(&job_spec(request, None)?)) });
+    };
+    let fresh = pb::TrainRequest { start: None, ..request.clone() };
+    let asked = pb::TrainRequest { start: request.start.clone(), ..recipe(&job_spec(&fresh, None)?) };
+    Ok(RequestKey { id, content: content(&asked) })
+}
+
+fn content(request: &pb::TrainRequest) -> String {
+    Digest::of(&request.encode_to_vec()).to_string()
 }
 
 fn objective(request: &pb::TrainRequest) -> Result<Objective> {

@@ -56,8 +56,13 @@ async fn store() -> (tempfile::TempDir, Store) {
     (folder, store)
 }
 
+/// A request id with some content; an empty one is none.
+fn key(id: &str, content: &str) -> RequestKey {
+    RequestKey { id: id.into(), content: content.into() }
+}
+
 async fn insert(store: &Store, tenant_id: &str, id: &str) -> JobName {
-    store.insert_job(&job(&tenant(tenant_id), id), "", 10).await.unwrap().name
+    store.insert_job(&job(&tenant(tenant_id), id), &key("", ""), 10).await.unwrap().name
 }
 
 async fn claim(store: &Store) -> Option<String> {
@@ -76,12 +81,18 @@ async fn states(store: &Store, job: &JobName) -> Vec<JobState> {
 #[tokio::test]
 async fn a_request_id_makes_one_job() {
     let (_folder, store) = store().await;
-    let first = store.insert_job(&job(&tenant("one"), "j1"), "r", 10).await.unwrap();
-    let again = store.insert_job(&job(&tenant("one"), "j2"), "r", 10).await.unwrap();
+    let (same, other) = (key("r", "1"), key("r", "2"));
+    let first = store.insert_job(&job(&tenant("one"), "j1"), &same, 10).await.unwrap();
+    let again = store.insert_job(&job(&tenant("one"), "j2"), &same, 10).await.unwrap();
     assert_eq!(first, again);
-    assert_eq!(store.job_of_request(&tenant("one"), "r").await.unwrap(), Some(first));
-    assert_eq!(store.job_of_request(&tenant("two"), "r").await.unwrap(), None);
-    let without = store.insert_job(&job(&tenant("one"), "j2"), "", 10).await.unwrap();
+    let refused = store.insert_job(&job(&tenant("one"), "j2"), &other, 10).await.unwrap_err();
+    assert!(matches!(&refused, Error::Invalid { reason: "REQUEST_ID_REUSED", .. }), "{refused:?}");
+    assert!(refused.to_string().contains(&first.name.to_string()), "{refused}");
+    let adapter = |tenant_id: &str| AdapterName::new(&tenant(tenant_id), "a").unwrap();
+    assert_eq!(store.job_of_request(&adapter("one"), &same).await.unwrap(), Some(first));
+    assert!(store.job_of_request(&adapter("one"), &other).await.is_err());
+    assert_eq!(store.job_of_request(&adapter("two"), &same).await.unwrap(), None);
+    let without = store.insert_job(&job(&tenant("one"), "j2"), &key("", ""), 10).await.unwrap();
     assert_eq!(without.name.job, "j2");
     assert_eq!(without.spec, job(&tenant("one"), "j2").spec);
 }
@@ -90,13 +101,13 @@ async fn a_request_id_makes_one_job() {
 async fn open_jobs_are_limited_and_need_their_dataset() {
     let (_folder, store) = store().await;
     let first = insert(&store, "one", "j1").await;
-    let full = store.insert_job(&job(&tenant("one"), "j2"), "", 1).await;
+    let full = store.insert_job(&job(&tenant("one"), "j2"), &key("", ""), 1).await;
     assert!(matches!(full, Err(Error::Exhausted { limit: "max_jobs_per_tenant", .. })));
     store.transition(&first, &[JobState::Queued], JobState::Cancelled, JobEnd::default()).await.unwrap().unwrap();
-    store.insert_job(&job(&tenant("one"), "j2"), "", 1).await.unwrap();
+    store.insert_job(&job(&tenant("one"), "j2"), &key("", ""), 1).await.unwrap();
     let mut lost = job(&tenant("two"), "j3");
     lost.spec.dataset.dataset = "gone".into();
-    assert!(matches!(store.insert_job(&lost, "", 1).await, Err(Error::NotFound { .. })));
+    assert!(matches!(store.insert_job(&lost, &key("", ""), 1).await, Err(Error::NotFound { .. })));
 }
 
 #[tokio::test]
@@ -123,7 +134,6 @@ async fn tenants_take_turns() {
     let mut order = Vec::new();
     while let Some(id) = claim(&store).await {
         order.push(id);
-        tokio::time::sleep(Duration::from_millis(3)).await;
     }
     assert_eq!(order, ["a1", "b1", "a2", "b2", "a3"]);
 }
@@ -181,7 +191,7 @@ async fn a_dead_process_leaves_interrupted_cancelled_and_succeeded_jobs() {
          rank, targets, parity, job, metrics, blob, create_time)
          VALUES ('u', 'one', 'a', 4, '', '', '', 0, 0, 1, '[]', '', 'tenants/one/trainingJobs/c', '{}', 'x', 0)",
     ] {
-        sqlx::query(sql).execute(store.pool()).await.unwrap();
+        sqlx::query(sql).execute(store.writer()).await.unwrap();
     }
     store.interrupt_stale_jobs().await.unwrap();
     let mut after = Vec::new();

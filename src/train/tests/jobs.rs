@@ -16,7 +16,7 @@ use crate::model::Model;
 use crate::request::{
     Hyperparameters, JobEvent, JobSpec, JobState, Objective, ParityReport, Publish, Start, TooLong, TrainingData,
 };
-use crate::store::{DatasetKind, JobRow, NewJob, Page, Store, StoredEvent};
+use crate::store::{DatasetKind, JobRow, NewJob, Page, RequestKey, Store, StoredEvent};
 use crate::train::tests::{lora, recipe};
 use crate::train::{Trainer, TrainerParts};
 
@@ -155,7 +155,7 @@ impl Bench {
     }
 
     async fn submit(&self, spec: JobSpec) -> JobName {
-        self.trainer.submit(&self.tenant, spec, "").await.unwrap().name
+        self.trainer.submit(&self.tenant, spec, &RequestKey::default()).await.unwrap().name
     }
 
     /// All events up to the job's end.
@@ -280,7 +280,8 @@ async fn a_shutdown_interrupts_and_resuming_starts_over() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_trained_is_refused_or_fails_before_the_first_step() {
     let bench = Bench::new().await;
-    let submit = |spec: JobSpec| bench.trainer.submit(&bench.tenant, spec, "");
+    let none = RequestKey::default();
+    let submit = |spec: JobSpec| bench.trainer.submit(&bench.tenant, spec, &none);
     let sft = || bench.spec("chats", Objective::Sft, 1);
     let wrong = submit(bench.spec("pairs", Objective::Sft, 1)).await;
     assert!(matches!(wrong, Err(Error::Invalid { reason: "WRONG_DATASET_KIND", .. })));
@@ -439,12 +440,17 @@ async fn a_run_whose_claim_is_lost_stops() {
 async fn a_disk_that_is_nearly_full_starts_no_training() {
     let bench = Bench::with(Limits { min_free_disk_bytes: u64::MAX, ..Limits::default() }).await;
     let spec = bench.spec("chats", Objective::Sft, 1);
-    let refused = bench.trainer.submit(&bench.tenant, spec.clone(), "").await.unwrap_err();
+    let refused = bench.trainer.submit(&bench.tenant, spec.clone(), &RequestKey::default()).await.unwrap_err();
     assert!(matches!(refused, Error::Exhausted { limit: "min_free_disk_bytes", .. }), "{refused:?}");
     assert!(refused.to_string().contains(bench.folder.path().to_str().unwrap()), "{refused}");
     // One that was queued while there was room.
     let name = JobName::new(bench.tenant.id(), "queued").unwrap();
-    bench.parts.store.insert_job(&NewJob { name: name.clone(), spec, total_steps: 1 }, "", 9).await.unwrap();
+    bench
+        .parts
+        .store
+        .insert_job(&NewJob { name: name.clone(), spec, total_steps: 1 }, &RequestKey::default(), 9)
+        .await
+        .unwrap();
     bench.trainer.inner.queued.notify_one();
     let row = bench.interrupted(&name).await;
     assert!(row.error.unwrap().contains("bytes free"));
