@@ -1,4 +1,4 @@
-//! Datasets: upload ([`ingest`]); from bytes to records ([`reader`], over [`container`] and [`records`]); records as ids ([`encode`]); which
+//! Datasets: upload ([`ingest`]); from bytes to records ([`reader`], over [`container`] and [`records`]); records as ids ([`mod@encode`]); which
 //! records a step sees ([`batching`]); and a quality report ([`report`]).
 
 mod batching;

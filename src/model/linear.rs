@@ -194,7 +194,7 @@ impl CustomOp3 for AdaptedLinear {
     }
 }
 
-/// ln softmax(x W^T)[target] at the head, without ever holding all logits: the log-sum-exp runs over pieces of the vocabulary.
+/// `ln softmax(x W^T)[target]` at the head, without ever holding all logits: the log-sum-exp runs over pieces of the vocabulary.
 /// x: `[rows, width]`; the result: `[rows]`.
 pub(super) struct TokenLogprobs {
     model: Arc<Model>,

@@ -38,7 +38,7 @@ pub struct Next<'a> {
 }
 
 /// y = x W^T for the layers of one input, and on top what the rows' adapters add, from the input they have shrunk (see
-/// [`super::prepare`]). What comes next is fetched meanwhile.
+/// [`super::prepare()`]). What comes next is fetched meanwhile.
 pub fn linear(
     team: &Team,
     x: &QuantizedRows,
