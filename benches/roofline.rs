@@ -1,8 +1,9 @@
 //! The roofline of the default base on this machine, as a table for RESULTS.md: `cargo bench --bench roofline`.
 //!
-//! Every round measures the machine's limits (reading memory, the dot product instruction) and then each kind of step, so that both see the
-//! same machine; the table has medians. Bytes are those of the weights and of the keys and values that a step must read once;
-//! multiply-adds those that the model has. Inputs have two bytes, so each multiply-add of a frozen layer is two products of bytes.
+//! Every round measures the machine's limits (reading memory, the dot product instruction) and then each kind of step,
+//! so that both see the same machine; the table has medians. Bytes are those of the weights and of the keys and values
+//! that a step must read once; multiply-adds those that the model has. Inputs have two bytes, so each multiply-add of a
+//! frozen layer is two products of bytes.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a bench fails by them")]
 

@@ -1,5 +1,6 @@
-//! What the fuzzers run: one function a reader of foreign bytes. Each returns for any input, and whether the input was accepted; a panic, a
-//! hang or memory out of proportion is a fault. Used by cargo-fuzz (`fuzz_targets/`) and by `tests/fuzz.rs`, which needs no nightly toolchain.
+//! What the fuzzers run: one function a reader of foreign bytes. Each returns for any input, and whether the input was
+//! accepted; a panic, a hang or memory out of proportion is a fault. Used by cargo-fuzz (`fuzz_targets/`) and by
+//! `tests/fuzz.rs`, which needs no nightly toolchain.
 
 use std::io::Write as _;
 use std::sync::{Arc, LazyLock};
@@ -66,8 +67,8 @@ pub fn safetensors_and_config(data: &[u8]) -> bool {
     true
 }
 
-/// The packed form, after eight bytes that say what its tensors take in memory; as it lies, and with its checksum put right, so that
-/// what the checksum protects is reached too.
+/// The packed form, after eight bytes that say what its tensors take in memory; as it lies, and with its checksum put
+/// right, so that what the checksum protects is reached too.
 pub fn packed_file(data: &[u8]) -> bool {
     let Some((bytes, file)) = data.split_first_chunk::<8>() else { return false };
     let bytes = u64::from_le_bytes(*bytes) & 0xff_ffff;
@@ -78,8 +79,8 @@ pub fn packed_file(data: &[u8]) -> bool {
     read(&sealed) || as_it_is
 }
 
-/// A dataset's file: what it holds does not depend on the pieces that it comes in, what is read comes back the same from its own line, and
-/// is rendered and encoded.
+/// A dataset's file: what it holds does not depend on the pieces that it comes in, what is read comes back the same
+/// from its own line, and is rendered and encoded.
 pub fn jsonl(data: &[u8]) -> bool {
     let mut accepted = false;
     for kind in [DatasetKind::Sft, DatasetKind::Preferences] {
@@ -131,7 +132,8 @@ pub fn template(data: &[u8]) -> bool {
     accepted
 }
 
-/// Phrases, one a line, then a text that comes in pieces: what leaves is the text before the first phrase and never a phrase.
+/// Phrases, one a line, then a text that comes in pieces: what leaves is the text before the first phrase and never a
+/// phrase.
 pub fn policy(data: &[u8]) -> bool {
     let (phrases, text) = split(data);
     let phrases: Vec<String> = String::from_utf8_lossy(phrases).lines().take(32).map(String::from).collect();

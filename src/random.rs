@@ -1,4 +1,5 @@
-//! Counter-based random numbers: Philox 4x32-10 (Salmon et al., SC'11). A value is a function of its key and counter, of nothing else.
+//! Counter-based random numbers: Philox 4x32-10 (Salmon et al., SC'11). A value is a function of its key and counter,
+//! of nothing else.
 
 /// Ten rounds on `counter` under `key`.
 pub fn philox4x32(mut key: [u32; 2], mut counter: [u32; 4]) -> [u32; 4] {

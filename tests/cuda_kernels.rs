@@ -1,6 +1,6 @@
-//! The CUDA kernels without a GPU: compiled for the CPU over an emulation of a block's threads (`tests/kernels`), and held to sums in double
-//! precision, to the same bits in any batch, and to memory that holds no numbers where nothing was written. Needs a C++ compiler: without
-//! one the tests say that they were skipped, and fail where `CI` is set.
+//! The CUDA kernels without a GPU: compiled for the CPU over an emulation of a block's threads (`tests/kernels`), and
+//! held to sums in double precision, to the same bits in any batch, and to memory that holds no numbers where nothing
+//! was written. Needs a C++ compiler: without one the tests say that they were skipped, and fail where `CI` is set.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
 

@@ -1,6 +1,6 @@
-//! The fuzz targets on the stable toolchain: each runs over its corpus (`fuzz/corpus`) and over seeded mutations of it. A panic, an
-//! input that takes too long and memory out of proportion to the input are faults. `TENORA_FUZZ_RUNS` says how many mutations a
-//! target gets; a failure names target and run, and the same run makes the same input again.
+//! The fuzz targets on the stable toolchain: each runs over its corpus (`fuzz/corpus`) and over seeded mutations of it.
+//! A panic, an input that takes too long and memory out of proportion to the input are faults. `TENORA_FUZZ_RUNS` says
+//! how many mutations a target gets; a failure names target and run, and the same run makes the same input again.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
 
@@ -38,7 +38,8 @@ static PEAK: AtomicUsize = AtomicUsize::new(0);
 const LARGEST: usize = 1 << 30;
 static TOO_LARGE: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call goes on to the system's allocator with what it was given; one that is refused returns null, as it may.
+// SAFETY: every call goes on to the system's allocator with what it was given; one that is refused returns null, as it
+// may.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if layout.size() > LARGEST {

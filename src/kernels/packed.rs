@@ -1,12 +1,13 @@
 //! A frozen matrix in tile order: the only copy of the base's weights in host memory, packed once at load.
 //!
-//! A tile is [`TILE_ROWS`] rows by one block of 32 columns. In place of each row's `d, m, quants` a tile holds the 16 d, the 16 m where the
-//! format has them, and the quants so that four neighbours of each of the 16 rows lie together, which is what the dot product
-//! instructions of CPUs take. Tiles of the same rows follow one another: a strip. No value changes, and no byte is added but the
-//! padding to whole strips. `d` and `m` are half precision, little-endian.
+//! A tile is [`TILE_ROWS`] rows by one block of 32 columns. In place of each row's `d, m, quants` a tile holds the 16
+//! d, the 16 m where the format has them, and the quants so that four neighbours of each of the 16 rows lie together,
+//! which is what the dot product instructions of CPUs take. Tiles of the same rows follow one another: a strip. No
+//! value changes, and no byte is added but the padding to whole strips. `d` and `m` are half precision, little-endian.
 //!
-//! Quants of Q4_0 and Q4_1, 256 bytes: byte `64 c + 4 r + i` has, of row r, column `4 c + i` in its low nibble and column `16 + 4 c + i` in
-//! its high one. Of Q8_0, 512 bytes: byte `64 c + 4 r + i` is column `4 c + i` of row r plus 128, without sign.
+//! Quants of Q4_0 and Q4_1, 256 bytes: byte `64 c + 4 r + i` has, of row r, column `4 c + i` in its low nibble and
+//! column `16 + 4 c + i` in its high one. Of Q8_0, 512 bytes: byte `64 c + 4 r + i` is column `4 c + i` of row r plus
+//! 128, without sign.
 
 use super::blocks::{BLOCK, QType};
 

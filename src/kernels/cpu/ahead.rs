@@ -1,5 +1,5 @@
-//! What will be read soon: lines of memory that are fetched one by one while something else is computed. A burst of prefetches would wait for
-//! itself, and what fetches memory by its own judgement stops at every page.
+//! What will be read soon: lines of memory that are fetched one by one while something else is computed. A burst of
+//! prefetches would wait for itself, and what fetches memory by its own judgement stops at every page.
 
 use std::mem::MaybeUninit;
 

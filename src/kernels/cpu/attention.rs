@@ -1,8 +1,9 @@
-//! Causal grouped-query attention with online softmax (Milakov & Gimelshein 2018; FlashAttention's order of work, Dao et al. 2022) over
-//! paged keys and values in half precision.
+//! Causal grouped-query attention with online softmax (Milakov & Gimelshein 2018; FlashAttention's order of work, Dao
+//! et al. 2022) over paged keys and values in half precision.
 //!
-//! Positions are taken in spans of [`SPAN`] aligned to the absolute position, within a span in order, and every score is summed over the
-//! head's dimensions in order: a row's bits do not depend on the blocks it lies in, the chunk it came with, or the rows beside it.
+//! Positions are taken in spans of [`SPAN`] aligned to the absolute position, within a span in order, and every score
+//! is summed over the head's dimensions in order: a row's bits do not depend on the blocks it lies in, the chunk it
+//! came with, or the rows beside it.
 
 use super::Shared;
 use super::lora::GROUP_ROWS;
@@ -46,8 +47,8 @@ impl KvShape {
     }
 }
 
-/// One layer's cache: keys `[blocks, kv_heads, head_dim, block_tokens]`, values `[blocks, kv_heads, block_tokens, head_dim]`, bits of
-/// half-precision numbers.
+/// One layer's cache: keys `[blocks, kv_heads, head_dim, block_tokens]`, values `[blocks, kv_heads, block_tokens,
+/// head_dim]`, bits of half-precision numbers.
 #[derive(Debug, Clone, Copy)]
 pub struct KvView<'a> {
     /// How the blocks are laid out.
@@ -82,9 +83,9 @@ pub struct RowTile<'a> {
     pub blocks: &'a [u32],
 }
 
-/// Turns the heads of q and k by their rows' angles (RoPE, Su et al. 2021, in Hugging Face's half-split order), and puts k and v, rounded,
-/// in the cache. `q`: `[rows, heads * head_dim]`, `k`, `v`: `[rows, kv_heads * head_dim]`; `angles(position)`: its cosines and sines,
-/// `[head_dim / 2]` each.
+/// Turns the heads of q and k by their rows' angles (RoPE, Su et al. 2021, in Hugging Face's half-split order), and
+/// puts k and v, rounded, in the cache. `q`: `[rows, heads * head_dim]`, `k`, `v`: `[rows, kv_heads * head_dim]`;
+/// `angles(position)`: its cosines and sines, `[head_dim / 2]` each.
 pub fn rope_and_store<'t>(
     team: &Team,
     tiles: usize,
@@ -319,8 +320,8 @@ fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, tas
                 &mut run.sums[j][..dim],
             );
         }
-        // What a query does not see has no weight, and what a later row of its tile wrote reaches it only where that is not a number: then
-        // the sequence fails as a whole.
+        // What a query does not see has no weight, and what a later row of its tile wrote reaches it only where that is
+        // not a number: then the sequence fails as a whole.
         let mut part = 0;
         while part + U * LANES <= dim {
             add_values::<S, N, U, D>(s, task, start..start + here, part, &mut run);
@@ -402,8 +403,8 @@ fn score<S: Simd, const N: usize, const U: usize, const D: usize>(
     });
 }
 
-/// Turns the first `seen` scores into weights relative to the running maximum, the others into zeros, and scales what has been summed
-/// with an earlier maximum.
+/// Turns the first `seen` scores into weights relative to the running maximum, the others into zeros, and scales what
+/// has been summed with an earlier maximum.
 #[inline(always)]
 fn softmax_update(scores: &mut [[f32; LANES]], seen: usize, running: &mut OnlineSoftmax, sums: &mut [f32]) {
     scores.as_flattened_mut()[seen..].fill(f32::NEG_INFINITY);

@@ -1,5 +1,5 @@
-//! Blocks of quantised weights times rows of quantised activations in the registers of a kind of machine: the integers' products are summed
-//! exactly, so that every kind gives the same bits, by whatever way it comes to them.
+//! Blocks of quantised weights times rows of quantised activations in the registers of a kind of machine: the integers'
+//! products are summed exactly, so that every kind gives the same bits, by whatever way it comes to them.
 
 use super::quantize::{PanelBlock, Shift};
 use super::simd::{f16_value, unrolled};
@@ -26,8 +26,8 @@ pub(super) trait MicroKernel: Copy {
     fn scale(self, a: Self::Float, by: f32) -> Self::Float;
     /// a * b + c, rounded once.
     fn mul_add(self, a: Self::Float, b: f32, c: Self::Float) -> Self::Float;
-    /// (float(t) << shift) * d + c, the product and the sum rounded once together. The shift is added to the exponent, which costs less
-    /// than to shift t; the least of numbers that makes of a zero is lost in any sum.
+    /// (float(t) << shift) * d + c, the product and the sum rounded once together. The shift is added to the exponent,
+    /// which costs less than to shift t; the least of numbers that makes of a zero is lost in any sum.
     fn add_product(self, t: Self::Int, shift: Shift, d: Self::Float, c: Self::Float) -> Self::Float;
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
     /// `ROWS` floats.
@@ -140,9 +140,10 @@ mod x86 {
 
     /// AVX-512 with VNNI: 16 lanes, 64 products an instruction.
     ///
-    /// Quants of four bits meet the high bytes of several rows in pairs: x1 w1 + x2 w2 = (x1 + w2) (x2 + w1) - x1 x2 - w1 w2
-    /// (S. Winograd, A New Algorithm for Inner Product, 1968), one product and two sums of bytes in place of two products. Sums have twice as
-    /// many of a core's pipes as dot products; with the low bytes multiplied as they are, all of them have as much to do.
+    /// Quants of four bits meet the high bytes of several rows in pairs: x1 w1 + x2 w2 = (x1 + w2) (x2 + w1) - x1 x2 -
+    /// w1 w2 (S. Winograd, A New Algorithm for Inner Product, 1968), one product and two sums of bytes in place of two
+    /// products. Sums have twice as many of a core's pipes as dot products; with the low bytes multiplied as they are,
+    /// all of them have as much to do.
     ///
     /// A value of it holds the proof that the machine has the instructions, so that its methods may be safe.
     #[derive(Clone, Copy)]
@@ -150,8 +151,8 @@ mod x86 {
 
     #[derive(Clone, Copy)]
     pub struct Quants {
-        /// For pairs, the second half is 128 more than it is: its sums with signed bytes are then unsigned ones, as the first factors of
-        /// dot products have to be.
+        /// For pairs, the second half is 128 more than it is: its sums with signed bytes are then unsigned ones, as the
+        /// first factors of dot products have to be.
         w: [__m512i; FOURS],
         /// Where the sums of pairs begin: what the weights alone add to them, negative.
         start: __m512i,
@@ -160,8 +161,8 @@ mod x86 {
     /// Vectors of a block's first half, whose columns are paired with those of the second.
     const HALF: usize = FOURS / 2;
 
-    /// The sums as they are, at a place that the compiler does not move their parts across. It would put all pairs before all other
-    /// products, and then some pipes wait, and then the others.
+    /// The sums as they are, at a place that the compiler does not move their parts across. It would put all pairs
+    /// before all other products, and then some pipes wait, and then the others.
     #[target_feature(enable = "avx512f")]
     #[inline]
     fn in_turn(mut high: __m512i, mut low: __m512i) -> (__m512i, __m512i) {

@@ -1,6 +1,7 @@
-//! Adapters of a mixed batch (Punica's SGMV, Chen et al. 2023): rows are grouped by adapter, each group is shrunk by its own A when its
-//! input is made, and expanded by its own B when a strip of the frozen layer's output lies in the cache. Ranks mix without padding, and
-//! a row without an adapter costs nothing. A row's bits do not depend on its group.
+//! Adapters of a mixed batch (Punica's SGMV, Chen et al. 2023): rows are grouped by adapter, each group is shrunk by
+//! its own A when its input is made, and expanded by its own B when a strip of the frozen layer's output lies in the
+//! cache. Ranks mix without padding, and a row without an adapter costs nothing. A row's bits do not depend on its
+//! group.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -113,7 +114,8 @@ fn shrink_group<S: Simd>(s: S, pair: LoraPair<'_>, x: &[f32], out: &mut [f32], s
     ranks!(4 1);
 }
 
-/// R rows against K rows of A. Each product is summed in 16 lanes, then pairwise; several at a time so that none waits for its own sum.
+/// R rows against K rows of A. Each product is summed in 16 lanes, then pairwise; several at a time so that none waits
+/// for its own sum.
 #[inline(always)]
 fn shrink_tile<S: Simd, const R: usize, const K: usize>(
     s: S,
@@ -189,7 +191,8 @@ pub(super) fn shrink_reads(adapters: &Adapters<'_>, i: usize, n: usize, ahead: &
     }
 }
 
-/// Adds `B h`, h the shrunk rows `[rows, rank]` of this layer, to the 16 outputs of a strip, for those of the rows that have an adapter.
+/// Adds `B h`, h the shrunk rows `[rows, rank]` of this layer, to the 16 outputs of a strip, for those of the rows that
+/// have an adapter.
 ///
 /// # Safety
 /// `y` is `[rows, width]` and covers all rows of the groups; nobody else touches the strip's columns of these rows.
@@ -258,7 +261,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
-        /// Close to scale * B (A x) in double precision, in all forms the same bits, and a row the same alone as in its group.
+        /// Close to scale * B (A x) in double precision, in all forms the same bits, and a row the same alone as in its
+        /// group.
         #[test]
         fn agrees_with_the_definition(
             rank in 1usize..20, chunks in 1usize..5, out in 1usize..50, count in 1usize..=GROUP_ROWS, seed in 0u64..100,

@@ -1,5 +1,6 @@
-//! y = x W^T for frozen W in tile order and quantised activations: products summed exactly in integers within a block, blocks summed in
-//! float32 in their order. Every output is computed by itself, whatever rows and columns are computed beside it.
+//! y = x W^T for frozen W in tile order and quantised activations: products summed exactly in integers within a block,
+//! blocks summed in float32 in their order. Every output is computed by itself, whatever rows and columns are computed
+//! beside it.
 
 use super::Shared;
 use super::ahead::{PrefetchPlan, Prefetcher};
@@ -352,8 +353,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
-        /// All forms agree to the bit, rows do not depend on their batch, and the values are those of the exact product of the quantised
-        /// activations with the dequantised weights.
+        /// All forms agree to the bit, rows do not depend on their batch, and the values are those of the exact product
+        /// of the quantised activations with the dequantised weights.
         #[test]
         fn agrees_with_dequantised_weights(
             qtype in prop::sample::select(vec![QType::Q4_0, QType::Q4_1, QType::Q8_0]),

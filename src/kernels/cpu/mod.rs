@@ -1,6 +1,7 @@
-//! The CPU's kernels. **A row's bits depend on that row alone**: every kernel computes each row (and each output of a row) by the same
-//! operations in the same order, whatever else is in the batch and however the work is cut among threads. All forms (AVX-512, AVX2,
-//! portable) give the same bits too: the same lanes, the same order of sums, fused where written so.
+//! The CPU's kernels. **A row's bits depend on that row alone**: every kernel computes each row (and each output of a
+//! row) by the same operations in the same order, whatever else is in the batch and however the work is cut among
+//! threads. All forms (AVX-512, AVX2, portable) give the same bits too: the same lanes, the same order of sums, fused
+//! where written so.
 
 mod ahead;
 mod attention;
@@ -39,7 +40,8 @@ unsafe impl Sync for Shared {}
 
 impl Shared {
     /// # Safety
-    /// `at..at + len` lies in the slice the pointer was taken from, which outlives the use, and no other worker touches it.
+    /// `at..at + len` lies in the slice the pointer was taken from, which outlives the use, and no other worker touches
+    /// it.
     #[expect(clippy::mut_from_ref, reason = "the caller vouches that the parts are disjoint")]
     unsafe fn part(&self, at: usize, len: usize) -> &mut [f32] {
         // SAFETY: the caller vouches for it.

@@ -2,8 +2,8 @@
 
 use super::simd::Level;
 
-/// Executes about `rounds` times a dozen of the machine's best dot product instructions, which wait neither for memory nor for each other,
-/// on this thread. Gives the products of bytes that were summed.
+/// Executes about `rounds` times a dozen of the machine's best dot product instructions, which wait neither for memory
+/// nor for each other, on this thread. Gives the products of bytes that were summed.
 pub fn dot_products(rounds: u64) -> u64 {
     match Level::best() {
         #[cfg(target_arch = "x86_64")]

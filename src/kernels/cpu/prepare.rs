@@ -1,5 +1,5 @@
-//! The making of a frozen layer's input, fused: a row is produced (normed, gated, or there already), quantised, and shrunk by its adapter
-//! while it lies in the cache.
+//! The making of a frozen layer's input, fused: a row is produced (normed, gated, or there already), quantised, and
+//! shrunk by its adapter while it lies in the cache.
 
 use super::Shared;
 use super::lora::{Adapters, RowGroup, shrink};
@@ -7,8 +7,8 @@ use super::quantize::QuantizedRows;
 use super::simd::Level;
 use super::team::Team;
 
-/// For each row of the groups, which are all rows of `x`, `[rows, width]`: `produce(row, x)`, then x quantised, then shrunk for each layer
-/// of the adapters into `[layers, rows, rank]`.
+/// For each row of the groups, which are all rows of `x`, `[rows, width]`: `produce(row, x)`, then x quantised, then
+/// shrunk for each layer of the adapters into `[layers, rows, rank]`.
 pub fn prepare(
     team: &Team,
     groups: &[RowGroup],
@@ -30,7 +30,8 @@ pub fn prepare(
     team.each(groups.len().div_ceil(piece), |i| {
         for group in &groups[i * piece..groups.len().min((i + 1) * piece)] {
             assert!(group.rows().end <= rows, "groups lie within the batch");
-            // SAFETY: groups do not overlap, so this task alone touches these rows of x, of `quantized` and of the shrunk ones.
+            // SAFETY: groups do not overlap, so this task alone touches these rows of x, of `quantized` and of the
+            // shrunk ones.
             let x = unsafe { x.part(group.first * width, group.count * width) };
             for (row, x) in group.rows().zip(x.chunks_exact_mut(width)) {
                 produce(row, x);

@@ -1,10 +1,10 @@
-//! Activations for the quantised matmul: each row by itself, in 15 bits as two bytes a value, with one unit for the row and a shift for each
-//! block of 32.
+//! Activations for the quantised matmul: each row by itself, in 15 bits as two bytes a value, with one unit for the row
+//! and a shift for each block of 32.
 //!
-//! A block's values are `unit * (128 * high + low) << shift`: a block without large values keeps finer steps than the row's largest would
-//! leave it, and the matmul still adds all of a row's blocks up in one unit. Not one byte a value: a few huge activations take the range
-//! of their block, and what that does to log-probabilities the parity gate takes for an adapter that is served otherwise than it was
-//! trained (`docs/LOG.md`).
+//! A block's values are `unit * (128 * high + low) << shift`: a block without large values keeps finer steps than the
+//! row's largest would leave it, and the matmul still adds all of a row's blocks up in one unit. Not one byte a value:
+//! a few huge activations take the range of their block, and what that does to log-probabilities the parity gate takes
+//! for an adapter that is served otherwise than it was trained (`docs/LOG.md`).
 
 use super::simd::{LANES, Level, Simd, dispatch};
 use crate::kernels::blocks::BLOCK;
@@ -147,8 +147,8 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
     for (b, x) in blocks.iter().enumerate() {
         let x = load(x);
         let own = s.largest(s.max_abs(s.splat(0.0), x));
-        // How often the block's largest value can be doubled within the row's: the difference of the exponents, less one where the
-        // mantissa is larger.
+        // How often the block's largest value can be doubled within the row's: the difference of the exponents, less
+        // one where the mantissa is larger.
         let finer = ((largest - own) >> EXPONENT).min(MAX_SHIFT);
         let by = inverse * f32::from_bits((127 + finer) << EXPONENT);
         let shift = MAX_SHIFT - finer;
@@ -215,7 +215,8 @@ mod tests {
         }
     }
 
-    /// A block's step is at most twice what its own largest value would ask for, and never more than a sixteenth of the row's.
+    /// A block's step is at most twice what its own largest value would ask for, and never more than a sixteenth of the
+    /// row's.
     #[test]
     fn values_are_kept_to_half_a_step() {
         let mut x: Vec<f32> = (0..128).map(|i| (i as f32 * 0.7).sin()).collect();

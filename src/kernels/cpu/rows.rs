@@ -1,4 +1,5 @@
-//! Row-wise arithmetic in float32: norm, rotary embedding, gated activation, softmax, and what is read of a row of logits.
+//! Row-wise arithmetic in float32: norm, rotary embedding, gated activation, softmax, and what is read of a row of
+//! logits.
 
 use rayon::prelude::*;
 
@@ -26,8 +27,8 @@ multiversion! {
     }
 }
 
-/// Rotates each head's halves by the row's angles (RoPE, Su et al. 2021; Hugging Face's half-split order). `x`: `[rows, width]` of
-/// heads of `2 * half`; `cos_sin(row)`: the row's `[half]` cosines and sines.
+/// Rotates each head's halves by the row's angles (RoPE, Su et al. 2021; Hugging Face's half-split order). `x`: `[rows,
+/// width]` of heads of `2 * half`; `cos_sin(row)`: the row's `[half]` cosines and sines.
 pub fn rope<'t>(x: &mut [f32], width: usize, half: usize, cos_sin: impl Fn(usize) -> (&'t [f32], &'t [f32]) + Sync) {
     x.par_chunks_exact_mut(width).enumerate().with_min_len(MIN_ROWS).for_each(|(i, x)| {
         let (cos, sin) = cos_sin(i);
@@ -97,7 +98,8 @@ multiversion! {
 }
 
 multiversion! {
-    /// ln of the sum of e^x over a row, in 16 lanes of double precision: what every log-probability of the serving path rests on.
+    /// ln of the sum of e^x over a row, in 16 lanes of double precision: what every log-probability of the serving path
+    /// rests on.
     pub fn log_sum_exp(row: &[f32]) -> f64 {
         let mut tops = [f32::NEG_INFINITY; LANES];
         let (whole, rest) = row.as_chunks::<LANES>();

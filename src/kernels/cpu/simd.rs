@@ -1,7 +1,9 @@
 //! One source, several forms. Rust never fuses or reorders float operations, so all forms give the same bits.
 //!
-//! - [`multiversion!`] compiles loops that the compiler vectorises for the baseline, AVX2 and AVX-512, and picks at run time.
-//! - [`Simd`] is 16 floats at a time for kernels that must keep them in registers; [`dispatch!`] gives a kernel the best implementation.
+//! - [`multiversion!`] compiles loops that the compiler vectorises for the baseline, AVX2 and AVX-512, and picks at run
+//!   time.
+//! - [`Simd`] is 16 floats at a time for kernels that must keep them in registers; [`dispatch!`] gives a kernel the
+//!   best implementation.
 
 use std::sync::OnceLock;
 
@@ -115,7 +117,8 @@ macro_rules! dispatch {
 }
 pub(super) use dispatch;
 
-/// The body for each r below N, at most 12, without a loop: what is indexed by r then stays in registers. `by P`: for each P-th.
+/// The body for each r below N, at most 12, without a loop: what is indexed by r then stays in registers. `by P`: for
+/// each P-th.
 macro_rules! unrolled {
     ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, 1, $body, 0 1 2 3 4 5 6 7 8 9 10 11) };
     ($r:ident in $n:ident by $p:ident => $body:block) => { unrolled!(@ $r, $n, $p, $body, 0 1 2 3 4 5 6 7 8 9 10 11) };
@@ -149,8 +152,8 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn max_abs(self, largest: Self::F, x: [Self::F; 2]) -> Self::F;
     /// The bits of the largest lane; none has a sign.
     fn largest(self, x: Self::F) -> u32;
-    /// Integers q = round(x * by), ties to even, as `128 * high + low` with low in [-64, 63]. |x * by| is at most 127 * 128; where it is
-    /// not a number q is anything.
+    /// Integers q = round(x * by), ties to even, as `128 * high + low` with low in [-64, 63]. |x * by| is at most 127 *
+    /// 128; where it is not a number q is anything.
     fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split;
 }
 
@@ -159,8 +162,9 @@ pub(super) trait Simd: Copy + Send + Sync {
 pub(super) struct Split {
     /// The sum of q.
     pub sum: i32,
-    /// What is too much in a block's product where the high bytes are multiplied in pairs and 128 is added to the quants of columns 16
-    /// to 31 (see [`super::lanes`]), negative: -128 (sum of high\[i\] * high\[i + 16\] + sum of q\[i + 16\]), i below 16.
+    /// What is too much in a block's product where the high bytes are multiplied in pairs and 128 is added to the
+    /// quants of columns 16 to 31 (see [`super::lanes`]), negative: -128 (sum of high\[i\] * high\[i + 16\] + sum of
+    /// q\[i + 16\]), i below 16.
     pub pairs: i32,
 }
 
@@ -520,8 +524,8 @@ pub(super) fn softmax(x: &mut [f32], scale: f32) {
     }
 }
 
-/// The larger of two numbers: one instruction, where `max` takes three to see to what is not a number. Here `b`, if that is not one, is
-/// left out.
+/// The larger of two numbers: one instruction, where `max` takes three to see to what is not a number. Here `b`, if
+/// that is not one, is left out.
 #[inline(always)]
 pub(super) fn larger(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }
@@ -556,7 +560,8 @@ pub(super) fn sum_pairwise(mut lanes: [f32; LANES]) -> f32 {
 /// e^x to about one unit in the last place (Cephes' polynomial); 0 below -87.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: a conversion that saturates, as `as` does, is not vectorised.
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: a conversion that saturates, as `as` does,
+    // is not vectorised.
     const ROUND: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.0, 88.0);
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
@@ -584,7 +589,8 @@ pub(super) fn prefetch(line: *const u8) {
     let _ = line;
 }
 
-/// The value of half-precision bits; infinity is taken for not a number, which is what a cache that saturates can hold beside numbers.
+/// The value of half-precision bits; infinity is taken for not a number, which is what a cache that saturates can hold
+/// beside numbers.
 #[inline(always)]
 pub fn f16_value(bits: u16) -> f32 {
     // The exponents' biases differ by 112: a multiplication by 2^112 sets it right, subnormals included.

@@ -1,8 +1,10 @@
-//! The threads that compute: the caller and its helpers, which wait awake between the regions of a step and asleep between steps.
+//! The threads that compute: the caller and its helpers, which wait awake between the regions of a step and asleep
+//! between steps.
 //!
-//! A step has some hundred regions of a few microseconds, too short for a general work-stealing pool to wake up for. Each thread has a share of a
-//! region's pieces, side by side and the same in every step, so that what it reads next lies next to what it reads. Who is done takes pieces off
-//! the ends of others' shares, so a thread that the system takes away for a while delays a step by a piece at most.
+//! A step has some hundred regions of a few microseconds, too short for a general work-stealing pool to wake up for.
+//! Each thread has a share of a region's pieces, side by side and the same in every step, so that what it reads next
+//! lies next to what it reads. Who is done takes pieces off the ends of others' shares, so a thread that the system
+//! takes away for a while delays a step by a piece at most.
 
 use std::cell::UnsafeCell;
 use std::ops::Range;
@@ -40,8 +42,8 @@ struct TeamState {
     slots: Box<[WorkerSlot]>,
 }
 
-// SAFETY: `region` is written by the caller alone, while no helper is busy, and read by helpers only after they have seen the epoch that
-// was set after it (release, acquire).
+// SAFETY: `region` is written by the caller alone, while no helper is busy, and read by helpers only after they have
+// seen the epoch that was set after it (release, acquire).
 unsafe impl Sync for TeamState {}
 // SAFETY: the pointer is followed only within `Team::run`, which holds the borrow it was made of.
 unsafe impl Send for TeamState {}
@@ -96,7 +98,8 @@ pub struct Team {
 static TEAM: OnceLock<Team> = OnceLock::new();
 
 impl Team {
-    /// The process's team: as many threads as rayon's pool has, which is the size that the device gave it. One of them is whoever calls.
+    /// The process's team: as many threads as rayon's pool has, which is the size that the device gave it. One of them
+    /// is whoever calls.
     pub fn get() -> &'static Self {
         TEAM.get_or_init(|| Self::new(rayon::current_num_threads()))
     }
@@ -125,7 +128,8 @@ impl Team {
         self.helpers.len() + 1
     }
 
-    /// Runs `f(worker)` on every thread, this one as worker 0, and waits for all. Allocates nothing. Panics where one did.
+    /// Runs `f(worker)` on every thread, this one as worker 0, and waits for all. Allocates nothing. Panics where one
+    /// did.
     pub fn run(&self, f: &(dyn Fn(usize) + Sync)) {
         self.begin_and_run(|| {}, f);
     }
@@ -135,7 +139,8 @@ impl Team {
         let state = &*self.state;
         let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         begin();
-        // SAFETY: the lifetime is taken off the reference; no helper follows it after this function, which waits for all of them.
+        // SAFETY: the lifetime is taken off the reference; no helper follows it after this function, which waits for
+        // all of them.
         let region: *const Region =
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Region>(f) };
         // SAFETY: no helper is busy, so nobody reads.
@@ -265,7 +270,8 @@ fn worker_loop(state: &TeamState, asleep: &AtomicBool, worker: usize) {
                 std::hint::spin_loop();
                 continue;
             }
-            // Said before the epoch is looked at for the last time: either the caller sees it and wakes us, or we see the epoch.
+            // Said before the epoch is looked at for the last time: either the caller sees it and wakes us, or we see
+            // the epoch.
             asleep.store(true, Ordering::SeqCst);
             if state.epoch.load(Ordering::SeqCst) == seen {
                 thread::park();
@@ -273,7 +279,8 @@ fn worker_loop(state: &TeamState, asleep: &AtomicBool, worker: usize) {
             asleep.store(false, Ordering::SeqCst);
         }
         seen += 1;
-        // SAFETY: the epoch is set after the region, and the caller waits until we are no longer busy before it lets go of it.
+        // SAFETY: the epoch is set after the region, and the caller waits until we are no longer busy before it lets go
+        // of it.
         let region = unsafe { (*state.region.get()).map(|region| &*region) };
         if let Some(region) = region
             && catch_unwind(AssertUnwindSafe(|| region(worker))).is_err()

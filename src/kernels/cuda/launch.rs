@@ -41,7 +41,8 @@ pub fn int(n: usize) -> Result<Arg> {
 /// Queues a kernel on the device's stream; does nothing for an empty grid.
 ///
 /// # Safety
-/// The arguments are those that the kernel takes, in its order, and every address reaches as far as the kernel goes with this grid.
+/// The arguments are those that the kernel takes, in its order, and every address reaches as far as the kernel goes
+/// with this grid.
 pub unsafe fn launch(device: &CudaDevice, function: &CudaFunction, grid: Grid, args: &[Arg]) -> Result<()> {
     let [x, y, z] = grid.blocks.map(|n| n as u32);
     if x == 0 || y == 0 || z == 0 {
@@ -77,7 +78,8 @@ pub fn load(device: &CudaDevice, code: &[u8], names: &[&str]) -> Result<Vec<Cuda
     names.iter().map(|name| Ok(module.load_function(name).w()?)).collect()
 }
 
-/// Lets memory that steps free stay with the process, and tensors go without the events that only several streams would need.
+/// Lets memory that steps free stay with the process, and tensors go without the events that only several streams would
+/// need.
 pub fn prepare(device: &CudaDevice) -> Result<()> {
     let stream = device.cuda_stream();
     let context = stream.context();

@@ -1,9 +1,9 @@
 //! The kernels of an NVIDIA GPU, in CUDA C++ beside this file, compiled to machine code by `build.rs`.
 //!
-//! Everything runs on the device's one stream, in the order in which it is launched, and nothing waits for it but [`Kernels::best`]:
-//! positions, places and tasks are read from one array in device memory that [`Kernels::upload`] fills, so that a step can be captured as
-//! a graph. Shapes are checked before each launch. Every sum has an order that depends on neither the batch nor its size; only
-//! [`Matmul::Int8`] breaks that.
+//! Everything runs on the device's one stream, in the order in which it is launched, and nothing waits for it but
+//! [`Kernels::best`]: positions, places and tasks are read from one array in device memory that [`Kernels::upload`]
+//! fills, so that a step can be captured as a graph. Shapes are checked before each launch. Every sum has an order that
+//! depends on neither the batch nor its size; only [`Matmul::Int8`] breaks that.
 
 mod launch;
 
@@ -37,7 +37,8 @@ const QUERIES: usize = 16;
 const LONG_WARPS: u32 = 4;
 const TILE: usize = 64;
 
-/// Ranks of a block of the shrinking kernel, outputs of one of the expanding kernel, and bytes that the latter may keep.
+/// Ranks of a block of the shrinking kernel, outputs of one of the expanding kernel, and bytes that the latter may
+/// keep.
 const SHRINK_RANKS: usize = 8;
 const EXPAND_OUTPUTS: usize = 256;
 const EXPAND_BYTES: usize = 48 * 1024;
@@ -50,7 +51,8 @@ const MATMUL_VARIABLE: &str = "TENORA_CUDA_MATMUL";
 pub enum Matmul {
     /// Our kernel: weights and activations in tf32, a row's bits independent of the batch.
     Exact,
-    /// candle's: activations rounded to int8 in blocks of 32, other kernels and other bits for 1 to 4, 5 to 8 and more rows.
+    /// candle's: activations rounded to int8 in blocks of 32, other kernels and other bits for 1 to 4, 5 to 8 and more
+    /// rows.
     Int8,
 }
 
@@ -196,7 +198,8 @@ fn check(fits: bool, kernel: &str) -> Result<()> {
 }
 
 impl Kernels {
-    /// Loads the kernels for a model's heads. Fails for heads that are not 64 or 128 wide, and on a GPU of another generation.
+    /// Loads the kernels for a model's heads. Fails for heads that are not 64 or 128 wide, and on a GPU of another
+    /// generation.
     pub fn new(device: &CudaDevice, shape: HeadShape) -> Result<Self> {
         if ![64, 128].contains(&shape.head_dim) || !shape.heads.is_multiple_of(shape.kv_heads) {
             let message = format!(
@@ -267,8 +270,8 @@ impl Kernels {
             int(shape.kv_heads)?,
             Arg::Float(scale),
         ];
-        // SAFETY: the plan's tasks, sequences and blocks stay within its rows and the cache, as its caller has checked; `q` has those
-        // rows, and `out` is as large as the grid writes.
+        // SAFETY: the plan's tasks, sequences and blocks stay within its rows and the cache, as its caller has checked;
+        // `q` has those rows, and `out` is as large as the grid writes.
         unsafe { launch(&self.device, function, Grid { shared: tile_bytes(shape.head_dim), ..grid }, &args) }
     }
 }
@@ -323,7 +326,8 @@ impl TensorKernels for Kernels {
             int(matrix.rows)?,
             int(inputs)?,
         ];
-        // SAFETY: the matrix has `rows` rows of `inputs` values in its format, whole blocks of 32; x and out are as the arguments say.
+        // SAFETY: the matrix has `rows` rows of `inputs` values in its format, whole blocks of 32; x and out are as the
+        // arguments say.
         unsafe { launch(&self.device, function, grid, &args) }?;
         Ok(out)
     }
@@ -373,7 +377,8 @@ impl TensorKernels for Kernels {
             int(shape.kv_heads)?,
             int(half)?,
         ];
-        // SAFETY: positions lie within the tables and slots within the cache, as the plan's caller has checked; no two rows share a slot.
+        // SAFETY: positions lie within the tables and slots within the cache, as the plan's caller has checked; no two
+        // rows share a slot.
         unsafe { launch(&self.device, &self.functions.rotate_and_store, Grid::new([rows, 1, 1], THREADS), &args) }?;
         Ok(q)
     }
@@ -427,7 +432,8 @@ impl TensorKernels for Kernels {
             ])
         };
         let grid = Grid::new([tasks, rank.div_ceil(SHRINK_RANKS), 1], THREADS);
-        // SAFETY: each task's adapter has descriptors of all sites and tensors of this one's shape; the plan keeps both alive.
+        // SAFETY: each task's adapter has descriptors of all sites and tensors of this one's shape; the plan keeps both
+        // alive.
         unsafe { launch(&self.device, &self.functions.lora_shrink, grid, &args(x, inputs, &shrunk)?) }?;
         let grid = Grid { shared, ..Grid::new([tasks, outputs.div_ceil(EXPAND_OUTPUTS), 1], EXPAND_THREADS) };
         // SAFETY: as above; what the kernel reads of `shrunk` and does not use may be unwritten.

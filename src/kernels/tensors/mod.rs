@@ -1,8 +1,10 @@
-//! What serves on a device of candle's: the operations of a forward pass over tensors, in two forms that give the same numbers but for
-//! rounding. [`mod@reference`] is plain candle, on any device, and says what each operation means; `kernels::cuda` has a kernel of its own for
-//! each. One contract test holds the second to the first wherever there is a GPU.
+//! What serves on a device of candle's: the operations of a forward pass over tensors, in two forms that give the same
+//! numbers but for rounding. [`mod@reference`] is plain candle, on any device, and says what each operation means;
+//! `kernels::cuda` has a kernel of its own for each. One contract test holds the second to the first wherever there is
+//! a GPU.
 //!
-//! A batch goes to the device as one [`Plan`]: positions, places in the cache, sequences, adapters. Nothing else of it travels.
+//! A batch goes to the device as one [`Plan`]: positions, places in the cache, sequences, adapters. Nothing else of it
+//! travels.
 
 mod plan;
 pub mod reference;
@@ -52,7 +54,8 @@ pub trait TensorKernels: Debug + Send + Sync {
     /// x + y.
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor>;
 
-    /// q and k turned by the rows' positions; k and v written to the rows' places in the cache, in half precision. Gives the turned q.
+    /// q and k turned by the rows' positions; k and v written to the rows' places in the cache, in half precision.
+    /// Gives the turned q.
     fn rotate_and_store(
         &self,
         qkv: (Tensor, &Tensor, &Tensor),
@@ -61,7 +64,8 @@ pub trait TensorKernels: Debug + Send + Sync {
         plan: &Plan,
     ) -> Result<Tensor>;
 
-    /// softmax(q K^T / sqrt(head_dim)) V of every row over the positions of its sequence up to its own, read from the cache.
+    /// softmax(q K^T / sqrt(head_dim)) V of every row over the positions of its sequence up to its own, read from the
+    /// cache.
     fn attention(&self, q: &Tensor, kv: &KvLayer, plan: &Plan) -> Result<Tensor>;
 
     /// y + scale * B (A x) for the rows whose adapter has the site.
@@ -99,7 +103,8 @@ pub struct DeviceMatrix {
 }
 
 impl DeviceMatrix {
-    /// In the file's order. Not through `QTensor::quantize`, which on CUDA leaves what follows a last row that is no multiple of 256 uninitialised.
+    /// In the file's order. Not through `QTensor::quantize`, which on CUDA leaves what follows a last row that is no
+    /// multiple of 256 uninitialised.
     pub fn new(matrix: &PackedMatrix, device: &Device) -> Result<Self> {
         let dtype = match matrix.qtype() {
             QType::Q4_0 => GgmlDType::Q4_0,

@@ -1,4 +1,5 @@
-//! What each operation means, in plain candle: the form that the kernels are compared with, and what serves where there are none.
+//! What each operation means, in plain candle: the form that the kernels are compared with, and what serves where there
+//! are none.
 
 use candle_core::{D, DType, Device, Tensor};
 

@@ -1,5 +1,5 @@
-//! The contract of [`TensorKernels`], held to every device that is here: the CPU, whose form is the reference itself, and the first GPU.
-//! The reference of a GPU's result is computed on the CPU from the same values.
+//! The contract of [`TensorKernels`], held to every device that is here: the CPU, whose form is the reference itself,
+//! and the first GPU. The reference of a GPU's result is computed on the CPU from the same values.
 
 use std::sync::Arc;
 
@@ -155,8 +155,8 @@ fn row_by_row() {
     }
 }
 
-/// Sequences of all lengths in one batch, over scattered blocks: short and long spans, one partition and several, heads of both widths
-/// in groups of all sizes.
+/// Sequences of all lengths in one batch, over scattered blocks: short and long spans, one partition and several, heads
+/// of both widths in groups of all sizes.
 #[test]
 fn attention_over_the_paged_cache() {
     for (heads, kv_heads, head_dim, block_tokens) in [(9, 3, 64, 16), (4, 4, 128, 5), (20, 1, 64, 32)] {
@@ -173,8 +173,8 @@ fn attention_over_the_paged_cache() {
     }
 }
 
-/// Turned q and attention of each sequence, given as (start, new rows). What a sequence holds before `start` is computed in a step of
-/// its own, and each sequence's values are a function of its place in the list.
+/// Turned q and attention of each sequence, given as (start, new rows). What a sequence holds before `start` is
+/// computed in a step of its own, and each sequence's values are a function of its place in the list.
 fn attended(
     mut kernels: Box<dyn TensorKernels>,
     shape: HeadShape,
@@ -256,8 +256,8 @@ fn batched_adapters() {
     }
 }
 
-/// y of two sites (576 to 200, and 64 to 33), for spans of these lengths: the first of the base, then adapters in turn. The last adapter
-/// leaves the second site alone.
+/// y of two sites (576 to 200, and 64 to 33), for spans of these lengths: the first of the base, then adapters in turn.
+/// The last adapter leaves the second site alone.
 fn adapted(mut kernels: Box<dyn TensorKernels>, lengths: &[usize]) -> Vec<Table> {
     let dims = [(576, 200), (64, 33)];
     let adapters: Vec<_> = [1, 8, 40, 16]
