@@ -41,6 +41,7 @@ pub struct KeyRow {
 /// A key that is not kept yet.
 #[derive(Debug, Clone)]
 pub struct NewKey {
+    /// What names it in a call that revokes it.
     pub id: String,
     /// `tnr_{key id}_{64 hex digits}`.
     pub secret: String,

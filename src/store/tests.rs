@@ -543,7 +543,7 @@ async fn usage_adds_up() {
 async fn a_folder_that_cannot_be_used_is_named() {
     let dir = TempDir::new().unwrap();
     let refused = async |path: &std::path::Path, named: &std::path::Path| {
-        let error = Store::open(path).await.err().expect("refused").to_string();
+        let error = Store::open(path).await.expect_err("refused").to_string();
         assert!(error.contains(&named.display().to_string()), "{named:?} is not in {error}");
     };
     let file = dir.path().join("file");

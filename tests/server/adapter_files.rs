@@ -1,6 +1,8 @@
 //! The adapters that people have: over a hundred folders, each with its verdict. One that is taken is served to the last bit as its plain
 //! form, with the same tensors at the same sites; one that is refused names why, and says what to do.
 
+#![allow(clippy::type_complexity, reason = "tables of cases")]
+
 use std::collections::BTreeMap;
 
 use half::{bf16, f16};
@@ -40,7 +42,7 @@ fn peft(module: &str, which: &str) -> String {
 
 /// Values of a site's tensor, exact in every dtype.
 fn values(len: usize, seed: usize) -> Vec<f32> {
-    let at = |i: usize| ((i * 37 + seed * 101 + 13) * 2_654_435_761 >> 9) % 61;
+    let at = |i: usize| (((i * 37 + seed * 101 + 13) * 2_654_435_761) >> 9) % 61;
     (0..len).map(|i| (at(i) as f32 - 30.0) / 256.0).collect()
 }
 
