@@ -251,4 +251,34 @@ mod tests {
         lora.layers.values_mut().for_each(|layer| layer.b.iter_mut().for_each(|b| *b = 1e38));
         assert!(parity.measure(&packed(&lora, &parity), &lora, &[]).is_err());
     }
+
+    /// Where B A is a small difference of large products bf16 loses it, and twice the bits serve it at the error that the same change has when
+    /// its factors are small.
+    #[test]
+    fn twice_the_bits_are_served_at_the_usual_error() {
+        let (parity, lora) = setup();
+        let shape = parity.model.shape().clone();
+        let (mut cancelling, mut small) = (lora.clone(), lora);
+        for (i, (site, layer)) in cancelling.layers.iter_mut().enumerate() {
+            let ((inputs, outputs), rank) = (shape.dims(site.target), layer.rank);
+            let half = rank / 2;
+            let wave = |at: usize, by: f32| ((at + 17 * i) as f32 * by).sin();
+            let part = |at: usize| 0.04 * wave(at, 1.37);
+            let a = |k: usize, at: usize| 3.0 * wave(at + 977 * (k % half), 0.71) + (k / half) as f32 * part(at);
+            let b = |at: usize, k: usize| [3.0, -3.0][k / half] * wave(at + 577 * (k % half), 0.43);
+            layer.a = (0..rank * inputs).map(|j| a(j / inputs, j % inputs)).collect();
+            layer.b = (0..rank * outputs).map(|j| b(j / rank, j % rank)).collect();
+            let same = small.layers.get_mut(site).unwrap();
+            same.a = (0..rank * inputs).map(|j| (j / inputs / half) as f32 * part(j % inputs)).collect();
+            same.b.clone_from(&layer.b);
+        }
+        for scale in [2.0, 4.0, 16.0] {
+            cancelling.layers.values_mut().chain(small.layers.values_mut()).for_each(|layer| layer.scale = scale);
+            let precise = Arc::new(PackedLora::precise(&cancelling, &shape).unwrap());
+            let difference = |form, of| parity.measure(&form, of, &[]).unwrap().mean_abs_difference;
+            let plain = difference(packed(&cancelling, &parity), &cancelling);
+            let (precise, usual) = (difference(precise, &cancelling), difference(packed(&small, &parity), &small));
+            assert!(precise <= 0.02 * plain && precise <= 1.5 * usual, "{scale}: {plain} {precise} {usual}");
+        }
+    }
 }
