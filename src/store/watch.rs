@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 /// then `stored`, `written`, `finished`, `deleted` and `committed`. May refuse a step as a disk would, or keep it waiting for ever. A
 /// server has none.
 pub trait Watch: Debug + Send + Sync {
+    /// Returns once the step may be taken, or the error that it ends with.
     fn reached(&self, step: &'static str) -> BoxFuture<'static, io::Result<()>>;
 }
 
