@@ -5,7 +5,7 @@
 //! changed content begins anew. The whole is checked against the digest before anybody sees it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Write as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -122,7 +122,7 @@ impl Hub {
     ///
     /// # Errors
     /// `DOWNLOAD_FAILED` says what the hub or the network said and what to do, `DIGEST_MISMATCH` that the content is
-    /// not the hub's (it is removed then), `DISK_FULL` names the file that could not grow.
+    /// not the hub's (it is removed then), [`Error::DiskFull`] names the file that could not grow.
     pub async fn fetch(&self, file: RepoFile<'_>, kept: &Path, progress: &mut impl FnMut(Progress)) -> Result<PathBuf> {
         progress(Progress { stage: Stage::Downloading, done: 0, total: None });
         let content = self.retried(file, async || self.find(file).await, || 0).await?;
@@ -465,21 +465,15 @@ fn failed(file: RepoFile<'_>, why: impl Into<String>) -> Error {
     Error::precondition("DOWNLOAD_FAILED", file, why)
 }
 
-/// What became of a file on this machine, with its path.
+/// Returns what became of a file on this machine, with its path.
 fn io_error(path: &Path, e: std::io::Error) -> Error {
-    match e.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Error::precondition(
-            "DISK_FULL",
-            path.display(),
-            format!(
-                "{e}; make room there, or set TENORA_HOME to a folder with more, and fetch again: it goes on where it stopped"
-            ),
-        ),
-        _ => Error::precondition(
+    match Error::at(path)(e) {
+        Error::Internal(why) => Error::precondition(
             "CACHE_UNUSABLE",
             path.display(),
-            format!("{e}; TENORA_HOME says where downloads are kept"),
+            format!("{why}; TENORA_HOME says where downloads are kept"),
         ),
+        full => full,
     }
 }
 
