@@ -151,8 +151,15 @@ fn calls() -> Vec<Call> {
     });
     call!(stream generation, generate, |c: &Caller| {
         let adapter = ["", "tenants/a/adapters/x", "tenants/a/adapters/x/versions/1"][(c.n % 3) as usize];
-        generate(adapter, "hello", 1 + (c.n % 50) as u32)
+        let sampling = Sampling { n: Some(1 + (c.n % 3) as u32), temperature: Some(1.0), ..Default::default() };
+        GenerateRequest { sampling: Some(sampling), ..generate(adapter, "hello", 1 + (c.n % 50) as u32) }
     });
+    call!(base, get_base, |_: &Caller| GetBaseRequest {});
+    call!(base, tokenize, |c: &Caller| TokenizeRequest {
+        input: Some(tokenize_request::Input::Text("some text".repeat(1 + (c.n as usize % 3) * 4000))),
+        ..Default::default()
+    });
+    call!(base, detokenize, |_: &Caller| DetokenizeRequest { token_ids: vec![97; 9], ..Default::default() });
     call!(generation, score, |c: &Caller| {
         let input = |_| ScoreInput { sequence: Some(score_input::Sequence::Text("some text".into())) };
         ScoreRequest {
@@ -176,6 +183,7 @@ fn calls() -> Vec<Call> {
         tenant: Some(Tenant { name: "tenants/a".into(), weight: 1 + (c.n % 3) as u32, ..Default::default() }),
         update_mask: Some(prost_types::FieldMask { paths: vec!["weight".into()] }),
     });
+    call!(operator get_tenant, |_: &Caller| GetTenantRequest { name: "tenants/a".into() });
     call!(operator list_tenants, |_: &Caller| ListTenantsRequest::default());
     call!(operator delete_tenant, |c: &Caller| DeleteTenantRequest { name: format!("tenants/n{}", c.n / 2) });
     call!(operator create_api_key, |_: &Caller| CreateApiKeyRequest { parent: "tenants/a".into(), ..Default::default() });
