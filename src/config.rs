@@ -98,8 +98,12 @@ macro_rules! limits {
 const MIB: u64 = 1 << 20;
 
 limits! {
-    /// One gRPC message. Larger ones are OUT_OF_RANGE by tonic.
+    /// One gRPC message of an upload, and of an answer. Larger ones are OUT_OF_RANGE.
     max_message_bytes = 4 * MIB, "bytes";
+    /// The message of a call that is no upload. Larger ones are OUT_OF_RANGE.
+    max_request_bytes = 4 * MIB, "bytes";
+    /// Time in which the message of a call that is no upload must have come.
+    request_seconds = 60, "seconds";
     /// One uploaded dataset.
     max_dataset_bytes = 256 * MIB, "bytes";
     /// Records of one dataset.
@@ -204,12 +208,26 @@ limits! {
     max_reads = 8, "reads";
     /// The same of one tenant.
     max_reads_per_tenant = 2, "reads";
+    /// Open connections. Where there are as many, the oldest over which no call with a valid key has come is closed for a new one.
+    max_connections = 1024, "connections";
+    /// The same from one address.
+    max_connections_per_address = 512, "connections";
+    /// Time in which a connection must have ended its TLS handshake, and again in which it must begin to speak HTTP/2.
+    handshake_seconds = 10, "seconds";
+    /// Watches of the server's health at once, which need no key.
+    max_health_watches = 64, "calls";
     /// A connection that is silent for this long is asked for a sign of life, and closed without one.
     keepalive_seconds = 20, "seconds";
     /// Time that answers under way get after SIGTERM.
     drain_timeout_seconds = 30, "seconds";
-    /// Uploads that send nothing for this long end.
+    /// Uploads that send no data for this long end.
     upload_idle_seconds = 60, "seconds";
+    /// Data that an upload must send on average over `upload_idle_seconds`.
+    upload_min_bytes_per_second = 1024, "bytes";
+    /// Longest time of one upload.
+    upload_seconds = 3600, "seconds";
+    /// An export whose client takes nothing for this long ends.
+    export_idle_seconds = 60, "seconds";
     /// Blobs that a start finds without an owner stay in the data folder's `trash/` for this long.
     trash_days = 30, "days";
 }
@@ -232,6 +250,13 @@ const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("keepalive_seconds", 1..=86_400),
     ("drain_timeout_seconds", 0..=86_400),
     ("upload_idle_seconds", 1..=86_400),
+    ("upload_seconds", 1..=604_800),
+    ("export_idle_seconds", 1..=86_400),
+    ("request_seconds", 1..=86_400),
+    ("handshake_seconds", 1..=3600),
+    ("max_connections", 1..=1 << 20),
+    ("max_connections_per_address", 1..=1 << 20),
+    ("max_request_bytes", 1024..=1 << 30),
     ("trash_days", 0..=36_500),
 ];
 

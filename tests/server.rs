@@ -15,6 +15,7 @@ mod server {
     mod errors;
     mod fairness;
     mod imports;
+    mod limits;
     mod load;
     mod loading;
     mod logs;

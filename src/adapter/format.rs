@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::request::Target;
 
-pub use crate::adapter::tensors::{check_beginning, most_file_bytes, whole_len};
+pub use crate::adapter::tensors::{check_beginning, most_file_bytes};
 
 /// The name of the file of an adapter's settings, as PEFT writes it.
 pub const CONFIG_FILE: &str = "adapter_config.json";

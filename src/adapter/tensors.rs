@@ -61,18 +61,6 @@ pub fn check_beginning(file: &[u8], shape: &BaseShape) -> Result<()> {
     Ok(())
 }
 
-/// Gives the bytes that the whole file has by what its header says, once the header is there; 0 where the header cannot be read.
-pub fn whole_len(file: &[u8]) -> Option<usize> {
-    let header = usize::try_from(u64::from_le_bytes(*file.first_chunk::<LENGTH_BYTES>()?)).ok()?;
-    let header_end = LENGTH_BYTES.checked_add(header)?;
-    let header = file.get(LENGTH_BYTES..header_end)?;
-    let last = |entries: serde_json::Map<String, serde_json::Value>| {
-        let ends = entries.values().filter_map(|entry| entry.get("data_offsets")?.get(1)?.as_u64());
-        header_end.checked_add(usize::try_from(ends.max()?).ok()?)
-    };
-    Some(serde_json::from_slice(header).ok().and_then(last).unwrap_or_default())
-}
-
 /// Refuses what a clone without Git LFS leaves in a file's place.
 pub(super) fn check_no_pointer(name: &str, file: &[u8]) -> Result<()> {
     if file.starts_with(b"version https://git-lfs.github.com/spec/") {

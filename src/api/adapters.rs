@@ -1,24 +1,27 @@
 //! AdapterService: PEFT folders in and out, versions, the swap.
 
+use std::io::{Read as _, Seek as _, Write as _};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tonic::{Request, Response, Streaming};
 
 use super::auth::caller_of;
 use super::proto::adapter_service_server::AdapterService;
 use super::proto::{export_adapter_response as exported, import_adapter_request as imported};
-use super::shared::Shared;
+use super::shared::{Parts, Shared};
 use super::uploads::misplaced_header;
+use super::watched::paced;
 use super::{Answer, Streamed, convert, proto as pb};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::hub::{
     BaseShape, CONFIG_FILE, MAX_CONFIG_BYTES, NewVersion, Package, TENSORS_FILE, check_beginning, most_file_bytes,
-    whole_len,
 };
 use crate::ids::{AdapterName, AdapterRef, TenantId, VersionName};
-use crate::store::{AdapterRow, VersionRow};
-use crate::work::run_holding;
+use crate::store::{AdapterRow, Store, VersionRow};
+use crate::work::{block_holding, run_holding};
 
 /// Most bytes of a file that one message of an export carries.
 const EXPORT_CHUNK: u64 = 256 << 10;
@@ -54,17 +57,20 @@ impl AdapterService for Adapters {
         };
         let parent: TenantId = convert::name("header.parent", &header.parent)?;
         let tenant = self.0.auth.tenant_for(&call, &parent).await?;
-        let mut folder = Folder::new(&self.0.parts.limits, self.0.parts.hub.shape());
+        let mut folder = Folder::new(&self.0.parts);
         let adapter = AdapterName::new(&parent, &header.adapter_id).map_err(|e| convert::at("header.adapter_id", e))?;
         while let Some(message) = upload.next().await? {
             match message.part {
-                Some(imported::Part::Chunk(chunk)) => folder.add(&chunk)?,
+                Some(imported::Part::Chunk(chunk)) => folder.add(&chunk).await?,
                 _ => return Err(misplaced_header().into()),
             }
         }
+        let files = folder.finish()?;
+        // The files, and what they become: as it is trained and as it is served.
+        let bulk = self.0.parts.memory.bulk(3 * files.bytes()).await?;
         let new = NewVersion {
             adapter,
-            package: folder.package()?,
+            package: files.read().await?,
             probes: Vec::new(),
             publish: convert::publish(header.publish).map_err(|e| convert::at("header.publish", e))?,
             job: None,
@@ -74,7 +80,7 @@ impl AdapterService for Adapters {
             held_reason: None,
         };
         let hub = self.0.parts.hub.clone();
-        let (row, _) = run_holding(upload.into_place(), async move { hub.publish(&tenant, new).await }).await?;
+        let (row, _) = run_holding((upload.into_place(), bulk), async move { hub.publish(&tenant, new).await }).await?;
         Ok(Response::new(self.version(row)))
     }
 
@@ -82,21 +88,25 @@ impl AdapterService for Adapters {
         let name: AdapterRef = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), name.tenant()).await?;
         let place = self.0.reads.take(caller_of(request.extensions())?)?;
+        let row = self.0.parts.store.resolve(&name).await?;
+        let bulk = self.0.parts.memory.bulk(row.size_bytes).await?;
         let hub = self.0.parts.hub.clone();
-        let ((row, package), place) = run_holding(place, async move { hub.export(&tenant, &name).await }).await?;
+        let ((row, package), held) =
+            run_holding((place, bulk), async move { hub.export(&tenant, &name).await }).await?;
         let size = (self.0.parts.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK) as usize;
         let version = self.version(row);
-        let answer = async_stream::stream! {
-            let _place = place;
-            yield Ok(part(exported::Part::Version(version)));
+        let parts = async_stream::stream! {
+            let _held = held;
+            yield part(exported::Part::Version(version));
             for (filename, bytes) in [(CONFIG_FILE, package.config), (TENSORS_FILE, package.tensors)] {
                 for data in bytes.chunks(size) {
                     let chunk = pb::FileChunk { filename: filename.to_owned(), data: data.to_vec() };
-                    yield Ok(part(exported::Part::Chunk(chunk)));
+                    yield part(exported::Part::Chunk(chunk));
                 }
             }
         };
-        Ok(Response::new(Box::pin(answer)))
+        let idle = Duration::from_secs(self.0.parts.limits.export_idle_seconds);
+        Ok(Response::new(paced(parts, idle)))
     }
 
     async fn get_adapter(&self, request: Request<pb::GetAdapterRequest>) -> Answer<pb::Adapter> {
@@ -155,8 +165,12 @@ fn part(part: exported::Part) -> pb::ExportAdapterResponse {
     pb::ExportAdapterResponse { part: Some(part) }
 }
 
+/// Bytes of a file that are kept in memory before they go to the disk.
+const IN_MEMORY: usize = 1 << 20;
+
 /// The files of an import as they come in; nothing is taken by any name but the two that PEFT writes. What cannot be an adapter of the
-/// base is refused as soon as that shows, so that no more of it is held.
+/// base is refused as soon as that shows, so that no more of it is held. The tensors
+/// wait on the disk: they come into memory when it is their turn.
 struct Folder {
     config: Vec<u8>,
     tensors: Vec<u8>,
@@ -165,19 +179,26 @@ struct Folder {
     /// Most bytes of tensors that an adapter of the base has.
     most: u64,
     shape: BaseShape,
-    /// The header of the tensors has come, and room for all of them is made.
-    sized: bool,
+    /// What has gone to the disk of the tensors.
+    spilled: Option<Arc<std::fs::File>>,
+    spilled_bytes: u64,
+    store: Store,
 }
 
 impl Folder {
-    fn new(limits: &Limits, shape: &BaseShape) -> Self {
-        let most = most_file_bytes(shape, limits.max_rank);
-        let (config, tensors) = Default::default();
-        Self { config, tensors, limit: limits.max_adapter_bytes, most, shape: shape.clone(), sized: false }
+    fn new(parts: &Parts) -> Self {
+        Self::of(&parts.limits, parts.hub.shape(), parts.store.clone())
     }
 
-    fn add(&mut self, chunk: &pb::FileChunk) -> Result<()> {
-        let size = (self.config.len() + self.tensors.len() + chunk.data.len()) as u64;
+    fn of(limits: &Limits, shape: &BaseShape, store: Store) -> Self {
+        let most = most_file_bytes(shape, limits.max_rank);
+        let (config, tensors) = Default::default();
+        let (limit, shape) = (limits.max_adapter_bytes, shape.clone());
+        Self { config, tensors, limit, most, shape, spilled: None, spilled_bytes: 0, store }
+    }
+
+    async fn add(&mut self, chunk: &pb::FileChunk) -> Result<()> {
+        let size = (self.config.len() + self.tensors.len() + chunk.data.len()) as u64 + self.spilled_bytes;
         if size > self.limit {
             return Err(Error::Exhausted {
                 limit: "max_adapter_bytes",
@@ -198,13 +219,13 @@ impl Folder {
                 self.config.extend_from_slice(&chunk.data);
                 Ok(())
             }
-            TENSORS_FILE => self.add_tensors(&chunk.data),
+            TENSORS_FILE => self.add_tensors(&chunk.data).await,
             other => Err(refused_file(other)),
         }
     }
 
-    fn add_tensors(&mut self, data: &[u8]) -> Result<()> {
-        if (self.tensors.len() + data.len()) as u64 > self.most {
+    async fn add_tensors(&mut self, data: &[u8]) -> Result<()> {
+        if (self.tensors.len() + data.len()) as u64 + self.spilled_bytes > self.most {
             let message = format!(
                 "has more than the {} bytes that an adapter of this base can have at the limit max_rank; import it on a server that runs the \
                  base it was trained on, or save it in bfloat16 or with a lower rank",
@@ -213,27 +234,72 @@ impl Folder {
             return Err(Error::invalid_because("ADAPTER_TOO_LARGE", TENSORS_FILE, message));
         }
         self.tensors.extend_from_slice(data);
-        check_beginning(&self.tensors, &self.shape)?;
-        // Once, so that the file is held once and not copied each time that its room doubles.
-        if !self.sized
-            && let Some(len) = whole_len(&self.tensors)
-        {
-            self.sized = true;
-            let more = (len as u64).min(self.most).min(self.limit).saturating_sub(self.tensors.len() as u64);
-            self.tensors.reserve_exact(usize::try_from(more).unwrap_or_default());
+        if self.spilled.is_none() {
+            check_beginning(&self.tensors, &self.shape)?;
         }
+        if self.tensors.len() >= IN_MEMORY { self.spill().await } else { Ok(()) }
+    }
+
+    /// Moves what there is of the tensors to the disk.
+    async fn spill(&mut self) -> Result<()> {
+        let file = match self.spilled.clone() {
+            Some(file) => file,
+            None => Arc::new(self.store.blobs().scratch()?),
+        };
+        let part = std::mem::take(&mut self.tensors);
+        self.spilled_bytes += part.len() as u64;
+        self.spilled = Some(file.clone());
+        let folder = self.store.blobs().folder().to_owned();
+        let write = move || (&*file).write_all(&part).map_err(Error::at(folder));
+        block_holding((), write).await?;
         Ok(())
     }
 
-    fn package(self) -> Result<Package> {
-        for (name, bytes) in [(CONFIG_FILE, &self.config), (TENSORS_FILE, &self.tensors)] {
-            if bytes.is_empty() {
+    fn finish(self) -> Result<Files> {
+        for (name, bytes) in
+            [(CONFIG_FILE, self.config.len() as u64), (TENSORS_FILE, self.tensors.len() as u64 + self.spilled_bytes)]
+        {
+            if bytes == 0 {
                 let message =
                     format!("{name} was not sent, or is empty; send both files that PEFT's save_pretrained writes");
                 return Err(Error::invalid_because("MISSING_FILE", "chunk.filename", message));
             }
         }
-        Ok(Package { config: self.config, tensors: self.tensors })
+        let Self { config, tensors, spilled, spilled_bytes, store, .. } = self;
+        let folder = store.blobs().folder().to_owned();
+        Ok(Files { config, tail: tensors, spilled, spilled_bytes, folder })
+    }
+}
+
+/// The files of an import, whole.
+struct Files {
+    config: Vec<u8>,
+    /// What follows in the tensors' file on what is on the disk.
+    tail: Vec<u8>,
+    spilled: Option<Arc<std::fs::File>>,
+    spilled_bytes: u64,
+    /// Where the file without a name lies.
+    folder: PathBuf,
+}
+
+impl Files {
+    fn bytes(&self) -> u64 {
+        self.config.len() as u64 + self.tail.len() as u64 + self.spilled_bytes
+    }
+
+    /// Brings them into memory.
+    async fn read(self) -> Result<Package> {
+        let Self { config, tail, spilled, spilled_bytes, folder } = self;
+        let Some(file) = spilled else { return Ok(Package { config, tensors: tail }) };
+        let read = move || {
+            let mut tensors = Vec::with_capacity(spilled_bytes as usize + tail.len());
+            let mut file = &*file;
+            file.rewind().and_then(|()| file.read_to_end(&mut tensors)).map_err(Error::at(folder))?;
+            tensors.extend_from_slice(&tail);
+            Ok(tensors)
+        };
+        let (tensors, _) = block_holding((), read).await?;
+        Ok(Package { config, tensors })
     }
 }
 
@@ -255,26 +321,51 @@ mod tests {
     use super::*;
     use crate::ids::Digest;
 
-    fn add(folder: &mut Folder, filename: &str, data: &[u8]) -> Result<()> {
-        folder.add(&pb::FileChunk { filename: filename.into(), data: data.to_vec() })
+    async fn add(folder: &mut Folder, filename: &str, data: &[u8]) -> Result<()> {
+        folder.add(&pb::FileChunk { filename: filename.into(), data: data.to_vec() }).await
     }
 
-    fn folder(max_adapter_bytes: u64) -> Folder {
+    async fn store() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        (dir, store)
+    }
+
+    fn folder(store: &Store, max_adapter_bytes: u64) -> Folder {
         let shape = BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 1, dims: [(8, 8); 7] };
-        Folder::new(&Limits { max_adapter_bytes, max_rank: 4, ..Limits::default() }, &shape)
+        Folder::of(&Limits { max_adapter_bytes, max_rank: 4, ..Limits::default() }, &shape, store.clone())
     }
 
-    #[test]
-    fn chunks_of_the_two_files_are_joined() {
-        let mut folder = folder(100);
+    #[tokio::test]
+    async fn chunks_of_the_two_files_are_joined() {
+        let (_dir, store) = store().await;
+        let mut folder = folder(&store, 100);
         for (name, data) in [(CONFIG_FILE, "{"), (CONFIG_FILE, "}"), (TENSORS_FILE, "abc"), (TENSORS_FILE, "def")] {
-            add(&mut folder, name, data.as_bytes()).unwrap();
+            add(&mut folder, name, data.as_bytes()).await.unwrap();
         }
-        assert_eq!(folder.package().unwrap(), Package { config: b"{}".to_vec(), tensors: b"abcdef".to_vec() });
+        let package = folder.finish().unwrap().read().await.unwrap();
+        assert_eq!(package, Package { config: b"{}".to_vec(), tensors: b"abcdef".to_vec() });
     }
 
-    #[test]
-    fn other_names_are_refused_by_name() {
+    #[tokio::test]
+    async fn large_files_wait_on_the_disk_and_come_back_as_they_were() {
+        let (_dir, store) = store().await;
+        let mut folder = Folder { most: 1 << 30, ..folder(&store, 1 << 30) };
+        let mut tensors: Vec<u8> = (0..3 * IN_MEMORY + 77).map(|i| (i * 31 % 251) as u8).collect();
+        tensors[..8].fill(0);
+        add(&mut folder, CONFIG_FILE, b"{}").await.unwrap();
+        for chunk in tensors.chunks(100_003) {
+            add(&mut folder, TENSORS_FILE, chunk).await.unwrap();
+            assert!(folder.tensors.len() < IN_MEMORY);
+        }
+        let files = folder.finish().unwrap();
+        assert_eq!(files.bytes(), tensors.len() as u64 + 2);
+        assert!(files.read().await.unwrap().tensors == tensors);
+    }
+
+    #[tokio::test]
+    async fn other_names_are_refused_by_name() {
+        let (_dir, store) = store().await;
         for (name, expected) in [
             ("../adapter_config.json", "UNSAFE_FILE_NAME"),
             ("a/adapter_config.json", "UNSAFE_FILE_NAME"),
@@ -283,7 +374,7 @@ mod tests {
             ("README.md", "UNSUPPORTED_FILE"),
             ("", "UNSUPPORTED_FILE"),
         ] {
-            match add(&mut folder(100), name, b"x") {
+            match add(&mut folder(&store, 100), name, b"x").await {
                 Err(Error::Invalid { reason, message, .. }) => {
                     assert_eq!(reason, expected, "{name}");
                     assert!(message.contains(&format!("{name:?}")), "{message}");
@@ -293,38 +384,45 @@ mod tests {
         }
     }
 
-    #[test]
-    fn too_much_and_too_little_are_refused() {
-        let mut folder = folder(3);
-        add(&mut folder, CONFIG_FILE, b"{}").unwrap();
+    #[tokio::test]
+    async fn too_much_and_too_little_are_refused() {
+        let (_dir, store) = store().await;
+        let mut folder = folder(&store, 3);
+        add(&mut folder, CONFIG_FILE, b"{}").await.unwrap();
         assert!(matches!(
-            add(&mut folder, TENSORS_FILE, b"ab"),
+            add(&mut folder, TENSORS_FILE, b"ab").await,
             Err(Error::Exhausted { limit: "max_adapter_bytes", .. })
         ));
-        assert!(matches!(folder.package(), Err(Error::Invalid { reason: "MISSING_FILE", .. })));
+        assert!(matches!(folder.finish(), Err(Error::Invalid { reason: "MISSING_FILE", .. })));
     }
 
-    /// A header that no adapter of the base has is refused when its length is there, and more tensors than one has when they come.
-    #[test]
-    fn what_cannot_be_an_adapter_is_refused_as_it_comes() {
-        let refused = |folder: &mut Folder, data: &[u8], expected: &str| match add(folder, TENSORS_FILE, data) {
+    async fn refused(folder: &mut Folder, data: &[u8], expected: &str) {
+        match add(folder, TENSORS_FILE, data).await {
             Err(Error::Invalid { reason, message, .. }) => {
                 assert_eq!(reason, expected);
                 assert!(message.contains(';'), "{message}");
             }
             other => panic!("{other:?}"),
-        };
-        let mut long = folder(1 << 30);
-        add(&mut long, TENSORS_FILE, &(90_u64 << 20).to_le_bytes()[..7]).unwrap();
-        refused(&mut long, &[0], "MALFORMED_SAFETENSORS");
-        refused(&mut folder(1 << 30), b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "GIT_LFS_POINTER");
+        }
+    }
+
+    /// A header that no adapter of the base has is refused when its length is there, and more tensors than one has when they come.
+    #[tokio::test]
+    async fn what_cannot_be_an_adapter_is_refused_as_it_comes() {
+        let (_dir, store) = store().await;
+        let roomy = || folder(&store, 1 << 30);
+        let mut long = roomy();
+        add(&mut long, TENSORS_FILE, &(90_u64 << 20).to_le_bytes()[..7]).await.unwrap();
+        refused(&mut long, &[0], "MALFORMED_SAFETENSORS").await;
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n";
+        refused(&mut roomy(), pointer, "GIT_LFS_POINTER").await;
         let header = br#"{"a":{"dtype":"U8","shape":[60000],"data_offsets":[0,60000]}}"#;
-        let mut large = folder(1 << 30);
-        add(&mut large, TENSORS_FILE, &[&(header.len() as u64).to_le_bytes()[..], header].concat()).unwrap();
-        assert!(large.tensors.capacity() >= 60_000, "room for all of it is made at once");
-        refused(&mut large, &vec![0; 100_000], "ADAPTER_TOO_LARGE");
-        let mut config = folder(1 << 30);
-        assert!(add(&mut config, CONFIG_FILE, &vec![b' '; MAX_CONFIG_BYTES]).is_ok());
-        assert!(add(&mut config, CONFIG_FILE, b" ").is_err());
+        let mut large = roomy();
+        let beginning = [&(header.len() as u64).to_le_bytes()[..], header].concat();
+        add(&mut large, TENSORS_FILE, &beginning).await.unwrap();
+        refused(&mut large, &vec![0; 100_000], "ADAPTER_TOO_LARGE").await;
+        let mut config = roomy();
+        assert!(add(&mut config, CONFIG_FILE, &vec![b' '; MAX_CONFIG_BYTES]).await.is_ok());
+        assert!(add(&mut config, CONFIG_FILE, b" ").await.is_err());
     }
 }

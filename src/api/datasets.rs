@@ -118,8 +118,9 @@ impl DatasetService for Datasets {
         let question = self.question(request.get_ref())?;
         let place = self.0.reads.take(caller_of(request.extensions())?)?;
         let parts = self.0.parts.clone();
+        let bulk = self.0.bulk_of_dataset(&name).await?;
         let inspect = async move { data::inspect(&parts.store, &parts.text, &tenant, &name, question).await };
-        let (report, _) = run_holding(place, inspect).await?;
+        let (report, _) = run_holding((place, bulk), inspect).await?;
         Ok(Response::new(convert::report(report)))
     }
 

@@ -2,17 +2,18 @@
 //!
 //! It stands before the router, so that a method cannot be added without it.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::{Arc, LazyLock, OnceLock};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use http_body::{Frame, SizeHint};
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tonic::body::Body;
@@ -22,24 +23,28 @@ use tonic::service::Routes;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
-use super::auth::{Auth, Caller, OPERATOR_TENANT};
+use super::auth::{Auth, Caller, Entered, OPERATOR_TENANT};
+use super::bodies::{Measured, PACKED, PLAIN, Rules, SharedAccount, settle};
+use super::connections::Known;
+use super::live::{Live, LiveCall};
 use super::places::{Place, Places};
 use super::{Deadline, proto, status};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
+use crate::memory::Memory;
 use crate::telemetry::traces;
 
-/// The paths of all methods that can be called with a key.
-static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
+/// The paths of all methods that can be called with a key, and whether the client sends a stream of messages.
+static METHODS: LazyLock<HashMap<String, bool>> = LazyLock::new(|| {
     use tonic_reflection::pb::{v1, v1alpha};
     let sets = [proto::DESCRIPTORS, v1::FILE_DESCRIPTOR_SET, v1alpha::FILE_DESCRIPTOR_SET];
     let sets = sets.map(|bytes| FileDescriptorSet::decode(bytes).unwrap_or_default());
-    let mut methods = HashSet::new();
+    let mut methods = HashMap::new();
     for file in sets.iter().flat_map(|set| &set.file) {
         for service in &file.service {
             let name = |method: &str| format!("/{}.{}/{method}", file.package(), service.name());
-            methods.extend(service.method.iter().map(|method| name(method.name())));
+            methods.extend(service.method.iter().map(|method| (name(method.name()), method.client_streaming())));
         }
     }
     methods
@@ -47,6 +52,13 @@ static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
 
 /// Open to everyone, at all times.
 const HEALTH: &str = "/grpc.health.v1.Health/";
+/// The one of its methods whose calls last.
+const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
+/// Bytes and time of a question about health.
+const HEALTH_RULES: Rules =
+    Rules { most: ("max_request_bytes", 1 << 10), whole_within: Some(Duration::from_secs(10)), factor: PLAIN };
+/// What the services of this server are called.
+const OURS: &str = "/tenora.v1.";
 
 /// How much earlier than its deadline a call that has not been answered ends.
 const HEADWAY: Duration = Duration::from_millis(2);
@@ -60,6 +72,7 @@ pub struct Calls {
     closing: CancellationToken,
     under_way: TaskTracker,
     places: Places,
+    pub live: Live,
 }
 
 impl Calls {
@@ -69,6 +82,7 @@ impl Calls {
         Self {
             closing: CancellationToken::new(),
             under_way: TaskTracker::new(),
+            live: Live::default(),
             places: Places::new("calls", all, per_tenant, Duration::from_secs(1)),
         }
     }
@@ -120,13 +134,13 @@ fn loading() -> Error {
 
 /// The services behind the edge; none until they are opened. Clones share them.
 #[derive(Debug, Clone, Default)]
-pub struct Services(Arc<OnceLock<Routes>>);
+pub struct Services(Arc<OnceLock<(Routes, Arc<Memory>)>>);
 
 impl Services {
-    /// Lets calls through to these services. Once.
-    pub fn open(&self, routes: Routes) {
+    /// Lets calls through to these services. Once. What calls bring is taken from `memory`.
+    pub fn open(&self, routes: Routes, memory: Arc<Memory>) {
         // A second set would be a mistake of ours, and the first one goes on.
-        let _ = self.0.set(routes);
+        let _ = self.0.set((routes, memory));
     }
 }
 
@@ -137,12 +151,58 @@ pub struct Edge {
     services: Services,
     auth: Auth,
     calls: Calls,
+    rules: CallRules,
+    watches: Arc<Semaphore>,
+}
+
+/// How messages are taken, by the kind of method.
+#[derive(Debug, Clone, Copy)]
+struct CallRules {
+    one_message: Rules,
+    upload: Rules,
+    other_stream: Rules,
+}
+
+impl CallRules {
+    fn new(limits: &Limits) -> Self {
+        let most = ("max_request_bytes", limits.max_request_bytes.min(limits.max_message_bytes));
+        let whole_within = Some(Duration::from_secs(limits.request_seconds));
+        Self {
+            one_message: Rules { most, whole_within, factor: PACKED },
+            upload: Rules { most: ("max_message_bytes", limits.max_message_bytes), whole_within: None, factor: PLAIN },
+            other_stream: Rules { most, whole_within: None, factor: PACKED },
+        }
+    }
+
+    fn of(&self, path: &str) -> Rules {
+        match METHODS.get(path) {
+            Some(true) if path.starts_with(OURS) => self.upload,
+            Some(true) => self.other_stream,
+            _ => self.one_message,
+        }
+    }
 }
 
 impl Edge {
     /// `health` is open to everyone from the start.
-    pub fn new(health: Routes, auth: Auth, calls: Calls) -> Self {
-        Self { health, services: Services::default(), auth, calls }
+    pub fn new(health: Routes, auth: Auth, calls: Calls, limits: &Limits) -> Self {
+        let watches = usize::try_from(limits.max_health_watches).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        let (rules, watches) = (CallRules::new(limits), Arc::new(Semaphore::new(watches)));
+        Self { health, services: Services::default(), auth, calls, rules, watches }
+    }
+
+    /// Answers a question about health, from anyone: little is taken, and few may watch at once.
+    fn answer_health(&mut self, request: http::Request<Body>) -> BoxFuture<http::Response<Body>, Infallible> {
+        let watch = match request.uri().path() {
+            HEALTH_WATCH => match self.watches.clone().try_acquire_owned() {
+                Ok(place) => Some(place),
+                Err(_) => return Box::pin(std::future::ready(Ok(Status::from(too_many_watches()).into_http()))),
+            },
+            _ => None,
+        };
+        let account: SharedAccount = Arc::new(Mutex::new(Memory::new(1 << 20).account(None)));
+        let answer = self.health.call(request.map(|body| Body::new(Measured::new(body, HEALTH_RULES, account))));
+        Box::pin(async move { Ok(answer.await?.map(|body| Body::new(Watched { body, _place: watch }))) })
     }
 
     pub fn services(&self) -> Services {
@@ -170,11 +230,11 @@ impl Service<http::Request<Body>> for Edge {
             }
         };
         if request.uri().path().starts_with(HEALTH) {
-            let answer = self.health.call(request);
+            let answer = self.answer_health(request);
             let late = || Ok(Status::from(Error::DeadlineExceeded).into_http());
             return Box::pin(async move { within(deadline, answer).await.unwrap_or_else(late) });
         }
-        let Self { services, auth, calls, .. } = self.clone();
+        let Self { services, auth, calls, rules, .. } = self.clone();
         let mut record = Record::new(request.uri().path(), since, &calls);
         if let Some(deadline) = deadline {
             request.extensions_mut().insert(Deadline(deadline));
@@ -190,16 +250,29 @@ impl Service<http::Request<Body>> for Edge {
         let answer = async move {
             let caller = &mut record.caller;
             let work = async {
-                let place = admit(&auth, &calls, &mut request, caller).await?;
-                let mut routes = services.0.get().cloned().ok_or_else(loading)?;
-                let Ok(response) = routes.call(request).await;
-                Ok::<_, Error>((response, place))
+                let (place, live) = admit(&auth, &calls, &mut request, caller).await?;
+                let (mut routes, memory) = services.0.get().cloned().ok_or_else(loading)?;
+                let rules = rules.of(request.uri().path());
+                let account: SharedAccount = Arc::new(Mutex::new(memory.account(tenant_of(&request))));
+                let held = account.clone();
+                let request = request.map(|body| Body::new(Measured::new(body, rules, held)));
+                let cut = live.cut.clone();
+                let response = tokio::select! {
+                    biased;
+                    Ok(response) = routes.call(request) => response,
+                    why = cut.wait() => return Err(why),
+                };
+                if rules.whole_within.is_some() {
+                    // The handler has used up what came.
+                    settle(&account);
+                }
+                Ok::<_, Error>((response, place, live))
             };
             let done = within(deadline, work).await.unwrap_or(Err(Error::DeadlineExceeded));
             Ok(match done {
-                Ok((response, place)) => {
+                Ok((response, place, live)) => {
                     record.place = Some(place);
-                    record.answered(response)
+                    record.answered(response, live)
                 }
                 Err(error) => record.refused(Status::from(error)),
             })
@@ -229,15 +302,64 @@ async fn within<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> 
 }
 
 /// Finds out who calls, first of all: a stranger learns nothing about the server's state.
-async fn admit(auth: &Auth, calls: &Calls, request: &mut http::Request<Body>, name: &mut String) -> Result<Place> {
-    let caller = auth.caller(request.headers()).await?;
-    *name = match &caller {
+async fn admit(
+    auth: &Auth,
+    calls: &Calls,
+    request: &mut http::Request<Body>,
+    name: &mut String,
+) -> Result<(Place, LiveCall)> {
+    let who = auth.caller(request.headers()).await?;
+    *name = match &who.caller {
         Caller::Tenant(tenant) => tenant.id().to_string(),
         Caller::Operator => format!("tenants/{OPERATOR_TENANT}"),
     };
-    let place = calls.enter(&caller)?;
+    if let Some(connection) = request.extensions().get::<Known>() {
+        connection.set();
+    }
+    let place = calls.enter(&who.caller)?;
+    let live = calls.live.enter(&who);
+    let Entered { caller, .. } = who;
     request.extensions_mut().insert(caller);
-    Ok(place)
+    Ok((place, live))
+}
+
+/// The tenant whose call it is; none for an operator's.
+fn tenant_of(request: &http::Request<Body>) -> Option<&TenantId> {
+    match request.extensions().get::<Caller>()? {
+        Caller::Tenant(tenant) => Some(tenant.id()),
+        Caller::Operator => None,
+    }
+}
+
+fn too_many_watches() -> Error {
+    Error::Exhausted {
+        limit: "max_health_watches",
+        message: "as many watch the server's health as may; ask with Check".into(),
+        retry_after: Some(Duration::from_secs(5)),
+    }
+}
+
+/// An answer about health, and its place among the watches.
+struct Watched {
+    body: Body,
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+impl http_body::Body for Watched {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// One call, measured when it is dropped: at the end of its answer, or when its client has gone.
@@ -280,14 +402,14 @@ impl Record {
     }
 
     /// Follows the answer to its end.
-    fn answered(mut self, response: http::Response<Body>) -> http::Response<Body> {
+    fn answered(mut self, response: http::Response<Body>, live: LiveCall) -> http::Response<Body> {
         match Status::from_header_map(response.headers()) {
             Some(status) if status.code() != Code::Ok => self.refused(status::with_details(status)),
             Some(_) => {
                 self.code = Code::Ok;
                 response
             }
-            None => response.map(|body| Body::new(Followed { body, record: self })),
+            None => response.map(|body| Body::new(Followed::new(body, self, live))),
         }
     }
 }
@@ -295,7 +417,7 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         // A path that no service has is the caller's invention and must not become a label.
-        let method = if METHODS.contains(&self.path) { self.path.as_str() } else { "unknown" }.to_owned();
+        let method = if METHODS.contains_key(&self.path) { self.path.as_str() } else { "unknown" }.to_owned();
         let code = format!("{:?}", self.code);
         if let Some(status) = &self.failure {
             let details = status.get_error_details();
@@ -312,10 +434,39 @@ impl Drop for Record {
     }
 }
 
-/// An answer's body that keeps the call's record until it ends.
+/// An answer's body that keeps the call's record until it ends, and ends early where the call is cut.
 struct Followed {
-    body: Body,
     record: Record,
+    live: LiveCall,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    ended: bool,
+}
+
+impl Followed {
+    fn new(body: Body, record: Record, live: LiveCall) -> Self {
+        *live.cut.body() = Some(body);
+        let cut = Box::pin(live.cut.token().cancelled_owned());
+        Self { record, live, cut, ended: false }
+    }
+
+    /// The last frame of a call that was cut.
+    fn cut_off(&mut self) -> Frame<Bytes> {
+        let status = Status::from(self.live.cut.why());
+        self.ended = true;
+        let mut trailers = HeaderMap::new();
+        // A status of ours is always a header.
+        let _ = status.add_header(&mut trailers);
+        self.record.failed(status);
+        Frame::trailers(trailers)
+    }
+}
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        // What is behind the answer ends with it, before its place is given back.
+        let body = self.live.cut.body().take();
+        drop(body);
+    }
 }
 
 impl http_body::Body for Followed {
@@ -323,7 +474,15 @@ impl http_body::Body for Followed {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if self.cut.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Some(Ok(self.cut_off())));
+        }
+        let polled = self.live.cut.body().as_mut().map(|body| Pin::new(body).poll_frame(cx));
+        let Some(polled) = polled else { return Poll::Ready(Some(Ok(self.cut_off()))) };
+        let frame = ready!(polled);
         let trailers = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.trailers_ref());
         if let Some(status) = trailers.and_then(Status::from_header_map) {
             self.record.failed(status);
@@ -332,11 +491,11 @@ impl http_body::Body for Followed {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.ended || self.live.cut.body().as_ref().is_some_and(http_body::Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.live.cut.body().as_ref().map(http_body::Body::size_hint).unwrap_or_default()
     }
 }
 
@@ -385,10 +544,11 @@ mod tests {
 
     #[test]
     fn only_methods_that_exist_become_labels() {
-        assert!(METHODS.contains("/tenora.v1.GenerationService/Generate"));
-        assert!(METHODS.contains("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"));
-        assert!(METHODS.contains("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"));
-        assert!(!METHODS.contains("/tenora.v1.GenerationService/Other"));
+        assert_eq!(METHODS.get("/tenora.v1.GenerationService/Generate"), Some(&false));
+        assert_eq!(METHODS.get("/tenora.v1.DatasetService/UploadDataset"), Some(&true));
+        assert_eq!(METHODS.get("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"), Some(&true));
+        assert!(METHODS.contains_key("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"));
+        assert_eq!(METHODS.get("/tenora.v1.GenerationService/Other"), None);
     }
 
     #[tokio::test]

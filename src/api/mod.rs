@@ -10,11 +10,14 @@ use tonic::{Extensions, Response, Status};
 mod adapters;
 pub mod auth;
 mod base;
+mod bodies;
 pub mod client;
+mod connections;
 mod convert;
 mod datasets;
 mod edge;
 mod generation;
+mod live;
 mod places;
 mod safety;
 mod server;
@@ -23,6 +26,7 @@ mod status;
 mod tenants;
 mod training;
 mod uploads;
+mod watched;
 
 use crate::telemetry::traces;
 #[doc(hidden)]

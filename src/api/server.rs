@@ -7,14 +7,14 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use super::adapters::Adapters;
 use super::auth::Auth;
 use super::base::Base;
+use super::connections::{accept, tls_acceptor};
 use super::datasets::Datasets;
 use super::edge::{Calls, Edge};
 use super::generation::Generation;
@@ -28,7 +28,7 @@ use super::shared::{Parts, Shared};
 use super::tenants::Tenants;
 use super::training::Training;
 use super::uploads::Uploads;
-use crate::config::{Config, Limits, TlsFiles};
+use crate::config::{Config, Limits};
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::telemetry::Serving;
@@ -44,6 +44,11 @@ const SERVICES: [&str; 8] = [
     tenant::SERVICE_NAME,
     training::SERVICE_NAME,
 ];
+
+/// Bytes that a client may send before they are taken, on one stream and on one connection: all connections together hold no more than a
+/// quarter of a gigabyte of what nobody has asked for.
+const STREAM_WINDOW: u32 = 128 << 10;
+const CONNECTION_WINDOW: u32 = 256 << 10;
 
 /// Time that clients get to close their connections once everything is answered.
 const GOODBYE: Duration = Duration::from_millis(500);
@@ -62,18 +67,16 @@ pub async fn serve(
 ) -> Result<()> {
     let auth = Auth::new(store, config.insecure_no_auth);
     let calls = Calls::new(&config.limits);
-    let mut server = configured(&config.limits);
-    if let Some(files) = &config.tls {
-        super::choose_tls_library();
-        server = server.tls_config(identity(files)?).map_err(|e| bad_tls(files, e))?;
-    }
+    let server = configured(&config.limits);
+    super::choose_tls_library();
+    let tls = config.tls.as_ref().map(tls_acceptor).transpose()?;
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, serving, ServingStatus::NotServing).await;
-    let edge = Edge::new(Routes::new(health_service).prepare(), auth.clone(), calls.clone());
+    let edge = Edge::new(Routes::new(health_service).prepare(), auth.clone(), calls.clone(), &config.limits);
     let services = edge.services();
 
     let stop = CancellationToken::new();
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = accept(listener, tls, &config.limits);
     let transport = server.serve_with_incoming_shutdown(edge, incoming, stop.clone().cancelled_owned());
     tokio::pin!(transport, shutdown);
     let parts = tokio::select! {
@@ -81,8 +84,8 @@ pub async fn serve(
         parts = parts => parts?,
         () = &mut shutdown => return Ok(()),
     };
-    let (guard, trainer) = (parts.guard.clone(), parts.trainer.clone());
-    services.open(routes(parts, auth, calls.clone())?);
+    let (guard, trainer, memory) = (parts.guard.clone(), parts.trainer.clone(), parts.memory.clone());
+    services.open(routes(parts, auth, calls.clone())?, memory);
     report(&health, serving, ServingStatus::Serving).await;
     ready();
     tokio::select! {
@@ -115,23 +118,10 @@ fn configured(limits: &Limits) -> Server {
     Server::builder()
         .max_concurrent_streams(u32::try_from(limits.max_streams_per_connection).unwrap_or(u32::MAX))
         .http2_max_header_list_size(16 << 10)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keepalive_interval(Some(keepalive))
         .http2_keepalive_timeout(Some(keepalive / 2))
-}
-
-fn identity(files: &TlsFiles) -> Result<ServerTlsConfig> {
-    let read = |flag: &str, path: &std::path::Path| {
-        std::fs::read(path).map_err(|e| Error::invalid(flag, format!("{} cannot be read: {e}", path.display())))
-    };
-    let identity = Identity::from_pem(read("--tls-cert", &files.cert)?, read("--tls-key", &files.key)?);
-    Ok(ServerTlsConfig::new().identity(identity))
-}
-
-fn bad_tls(files: &TlsFiles, error: tonic::transport::Error) -> Error {
-    use std::error::Error as _;
-    let why = error.source().map(|source| source.to_string()).unwrap_or_else(|| error.to_string());
-    let (cert, key) = (files.cert.display(), files.key.display());
-    Error::invalid("--tls-cert", format!("{cert} and {key} are not a PEM certificate and its private key: {why}"))
 }
 
 /// Sets what health says of every service, here and on the metrics port.

@@ -7,9 +7,11 @@ use super::edge::Calls;
 use super::places::{Places, WorkPlaces};
 use super::uploads::Uploads;
 use crate::config::Limits;
+use crate::error::Result;
 use crate::hub::Hub;
+use crate::ids::DatasetName;
 use crate::ids::Digest;
-use crate::memory::Memory;
+use crate::memory::{Bulk, Memory};
 use crate::safety::Guard;
 use crate::store::Store;
 use crate::text::Text;
@@ -50,4 +52,15 @@ pub struct Shared {
     pub uploads: Uploads,
     /// For reading whole datasets and adapters.
     pub reads: Places,
+}
+
+/// What a dataset that is read whole takes in memory for each byte: its bytes, its records, and what is made of them.
+const DATASET_FACTOR: u64 = 4;
+
+impl Shared {
+    /// Waits for the memory to read a dataset whole.
+    pub async fn bulk_of_dataset(&self, name: &DatasetName) -> Result<Bulk> {
+        let row = self.parts.store.get_dataset(name).await?;
+        self.parts.memory.bulk(DATASET_FACTOR * row.size_bytes).await
+    }
 }

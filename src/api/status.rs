@@ -6,6 +6,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use super::places::Limit;
 use crate::error::Error;
 
 const DOMAIN: &str = "tenora";
@@ -67,6 +68,14 @@ impl From<Error> for Status {
             }
         }
     }
+}
+
+/// A message over its limit.
+pub fn too_large((limit, most): Limit, has: u64) -> Status {
+    let text = format!(
+        "the message has {has} bytes, more than {most} (limit {limit}; no message may have more than max_message_bytes)"
+    );
+    Status::with_error_details(Code::OutOfRange, text, info("MESSAGE_TOO_LARGE", [("limit", limit)]))
 }
 
 /// Gives statuses that tonic made (an unknown method, a message over the limit, one that does not decode) their `ErrorInfo`. What tonic

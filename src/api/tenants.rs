@@ -1,6 +1,7 @@
 //! TenantService: tenants, their keys, their usage. For operators, but for how a tenant itself stands.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tonic::{Request, Response};
 
@@ -9,9 +10,49 @@ use super::proto::tenant_service_server::TenantService;
 use super::shared::Shared;
 use super::{Answer, convert, proto as pb};
 use crate::error::{Error, Result};
-use crate::ids::{KeyName, TenantId};
+use crate::ids::{KeyName, Tenant, TenantId};
+use crate::store::Page;
 
 pub struct Tenants(pub Arc<Shared>);
+
+/// How long the jobs of a tenant that is deleted may take to end.
+const JOBS_END_WITHIN: Duration = Duration::from_secs(60);
+/// How often they are looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+impl Tenants {
+    /// Deletes a tenant; its jobs are cancelled first.
+    async fn delete(&self, tenant: &Tenant) -> Result<()> {
+        let until = Instant::now() + JOBS_END_WITHIN;
+        loop {
+            self.cancel_jobs(tenant).await?;
+            match self.0.parts.hub.delete_tenant(tenant.id()).await {
+                Err(Error::Precondition { reason: "TENANT_IN_USE", .. }) if Instant::now() < until => {
+                    tokio::time::sleep(LOOK).await;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn cancel_jobs(&self, tenant: &Tenant) -> Result<()> {
+        let mut page = Page::default();
+        loop {
+            let listed = self.0.parts.store.list_jobs(tenant.id(), &page).await?;
+            for job in listed.items.iter().filter(|job| !job.state.is_final()) {
+                match self.0.parts.trainer.cancel(tenant, &job.name).await {
+                    // It has ended meanwhile.
+                    Ok(_) | Err(Error::Precondition { .. } | Error::NotFound { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            if listed.next.is_empty() {
+                return Ok(());
+            }
+            page.token = listed.next;
+        }
+    }
+}
 
 impl Tenants {
     /// The limits that a tenant is held to, each with what is used of it.
@@ -61,6 +102,7 @@ impl TenantService for Tenants {
         let change = convert::tenant_change(tenant, request.update_mask)?;
         let row = self.0.parts.store.update_tenant(&id, &change, &etag).await?;
         tracing::info!(tenant = %id, weight = row.weight, "tenant updated");
+        self.0.auth.forget_tenant(&id);
         Ok(Response::new(convert::tenant(row)))
     }
 
@@ -95,7 +137,10 @@ impl TenantService for Tenants {
         if id.as_str() == OPERATOR_TENANT {
             return Err(Error::precondition("TENANT_IN_USE", id, "operators' own calls are counted under it").into());
         }
-        self.0.parts.hub.delete_tenant(&id).await?;
+        let tenant = self.0.auth.tenant_for(request.extensions(), &id).await?;
+        self.delete(&tenant).await?;
+        self.0.auth.forget_tenant(&id);
+        self.0.calls.live.end_tenant(&id, &Error::not_found(&id));
         tracing::info!(tenant = %id, "tenant deleted");
         Ok(Response::new(pb::DeleteTenantResponse {}))
     }
@@ -126,6 +171,9 @@ impl TenantService for Tenants {
         let name: KeyName = convert::name("name", &request.get_ref().name)?;
         self.0.parts.store.revoke_key(&name).await?;
         tracing::info!(tenant = %name.tenant, key = %name.key, "key revoked");
+        self.0.auth.forget_key(&name.key);
+        let message = "this key was revoked while the call was under way; ask the operator for a new one".into();
+        self.0.calls.live.end_key(&name.key, &Error::Unauthenticated { message });
         Ok(Response::new(pb::RevokeApiKeyResponse {}))
     }
 

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::ids::Tenant;
 use crate::store::{PolicyRow, Store};
 use crate::text::matcher::Patterns;
+use crate::work::block_holding;
 
 const PHRASES_FIELD: &str = "safety_policy.blocked_phrases";
 
@@ -27,6 +28,8 @@ pub struct PhraseMatch {
 pub struct Policies {
     store: Store,
     compiled: Arc<Mutex<Compiled>>,
+    /// One policy is compiled at a time, and each once, however many wait for it.
+    compiling: Arc<tokio::sync::Mutex<()>>,
     max_phrases: u64,
     max_phrase_bytes: u64,
     max_text_bytes: u64,
@@ -37,6 +40,7 @@ impl Policies {
         Self {
             store,
             compiled: Arc::new(Mutex::new(Compiled::new(limits.policy_cache_bytes))),
+            compiling: Arc::default(),
             max_phrases: limits.max_blocked_phrases,
             max_phrase_bytes: limits.max_phrase_bytes,
             max_text_bytes: limits.max_check_text_bytes,
@@ -89,9 +93,12 @@ impl Policies {
         if let Some(patterns) = self.compiled().get(&policy.etag) {
             return Ok(Some(patterns));
         }
+        let turn = self.compiling.clone().lock_owned().await;
+        if let Some(patterns) = self.compiled().get(&policy.etag) {
+            return Ok(Some(patterns));
+        }
         let phrases = policy.phrases.clone();
-        let compile = tokio::task::spawn_blocking(move || Patterns::new(&phrases, true));
-        let patterns = compile.await.map_err(Error::internal)??;
+        let (patterns, _turn) = block_holding(turn, move || Patterns::new(&phrases, true)).await?;
         self.compiled().put(&policy.etag, &patterns);
         Ok(Some(patterns))
     }

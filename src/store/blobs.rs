@@ -30,6 +30,16 @@ impl Blobs {
         Ok(Self { files, root: root.to_owned(), watch })
     }
 
+    /// Makes a file without a name, which is gone when it is closed, for what is too large for memory and not kept.
+    pub fn scratch(&self) -> Result<File> {
+        tempfile::tempfile_in(&self.root).map_err(Error::at(&self.root))
+    }
+
+    /// Where the files are.
+    pub fn folder(&self) -> &FilePath {
+        &self.root
+    }
+
     /// Writes a file once. Where the key exists with the same content nothing is written; with another one, which is damage, the file is
     /// put right.
     pub async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<()> {

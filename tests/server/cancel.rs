@@ -135,6 +135,13 @@ fn calls() -> Vec<Call> {
         name: name("adapters", format!("y{}", c.n % 3)),
         ..Default::default()
     });
+    call!(tenants, get_tenant, |_: &Caller| GetTenantRequest { name: "tenants/a".into() });
+    call!(base, get_base, |_: &Caller| GetBaseRequest::default());
+    call!(base, tokenize, |c: &Caller| TokenizeRequest {
+        input: Some(tokenize_request::Input::Text("word ".repeat(c.n as usize % 9))),
+        ..Default::default()
+    });
+    call!(base, detokenize, |_: &Caller| DetokenizeRequest { token_ids: vec![65; 9], ..Default::default() });
     call!(datasets, upload_dataset, |c: &Caller| futures::stream::iter(uploaded(c.n)));
     call!(datasets, upload_preferences, |c: &Caller| futures::stream::iter(preferences(c.n)));
     call!(datasets, get_dataset, |_: &Caller| GetDatasetRequest { name: name("datasets", "d") });

@@ -1,0 +1,349 @@
+//! The connections: how many there are, how long each may take to become one, and who makes room for whom.
+//!
+//! A connection is a stranger's until a call with a valid key has come over it. Where there are as many as may be, in all or from one
+//! address, the oldest stranger's is closed for the new one, so that connections which do nothing lock nobody out.
+
+use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
+use std::io;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::Stream;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::time::Sleep;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::transport::server::Connected;
+
+use crate::config::{Limits, TlsFiles};
+use crate::error::{Error, Result};
+
+/// Bytes of the HTTP/2 client preface.
+const PREFACE_BYTES: usize = 24;
+/// Shortest and longest pause where the system has no file or memory for another connection.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// Connections that wait for the server to take them.
+const QUEUE: usize = 16;
+
+/// All open connections.
+#[derive(Debug)]
+struct Table {
+    most: u64,
+    most_per_address: u64,
+    open: Mutex<Open>,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    next: u64,
+    /// By age.
+    connections: BTreeMap<u64, Entry>,
+    addresses: HashMap<IpAddr, u64>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    address: IpAddr,
+    known: Known,
+    closing: CancellationToken,
+}
+
+/// Whether a call with a valid key has come over a connection. The edge says so.
+#[derive(Debug, Clone, Default)]
+pub struct Known(Arc<AtomicBool>);
+
+impl Known {
+    /// A call with a valid key has come.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Open {
+    fn remove(&mut self, id: u64) -> Option<Entry> {
+        let entry = self.connections.remove(&id)?;
+        if let Some(count) = self.addresses.get_mut(&entry.address) {
+            *count -= 1;
+            if *count == 0 {
+                self.addresses.remove(&entry.address);
+            }
+        }
+        Some(entry)
+    }
+
+    /// Closes the oldest stranger's connection of those that `among` names; false where there is none.
+    fn close_a_stranger(&mut self, among: impl Fn(&Entry) -> bool) -> bool {
+        let oldest = self.connections.iter().find(|(_, entry)| !entry.known.get() && among(entry));
+        let Some(id) = oldest.map(|(id, _)| *id) else { return false };
+        if let Some(entry) = self.remove(id) {
+            entry.closing.cancel();
+        }
+        true
+    }
+}
+
+impl Table {
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a new connection; `None` where there is no room for it.
+    fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Guest> {
+        let mut open = self.lock();
+        let from_here = open.addresses.get(&address).copied().unwrap_or(0);
+        if from_here >= self.most_per_address && !open.close_a_stranger(|entry| entry.address == address) {
+            return None;
+        }
+        if open.connections.len() as u64 >= self.most && !open.close_a_stranger(|_| true) {
+            return None;
+        }
+        let (id, known, closing) = (open.next, Known::default(), CancellationToken::new());
+        open.next += 1;
+        *open.addresses.entry(address).or_default() += 1;
+        open.connections.insert(id, Entry { address, known: known.clone(), closing: closing.clone() });
+        Some(Guest { table: Arc::clone(self), id, known, closing })
+    }
+}
+
+/// A connection's place in the table.
+#[derive(Debug)]
+struct Guest {
+    table: Arc<Table>,
+    id: u64,
+    known: Known,
+    closing: CancellationToken,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.table.lock().remove(self.id);
+    }
+}
+
+#[derive(Debug)]
+enum Io {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// A connection as the server gets it. Reading fails once it has to make room for another, or where its client does not begin to speak
+/// HTTP/2 in time.
+#[derive(Debug)]
+pub struct Connection {
+    io: Io,
+    guest: Guest,
+    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Bytes of the preface that have not come, and the time for them.
+    preface: Option<(usize, Pin<Box<Sleep>>)>,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Known;
+
+    fn connect_info(&self) -> Known {
+        self.guest.known.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.closing.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        let before = buf.filled().len();
+        let read = match &mut this.io {
+            Io::Plain(io) => Pin::new(io).poll_read(cx, buf),
+            Io::Tls(io) => Pin::new(io.as_mut()).poll_read(cx, buf),
+        };
+        let Some((missing, time)) = &mut this.preface else { return read };
+        *missing = missing.saturating_sub(buf.filled().len() - before);
+        if *missing == 0 {
+            this.preface = None;
+        } else if read.is_pending() && time.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        read
+    }
+}
+
+/// Passes one method of [`AsyncWrite`] on.
+macro_rules! written {
+    ($self:ident, $method:ident, $($argument:expr),*) => {
+        match &mut $self.io {
+            Io::Plain(io) => Pin::new(io).$method($($argument),*),
+            Io::Tls(io) => Pin::new(io.as_mut()).$method($($argument),*),
+        }
+    };
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        written!(self, poll_write, cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        written!(self, poll_flush, cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        written!(self, poll_shutdown, cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        written!(self, poll_write_vectored, cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.io {
+            Io::Plain(io) => io.is_write_vectored(),
+            Io::Tls(io) => io.is_write_vectored(),
+        }
+    }
+}
+
+/// Takes connections until the stream is dropped, which closes the port.
+pub fn accept(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    limits: &Limits,
+) -> impl Stream<Item = Result<Connection, Infallible>> + use<> {
+    let (most, most_per_address) = (limits.max_connections, limits.max_connections_per_address);
+    let table = Arc::new(Table { most, most_per_address, open: Mutex::default() });
+    let time = Duration::from_secs(limits.handshake_seconds);
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    tokio::spawn(async move {
+        let mut pause = BACK_OFF.0;
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = sender.closed() => return,
+            };
+            match accepted {
+                Ok((io, address)) => {
+                    pause = BACK_OFF.0;
+                    match table.enter(address.ip().to_canonical()) {
+                        Some(guest) => drop(tokio::spawn(begin(io, guest, tls.clone(), time, sender.clone()))),
+                        None => metrics::counter!("tenora_connections_refused_total").increment(1),
+                    }
+                }
+                Err(error) if is_of_one_connection(&error) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "no connection can be taken for the moment");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(BACK_OFF.1);
+                }
+            }
+        }
+    });
+    futures::StreamExt::map(ReceiverStream::new(receiver), Ok)
+}
+
+/// Whether an error of accepting concerns a connection that is gone, not the server.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+/// Ends the TLS handshake, in time, and hands the connection to the server.
+async fn begin(
+    io: TcpStream,
+    guest: Guest,
+    tls: Option<TlsAcceptor>,
+    time: Duration,
+    sender: mpsc::Sender<Connection>,
+) {
+    // A connection that is gone says so when it is read.
+    let _ = io.set_nodelay(true);
+    let io = match tls {
+        None => Io::Plain(io),
+        Some(tls) => {
+            let shaken = tokio::select! {
+                shaken = tokio::time::timeout(time, tls.accept(io)) => shaken,
+                () = guest.closing.cancelled() => return,
+            };
+            match shaken {
+                Ok(Ok(io)) => Io::Tls(Box::new(io)),
+                Ok(Err(error)) => return tracing::debug!(%error, "a TLS handshake failed"),
+                Err(_) => return tracing::debug!("a TLS handshake took too long"),
+            }
+        }
+    };
+    let closing = Box::pin(guest.closing.clone().cancelled_owned());
+    let preface = Some((PREFACE_BYTES, Box::pin(tokio::time::sleep(time))));
+    // A server that is going away takes none.
+    let _ = sender.send(Connection { io, guest, closing, preface }).await;
+}
+
+/// Reads a certificate and its key.
+pub fn tls_acceptor(files: &TlsFiles) -> Result<TlsAcceptor> {
+    let read = |flag: &str, path: &std::path::Path| {
+        std::fs::read(path).map_err(|e| Error::invalid(flag, format!("{} cannot be read: {e}", path.display())))
+    };
+    let (cert, key) = (read("--tls-cert", &files.cert)?, read("--tls-key", &files.key)?);
+    let bad = |why: String| {
+        let (cert, key) = (files.cert.display(), files.key.display());
+        let message = format!("{cert} and {key} are not a PEM certificate and its private key: {why}");
+        Error::invalid("--tls-cert", message)
+    };
+    let chain: Vec<_> =
+        CertificateDer::pem_slice_iter(&cert).collect::<Result<_, _>>().map_err(|e| bad(format!("{e:?}")))?;
+    let key = PrivateKeyDer::from_pem_slice(&key).map_err(|e| bad(format!("{e:?}")))?;
+    let config = rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key);
+    let mut config = config.map_err(|e| bad(e.to_string()))?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(most: u64, most_per_address: u64) -> Arc<Table> {
+        Arc::new(Table { most, most_per_address, open: Mutex::default() })
+    }
+
+    fn address(n: u8) -> IpAddr {
+        [10, 0, 0, n].into()
+    }
+
+    #[test]
+    fn the_oldest_stranger_makes_room_and_who_is_known_stays() {
+        let table = table(3, 2);
+        let [a, b] = [table.enter(address(1)).unwrap(), table.enter(address(1)).unwrap()];
+        let c = table.enter(address(1)).unwrap();
+        assert!(a.closing.is_cancelled() && !b.closing.is_cancelled(), "two from one address");
+        b.known.set();
+        c.known.set();
+        assert!(table.enter(address(1)).is_none(), "both are known");
+        let d = table.enter(address(2)).unwrap();
+        let e = table.enter(address(3)).unwrap();
+        assert!(d.closing.is_cancelled(), "three in all");
+        e.known.set();
+        assert!(table.enter(address(4)).is_none());
+        drop(b);
+        assert!(table.enter(address(4)).is_some());
+        drop((a, c, d, e));
+        let open = table.lock();
+        assert!(open.connections.is_empty() && open.addresses.is_empty());
+    }
+}

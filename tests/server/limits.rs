@@ -1,0 +1,226 @@
+//! Clients who hold what others need: places, connections, memory; and what ends the calls of those who may not call any more.
+
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use prost::Message as _;
+use tenora::api::proto::*;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::client::Grpc;
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::{Code, Request, Status};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_prost::ProstCodec;
+use tonic_types::StatusExt as _;
+
+use super::common::{TestServer, answer, generate, reason};
+use super::reflection::call;
+
+/// The limit that an error names.
+fn limit_of(status: &Status) -> String {
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    status.get_details_quota_failure().unwrap().violations[0].subject.clone()
+}
+
+/// An upload that sends these bytes again and again, with a pause between.
+async fn slow_upload(server: &TestServer, key: &str, data: Vec<u8>, pause: Duration) -> Status {
+    let (sender, messages) = tokio::sync::mpsc::channel(1);
+    let header = UploadHeader { parent: "tenants/a".into(), dataset_id: "d".into(), ..Default::default() };
+    let part = |part| UploadDatasetRequest { part: Some(part) };
+    let send = async move {
+        let mut next = upload_dataset_request::Part::Header(header);
+        while sender.send(part(next)).await.is_ok() {
+            tokio::time::sleep(pause).await;
+            next = upload_dataset_request::Part::Data(data.clone());
+        }
+    };
+    let mut client = server.datasets(key).await;
+    let (answered, ()) = tokio::join!(client.upload_dataset(ReceiverStream::new(messages)), send);
+    answered.unwrap_err()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_makes_no_progress_ends() {
+    let server = TestServer::start_with(|config| {
+        let limits = &mut config.limits;
+        (limits.upload_idle_seconds, limits.upload_seconds, limits.upload_min_bytes_per_second) = (1, 3, 1000);
+    })
+    .await;
+    let key = server.tenant("a").await;
+    let pause = Duration::from_millis(20);
+    let line = b"{\"prompt\":\"a\",\"completion\":\"b\"}\n";
+    assert_eq!(limit_of(&slow_upload(&server, &key, Vec::new(), pause).await), "upload_idle_seconds", "empty messages");
+    let status = slow_upload(&server, &key, b"\n".to_vec(), pause).await;
+    assert_eq!(limit_of(&status), "upload_min_bytes_per_second");
+    let status = slow_upload(&server, &key, line.repeat(10), pause).await;
+    assert_eq!(limit_of(&status), "upload_seconds", "fast enough, and without an end");
+    server.upload(&key, "a", "d").await.unwrap();
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_message_becomes_is_known_before_it_is_made() {
+    let server = TestServer::start_with(|config| config.limits.max_request_memory_bytes = 32 << 20).await;
+    let key = server.tenant("a").await;
+    let chat = Chat { messages: vec![ChatMessage::default(); 900_000] };
+    let request = GenerateRequest { prompt: Some(generate_request::Prompt::Chat(chat)), ..generate("", "", 1) };
+    let bytes = request.encode_to_vec();
+    assert!(bytes.len() < 4 << 20);
+    let transport = server.transport(&key).await;
+    let status = call(transport.clone(), "/tenora.v1.GenerationService/Generate", bytes).await.unwrap_err();
+    assert_eq!(limit_of(&status), "max_request_memory_bytes");
+    assert_eq!(server.parts.memory.used(), 0);
+    let status = call(transport, "/tenora.v1.GenerationService/Generate", vec![0; (4 << 20) + 1]).await.unwrap_err();
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::OutOfRange, "MESSAGE_TOO_LARGE"));
+    assert!(status.message().contains("max_request_bytes"), "{}", status.message());
+    let text = "word ".repeat(40);
+    assert_eq!(answer(&mut server.generation(&key).await, generate("", &text, 2)).await.unwrap().ids.len(), 2);
+    server.idle().await;
+    assert_eq!(server.parts.memory.used(), 0);
+    server.stopped().await;
+}
+
+/// A client that sends its message and never ends the call would keep the decoded form in memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_does_not_end_in_time_is_refused() {
+    let server = TestServer::start_with(|config| config.limits.request_seconds = 1).await;
+    let key = server.tenant("a").await;
+    let mut client = Grpc::new(server.transport(&key).await);
+    client.ready().await.unwrap();
+    let request = GetUsageRequest { name: "tenants/a".into() };
+    let endless = futures::stream::once(async { request }).chain(futures::stream::pending());
+    let path = PathAndQuery::from_static("/tenora.v1.TenantService/GetUsage");
+    let codec: ProstCodec<GetUsageRequest, TenantUsage> = ProstCodec::default();
+    let refused = client.client_streaming(Request::new(endless), path, codec).await.unwrap_err();
+    assert_eq!(limit_of(&refused), "request_seconds");
+    server.stopped().await;
+}
+
+/// Waits until the server closes a connection.
+async fn closed(connection: &mut TcpStream) {
+    let mut rest = Vec::new();
+    let read = tokio::time::timeout(Duration::from_secs(30), connection.read_to_end(&mut rest));
+    // A reset says the same.
+    drop(read.await.expect("it is closed"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_do_nothing_make_room_and_end() {
+    let server = TestServer::start_with(|config| {
+        (config.limits.max_connections, config.limits.handshake_seconds) = (6, 3600);
+    })
+    .await;
+    let key = server.tenant("a").await;
+    let mut silent = Vec::new();
+    for _ in 0..12 {
+        silent.push(TcpStream::connect(server.addr).await.unwrap());
+    }
+    // The oldest strangers had to go for the others; whoever has a key gets in all the same.
+    closed(&mut silent[0]).await;
+    let mut client = server.generation(&key).await;
+    answer(&mut client, generate("", "hello", 2)).await.unwrap();
+    for _ in 0..12 {
+        silent.push(TcpStream::connect(server.addr).await.unwrap());
+    }
+    closed(&mut silent[12]).await;
+    answer(&mut client, generate("", "hello", 2)).await.expect("a connection that has shown a key stays");
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_does_not_begin_to_speak_ends() {
+    for tls in [false, true] {
+        let server = TestServer::start_with(|config| {
+            config.limits.handshake_seconds = 1;
+            let file = |name| [env!("CARGO_MANIFEST_DIR"), "tests/server/certificates", name].iter().collect();
+            let files = tenora::config::TlsFiles { cert: file("server.pem"), key: file("server.key") };
+            config.tls = tls.then_some(files);
+        })
+        .await;
+        closed(&mut TcpStream::connect(server.addr).await.unwrap()).await;
+        server.stopped().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn few_may_watch_the_servers_health() {
+    let server = TestServer::start_with(|config| config.limits.max_health_watches = 2).await;
+    let mut health = HealthClient::new(server.channel().await);
+    let mut watches = Vec::new();
+    for _ in 0..2 {
+        watches.push(health.watch(HealthCheckRequest::default()).await.unwrap());
+    }
+    let refused = health.watch(HealthCheckRequest::default()).await.unwrap_err();
+    assert_eq!(limit_of(&refused), "max_health_watches");
+    health.check(HealthCheckRequest::default()).await.unwrap();
+    drop(watches);
+    let mut again = health.watch(HealthCheckRequest::default()).await;
+    for _ in 0..200 {
+        if again.is_ok() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        again = health.watch(HealthCheckRequest::default()).await;
+    }
+    drop(again.unwrap());
+    server.stopped().await;
+}
+
+/// An answer that goes on for as long as it is read, and whose first token has been read.
+async fn running(server: &TestServer, key: &str) -> tonic::Streaming<GenerateResponse> {
+    let mut messages = server.generation(key).await.generate(generate("", "hello", 240)).await.unwrap().into_inner();
+    while messages.message().await.unwrap().unwrap().token_ids.is_empty() {}
+    messages
+}
+
+async fn last(mut messages: tonic::Streaming<GenerateResponse>) -> Result<(), Status> {
+    while let Some(message) = messages.next().await {
+        message?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_key_and_a_deleted_tenant_end_what_runs() {
+    // One at a time, so that what waits cannot end by itself.
+    let server = TestServer::start_with(|config| {
+        (config.limits.max_running, config.limits.max_step_rows) = (1, 2);
+    })
+    .await;
+    let (first, busy) = (server.tenant("a").await, server.tenant("b").await);
+    let mut tenants = server.tenants(&server.operator).await;
+    let create = CreateApiKeyRequest { parent: "tenants/a".into(), ..Default::default() };
+    let second = tenants.create_api_key(create).await.unwrap().into_inner();
+    let holder = running(&server, &busy).await;
+    let mut waits = Vec::new();
+    for key in [&first, &second.secret] {
+        waits.push(server.generation(key).await.generate(generate("", "hello", 240)).await.unwrap().into_inner());
+    }
+    let name = second.api_key.unwrap().name;
+    tenants.revoke_api_key(RevokeApiKeyRequest { name }).await.unwrap();
+    let status = last(waits.pop().unwrap()).await.unwrap_err();
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::Unauthenticated, "UNAUTHENTICATED"));
+    assert!(status.message().contains("revoked"), "{}", status.message());
+    let refused = server.generation(&second.secret).await.generate(generate("", "x", 1)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated, "and at once for new calls");
+
+    server.upload(&first, "a", "d").await.unwrap();
+    let train = TrainRequest {
+        parent: "tenants/a".into(),
+        adapter_id: "t".into(),
+        dataset: "tenants/a/datasets/d".into(),
+        objective: Some(train_request::Objective::Sft(SftSpec::default())),
+        hyperparameters: Some(Hyperparameters { max_steps: Some(100_000), ..Default::default() }),
+        ..Default::default()
+    };
+    server.training(&first).await.train(train).await.unwrap();
+    tenants.delete_tenant(DeleteTenantRequest { name: "tenants/a".into() }).await.expect("its job ends for it");
+    let status = last(waits.pop().unwrap()).await.unwrap_err();
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::NotFound, "NOT_FOUND"));
+    assert!(status.message().contains("tenants/a"), "{}", status.message());
+    assert!(last(holder).await.is_ok(), "others go on");
+    server.idle().await;
+    server.stopped().await;
+}
