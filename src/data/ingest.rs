@@ -35,6 +35,7 @@ pub struct Upload {
 
 /// Where the bytes go.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there are as many as uploads, a few")]
 enum Destination {
     Blob {
         key: String,
