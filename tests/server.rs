@@ -15,6 +15,7 @@ mod server {
     mod errors;
     mod fairness;
     mod imports;
+    mod killed;
     mod limits;
     mod load;
     mod loading;

@@ -100,21 +100,7 @@ impl TestServer {
         base: app::Base,
         change: impl FnOnce(&mut Config),
     ) -> Self {
-        let mut config = Config {
-            data_dir: data.path().to_owned(),
-            base: "unused.gguf".into(),
-            base_name: None,
-            device: DeviceSpec::Cpu,
-            threads: 2,
-            metrics_listen: None,
-            otlp_endpoint: None,
-            insecure_no_auth: false,
-            rotate_operator_key: false,
-            tls: None,
-            allow_plaintext: false,
-            adopt_orphans: false,
-            limits: Limits { kv_cache_bytes: 8 << 20, ..Limits::default() },
-        };
+        let mut config = config(data.path());
         change(&mut config);
         let model = base.0.clone();
         let store = Store::open(data.path()).await.unwrap();
@@ -200,14 +186,7 @@ impl TestServer {
 
     /// An adapter that does something, a function of the seed.
     pub fn package(&self, seed: u64) -> Package {
-        let mut lora = Lora::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, self.model.shape(), seed).unwrap();
-        for (i, layer) in lora.layers.values_mut().enumerate() {
-            for (j, b) in layer.b.iter_mut().enumerate() {
-                let x = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_mul((1000 * i + j + 1) as u64);
-                *b = 0.1 * ((x >> 40) as f32 / (1 << 24) as f32 - 0.5);
-            }
-        }
-        Package::from_lora(&lora, self.model.shape()).unwrap()
+        package(self.model.shape(), seed)
     }
 
     /// Imports an adapter of `tenants/{tenant}`.
@@ -273,6 +252,37 @@ impl TestServer {
         }
         panic!("not idle: {last:?}, {:?}", self.parts.hub.stats());
     }
+}
+
+/// The tests' usual configuration.
+pub fn config(data_dir: &std::path::Path) -> Config {
+    Config {
+        data_dir: data_dir.to_owned(),
+        base: "unused.gguf".into(),
+        base_name: None,
+        device: DeviceSpec::Cpu,
+        threads: 2,
+        metrics_listen: None,
+        otlp_endpoint: None,
+        insecure_no_auth: false,
+        rotate_operator_key: false,
+        tls: None,
+        allow_plaintext: false,
+        adopt_orphans: false,
+        limits: Limits { kv_cache_bytes: 8 << 20, ..Limits::default() },
+    }
+}
+
+/// An adapter that does something, a function of the seed.
+pub fn package(shape: &tenora::adapter::BaseShape, seed: u64) -> Package {
+    let mut lora = Lora::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, shape, seed).unwrap();
+    for (i, layer) in lora.layers.values_mut().enumerate() {
+        for (j, b) in layer.b.iter_mut().enumerate() {
+            let x = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_mul((1000 * i + j + 1) as u64);
+            *b = 0.1 * ((x >> 40) as f32 / (1 << 24) as f32 - 0.5);
+        }
+    }
+    Package::from_lora(&lora, shape).unwrap()
 }
 
 fn files_below(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
