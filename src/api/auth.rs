@@ -32,6 +32,7 @@ pub enum Caller {
 /// Who has come in, and by which key.
 #[derive(Debug, Clone)]
 pub struct Entered {
+    /// On whose behalf the call acts.
     pub caller: Caller,
     /// The key's id; `None` where everyone is the operator.
     pub key: Option<String>,

@@ -25,7 +25,7 @@ use crate::memory::Account;
 /// Bytes before a message: whether it is compressed, and its length.
 const HEAD: usize = 5;
 /// What a field of a length takes in memory beside what is in it: our largest message, and the growth of the list that it is in.
-const FIELD_BYTES: u64 = 128;
+const FIELD_BYTES: u64 = 192;
 /// What a number takes in a list that grows.
 const NUMBER_BYTES: u64 = 16;
 /// What a byte may become: a packed number of one byte has four, in a list that grows.

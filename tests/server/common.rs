@@ -100,10 +100,21 @@ impl TestServer {
         base: app::Base,
         change: impl FnOnce(&mut Config),
     ) -> Self {
+        let store = Store::open(data.path()).await.unwrap();
+        Self::start_over(data, store, loaded, base, change).await
+    }
+
+    /// The same over a store that has been opened.
+    pub async fn start_over(
+        data: TempDir,
+        store: Store,
+        loaded: impl Future<Output = tenora::error::Result<()>> + Send + 'static,
+        base: app::Base,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let mut config = config(data.path());
         change(&mut config);
         let model = base.0.clone();
-        let store = Store::open(data.path()).await.unwrap();
         let parts = app::assemble(base, store.clone(), &config).await.unwrap();
         let mut operator = String::new();
         app::bootstrap_operator_key(&store, false, |key| operator = key).await.unwrap();

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt as _};
 use tempfile::TempDir;
-use tenora::api::client::{Client, Target};
+use tenora::api::client::{self, Client, Target};
 use tenora::api::proto::*;
 use tenora::app;
 use tenora::model::Model;
@@ -128,7 +128,7 @@ impl Drop for Life {
     }
 }
 
-async fn client(address: &str, key: &str) -> Client {
+pub async fn client(address: &str, key: &str) -> Client {
     let target = Target { server: address.to_owned(), key: Some(key.to_owned()), tls_ca: None };
     Client::connect(&target).await.unwrap()
 }
@@ -148,19 +148,20 @@ impl Random {
 
 /// What a tenant has, as it was acknowledged or as it is found.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct State {
+pub struct State {
     /// Records of each dataset.
-    datasets: BTreeMap<String, u64>,
+    pub datasets: BTreeMap<String, u64>,
     /// Versions of all adapters, and each adapter's live one.
-    versions: BTreeSet<String>,
-    live: BTreeMap<String, String>,
-    policy: Vec<String>,
-    jobs: BTreeSet<String>,
-    keys: BTreeSet<String>,
+    pub versions: BTreeSet<String>,
+    pub live: BTreeMap<String, String>,
+    pub policy: Vec<String>,
+    pub jobs: BTreeSet<String>,
+    pub keys: BTreeSet<String>,
 }
 
 impl State {
-    async fn of(tenant: &Client, operator: &Client) -> Self {
+    /// Reads it, and proves that every dataset and every version can be used.
+    pub async fn of(tenant: &Client, operator: &Client) -> Self {
         let read = tokio::time::timeout(Duration::from_secs(60), Self::read(tenant, operator));
         read.await.expect("reads wait for nothing that writes")
     }
@@ -200,7 +201,7 @@ impl State {
 
 /// Calls that change something.
 #[derive(Debug, Clone)]
-enum Call {
+pub enum Call {
     Upload(String, u64),
     DeleteDataset(String),
     Import(String, u64),
@@ -229,8 +230,11 @@ impl Call {
         }
     }
 
-    /// Errors are those of what the state forbids, such as deleting what a job uses.
-    async fn make(self, tenant: &Client, operator: &Client) {
+    /// Makes it.
+    ///
+    /// # Errors
+    /// What the server says, such as that a job uses what is to be deleted.
+    pub async fn make(self, tenant: &Client, operator: &Client) -> client::Result<()> {
         let parent = "tenants/t".to_owned();
         match self {
             Self::Upload(dataset_id, records) => {
@@ -239,9 +243,9 @@ impl Call {
                 let parts =
                     [upload_dataset_request::Part::Header(header), upload_dataset_request::Part::Data(line.into())];
                 let parts = parts.map(|part| UploadDatasetRequest { part: Some(part) });
-                drop(tenant.upload_dataset(futures::stream::iter(parts)).await);
+                tenant.upload_dataset(futures::stream::iter(parts)).await.map(drop)
             }
-            Self::DeleteDataset(name) => drop(tenant.delete_dataset(DeleteDatasetRequest { name }).await),
+            Self::DeleteDataset(name) => tenant.delete_dataset(DeleteDatasetRequest { name }).await.map(drop),
             Self::Import(adapter_id, seed) => {
                 let package = package(Model::tiny(1).0.shape(), seed);
                 let header = ImportAdapterHeader { parent, adapter_id, ..Default::default() };
@@ -251,19 +255,19 @@ impl Call {
                 let files = [(tenora::hub::CONFIG_FILE, package.config), (tenora::hub::TENSORS_FILE, package.tensors)];
                 let parts = std::iter::once(import_adapter_request::Part::Header(header)).chain(files.map(chunk));
                 let parts: Vec<_> = parts.map(|part| ImportAdapterRequest { part: Some(part) }).collect();
-                drop(tenant.import_adapter(futures::stream::iter(parts)).await);
+                tenant.import_adapter(futures::stream::iter(parts)).await.map(drop)
             }
             Self::SetLive(version) => {
                 let name = version.split("/versions/").next().unwrap().to_owned();
-                drop(tenant.set_live_version(SetLiveVersionRequest { name, version, ..Default::default() }).await);
+                tenant.set_live_version(SetLiveVersionRequest { name, version, ..Default::default() }).await.map(drop)
             }
             Self::DeleteAdapter(name) => {
-                drop(tenant.delete_adapter(DeleteAdapterRequest { name, ..Default::default() }).await);
+                tenant.delete_adapter(DeleteAdapterRequest { name, ..Default::default() }).await.map(drop)
             }
             Self::Policy(phrase) => {
                 let name = "tenants/t/safetyPolicy".to_owned();
                 let policy = Some(SafetyPolicy { name, blocked_phrases: vec![phrase], ..Default::default() });
-                drop(tenant.update_safety_policy(UpdateSafetyPolicyRequest { safety_policy: policy }).await);
+                tenant.update_safety_policy(UpdateSafetyPolicyRequest { safety_policy: policy }).await.map(drop)
             }
             Self::Train(dataset) => {
                 let objective = Some(train_request::Objective::Sft(SftSpec {}));
@@ -272,12 +276,12 @@ impl Call {
                 let adapter_id = "trained".to_owned();
                 let request =
                     TrainRequest { parent, adapter_id, dataset, objective, hyperparameters, ..Default::default() };
-                drop(tenant.train(request).await);
+                tenant.train(request).await.map(drop)
             }
             Self::MakeKey => {
-                drop(operator.create_api_key(CreateApiKeyRequest { parent, ..Default::default() }).await);
+                operator.create_api_key(CreateApiKeyRequest { parent, ..Default::default() }).await.map(drop)
             }
-            Self::Revoke(name) => drop(operator.revoke_api_key(RevokeApiKeyRequest { name }).await),
+            Self::Revoke(name) => operator.revoke_api_key(RevokeApiKeyRequest { name }).await.map(drop),
         }
     }
 }
@@ -332,6 +336,7 @@ async fn nothing_acknowledged_is_lost_by_kills_at_any_write() {
                 call = Call::MakeKey;
             }
             pending = Some(call.clone());
+            // What the state forbids is refused, and changes nothing.
             if life.unless_stopped(call.make(&tenant, &operator)).await.is_none() {
                 stopped += 1;
                 break;
