@@ -14,7 +14,6 @@ mod server {
     mod drain;
     mod errors;
     mod fairness;
-    mod faults;
     mod imports;
     mod killed;
     mod limits;

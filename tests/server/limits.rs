@@ -196,7 +196,7 @@ async fn a_revoked_key_and_a_deleted_tenant_end_what_runs() {
     let holder = running(&server, &busy).await;
     let mut waits = Vec::new();
     // So many that the last one cannot have its turn while the tenant is deleted.
-    for key in std::iter::repeat_n(&first, 12).chain([&second.secret]) {
+    for key in std::iter::repeat_n(&first, 200).chain([&second.secret]) {
         waits.push(server.generation(key).await.generate(generate("", "hello", 240)).await.unwrap().into_inner());
     }
     let name = second.api_key.unwrap().name;
