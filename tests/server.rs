@@ -14,6 +14,7 @@ mod server {
     mod drain;
     mod errors;
     mod fairness;
+    mod faults;
     mod imports;
     mod killed;
     mod limits;
