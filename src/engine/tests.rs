@@ -95,9 +95,20 @@ async fn make_world() -> World {
 }
 
 fn start(model: Arc<Model>, text: Arc<Text>, hub: Arc<Hub>, limits: &Limits) -> Result<Engine> {
+    start_beside(Arbiter::new(0.4), model, text, hub, limits)
+}
+
+/// Where the test holds the arbiter's turn of training, the engine computes nothing until it is dropped.
+fn start_beside(
+    arbiter: Arc<Arbiter>,
+    model: Arc<Model>,
+    text: Arc<Text>,
+    hub: Arc<Hub>,
+    limits: &Limits,
+) -> Result<Engine> {
     let memory = Memory::new(limits.max_request_memory_bytes);
     let _runtime = runtime().enter();
-    Engine::start(model, text, hub, Arbiter::new(0.4), memory, limits)
+    Engine::start(model, text, hub, arbiter, memory, limits)
 }
 
 fn engine(limits: &Limits) -> Engine {

@@ -14,14 +14,20 @@ pub fn read(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
         return Err(format!("has both {name:?} and {answer:?}; keep the one that is to be learnt"));
     }
     let list = message::list(name, value)?;
-    let mut learn: Vec<bool> = list.iter().map(learnt).collect();
-    let mut messages: Vec<ChatMessage> = list.into_iter().map(|weighted| weighted.message).collect();
+    let learn: Vec<bool> = list.iter().map(learnt).collect();
+    let messages: Vec<ChatMessage> = list.into_iter().map(|weighted| weighted.message).collect();
     if messages.last().is_none_or(|last| last.role != "assistant") {
         return Err("the last message must be the assistant's".into());
     }
     if let Some(prompt) = fields.take("prompt") {
         check_prompt(prompt, &messages)?;
     }
+    Ok((whole(fields, messages, learn)?, shape(value)))
+}
+
+/// Makes the record of its messages and which of them are learnt: puts the record's system message first, and refuses what is rendered
+/// already, begins with the assistant, or teaches nothing.
+pub fn whole(fields: &Fields<'_>, mut messages: Vec<ChatMessage>, mut learn: Vec<bool>) -> Result<Chat, Reason> {
     if add_system(system_of(fields)?, &mut messages)? {
         learn.insert(0, false);
     }
@@ -30,7 +36,7 @@ pub fn read(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
     if !learn.contains(&true) {
         return Err("no assistant message has a weight of 1, so there is nothing to learn".into());
     }
-    Ok((Chat { messages, learn }, shape(value)))
+    Ok(Chat { messages, learn })
 }
 
 /// Whether a message is in the loss.

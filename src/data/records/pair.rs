@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::fields::{Fields, Reason, kind_of};
 use super::message::{self, Weighted};
-use super::{Chat, Shape, add_system, chat, check_beginning, check_rendering, system_of};
+use super::{Chat, Shape, chat};
 use crate::request::ChatMessage;
 
 /// Names of the prompt.
@@ -37,15 +37,7 @@ pub fn read(fields: &Fields<'_>) -> Result<Option<(Chat, Shape)>, Reason> {
     if messages.last().is_none_or(|last| last.role != "assistant") {
         return Err("the last message must be the assistant's".into());
     }
-    if add_system(system_of(fields)?, &mut messages)? {
-        learn.insert(0, false);
-    }
-    check_rendering(fields, &messages.iter().filter(|message| message.role != "system").collect::<Vec<_>>())?;
-    check_beginning(&messages)?;
-    if !learn.contains(&true) {
-        return Err("no assistant message has a weight of 1, so there is nothing to learn".into());
-    }
-    Ok(Some((Chat { messages, learn }, shape)))
+    Ok(Some((chat::whole(fields, messages, learn)?, shape)))
 }
 
 /// What comes before the answer.

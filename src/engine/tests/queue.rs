@@ -47,15 +47,17 @@ fn requests_that_wait_hold_no_adapter() {
 fn a_version_that_is_deleted_before_its_request_starts_is_named() {
     run(async {
         let w = make_world().await;
-        let engine = start(w.model.clone(), w.text.clone(), w.hub.clone(), &tight(2, 40)).unwrap();
-        let mut first = begin(&engine, &w.tenant, &ask(None, 240)).await;
-        runs(&mut first).await;
-        // Only the first that waits has its version loaded ahead.
+        let arbiter = Arbiter::new(0.4);
+        let model = w.model.clone();
+        let engine = start_beside(arbiter.clone(), model, w.text.clone(), w.hub.clone(), &tight(2, 40)).unwrap();
+        // Nothing is computed until the version is gone.
+        let nothing_runs = arbiter.train();
+        let first = begin(&engine, &w.tenant, &ask(None, 240)).await;
         let (second, third) =
             (begin(&engine, &w.tenant, &ask(None, 3)).await, begin(&engine, &w.tenant, &ask(Some(1), 3)).await);
         let name = AdapterName::new(w.tenant.id(), "a1").unwrap();
         w.hub.delete_adapter(&w.tenant, &name, "").await.unwrap();
-        drop(first);
+        drop((nothing_runs, first));
         assert!(end(second).await.is_ok());
         match end(third).await {
             Err(Error::Precondition { reason: "VERSION_DELETED", subject, .. }) => {
@@ -118,7 +120,9 @@ fn where_the_queue_is_full_a_tenant_with_fewer_gets_the_newest_place_of_the_one_
 #[test]
 fn a_score_counts_as_many_requests_as_it_has_inputs() {
     run(async {
-        let engine = engine(&Limits { max_queued_per_tenant: 4, ..Limits::default() });
+        let (w, arbiter) = (world(), Arbiter::new(0.4));
+        let limits = Limits { max_queued_per_tenant: 4, ..Limits::default() };
+        let engine = start_beside(arbiter.clone(), w.model.clone(), w.text.clone(), w.hub.clone(), &limits).unwrap();
         let spec = |inputs: usize| ScoreSpec {
             adapter: None,
             inputs: vec![Prompt::TokenIds(vec![1; 9]); inputs],
@@ -130,8 +134,10 @@ fn a_score_counts_as_many_requests_as_it_has_inputs() {
         let refused = engine.score(&world().tenant, spec(5)).await.unwrap_err();
         assert!(matches!(refused, Error::Exhausted { limit: "max_queued_per_tenant", .. }), "{refused}");
         assert_eq!(engine.score(&world().tenant, spec(4)).await.unwrap().results.len(), 4);
+        let nothing_runs = arbiter.train();
         let cancelled = engine.score(&world().tenant, spec(4));
         assert!(tokio::time::timeout(Duration::ZERO, cancelled).await.is_err());
+        drop(nothing_runs);
         assert_idle(&engine).await;
     });
 }
@@ -164,15 +170,19 @@ fn unread_answers_of_all_are_bounded_together() {
         let w = world();
         let limits = Limits { max_request_memory_bytes: 1 << 16, ..tight(2, 40) };
         let memory = Memory::new(1 << 16);
+        let arbiter = Arbiter::new(0.4);
         let engine = {
             let _runtime = runtime().enter();
             let (model, text, hub) = (w.model.clone(), w.text.clone(), w.hub.clone());
-            Engine::start(model, text, hub, Arbiter::new(0.4), memory.clone(), &limits).unwrap()
+            Engine::start(model, text, hub, arbiter.clone(), memory.clone(), &limits).unwrap()
         };
+        // All have begun before any takes memory for what nobody reads.
+        let nothing_runs = arbiter.train();
         let mut unread = Vec::new();
         for _ in 0..6 {
             unread.push(begin(&engine, &w.tenant, &ask(None, 100)).await);
         }
+        drop(nothing_runs);
         let ends = futures::future::join_all(unread.into_iter().map(end)).await;
         assert!(memory.used() == 0 && ends.len() == 6);
         assert_idle(&engine).await;
