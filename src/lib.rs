@@ -2,7 +2,7 @@
 //!
 //! The map, bottom up; a module imports only what stands above it in this list, as `tests/architecture.rs` enforces.
 //!
-//! - leaves: [`error`], [`ids`], [`config`], [`telemetry`], [`device`], [`text`], [`request`], [`random`], [`process`], [`bases`], [`work`], [`memory`]
+//! - leaves: [`error`], [`ids`], [`config`], [`telemetry`], [`device`], [`text`], [`request`], [`random`], [`process`], [`bases`], [`sync`], [`work`], [`memory`]
 //! - [`kernels`] quantised matmul, attention, batched adapters; [`weights`] GGUF to frozen tensors; [`adapter`] LoRA and PEFT files
 //! - [`model`] the architecture once, over two executors
 //! - [`store`] the catalogue and the blobs; [`hub`] which versions are resident
@@ -49,6 +49,7 @@ pub mod random;
 pub mod request;
 pub mod safety;
 pub mod store;
+pub mod sync;
 pub mod telemetry;
 pub mod text;
 pub mod train;

@@ -8,13 +8,14 @@
 //! is larger than the half takes all of it, and so runs alone.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
+use crate::sync::lock;
 
 /// The limit's name.
 const LIMIT: &str = "max_request_memory_bytes";
@@ -70,7 +71,7 @@ impl Memory {
     }
 
     fn lock(&self) -> MutexGuard<'_, Requests> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.requests)
     }
 
     fn take(&self, owner: Option<&TenantId>, bytes: u64) -> Result<()> {

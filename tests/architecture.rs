@@ -17,6 +17,7 @@ const LEAVES: &[&str] = &[
     "random",
     "bases",
     "process",
+    "sync",
     "work",
     "memory",
 ];

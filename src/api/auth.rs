@@ -4,7 +4,7 @@
 //! a request without a caller (a route that went round the edge) gets nothing.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
@@ -16,6 +16,7 @@ use tonic::codegen::http::HeaderMap;
 use crate::error::{Error, Result};
 use crate::ids::{Tenant, TenantId};
 use crate::store::{KeyOwner, KeyRow, Store};
+use crate::sync::lock;
 
 /// The tenant that an operator's calls of the base are made for; `app` makes it.
 pub const OPERATOR_TENANT: &str = "operator";
@@ -132,7 +133,7 @@ impl Auth {
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
 
     /// Proof that the caller may act on `owner`'s names. A tenant is refused another's before anything is looked up; an operator

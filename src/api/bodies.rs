@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ use super::places::Limit;
 use super::status;
 use crate::error::{Error, Result};
 use crate::memory::Account;
+use crate::sync::lock;
 
 /// Bytes before a message: whether it is compressed, and its length.
 const HEAD: usize = 5;
@@ -51,10 +52,6 @@ pub struct Rules {
 
 /// What a call holds, shared with what outlives its body.
 pub type SharedAccount = Arc<Mutex<Account>>;
-
-fn lock(account: &SharedAccount) -> MutexGuard<'_, Account> {
-    account.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Gives back all that a call's messages hold.
 pub fn settle(account: &SharedAccount) {

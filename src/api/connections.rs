@@ -9,7 +9,7 @@ use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -28,6 +28,7 @@ use tonic::transport::server::Connected;
 
 use crate::config::{Limits, TlsFiles};
 use crate::error::{Error, Result};
+use crate::sync::lock;
 
 /// Bytes of the HTTP/2 client preface.
 const PREFACE_BYTES: usize = 24;
@@ -99,7 +100,7 @@ impl Open {
 
 impl Table {
     fn lock(&self) -> MutexGuard<'_, Open> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.open)
     }
 
     /// Counts a new connection; `None` where there is no room for it.

@@ -1,7 +1,7 @@
 //! The calls under way, so that those of a key or a tenant can be ended at once when it is no more.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -9,6 +9,7 @@ use tonic::body::Body;
 use super::auth::{Caller, Entered};
 use crate::error::Error;
 use crate::ids::TenantId;
+use crate::sync::lock;
 
 /// All calls of tenants under way. Clones share them.
 #[derive(Debug, Clone, Default)]
@@ -54,7 +55,7 @@ impl Cut {
 
     /// The answer's body, unless it has been taken out.
     pub fn body(&self) -> MutexGuard<'_, Option<Body>> {
-        self.body.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.body)
     }
 }
 
@@ -69,7 +70,7 @@ pub struct LiveCall {
 
 impl Live {
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     pub fn enter(&self, who: &Entered) -> LiveCall {

@@ -2,13 +2,14 @@
 //! number of tenants can lock out another: each may hold no more than is left to the others, and one place whatever is left.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::auth::Caller;
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
+use crate::sync::lock;
 
 /// A limit's name and value.
 pub type Limit = (&'static str, u64);
@@ -95,10 +96,6 @@ impl WorkPlaces {
             ),
         }
     }
-}
-
-fn lock(held: &Mutex<Held>) -> MutexGuard<'_, Held> {
-    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Places {

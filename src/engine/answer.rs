@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::task::{Context, Poll, ready};
 
 use futures::Stream;
@@ -15,6 +15,7 @@ use crate::engine::tickets::Ticket;
 use crate::error::{Error, Result};
 use crate::memory::Account;
 use crate::request::{GenerateEvent, TokenOut};
+use crate::sync::lock;
 
 /// What an event takes beside what is in it.
 const EVENT_BYTES: usize = 128;
@@ -28,14 +29,14 @@ struct Unread {
 
 impl Unread {
     fn add(&self, bytes: u64) -> Result<()> {
-        self.account.lock().unwrap_or_else(PoisonError::into_inner).grow(bytes)?;
+        lock(&self.account).grow(bytes)?;
         self.bytes.fetch_add(bytes, Ordering::AcqRel);
         Ok(())
     }
 
     fn read(&self, bytes: u64) {
         self.bytes.fetch_sub(bytes, Ordering::AcqRel);
-        self.account.lock().unwrap_or_else(PoisonError::into_inner).shrink(bytes);
+        lock(&self.account).shrink(bytes);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Figures of the loop and of its requests, for Prometheus.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use metrics::{Counter, Histogram, Label};
@@ -9,6 +9,7 @@ use metrics::{Counter, Histogram, Label};
 use crate::engine::scheduler::Scheduler;
 use crate::ids::TenantId;
 use crate::kernels::cpu::shrinks;
+use crate::sync::lock;
 use crate::telemetry::traces;
 
 /// The label of tenants that have none of their own.
@@ -32,7 +33,7 @@ impl Tenants {
         if self.most == 0 {
             return Vec::new();
         }
-        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut named = lock(&self.named);
         let known = named.contains(tenant) || (named.len() < self.most && named.insert(tenant.clone()));
         vec![Label::new("tenant", if known { tenant.as_str().to_owned() } else { OTHER.to_owned() })]
     }

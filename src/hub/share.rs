@@ -1,9 +1,10 @@
 //! What each tenant's leases hold of the device's memory: none may hold more than its share at once, so that none can take it all.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::ids::TenantId;
+use crate::sync::lock;
 
 /// The versions that each tenant holds, by uid.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ impl Shares {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, HashMap<String, Held>>> {
-        self.tenants.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.tenants)
     }
 
     /// Claims the memory of a version for a tenant, which counts once however often it is claimed. `None` where the tenant would hold more

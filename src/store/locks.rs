@@ -1,12 +1,13 @@
 //! Locks by name: who may delete what while somebody else is about to own it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use crate::ids::TenantId;
 use crate::store::Store;
+use crate::sync::lock;
 
 type Shared = OwnedRwLockReadGuard<()>;
 type Exclusive = OwnedRwLockWriteGuard<()>;
@@ -29,7 +30,7 @@ impl Locks {
     }
 
     fn of(&self, name: &str) -> Arc<RwLock<()>> {
-        let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut locks = lock(&self.0);
         if let Some(lock) = locks.get(name).and_then(Weak::upgrade) {
             return lock;
         }

@@ -4,7 +4,7 @@
 //! loses the counts of the last second or so, and nothing else.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use sqlx::{Row, SqliteConnection};
@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::ids::TenantId;
 use crate::store::rows::int;
 use crate::store::{Inner, Store};
+use crate::sync::lock;
 
 /// How often counts are written.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
@@ -55,7 +56,7 @@ pub(super) struct UsageBook {
 
 impl UsageBook {
     fn pending(&self) -> MutexGuard<'_, HashMap<TenantId, UsageRow>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pending)
     }
 
     /// Takes away what has been written; more may have come meanwhile.

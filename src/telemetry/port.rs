@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::{Error, Result};
+use crate::sync::lock;
 
 /// Upper bounds of the histograms of whole calls. Seconds.
 const CALL_SECONDS: [f64; 9] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0];
@@ -72,7 +73,7 @@ pub fn serve_metrics(addr: SocketAddr, serving: Serving) -> Result<AbortOnDropHa
 /// The process's recorder: one, however many servers there are.
 fn recorder() -> Result<PrometheusHandle, metrics_exporter_prometheus::BuildError> {
     static RECORDER: Mutex<Option<PrometheusHandle>> = Mutex::new(None);
-    let mut made = RECORDER.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut made = lock(&RECORDER);
     if let Some(handle) = &*made {
         return Ok(handle.clone());
     }
