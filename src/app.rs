@@ -124,6 +124,7 @@ pub async fn serve(
     traces::flush(FLUSH).await;
     // Counted, and perhaps not written yet.
     let flushed = store.flush_usage().await;
+    store.close().await;
     served.and(flushed)
 }
 

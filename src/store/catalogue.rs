@@ -23,6 +23,8 @@ use crate::store::{Store, unusable};
 const READERS: u32 = 4;
 /// Connections for the look-ups of keys and tenants.
 const LOOKUPS: u32 = 2;
+/// Longest wait at the end for those who still use a connection.
+const CLOSE_WAIT: Duration = Duration::from_secs(10);
 
 /// The catalogue's file in a data folder.
 pub(super) const FILE: &str = "tenora.db";
@@ -66,6 +68,14 @@ impl Catalogue {
         let lookups = pool(LOOKUPS).connect_with(reading).await?;
         Ok(Self { writer, readers, lookups, watch })
     }
+
+    /// Closes all connections, once who holds one has given it back. The one that writes is the last: it takes what stands in the `-wal` file
+    /// into the catalogue's own, and removes it.
+    async fn close(&self) {
+        self.lookups.close().await;
+        self.readers.close().await;
+        self.writer.close().await;
+    }
 }
 
 /// Whether a connection that comes back can be used again. SQLite ends a transaction by itself where the disk is full, and sqlx then takes the
@@ -77,6 +87,13 @@ async fn is_sound(db: &mut SqliteConnection) -> sqlx::Result<bool> {
 }
 
 impl Store {
+    /// Closes the catalogue, so that its folder can be copied or opened by others. What is asked of it afterwards is UNAVAILABLE.
+    pub async fn close(&self) {
+        if tokio::time::timeout(CLOSE_WAIT, self.inner.catalogue.close()).await.is_err() {
+            tracing::warn!(wait = ?CLOSE_WAIT, "the catalogue is still in use; its -wal file stays until the next start");
+        }
+    }
+
     /// Where tenants' reads go.
     pub(super) fn pool(&self) -> &SqlitePool {
         &self.inner.catalogue.readers
@@ -154,6 +171,10 @@ impl From<sqlx::Error> for Error {
             (Some(SQLITE_FULL), _) => Self::DiskFull { path: FILE.into() },
             (Some(SQLITE_BUSY | SQLITE_LOCKED), _) | (None, sqlx::Error::PoolTimedOut) => Self::Unavailable {
                 message: "the catalogue is busy; retry".into(),
+                retry_after: Some(Duration::from_secs(1)),
+            },
+            (None, sqlx::Error::PoolClosed) => Self::Unavailable {
+                message: "the server has stopped".into(),
                 retry_after: Some(Duration::from_secs(1)),
             },
             _ => Self::Internal(format!("catalogue: {e}")),
