@@ -9,7 +9,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::api::{self, auth::OPERATOR_TENANT};
-use crate::config::Config;
+use crate::config::{Config, Limits};
 use crate::device::{self, Arbiter};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -130,8 +130,16 @@ pub async fn serve(
 
 /// How the data folder is to be opened.
 fn store_options(config: &Config) -> store::Options {
-    let trash = Duration::from_secs(config.limits.trash_days * 86_400);
-    store::Options { adopt_orphans: config.adopt_orphans, trash, ..store::Options::default() }
+    let days = |days: u64| Duration::from_secs(days * 86_400);
+    let kept = |limit: u64| (limit > 0).then(|| days(limit));
+    let Limits { trash_days, job_days, request_id_days, .. } = config.limits;
+    let retention = store::Retention { jobs: kept(job_days), request_ids: kept(request_id_days) };
+    store::Options {
+        adopt_orphans: config.adopt_orphans,
+        trash: days(trash_days),
+        retention,
+        ..store::Options::default()
+    }
 }
 
 /// The model's parity, as the hub asks for it.
@@ -201,7 +209,7 @@ fn check_listener(config: &Config, addr: SocketAddr) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Limits, TlsFiles};
+    use crate::config::TlsFiles;
     use crate::device::DeviceSpec;
 
     fn config() -> Config {

@@ -230,6 +230,10 @@ limits! {
     export_idle_seconds = 60, "seconds";
     /// Blobs that a start finds without an owner stay in the data folder's `trash/` for this long.
     trash_days = 30, "days";
+    /// How long a training job that has ended is kept, with its events. 0: for ever.
+    job_days = 365, "days";
+    /// How long a `request_id` is known: as long, the same call under it gives the first one's result. 0: for ever.
+    request_id_days = 30, "days";
 }
 
 /// Values that a limit may have, where not all make sense.
@@ -258,6 +262,8 @@ const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("max_connections_per_address", 1..=1 << 20),
     ("max_request_bytes", 1024..=1 << 30),
     ("trash_days", 0..=36_500),
+    ("job_days", 0..=36_500),
+    ("request_id_days", 0..=36_500),
 ];
 
 impl Limits {

@@ -264,6 +264,8 @@ calls! {
         unary cancel_training_job(proto::CancelTrainingJobRequest) -> proto::TrainingJob;
         /// Queues an interrupted job again.
         unary resume_training_job(proto::ResumeTrainingJobRequest) -> proto::TrainingJob;
+        /// Deletes a job that has ended.
+        unary delete_training_job(proto::DeleteTrainingJobRequest) -> proto::DeleteTrainingJobResponse;
     }
     SafetyServiceClient {
         /// The tenant's policy.

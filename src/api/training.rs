@@ -14,6 +14,7 @@ use super::shared::Shared;
 use super::{Answer, Streamed, convert, deadline_of, proto as pb};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
+use crate::store::uninterrupted;
 use crate::work::run_holding;
 
 pub struct Training(pub Arc<Shared>);
@@ -113,6 +114,17 @@ impl TrainingService for Training {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
         Ok(Response::new(convert::job(self.0.parts.trainer.resume(&tenant, &name).await?)))
+    }
+
+    async fn delete_training_job(
+        &self,
+        request: Request<pb::DeleteTrainingJobRequest>,
+    ) -> Answer<pb::DeleteTrainingJobResponse> {
+        let name: JobName = convert::name("name", &request.get_ref().name)?;
+        self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        let store = self.0.parts.store.clone();
+        uninterrupted(async move { store.delete_job(&name).await }).await?;
+        Ok(Response::new(pb::DeleteTrainingJobResponse {}))
     }
 }
 

@@ -4,7 +4,7 @@ use super::connection::Connection;
 use super::{Result, show, watch};
 use crate::api::client::proto;
 
-/// Show, watch, cancel and resume training jobs.
+/// Show, watch, cancel, resume and delete training jobs.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   tenora jobs --tenant acme list
@@ -41,6 +41,11 @@ enum Command {
         /// The job: its id, or its name in full.
         job: String,
     },
+    /// Delete a job that has ended or is interrupted, with its events; its version stays.
+    Delete {
+        /// The job: its id, or its name in full.
+        job: String,
+    },
 }
 
 pub(super) async fn run(args: Args) -> Result<()> {
@@ -64,6 +69,15 @@ pub(super) async fn run(args: Args) -> Result<()> {
         Command::Resume { job } => {
             let request = proto::ResumeTrainingJobRequest { name: name(&job)? };
             show::one(json, &connection.client().await?.resume_training_job(request).await?)
+        }
+        Command::Delete { job } => {
+            let name = name(&job)?;
+            connection
+                .client()
+                .await?
+                .delete_training_job(proto::DeleteTrainingJobRequest { name: name.clone() })
+                .await?;
+            show::done(json, "deleted", &name)
         }
     }
 }

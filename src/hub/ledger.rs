@@ -1,15 +1,15 @@
 //! What is known of each version since the start, and the tier in host memory: versions that had to leave the device stay there until
 //! their room is needed, and come back without a read.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
-
-use dashmap::DashMap;
 
 use crate::adapter::PackedLora;
 use crate::hub::budget::{Budget, Reservation};
 use crate::hub::stats;
 use crate::ids::TenantId;
+use crate::sync::lock;
 
 /// Where a version is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ pub struct Residency {
 #[derive(Debug)]
 struct Entry {
     tenant: TenantId,
-    /// Counts uses of all versions.
+    /// Counts uses of all versions; no two have the same.
     turn: u64,
     last_use: Option<SystemTime>,
     last_load: Option<Duration>,
@@ -53,66 +53,114 @@ struct Kept {
     _reserved: Reservation,
 }
 
-/// The versions that have been in memory and still exist, by uid.
+/// The versions that have been in memory and still exist.
+#[derive(Debug, Default)]
+struct Entries {
+    by_uid: HashMap<String, Entry>,
+    /// The uids of those in host memory by their last turn, so that the one used longest ago is found at once.
+    kept: BTreeMap<u64, String>,
+}
+
+impl Entries {
+    fn take(&mut self, uid: &str) -> Option<Kept> {
+        let entry = self.by_uid.get_mut(uid)?;
+        let kept = entry.kept.take()?;
+        self.kept.remove(&entry.turn);
+        Some(kept)
+    }
+
+    /// Gives back what was in host memory, to be dropped outside the lock.
+    fn remove(&mut self, uid: &str) -> Option<Kept> {
+        let kept = self.take(uid);
+        self.by_uid.remove(uid);
+        kept
+    }
+}
+
+/// What is known of versions, by uid.
 #[derive(Debug)]
 pub(super) struct Ledger {
-    entries: DashMap<String, Entry>,
+    entries: Mutex<Entries>,
     budget: Arc<Budget>,
 }
 
 impl Ledger {
     /// `limit`: bytes of host memory; 0 keeps nothing there.
     pub(super) fn new(limit: u64) -> Self {
-        Self { entries: DashMap::new(), budget: Budget::new(limit) }
+        Self { entries: Mutex::default(), budget: Budget::new(limit) }
     }
 
     /// A version comes into memory; it is the `turn`-th use of one.
     pub(super) fn enter(&self, uid: &str, tenant: &TenantId, turn: u64) {
-        let entry = || Entry { tenant: tenant.clone(), turn, last_use: None, last_load: None, kept: None };
-        self.entries.entry(uid.to_owned()).or_insert_with(entry).turn = turn;
+        let mut entries = lock(&self.entries);
+        let Entries { by_uid, kept } = &mut *entries;
+        match by_uid.get_mut(uid) {
+            Some(entry) => {
+                if kept.remove(&entry.turn).is_some() {
+                    kept.insert(turn, uid.to_owned());
+                }
+                entry.turn = turn;
+            }
+            None => {
+                let entry = Entry { tenant: tenant.clone(), turn, last_use: None, last_load: None, kept: None };
+                by_uid.insert(uid.to_owned(), entry);
+            }
+        }
     }
 
     pub(super) fn used(&self, uid: &str) {
-        if let Some(mut entry) = self.entries.get_mut(uid) {
+        if let Some(entry) = lock(&self.entries).by_uid.get_mut(uid) {
             entry.last_use = Some(SystemTime::now());
         }
     }
 
     pub(super) fn loaded(&self, uid: &str, took: Duration) {
-        if let Some(mut entry) = self.entries.get_mut(uid) {
+        if let Some(entry) = lock(&self.entries).by_uid.get_mut(uid) {
             entry.last_load = Some(took);
         }
     }
 
     /// The version is gone for good.
     pub(super) fn forget(&self, uid: &str) {
-        self.entries.remove(uid);
+        let kept = lock(&self.entries).remove(uid);
+        drop(kept);
     }
 
     pub(super) fn forget_tenant(&self, tenant: &TenantId) {
-        self.entries.retain(|_, entry| entry.tenant != *tenant);
+        let mut entries = lock(&self.entries);
+        let of_tenant = entries.by_uid.iter().filter(|(_, entry)| entry.tenant == *tenant);
+        let uids: Vec<String> = of_tenant.map(|(uid, _)| uid.clone()).collect();
+        let gone: Vec<Kept> = uids.iter().filter_map(|uid| entries.remove(uid)).collect();
+        drop(entries);
+        drop(gone);
     }
 
     /// Keeps a version that leaves the device, where it fits. The tensors are shared, not copied; whoever holds a copy of them on the
     /// device holds it by the lease's `Arc`, which is not this one.
     pub(super) fn keep(&self, uid: &str, packed: &PackedLora) {
         let Some(reserved) = self.budget.reserve(packed.byte_size(), || self.evict_one()) else { return };
+        let kept = Kept { packed: packed.clone(), _reserved: reserved };
+        let mut entries = lock(&self.entries);
+        let Entries { by_uid, kept: order } = &mut *entries;
         // A version that was deleted meanwhile has no entry.
-        if let Some(mut entry) = self.entries.get_mut(uid) {
-            entry.kept = Some(Kept { packed: packed.clone(), _reserved: reserved });
-        }
+        let before = by_uid.get_mut(uid).and_then(|entry| {
+            order.insert(entry.turn, uid.to_owned());
+            entry.kept.replace(kept)
+        });
+        drop(entries);
+        drop(before);
     }
 
     /// Takes a version out of host memory, for the device. It goes back where it is not used up, if there is still room.
     pub(super) fn take<'a>(&'a self, uid: &'a str) -> Option<Taken<'a>> {
-        let packed = self.entries.get_mut(uid)?.kept.take()?.packed;
+        let packed = lock(&self.entries).take(uid)?.packed;
         Some(Taken { ledger: self, uid, packed: Some(packed) })
     }
 
     /// What is known of a version, but for whether it is on the device.
     pub(super) fn residency(&self, uid: &str, memory_bytes: u64) -> Residency {
         let mut residency = Residency { tier: Tier::Disk, memory_bytes, last_use: None, last_load: None };
-        if let Some(entry) = self.entries.get(uid) {
+        if let Some(entry) = lock(&self.entries).by_uid.get(uid) {
             (residency.last_use, residency.last_load) = (entry.last_use, entry.last_load);
             if entry.kept.is_some() {
                 residency.tier = Tier::Host;
@@ -128,14 +176,12 @@ impl Ledger {
 
     /// Lets the kept version go that was used longest ago. False where none is kept.
     fn evict_one(&self) -> bool {
-        let kept = self.entries.iter().filter(|entry| entry.kept.is_some());
-        let oldest = kept.min_by_key(|entry| entry.turn).map(|entry| entry.key().clone());
-        let Some(uid) = oldest else { return false };
-        // It may have been taken meanwhile; then there is room too.
-        let gone = self.entries.get_mut(&uid).and_then(|mut entry| entry.kept.take());
-        if gone.is_some() {
-            stats::count_eviction(Tier::Host);
-        }
+        let mut entries = lock(&self.entries);
+        let Some((_, uid)) = entries.kept.pop_first() else { return false };
+        let gone = entries.by_uid.get_mut(&uid).and_then(|entry| entry.kept.take());
+        drop(entries);
+        drop(gone);
+        stats::count_eviction(Tier::Host);
         true
     }
 }

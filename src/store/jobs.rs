@@ -243,6 +243,41 @@ impl Store {
         job_row(&row).map(Some)
     }
 
+    /// Deletes a job that has ended or is interrupted, with its events and its saved result.
+    ///
+    /// # Errors
+    /// JOB_NOT_ENDED; NOT_FOUND.
+    pub async fn delete_job(&self, name: &JobName) -> Result<()> {
+        let mut tx = self.write().await?;
+        let found: Option<(String, Option<String>)> = sqlx::query_as(
+            "DELETE FROM jobs WHERE tenant = ? AND job = ? AND state IN ('SUCCEEDED', 'FAILED', 'CANCELLED', 'INTERRUPTED')
+             RETURNING state, result",
+        )
+        .bind(name.tenant.as_str())
+        .bind(&name.job)
+        .fetch_optional(&mut *tx)
+        .await?;
+        let Some((state, result)) = found else {
+            let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM jobs WHERE tenant = ? AND job = ?)")
+                .bind(name.tenant.as_str())
+                .bind(&name.job)
+                .fetch_one(&mut *tx)
+                .await?;
+            let message = "the job has not ended; cancel it first, or wait for its end";
+            return Err(if exists {
+                Error::precondition("JOB_NOT_ENDED", name, message)
+            } else {
+                Error::not_found(name)
+            });
+        };
+        tx.commit().await?;
+        tracing::info!(tenant = %name.tenant, job = %name, state, "job deleted");
+        if let Some(result) = result {
+            self.collect_blobs(&[result]).await;
+        }
+        Ok(())
+    }
+
     /// Makes a job the owner of the blob that it is about to keep its result in until it has ended; gives the blob.
     pub async fn own_result(&self, name: &JobName) -> Result<String> {
         let blob = format!("{}/jobs/{}", name.tenant.as_str(), name.job);

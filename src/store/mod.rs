@@ -13,6 +13,7 @@ mod jobs;
 mod keys;
 mod locks;
 mod requests;
+mod retention;
 mod rows;
 mod sweep;
 mod tenants;
@@ -33,6 +34,7 @@ pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent, held_error};
 pub use keys::{KeyOwner, KeyRow, NewKey};
 pub use locks::Custody;
 pub use requests::RequestKey;
+pub use retention::Retention;
 pub use rows::{Listed, Page, fresh_token};
 pub use tenants::{PolicyRow, TenantChange, TenantCounts, TenantRow};
 pub use usage::{UsageDelta, UsageRow};
@@ -50,6 +52,8 @@ pub struct Options {
     pub adopt_orphans: bool,
     /// How long what was swept stays in the trash.
     pub trash: Duration,
+    /// How long rows are kept that nothing needs any more.
+    pub retention: Retention,
     /// Longest wait for SQLite's write lock.
     pub busy_timeout: Duration,
     /// For tests.
@@ -59,7 +63,8 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let trash = Duration::from_secs(30 * 86_400);
-        Self { adopt_orphans: false, trash, busy_timeout: Duration::from_secs(10), watch: None }
+        let (retention, busy_timeout) = (Retention::default(), Duration::from_secs(10));
+        Self { adopt_orphans: false, trash, retention, busy_timeout, watch: None }
     }
 }
 
@@ -99,6 +104,7 @@ impl Store {
         let store = Self { inner: Arc::new(Inner { catalogue, blobs, locks, usage, _folder: folder }) };
         store.sweep(data_dir, &options).await?;
         tokio::spawn(usage::keep_flushing(Arc::downgrade(&store.inner)));
+        tokio::spawn(retention::keep_forgetting(Arc::downgrade(&store.inner), options.retention));
         Ok(store)
     }
 

@@ -203,13 +203,14 @@ fn calls() -> Vec<Call> {
         parent: "tenants/a".into(),
         ..Default::default()
     });
-    for (method, cancel) in [("watch_training_job", 0), ("cancel_training_job", 1), ("resume_training_job", 2)] {
+    let of_jobs = ["watch_training_job", "cancel_training_job", "resume_training_job", "delete_training_job"];
+    for (method, cancel) in of_jobs.into_iter().zip(0..) {
         calls.push((method, Box::new(move |caller: Caller| of_a_job(caller, cancel).boxed())));
     }
     calls
 }
 
-/// Watches, cancels or resumes a job of the tenant.
+/// Watches, cancels, resumes or deletes a job of the tenant.
 async fn of_a_job(caller: Caller, what: u8) {
     let mut client = caller.server.training(&caller.key).await;
     let list = ListTrainingJobsRequest { parent: "tenants/a".into(), ..Default::default() };
@@ -225,7 +226,8 @@ async fn of_a_job(caller: Caller, what: u8) {
             }
         }
         1 => drop(client.cancel_training_job(CancelTrainingJobRequest { name }).await),
-        _ => drop(client.resume_training_job(ResumeTrainingJobRequest { name }).await),
+        2 => drop(client.resume_training_job(ResumeTrainingJobRequest { name }).await),
+        _ => drop(client.delete_training_job(DeleteTrainingJobRequest { name }).await),
     }
 }
 

@@ -1,7 +1,7 @@
 use super::*;
 use crate::ids::{DatasetName, Digest};
 use crate::request::{Hyperparameters, LoraSpec, LrSchedule, Objective, Publish, TooLong};
-use crate::store::{DatasetKind, NewDataset};
+use crate::store::{DatasetKind, NewDataset, Retention};
 
 const LEASE: Duration = Duration::from_secs(30);
 
@@ -226,4 +226,54 @@ async fn lists_are_newest_first_and_page() {
     assert_eq!(seen, ["e", "d", "c", "b", "a"]);
     let bad = Page { size: 2, token: "x".into() };
     assert!(matches!(store.list_jobs(&tenant("one"), &bad).await, Err(Error::Invalid { .. })));
+}
+
+#[tokio::test]
+async fn only_a_job_that_has_ended_can_be_deleted_and_its_events_go_with_it() {
+    let (_folder, store) = store().await;
+    let name = insert(&store, "one", "j").await;
+    let error = store.delete_job(&name).await.unwrap_err().to_string();
+    assert!(error.contains("has not ended"), "{error}");
+    claim(&store).await;
+    assert!(store.delete_job(&name).await.is_err(), "it runs");
+    let blob = store.own_result(&name).await.unwrap();
+    store.blobs().put(&format!("{blob}/x"), vec![1]).await.unwrap();
+    let end = JobEnd { version: None, error: Some("stopped".into()) };
+    store.transition(&name, &[JobState::Running], JobState::Interrupted, end).await.unwrap().unwrap();
+    store.delete_job(&name).await.unwrap();
+    assert!(store.get_job(&name).await.is_err());
+    assert_eq!(store.events_after(&name, 0, 10).await.unwrap(), []);
+    assert!(store.blobs().get(&format!("{blob}/x")).await.is_err(), "what it had saved goes too");
+    assert!(matches!(store.delete_job(&name).await, Err(Error::NotFound { .. })));
+    store.execute("DELETE FROM datasets").await;
+}
+
+#[tokio::test]
+async fn old_ended_jobs_and_request_ids_go_and_all_others_stay() {
+    let (_folder, store) = store().await;
+    let known =
+        || async { store.job_of_request(&AdapterName::new(&tenant("one"), "a").unwrap(), &key("r", "x")).await };
+    store.insert_job(&job(&tenant("one"), "ended"), &key("r", "x"), 10).await.unwrap();
+    insert(&store, "one", "waits").await;
+    insert(&store, "two", "stopped").await;
+    store.execute("UPDATE jobs SET state = 'CANCELLED', end_time = 1000 WHERE job = 'ended'").await;
+    store.execute("UPDATE jobs SET state = 'INTERRUPTED', end_time = 1000 WHERE job = 'stopped'").await;
+    let none = Retention::default();
+    assert_eq!(store.forget_old(none).await.unwrap(), (0, 0));
+    let young =
+        Retention { jobs: Some(Duration::from_millis(now() as u64)), request_ids: Some(Duration::from_secs(3600)) };
+    assert_eq!(store.forget_old(young).await.unwrap(), (0, 0));
+    assert!(known().await.unwrap().is_some());
+
+    let jobs = Retention { jobs: Some(Duration::from_secs(3600)), request_ids: None };
+    assert_eq!(store.forget_old(jobs).await.unwrap(), (1, 0));
+    let left = |tenant_id: &str| {
+        let (store, id) = (store.clone(), tenant(tenant_id));
+        async move { store.list_jobs(&id, &Page::default()).await.unwrap().items.len() }
+    };
+    assert_eq!((left("one").await, left("two").await), (1, 1));
+    store.execute("UPDATE requests SET create_time = 1000").await;
+    let ids = Retention { jobs: None, request_ids: Some(Duration::from_secs(3600)) };
+    assert_eq!(store.forget_old(ids).await.unwrap(), (0, 1));
+    assert!(known().await.unwrap().is_none(), "the id means nothing any more");
 }
