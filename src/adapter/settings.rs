@@ -79,6 +79,8 @@ pub enum Initialisation {
     Apart,
     /// The adapter began as the largest singular values of the base.
     Pissa,
+    /// The adapter began as what a search that draws random numbers found instead of them (`pissa_niter_N`): another part each time.
+    PissaSearched,
     /// The adapter began as the first columns of the base's QR decomposition.
     Olora,
     /// The adapter began as directions of the base that data chose.
@@ -269,10 +271,11 @@ fn initialisation(value: Option<&Value>) -> Result<Initialisation> {
         Some(other) => other.to_string(),
     };
     let rounds = |rounds: &str| !rounds.is_empty() && rounds.bytes().all(|b| b.is_ascii_digit());
-    if name == "pissa" || name.strip_prefix("pissa_niter_").is_some_and(rounds) {
-        return Ok(Initialisation::Pissa);
+    if name.strip_prefix("pissa_niter_").is_some_and(rounds) {
+        return Ok(Initialisation::PissaSearched);
     }
     match name.as_str() {
+        "pissa" => return Ok(Initialisation::Pissa),
         "olora" => return Ok(Initialisation::Olora),
         "corda" => return Ok(Initialisation::Corda),
         name if APART.contains(&name) => return Ok(Initialisation::Apart),

@@ -32,7 +32,8 @@ struct Part {
 /// Gives the adapter for the base as it is; `None` where it is that already.
 ///
 /// # Errors
-/// UNSUPPORTED_SETTING where the part that was taken out cannot be found again from the files (CorDA).
+/// UNSUPPORTED_SETTING where the part that was taken out cannot be found again from the files: CorDA's data chose it, or the random numbers of
+/// PiSSA's fast search, whose result PEFT itself does not find again.
 pub(super) fn plain_form(
     model: &Model,
     lora: &Lora,
@@ -56,9 +57,19 @@ pub(super) fn plain_form(
     if held.0 <= 0.5 * held.1 {
         return Ok(None);
     }
-    if initialisation == Initialisation::Corda {
-        let message = "is \"corda\", and the tensors belong to a base that it changed by data that are not in the files; save the adapter again \
-                       with PEFT's save_pretrained and path_initial_model_for_weight_conversion, which makes it a plain one";
+    let lost = match initialisation {
+        Initialisation::Corda => {
+            Some("is \"corda\", and the tensors belong to a base that it changed by data that are not in the files")
+        }
+        Initialisation::PissaSearched => Some(
+            "is \"pissa_niter_..\", and the tensors belong to a base that it changed by random numbers that are not in the files",
+        ),
+        Initialisation::Pissa | Initialisation::Olora | Initialisation::Apart => None,
+    };
+    if let Some(lost) = lost {
+        let message = format!(
+            "{lost}; save the adapter again with PEFT's save_pretrained and path_initial_model_for_weight_conversion, which makes it a plain one"
+        );
         return Err(Error::invalid_because("UNSUPPORTED_SETTING", "init_lora_weights", message));
     }
     let doubled = |layer: &LoraLayer| if lora.spec.use_rslora { layer.alpha * 2_f32.sqrt() } else { layer.alpha * 2.0 };
@@ -125,7 +136,7 @@ fn part(model: &Model, site: Site, layer: &LoraLayer, initialisation: Initialisa
         Initialisation::Olora => columns(&w, inputs),
         // Those of B, which training has moved a little.
         Initialisation::Corda => columns(&layer.b, layer.rank),
-        Initialisation::Pissa | Initialisation::Apart => {
+        Initialisation::Pissa | Initialisation::PissaSearched | Initialisation::Apart => {
             return singular(&w, (outputs, inputs), rank, layer, give_way);
         }
     };
@@ -374,18 +385,24 @@ mod tests {
     }
 
     #[test]
-    fn corda_is_told_from_what_only_bears_its_name() {
+    fn what_cannot_be_found_again_is_told_from_what_only_bears_its_name() {
+        for initialisation in [Initialisation::Corda, Initialisation::PissaSearched] {
+            cannot_be_found_again(initialisation);
+        }
+    }
+
+    fn cannot_be_found_again(initialisation: Initialisation) {
         let (model, _) = Model::tiny(1);
         let mut lora = Lora::fresh(&LoraSpec { rank: 4, alpha: 4.0, ..LoraSpec::default() }, model.shape(), 3).unwrap();
         lora.layers
             .values_mut()
             .for_each(|l| l.b.iter_mut().enumerate().for_each(|(i, b)| *b = 0.1 * (i as f32 * 0.7).sin()));
-        assert!(plain_form(&model, &lora, Initialisation::Corda, &|| {}).unwrap().is_none());
+        assert!(plain_form(&model, &lora, initialisation, &|| {}).unwrap().is_none());
         for (site, layer) in &mut lora.layers {
             let Part { u, a, .. } = part(&model, *site, layer, Initialisation::Pissa, &|| {});
             (layer.a, layer.b) = (a, u);
         }
-        let refused = plain_form(&model, &lora, Initialisation::Corda, &|| {}).unwrap_err().to_string();
+        let refused = plain_form(&model, &lora, initialisation, &|| {}).unwrap_err().to_string();
         assert!(refused.contains("path_initial_model_for_weight_conversion"), "{refused}");
     }
 }
