@@ -67,7 +67,7 @@ fn read_bandwidth(team: &Team, memory: &[u64]) -> f64 {
 fn instruction_peak(team: &Team) -> f64 {
     const ROUNDS: u64 = 1 << 22;
     let time = seconds(|| {
-        team.run(&|_| {
+        team.each(team.threads(), |_| {
             black_box(dot_products(ROUNDS));
         })
     });

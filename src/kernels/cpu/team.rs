@@ -3,8 +3,9 @@
 //!
 //! A step has some hundred regions of a few microseconds, too short for a general work-stealing pool to wake up for.
 //! Each thread has a share of a region's pieces, side by side and the same in every step, so that what it reads next
-//! lies next to what it reads. Who is done takes pieces off the ends of others' shares, so a thread that the system
-//! takes away for a while delays a step by a piece at most.
+//! lies next to what it reads. Who is done takes pieces off the ends of others' shares, and a helper that comes when
+//! nothing is left is not waited for, so a thread that the system takes away for a while delays a step by a piece at
+//! most.
 
 use std::cell::UnsafeCell;
 use std::ops::Range;
@@ -15,6 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, Thread};
 
 use super::simd::prefetch;
+use crate::sync::lock;
 
 /// How often a helper looks for the next region before it goes to sleep: some 50 microseconds.
 const SPINS: u32 = 2000;
@@ -30,23 +32,51 @@ const IDLE_STEP: usize = 4 * 64;
 
 type Region = dyn Fn(usize) + Sync + 'static;
 
-/// What the threads share. `epoch` counts regions; the region may be read between its epoch and the last of `busy`.
+/// The helpers that are inside a region, in the lower bits of a [`TeamState::door`].
+const INSIDE: u64 = CLOSED - 1;
+
+/// Set in a door once nobody may enter the region any more.
+const CLOSED: u64 = 1 << 15;
+
+/// The bits of a door below the region's number.
+const NUMBER_SHIFT: u32 = 16;
+
+/// What the threads share. The region may be read by who has entered it, until it has left.
 #[derive(Debug)]
 struct TeamState {
-    epoch: AtomicU64,
+    /// The number of the region, counted from 1, whether it is closed, and the helpers inside: one word, so that nobody
+    /// enters a region that has been closed meanwhile, nor the next one for this one.
+    door: AtomicU64,
     region: UnsafeCell<Option<*const Region>>,
-    /// Helpers that are not done with the region.
-    busy: AtomicUsize,
     panicked: AtomicBool,
     /// A slot a thread.
     slots: Box<[WorkerSlot]>,
 }
 
-// SAFETY: `region` is written by the caller alone, while no helper is busy, and read by helpers only after they have
-// seen the epoch that was set after it (release, acquire).
+// SAFETY: `region` is written by the caller alone, while the door is closed and no helper is inside, and read by helpers
+// only after they have entered by the door that was opened after it (release, acquire).
 unsafe impl Sync for TeamState {}
 // SAFETY: the pointer is followed only within `Team::run`, which holds the borrow it was made of.
 unsafe impl Send for TeamState {}
+
+impl TeamState {
+    /// Returns the number of the region.
+    fn number(&self, order: Ordering) -> u64 {
+        self.door.load(order) >> NUMBER_SHIFT
+    }
+
+    /// Enters the region that is open; gives its number, and false where it is closed by now.
+    fn enter(&self) -> (u64, bool) {
+        let mut door = self.door.load(Ordering::Acquire);
+        while door & CLOSED == 0 {
+            match self.door.compare_exchange_weak(door, door + 1, Ordering::Acquire, Ordering::Acquire) {
+                Ok(_) => return (door >> NUMBER_SHIFT, true),
+                Err(now) => door = now,
+            }
+        }
+        (door >> NUMBER_SHIFT, false)
+    }
+}
 
 /// What concerns one thread, on a line of its own.
 #[derive(Debug, Default)]
@@ -106,9 +136,8 @@ impl Team {
 
     fn new(threads: usize) -> Self {
         let state = Arc::new(TeamState {
-            epoch: AtomicU64::new(0),
+            door: AtomicU64::new(CLOSED),
             region: UnsafeCell::new(None),
-            busy: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             slots: (0..threads.max(1)).map(|_| WorkerSlot::default()).collect(),
         });
@@ -128,33 +157,29 @@ impl Team {
         self.helpers.len() + 1
     }
 
-    /// Runs `f(worker)` on every thread, this one as worker 0, and waits for all. Allocates nothing. Panics where one
-    /// did.
-    pub fn run(&self, f: &(dyn Fn(usize) + Sync)) {
-        self.begin_and_run(|| {}, f);
-    }
-
-    /// Calls `begin` while no region runs, then runs `f`.
-    fn begin_and_run(&self, begin: impl FnOnce(), f: &(dyn Fn(usize) + Sync)) {
+    /// Calls `begin` while no region runs, then `f(worker)` on this thread as worker 0 and on every helper that comes
+    /// before this one is done, and waits for those. Allocates nothing. Panics where one did.
+    fn run(&self, begin: impl FnOnce(), f: &(dyn Fn(usize) + Sync)) {
         let state = &*self.state;
-        let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let _turn = lock(&self.turn);
         begin();
-        // SAFETY: the lifetime is taken off the reference; no helper follows it after this function, which waits for
-        // all of them.
+        // SAFETY: the lifetime is taken off the reference; no helper follows it after this function, which lets none in
+        // once it is done itself, and waits for those inside.
         let region: *const Region =
             unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const Region>(f) };
-        // SAFETY: no helper is busy, so nobody reads.
+        // SAFETY: the region before is closed and no helper is inside, so nobody reads.
         unsafe { *state.region.get() = Some(region) };
-        state.busy.store(self.helpers.len(), Ordering::Relaxed);
-        state.epoch.fetch_add(1, Ordering::SeqCst);
+        let number = state.number(Ordering::Relaxed) + 1;
+        state.door.store(number << NUMBER_SHIFT, Ordering::SeqCst);
         for helper in &self.helpers {
             if helper.asleep.load(Ordering::SeqCst) {
                 helper.thread.unpark();
             }
         }
         let own = catch_unwind(AssertUnwindSafe(|| f(0)));
+        state.door.fetch_or(CLOSED, Ordering::Relaxed);
         let (mut looks, mut fetch) = (0, Fetch::new());
-        while state.busy.load(Ordering::Acquire) > 0 {
+        while state.door.load(Ordering::Acquire) & INSIDE > 0 {
             if fetch.some(&state.slots[0]) {
                 continue;
             }
@@ -197,7 +222,7 @@ impl Team {
         // Where the system gave fewer threads than were asked for, there are slots without one.
         let slots = &self.state.slots[..self.threads()];
         let begin = || slots.iter().enumerate().for_each(|(worker, slot)| slot.set(self.share(count, worker)));
-        self.begin_and_run(begin, &|worker| {
+        self.run(begin, &|worker| {
             while let Some(i) = slots[worker].take(true) {
                 f(i);
             }
@@ -261,7 +286,7 @@ fn worker_loop(state: &TeamState, asleep: &AtomicBool, worker: usize) {
     let (mut seen, mut fetch) = (0, Fetch::new());
     loop {
         let mut spins = 0;
-        while state.epoch.load(Ordering::Acquire) == seen {
+        while state.number(Ordering::Acquire) == seen {
             if fetch.some(&state.slots[worker]) {
                 continue;
             }
@@ -270,24 +295,28 @@ fn worker_loop(state: &TeamState, asleep: &AtomicBool, worker: usize) {
                 std::hint::spin_loop();
                 continue;
             }
-            // Said before the epoch is looked at for the last time: either the caller sees it and wakes us, or we see
-            // the epoch.
+            // Said before the number is looked at for the last time: either the caller sees it and wakes us, or we see
+            // the number.
             asleep.store(true, Ordering::SeqCst);
-            if state.epoch.load(Ordering::SeqCst) == seen {
+            if state.number(Ordering::SeqCst) == seen {
                 thread::park();
             }
             asleep.store(false, Ordering::SeqCst);
         }
-        seen += 1;
-        // SAFETY: the epoch is set after the region, and the caller waits until we are no longer busy before it lets go
-        // of it.
+        let (number, entered) = state.enter();
+        seen = number;
+        if !entered {
+            continue;
+        }
+        // SAFETY: the door was opened after the region was written, and the caller waits until we have left before it
+        // lets go of it.
         let region = unsafe { (*state.region.get()).map(|region| &*region) };
         if let Some(region) = region
             && catch_unwind(AssertUnwindSafe(|| region(worker))).is_err()
         {
             state.panicked.store(true, Ordering::Relaxed);
         }
-        state.busy.fetch_sub(1, Ordering::Release);
+        state.door.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -346,17 +375,52 @@ mod tests {
         assert_eq!(sum.load(Ordering::Relaxed), 3 * 20 * 45);
     }
 
+    /// A helper that sleeps and is not woken stands for one that the system has taken away.
+    #[test]
+    fn a_helper_that_does_not_come_is_not_waited_for() {
+        let team = Team::new(2);
+        let helper = &team.helpers[0];
+        while !helper.asleep.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        helper.asleep.store(false, Ordering::SeqCst);
+        let done = AtomicUsize::new(0);
+        let count = |_| {
+            done.fetch_add(1, Ordering::Relaxed);
+        };
+        team.each(10, count);
+        assert_eq!(done.load(Ordering::Relaxed), 10);
+        // It comes to a region that is closed, and then to one that is not.
+        helper.thread.unpark();
+        let (both, met) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        team.each(2, |_| {
+            both.fetch_add(1, Ordering::Relaxed);
+            while both.load(Ordering::Relaxed) < 2 {
+                helper.thread.unpark();
+                thread::yield_now();
+            }
+            met.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(met.load(Ordering::Relaxed), 2);
+    }
+
     #[test]
     fn a_panic_reaches_the_caller_and_the_team_goes_on() {
         let team = Team::new(3);
+        // No thread takes a second piece before each has one, so that each panics once.
+        let on_all = |bad: Option<usize>| {
+            let begun = AtomicUsize::new(0);
+            team.each(3, |piece| {
+                begun.fetch_add(1, Ordering::Relaxed);
+                while begun.load(Ordering::Relaxed) < 3 {
+                    thread::yield_now();
+                }
+                assert!(bad != Some(piece), "planted");
+            });
+        };
         for bad in 0..3 {
-            let run = || team.run(&|worker| assert!(worker != bad, "planted"));
-            assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+            assert!(catch_unwind(AssertUnwindSafe(|| on_all(Some(bad)))).is_err());
         }
-        let seen = AtomicUsize::new(0);
-        team.run(&|_| {
-            seen.fetch_add(1, Ordering::Relaxed);
-        });
-        assert_eq!(seen.load(Ordering::Relaxed), 3);
+        on_all(None);
     }
 }
