@@ -91,6 +91,7 @@ pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Res
         hub: hub.clone(),
         model,
         text: text.clone(),
+        memory: memory.clone(),
         arbiter,
         limits: limits.clone(),
     })

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 
 use crate::error::{Error, Result};
+use crate::sync::lock;
 
 /// Where the model serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,7 +168,7 @@ impl Arbiter {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.state)
     }
 
     /// Waits for the compute, ahead of training that has had its share. Warns where training keeps it for too long.
@@ -265,7 +266,7 @@ struct Turn {
 
 impl Turn {
     fn since(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.since.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.since)
     }
 
     fn yield_to_serving(&self) {

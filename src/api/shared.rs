@@ -7,6 +7,7 @@ use super::edge::Calls;
 use super::places::{Places, WorkPlaces};
 use super::uploads::Uploads;
 use crate::config::Limits;
+use crate::data;
 use crate::error::Result;
 use crate::hub::Hub;
 use crate::ids::DatasetName;
@@ -54,13 +55,10 @@ pub struct Shared {
     pub reads: Places,
 }
 
-/// What a dataset that is read whole takes in memory for each byte: its bytes, its records, and what is made of them.
-const DATASET_FACTOR: u64 = 4;
-
 impl Shared {
     /// Waits for the memory to read a dataset whole.
     pub async fn bulk_of_dataset(&self, name: &DatasetName) -> Result<Bulk> {
         let row = self.parts.store.get_dataset(name).await?;
-        self.parts.memory.bulk(DATASET_FACTOR * row.size_bytes).await
+        self.parts.memory.bulk(data::memory_bytes(&row)).await
     }
 }

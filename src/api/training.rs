@@ -49,10 +49,9 @@ impl TrainingService for Training {
         if request.validate_only {
             // It reads the whole dataset.
             let place = self.0.reads.take(caller_of(&call)?)?;
-            let bulk = self.0.bulk_of_dataset(&spec.dataset).await?;
             let trainer = self.0.parts.trainer.clone();
             let validate = async move { trainer.validate(&tenant, &spec).await.map(|validated| (spec, validated)) };
-            let ((spec, validated), _) = run_holding((place, bulk), validate).await?;
+            let ((spec, validated), _) = run_holding(place, validate).await?;
             return Ok(Response::new(convert::validated(&spec, validated)));
         }
         let row = self.0.parts.trainer.submit(&tenant, spec, &key).await?;

@@ -25,6 +25,14 @@ use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{DatasetRow, Store, uninterrupted};
 use crate::text::Text;
 
+/// What a dataset that is read whole takes in memory for each byte: its bytes, its records, and what is made of them.
+const MEMORY_FACTOR: u64 = 4;
+
+/// Returns the bytes of memory that reading a dataset whole takes.
+pub fn memory_bytes(dataset: &DatasetRow) -> u64 {
+    MEMORY_FACTOR.saturating_mul(dataset.size_bytes)
+}
+
 /// Returns all records of a dataset, in order.
 ///
 /// # Errors

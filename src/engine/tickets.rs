@@ -6,12 +6,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
+use crate::sync::lock;
 
 /// When a client may try again that is refused before any request has ended, or by a server that is going away.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -150,10 +151,6 @@ pub struct Ticket {
     /// The tenant as the scheduler's number.
     pub number: u32,
     since: Instant,
-}
-
-fn lock(counts: &Mutex<Counts>) -> MutexGuard<'_, Counts> {
-    counts.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Tickets {

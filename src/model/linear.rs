@@ -15,6 +15,7 @@ use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
 use crate::kernels::packed::PackedMatrix;
 use crate::random::{Purpose, Stream};
 use crate::request::Target;
+use crate::sync::lock;
 
 /// Runs `f(first row, dequantised rows)` over pieces of `w` small enough that `rows` activations against one take about [`PIECE_MACS`].
 fn pieces(w: &PackedMatrix, rows: usize, compute: &YieldPoint, mut f: impl FnMut(usize, &[f32])) {
@@ -268,15 +269,15 @@ impl CustomOp1 for TokenLogprobs {
         let lse: Vec<f32> = state.iter().map(|row| (f64::from(row.largest) + row.sum.ln()) as f32).collect();
         let logprobs = state.iter().zip(&lse).map(|(row, lse)| row.of_target - lse).collect();
         let is_greedy = state.iter().zip(&self.targets).map(|(row, target)| row.best == *target as usize).collect();
-        *self.is_greedy.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = is_greedy;
-        *self.log_sum_exp.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = lse;
+        *lock(&self.is_greedy) = is_greedy;
+        *lock(&self.log_sum_exp) = lse;
         Ok((CpuStorage::F32(logprobs), rows.into()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let (values, dy) = (to_vec(x)?, to_vec(dy)?);
         let (rows, width) = x.dims2()?;
-        let lse = self.log_sum_exp.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let lse = lock(&self.log_sum_exp);
         let mut dx = vec![0.0; values.len()];
         self.logits(&values, |from, logits, weights| {
             let count = logits.len() / rows;

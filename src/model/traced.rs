@@ -15,6 +15,7 @@ pub use crate::model::linear::Dropout;
 use crate::model::linear::{AdaptedLinear, FrozenLinear, TokenLogprobs};
 use crate::model::llama::{self, Norm, Ops};
 use crate::request::{LoraSpec, Target};
+use crate::sync::lock;
 
 /// A LoRA as candle tensors: `Var`s where it is trained.
 #[derive(Debug)]
@@ -132,7 +133,7 @@ impl Model {
         let hidden = self.traced_hidden(sequences, wanted, pass)?;
         let (head, is_greedy) = TokenLogprobs::new(self.clone(), targets, pass.compute());
         let logprobs = hidden.apply_op1(head)?;
-        let is_greedy = std::mem::take(&mut *is_greedy.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        let is_greedy = std::mem::take(&mut *lock(&is_greedy));
         Ok(TokenScores { logprobs, is_greedy })
     }
 

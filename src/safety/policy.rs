@@ -7,6 +7,7 @@ use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::Tenant;
 use crate::store::{PolicyRow, Store};
+use crate::sync::lock;
 use crate::text::matcher::Patterns;
 use crate::work::block_holding;
 
@@ -104,7 +105,7 @@ impl Policies {
     }
 
     fn compiled(&self) -> MutexGuard<'_, Compiled> {
-        self.compiled.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.compiled)
     }
 }
 

@@ -8,12 +8,14 @@ use crate::data::{self, Batches, Encoded, Examples, Length, Split};
 use crate::error::{Error, Result};
 use crate::hub::Hub;
 use crate::ids::{AdapterRef, Tenant};
+use crate::memory::Memory;
 use crate::model::{Model, parity};
 use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start, TrainingData};
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
 use crate::train::fit::Control;
 use crate::train::schedule::Schedule;
+use crate::work::block_holding;
 
 /// Where jobs look things up.
 #[derive(Debug, Clone)]
@@ -22,6 +24,7 @@ pub struct Sources {
     pub hub: Arc<Hub>,
     pub model: Arc<Model>,
     pub text: Arc<Text>,
+    pub memory: Arc<Memory>,
     pub limits: Limits,
 }
 
@@ -115,6 +118,8 @@ impl Sources {
                 (read.await.map_err(Error::internal)??, true)
             }
         };
+        // Until its records are ids, which are an eighth of it or less; those of the one job that runs are not counted.
+        let memory = self.memory.bulk(data::memory_bytes(&dataset)).await?;
         let records = data::read(&self.store, &self.text, &dataset).await?;
         let recipe = spec.hyperparameters.clone();
         let max = max_length(&recipe, &self.limits, self.model.context_length());
@@ -132,8 +137,7 @@ impl Sources {
             let data = TrainingData { records, validation_records, tokens, dropped, truncated };
             Ok::<_, Error>((train, validation, data, schedule.total_steps))
         };
-        let encoded = tokio::task::spawn_blocking(encode).await.map_err(Error::internal)??;
-        let (train, validation, data, total_steps) = encoded;
+        let ((train, validation, data, total_steps), _) = block_holding(memory, encode).await?;
         Ok(Prepared { start, continued, train, validation, data, total_steps })
     }
 }

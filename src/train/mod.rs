@@ -25,9 +25,11 @@ use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::hub::Hub;
 use crate::ids::{JobName, Tenant};
+use crate::memory::Memory;
 use crate::model::Model;
 use crate::request::{JobEvent, JobSpec, JobState, TrainingData};
 use crate::store::{JobEnd, JobRow, NewJob, RequestKey, Store, StoredEvent};
+use crate::sync::lock;
 use crate::text::Text;
 use crate::train::fit::{Control, StopOnDrop};
 use crate::train::job::{Prepared, Sources};
@@ -53,6 +55,8 @@ pub struct TrainerParts {
     pub model: Arc<Model>,
     /// The base's tokenizer and template.
     pub text: Arc<Text>,
+    /// What it takes memory from while it reads a dataset.
+    pub memory: Arc<Memory>,
     /// Whom training asks for compute.
     pub arbiter: Arc<Arbiter>,
     /// The limits that this server was started with.
@@ -139,7 +143,7 @@ impl Inner {
     }
 
     fn running(&self) -> MutexGuard<'_, Option<Running>> {
-        self.running.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.running)
     }
 
     fn set_running(&self, running: Option<Running>) {
@@ -150,10 +154,10 @@ impl Inner {
 impl Trainer {
     /// Marks the jobs that an earlier process left running as interrupted, and begins to take queued ones.
     pub async fn start(parts: TrainerParts) -> Result<Self> {
-        let TrainerParts { store, hub, model, text, arbiter, limits } = parts;
+        let TrainerParts { store, hub, model, text, memory, arbiter, limits } = parts;
         store.interrupt_stale_jobs().await?;
         let inner = Arc::new(Inner {
-            sources: Sources { store, hub, model, text, limits },
+            sources: Sources { store, hub, model, text, memory, limits },
             arbiter,
             worker: new_id(),
             queued: Notify::new(),
@@ -275,7 +279,7 @@ impl Trainer {
     /// Stops taking jobs; a running one becomes INTERRUPTED. Returns once nothing runs.
     pub async fn shutdown(&self) {
         self.inner.shutdown.cancel();
-        let worker = self.worker.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let worker = lock(&self.worker).take();
         if let Some(worker) = worker
             && let Err(error) = worker.await
         {

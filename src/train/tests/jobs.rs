@@ -12,6 +12,7 @@ use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, NewVersion, Package, PublishGate};
 use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant};
+use crate::memory::Memory;
 use crate::model::Model;
 use crate::request::{
     Hyperparameters, JobEvent, JobSpec, JobState, Objective, ParityReport, Publish, Start, TooLong, TrainingData,
@@ -61,7 +62,8 @@ impl Bench {
         let tenant = Tenant::proven("tenants/one".parse().unwrap());
         let (model, text) = Model::tiny(1);
         let hub = Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(Pass), &limits);
-        let parts = TrainerParts { store, hub, model, text, arbiter: Arbiter::new(0.5), limits };
+        let memory = Memory::new(limits.max_request_memory_bytes);
+        let parts = TrainerParts { store, hub, model, text, memory, arbiter: Arbiter::new(0.5), limits };
         let trainer = Trainer::start(parts.clone()).await.unwrap();
         Self { folder, parts, trainer, tenant }
     }
