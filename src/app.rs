@@ -10,7 +10,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::api::{self, auth::OPERATOR_TENANT};
 use crate::config::{Config, Limits};
-use crate::device::{self, Arbiter};
+use crate::device::{self, Compute};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, PublishGate};
@@ -74,15 +74,15 @@ pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Res
     device::init_pool(config.threads);
     let limits = config.limits.clone();
     make_operator_tenant(&store).await?;
-    let arbiter = Arbiter::new(limits.train_share_percent as f64 / 100.0);
-    let gate = Arc::new(ParityGate(Parity::new(model.clone(), &text, arbiter.clone())?));
+    let compute = Compute::new(model.serves_on_cpu(), limits.train_share_percent as f64 / 100.0);
+    let gate = Arc::new(ParityGate(Parity::new(model.clone(), &text, compute.clone())?));
     let mut shape = model.shape().clone();
     if let Some(name) = &config.base_name {
         name.clone_into(&mut shape.name);
     }
     let hub = Hub::new(store.clone(), shape, text.template_digest(), gate, &limits);
     let memory = Memory::new(limits.max_request_memory_bytes);
-    let engine = Engine::start(model.clone(), text.clone(), hub.clone(), arbiter.clone(), memory.clone(), &limits)?;
+    let engine = Engine::start(model.clone(), text.clone(), hub.clone(), compute.serving, memory.clone(), &limits)?;
     let guard = Guard::new(engine, store.clone(), &limits);
     let context_length = model.context_length();
     let (base_name, base_digest) = (model.shape().name.clone(), model.shape().digest);
@@ -92,7 +92,7 @@ pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Res
         model,
         text: text.clone(),
         memory: memory.clone(),
-        arbiter,
+        arbiter: compute.training,
         limits: limits.clone(),
     })
     .await?;

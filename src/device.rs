@@ -1,6 +1,6 @@
-//! The device, the compute pool, and the one arbiter of compute.
+//! The device, the compute pool, and the arbiters of compute.
 //!
-//! Serving and training share the cores. The engine takes a [`ServePermit`] for each step; training holds a [`TrainPermit`] and
+//! Where the model serves on the CPU, serving and training share the cores. The engine takes a [`ServePermit`] for each step; training holds a [`TrainPermit`] and
 //! offers to give way at every frozen linear layer. Training yields whenever a step is waiting, except that it is owed a share of
 //! the compute (`train_share_percent`), so that a busy server does not starve it. The share holds for long steps too: after a step of
 //! 180 ms and at a share of 40 %, training has 120 ms.
@@ -233,6 +233,24 @@ impl Arbiter {
     }
 }
 
+/// Whom serving asks for what it computes on, and whom training asks. Training computes on the CPU, whatever serves.
+#[derive(Debug, Clone)]
+pub struct Compute {
+    /// For engine steps, and for the serving side of the parity gate.
+    pub serving: Arc<Arbiter>,
+    /// For training, and for the training side of the parity gate.
+    pub training: Arc<Arbiter>,
+}
+
+impl Compute {
+    /// Returns one arbiter for both sides where they share the cores, and two where a GPU serves: neither waits for the other then.
+    pub fn new(serves_on_cpu: bool, train_share: f64) -> Self {
+        let serving = Arbiter::new(train_share);
+        let training = if serves_on_cpu { serving.clone() } else { Arbiter::new(train_share) };
+        Self { serving, training }
+    }
+}
+
 /// The right to run one engine step.
 #[derive(Debug)]
 pub struct ServePermit<'a> {
@@ -324,6 +342,15 @@ impl YieldPoint {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+    #[test]
+    fn training_does_not_wait_for_a_gpu() {
+        let apart = Compute::new(false, 0.4);
+        let _step = apart.serving.serve();
+        drop(apart.training.train());
+        let shared = Compute::new(true, 0.4);
+        assert!(Arc::ptr_eq(&shared.serving, &shared.training));
+    }
 
     /// Both sides always have work: the share of training over ten minutes of engine steps and of pieces so long.
     fn simulated(train_share: f64, step: f64, piece: f64) -> f64 {

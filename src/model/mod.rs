@@ -112,6 +112,11 @@ impl Model {
         Ok(Arc::new(Self { shape, rope, on_device, weights }))
     }
 
+    /// Returns whether the model serves on the CPU, where it is trained too.
+    pub fn serves_on_cpu(&self) -> bool {
+        self.on_device.is_none()
+    }
+
     /// What serves on the model's device, with a KV cache of its own.
     pub fn executor(self: &Arc<Self>, kv: KvLayout) -> Result<Box<dyn Executor>> {
         Ok(match &self.on_device {

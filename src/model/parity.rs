@@ -7,7 +7,7 @@
 use std::sync::{Arc, OnceLock};
 
 use crate::adapter::{Initialisation, Lora, PackedLora};
-use crate::device::{Arbiter, TrainPermit};
+use crate::device::Compute;
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
 use crate::model::batch::{KvLayout, LogitRows, Span};
@@ -52,7 +52,7 @@ type Fingerprint = u64;
 #[derive(Debug)]
 pub struct Parity {
     model: Arc<Model>,
-    arbiter: Arc<Arbiter>,
+    compute: Compute,
     probes: Vec<Vec<u32>>,
     /// Of the built-in probes; the same for every adapter.
     base: OnceLock<BaseScores>,
@@ -60,33 +60,32 @@ pub struct Parity {
 
 impl Parity {
     /// Returns the gate for a base, with the text that it compares on encoded once.
-    pub fn new(model: Arc<Model>, text: &Text, arbiter: Arc<Arbiter>) -> Result<Self> {
+    pub fn new(model: Arc<Model>, text: &Text, compute: Compute) -> Result<Self> {
         let ids = text.encode_plain(PROBE)?;
         let probes: Vec<Vec<u32>> = ids.chunks(CHUNK.min(model.context_length())).map(<[u32]>::to_vec).collect();
-        Ok(Self { model, arbiter, probes: limited(&probes, MIN_TOKENS), base: OnceLock::new() })
+        Ok(Self { model, compute, probes: limited(&probes, MIN_TOKENS), base: OnceLock::new() })
     }
 
     /// Scores `probes` (where they hold fewer than 256 tokens to score: the built-in ones) with and without the adapter: serving `served`,
     /// and training with `trained`, of which it was made. Takes seconds of compute, and gives way to serving.
     pub fn measure(&self, served: &Arc<PackedLora>, trained: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
-        let permit = self.arbiter.train();
         let own;
         let (probes, base) = if scored(probes) >= MIN_TOKENS {
             let probes = limited(probes, MAX_TOKENS);
-            own = (self.base_scores(&probes, &permit)?, probes);
+            own = (self.base_scores(&probes)?, probes);
             (&own.1, &own.0)
         } else {
             let base = match self.base.get() {
                 Some(base) => base,
                 None => {
-                    let scores = self.base_scores(&self.probes, &permit)?;
+                    let scores = self.base_scores(&self.probes)?;
                     self.base.get_or_init(|| scores)
                 }
             };
             (&self.probes, base)
         };
-        let (serve, fingerprint) = self.serve(probes, Some(served), &permit)?;
-        let train = self.train(probes, Some(&TracedLora::frozen(trained)?), &permit)?;
+        let (serve, fingerprint) = self.serve(probes, Some(served))?;
+        let train = self.train(probes, Some(&TracedLora::frozen(trained)?))?;
         report(base, &serve, &train, fingerprint == base.serve.1)
     }
 
@@ -96,20 +95,16 @@ impl Parity {
     /// # Errors
     /// UNSUPPORTED_SETTING where that part cannot be found again.
     pub fn plain_form(&self, lora: &Lora, initialisation: Initialisation) -> Result<Option<Lora>> {
-        let permit = self.arbiter.train();
+        let permit = self.compute.training.train();
         initial::plain_form(&self.model, lora, initialisation, &|| permit.yield_to_serving())
     }
 
-    fn base_scores(&self, probes: &[Vec<u32>], permit: &TrainPermit) -> Result<BaseScores> {
-        Ok(BaseScores { serve: self.serve(probes, None, permit)?, train: self.train(probes, None, permit)? })
+    fn base_scores(&self, probes: &[Vec<u32>]) -> Result<BaseScores> {
+        Ok(BaseScores { serve: self.serve(probes, None)?, train: self.train(probes, None)? })
     }
 
-    fn serve(
-        &self,
-        probes: &[Vec<u32>],
-        lora: Option<&Arc<PackedLora>>,
-        permit: &TrainPermit,
-    ) -> Result<(Logprobs, Fingerprint)> {
+    fn serve(&self, probes: &[Vec<u32>], lora: Option<&Arc<PackedLora>>) -> Result<(Logprobs, Fingerprint)> {
+        let permit = self.compute.serving.train();
         let longest = probes.iter().map(Vec::len).max().unwrap_or(0);
         let layout = KvLayout { block_tokens: CHUNK, blocks: longest.div_ceil(CHUNK) };
         let blocks: Vec<u32> = (0..layout.blocks as u32).collect();
@@ -131,11 +126,12 @@ impl Parity {
         Ok((logprobs, fingerprint))
     }
 
-    fn train(&self, probes: &[Vec<u32>], lora: Option<&TracedLora>, permit: &TrainPermit) -> Result<Logprobs> {
+    fn train(&self, probes: &[Vec<u32>], lora: Option<&TracedLora>) -> Result<Logprobs> {
+        let permit = self.compute.training.train();
         let ids: Vec<&[u32]> = probes.iter().map(Vec::as_slice).collect();
         let wanted: Vec<_> =
             ids.iter().enumerate().flat_map(|(s, ids)| (0..ids.len().saturating_sub(1)).map(move |i| (s, i))).collect();
-        let pass = Pass { lora, dropout: None, permit: Some(permit) };
+        let pass = Pass { lora, dropout: None, permit: Some(&permit) };
         Ok(self.model.token_logprobs(&ids, &wanted, pass)?.to_vec1()?)
     }
 }
@@ -200,7 +196,7 @@ mod tests {
         for (i, layer) in lora.layers.values_mut().enumerate() {
             layer.b.iter_mut().enumerate().for_each(|(j, b)| *b = ((i * 31 + j) as f32).sin() * 0.1);
         }
-        (Parity::new(model, &text, Arbiter::new(0.5)).unwrap(), lora)
+        (Parity::new(model, &text, Compute::new(true, 0.5)).unwrap(), lora)
     }
 
     fn packed(lora: &Lora, parity: &Parity) -> Arc<PackedLora> {
