@@ -119,6 +119,9 @@ impl Loop {
     pub(super) fn schedule(&mut self) {
         let Self { scheduler, plan, sequences, warm, .. } = self;
         scheduler.plan(plan, &mut |id| readiness(id, sequences, warm));
+        for sequence in scheduler.take_preempted().filter_map(|id| sequences.get(&id)) {
+            sequence.figures.preempted();
+        }
         for id in scheduler.next_in_line(PREFETCHED_TENANTS) {
             if let Some(Sequence { adapter: Adapter::Wanted(row), .. }) = sequences.get(&id) {
                 warm.prefetch(row);

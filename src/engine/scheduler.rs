@@ -21,7 +21,6 @@ use std::collections::HashMap;
 
 use crate::engine::blocks::Blocks;
 use crate::engine::prefix::Chain;
-use crate::engine::stats;
 use waiting::{Rank, Waiting};
 
 /// What a token counts for a tenant of weight 1.
@@ -137,6 +136,8 @@ pub struct Scheduler {
     running: Vec<Entry>,
     /// Of the tenants since the scheduler was last idle.
     accounts: HashMap<u32, Account>,
+    /// The sequences that have been sent back since [`Scheduler::take_preempted`], each as often as it was.
+    preempted: Vec<u64>,
 }
 
 impl Scheduler {
@@ -147,6 +148,7 @@ impl Scheduler {
             waiting: Waiting::default(),
             running: Vec::with_capacity(bounds.max_running.min(MOST_PREALLOCATED)),
             accounts: HashMap::new(),
+            preempted: Vec::with_capacity(bounds.max_running.min(MOST_PREALLOCATED)),
         }
     }
 
@@ -433,7 +435,7 @@ impl Scheduler {
     /// Takes the blocks of a running sequence, which starts over later.
     fn send_back(&mut self, at: usize) {
         let mut entry = self.stop(at);
-        stats::count_preemption();
+        self.preempted.push(entry.id);
         self.clear(&mut entry);
         entry.rank = self.waiting.first_rank(entry.rank.priority());
         self.waiting.push(self.served(entry.tenant), entry);
@@ -467,6 +469,11 @@ impl Scheduler {
     /// The least comes first. Tenants that have had as much go by their numbers, so that no priority decides between them.
     fn turn(&self, entry: &Entry) -> (u64, u32, Reverse<i32>) {
         (self.served(entry.tenant), entry.tenant, Reverse(entry.rank.priority()))
+    }
+
+    /// Gives the sequences that have lost their blocks to others since the last call; they start over later.
+    pub fn take_preempted(&mut self) -> std::vec::Drain<'_, u64> {
+        self.preempted.drain(..)
     }
 
     /// Sequences that do not run, those set aside included.

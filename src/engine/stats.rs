@@ -53,6 +53,7 @@ pub struct Figures {
     between_tokens_seconds: Histogram,
     generated_total: Counter,
     prompt_total: Counter,
+    preemptions_total: Counter,
 }
 
 impl std::fmt::Debug for Figures {
@@ -77,6 +78,7 @@ impl Figures {
             between_tokens_seconds: metrics::histogram!("tenora_time_between_tokens_seconds", labels.iter()),
             generated_total: metrics::counter!("tenora_generated_tokens_total", labels.iter()),
             prompt_total: metrics::counter!("tenora_prompt_tokens_total", labels.iter()),
+            preemptions_total: metrics::counter!("tenora_preemptions_total", labels.iter()),
         }
     }
 
@@ -91,6 +93,11 @@ impl Figures {
     /// All of its prompt is computed, or all of what is to be scored.
     pub fn prompt(&self, tokens: usize) {
         self.prompt_total.increment(tokens as u64);
+    }
+
+    /// It has lost its blocks to another and starts over.
+    pub fn preempted(&self) {
+        self.preemptions_total.increment(1);
     }
 
     /// It has a token more.
@@ -117,11 +124,6 @@ impl Drop for Figures {
             trace.part("decode", first, last, vec![("tenora.tokens", self.tokens.to_string())]);
         }
     }
-}
-
-/// A running sequence has lost its blocks to another and starts over.
-pub fn count_preemption() {
-    metrics::counter!("tenora_preemptions_total").increment(1);
 }
 
 /// A step over so many rows, tokens of prompts and answers.
