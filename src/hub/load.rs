@@ -116,11 +116,11 @@ impl Hub {
             Err(_) if !self.store.has_version(&row.uid).await? => return Err(Error::not_found(&row.name)),
             Err(e) => return Err(damaged(row, &e)),
         };
-        let (package, digest) = blocking(move || package.digest().map(|digest| (package, digest))).await?;
-        if digest == row.digest {
-            Ok(package)
-        } else {
-            Err(damaged(row, &format!("their digest is {digest}, not {}", row.digest)))
+        let (digest, package) = blocking(move || Ok((package.digest(), package))).await?;
+        match digest {
+            Ok(digest) if digest == row.digest => Ok(package),
+            Ok(digest) => Err(damaged(row, &format!("their digest is {digest}, not {}", row.digest))),
+            Err(e) => Err(damaged(row, &e)),
         }
     }
 }

@@ -459,6 +459,31 @@ async fn damaged_files_are_never_served() {
     assert_eq!(bench.hub.stats(), HubStats::default());
 }
 
+/// The same content under another name is the same blob.
+#[tokio::test]
+async fn the_same_files_again_repair_damaged_ones() {
+    let mut bench = Bench::new(8).await;
+    let row = bench.publish("x", 1, 0.5).await.unwrap();
+    let file = bench.dir.path().join("blobs").join(&row.blob).join(TENSORS_FILE);
+    let sound = std::fs::read(&file).unwrap();
+    let faults: [fn(&Bench, &VersionRow, &std::path::Path); 3] = [
+        |bench, row, _| damage(bench, row, TENSORS_FILE),
+        |_, _, file| std::fs::write(file, b"cut").unwrap(),
+        |_, _, file| std::fs::remove_file(file).unwrap(),
+    ];
+    for (n, fault) in faults.into_iter().enumerate() {
+        fault(&bench, &row, &file);
+        damage(&bench, &row, PACKED_FILE);
+        bench.forget(8);
+        assert_eq!(reason(&bench.lease(&row.name).await.unwrap_err()), "VERSION_DAMAGED");
+        let again = bench.publish(&format!("again-{n}"), 1, 0.5).await.unwrap();
+        assert_eq!((again.digest, &again.blob), (row.digest, &row.blob));
+        assert_eq!(std::fs::read(&file).unwrap(), sound);
+        bench.forget(8);
+        assert_serves(&bench.lease(&row.name).await.unwrap(), &lora(1, 0.5));
+    }
+}
+
 #[tokio::test]
 async fn a_packed_file_that_cannot_be_used_is_made_again() {
     let mut bench = Bench::new(8).await;

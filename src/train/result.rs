@@ -62,9 +62,14 @@ impl TrainingResult {
     /// Reads the result that a job has saved. `None` where there is none that is whole and readable: the job has to train again.
     pub async fn load(store: &Store, job: &JobRow) -> Result<Option<Self>> {
         let Some(folder) = &job.result else { return Ok(None) };
-        let manifest = format!("{folder}/{MANIFEST_FILE}");
-        if !store.blobs().list(folder).await?.contains(&manifest) {
+        let [manifest, config, tensors] =
+            [MANIFEST_FILE, CONFIG_FILE, TENSORS_FILE].map(|file| format!("{folder}/{file}"));
+        let files = store.blobs().list(folder).await?;
+        if !files.contains(&manifest) {
             return Ok(None);
+        }
+        if !(files.contains(&config) && files.contains(&tensors)) {
+            return Ok(unusable(job, &"a file is missing"));
         }
         let manifest: Manifest = match serde_json::from_slice(&store.blobs().get(&manifest).await?) {
             Ok(manifest) => manifest,
@@ -73,8 +78,7 @@ impl TrainingResult {
         if manifest.v > VERSION {
             return Ok(unusable(job, &format!("it has version {}", manifest.v)));
         }
-        let config = store.blobs().get(&format!("{folder}/{CONFIG_FILE}")).await?;
-        let tensors = store.blobs().get(&format!("{folder}/{TENSORS_FILE}")).await?;
+        let (config, tensors) = (store.blobs().get(&config).await?, store.blobs().get(&tensors).await?);
         if [&config, &tensors].map(|file| Digest::of(file).to_string()) != [manifest.config, manifest.tensors] {
             return Ok(unusable(job, &"its files have other digests"));
         }

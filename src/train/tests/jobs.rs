@@ -412,16 +412,21 @@ async fn a_crash_after_the_training_loses_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_result_is_trained_again() {
     let bench = Bench::with(Limits { publish_retry_seconds: 0, ..Limits::default() }).await;
-    bench.refuse_versions().await;
-    let job = bench.submit(bench.spec("chats", Objective::Sft, 3)).await;
-    bench.interrupted(&job).await;
-    bench.accept_versions().await;
-    for file in bench.saved().await.iter().filter(|file| file.ends_with("safetensors")) {
-        bench.parts.store.blobs().replace(file, b"damaged".to_vec()).await.unwrap();
+    for (damaged, missing) in [("safetensors", false), ("safetensors", true), ("result.json", false)] {
+        bench.refuse_versions().await;
+        let job = bench.submit(bench.spec("chats", Objective::Sft, 3)).await;
+        bench.interrupted(&job).await;
+        bench.accept_versions().await;
+        for file in bench.saved().await.iter().filter(|file| file.ends_with(damaged)) {
+            match missing {
+                true => bench.parts.store.blobs().delete(file).await.unwrap(),
+                false => bench.parts.store.blobs().replace(file, b"damaged".to_vec()).await.unwrap(),
+            }
+        }
+        bench.trainer.resume(&bench.tenant, &job).await.unwrap();
+        let events = bench.events(&job, 0).await;
+        assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 6), "{damaged}: {events:?}");
     }
-    bench.trainer.resume(&bench.tenant, &job).await.unwrap();
-    let events = bench.events(&job, 0).await;
-    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 6), "{events:?}");
     bench.trainer.shutdown().await;
 }
 
