@@ -13,7 +13,7 @@ use std::time::Instant;
 use tenora::device::{self, DeviceSpec};
 use tenora::kernels::cpu::{Team, dot_products};
 use tenora::model::Model;
-use tenora::model::batch::{KvLayout, LogitRows, Span};
+use tenora::model::batch::{KvLayout, Readout, SequenceChunk};
 
 const ROUNDS: usize = 9;
 const BLOCK_TOKENS: usize = 16;
@@ -92,12 +92,12 @@ fn main() {
         model.executor(KvLayout { block_tokens: BLOCK_TOKENS, blocks: 16 * blocks_each }).expect("a cache");
     let ids: Vec<u32> = (0..PROMPT as u32).map(|i| 1000 + i * 7919 % 40_000).collect();
     let mut run = |step: &Step| {
-        let span = |s: usize| Span {
+        let span = |s: usize| SequenceChunk {
             ids: &ids[..step.rows],
             start: step.before,
             blocks: &tables[s],
             lora: None,
-            logits: LogitRows::Last,
+            logits: Readout::Last,
         };
         let spans: Vec<_> = (0..step.sequences).map(span).collect();
         seconds(|| {

@@ -21,11 +21,11 @@ use tenora::config::Limits;
 use tenora::data::{Examples, Pair};
 use tenora::device::Arbiter;
 use tenora::model::Model;
-use tenora::model::batch::{KvLayout, LogitRows, Span};
-use tenora::model::traced::{Pass, TracedLora};
+use tenora::model::batch::{KvLayout, Readout, SequenceChunk};
+use tenora::model::traced::{ForwardOptions, TracedLora};
 use tenora::request::{ChatMessage, Hyperparameters, JobEvent, LrSchedule, Objective};
 use tenora::text::{Conversation, Text};
-use tenora::train::fit::{Control, FitInputs, FitOutcome, fit};
+use tenora::train::fit::{CancelToken, FitInputs, FitOutcome, fit};
 use tenora::train::objective::measures::MARGINS;
 
 fn folder() -> PathBuf {
@@ -96,7 +96,8 @@ fn served_logits(ids: &[u32], lora: Option<&Lora>, chunk: usize) -> Vec<Vec<f32>
     let blocks: Vec<u32> = (0..layout.blocks as u32).rev().collect();
     let mut rows = Vec::new();
     for (i, part) in ids.chunks(chunk).enumerate() {
-        let span = Span { ids: part, start: i * chunk, blocks: &blocks, lora: lora.as_ref(), logits: LogitRows::All };
+        let span =
+            SequenceChunk { ids: part, start: i * chunk, blocks: &blocks, lora: lora.as_ref(), logits: Readout::All };
         let logits = exec.forward(&[span]).expect("a forward");
         rows.extend(logits.chunks_exact(model.vocab_size()).map(<[f32]>::to_vec));
     }
@@ -171,7 +172,7 @@ fn the_float32_reference_gives_the_golden_logprobs() {
         let lora = adapter(name).map(|lora| TracedLora::frozen(&lora).expect("tensors"));
         let ids = ids(&entry["ids"]);
         let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
-        let pass = Pass { lora: lora.as_ref(), ..Pass::default() };
+        let pass = ForwardOptions { lora: lora.as_ref(), ..ForwardOptions::default() };
         let logprobs =
             model.token_logprobs(&[&ids], &wanted, pass).and_then(|t| Ok(t.to_vec1::<f32>()?)).expect("scores");
         for (i, (got, want)) in logprobs.iter().zip(floats(&entry["logprobs"])).enumerate() {
@@ -248,7 +249,7 @@ fn train(file: &Value, examples: &Examples, objective: Objective, batch: usize) 
     let init = file["recipe"]["init"].as_str().unwrap_or("adapters/sft_init");
     let start = adapter(init.trim_start_matches("adapters/")).expect("the starting adapter");
     let recipe = &recipe(&file["recipe"], file["curve"].as_array().expect("a curve").len(), batch);
-    let (arbiter, control) = (Arbiter::new(0.5), Control::default());
+    let (arbiter, control) = (Arbiter::new(0.5), CancelToken::default());
     let validation = match examples {
         Examples::Sft(_) => Examples::Sft(Vec::new()),
         Examples::Dpo(_) => Examples::Dpo(Vec::new()),
@@ -302,7 +303,7 @@ fn sft_follows_the_golden_curve() {
     for after in sft["after"].as_array().expect("scores after training") {
         let ids = ids(&after["ids"]);
         let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
-        let pass = Pass { lora: Some(&lora), ..Pass::default() };
+        let pass = ForwardOptions { lora: Some(&lora), ..ForwardOptions::default() };
         let logprobs = base().0.token_logprobs(&[&ids], &wanted, pass).and_then(|t| Ok(t.to_vec1::<f32>()?));
         for (got, want) in logprobs.expect("scores").iter().zip(floats(&after["logprobs"])) {
             assert!((f64::from(*got) - want).abs() <= 1e-2, "after training: {got} {want}");
@@ -346,7 +347,7 @@ fn dpo_follows_the_golden_curve() {
         let (chosen, rejected) = (conversation(pair, "chosen"), conversation(pair, "rejected"));
         for (answer, want) in [&chosen, &rejected].into_iter().zip(floats(&pair["reference_logp"])) {
             let wanted: Vec<_> = (1..answer.ids.len()).filter(|i| answer.in_loss[*i]).map(|i| (0, i - 1)).collect();
-            let logprobs = base().0.token_logprobs(&[&answer.ids], &wanted, Pass::default()).expect("scores");
+            let logprobs = base().0.token_logprobs(&[&answer.ids], &wanted, ForwardOptions::default()).expect("scores");
             let sum: f64 = logprobs.to_vec1::<f32>().expect("values").iter().map(|x| f64::from(*x)).sum();
             assert!((sum - want).abs() <= 1e-2, "the base's log-probability of an answer: {sum} {want}");
         }

@@ -57,7 +57,7 @@ impl AdapterService for Adapters {
         };
         let parent: TenantId = convert::name("header.parent", &header.parent)?;
         let tenant = self.0.auth.tenant_for(&call, &parent).await?;
-        let mut folder = Folder::new(&self.0.parts);
+        let mut folder = PeftUpload::new(&self.0.parts);
         let adapter = AdapterName::new(&parent, &header.adapter_id).map_err(|e| convert::at("header.adapter_id", e))?;
         while let Some(message) = upload.next().await? {
             match message.part {
@@ -171,7 +171,7 @@ const IN_MEMORY: usize = 1 << 20;
 /// The files of an import as they come in; nothing is taken by any name but the two that PEFT writes. What cannot be an adapter of the
 /// base is refused as soon as that shows, so that no more of it is held. The tensors
 /// wait on the disk: they come into memory when it is their turn.
-struct Folder {
+struct PeftUpload {
     config: Vec<u8>,
     tensors: Vec<u8>,
     /// The limit `max_adapter_bytes`.
@@ -185,7 +185,7 @@ struct Folder {
     store: Store,
 }
 
-impl Folder {
+impl PeftUpload {
     fn new(parts: &Parts) -> Self {
         Self::of(&parts.limits, parts.hub.shape(), parts.store.clone())
     }
@@ -321,7 +321,7 @@ mod tests {
     use super::*;
     use crate::ids::Digest;
 
-    async fn add(folder: &mut Folder, filename: &str, data: &[u8]) -> Result<()> {
+    async fn add(folder: &mut PeftUpload, filename: &str, data: &[u8]) -> Result<()> {
         folder.add(&pb::FileChunk { filename: filename.into(), data: data.to_vec() }).await
     }
 
@@ -331,9 +331,9 @@ mod tests {
         (dir, store)
     }
 
-    fn folder(store: &Store, max_adapter_bytes: u64) -> Folder {
+    fn folder(store: &Store, max_adapter_bytes: u64) -> PeftUpload {
         let shape = BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 1, dims: [(8, 8); 7] };
-        Folder::of(&Limits { max_adapter_bytes, max_rank: 4, ..Limits::default() }, &shape, store.clone())
+        PeftUpload::of(&Limits { max_adapter_bytes, max_rank: 4, ..Limits::default() }, &shape, store.clone())
     }
 
     #[tokio::test]
@@ -350,7 +350,7 @@ mod tests {
     #[tokio::test]
     async fn large_files_wait_on_the_disk_and_come_back_as_they_were() {
         let (_dir, store) = store().await;
-        let mut folder = Folder { most: 1 << 30, ..folder(&store, 1 << 30) };
+        let mut folder = PeftUpload { most: 1 << 30, ..folder(&store, 1 << 30) };
         let mut tensors: Vec<u8> = (0..3 * IN_MEMORY + 77).map(|i| (i * 31 % 251) as u8).collect();
         tensors[..8].fill(0);
         add(&mut folder, CONFIG_FILE, b"{}").await.unwrap();
@@ -396,7 +396,7 @@ mod tests {
         assert!(matches!(folder.finish(), Err(Error::Invalid { reason: "MISSING_FILE", .. })));
     }
 
-    async fn refused(folder: &mut Folder, data: &[u8], expected: &str) {
+    async fn refused(folder: &mut PeftUpload, data: &[u8], expected: &str) {
         match add(folder, TENSORS_FILE, data).await {
             Err(Error::Invalid { reason, message, .. }) => {
                 assert_eq!(reason, expected);

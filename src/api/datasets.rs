@@ -84,7 +84,7 @@ impl DatasetService for Datasets {
             return Err(misplaced_header().into());
         };
         let mut upload = self.begin(&call, header, DatasetKind::Preferences).await?;
-        let mut form = convert::PairForm::default();
+        let mut form = convert::UploadEncoding::default();
         while let Some(message) = incoming.next().await? {
             match message.part {
                 Some(preferences::Part::Pair(pair)) => upload.write_record(&form.record(pair)?).await?,

@@ -146,7 +146,7 @@ impl Services {
 
 /// The service around the router.
 #[derive(Debug, Clone)]
-pub struct Edge {
+pub struct AdmissionLayer {
     health: Routes,
     services: Services,
     auth: Auth,
@@ -183,7 +183,7 @@ impl CallRules {
     }
 }
 
-impl Edge {
+impl AdmissionLayer {
     /// `health` is open to everyone from the start.
     pub fn new(health: Routes, auth: Auth, calls: Calls, limits: &Limits) -> Self {
         let watches = usize::try_from(limits.max_health_watches).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
@@ -210,7 +210,7 @@ impl Edge {
     }
 }
 
-impl Service<http::Request<Body>> for Edge {
+impl Service<http::Request<Body>> for AdmissionLayer {
     type Response = http::Response<Body>;
     type Error = Infallible;
     type Future = BoxFuture<Self::Response, Infallible>;
@@ -409,7 +409,7 @@ impl Record {
                 self.code = Code::Ok;
                 response
             }
-            None => response.map(|body| Body::new(Followed::new(body, self, live))),
+            None => response.map(|body| Body::new(TrackedBody::new(body, self, live))),
         }
     }
 }
@@ -435,14 +435,14 @@ impl Drop for Record {
 }
 
 /// An answer's body that keeps the call's record until it ends, and ends early where the call is cut.
-struct Followed {
+struct TrackedBody {
     record: Record,
     live: LiveCall,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
     ended: bool,
 }
 
-impl Followed {
+impl TrackedBody {
     fn new(body: Body, record: Record, live: LiveCall) -> Self {
         *live.cut.body() = Some(body);
         let cut = Box::pin(live.cut.token().cancelled_owned());
@@ -461,7 +461,7 @@ impl Followed {
     }
 }
 
-impl Drop for Followed {
+impl Drop for TrackedBody {
     fn drop(&mut self) {
         // What is behind the answer ends with it, before its place is given back.
         let body = self.live.cut.body().take();
@@ -469,7 +469,7 @@ impl Drop for Followed {
     }
 }
 
-impl http_body::Body for Followed {
+impl http_body::Body for TrackedBody {
     type Data = Bytes;
     type Error = Status;
 

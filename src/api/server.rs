@@ -16,7 +16,7 @@ use super::auth::Auth;
 use super::base::Base;
 use super::connections::{accept, tls_acceptor};
 use super::datasets::Datasets;
-use super::edge::{Calls, Edge};
+use super::edge::{AdmissionLayer, Calls};
 use super::generation::Generation;
 use super::proto::{
     DESCRIPTORS, adapter_service_server as adapter, base_service_server as base, dataset_service_server as dataset,
@@ -51,7 +51,7 @@ const STREAM_WINDOW: u32 = 128 << 10;
 const CONNECTION_WINDOW: u32 = 256 << 10;
 
 /// Time that clients get to close their connections once everything is answered.
-const GOODBYE: Duration = Duration::from_millis(500);
+const CLOSE_GRACE: Duration = Duration::from_millis(500);
 
 /// Answers from the first moment on, and serves once `parts` are there, which it tells `ready`: until then health says NOT_SERVING
 /// and calls get UNAVAILABLE. Drains at `shutdown`: health says NOT_SERVING, new calls get UNAVAILABLE, those under way have
@@ -72,7 +72,7 @@ pub async fn serve(
     let tls = config.tls.as_ref().map(tls_acceptor).transpose()?;
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, serving, ServingStatus::NotServing).await;
-    let edge = Edge::new(Routes::new(health_service).prepare(), auth.clone(), calls.clone(), &config.limits);
+    let edge = AdmissionLayer::new(Routes::new(health_service).prepare(), auth.clone(), calls.clone(), &config.limits);
     let services = edge.services();
 
     let stop = CancellationToken::new();
@@ -98,7 +98,7 @@ pub async fn serve(
     let drained = async {
         // Answers still running at the end of the time are cut short by the guard, and then only have to be read.
         let time = config.limits.drain_timeout();
-        let finished = tokio::time::timeout(time + GOODBYE, calls.finished());
+        let finished = tokio::time::timeout(time + CLOSE_GRACE, calls.finished());
         let (_, (), ()) = tokio::join!(finished, guard.drain(time), trainer.shutdown());
     };
     tokio::select! {
@@ -107,7 +107,7 @@ pub async fn serve(
     }
     stop.cancel();
     // A client that keeps its connection open, say to watch health, does not keep the server.
-    match tokio::time::timeout(GOODBYE, transport).await {
+    match tokio::time::timeout(CLOSE_GRACE, transport).await {
         Ok(ended) => ended.map_err(Error::internal),
         Err(_) => Ok(()),
     }

@@ -14,7 +14,7 @@ use super::shared::Shared;
 use super::{Answer, Streamed, convert, deadline_of, proto as pb};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
-use crate::store::uninterrupted;
+use crate::store::spawn_uncancellable;
 use crate::work::run_holding;
 
 pub struct Training(pub Arc<Shared>);
@@ -122,7 +122,7 @@ impl TrainingService for Training {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
         self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
         let store = self.0.parts.store.clone();
-        uninterrupted(async move { store.delete_job(&name).await }).await?;
+        spawn_uncancellable(async move { store.delete_job(&name).await }).await?;
         Ok(Response::new(pb::DeleteTrainingJobResponse {}))
     }
 }

@@ -11,7 +11,7 @@ use crate::data::{Record, content};
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{
-    BlobUpload, DatasetBefore, DatasetKind, DatasetRow, NewDataset, Store, fresh_token, taken, uninterrupted,
+    BlobUpload, DatasetBefore, DatasetKind, DatasetRow, NewDataset, Store, random_id, spawn_uncancellable, taken,
 };
 use crate::text::Text;
 
@@ -73,7 +73,7 @@ impl Upload {
         let destination = match store.dataset_before(&name, kind, request_id, None).await? {
             DatasetBefore::Free if validate_only => Destination::Nowhere,
             DatasetBefore::Free => {
-                let key = format!("{}/datasets/{}", name.tenant.as_str(), fresh_token());
+                let key = format!("{}/datasets/{}", name.tenant.as_str(), random_id());
                 Destination::blob(store, key, None).await?
             }
             DatasetBefore::Made(row) | DatasetBefore::Taken(row)
@@ -151,7 +151,7 @@ impl Upload {
                                    or upload under another name";
                     return Err(Error::AlreadyExists { name: name.to_string(), message: message.into() });
                 }
-                uninterrupted(repair(store, row, file, part)).await?
+                spawn_uncancellable(repair(store, row, file, part)).await?
             }
             Destination::Blob { key, mut file, part, repairs: None } => {
                 let (dataset, most) = (new(name, key), self.most_datasets);
@@ -169,7 +169,7 @@ impl Upload {
                     }
                     row
                 };
-                uninterrupted(make).await?
+                spawn_uncancellable(make).await?
             }
         };
         Ok((row, findings))

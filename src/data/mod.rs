@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
-use crate::store::{DatasetRow, Store, uninterrupted};
+use crate::store::{DatasetRow, Store, spawn_uncancellable};
 use crate::text::Text;
 
 /// What a dataset that is read whole takes in memory for each byte: its bytes, its records, and what is made of them.
@@ -108,7 +108,7 @@ pub async fn delete_dataset(store: &Store, tenant: &Tenant, name: &DatasetName) 
         tracing::info!(tenant = %name.tenant, dataset = %name, "dataset deleted");
         Ok(())
     };
-    uninterrupted(delete).await
+    spawn_uncancellable(delete).await
 }
 
 #[cfg(test)]

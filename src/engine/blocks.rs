@@ -18,7 +18,7 @@ pub struct Blocks {
     /// Most idle ones.
     max_idle: usize,
     /// Holders of each block.
-    holders: Vec<u32>,
+    ref_count: Vec<u32>,
     /// What each block is found by.
     keys: Vec<Option<Digest>>,
     by_key: HashMap<Digest, u32>,
@@ -31,7 +31,7 @@ impl Blocks {
             free: (0..count as u32).rev().collect(),
             idle: Lru::new(count),
             max_idle,
-            holders: vec![0; count],
+            ref_count: vec![0; count],
             keys: vec![None; count],
             // With twice the room it needs, the map cleans itself up in place and never grows.
             by_key: HashMap::with_capacity(2 * count),
@@ -44,8 +44,8 @@ impl Blocks {
             return false;
         }
         for _ in 0..count {
-            let Some(block) = self.free.pop().or_else(|| self.forget_oldest()) else { return false };
-            self.holders[block as usize] = 1;
+            let Some(block) = self.free.pop().or_else(|| self.evict_lru()) else { return false };
+            self.ref_count[block as usize] = 1;
             held.push(block);
         }
         true
@@ -88,17 +88,17 @@ impl Blocks {
     }
 
     fn hold(&mut self, block: u32) {
-        let holders = &mut self.holders[block as usize];
-        if *holders == 0 {
+        let ref_count = &mut self.ref_count[block as usize];
+        if *ref_count == 0 {
             self.idle.remove(block);
         }
-        *holders += 1;
+        *ref_count += 1;
     }
 
     fn release_one(&mut self, block: u32) {
-        let holders = &mut self.holders[block as usize];
-        *holders -= 1;
-        if *holders > 0 {
+        let ref_count = &mut self.ref_count[block as usize];
+        *ref_count -= 1;
+        if *ref_count > 0 {
             return;
         }
         if self.keys[block as usize].is_none() {
@@ -106,13 +106,13 @@ impl Blocks {
         }
         self.idle.push(block);
         if self.idle.len() > self.max_idle {
-            let oldest = self.forget_oldest();
+            let oldest = self.evict_lru();
             self.free.extend(oldest);
         }
     }
 
     /// The least recently used idle block, which is found no more.
-    fn forget_oldest(&mut self) -> Option<u32> {
+    fn evict_lru(&mut self) -> Option<u32> {
         let block = self.idle.pop()?;
         if let Some(key) = self.keys[block as usize].take() {
             self.by_key.remove(&key);
@@ -122,11 +122,11 @@ impl Blocks {
 
     /// Of these held blocks, those that nobody else holds.
     pub fn held_alone(&self, held: &[u32]) -> usize {
-        held.iter().filter(|block| self.holders[**block as usize] == 1).count()
+        held.iter().filter(|block| self.ref_count[**block as usize] == 1).count()
     }
 
     pub fn total(&self) -> usize {
-        self.holders.len()
+        self.ref_count.len()
     }
 
     /// Blocks that nobody holds.
@@ -167,10 +167,10 @@ mod tests {
     impl Pool {
         fn check(&self) -> Result<(), TestCaseError> {
             let blocks = &self.blocks;
-            let mut holders = vec![0; blocks.total()];
-            self.sequences.iter().flat_map(|s| &s.0).for_each(|block| holders[*block as usize] += 1);
-            prop_assert_eq!(&holders, &blocks.holders, "holds are counted");
-            let held: BTreeSet<u32> = (0..).zip(&holders).filter(|(_, n)| **n > 0).map(|(block, _)| block).collect();
+            let mut ref_count = vec![0; blocks.total()];
+            self.sequences.iter().flat_map(|s| &s.0).for_each(|block| ref_count[*block as usize] += 1);
+            prop_assert_eq!(&ref_count, &blocks.ref_count, "holds are counted");
+            let held: BTreeSet<u32> = (0..).zip(&ref_count).filter(|(_, n)| **n > 0).map(|(block, _)| block).collect();
             let free: BTreeSet<u32> = blocks.free.iter().copied().collect();
             prop_assert_eq!(free.len(), blocks.free.len(), "none is free twice");
             prop_assert!(free.is_disjoint(&held), "none is free and held");

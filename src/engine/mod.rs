@@ -40,9 +40,9 @@ use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
 use crate::work::block_holding;
 use answer::{Answer, AnswerStream, CancelOnDrop};
-use prefix::{Chain, Scope};
-use run::{Loop, Message};
-use scheduler::{Bounds, Demand, Scheduler};
+use prefix::{CacheNamespace, PrefixHashes};
+use run::{EngineLoop, Message};
+use scheduler::{Scheduler, SchedulerConfig, SequenceRequest};
 use sequence::{Adapter, Generation, Scoring, Sequence, Work};
 use stats::Figures;
 use tickets::{Ticket, Tickets};
@@ -83,14 +83,14 @@ pub struct Engine {
     memory: Arc<Memory>,
     limits: Arc<Limits>,
     large_encodes: Arc<Semaphore>,
-    facts: Facts,
+    facts: EngineInfo,
     /// Whose figures are shown by name.
     tenants: stats::Tenants,
 }
 
 /// What the handle knows of the base and its cache.
 #[derive(Debug, Clone, Copy)]
-struct Facts {
+struct EngineInfo {
     base: Digest,
     /// Tokens.
     context: usize,
@@ -112,14 +112,14 @@ impl Engine {
         // No more than all sequences at once could use at their longest.
         let useful = limits.max_running.saturating_mul(model.context_length().div_ceil(block_tokens) as u64);
         let layout = KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize };
-        let facts = Facts { base: model.shape().digest, context: model.context_length(), layout };
+        let facts = EngineInfo { base: model.shape().digest, context: model.context_length(), layout };
         let executor = model.executor(layout)?;
         Self::start_with(executor, facts, text, hub, arbiter, memory, limits)
     }
 
     fn start_with(
         executor: Box<dyn Executor>,
-        facts: Facts,
+        facts: EngineInfo,
         text: Arc<Text>,
         hub: Arc<Hub>,
         arbiter: Arc<Arbiter>,
@@ -130,7 +130,7 @@ impl Engine {
         let sender = Arc::new(sender);
         let bounds = bounds(facts.layout, limits)?;
         let runtime = Handle::try_current().map_err(Error::internal)?;
-        let state = Loop {
+        let state = EngineLoop {
             inbox,
             scheduler: Scheduler::new(bounds),
             plan: Vec::new(),
@@ -208,7 +208,7 @@ impl Engine {
                 end: None,
             };
             let (weight, priority, length) = (tenant.weight(), spec.priority, ids.len());
-            let demand = Demand { tenant: ticket.number, weight, priority, length, longest, chain };
+            let demand = SequenceRequest { tenant: ticket.number, weight, priority, length, longest, chain };
             let (ids, work) = (ids.clone(), Work::Generate(Box::new(generation)));
             let adapter = adapter_of(version.clone());
             let figures = Figures::new(&self.tenants, tenant.id(), since, spec.trace);
@@ -260,7 +260,7 @@ impl Engine {
             let work = Work::Score(Box::new(scoring));
             let (number, weight, priority, length) = (ticket.number, tenant.weight(), spec.priority, ids.len());
             // Every row's logits are asked for, so none can be left out, and such texts are seldom begun again.
-            let demand = Demand { tenant: number, weight, priority, length, longest: length, chain: None };
+            let demand = SequenceRequest { tenant: number, weight, priority, length, longest: length, chain: None };
             let (adapter, ticket) = (adapter_of(row.clone()), ticket.clone());
             let figures = Figures::new(&self.tenants, tenant.id(), since, spec.trace);
             self.submit(id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work })?;
@@ -356,7 +356,7 @@ impl Engine {
         CancelOnDrop::new(self.inbox.clone(), ticket.ids.clone())
     }
 
-    fn submit(&self, id: u64, demand: Demand, sequence: Sequence) -> Result<()> {
+    fn submit(&self, id: u64, demand: SequenceRequest, sequence: Sequence) -> Result<()> {
         let message = Message::Submit(id, demand, Box::new(sequence));
         self.inbox.send(message).map_err(|_| Error::internal("the engine's loop has ended"))
     }
@@ -370,11 +370,17 @@ impl Engine {
     }
 
     /// The keys under which a sequence's blocks are found, unless none are kept.
-    fn chain(&self, tenant: &Tenant, version: Option<&VersionRow>, ids: &[u32], longest: usize) -> Option<Chain> {
-        let Facts { base, layout, .. } = self.facts;
+    fn chain(
+        &self,
+        tenant: &Tenant,
+        version: Option<&VersionRow>,
+        ids: &[u32],
+        longest: usize,
+    ) -> Option<PrefixHashes> {
+        let EngineInfo { base, layout, .. } = self.facts;
         let (template, version) = (self.text.template_digest(), version.map(|version| version.digest));
-        let scope = Scope { tenant: tenant.id(), base, template, version };
-        (self.limits.prefix_cache_percent > 0).then(|| Chain::new(&scope, layout.block_tokens, ids, longest))
+        let scope = CacheNamespace { tenant: tenant.id(), base, template, version };
+        (self.limits.prefix_cache_percent > 0).then(|| PrefixHashes::new(&scope, layout.block_tokens, ids, longest))
     }
 
     /// The ids of prompts that [`Engine::check_prompt`] has let through. Large ones a few at a time, on threads of their own; they hold
@@ -506,7 +512,7 @@ impl Engine {
         if ids.is_empty() {
             return Err(Error::invalid_because("PROMPT_EMPTY", field, "has no token"));
         }
-        let Facts { context, layout, .. } = self.facts;
+        let EngineInfo { context, layout, .. } = self.facts;
         let room = ids.len() + answer.min(1);
         if room > context {
             let has = ids.len();
@@ -548,7 +554,7 @@ pub fn score_too_large(entries: usize, most: u64) -> Error {
     Error::Exhausted { limit: "max_message_bytes", message, retry_after: None }
 }
 
-fn bounds(layout: KvLayout, limits: &Limits) -> Result<Bounds> {
+fn bounds(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig> {
     let Limits { max_running, max_step_rows, .. } = *limits;
     if max_running == 0 {
         return Err(Error::invalid("max_running", "must be at least 1"));
@@ -557,7 +563,7 @@ fn bounds(layout: KvLayout, limits: &Limits) -> Result<Bounds> {
         let message = format!("is {max_step_rows}; it must be more than max_running, {max_running}");
         return Err(Error::invalid("max_step_rows", message));
     }
-    Ok(Bounds {
+    Ok(SchedulerConfig {
         block_tokens: layout.block_tokens,
         blocks: layout.blocks,
         max_idle_blocks: layout.blocks * limits.prefix_cache_percent.min(100) as usize / 100,

@@ -1,7 +1,7 @@
 //! The keys by which KV blocks are found again.
 //!
 //! What a block holds is a function of the base, the adapter version and all tokens up to its end, and no tenant may learn from another's
-//! speed what it has asked. So the key of a block is SHA-256 over exactly these: the root over the [`Scope`], each block's key over the
+//! speed what it has asked. So the key of a block is SHA-256 over exactly these: the root over the [`CacheNamespace`], each block's key over the
 //! key before it and the block's own tokens. Nothing else is compared: equal keys mean equal contents.
 //!
 //! No key holds a name that can come to mean something else, only digests and a tenant's id, which is never given twice. So nothing is
@@ -14,7 +14,7 @@ use crate::ids::{Digest, TenantId};
 
 /// What separates the blocks of equal tokens.
 #[derive(Debug, Clone, Copy)]
-pub struct Scope<'a> {
+pub struct CacheNamespace<'a> {
     pub tenant: &'a TenantId,
     pub base: Digest,
     pub template: Digest,
@@ -22,7 +22,7 @@ pub struct Scope<'a> {
     pub version: Option<Digest>,
 }
 
-impl Scope<'_> {
+impl CacheNamespace<'_> {
     /// Injective: all fields but the last have a fixed size once the tag before the version is known.
     fn root(&self) -> Digest {
         let mut hasher = Sha256::new();
@@ -40,15 +40,15 @@ impl Scope<'_> {
 
 /// The keys of the whole blocks of one sequence, from its start.
 #[derive(Debug)]
-pub struct Chain {
+pub struct PrefixHashes {
     root: Digest,
     block_tokens: usize,
     keys: Vec<Digest>,
 }
 
-impl Chain {
+impl PrefixHashes {
     /// The keys of a sequence with these ids, which grows to at most `longest` of them without allocating.
-    pub fn new(scope: &Scope<'_>, block_tokens: usize, ids: &[u32], longest: usize) -> Self {
+    pub fn new(scope: &CacheNamespace<'_>, block_tokens: usize, ids: &[u32], longest: usize) -> Self {
         let keys = Vec::with_capacity(longest.max(ids.len()) / block_tokens);
         let mut chain = Self { root: scope.root(), block_tokens, keys };
         chain.extend(ids);
@@ -78,8 +78,8 @@ mod tests {
 
     const BLOCK: usize = 4;
 
-    fn keys(scope: &Scope<'_>, ids: &[u32]) -> Vec<Digest> {
-        Chain::new(scope, BLOCK, ids, 0).keys().to_vec()
+    fn keys(scope: &CacheNamespace<'_>, ids: &[u32]) -> Vec<Digest> {
+        PrefixHashes::new(scope, BLOCK, ids, 0).keys().to_vec()
     }
 
     /// Every way in which the same tokens must not be taken for the same block.
@@ -88,7 +88,7 @@ mod tests {
         let (a, b) = (TenantId::new("a").unwrap(), TenantId::new("b").unwrap());
         let digest = |text: &str| Digest::of(text.as_bytes());
         let ids: Vec<u32> = (0..8).collect();
-        let scope = Scope {
+        let scope = CacheNamespace {
             tenant: &a,
             base: digest("base"),
             template: digest("template"),
@@ -96,16 +96,16 @@ mod tests {
         };
         let others = [
             ("itself", scope),
-            ("tenant", Scope { tenant: &b, ..scope }),
-            ("base", Scope { base: digest("another base"), ..scope }),
-            ("template", Scope { template: digest("another template"), ..scope }),
-            ("version", Scope { version: Some(digest("adapter x, 2")), ..scope }),
-            ("adapter", Scope { version: Some(digest("adapter y, 1")), ..scope }),
-            ("no adapter", Scope { version: None, ..scope }),
-            ("fields exchanged", Scope { base: scope.template, template: scope.base, ..scope }),
+            ("tenant", CacheNamespace { tenant: &b, ..scope }),
+            ("base", CacheNamespace { base: digest("another base"), ..scope }),
+            ("template", CacheNamespace { template: digest("another template"), ..scope }),
+            ("version", CacheNamespace { version: Some(digest("adapter x, 2")), ..scope }),
+            ("adapter", CacheNamespace { version: Some(digest("adapter y, 1")), ..scope }),
+            ("no adapter", CacheNamespace { version: None, ..scope }),
+            ("fields exchanged", CacheNamespace { base: scope.template, template: scope.base, ..scope }),
             (
                 "a version where the base's digest was",
-                Scope { base: digest("adapter x, 1"), version: Some(scope.base), ..scope },
+                CacheNamespace { base: digest("adapter x, 1"), version: Some(scope.base), ..scope },
             ),
         ];
         let mut seen = HashSet::new();
@@ -120,7 +120,7 @@ mod tests {
     fn no_key_is_shared_across_tokens_positions_and_parents() {
         let tenant = TenantId::new("a").unwrap();
         let digest = Digest::of(b"");
-        let scope = Scope { tenant: &tenant, base: digest, template: digest, version: None };
+        let scope = CacheNamespace { tenant: &tenant, base: digest, template: digest, version: None };
         let sequences: [&[u32]; 6] = [
             &[1, 2, 3, 4, 1, 2, 3, 4], // the same block at two positions
             &[1, 2, 3, 5, 1, 2, 3, 4], // another parent
@@ -143,9 +143,9 @@ mod tests {
     fn a_chain_grows_as_one_made_at_once_and_holds_whole_blocks_only() {
         let tenant = TenantId::new("a").unwrap();
         let digest = Digest::of(b"");
-        let scope = Scope { tenant: &tenant, base: digest, template: digest, version: None };
+        let scope = CacheNamespace { tenant: &tenant, base: digest, template: digest, version: None };
         let ids: Vec<u32> = (0..11).collect();
-        let mut grown = Chain::new(&scope, BLOCK, &ids[..3], 11);
+        let mut grown = PrefixHashes::new(&scope, BLOCK, &ids[..3], 11);
         let capacity = grown.keys.capacity();
         (3..=11).for_each(|length| grown.extend(&ids[..length]));
         assert_eq!(grown.keys(), keys(&scope, &ids));

@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use crate::device::Arbiter;
-use crate::engine::scheduler::{Demand, Planned, Readiness, Scheduler};
-use crate::engine::sequence::{Adapter, Next, Reading, Sequence};
+use crate::engine::scheduler::{Readiness, ScheduledChunk, Scheduler, SequenceRequest};
+use crate::engine::sequence::{Adapter, Next, Sequence, StepOutput};
 use crate::engine::stats;
 use crate::engine::warm::{Wanted, Warm};
 use crate::error::{Error, Result};
 use crate::hub::Lease;
 use crate::kernels::cpu::Team;
-use crate::model::batch::{Executor, Span, reused};
+use crate::model::batch::{Executor, SequenceChunk, reused};
 use crate::text::Text;
 
 /// Messages taken between two steps: a flood of them does not stop those who run.
@@ -33,7 +33,7 @@ const STUCK_TICK: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub enum Message {
     /// A sequence, by an id of its ticket.
-    Submit(u64, Demand, Box<Sequence>),
+    Submit(u64, SequenceRequest, Box<Sequence>),
     /// Nobody waits for these any more.
     Cancel(Range<u64>),
     /// The request of these has lost its place.
@@ -47,14 +47,14 @@ pub enum Message {
 }
 
 /// The engine's state, owned by its thread.
-pub struct Loop {
+pub struct EngineLoop {
     pub inbox: Receiver<Message>,
     pub scheduler: Scheduler,
     /// The rows of the step; the buffer of all plans.
-    pub plan: Vec<Planned>,
+    pub plan: Vec<ScheduledChunk>,
     /// The buffers of all steps.
-    pub spans: Vec<Span<'static>>,
-    pub readings: Vec<Reading>,
+    pub spans: Vec<SequenceChunk<'static>>,
+    pub readings: Vec<StepOutput>,
     pub executor: Box<dyn Executor>,
     pub arbiter: Arc<Arbiter>,
     pub text: Arc<Text>,
@@ -70,7 +70,7 @@ pub struct Loop {
     pub closed: bool,
 }
 
-impl Loop {
+impl EngineLoop {
     /// Runs until every handle is gone.
     pub fn run(mut self) {
         loop {
@@ -175,7 +175,7 @@ impl Loop {
         }
     }
 
-    fn submit(&mut self, id: u64, demand: Demand, sequence: Sequence) {
+    fn submit(&mut self, id: u64, demand: SequenceRequest, sequence: Sequence) {
         if sequence.ticket.displaced().is_some() {
             return sequence.fail_displaced();
         }
@@ -275,7 +275,7 @@ impl Loop {
         (self.plan, self.readings) = (plan, readings);
     }
 
-    fn commit_one(&mut self, planned: &Planned, reading: Reading) {
+    fn commit_one(&mut self, planned: &ScheduledChunk, reading: StepOutput) {
         let Some(sequence) = self.sequences.get_mut(&planned.id) else { return };
         let next = sequence.commit(planned, reading, &self.text, self.context);
         if matches!(next, Next::Extended | Next::Finished) {
@@ -328,15 +328,15 @@ fn readiness(id: u64, sequences: &mut HashMap<u64, Sequence>, warm: &mut Warm) -
 
 /// The plan's rows as the model takes them.
 fn fill<'a>(
-    spans: &mut Vec<Span<'a>>,
-    plan: &[Planned],
+    spans: &mut Vec<SequenceChunk<'a>>,
+    plan: &[ScheduledChunk],
     scheduler: &'a Scheduler,
     sequences: &'a HashMap<u64, Sequence>,
 ) -> Result<()> {
     for planned in plan {
         let span = || {
             let sequence = sequences.get(&planned.id)?;
-            Some(Span {
+            Some(SequenceChunk {
                 ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
                 start: planned.start,
                 blocks: scheduler.blocks_of(planned)?,
@@ -356,19 +356,19 @@ fn fill<'a>(
 
 /// What the logits say to each sequence of the plan; every row is read by itself, on all cores.
 fn read(
-    plan: &[Planned],
-    spans: &[Span<'_>],
+    plan: &[ScheduledChunk],
+    spans: &[SequenceChunk<'_>],
     logits: &[f32],
     sequences: &HashMap<u64, Sequence>,
     vocab: usize,
-    readings: &mut Vec<Reading>,
+    readings: &mut Vec<StepOutput>,
 ) -> Result<()> {
-    let count = |span: &Span<'_>| span.logits.count(span.ids.len()) * vocab;
+    let count = |span: &SequenceChunk<'_>| span.logits.count(span.ids.len()) * vocab;
     if logits.len() != spans.iter().map(count).sum::<usize>() {
         return Err(Error::internal("the model gave another number of logits"));
     }
     readings.clear();
-    readings.resize_with(plan.len(), Reading::default);
+    readings.resize_with(plan.len(), StepOutput::default);
     let own = |i: usize| {
         let from = spans[..i].iter().map(count).sum::<usize>();
         (sequences.get(&plan[i].id), plan[i].start, &logits[from..from + count(&spans[i])])

@@ -20,7 +20,7 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 
 use crate::engine::blocks::Blocks;
-use crate::engine::prefix::Chain;
+use crate::engine::prefix::PrefixHashes;
 use waiting::{Rank, Waiting};
 
 /// What a token counts for a tenant of weight 1.
@@ -31,7 +31,7 @@ const MOST_PREALLOCATED: usize = 4096;
 
 /// A sequence as the scheduler gets it.
 #[derive(Debug)]
-pub struct Demand {
+pub struct SequenceRequest {
     pub tenant: u32,
     /// The tenant's.
     pub weight: u32,
@@ -42,7 +42,7 @@ pub struct Demand {
     /// Most tokens whose KV it may need. They must fit the whole pool.
     pub longest: usize,
     /// `None`: it takes no blocks of others, and its own are not found again.
-    pub chain: Option<Chain>,
+    pub chain: Option<PrefixHashes>,
 }
 
 /// Whether a sequence whose turn it is can start.
@@ -74,7 +74,7 @@ struct Entry {
     /// Tokens that its tenant has been charged for, or has been spared.
     charged: usize,
     blocks: Vec<u32>,
-    chain: Option<Chain>,
+    chain: Option<PrefixHashes>,
     /// Blocks from the first on that can be found.
     published: usize,
 }
@@ -102,7 +102,7 @@ struct Account {
 
 /// Rows of one sequence in a step: positions `start..start + count`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Planned {
+pub struct ScheduledChunk {
     pub id: u64,
     pub start: usize,
     pub count: usize,
@@ -114,7 +114,7 @@ pub struct Planned {
 
 /// What bounds a step, and the pool.
 #[derive(Debug, Clone, Copy)]
-pub struct Bounds {
+pub struct SchedulerConfig {
     pub block_tokens: usize,
     pub blocks: usize,
     /// Blocks that stay findable while nobody holds them; 0: nothing is kept.
@@ -129,7 +129,7 @@ pub struct Bounds {
 
 #[derive(Debug)]
 pub struct Scheduler {
-    bounds: Bounds,
+    bounds: SchedulerConfig,
     blocks: Blocks,
     waiting: Waiting,
     /// In the order of admission.
@@ -141,7 +141,7 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    pub fn new(bounds: Bounds) -> Self {
+    pub fn new(bounds: SchedulerConfig) -> Self {
         Self {
             bounds,
             blocks: Blocks::new(bounds.blocks, bounds.max_idle_blocks),
@@ -158,8 +158,8 @@ impl Scheduler {
     }
 
     /// Queues a sequence.
-    pub fn add(&mut self, id: u64, demand: Demand) {
-        let Demand { tenant, weight, priority, length, longest, chain } = demand;
+    pub fn add(&mut self, id: u64, demand: SequenceRequest) {
+        let SequenceRequest { tenant, weight, priority, length, longest, chain } = demand;
         let active = self.accounts.get(&tenant).is_some_and(|account| account.all > 0);
         let others = || self.accounts.values().filter(|account| account.all > 0).map(|account| account.served);
         let least = if active { 0 } else { others().min().unwrap_or(0) };
@@ -236,7 +236,7 @@ impl Scheduler {
 
     /// Chooses the rows of the next step and takes their blocks; the rows count as computed. None only where nothing is queued, or
     /// nothing of it is ready. `ready` is asked of a sequence for which there is room; one that it calls ready has started.
-    pub fn plan(&mut self, planned: &mut Vec<Planned>, ready: &mut dyn FnMut(u64) -> Readiness) {
+    pub fn plan(&mut self, planned: &mut Vec<ScheduledChunk>, ready: &mut dyn FnMut(u64) -> Readiness) {
         planned.clear();
         self.admit(ready);
         self.plan_decoding(planned);
@@ -244,7 +244,7 @@ impl Scheduler {
     }
 
     /// The blocks of a planned sequence, in order.
-    pub fn blocks_of(&self, planned: &Planned) -> Option<&[u32]> {
+    pub fn blocks_of(&self, planned: &ScheduledChunk) -> Option<&[u32]> {
         self.running.get(planned.at).filter(|entry| entry.id == planned.id).map(|entry| &entry.blocks[..])
     }
 
@@ -258,7 +258,7 @@ impl Scheduler {
             if self.is_busy() && self.runs(tenant) {
                 break;
             }
-            let Some(victims) = self.make_room(tenant, needed) else { break };
+            let Some(preemption_candidates) = self.ensure_capacity(tenant, needed) else { break };
             match ready(id) {
                 Readiness::Ready => {}
                 Readiness::Loading => {
@@ -275,7 +275,7 @@ impl Scheduler {
                 }
             }
             // The last first: so the others keep their places in the list, and their order in the queue.
-            victims.into_iter().rev().for_each(|victim| self.send_back(victim));
+            preemption_candidates.into_iter().rev().for_each(|victim| self.preempt(victim));
             if !self.start(id) {
                 break;
             }
@@ -314,7 +314,7 @@ impl Scheduler {
     /// are too few. Its last token is always computed: the next one is drawn from its logits.
     fn take_first_blocks(&mut self, entry: &mut Entry) -> bool {
         let block_tokens = self.bounds.block_tokens;
-        let keys = entry.chain.as_ref().map_or(&[][..], Chain::keys);
+        let keys = entry.chain.as_ref().map_or(&[][..], PrefixHashes::keys);
         let keys = &keys[..keys.len().min(entry.length.saturating_sub(1) / block_tokens)];
         entry.published = self.blocks.reuse(keys, &mut entry.blocks);
         entry.computed = entry.published * block_tokens;
@@ -338,7 +338,7 @@ impl Scheduler {
     /// The running sequences, in order, that go back to the queue for a sequence of this tenant that starts with `needed` blocks; `None`
     /// where it cannot start. Only a tenant with nothing running sends others back, and none is sent back where that would not make room
     /// enough.
-    fn make_room(&self, tenant: u32, needed: usize) -> Option<Vec<usize>> {
+    fn ensure_capacity(&self, tenant: u32, needed: usize) -> Option<Vec<usize>> {
         let running = self.running.len();
         let places = running < self.bounds.max_running;
         if running == 0 || places && needed + running <= self.blocks.available() {
@@ -347,24 +347,24 @@ impl Scheduler {
         if self.runs(tenant) {
             return None;
         }
-        let mut victims = self.victims(needed)?;
-        victims.sort_unstable();
-        Some(victims)
+        let mut preemption_candidates = self.preemption_candidates(needed)?;
+        preemption_candidates.sort_unstable();
+        Some(preemption_candidates)
     }
 
     /// The running sequences whose places and blocks let one start that needs so many blocks; `None` where too few can go. A block that
     /// two hold is not counted for either.
-    fn victims(&self, needed: usize) -> Option<Vec<usize>> {
+    fn preemption_candidates(&self, needed: usize) -> Option<Vec<usize>> {
         let mut staying: Vec<usize> = (0..self.running.len()).collect();
         let mut available = self.blocks.available();
-        let mut victims = Vec::new();
+        let mut preemption_candidates = Vec::new();
         while !staying.is_empty() && (staying.len() >= self.bounds.max_running || needed + staying.len() > available) {
-            let victim = self.cheapest_of_the_busiest(&staying)?;
+            let victim = self.cheapest_candidate(&staying)?;
             staying.retain(|at| *at != victim);
             available += self.blocks.held_alone(&self.running[victim].blocks);
-            victims.push(victim);
+            preemption_candidates.push(victim);
         }
-        Some(victims)
+        Some(preemption_candidates)
     }
 
     fn runs(&self, tenant: u32) -> bool {
@@ -373,7 +373,7 @@ impl Scheduler {
 
     /// Of these running sequences, of the tenant that has most of them for its weight, two at least: the one of the lowest priority with
     /// the least to compute again.
-    fn cheapest_of_the_busiest(&self, among: &[usize]) -> Option<usize> {
+    fn cheapest_candidate(&self, among: &[usize]) -> Option<usize> {
         let tenant = |at: &usize| self.running[*at].tenant;
         let beside = |at: &usize| among.iter().filter(|other| tenant(other) == tenant(at)).count();
         let busy = |at: &usize| self.counts_for(tenant(at), beside(at));
@@ -386,7 +386,7 @@ impl Scheduler {
     }
 
     /// One row for each sequence that waits for one, oldest first: it takes blocks only from younger ones, which are not planned yet.
-    fn plan_decoding(&mut self, planned: &mut Vec<Planned>) {
+    fn plan_decoding(&mut self, planned: &mut Vec<ScheduledChunk>) {
         let mut at = 0;
         while at < self.running.len() {
             if self.running[at].is_decoding() {
@@ -394,14 +394,14 @@ impl Scheduler {
                     // It was the youngest itself, and has gone back to the queue.
                     break;
                 }
-                planned.push(self.take_rows(at, 1));
+                planned.push(self.schedule_tokens(at, 1));
             }
             at += 1;
         }
     }
 
     /// Gives prompts what is left of the step. They have their blocks.
-    fn plan_prefill(&mut self, planned: &mut Vec<Planned>) {
+    fn plan_prefill(&mut self, planned: &mut Vec<ScheduledChunk>) {
         let mut left = self.prefill_rows(planned.len());
         let mut turn: Vec<usize> = (0..self.running.len()).filter(|at| self.running[*at].pending() > 0).collect();
         turn.sort_by_key(|at| (self.turn(&self.running[*at]), *at));
@@ -411,7 +411,7 @@ impl Scheduler {
                 break;
             }
             left -= rows;
-            planned.push(self.take_rows(at, rows));
+            planned.push(self.schedule_tokens(at, rows));
         }
     }
 
@@ -425,7 +425,7 @@ impl Scheduler {
                 return true;
             }
             let youngest = self.running.len() - 1;
-            self.send_back(youngest);
+            self.preempt(youngest);
             if youngest == at {
                 return false;
             }
@@ -433,7 +433,7 @@ impl Scheduler {
     }
 
     /// Takes the blocks of a running sequence, which starts over later.
-    fn send_back(&mut self, at: usize) {
+    fn preempt(&mut self, at: usize) {
         let mut entry = self.stop(at);
         self.preempted.push(entry.id);
         self.clear(&mut entry);
@@ -441,7 +441,7 @@ impl Scheduler {
         self.waiting.push(self.served(entry.tenant), entry);
     }
 
-    fn take_rows(&mut self, at: usize, rows: usize) -> Planned {
+    fn schedule_tokens(&mut self, at: usize, rows: usize) -> ScheduledChunk {
         let entry = &mut self.running[at];
         let start = entry.computed;
         entry.computed += rows;
@@ -453,7 +453,7 @@ impl Scheduler {
             account.served = account.served.saturating_add(counts);
             self.waiting.serve(tenant, account.served);
         }
-        Planned { id, start, count: rows, completes, at }
+        ScheduledChunk { id, start, count: rows, completes, at }
     }
 
     /// What so many of anything count for a tenant's weight.

@@ -8,12 +8,12 @@ use tokio::sync::oneshot;
 
 use crate::engine::answer::Answer;
 use crate::engine::sampler::{History, logprob, sample, top_logprobs};
-use crate::engine::scheduler::Planned;
+use crate::engine::scheduler::ScheduledChunk;
 use crate::engine::stats::{self, Figures};
 use crate::engine::tickets::Ticket;
 use crate::error::{Error, Result};
 use crate::hub::{Lease, VersionRow};
-use crate::model::batch::LogitRows;
+use crate::model::batch::Readout;
 use crate::request::{
     FinishReason, GenerateEvent, Sampling, ScoreOut, StopCause, Stopping, TokenLogprob, TokenOut, Usage,
 };
@@ -112,7 +112,7 @@ pub fn lost() -> Error {
 
 /// What the logits of a step say.
 #[derive(Debug, Default)]
-pub enum Reading {
+pub enum StepOutput {
     /// None were asked for.
     #[default]
     Nothing,
@@ -123,7 +123,7 @@ pub enum Reading {
         /// The most likely ids after the last one; empty where the chunk does not end the sequence.
         next: Vec<(u32, f32)>,
     },
-    NotNumbers,
+    NonFinite,
 }
 
 /// Whether a sequence goes on after a step.
@@ -148,25 +148,25 @@ impl Sequence {
     }
 
     /// The rows of a chunk whose logits are needed; `completes` says that the chunk ends the sequence.
-    pub fn logit_rows(&self, completes: bool) -> LogitRows {
+    pub fn logit_rows(&self, completes: bool) -> Readout {
         match &self.work {
-            Work::Score(_) => LogitRows::All,
-            Work::Generate(_) if completes => LogitRows::Last,
-            Work::Generate(_) => LogitRows::None,
+            Work::Score(_) => Readout::All,
+            Work::Generate(_) if completes => Readout::Last,
+            Work::Generate(_) => Readout::None,
         }
     }
 
     /// Reads the logits `[rows, vocab]` that [`Sequence::logit_rows`] asked for, of a chunk that began at `start`.
-    pub fn read(&self, start: usize, logits: &[f32], vocab: usize) -> Reading {
+    pub fn read(&self, start: usize, logits: &[f32], vocab: usize) -> StepOutput {
         match &self.work {
             Work::Score(scoring) => scoring.read(&self.ids, start, logits, vocab),
-            Work::Generate(_) if logits.is_empty() => Reading::Nothing,
+            Work::Generate(_) if logits.is_empty() => StepOutput::Nothing,
             Work::Generate(generation) => generation.read(&self.ids, logits),
         }
     }
 
     /// Takes what was read of the planned rows.
-    pub fn commit(&mut self, planned: &Planned, reading: Reading, text: &Text, context: usize) -> Next {
+    pub fn commit(&mut self, planned: &ScheduledChunk, reading: StepOutput, text: &Text, context: usize) -> Next {
         if let Work::Generate(generation) = &mut self.work
             && generation.cached_tokens.is_none()
         {
@@ -175,13 +175,13 @@ impl Sequence {
             self.figures.prompt(generation.prompt_tokens);
         }
         match (&mut self.work, reading) {
-            (_, Reading::Nothing) => Next::Unchanged,
-            (Work::Generate(generation), Reading::Token(token)) => {
+            (_, StepOutput::Nothing) => Next::Unchanged,
+            (Work::Generate(generation), StepOutput::Token(token)) => {
                 self.ids.push(token.id);
                 self.figures.token(Instant::now());
                 generation.commit(token, self.ids.len(), text, context)
             }
-            (Work::Score(scoring), Reading::Scores { logprobs, next }) => {
+            (Work::Score(scoring), StepOutput::Scores { logprobs, next }) => {
                 scoring.logprobs.extend(logprobs);
                 if planned.completes {
                     self.figures.prompt(self.ids.len());
@@ -240,7 +240,7 @@ impl Sequence {
 }
 
 impl Scoring {
-    fn read(&self, ids: &[u32], start: usize, logits: &[f32], vocab: usize) -> Reading {
+    fn read(&self, ids: &[u32], start: usize, logits: &[f32], vocab: usize) -> StepOutput {
         let known = self.logprobs.len().saturating_sub(start);
         let rows: Vec<(usize, &[f32])> = (start..).zip(logits.chunks_exact(vocab)).skip(known).collect();
         let logprobs = rows.iter().filter_map(|(position, row)| Some((ids.get(position + 1)?, row)));
@@ -248,9 +248,9 @@ impl Scoring {
         let last = rows.last().filter(|(position, _)| position + 1 == ids.len());
         let next = last.map(|(_, row)| top_logprobs(row, self.top)).unwrap_or_default();
         if logprobs.iter().any(|scored| scored.logprob.is_nan()) || next.iter().any(|(_, logprob)| logprob.is_nan()) {
-            return Reading::NotNumbers;
+            return StepOutput::NonFinite;
         }
-        Reading::Scores { logprobs, next }
+        StepOutput::Scores { logprobs, next }
     }
 
     fn finish(&mut self, ids: Vec<u32>, next: Vec<(u32, f32)>) {
@@ -260,12 +260,12 @@ impl Scoring {
 
 impl Generation {
     /// Draws the next token.
-    fn read(&self, ids: &[u32], logits: &[f32]) -> Reading {
+    fn read(&self, ids: &[u32], logits: &[f32]) -> StepOutput {
         let Self { prompt_tokens, ref sampling, ref withheld, .. } = *self;
         let early = ids.len() - prompt_tokens < sampling.min_tokens as usize;
         let history = History { ids, prompt_tokens, withheld: if early { withheld } else { &[] } };
-        let Some(id) = sample(logits, history, sampling, ids.len()) else { return Reading::NotNumbers };
-        Reading::Token(TokenOut { id, logprob: self.logprobs.map(|top| logprob(logits, id, top as usize)) })
+        let Some(id) = sample(logits, history, sampling, ids.len()) else { return StepOutput::NonFinite };
+        StepOutput::Token(TokenOut { id, logprob: self.logprobs.map(|top| logprob(logits, id, top as usize)) })
     }
 
     /// Passes on what may go out now that the sequence has `length` tokens.

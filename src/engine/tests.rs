@@ -17,13 +17,13 @@ use crate::adapter::format::Package;
 use crate::adapter::{Lora, PackedLora};
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
-use crate::model::batch::Span;
+use crate::model::batch::SequenceChunk;
 use crate::request::{ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Target, TokenOut};
 use crate::store::Store;
 
-struct Pass;
+struct ForwardOptions;
 
-impl PublishGate for Pass {
+impl PublishGate for ForwardOptions {
     fn check(&self, _packed: &Arc<PackedLora>, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         Ok(ParityReport {
             tokens: 256,
@@ -67,8 +67,13 @@ async fn make_world() -> World {
     let id = TenantId::new("t").unwrap();
     store.create_tenant(&id, "", 1, "").await.unwrap();
     let tenant = Tenant::proven(id.clone());
-    let hub =
-        Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(Pass), &Limits::default());
+    let hub = Hub::new(
+        store.clone(),
+        model.shape().clone(),
+        text.template_digest(),
+        Arc::new(ForwardOptions),
+        &Limits::default(),
+    );
     let specs = [
         LoraSpec { rank: 4, targets: vec![Target::QProj, Target::VProj], ..LoraSpec::default() },
         LoraSpec { rank: 7, ..LoraSpec::default() },
@@ -270,10 +275,10 @@ fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
 }
 
 /// The loop without its thread.
-fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (Loop, Bare) {
+fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (EngineLoop, Bare) {
     let (sender, inbox) = mpsc::channel();
     let sender = Arc::new(sender);
-    let state = Loop {
+    let state = EngineLoop {
         inbox,
         scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap()),
         plan: Vec::new(),
@@ -321,7 +326,7 @@ fn submit(bare: &Bare, adapter: Adapter, max_tokens: u32) -> UnreadEvents {
     let id = ticket.ids.start;
     let work = Work::Generate(Box::new(generation));
     let longest = 20 + max_tokens as usize;
-    let demand = Demand { tenant: 0, weight: 1, priority: 0, length: 20, longest, chain: None };
+    let demand = SequenceRequest { tenant: 0, weight: 1, priority: 0, length: 20, longest, chain: None };
     let figures = stats::Figures::new(&stats::Tenants::new(1), w.tenant.id(), Instant::now(), None);
     let sequence = Sequence { ids: vec![1; 20], deadline: None, adapter, ticket, figures, work };
     bare.sender.send(Message::Submit(id, demand, Box::new(sequence))).unwrap();
@@ -559,7 +564,7 @@ struct Faulty {
 }
 
 impl Executor for Faulty {
-    fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
+    fn forward(&mut self, spans: &[SequenceChunk<'_>]) -> Result<&[f32]> {
         let vocab = world().text.vocab_size();
         let rows: usize = spans.iter().map(|span| span.logits.count(span.ids.len())).sum();
         self.steps += 1;
@@ -582,7 +587,7 @@ fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
         let layout = KvLayout { block_tokens: 8, blocks: 16 };
         let faulty = Box::new(Faulty { steps: 0, logits: Vec::new() });
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
-        let facts = Facts { base: w.model.shape().digest, context: 100, layout };
+        let facts = EngineInfo { base: w.model.shape().digest, context: 100, layout };
         let memory = Memory::new(1 << 30);
         let engine = Engine::start_with(faulty, facts, text, hub, arbiter, memory, &Limits::default()).unwrap();
         let request = Request { adapter: Some(0), prompt: vec![1; 25], max_tokens: 3, temperature: 0.0, seed: 0 };
@@ -616,7 +621,8 @@ fn nobody_waits_for_what_another_request_loads() {
     run(async {
         let w = make_world().await;
         let shape = w.model.shape().clone();
-        let cold = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(Pass), &Limits::default());
+        let cold =
+            Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(ForwardOptions), &Limits::default());
         let engine = start(w.model.clone(), w.text.clone(), cold, &Limits::default()).unwrap();
         let mut files = packed_files(w.dir.path());
         files.sort_by_key(|file| file.metadata().unwrap().len());

@@ -66,9 +66,9 @@ impl Drop for Reservation {
 
 /// Tells of room when it is dropped. As the last field of what holds a version, it speaks when the version has been let go.
 #[derive(Debug)]
-pub(super) struct Tells(pub(super) Arc<Budget>);
+pub(super) struct NotifyOnDrop(pub(super) Arc<Budget>);
 
-impl Drop for Tells {
+impl Drop for NotifyOnDrop {
     fn drop(&mut self) {
         self.0.tell();
     }

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
-use budget::Tells;
+use budget::NotifyOnDrop;
 use load::LOADS_AT_ONCE;
 use residents::{Resident, Residents};
 pub use share::Claim;
@@ -43,7 +43,7 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, Tenant, TenantId, VersionName};
 use crate::request::{ParityReport, Publish};
 pub use crate::store::VersionRow;
-use crate::store::{AdapterRow, Store, uninterrupted};
+use crate::store::{AdapterRow, Store, spawn_uncancellable};
 
 /// Judges a version before it exists. Injected by `app`, so that the hub needs no model.
 pub trait PublishGate: Send + Sync {
@@ -99,7 +99,7 @@ struct Held {
 #[derive(Debug)]
 struct Counted {
     leases: Arc<AtomicUsize>,
-    _tells: Tells,
+    _tells: NotifyOnDrop,
 }
 
 impl Drop for Counted {
@@ -263,7 +263,7 @@ impl Hub {
             tracing::info!(tenant = %name.tenant, adapter = %name, versions = uids.len(), "adapter deleted");
             Ok(())
         };
-        uninterrupted(delete).await
+        spawn_uncancellable(delete).await
     }
 
     /// Deletes a tenant with all of its own; leases go on until they drop. See [`Store::delete_tenant`].
@@ -276,7 +276,7 @@ impl Hub {
             }
             deleted
         };
-        uninterrupted(delete).await
+        spawn_uncancellable(delete).await
     }
 
     /// Where a version is, and what is known of its use. `memory_bytes`: its row's.

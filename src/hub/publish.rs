@@ -12,11 +12,11 @@ use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
 use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::error::{Error, Result};
 use crate::hub::budget::Reservation;
-use crate::hub::residents::{Resident, Unnamed};
+use crate::hub::residents::{PendingVersion, Resident};
 use crate::hub::{Hub, NewVersion, blocking};
 use crate::ids::{AdapterName, Digest, Tenant, TenantId, VersionName};
 use crate::request::ParityReport;
-use crate::store::{NewVersionRow, VersionRow, fresh_token, uninterrupted};
+use crate::store::{NewVersionRow, VersionRow, random_id, spawn_uncancellable};
 
 /// A difference between serving and training, in nats a token, above which the rounding to bf16 may be what it comes from. Usual adapters
 /// stay below it: on the default base they have 0.001 to 0.002, which is the rounding of activations.
@@ -40,7 +40,7 @@ impl Hub {
     pub async fn publish(self: &Arc<Self>, tenant: &Tenant, new: NewVersion) -> Result<VersionRow> {
         tenant.check_owns(&new.adapter.tenant)?;
         let hub = Arc::clone(self);
-        uninterrupted(async move { hub.run_publish(new).await }).await
+        spawn_uncancellable(async move { hub.run_publish(new).await }).await
     }
 
     async fn run_publish(&self, new: NewVersion) -> Result<VersionRow> {
@@ -100,7 +100,7 @@ impl Hub {
         self.store.blobs().put(&format!("{blob}/{CONFIG_FILE}"), new.package.config).await?;
         self.store.blobs().put(&format!("{blob}/{TENSORS_FILE}"), new.package.tensors).await?;
 
-        let (rank, targets) = extent(&lora);
+        let (rank, targets) = rank_and_targets(&lora);
         let probed = Probed { lora: Arc::new(lora), probes: Arc::new(new.probes) };
         let plain = self.measure(tenant, digest, packed, reserved, &probed).await?;
         let Measured { uid, unnamed, parity } = self.better_form(plain, tenant, digest, probed).await?;
@@ -156,7 +156,7 @@ impl Hub {
         reserved: Reservation,
         probed: &Probed,
     ) -> Result<Measured<'_>> {
-        let uid = fresh_token();
+        let uid = random_id();
         let unnamed = self.residents.admit(&uid, tenant, Resident::new(digest, packed, reserved));
         let (gate, packed) = (Arc::clone(&self.gate), Arc::clone(&unnamed.resident().packed));
         let Probed { lora, probes } = probed.clone();
@@ -203,7 +203,7 @@ struct Probed {
 /// A form of an adapter in memory, and its figures.
 struct Measured<'a> {
     uid: String,
-    unnamed: Unnamed<'a>,
+    unnamed: PendingVersion<'a>,
     parity: ParityReport,
 }
 
@@ -227,7 +227,7 @@ fn judge(adapter: &AdapterName, parity: &ParityReport, trained: bool) -> Result<
 }
 
 /// The largest rank, and the targets in PEFT's words, sorted.
-fn extent(lora: &Lora) -> (u32, Vec<String>) {
+fn rank_and_targets(lora: &Lora) -> (u32, Vec<String>) {
     let rank = lora.layers.values().map(|layer| layer.rank).max().unwrap_or_default();
     let targets: BTreeSet<_> = lora.layers.keys().map(|site| site.target.name().to_owned()).collect();
     (rank as u32, targets.into_iter().collect())

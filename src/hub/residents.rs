@@ -10,7 +10,7 @@ use tokio::sync::OnceCell;
 
 use crate::adapter::PackedLora;
 use crate::error::{Error, Result};
-use crate::hub::budget::{Budget, Reservation, Tells};
+use crate::hub::budget::{Budget, NotifyOnDrop, Reservation};
 use crate::hub::ledger::{Ledger, Residency, Tier};
 use crate::hub::stats;
 use crate::ids::{Digest, TenantId};
@@ -93,8 +93,8 @@ impl Residents {
     }
 
     /// To be kept by what holds a version, as the last thing that it lets go.
-    pub(super) fn tells(&self) -> Tells {
-        Tells(Arc::clone(&self.budget))
+    pub(super) fn tells(&self) -> NotifyOnDrop {
+        NotifyOnDrop(Arc::clone(&self.budget))
     }
 
     /// The version of a uid; the first to ask awaits `load`, the others wait for it. A failure is each caller's own: the next one
@@ -107,7 +107,7 @@ impl Residents {
     ) -> Result<Arc<Resident>> {
         // Declared first, dropped last: the slot's own hold is gone when the visit looks, and the visit when the room is told of.
         let _tells = self.tells();
-        let _visit = Visit { residents: self, uid };
+        let _visit = LoadAttempt { residents: self, uid };
         let slot = self.slot(uid, tenant);
         slot.loaded.get_or_try_init(|| load).await.cloned()
     }
@@ -127,14 +127,14 @@ impl Residents {
         self.slots.get(uid).is_some_and(|slot| slot.loaded.initialized())
     }
 
-    /// Puts a version in its place before it has a name. It leaves again unless [`Unnamed::keep`] is called.
-    pub(super) fn admit(&self, uid: &str, tenant: &TenantId, resident: Resident) -> Unnamed<'_> {
+    /// Puts a version in its place before it has a name. It leaves again unless [`PendingVersion::keep`] is called.
+    pub(super) fn admit(&self, uid: &str, tenant: &TenantId, resident: Resident) -> PendingVersion<'_> {
         let resident = Arc::new(resident);
         let loaded = OnceCell::new_with(Some(Arc::clone(&resident)));
         let slot = Slot { tenant: tenant.clone(), loaded, last_used: AtomicU64::new(self.tick()) };
         self.ledger.enter(uid, tenant, self.tick());
         self.slots.insert(uid.to_owned(), Arc::new(slot));
-        Unnamed { residents: self, uid: uid.to_owned(), resident, kept: false, _tells: self.tells() }
+        PendingVersion { residents: self, uid: uid.to_owned(), resident, kept: false, _tells: self.tells() }
     }
 
     /// Takes a version out; its leases go on and free its memory when the last one drops.
@@ -200,12 +200,12 @@ fn no_room(bytes: u64, limit: u64, what_to_do: &str, retry_after: Option<Duratio
 }
 
 /// A look at a slot. The last one to leave a slot that stayed empty (its load failed or was cancelled) takes it out of the table.
-struct Visit<'a> {
+struct LoadAttempt<'a> {
     residents: &'a Residents,
     uid: &'a str,
 }
 
-impl Drop for Visit<'_> {
+impl Drop for LoadAttempt<'_> {
     fn drop(&mut self) {
         let abandoned = |_: &String, slot: &Arc<Slot>| !slot.loaded.initialized() && Arc::strong_count(slot) == 1;
         self.residents.slots.remove_if(self.uid, abandoned);
@@ -213,15 +213,15 @@ impl Drop for Visit<'_> {
 }
 
 /// A version in memory that has no name yet.
-pub(super) struct Unnamed<'a> {
+pub(super) struct PendingVersion<'a> {
     residents: &'a Residents,
     uid: String,
     resident: Arc<Resident>,
     kept: bool,
-    _tells: Tells,
+    _tells: NotifyOnDrop,
 }
 
-impl Unnamed<'_> {
+impl PendingVersion<'_> {
     pub(super) fn resident(&self) -> &Resident {
         &self.resident
     }
@@ -232,7 +232,7 @@ impl Unnamed<'_> {
     }
 }
 
-impl Drop for Unnamed<'_> {
+impl Drop for PendingVersion<'_> {
     fn drop(&mut self) {
         if !self.kept {
             self.residents.retire(&self.uid);

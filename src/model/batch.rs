@@ -12,11 +12,11 @@ pub use crate::kernels::tensors::Best;
 pub trait Executor: Send {
     /// Runs the spans and gives the logits of the rows that asked for them, in order, `[rows, vocab]` row-major. Spans of the same
     /// sequence must not share a batch.
-    fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]>;
+    fn forward(&mut self, spans: &[SequenceChunk<'_>]) -> Result<&[f32]>;
 
     /// As [`Executor::forward`], where nobody needs more of those rows than the best id, so that logits need not leave a device. `None`,
     /// with nothing computed, where the logits are at hand anyway.
-    fn forward_best(&mut self, _spans: &[Span<'_>]) -> Result<Option<Vec<Best>>> {
+    fn forward_best(&mut self, _spans: &[SequenceChunk<'_>]) -> Result<Option<Vec<Best>>> {
         Ok(None)
     }
 }
@@ -32,7 +32,7 @@ pub struct KvLayout {
 
 /// Which rows of a span get logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LogitRows {
+pub enum Readout {
     /// No row's.
     None,
     /// The last row's.
@@ -41,7 +41,7 @@ pub enum LogitRows {
     All,
 }
 
-impl LogitRows {
+impl Readout {
     /// Rows of logits that a span of `rows` gives.
     pub fn count(self, rows: usize) -> usize {
         match self {
@@ -54,7 +54,7 @@ impl LogitRows {
 
 /// New tokens of one sequence.
 #[derive(Debug, Clone)]
-pub struct Span<'a> {
+pub struct SequenceChunk<'a> {
     /// The new ids, at positions `start..start + ids.len()`.
     pub ids: &'a [u32],
     /// The position of the first id.
@@ -64,10 +64,10 @@ pub struct Span<'a> {
     /// `None` is the base.
     pub lora: Option<&'a Arc<PackedLora>>,
     /// The rows whose logits are wanted.
-    pub logits: LogitRows,
+    pub logits: Readout,
 }
 
-impl Span<'_> {
+impl SequenceChunk<'_> {
     /// Positions that its sequence has after it.
     pub fn end(&self) -> usize {
         self.start + self.ids.len()
@@ -84,7 +84,7 @@ impl KvLayout {
     }
 
     /// Fails where a span does not fit the model or this cache.
-    pub(super) fn check_spans(&self, model: &Model, spans: &[Span<'_>]) -> Result<()> {
+    pub(super) fn check_spans(&self, model: &Model, spans: &[SequenceChunk<'_>]) -> Result<()> {
         for span in spans {
             let fits = !span.ids.is_empty()
                 && span.end() <= model.context_length()

@@ -10,7 +10,7 @@ use crate::adapter::{PackedLora, Site, packed};
 use crate::error::Result;
 use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team};
 use crate::model::Model;
-use crate::model::batch::{Executor, KvLayout, Span, reused};
+use crate::model::batch::{Executor, KvLayout, SequenceChunk, reused};
 use crate::model::kv::KvCache;
 use crate::model::llama::{self, Norm, Ops};
 use crate::request::Target;
@@ -41,7 +41,7 @@ impl Exec {
 }
 
 impl Executor for Exec {
-    fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
+    fn forward(&mut self, spans: &[SequenceChunk<'_>]) -> Result<&[f32]> {
         self.kv.layout().check_spans(&self.model, spans)?;
         self.rows.fill(spans);
         let mut pairs = reused(std::mem::take(&mut self.pairs));
@@ -101,7 +101,7 @@ struct Tile {
 }
 
 impl Rows {
-    fn fill(&mut self, spans: &[Span<'_>]) {
+    fn fill(&mut self, spans: &[SequenceChunk<'_>]) {
         self.ids.clear();
         self.tiles.clear();
         self.tables.clear();
@@ -337,7 +337,7 @@ impl Ops for ExecPass<'_> {
         Ok(())
     }
 
-    fn add_linear(&mut self, (): (), (): (), site: Site) -> Result<()> {
+    fn residual_linear(&mut self, (): (), (): (), site: Site) -> Result<()> {
         let layer = site.layer as usize;
         let (gate_up, qkv) = (gate_up_sites(layer), qkv_sites(layer + 1));
         let next = match site.target {
@@ -363,7 +363,7 @@ impl Ops for ExecPass<'_> {
 mod tests {
     use super::*;
     use crate::adapter::Lora;
-    use crate::model::batch::LogitRows;
+    use crate::model::batch::Readout;
     use crate::request::LoraSpec;
 
     /// Logits that look like some answer would be sent as one.
@@ -374,7 +374,7 @@ mod tests {
         lora.layers.values_mut().for_each(|layer| layer.b.fill(1e38));
         let lora = Arc::new(PackedLora::new(&lora, model.shape()).unwrap());
         let mut exec = Exec::new(model, KvLayout { block_tokens: 4, blocks: 4 }).unwrap();
-        let span = |ids, start, lora| Span { ids, start, blocks: &[2, 0], lora, logits: LogitRows::All };
+        let span = |ids, start, lora| SequenceChunk { ids, start, blocks: &[2, 0], lora, logits: Readout::All };
         assert!(exec.forward(&[span(&[1, 2, 3], 0, Some(&lora))]).unwrap().iter().all(|x| x.is_nan()));
         assert!(exec.forward(&[span(&[4], 3, None)]).unwrap().iter().all(|x| x.is_nan()), "nor by a later row");
         assert!(exec.forward(&[span(&[1, 2, 3], 0, None)]).unwrap().iter().all(|x| x.is_finite()));

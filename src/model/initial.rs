@@ -38,14 +38,14 @@ pub(super) fn plain_form(
     model: &Model,
     lora: &Lora,
     initialisation: Initialisation,
-    give_way: &dyn Fn(),
+    yield_to_serving: &dyn Fn(),
 ) -> Result<Option<Lora>> {
     if initialisation == Initialisation::Apart {
         return Ok(None);
     }
     let part_of = |(site, layer): (&Site, &LoraLayer)| {
-        give_way();
-        (*site, part(model, *site, layer, initialisation, give_way))
+        yield_to_serving();
+        (*site, part(model, *site, layer, initialisation, yield_to_serving))
     };
     let parts: Vec<(Site, Part)> = lora.layers.iter().map(part_of).collect();
     // (The changes' product with the parts, the parts' square): |change - part|^2 < |change|^2 where the product is over half the square.
@@ -121,7 +121,13 @@ fn out(data: &mut [f32], stride: usize) -> Out<'_> {
 }
 
 /// What the initialisation took out of a layer.
-fn part(model: &Model, site: Site, layer: &LoraLayer, initialisation: Initialisation, give_way: &dyn Fn()) -> Part {
+fn part(
+    model: &Model,
+    site: Site,
+    layer: &LoraLayer,
+    initialisation: Initialisation,
+    yield_to_serving: &dyn Fn(),
+) -> Part {
     let matrix = model.matrix(site);
     let (outputs, inputs) = (matrix.rows(), matrix.cols());
     let mut w = vec![0.0; outputs * inputs];
@@ -137,7 +143,7 @@ fn part(model: &Model, site: Site, layer: &LoraLayer, initialisation: Initialisa
         // Those of B, which training has moved a little.
         Initialisation::Corda => columns(&layer.b, layer.rank),
         Initialisation::Pissa | Initialisation::PissaSearched | Initialisation::Apart => {
-            return singular(&w, (outputs, inputs), rank, layer, give_way);
+            return singular(&w, (outputs, inputs), rank, layer, yield_to_serving);
         }
     };
     orthonormalise(&mut u, rank);
@@ -147,7 +153,13 @@ fn part(model: &Model, site: Site, layer: &LoraLayer, initialisation: Initialisa
 }
 
 /// The largest `rank` singular values of W with their vectors, by subspace iteration; it starts from B, which began as them.
-fn singular(w: &[f32], (outputs, inputs): (usize, usize), rank: usize, start: &LoraLayer, give_way: &dyn Fn()) -> Part {
+fn singular(
+    w: &[f32],
+    (outputs, inputs): (usize, usize),
+    rank: usize,
+    start: &LoraLayer,
+    yield_to_serving: &dyn Fn(),
+) -> Part {
     let (b, b_rank) = (&start.b, start.rank);
     let width = (2 * rank + SPARE).min(outputs).min(inputs);
     let mut q = vec![0.0; outputs * width];
@@ -164,7 +176,7 @@ fn singular(w: &[f32], (outputs, inputs): (usize, usize), rank: usize, start: &L
     let (mut values, mut vectors) = eigen(&gram(&z, width), width);
     for _ in 0..LOOKS {
         for _ in 0..ROUNDS {
-            give_way();
+            yield_to_serving();
             gemm::mul(out(&mut q, width), w, Mat::dense(&z, width), true);
             orthonormalise(&mut q, width);
             gemm::mul_tn(out(&mut z, width), w, Mat::dense(&q, width), true);

@@ -35,7 +35,7 @@ pub trait Ops {
     /// silu(gate) * up.
     fn swiglu(&mut self, layer: usize, gate_up: [Self::Rows; 2]) -> Result<Self::Rows>;
     /// x + the frozen layer of y, and on top each row's adapter.
-    fn add_linear(&mut self, x: Self::Rows, y: Self::Rows, site: Site) -> Result<Self::Rows>;
+    fn residual_linear(&mut self, x: Self::Rows, y: Self::Rows, site: Site) -> Result<Self::Rows>;
     /// The rows that are wanted beyond the last layer.
     fn select(&mut self, x: Self::Rows) -> Result<Self::Rows>;
 }
@@ -48,11 +48,11 @@ pub fn hidden<O: Ops>(model: &Model, ops: &mut O) -> Result<O::Rows> {
         let n = ops.norm(&x, Norm::Attention(layer))?;
         let qkv = ops.qkv(&n, layer)?;
         let attended = ops.attention(layer, qkv)?;
-        x = ops.add_linear(x, attended, site(Target::OProj))?;
+        x = ops.residual_linear(x, attended, site(Target::OProj))?;
         let n = ops.norm(&x, Norm::Ffn(layer))?;
         let gate_up = ops.gate_up(&n, layer)?;
         let gated = ops.swiglu(layer, gate_up)?;
-        x = ops.add_linear(x, gated, site(Target::DownProj))?;
+        x = ops.residual_linear(x, gated, site(Target::DownProj))?;
     }
     let x = ops.select(x)?;
     ops.norm(&x, Norm::Final)

@@ -25,7 +25,7 @@ use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::{Text, Vocabulary};
 use crate::weights::{LlamaConfig, Weights};
-use batch::{Executor, KvLayout, LogitRows, Span};
+use batch::{Executor, KvLayout, Readout, SequenceChunk};
 use exec::Exec;
 use llama::Norm;
 use tensors::{DeviceWeights, TensorExec};
@@ -63,7 +63,7 @@ impl Model {
         let ids = [0, last / 3, last / 2, last];
         let ids = &ids[..ids.len().min(self.context_length())];
         let mut exec = self.executor(KvLayout { block_tokens: ids.len(), blocks: 1 })?;
-        let span = Span { ids, start: 0, blocks: &[0], lora: None, logits: LogitRows::All };
+        let span = SequenceChunk { ids, start: 0, blocks: &[0], lora: None, logits: Readout::All };
         if exec.forward(&[span])?.iter().all(|logit| logit.is_finite()) {
             return Ok(());
         }

@@ -10,8 +10,8 @@ use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::device::Compute;
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
-use crate::model::batch::{KvLayout, LogitRows, Span};
-use crate::model::traced::{Pass, TracedLora};
+use crate::model::batch::{KvLayout, Readout, SequenceChunk};
+use crate::model::traced::{ForwardOptions, TracedLora};
 use crate::model::{Model, initial};
 use crate::request::ParityReport;
 use crate::text::Text;
@@ -113,7 +113,7 @@ impl Parity {
         for ids in probes {
             for start in (0..ids.len()).step_by(CHUNK) {
                 let chunk = &ids[start..ids.len().min(start + CHUNK)];
-                let span = Span { ids: chunk, start, blocks: &blocks, lora, logits: LogitRows::All };
+                let span = SequenceChunk { ids: chunk, start, blocks: &blocks, lora, logits: Readout::All };
                 let logits = exec.forward(&[span])?;
                 for (row, target) in logits.chunks_exact(self.model.vocab_size()).zip(&ids[start + 1..]) {
                     logprobs.push((f64::from(row[*target as usize]) - log_sum_exp(row)) as f32);
@@ -131,7 +131,7 @@ impl Parity {
         let ids: Vec<&[u32]> = probes.iter().map(Vec::as_slice).collect();
         let wanted: Vec<_> =
             ids.iter().enumerate().flat_map(|(s, ids)| (0..ids.len().saturating_sub(1)).map(move |i| (s, i))).collect();
-        let pass = Pass { lora, dropout: None, permit: Some(&permit) };
+        let pass = ForwardOptions { lora, dropout: None, permit: Some(&permit) };
         Ok(self.model.token_logprobs(&ids, &wanted, pass)?.to_vec1()?)
     }
 }

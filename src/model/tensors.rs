@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use candle_core::{Device, Tensor};
 
 use super::RopeTable;
-use super::batch::{Best, Executor, KvLayout, Span};
+use super::batch::{Best, Executor, KvLayout, SequenceChunk};
 use super::llama::{self, Norm, Ops};
 use crate::adapter::{PackedLora, Site};
 use crate::error::Result;
@@ -110,10 +110,11 @@ impl TensorExec {
     }
 
     /// Runs the spans; the logits of the rows that asked for them stay on the device. `None` where no row asked.
-    fn run(&mut self, spans: &[Span<'_>]) -> Result<Option<Tensor>> {
+    fn run(&mut self, spans: &[SequenceChunk<'_>]) -> Result<Option<Tensor>> {
         self.layout.check_spans(&self.model, spans)?;
-        let held =
-            |span: &Span<'_>| span.lora.map(|lora| self.adapters.get(lora, &*self.kernels, &self.model)).transpose();
+        let held = |span: &SequenceChunk<'_>| {
+            span.lora.map(|lora| self.adapters.get(lora, &*self.kernels, &self.model)).transpose()
+        };
         let loras: Vec<Option<Arc<DeviceLora>>> = spans.iter().map(held).collect::<Result<_>>()?;
         let rows = spans.iter().zip(&loras).map(|(span, lora)| Rows {
             ids: span.ids,
@@ -135,7 +136,7 @@ impl TensorExec {
 }
 
 impl Executor for TensorExec {
-    fn forward(&mut self, spans: &[Span<'_>]) -> Result<&[f32]> {
+    fn forward(&mut self, spans: &[SequenceChunk<'_>]) -> Result<&[f32]> {
         match self.run(spans)? {
             Some(logits) => self.logits = logits.flatten_all()?.to_vec1()?,
             None => self.logits.clear(),
@@ -145,7 +146,7 @@ impl Executor for TensorExec {
         Ok(&self.logits)
     }
 
-    fn forward_best(&mut self, spans: &[Span<'_>]) -> Result<Option<Vec<Best>>> {
+    fn forward_best(&mut self, spans: &[SequenceChunk<'_>]) -> Result<Option<Vec<Best>>> {
         let logits = self.run(spans)?;
         let best = logits.map(|logits| self.kernels.best(&logits)).transpose()?.unwrap_or_default();
         self.weights.device.synchronize()?;
@@ -225,7 +226,7 @@ impl Ops for TensorPass<'_> {
         self.kernels.swiglu(gate, &up)
     }
 
-    fn add_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
+    fn residual_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
         self.kernels.add(x, &self.linear(&y, site)?)
     }
 
@@ -244,7 +245,7 @@ mod tests {
 
     use super::*;
     use crate::kernels::log_sum_exp;
-    use crate::model::batch::LogitRows;
+    use crate::model::batch::Readout;
     use crate::request::LoraSpec;
 
     fn on_the_cpu(model: &Arc<Model>, layout: KvLayout) -> TensorExec {
@@ -289,7 +290,7 @@ mod tests {
         let narrow = adapter(&model, &narrow);
         let ids: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 258).collect();
         let blocks: [Vec<u32>; 3] = [vec![7, 2, 20, 5], vec![0, 9, 3], vec![11, 23, 1]];
-        let span = |sequence: usize, range: Range<usize>, logits, lora| Span {
+        let span = |sequence: usize, range: Range<usize>, logits, lora| SequenceChunk {
             ids: &ids[sequence * 3..][range.clone()],
             start: range.start,
             blocks: &blocks[sequence],
@@ -297,12 +298,12 @@ mod tests {
             logits,
         };
         let steps = [
-            vec![span(0, 0..5, LogitRows::None, Some(&full))],
-            vec![span(0, 5..14, LogitRows::All, Some(&full)), span(1, 0..9, LogitRows::Last, None)],
+            vec![span(0, 0..5, Readout::None, Some(&full))],
+            vec![span(0, 5..14, Readout::All, Some(&full)), span(1, 0..9, Readout::Last, None)],
             vec![
-                span(2, 0..6, LogitRows::All, Some(&narrow)),
-                span(0, 14..15, LogitRows::Last, Some(&full)),
-                span(1, 9..10, LogitRows::Last, None),
+                span(2, 0..6, Readout::All, Some(&narrow)),
+                span(0, 14..15, Readout::Last, Some(&full)),
+                span(1, 9..10, Readout::Last, None),
             ],
         ];
         let vocab = model.vocab_size();
@@ -314,7 +315,7 @@ mod tests {
             assert!(difference < 0.03, "{difference}");
         }
         let mut first = |lora| {
-            let logits = both[0].forward(&[span(0, 0..5, LogitRows::All, lora)]);
+            let logits = both[0].forward(&[span(0, 0..5, Readout::All, lora)]);
             logprobs(logits.unwrap(), vocab)
         };
         let effect = mean_difference(&first(None), &first(Some(&full)));
@@ -326,16 +327,16 @@ mod tests {
     fn the_best_ids_are_those_of_the_logits() {
         let (model, _) = Model::tiny(1);
         let mut exec = on_the_cpu(&model, KvLayout { block_tokens: 4, blocks: 4 });
-        let span = |logits| Span { ids: &[1, 2, 3], start: 0, blocks: &[2, 0], lora: None, logits };
-        let logits = exec.forward(&[span(LogitRows::All)]).unwrap().to_vec();
-        let best = exec.forward_best(&[span(LogitRows::All)]).unwrap().unwrap();
+        let span = |logits| SequenceChunk { ids: &[1, 2, 3], start: 0, blocks: &[2, 0], lora: None, logits };
+        let logits = exec.forward(&[span(Readout::All)]).unwrap().to_vec();
+        let best = exec.forward_best(&[span(Readout::All)]).unwrap().unwrap();
         assert_eq!(best.len(), 3);
         for (row, best) in logits.chunks_exact(model.vocab_size()).zip(best) {
             let top = row.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
             assert_eq!(best.id, row.iter().position(|x| *x == top).map(|id| id as u32));
             assert_eq!(best.logprob, (f64::from(top) - log_sum_exp(row)) as f32);
         }
-        assert_eq!(exec.forward_best(&[span(LogitRows::None)]).unwrap(), Some(vec![]));
+        assert_eq!(exec.forward_best(&[span(Readout::None)]).unwrap(), Some(vec![]));
     }
 
     #[test]

@@ -83,7 +83,7 @@ impl TracedLora {
 
 /// One forward of whole sequences without a KV cache.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Pass<'a> {
+pub struct ForwardOptions<'a> {
     /// `None` is the base.
     pub lora: Option<&'a TracedLora>,
     /// Dropped inputs of the adapter; none where it is evaluated.
@@ -92,7 +92,7 @@ pub struct Pass<'a> {
     pub permit: Option<&'a TrainPermit>,
 }
 
-impl Pass<'_> {
+impl ForwardOptions<'_> {
     /// Returns what the operations of the graph give way by. They hold no compute: a tensor may outlive the pass.
     fn compute(&self) -> YieldPoint {
         self.permit.map(TrainPermit::yield_point).unwrap_or_default()
@@ -115,7 +115,7 @@ impl Model {
         self: &Arc<Self>,
         sequences: &[&[u32]],
         wanted: &[(usize, usize)],
-        pass: Pass<'_>,
+        pass: ForwardOptions<'_>,
     ) -> Result<Tensor> {
         Ok(self.score_tokens(sequences, wanted, pass)?.logprobs)
     }
@@ -125,7 +125,7 @@ impl Model {
         self: &Arc<Self>,
         sequences: &[&[u32]],
         wanted: &[(usize, usize)],
-        pass: Pass<'_>,
+        pass: ForwardOptions<'_>,
     ) -> Result<TokenScores> {
         let target = |&(sequence, i): &(usize, usize)| sequences.get(sequence).and_then(|ids| ids.get(i + 1)).copied();
         let targets: Option<Vec<u32>> = wanted.iter().map(target).collect();
@@ -144,7 +144,8 @@ impl Model {
         wanted: &[(usize, usize)],
         lora: Option<&TracedLora>,
     ) -> Result<Tensor> {
-        let hidden = self.traced_hidden(sequences, wanted, Pass { lora, ..Pass::default() })?.detach();
+        let hidden =
+            self.traced_hidden(sequences, wanted, ForwardOptions { lora, ..ForwardOptions::default() })?.detach();
         let head = self.head();
         let mut dense = vec![0.0; head.rows() * head.cols()];
         head.dequantize(0, &mut dense);
@@ -155,7 +156,7 @@ impl Model {
         self: &Arc<Self>,
         sequences: &[&[u32]],
         wanted: &[(usize, usize)],
-        pass: Pass<'_>,
+        pass: ForwardOptions<'_>,
     ) -> Result<Tensor> {
         let fits = |ids: &&[u32]| {
             ids.len() <= self.context_length() && ids.iter().all(|id| (*id as usize) < self.vocab_size())
@@ -181,7 +182,7 @@ impl Model {
 /// One batch of whole sequences, end to end in one list of rows.
 struct TracedPass<'a> {
     model: &'a Arc<Model>,
-    pass: Pass<'a>,
+    pass: ForwardOptions<'a>,
     ids: Vec<u32>,
     positions: Arc<Vec<usize>>,
     sequences: Arc<Vec<Range<usize>>>,
@@ -241,7 +242,7 @@ impl Ops for TracedPass<'_> {
         Ok(gate.apply_op2(&up, SwiGlu)?)
     }
 
-    fn add_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
+    fn residual_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
         Ok((x + self.linear(&y, site)?)?)
     }
 

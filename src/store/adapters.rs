@@ -12,7 +12,7 @@ use crate::ids::{AdapterName, AdapterRef, Digest, JobName, TenantId, VersionName
 use crate::request::{ParityReport, Publish};
 use crate::store::requests::Claim;
 use crate::store::rows::{from_json, from_millis, int, now, require_tenant, to_json};
-use crate::store::{Listed, Page, Store, documents, fresh_token, jobs};
+use crate::store::{Listed, Page, Store, documents, jobs, random_id};
 
 /// An adapter in the catalogue.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -338,7 +338,7 @@ async fn make_adapter(db: &mut SqliteConnection, name: &AdapterName, limits: &Li
     )
     .bind(name.tenant.as_str())
     .bind(&name.adapter)
-    .bind(fresh_token())
+    .bind(random_id())
     .bind(now)
     .bind(now)
     .execute(&mut *db)
@@ -419,7 +419,7 @@ async fn moves_live(db: &mut SqliteConnection, version: &VersionName, publish: P
 async fn move_live(db: &mut SqliteConnection, version: &VersionName) -> Result<()> {
     sqlx::query("UPDATE adapters SET live_version = ?, etag = ?, update_time = ? WHERE tenant = ? AND adapter = ?")
         .bind(version.version)
-        .bind(fresh_token())
+        .bind(random_id())
         .bind(now())
         .bind(version.tenant().as_str())
         .bind(&version.adapter.adapter)
@@ -430,7 +430,7 @@ async fn move_live(db: &mut SqliteConnection, version: &VersionName) -> Result<(
 
 async fn change_etag(db: &mut SqliteConnection, adapter: &AdapterName) -> Result<()> {
     sqlx::query("UPDATE adapters SET etag = ? WHERE tenant = ? AND adapter = ?")
-        .bind(fresh_token())
+        .bind(random_id())
         .bind(adapter.tenant.as_str())
         .bind(&adapter.adapter)
         .execute(db)

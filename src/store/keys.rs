@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::ids::{KeyName, TenantId};
 use crate::store::requests::Claim;
 use crate::store::rows::{from_millis, now, random, require_tenant};
-use crate::store::{Listed, Page, Store, fresh_token};
+use crate::store::{Listed, Page, Store, random_id};
 
 /// Whom a key speaks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +52,7 @@ impl NewKey {
     #[expect(clippy::new_without_default, reason = "every one is another")]
     pub fn new() -> Self {
         let id = format!("{:016x}", u64::from_le_bytes(random()));
-        Self { secret: format!("tnr_{id}_{}{}", fresh_token(), fresh_token()), id }
+        Self { secret: format!("tnr_{id}_{}{}", random_id(), random_id()), id }
     }
 }
 

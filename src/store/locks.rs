@@ -44,15 +44,15 @@ impl Locks {
 /// While it is held its blob is not collected and its tenant is not deleted: taken by whoever puts a blob, until the row that
 /// owns it is committed. One holder a blob.
 #[derive(Debug)]
-pub struct Custody {
+pub struct BlobGuard {
     _tenant: Shared,
     _blob: Exclusive,
 }
 
 impl Store {
     /// Waits for another custody of the same blob and for a deletion of the tenant under way.
-    pub async fn custody(&self, tenant: &TenantId, blob: &str) -> Custody {
+    pub async fn custody(&self, tenant: &TenantId, blob: &str) -> BlobGuard {
         let locks = &self.inner.locks;
-        Custody { _tenant: locks.shared(&tenant.to_string()).await, _blob: locks.exclusive(blob).await }
+        BlobGuard { _tenant: locks.shared(&tenant.to_string()).await, _blob: locks.exclusive(blob).await }
     }
 }

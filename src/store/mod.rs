@@ -32,10 +32,10 @@ pub use blobs::{BlobUpload, Blobs};
 pub use datasets::{DatasetBefore, DatasetKind, DatasetRow, NewDataset, taken};
 pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent, held_error};
 pub use keys::{KeyOwner, KeyRow, NewKey};
-pub use locks::Custody;
+pub use locks::BlobGuard;
 pub use requests::RequestKey;
 pub use retention::Retention;
-pub use rows::{Listed, Page, fresh_token};
+pub use rows::{Listed, Page, random_id};
 pub use tenants::{PolicyRow, TenantChange, TenantCounts, TenantRow};
 pub use usage::{UsageDelta, UsageRow};
 pub use watch::Watch;
@@ -119,7 +119,7 @@ impl Store {
         sqlx::raw_sql(sql).execute(self.writer()).await.unwrap();
     }
 
-    /// Deletes those blobs that no row owns and of which no [`Custody`] is held, whose holder then answers for it. What cannot be deleted
+    /// Deletes those blobs that no row owns and of which no [`BlobGuard`] is held, whose holder then answers for it. What cannot be deleted
     /// now stays until the next start. A row that is gone is gone on the disk: its commit was synced.
     pub async fn collect_blobs(&self, blobs: &[String]) {
         for blob in blobs {
@@ -143,7 +143,9 @@ impl Store {
 }
 
 /// Runs work to its end even where the caller goes away in the middle.
-pub async fn uninterrupted<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+pub async fn spawn_uncancellable<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
     tokio::spawn(work).await.map_err(Error::internal)?
 }
 

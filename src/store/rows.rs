@@ -104,7 +104,7 @@ pub(super) fn from_json<T: DeserializeOwned>(text: &str) -> Result<T> {
 }
 
 /// 128 random bits as 32 hex digits: for etags and ids that must never come twice.
-pub fn fresh_token() -> String {
+pub fn random_id() -> String {
     format!("{:032x}", u128::from_le_bytes(random()))
 }
 

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::ids::TenantId;
 use crate::store::requests::Claim;
 use crate::store::rows::{from_json, from_millis, now, to_json};
-use crate::store::{Listed, Page, Store, fresh_token};
+use crate::store::{Listed, Page, Store, random_id};
 
 const CREATE_METHOD: &str = "CreateTenant";
 
@@ -91,8 +91,8 @@ impl Store {
         .bind(id.as_str())
         .bind(display_name)
         .bind(weight)
-        .bind(fresh_token())
-        .bind(fresh_token())
+        .bind(random_id())
+        .bind(random_id())
         .bind(now())
         .execute(&mut *tx)
         .await?;
@@ -122,7 +122,7 @@ impl Store {
         )
         .bind(&change.display_name)
         .bind(change.weight)
-        .bind(fresh_token())
+        .bind(random_id())
         .bind(id.as_str())
         .bind((!etag.is_empty()).then_some(etag))
         .execute(&mut *tx)
@@ -196,7 +196,7 @@ impl Store {
 
     /// Replaces the policy. `etag`: CONFLICT where it is given and not the current one.
     pub async fn set_policy(&self, id: &TenantId, phrases: &[String], etag: Option<&str>) -> Result<PolicyRow> {
-        let fresh = PolicyRow { phrases: phrases.to_vec(), etag: fresh_token() };
+        let fresh = PolicyRow { phrases: phrases.to_vec(), etag: random_id() };
         let mut tx = self.write().await?;
         let done = sqlx::query(
             "UPDATE tenants SET policy_phrases = ?, policy_etag = ? WHERE tenant = ? AND policy_etag = COALESCE(?, policy_etag)",

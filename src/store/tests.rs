@@ -48,7 +48,7 @@ fn new_version(adapter: &AdapterName, content: &str) -> NewVersionRow {
         job: None,
         metrics: BTreeMap::from([("train_loss".into(), 1.25)]),
         create_time: SystemTime::UNIX_EPOCH,
-        uid: fresh_token(),
+        uid: random_id(),
         memory_bytes: 20,
         blob: format!("{}/adapters/{}", adapter.tenant.as_str(), digest.hex()),
         held_reason: None,
@@ -69,7 +69,7 @@ async fn add_job(store: &Store, tenant: &TenantId, state: &str, from_adapter: Op
          VALUES (?, ?, 'target', ?, 1, 'data', ?, '{}', 0)",
     )
     .bind(tenant.as_str())
-    .bind(fresh_token())
+    .bind(random_id())
     .bind(from_adapter)
     .bind(state)
     .execute(store.writer())

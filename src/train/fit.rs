@@ -14,7 +14,7 @@ use crate::data::{Batches, Examples};
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::traced::{Dropout, Pass, TracedLora};
+use crate::model::traced::{Dropout, ForwardOptions, TracedLora};
 use crate::request::{self, Hyperparameters, JobEvent};
 use crate::train::objective::measures::{ACCURACIES, MARGINS};
 use crate::train::objective::{Dpo, DpoLoss, LossSum, Measures, Objective, Sft};
@@ -45,19 +45,19 @@ pub struct FitInputs<'a> {
     /// Whom it asks for compute.
     pub arbiter: &'a Arc<Arbiter>,
     /// By which it is told to end.
-    pub control: &'a Control,
+    pub control: &'a CancelToken,
 }
 
 /// What the outside sees and does while a run goes on.
 #[derive(Debug, Default)]
-pub struct Control {
+pub struct CancelToken {
     stop: CancellationToken,
     claim_lost: AtomicBool,
     saved: AtomicBool,
     tokens: AtomicU64,
 }
 
-impl Control {
+impl CancelToken {
     /// Ends the run before its next pass with [`Error::Cancelled`].
     pub fn stop(&self) {
         self.stop.cancel();
@@ -105,7 +105,7 @@ impl Control {
 
 /// Tells the work to stop when it is dropped.
 #[derive(Debug)]
-pub struct StopOnDrop(pub Arc<Control>);
+pub struct StopOnDrop(pub Arc<CancelToken>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
@@ -268,7 +268,7 @@ impl<'a> Run<'a> {
             for piece in micro_batches(&**objective, examples, most) {
                 self.inputs.control.check()?;
                 let permit = self.inputs.arbiter.train();
-                let pass = Pass { lora, permit: Some(&permit), ..Pass::default() };
+                let pass = ForwardOptions { lora, permit: Some(&permit), ..ForwardOptions::default() };
                 objective.score_reference(self.inputs.model, piece, pass)?;
             }
         }
@@ -366,7 +366,8 @@ impl<'a> Run<'a> {
         let rate = self.inputs.start.spec.dropout;
         let dropout = Dropout { rate, seed: self.inputs.recipe.seed, step: self.passes };
         self.passes += 1;
-        let pass = Pass { lora: Some(&self.lora), dropout: (rate > 0.0).then_some(dropout), permit: Some(permit) };
+        let pass =
+            ForwardOptions { lora: Some(&self.lora), dropout: (rate > 0.0).then_some(dropout), permit: Some(permit) };
         let part = self.train.loss(self.inputs.model, piece, pass)?;
         sums.add(&part)?;
         let gradients = (part.loss / sums.weight)?.backward()?;
@@ -404,7 +405,7 @@ impl<'a> Run<'a> {
         for piece in micro_batches(objective, examples, self.inputs.recipe.batch_size as usize) {
             go_on()?;
             let permit = self.permit();
-            let pass = Pass { lora: Some(&lora), dropout: None, permit: Some(&permit) };
+            let pass = ForwardOptions { lora: Some(&lora), dropout: None, permit: Some(&permit) };
             sums.add(&objective.loss(self.inputs.model, piece, pass)?)?;
         }
         Ok(sums)

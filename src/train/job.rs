@@ -13,13 +13,13 @@ use crate::model::{Model, parity};
 use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start, TrainingData};
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
-use crate::train::fit::Control;
+use crate::train::fit::CancelToken;
 use crate::train::schedule::Schedule;
 use crate::work::block_holding;
 
 /// Where jobs look things up.
 #[derive(Debug, Clone)]
-pub struct Sources {
+pub struct TrainingContext {
     pub store: Store,
     pub hub: Arc<Hub>,
     pub model: Arc<Model>,
@@ -58,7 +58,7 @@ impl Prepared {
     }
 }
 
-impl Sources {
+impl TrainingContext {
     /// Everything that is quick to know.
     pub async fn check(&self, tenant: &Tenant, spec: &JobSpec) -> Result<Checked> {
         tenant.check_owns(&spec.adapter.tenant)?;
@@ -100,7 +100,7 @@ impl Sources {
 
     /// Loads the starting adapter and turns every record into ids, so that nothing about the data can fail once training runs. CANCELLED
     /// soon after `control` has been told to stop.
-    pub async fn prepare(&self, tenant: &Tenant, spec: &JobSpec, control: Arc<Control>) -> Result<Prepared> {
+    pub async fn prepare(&self, tenant: &Tenant, spec: &JobSpec, control: Arc<CancelToken>) -> Result<Prepared> {
         let Checked { dataset, .. } = self.check(tenant, spec).await?;
         let shape = self.model.shape();
         let (start, continued) = match &spec.start {

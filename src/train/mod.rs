@@ -31,8 +31,8 @@ use crate::request::{JobEvent, JobSpec, JobState, TrainingData};
 use crate::store::{JobEnd, JobRow, NewJob, RequestKey, Store, StoredEvent};
 use crate::sync::lock;
 use crate::text::Text;
-use crate::train::fit::{Control, StopOnDrop};
-use crate::train::job::{Prepared, Sources};
+use crate::train::fit::{CancelToken, StopOnDrop};
+use crate::train::job::{Prepared, TrainingContext};
 
 /// Stored events read at once by a watcher.
 const EVENT_PAGE: u32 = 256;
@@ -84,7 +84,7 @@ pub type EventStream = Pin<Box<dyn Stream<Item = Result<StoredEvent>> + Send>>;
 
 #[derive(Debug)]
 struct Inner {
-    sources: Sources,
+    sources: TrainingContext,
     arbiter: Arc<Arbiter>,
     /// This process, as the owner of claims.
     worker: String,
@@ -101,7 +101,7 @@ struct Inner {
 #[derive(Debug)]
 struct Running {
     job: JobName,
-    control: Arc<Control>,
+    control: Arc<CancelToken>,
 }
 
 impl Inner {
@@ -157,7 +157,7 @@ impl Trainer {
         let TrainerParts { store, hub, model, text, memory, arbiter, limits } = parts;
         store.interrupt_stale_jobs().await?;
         let inner = Arc::new(Inner {
-            sources: Sources { store, hub, model, text, memory, limits },
+            sources: TrainingContext { store, hub, model, text, memory, limits },
             arbiter,
             worker: new_id(),
             queued: Notify::new(),
@@ -178,7 +178,7 @@ impl Trainer {
     pub async fn validate(&self, tenant: &Tenant, spec: &JobSpec) -> Result<Validated> {
         let sources = &self.inner.sources;
         // Told to stop where the caller goes away.
-        let control = Arc::new(Control::default());
+        let control = Arc::new(CancelToken::default());
         let _stop = StopOnDrop(control.clone());
         let Prepared { total_steps, data, .. } = sources.prepare(tenant, spec, control).await?;
         Ok(Validated { total_steps, data })

@@ -8,7 +8,7 @@ use crate::ids::{JobName, Tenant};
 use crate::request::{JobEvent, Publish};
 use crate::store::{JobRow, VersionRow};
 use crate::train::Inner;
-use crate::train::fit::{Control, DIVERGED};
+use crate::train::fit::{CancelToken, DIVERGED};
 use crate::train::result::TrainingResult;
 
 /// The first pause before another attempt; each is twice as long as the one before.
@@ -33,7 +33,7 @@ pub(super) async fn save_and_publish(
     tenant: &Tenant,
     job: &JobRow,
     result: &TrainingResult,
-    control: &Control,
+    control: &CancelToken,
 ) -> Result<Publication> {
     let began = Instant::now();
     let patience = Duration::from_secs(inner.sources.limits.publish_retry_seconds);
@@ -64,7 +64,7 @@ pub(super) async fn save_and_publish(
 }
 
 /// Returns whether the result is on disk.
-async fn save(inner: &Inner, job: &JobName, result: &TrainingResult, control: &Control) -> bool {
+async fn save(inner: &Inner, job: &JobName, result: &TrainingResult, control: &CancelToken) -> bool {
     if control.is_saved() {
         return true;
     }

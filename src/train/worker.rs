@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::ids::{JobName, Tenant};
 use crate::request::{JobEvent, JobState};
 use crate::store::{JobEnd, JobRow, UsageDelta, VersionRow, held_error};
-use crate::train::fit::{Control, FitInputs, fit};
+use crate::train::fit::{CancelToken, FitInputs, fit};
 use crate::train::job::Prepared;
 use crate::train::publishing::{Publication, save_and_publish, shown};
 use crate::train::result::TrainingResult;
@@ -45,7 +45,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
 
 async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
     inner.announce(&job.name);
-    let control = Arc::new(Control::default());
+    let control = Arc::new(CancelToken::default());
     inner.set_running(Some(Running { job: job.name.clone(), control: control.clone() }));
     let outcome = tokio::select! {
         outcome = train_and_publish(inner, tenant, job, &control) => outcome,
@@ -70,7 +70,7 @@ async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
 }
 
 /// Keeps the claim, and stops the run when the catalogue says that it is to be cancelled, that it is another's, or the server shuts down.
-async fn heartbeat(inner: &Inner, job: &JobName, control: &Control) -> std::convert::Infallible {
+async fn heartbeat(inner: &Inner, job: &JobName, control: &CancelToken) -> std::convert::Infallible {
     loop {
         match inner.sources.store.heartbeat(job, &inner.worker, LEASE).await {
             Ok(JobState::Running) => {}
@@ -93,7 +93,7 @@ async fn train_and_publish(
     inner: &Arc<Inner>,
     tenant: &Tenant,
     job: &JobRow,
-    control: &Arc<Control>,
+    control: &Arc<CancelToken>,
 ) -> Result<Publication> {
     let result = match saved_result(inner, job, control).await {
         Ok(Some(result)) => result,
@@ -118,7 +118,7 @@ async fn train_and_publish(
     Ok(publication)
 }
 
-async fn prepare(inner: &Inner, tenant: &Tenant, job: &JobRow, control: &Arc<Control>) -> Result<Prepared> {
+async fn prepare(inner: &Inner, tenant: &Tenant, job: &JobRow, control: &Arc<CancelToken>) -> Result<Prepared> {
     inner.sources.check_disk()?;
     let prepared = inner.sources.prepare(tenant, &job.spec, control.clone()).await?;
     inner.report_data(&job.name, prepared.data, prepared.total_steps).await;
@@ -131,7 +131,7 @@ fn not_begun(job: &JobName, error: &Error) -> Publication {
 }
 
 /// What an earlier run of the job has left: it only has to be published.
-async fn saved_result(inner: &Inner, job: &JobRow, control: &Control) -> Result<Option<TrainingResult>> {
+async fn saved_result(inner: &Inner, job: &JobRow, control: &CancelToken) -> Result<Option<TrainingResult>> {
     let result = TrainingResult::load(&inner.sources.store, job).await?;
     if result.is_some() {
         control.saved();
@@ -146,7 +146,7 @@ async fn train(
     inner: &Arc<Inner>,
     job: &JobRow,
     prepared: Arc<Prepared>,
-    control: Arc<Control>,
+    control: Arc<CancelToken>,
 ) -> Result<TrainingResult> {
     let (inner, name, spec) = (inner.clone(), job.name.clone(), job.spec.clone());
     let runtime = tokio::runtime::Handle::current();

@@ -2,7 +2,7 @@
 
 use prost::Message;
 
-use super::{PairForm, display_name, generate_spec, job_spec, messages, name, page, policy_owner, request_id};
+use super::{UploadEncoding, display_name, generate_spec, job_spec, messages, name, page, policy_owner, request_id};
 use super::{score_spec, tenant_change};
 use crate::api::proto as pb;
 use crate::config::Limits;
@@ -37,7 +37,7 @@ fn convert(which: u8, bytes: &[u8], limits: &Limits) -> Result<()> {
             drop(page(request.page_size, request.page_token)?);
         }
         5 => {
-            let (mut form, pair) = (PairForm::default(), decode(bytes));
+            let (mut form, pair) = (UploadEncoding::default(), decode(bytes));
             drop(form.record(pair)?.to_line());
         }
         6 => drop(messages("chat", decode(bytes))?),

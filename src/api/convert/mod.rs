@@ -13,7 +13,7 @@ use prost_types::{FieldMask, Timestamp};
 
 pub use foreign::convert_bytes;
 pub use generation::{generate_spec, response_of, score_response, score_spec, token, tokenize_input};
-pub use pairs::PairForm;
+pub use pairs::UploadEncoding;
 pub use rows::*;
 pub use training::{event, job, job_spec, train_key, validated};
 

@@ -8,14 +8,14 @@ use crate::request::ChatMessage;
 
 /// Which of its two forms an upload of pairs has taken.
 #[derive(Debug, Default)]
-pub enum PairForm {
+pub enum UploadEncoding {
     #[default]
     Unknown,
     Messages,
     Lines,
 }
 
-impl PairForm {
+impl UploadEncoding {
     /// A pair sent as a message.
     pub fn record(&mut self, pair: pb::PreferencePair) -> Result<Record> {
         if matches!(self, Self::Lines) {
@@ -59,10 +59,10 @@ mod tests {
 
     #[test]
     fn forms_do_not_mix() {
-        let mut form = PairForm::default();
+        let mut form = UploadEncoding::default();
         form.record(pair()).unwrap();
         assert!(form.data(b"{}").is_err());
-        let mut form = PairForm::default();
+        let mut form = UploadEncoding::default();
         form.data(b"{").unwrap();
         assert!(form.record(pair()).is_err());
     }

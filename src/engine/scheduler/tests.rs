@@ -4,29 +4,36 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
-use crate::engine::prefix::Scope;
+use crate::engine::prefix::CacheNamespace;
 use crate::ids::{Digest, TenantId};
 
-fn bounds(blocks: usize) -> Bounds {
-    Bounds { block_tokens: 4, blocks, max_idle_blocks: blocks, max_running: 4, max_step_rows: 24, max_prefill_rows: 24 }
+fn bounds(blocks: usize) -> SchedulerConfig {
+    SchedulerConfig {
+        block_tokens: 4,
+        blocks,
+        max_idle_blocks: blocks,
+        max_running: 4,
+        max_step_rows: 24,
+        max_prefill_rows: 24,
+    }
 }
 
 fn scheduler(blocks: usize) -> Scheduler {
     Scheduler::new(bounds(blocks))
 }
 
-fn demand(tenant: u32, length: usize) -> Demand {
-    Demand { tenant, weight: 1, priority: 0, length, longest: length, chain: None }
+fn demand(tenant: u32, length: usize) -> SequenceRequest {
+    SequenceRequest { tenant, weight: 1, priority: 0, length, longest: length, chain: None }
 }
 
 /// A sequence of these tokens, whose blocks are shared with others that begin as it does.
-fn sharing(ids: &[u32]) -> Demand {
+fn sharing(ids: &[u32]) -> SequenceRequest {
     let (tenant, digest) = (TenantId::new("t").unwrap(), Digest::of(b""));
-    let scope = Scope { tenant: &tenant, base: digest, template: digest, version: None };
-    Demand { chain: Some(Chain::new(&scope, 4, ids, ids.len())), ..demand(0, ids.len()) }
+    let scope = CacheNamespace { tenant: &tenant, base: digest, template: digest, version: None };
+    SequenceRequest { chain: Some(PrefixHashes::new(&scope, 4, ids, ids.len())), ..demand(0, ids.len()) }
 }
 
-fn plan(s: &mut Scheduler) -> Vec<Planned> {
+fn plan(s: &mut Scheduler) -> Vec<ScheduledChunk> {
     let mut planned = Vec::new();
     s.plan(&mut planned, &mut |_| Readiness::Ready);
     planned
@@ -50,10 +57,10 @@ fn a_long_prompt_is_cut_and_does_not_stop_decoding() {
 
 #[test]
 fn prompts_keep_to_their_budget_while_others_decode() {
-    let mut s = Scheduler::new(Bounds { max_prefill_rows: 8, ..bounds(100) });
+    let mut s = Scheduler::new(SchedulerConfig { max_prefill_rows: 8, ..bounds(100) });
     s.add(1, demand(0, 4));
     s.add(2, demand(0, 100));
-    let rows = |planned: Vec<Planned>| planned.iter().map(|p| (p.id, p.count)).collect::<Vec<_>>();
+    let rows = |planned: Vec<ScheduledChunk>| planned.iter().map(|p| (p.id, p.count)).collect::<Vec<_>>();
     assert_eq!(rows(plan(&mut s)), [(1, 4), (2, 20)], "the whole step, where nobody decodes");
     s.extend(1);
     assert_eq!(rows(plan(&mut s)), [(1, 1), (2, 8)]);
@@ -62,8 +69,8 @@ fn prompts_keep_to_their_budget_while_others_decode() {
 
 #[test]
 fn priorities_order_a_tenants_own_and_no_others() {
-    let mut s = Scheduler::new(Bounds { max_running: 1, ..bounds(100) });
-    let urgent = |tenant, priority| Demand { priority, ..demand(tenant, 4) };
+    let mut s = Scheduler::new(SchedulerConfig { max_running: 1, ..bounds(100) });
+    let urgent = |tenant, priority| SequenceRequest { priority, ..demand(tenant, 4) };
     for (id, tenant, priority) in [(1, 0, 0), (2, 0, -5), (3, 0, 7), (4, 0, 7), (5, 1, 100), (6, 1, 100), (7, 2, -100)]
     {
         s.add(id, urgent(tenant, priority));
@@ -97,13 +104,13 @@ fn what_others_have_computed_is_found_once_it_has_proved_sound() {
     s.add(4, sharing(&first));
     let planned = plan(&mut s)[0];
     assert_eq!((planned.start, planned.count), (16, 4), "the last token is computed, whatever is found");
-    s.add(5, Demand { tenant: 1, ..demand(1, 4) });
+    s.add(5, SequenceRequest { tenant: 1, ..demand(1, 4) });
     assert_eq!((s.served(0), s.served(1)), (4 * TOKEN, 4 * TOKEN), "what is found is not counted");
 }
 
 #[test]
 fn one_that_starts_over_finds_its_own() {
-    let mut s = Scheduler::new(Bounds { blocks: 8, ..bounds(8) });
+    let mut s = Scheduler::new(SchedulerConfig { blocks: 8, ..bounds(8) });
     let (first, second): (Vec<u32>, Vec<u32>) = ((0..12).collect(), (100..112).collect());
     s.add(1, sharing(&first));
     s.add(2, sharing(&second));
@@ -143,7 +150,7 @@ fn two_that_computed_the_same_share_it_from_then_on() {
 
 #[test]
 fn the_least_served_tenant_comes_first() {
-    let mut s = Scheduler::new(Bounds { max_running: 1, max_step_rows: 64, ..bounds(100) });
+    let mut s = Scheduler::new(SchedulerConfig { max_running: 1, max_step_rows: 64, ..bounds(100) });
     s.add(1, demand(0, 40));
     plan(&mut s);
     s.add(2, demand(0, 4));
@@ -236,7 +243,7 @@ fn backlogged(weights: [u32; 2], lengths: &[(usize, usize)], steps: usize) -> [u
             while under_way.values().filter(|sequence| sequence.0 == tenant).count() < 8 {
                 let (prompt, tokens) = lengths.next().unwrap();
                 next += 1;
-                s.add(next, Demand { weight: weights[tenant as usize], ..demand(tenant, prompt) });
+                s.add(next, SequenceRequest { weight: weights[tenant as usize], ..demand(tenant, prompt) });
                 under_way.insert(next, (tenant, prompt, tokens, 0));
             }
         }
@@ -284,10 +291,10 @@ fn weights_one_and_three_get_a_quarter_and_three_quarters() {
 #[test]
 fn no_tenant_starves_beside_a_heavy_one_with_high_priorities() {
     let mut s = scheduler(60);
-    let flood = || Demand { weight: 10, priority: 100, ..demand(0, 20) };
+    let flood = || SequenceRequest { weight: 10, priority: 100, ..demand(0, 20) };
     (1..=8).for_each(|id| s.add(id, flood()));
     plan(&mut s);
-    s.add(1000, Demand { priority: -100, ..demand(1, 20) });
+    s.add(1000, SequenceRequest { priority: -100, ..demand(1, 20) });
     for step in 0..200 {
         for p in plan(&mut s) {
             if p.id == 1000 && p.completes {
@@ -316,7 +323,7 @@ impl Cache {
     }
 
     /// All that comes before the planned rows must be there; then the rows are.
-    fn compute(&mut self, blocks: &[u32], ids: &[u32], p: &Planned) -> Result<(), TestCaseError> {
+    fn compute(&mut self, blocks: &[u32], ids: &[u32], p: &ScheduledChunk) -> Result<(), TestCaseError> {
         for position in 0..p.start {
             let there = self.0.get(&Self::slot(blocks, position)).map(Vec::as_slice);
             prop_assert_eq!(there, Some(&ids[..=position]), "position {} of {:?}", position, p);
@@ -328,7 +335,7 @@ impl Cache {
     }
 
     /// As after a step that failed half way.
-    fn spoil(&mut self, blocks: &[u32], p: &Planned) {
+    fn spoil(&mut self, blocks: &[u32], p: &ScheduledChunk) {
         (p.start..p.start + p.count).for_each(|position| drop(self.0.remove(&Self::slot(blocks, position))));
     }
 }
@@ -343,11 +350,11 @@ proptest! {
         max_idle in 0usize..30,
         failing in prop::collection::vec(0u8..8, 40),
     ) {
-        let mut s = Scheduler::new(Bounds { max_idle_blocks: max_idle, max_prefill_rows: 9, ..bounds(pool) });
+        let mut s = Scheduler::new(SchedulerConfig { max_idle_blocks: max_idle, max_prefill_rows: 9, ..bounds(pool) });
         let mut left: BTreeMap<u64, (Vec<u32>, usize)> = BTreeMap::new();
         let mut cache = Cache(BTreeMap::new());
         for (id, (ids, tokens, tenant, priority)) in (0..).zip(sequences) {
-            s.add(id, Demand { tenant, priority, ..sharing(&ids) });
+            s.add(id, SequenceRequest { tenant, priority, ..sharing(&ids) });
             left.insert(id, (ids, tokens));
         }
         for step in 0..10_000 {
@@ -392,7 +399,7 @@ proptest! {
 
 #[test]
 fn one_whose_adapter_loads_is_set_aside_and_comes_back_to_its_place() {
-    let mut s = Scheduler::new(Bounds { max_running: 1, ..bounds(100) });
+    let mut s = Scheduler::new(SchedulerConfig { max_running: 1, ..bounds(100) });
     (1..=3).for_each(|id| s.add(id, demand(0, 4)));
     let mut planned = Vec::new();
     s.plan(&mut planned, &mut |id| if id == 1 { Readiness::Loading } else { Readiness::Ready });

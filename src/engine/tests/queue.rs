@@ -77,7 +77,7 @@ fn a_tenant_runs_no_more_versions_at_once_than_its_share_holds() {
         // Room for both of its versions, of which its share holds one at a time.
         let adapter_cache_bytes = w.hub.stats().resident_bytes;
         let limits = Limits { adapter_cache_bytes, ..Limits::default() };
-        let hub = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(Pass), &limits);
+        let hub = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(ForwardOptions), &limits);
         let engine = start(w.model.clone(), w.text.clone(), hub.clone(), &limits).unwrap();
         let mut first = begin(&engine, &w.tenant, &ask(Some(0), 240)).await;
         runs(&mut first).await;

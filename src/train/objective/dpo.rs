@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use crate::data::Pair;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::traced::Pass;
+use crate::model::traced::ForwardOptions;
 use crate::text::Conversation;
 use crate::train::objective::measures::{
     ACCURACIES, CHOSEN_LOGPS, CHOSEN_REWARDS, MARGINS, REJECTED_LOGPS, REJECTED_REWARDS,
@@ -87,7 +87,12 @@ impl<'a> Dpo<'a> {
     }
 
     /// Sums over the answer's tokens, `[examples]` each: chosen, rejected.
-    fn sequence_logprobs(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<(Tensor, Tensor)> {
+    fn sequence_logprobs(
+        &self,
+        model: &Arc<Model>,
+        examples: &[usize],
+        pass: ForwardOptions<'_>,
+    ) -> Result<(Tensor, Tensor)> {
         let side = |pick: fn(&Pair) -> &Conversation| examples.iter().map(move |e| pick(&self.pairs[*e]));
         let sequences: Vec<_> = side(|pair| &pair.chosen).chain(side(|pair| &pair.rejected)).collect();
         let logprobs = score_loss_tokens(model, &sequences, pass)?.logprobs;
@@ -115,14 +120,14 @@ impl Objective for Dpo<'_> {
         1.0
     }
 
-    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
+    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: ForwardOptions<'_>) -> Result<LossSum> {
         let known: Option<Vec<_>> = examples.iter().map(|example| self.reference[*example]).collect();
         let known = known.ok_or_else(|| Error::internal("a pair was used before the reference had scored it"))?;
         let (chosen, rejected) = self.sequence_logprobs(model, examples, pass)?;
         self.loss.sum(&chosen, &rejected, &known)
     }
 
-    fn score_reference(&mut self, model: &Arc<Model>, examples: &[usize], reference: Pass<'_>) -> Result<()> {
+    fn score_reference(&mut self, model: &Arc<Model>, examples: &[usize], reference: ForwardOptions<'_>) -> Result<()> {
         let (chosen, rejected) = self.sequence_logprobs(model, examples, reference)?;
         let sides = chosen.to_vec1::<f32>()?.into_iter().zip(rejected.to_vec1::<f32>()?);
         for (example, (chosen, rejected)) in examples.iter().zip(sides) {

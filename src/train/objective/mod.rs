@@ -10,7 +10,7 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 use crate::model::Model;
-use crate::model::traced::{Pass, TokenScores};
+use crate::model::traced::{ForwardOptions, TokenScores};
 use crate::text::Conversation;
 
 pub use dpo::{Dpo, DpoLoss};
@@ -29,10 +29,15 @@ pub trait Objective {
     fn weight(&self, example: usize) -> f64;
 
     /// The sum of the loss over the examples, which a step divides by the sum of their weights.
-    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<LossSum>;
+    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: ForwardOptions<'_>) -> Result<LossSum>;
 
     /// Scores the examples once with the frozen policy that preferences are measured against, before any step or evaluation.
-    fn score_reference(&mut self, _model: &Arc<Model>, _examples: &[usize], _reference: Pass<'_>) -> Result<()> {
+    fn score_reference(
+        &mut self,
+        _model: &Arc<Model>,
+        _examples: &[usize],
+        _reference: ForwardOptions<'_>,
+    ) -> Result<()> {
         Ok(())
     }
 
@@ -66,7 +71,7 @@ pub fn loss_tokens(conversation: &Conversation) -> usize {
 }
 
 /// Scores the tokens in the loss of all sequences, in order.
-fn score_loss_tokens(model: &Arc<Model>, sequences: &[&Conversation], pass: Pass<'_>) -> Result<TokenScores> {
+fn score_loss_tokens(model: &Arc<Model>, sequences: &[&Conversation], pass: ForwardOptions<'_>) -> Result<TokenScores> {
     let ids: Vec<&[u32]> = sequences.iter().map(|conversation| conversation.ids.as_slice()).collect();
     model.score_tokens(&ids, &wanted(sequences), pass)
 }

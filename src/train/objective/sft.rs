@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::model::Model;
-use crate::model::traced::Pass;
+use crate::model::traced::ForwardOptions;
 use crate::text::Conversation;
 use crate::train::objective::measures::TOKEN_ACCURACY;
 use crate::train::objective::{LossSum, Measures, Objective, loss_tokens, score_loss_tokens};
@@ -35,7 +35,7 @@ impl Objective for Sft<'_> {
         loss_tokens(&self.examples[example]) as f64
     }
 
-    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: Pass<'_>) -> Result<LossSum> {
+    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: ForwardOptions<'_>) -> Result<LossSum> {
         let sequences: Vec<_> = examples.iter().map(|example| &self.examples[*example]).collect();
         let scores = score_loss_tokens(model, &sequences, pass)?;
         let mut measures = Measures::default();

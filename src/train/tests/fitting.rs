@@ -11,7 +11,7 @@ use crate::model::Model;
 use crate::request::{Hyperparameters, JobEvent, LoraSpec, Objective};
 use crate::store::DatasetKind;
 use crate::text::Text;
-use crate::train::fit::{Control, DIVERGED_ABOVE, FitInputs, FitOutcome, fit};
+use crate::train::fit::{CancelToken, DIVERGED_ABOVE, FitInputs, FitOutcome, fit};
 use crate::train::objective::loss_tokens;
 use crate::train::objective::measures::*;
 use crate::train::tests::{lora, recipe};
@@ -69,7 +69,7 @@ impl Bench {
 
     /// The events also of a run that fails.
     fn observed(&self, run: &Run<'_>) -> (Result<FitOutcome>, Vec<JobEvent>) {
-        let (control, none) = (Control::default(), run.validation_or_none());
+        let (control, none) = (CancelToken::default(), run.validation_or_none());
         let inputs = FitInputs {
             model: &self.model,
             start: run.start,
