@@ -1,9 +1,13 @@
 //! The composition root: puts a server together and runs it until told to stop.
+//!
+//! What the program and the tests call here gives a boxed future: the code of a plain one is compiled in every crate that awaits it, and this one
+//! holds the whole server.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -44,11 +48,20 @@ pub enum Announcement {
 }
 
 /// Loads the base and serves it until `shutdown`, then drains. Health and errors are answered while it loads.
-pub async fn run(
+pub fn run(
     config: Config,
     listener: TcpListener,
-    mut announce: impl FnMut(Announcement),
-    shutdown: impl Future<Output = ()>,
+    announce: Box<dyn FnMut(Announcement) + Send>,
+    shutdown: BoxFuture<'static, ()>,
+) -> BoxFuture<'static, Result<()>> {
+    Box::pin(load_and_serve(config, listener, announce, shutdown))
+}
+
+async fn load_and_serve(
+    config: Config,
+    listener: TcpListener,
+    mut announce: Box<dyn FnMut(Announcement) + Send>,
+    shutdown: BoxFuture<'static, ()>,
 ) -> Result<()> {
     check_listener(&config, listener.local_addr().map_err(Error::internal)?)?;
     let device = config.device.open()?;
@@ -66,11 +79,15 @@ pub async fn run(
         tracing::info!(base = %config.base.display(), ?location, "serving");
         announce(Announcement::Serving);
     };
-    serve(&config, store.clone(), parts, ready, listener, shutdown).await
+    serve(&config, store.clone(), Box::pin(parts), Box::new(ready), listener, shutdown).await
 }
 
 /// Puts the parts of a server together; nothing listens yet.
-pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Result<api::Parts> {
+pub fn assemble(base: Base, store: Store, config: &Config) -> BoxFuture<'_, Result<api::Parts>> {
+    Box::pin(parts_of(base, store, config))
+}
+
+async fn parts_of((model, text): Base, store: Store, config: &Config) -> Result<api::Parts> {
     device::init_pool(config.threads);
     let limits = config.limits.clone();
     make_operator_tenant(&store).await?;
@@ -101,13 +118,24 @@ pub async fn assemble((model, text): Base, store: Store, config: &Config) -> Res
 }
 
 /// Serves parts, once they are there, until `shutdown`, then drains.
-pub async fn serve(
+pub fn serve<'a>(
+    config: &'a Config,
+    store: Store,
+    parts: BoxFuture<'a, Result<api::Parts>>,
+    ready: Box<dyn FnOnce() + Send + 'a>,
+    listener: TcpListener,
+    shutdown: BoxFuture<'a, ()>,
+) -> BoxFuture<'a, Result<()>> {
+    Box::pin(serve_and_close(config, store, parts, ready, listener, shutdown))
+}
+
+async fn serve_and_close(
     config: &Config,
     store: Store,
-    parts: impl Future<Output = Result<api::Parts>>,
-    ready: impl FnOnce(),
+    parts: BoxFuture<'_, Result<api::Parts>>,
+    ready: Box<dyn FnOnce() + Send + '_>,
     listener: TcpListener,
-    shutdown: impl Future<Output = ()>,
+    shutdown: BoxFuture<'_, ()>,
 ) -> Result<()> {
     check_listener(config, listener.local_addr().map_err(Error::internal)?)?;
     if let Some(endpoint) = &config.otlp_endpoint {

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let code = runtime.block_on(command_line.run(serve));
+    let code = runtime.block_on(command_line.run(|config, listen| Box::pin(serve(config, listen))));
     // A thread may still be waiting for a line of stdin that never comes.
     runtime.shutdown_background();
     code
@@ -76,9 +76,9 @@ async fn serve(config: Config, listen: SocketAddr) -> Result<()> {
     let listener = TcpListener::bind(listen).await.map_err(unusable)?;
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     let address = listener.local_addr().map_err(Error::internal)?;
-    let announce = |what| match what {
+    let announce = move |what| match what {
         Announcement::OperatorKey(key) => println!("operator key (shown this once, keep it): {key}"),
         Announcement::Serving => println!("listening on {scheme}://{address}"),
     };
-    app::run(config, listener, announce, stop).await
+    app::run(config, listener, Box::new(announce), Box::pin(stop)).await
 }

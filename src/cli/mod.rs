@@ -25,6 +25,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use futures::future::{BoxFuture, LocalBoxFuture};
+
 use crate::api::client::ClientError;
 use crate::config::Config;
 use crate::error::Error;
@@ -110,6 +112,9 @@ enum Command {
     Bench(Box<bench::Args>),
 }
 
+/// Serves at an address until told to stop.
+pub type Server = fn(Config, SocketAddr) -> BoxFuture<'static, Result<(), Error>>;
+
 impl CommandLine {
     /// Workers of the compute pool, where this command computes. To be made before any other thread.
     pub fn compute_threads(&self) -> Option<usize> {
@@ -121,7 +126,11 @@ impl CommandLine {
 
     /// Runs the command; `server` serves until told to stop. Ctrl-c and SIGTERM end every other command at once, with its
     /// temporary files and child processes.
-    pub async fn run(self, server: impl AsyncFnOnce(Config, SocketAddr) -> Result<(), Error>) -> ExitCode {
+    pub fn run(self, server: Server) -> LocalBoxFuture<'static, ExitCode> {
+        Box::pin(self.run_to_the_end(server))
+    }
+
+    async fn run_to_the_end(self, server: Server) -> ExitCode {
         let result = match self.command {
             Command::Serve(args) => match unless_stopped(args.prepare()).await {
                 Some(Ok(Some((config, listen)))) => server(config, listen).await.map_err(Failure::Local),

@@ -40,6 +40,8 @@ pub use tenants::{PolicyRow, TenantChange, TenantCounts, TenantRow};
 pub use usage::{UsageDelta, UsageRow};
 pub use watch::Watch;
 
+use futures::future::BoxFuture;
+
 use crate::error::{Error, Result};
 
 /// How long a process that starts waits for one that is ending to let go of the data folder.
@@ -86,15 +88,19 @@ struct Inner {
 
 impl Store {
     /// Opens a folder as a server does that was told nothing else.
-    pub async fn open(data_dir: &Path) -> Result<Self> {
-        Self::open_with(data_dir, Options::default()).await
+    pub fn open(data_dir: &Path) -> BoxFuture<'_, Result<Self>> {
+        Self::open_with(data_dir, Options::default())
     }
 
     /// Opens or makes the catalogue and the blobs below `data_dir`, migrates, and sweeps half uploads and blobs without an owner.
     ///
     /// # Errors
     /// DATA_DIR_IN_USE where another process has it; UNKNOWN_BLOBS where its blobs are not this catalogue's.
-    pub async fn open_with(data_dir: &Path, options: Options) -> Result<Self> {
+    pub fn open_with(data_dir: &Path, options: Options) -> BoxFuture<'_, Result<Self>> {
+        Box::pin(Self::open_and_sweep(data_dir, options))
+    }
+
+    async fn open_and_sweep(data_dir: &Path, options: Options) -> Result<Self> {
         tokio::fs::create_dir_all(data_dir).await.map_err(|e| unusable(data_dir, e))?;
         let folder = lock_folder(data_dir, FOLDER_WAIT).await?;
         sweep::check_before_open(data_dir, &options).await?;

@@ -129,6 +129,7 @@ impl TestServer {
             // A test that does not wait has dropped the other end.
             let _ = serving.send(());
         };
+        let (loaded, tell, shutdown) = (Box::pin(loaded), Box::new(tell), Box::pin(shutdown));
         let done = tokio::spawn(async move { app::serve(&config, store, loaded, tell, listener, shutdown).await });
         Self { addr, parts, model, operator, data, stop: Some(stop), ready: Some(ready), done }
     }

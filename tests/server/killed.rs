@@ -72,7 +72,8 @@ async fn child() {
         std::fs::write(folder.join("address.new"), address).unwrap();
         std::fs::rename(folder.join("address.new"), folder.join("address")).unwrap();
     };
-    app::serve(&config, store, async { Ok(parts) }, ready, listener, std::future::pending()).await.unwrap();
+    let (parts, ready) = (Box::pin(async { Ok(parts) }), Box::new(ready));
+    app::serve(&config, store, parts, ready, listener, Box::pin(std::future::pending())).await.unwrap();
 }
 
 /// A life of the server, killed when dropped.
