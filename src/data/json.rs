@@ -36,9 +36,9 @@ fn not_utf8(text: &[u8], at: usize) -> String {
 }
 
 /// The command that rewrites what Python's `json` reads and JSON does not allow.
-const PYTHON_JSON: &str = "python3 -c 'import json,sys; [print(json.dumps(json.loads(l, parse_constant=lambda c: None))) for l in sys.stdin]' < IN > OUT (it writes null)";
+const PYTHON_JSON: &str = "python3 -c 'import json,sys; [print(json.dumps(json.loads(l, parse_constant=lambda c: None))) for l in sys.stdin if l.strip()]' < IN > OUT (it writes null; an array over several lines: json.load in place of the loop)";
 /// The same for Python's own literals.
-const PYTHON_LITERALS: &str = "python3 -c 'import ast,json,sys; [print(json.dumps(ast.literal_eval(l))) for l in sys.stdin if l.strip()]' < IN > OUT";
+const PYTHON_LITERALS: &str = "python3 -c 'import ast,json,sys; [print(json.dumps(ast.literal_eval(l))) for l in sys.stdin if l.strip()]' < IN > OUT (a list over several lines: ast.literal_eval(sys.stdin.read()))";
 
 /// Says what the text has in place of JSON.
 fn diagnose(text: &[u8], error: &serde_json::Error) -> SyntaxError {

@@ -36,16 +36,29 @@ impl Problems {
     }
 }
 
-/// Reasons in the order of their first lines, each with its lines.
+/// Reasons in the order of their first lines, each with its lines. Reasons that differ in the column alone are one, with the first one's.
 fn grouped(first: Vec<(u64, String)>) -> Vec<(Vec<u64>, String)> {
     let mut groups: Vec<(Vec<u64>, String)> = Vec::new();
     for (line, reason) in first {
-        match groups.iter_mut().find(|(_, known)| *known == reason) {
+        match groups.iter_mut().find(|(_, known)| is_same(known, &reason)) {
             Some((lines, _)) => lines.push(line),
             None => groups.push((vec![line], reason)),
         }
     }
     groups
+}
+
+fn is_same(left: &str, right: &str) -> bool {
+    let rest = |text: &'_ str| -> Option<(usize, usize)> {
+        let at = text.find("at column ")? + "at column ".len();
+        Some((at, at + text[at..].bytes().take_while(u8::is_ascii_digit).count()))
+    };
+    match (rest(left), rest(right)) {
+        (Some((start, end)), Some((other_start, other_end))) => {
+            left[..start] == right[..other_start] && left[end..] == right[other_end..]
+        }
+        _ => left == right,
+    }
 }
 
 fn listing(groups: &[(Vec<u64>, String)], count: u64, records: u64) -> String {
@@ -56,8 +69,11 @@ fn listing(groups: &[(Vec<u64>, String)], count: u64, records: u64) -> String {
     };
     let room = (LIST_BYTES / groups.len().max(1)).max(REASON_BYTES);
     for (lines, reason) in groups {
-        let word = if lines.len() == 1 { "line" } else { "lines" };
+        // Several records may begin on one line.
+        let mut lines = lines.clone();
+        lines.dedup();
         let lines: Vec<String> = lines.iter().map(u64::to_string).collect();
+        let word = if lines.len() == 1 { "line" } else { "lines" };
         text += &format!("\n{word} {}: {}", lines.join(", "), cut(reason, room));
     }
     text
@@ -90,6 +106,8 @@ mod tests {
         assert_eq!(problems(["is bad".to_owned()]), "line 1: is bad");
         let two = problems(["is bad", "is worse", "is bad"].map(str::to_owned));
         assert_eq!(two, "data: 3 of 100 records can't be used:\nlines 1, 3: is bad\nline 2: is worse");
+        let columns = problems((1..4).map(|i| format!("has NaN at column {}; write null", 10 * i)));
+        assert_eq!(columns, "data: 3 of 100 records can't be used:\nlines 1, 2, 3: has NaN at column 10; write null");
         let many = problems((0..30).map(|i| format!("{i} {}", "é".repeat(400))));
         assert!(many.starts_with("data: 30 of 100 records can't be used; the first 20:\nline 1: 0 "), "{many}");
         assert_eq!(many.lines().count(), 21);

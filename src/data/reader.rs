@@ -31,7 +31,7 @@ pub struct Findings {
     pub more_ignored: u64,
     /// Records with a text that mentions a control token of the base: it stays text.
     pub mentions: u64,
-    /// Records with an answer of no text, which teach to say nothing.
+    /// Records with an answer of no text, which teach to say nothing, or not to.
     pub empty_answers: u64,
 }
 
@@ -181,7 +181,7 @@ fn has_empty_answer(record: &Record) -> bool {
     let empty = |message: &ChatMessage| message.role == "assistant" && message.content.trim().is_empty();
     match record {
         Record::Chat(chat) => chat.messages.iter().zip(&chat.learn).any(|(message, learn)| *learn && empty(message)),
-        Record::Preference(pair) => pair.chosen.iter().any(empty),
+        Record::Preference(pair) => pair.chosen.iter().chain(&pair.rejected).any(empty),
     }
 }
 

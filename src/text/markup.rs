@@ -14,17 +14,51 @@ pub enum Markup {
     Rendered(String),
 }
 
-/// How rendered prompts of other families begin.
-const FOREIGN: [&str; 9] = [
-    "<s>[INST]",
-    "[INST]",
+/// Tokens with which a template of another family begins a turn or a chat.
+const FOREIGN: [&str; 20] = [
     "<|begin_of_text|>",
     "<|start_header_id|>",
     "<start_of_turn>",
-    "<bos><start_of_turn>",
+    "<bos>",
     "<|im_start|>",
+    "<|im_user|>",
     "<|user|>",
     "<|system|>",
+    "<|assistant|>",
+    "<|start|>",
+    "<|message|>",
+    "<|start_of_role|>",
+    "<|START_OF_TURN_TOKEN|>",
+    "<|BOS_TOKEN|>",
+    "<|startoftext|>",
+    "<\u{ff5c}begin\u{2581}of\u{2581}sentence\u{ff5c}>",
+    "<\u{ff5c}User\u{ff5c}>",
+    "<\u{ff5c}Assistant\u{ff5c}>",
+    "[gMASK]",
+    "<<SYS>>",
+];
+
+/// Tokens with which one ends a turn.
+const FOREIGN_ENDS: [&str; 10] = [
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|im_end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|return|>",
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+];
+
+/// How transcripts in plain words ask for the next turn, with how they begin one. No control tokens: counted, not refused.
+const TRANSCRIPTS: [(&str, &str); 5] = [
+    ("Human:", "Assistant:"),
+    ("USER:", "ASSISTANT:"),
+    ("User:", "Assistant:"),
+    ("### Instruction:", "### Response:"),
+    ("### Human:", "### Assistant:"),
 ];
 const ROLES: [&str; 3] = ["system", "user", "assistant"];
 
@@ -43,16 +77,22 @@ impl Markers {
 
     pub fn look_at(&self, text: &str) -> Markup {
         let trimmed = text.trim();
+        if let Some(token) = instruction(trimmed) {
+            return Markup::Rendered(token.to_owned());
+        }
         let own = || self.0.iter().map(String::as_str);
         if let Some(token) = own().chain(FOREIGN).find(|token| trimmed.starts_with(token)) {
             return Markup::Rendered(token.to_owned());
         }
-        let mut mentioned = false;
-        for token in own() {
+        let mut mentioned =
+            trimmed.contains("[/INST]") || TRANSCRIPTS.iter().any(|transcript| is_transcript(trimmed, transcript));
+        for token in own().chain(FOREIGN).chain(FOREIGN_ENDS) {
             for (at, _) in trimmed.match_indices(token) {
                 mentioned = true;
                 let rest = &trimmed[at + token.len()..];
-                let ends_a_turn = rest.is_empty() && !trimmed[..at].ends_with(char::is_whitespace);
+                let follows = |next: &str| rest.trim_start().starts_with(next);
+                let ends_a_turn = (rest.is_empty() && !trimmed[..at].ends_with(char::is_whitespace))
+                    || own().chain(FOREIGN).chain(FOREIGN_ENDS).any(follows);
                 if ends_a_turn || ROLES.iter().any(|role| begins_turn(rest, role)) {
                     return Markup::Rendered(token.to_owned());
                 }
@@ -60,6 +100,26 @@ impl Markers {
         }
         if mentioned { Markup::Mentioned } else { Markup::None }
     }
+}
+
+/// Mistral's and Llama 2's marks, which are no control tokens by their look: `[INST]` with its end, after `<s>` or not; `<s>` at the beginning
+/// and `</s>` at the end without the other, which HTML's struck text has.
+fn instruction(trimmed: &str) -> Option<&'static str> {
+    let opened = trimmed.strip_prefix("<s>");
+    let asks = opened.unwrap_or(trimmed).trim_start().starts_with("[INST]");
+    if asks && (opened.is_some() || trimmed.contains("[/INST]")) {
+        return Some("[INST]");
+    }
+    match (opened, trimmed.strip_suffix("</s>")) {
+        (Some(rest), None) if !rest.contains("</s>") => Some("<s>"),
+        (None, Some(rest)) if !rest.contains("<s>") => Some("</s>"),
+        _ => None,
+    }
+}
+
+/// Whether a text has a turn of the user's, and ends where the assistant's is to begin.
+fn is_transcript(trimmed: &str, (user, assistant): &(&str, &str)) -> bool {
+    trimmed.ends_with(assistant) && trimmed.contains(user)
 }
 
 /// The role and a line's end, as a template writes them after the token.
@@ -82,6 +142,22 @@ mod tests {
             ("You are kind.<|im_end|>\n<|im_start|>user\nhi", rendered("<|im_start|>")),
             ("Hello!<|im_end|>\n", rendered("<|im_end|>")),
             ("[INST] hi [/INST]", rendered("[INST]")),
+            ("<s> [INST] hi [/INST]", rendered("[INST]")),
+            ("<s>Why?", rendered("<s>")),
+            ("So.</s>", rendered("</s>")),
+            ("So.<|eot_id|>", rendered("<|eot_id|>")),
+            ("So.<end_of_turn>\n", rendered("<end_of_turn>")),
+            ("So.<|im_end|>\n<|im_start|>tool\nx", rendered("<|im_end|>")),
+            ("So.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nmore", rendered("<|start_header_id|>")),
+            ("<\u{ff5c}User\u{ff5c}>Why?<\u{ff5c}Assistant\u{ff5c}>", rendered("<\u{ff5c}User\u{ff5c}>")),
+            ("<|start|>user<|message|>Why?<|end|>", rendered("<|start|>")),
+            ("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>x", rendered("<|START_OF_TURN_TOKEN|>")),
+            ("[gMASK]<sop><|user|>x", rendered("[gMASK]")),
+            ("[INST] marks the beginning of an instruction.", Markup::None),
+            ("[INST] and [/INST] are marks.", rendered("[INST]")),
+            ("A turn of Llama 3 ends with <|eot_id|>", Markup::Mentioned),
+            ("\n\nHuman: Why?\n\nAssistant:", Markup::Mentioned),
+            ("### Instruction:\nWhy?\n\n### Response:\n", Markup::Mentioned),
             ("<|begin_of_text|>x", rendered("<|begin_of_text|>")),
             ("What does <|im_end|> mean?", Markup::Mentioned),
             ("The token is <|im_end|>", Markup::Mentioned),

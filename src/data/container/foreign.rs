@@ -109,11 +109,11 @@ fn plain_text(text: &[u8]) -> String {
     for (separator, name, python) in [('\t', "TSV", "\"\\t\""), (',', "CSV", "\",\""), (';', "CSV", "\";\"")] {
         if is_header(first, second, separator) {
             return format!(
-                "is {name}, not JSON; convert it: python3 -c 'import csv,json,sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin, delimiter={python})]' < IN > OUT.jsonl"
+                "is {name}, not JSON; convert it: python3 -c 'import csv,json; [print(json.dumps(r)) for r in csv.DictReader(open(\"IN\", encoding=\"utf-8-sig\", newline=\"\"), delimiter={python})]' > OUT.jsonl"
             );
         }
     }
-    if is_yaml(first) {
+    if is_yaml(first, second) {
         return "is YAML, not JSON; if it holds records: python3 -c 'import yaml,json; [print(json.dumps(r)) for r in yaml.safe_load(open(\"IN\"))]' > OUT.jsonl".into();
     }
     if broken {
@@ -126,19 +126,27 @@ fn plain_text(text: &[u8]) -> String {
 fn is_header(first: &str, second: &str, separator: char) -> bool {
     let names: Vec<&str> = first.split(separator).map(|name| name.trim().trim_matches('"')).collect();
     let word = |name: &&str| {
-        (1..=40).contains(&name.len())
-            && name.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '-' | ' ' | '.'))
+        name.len() <= 40 && name.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '-' | ' ' | '.'))
     };
-    let words = names.iter().all(word) && names.iter().all(|name| name.split(' ').count() <= 3);
-    names.len() > 1 && words && (second.contains(separator) || second.starts_with('"') || second.is_empty())
+    // pandas leaves the first one empty: the number of the row.
+    let words = names.iter().all(word)
+        && names.iter().all(|name| name.split(' ').count() <= 3)
+        && names.iter().skip(1).all(|name| !name.is_empty());
+    // Prose may have commas in each line; no column is called by the beginning of a sentence.
+    let prose = separator == ',' && first.contains(", ") && first.starts_with(char::is_uppercase);
+    names.len() > 1 && words && !prose && (second.contains(separator) || second.starts_with('"') || second.is_empty())
 }
 
-/// `---`, `key:`, `key: value` or `- key: value`.
-fn is_yaml(first: &str) -> bool {
+/// `---`, `key:`, `key: value` or `- key: value`. A transcript (`Human: ...`) begins its lines with a capital.
+fn is_yaml(first: &str, second: &str) -> bool {
     let key = first.trim_start_matches("- ");
     let name = key.split(':').next().unwrap_or_default();
     let simple = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
-    first == "---" || first.starts_with("%YAML") || (simple && (key.ends_with(':') || key.contains(": ")))
+    let transcript =
+        name.starts_with(|c: char| c.is_uppercase()) && !first.starts_with("- ") && !second.starts_with([' ', '-']);
+    first == "---"
+        || first.starts_with("%YAML")
+        || (simple && !transcript && name != "data" && (key.ends_with(':') || key.contains(": ")))
 }
 
 #[cfg(test)]
@@ -168,6 +176,11 @@ mod tests {
             (b"\"prompt\",\"completion\"\n\"a, b\",\"c\"\n", "CSV"),
             (b"prompt;completion\na;b\n", "CSV"),
             (b"prompt\tcompletion\na\tb\n", "TSV"),
+            (b",prompt,completion\n0,a,b\n", "CSV"),
+            (b"Roses, violets\nAre red, and blue\n", "plain text"),
+            (b"Human: hi\nAssistant: hello\n", "plain text"),
+            (b"Question: Why?\nAnswer: So.\n", "plain text"),
+            (b"data: {\"prompt\": 1}\n", "plain text"),
             (b"- messages:\n  - role: user\n", "YAML"),
             (b"---\n- prompt: a\n", "YAML"),
             (b"dpo_zh_demo:\n  path: x\n", "YAML"),

@@ -253,8 +253,8 @@ impl Scanner {
     fn take(&mut self, byte: u8, sink: Sink<'_>) -> Result<()> {
         match self.state {
             State::Between => self.between(byte, sink),
-            // No JSON text has this where it does not begin a record: nested objects are indented, or stand on their parent's line.
-            State::Value if self.at_line_start && byte == b'{' && !self.format.array => {
+            // Where no object can be nested, it begins a record, and the one before was cut.
+            State::Value if self.at_line_start && byte == b'{' && !self.format.array && !self.may_nest() => {
                 self.end_value(sink)?;
                 self.between(byte, sink)
             }
@@ -265,6 +265,12 @@ impl Scanner {
             State::Stray if byte == b'\n' => self.end_stray(sink),
             State::Stray => self.keep(byte),
         }
+    }
+
+    /// Whether an object may follow what there is of the value: after a bracket, a comma or a colon.
+    fn may_nest(&self) -> bool {
+        let last = self.text.iter().rev().find(|byte| !byte.is_ascii_whitespace());
+        last.is_some_and(|byte| b"[,:".contains(byte))
     }
 
     fn keep(&mut self, byte: u8) -> Result<()> {
@@ -297,7 +303,7 @@ impl Scanner {
                 Ok(())
             }
             (b',', Place::Stream) => sink(stray(
-                "has a comma after the object, as in an array without its brackets; remove it: sed 's/,[[:space:]]*$//' IN > OUT.jsonl",
+                "has a comma after the object, as in an array without its brackets; remove it, or put brackets around all: (echo '['; sed '$ s/,[[:space:]]*$//' IN; echo ']') > OUT.json",
                 self.line,
             )),
             (b',', Place::ArrayStart | Place::AfterComma) => {

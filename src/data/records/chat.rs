@@ -19,9 +19,15 @@ pub fn read(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
     if messages.last().is_none_or(|last| last.role != "assistant") {
         return Err("the last message must be the assistant's".into());
     }
-    if let Some(prompt) = fields.take("prompt") {
-        check_prompt(prompt, &messages)?;
+    for name in fields.present(&["prompt", "question", "instruction", "query"]) {
+        let agrees = fields.take(name).is_some_and(|prompt| is_beginning(prompt, &messages));
+        if !agrees {
+            return Err(format!(
+                "has a {name:?} that is not the beginning of its chat; remove the one that is not meant"
+            ));
+        }
     }
+    check_nothing_beside(fields, &["input", "history", "context"])?;
     Ok((whole(fields, messages, learn)?, shape(value)))
 }
 
@@ -51,19 +57,23 @@ fn shape(value: &Value) -> Shape {
     }
 }
 
-/// A prompt beside the whole chat must be its beginning.
-fn check_prompt(prompt: &Value, messages: &[ChatMessage]) -> Result<(), Reason> {
-    let agrees = match prompt {
+/// Whether a prompt beside the whole chat is its beginning.
+fn is_beginning(prompt: &Value, messages: &[ChatMessage]) -> bool {
+    match prompt {
         Value::String(text) => super::preference::is_prompt_of(text, messages),
-        list => {
-            let list = message::list("prompt", list)?;
+        list => message::list("prompt", list).is_ok_and(|list| {
             list.len() < messages.len()
                 && list.iter().zip(messages).all(|(weighted, message)| weighted.message == *message)
+        }),
+    }
+}
+
+/// Refuses fields that say something of the prompt where a chat has all of it.
+pub fn check_nothing_beside(fields: &Fields<'_>, names: &[&str]) -> Result<(), Reason> {
+    match fields.present(names).first() {
+        None => Ok(()),
+        Some(name) => {
+            Err(format!("has {name:?} beside its chat, where it would be lost; put it into the chat, or remove it"))
         }
-    };
-    if agrees {
-        Ok(())
-    } else {
-        Err("has a \"prompt\" that is not the beginning of its chat; remove the one that is not meant".into())
     }
 }

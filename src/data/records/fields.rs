@@ -42,11 +42,13 @@ pub fn kind_of(value: &Value) -> &'static str {
 pub struct Fields<'a> {
     map: &'a Map<String, Value>,
     taken: RefCell<Vec<&'a str>>,
+    /// Ignored fields of an object inside, by their paths.
+    inner: RefCell<Vec<String>>,
 }
 
 impl<'a> Fields<'a> {
     pub fn new(map: &'a Map<String, Value>) -> Self {
-        Self { map, taken: RefCell::default() }
+        Self { map, taken: RefCell::default(), inner: RefCell::default() }
     }
 
     /// Whether a field is there and says something.
@@ -107,31 +109,57 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// The field and what it is.
     pub fn refuse_unsupported(&self) -> Result<(), Reason> {
-        self.map.iter().filter(|(_, value)| !is_absent(value)).try_for_each(|(name, value)| unsupported(name, value))
+        let is_pair = self.has("chosen") && self.has("rejected");
+        let present = || self.map.iter().filter(|(_, value)| !is_absent(value));
+        present().try_for_each(|(name, value)| unsupported(name, value, is_pair))
     }
 
     /// The fields that nobody has taken and that say something.
     pub fn ignored(&self) -> Vec<String> {
         let taken = self.taken.borrow();
         let left = self.map.iter().filter(|(name, value)| !taken.contains(&name.as_str()) && !is_absent(value));
-        left.map(|(name, _)| name.clone()).collect()
+        left.map(|(name, _)| name.clone()).chain(self.inner.borrow().iter().cloned()).collect()
+    }
+
+    /// Counts what nobody has taken of an object inside of this one as ignored here.
+    pub fn ignore_rest_of(&self, name: &str, inner: &Fields<'_>) {
+        self.inner.borrow_mut().extend(inner.ignored().into_iter().map(|field| format!("{name}.{field}")));
+    }
+
+    /// The fields that are a system message by their names, however these are written.
+    pub fn system_names(&self) -> Vec<&'a str> {
+        let plain = |name: &str| name.chars().filter(|c| c.is_alphanumeric()).collect::<String>().to_ascii_lowercase();
+        let is_system = |name: &str| {
+            matches!(
+                plain(name).as_str(),
+                "system" | "systemprompt" | "systemmessage" | "developer" | "developermessage"
+            )
+        };
+        let present = self.map.iter().filter(|(name, value)| is_system(name) && !is_absent(value));
+        present.map(|(name, _)| name.as_str()).collect()
     }
 }
 
 const UNPAIRED: &str = "is an answer with an unpaired label (as for KTO); it can't be trained: preferences need a chosen and a rejected answer to one prompt";
 
+const LOGPS: &str = "brings a reference's log-probabilities; they are computed here, by the base or the version that is continued: remove them";
+
 /// Refuses a record's field that changes what is learnt and can't be honoured.
-fn unsupported(name: &str, value: &Value) -> Result<(), Reason> {
+fn unsupported(name: &str, value: &Value, is_pair: bool) -> Result<(), Reason> {
     let lower = name.to_ascii_lowercase();
     let why = match lower.as_str() {
-        "tools" | "functions" | "tool_choice" | "function_call" | "tool_calls" if holds_tools(value) => {
+        other if says_tools(other) && holds_tools(value) => {
             format!("uses tools ({name:?}); chats with tools can't be trained yet")
         }
-        "images" | "image" | "videos" | "video" | "audios" | "audio" | "image_path" => {
-            format!("comes with {name:?}; only text can be trained")
+        other if says_media(other) && !is_figure(value) => format!("comes with {name:?}; only text can be trained"),
+        "label" | "kto_tag" if is_pair => {
+            format!(
+                "has a label ({name:?}) beside a chosen and a rejected answer; remove it, or swap the two where it says so"
+            )
         }
         "label" | "kto_tag" if is_verdict(value) => format!("{UNPAIRED} ({name:?})"),
         "label" | "kto_tag" => format!("has a label ({name:?}), which is not part of any shape that can be trained"),
+        other if VERDICTS.contains(&other) && is_verdict(value) => format!("{UNPAIRED} ({name:?})"),
         "labels" if is_numbers(value) => format!("is tokenised already ({name:?}); give text"),
         "labels" => format!("has labels of steps or answers ({name:?}); they can't be trained"),
         "input_ids" | "token_ids" | "attention_mask" | "token_type_ids" | "tokens" | "prompt_ids" => {
@@ -146,38 +174,162 @@ fn unsupported(name: &str, value: &Value) -> Result<(), Reason> {
         "prefix" | "assistant_prefix" | "partial" if *value != Value::Bool(false) => {
             format!("gives the beginning of an answer ({name:?}), which is not supported")
         }
+        "instructions" => format!(
+            "has {name:?}, which no shape has; call it \"system\" where it is the system message, \"instruction\" where it is the prompt"
+        ),
+        other if other.starts_with("ref") && other.ends_with("_logps") => format!("{LOGPS} ({name:?})"),
+        // A split of a file, with its records.
+        "train" | "training" if value.is_array() || value.is_object() || value.is_string() => return Ok(()),
         other if says_loss(other) => {
             format!(
                 "says which part is learnt ({name:?}), which is not supported; an assistant message's \"weight\" of 0 or 1 is"
             )
         }
-        other if says_reasoning(other) => format!("has reasoning beside the answer ({name:?}), which is not supported"),
+        other if says_reasoning(other) && holds_reasoning(value) => {
+            format!("has reasoning beside the answer ({name:?}), which is not supported")
+        }
         _ => return Ok(()),
     };
     Err(why)
 }
 
+/// Names of a verdict on an answer.
+const VERDICTS: [&str; 11] = [
+    "desirable",
+    "is_desirable",
+    "undesirable",
+    "thumbs_up",
+    "thumbs_down",
+    "is_good",
+    "is_bad",
+    "is_chosen",
+    "is_preferred",
+    "accepted",
+    "liked",
+];
+
+/// The words of a name.
+fn words(lower: &str) -> impl Iterator<Item = &str> {
+    lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty())
+}
+
 /// Names that set the loss.
 pub fn says_loss(lower: &str) -> bool {
-    let names = ["loss", "mask", "train", "trainable", "learn", "weight", "unmask", "masked", "no_loss", "ignore_loss"];
-    let ends = ["_loss", "_mask", "_weight", "_weights"];
-    let begins = ["loss_", "mask_", "train_on", "unmask_", "weight_", "learn_"];
+    let names = ["train", "training", "weight", "weights"];
+    let ends = ["_weight", "_weights", "_train", "_training"];
+    let begins = ["train_on", "weight_"];
+    let loss = |word: &str| {
+        matches!(
+            word,
+            "loss"
+                | "mask"
+                | "masks"
+                | "masked"
+                | "unmask"
+                | "unmasked"
+                | "trainable"
+                | "learn"
+                | "learnt"
+                | "learnable"
+        )
+    };
+    names.contains(&lower)
+        || ends.iter().any(|end| lower.ends_with(end))
+        || begins.iter().any(|begin| lower.starts_with(begin))
+        || words(lower).any(loss)
+}
+
+/// Names of thoughts that a template may show.
+pub fn says_reasoning(lower: &str) -> bool {
+    let thought = |word: &str| {
+        matches!(
+            word,
+            "reasoning"
+                | "thinking"
+                | "think"
+                | "thought"
+                | "thoughts"
+                | "cot"
+                | "rationale"
+                | "rationales"
+                | "scratchpad"
+        )
+    };
+    lower.starts_with("reasoning") || lower.starts_with("thinking") || words(lower).any(thought)
+}
+
+/// Whether a field of such a name brings thoughts, or turns them on: not where it is a figure or turns them off.
+pub fn holds_reasoning(value: &Value) -> bool {
+    match value {
+        Value::Bool(on) => *on,
+        Value::Number(_) => false,
+        Value::String(text) => {
+            !matches!(text.trim().to_ascii_lowercase().as_str(), "" | "off" | "no" | "none" | "false" | "disabled")
+        }
+        _ => true,
+    }
+}
+
+/// Names of tools and of calls of them.
+fn says_tools(lower: &str) -> bool {
+    let names = [
+        "tools",
+        "functions",
+        "tool_choice",
+        "function_call",
+        "function_calls",
+        "tool_calls",
+        "tool_results",
+        "tool_outputs",
+    ];
+    let ends = ["_tools", "_functions"];
+    let begins = [
+        "tools_",
+        "functions_",
+        "function_descriptions",
+        "function_definitions",
+        "function_schemas",
+        "tool_definitions",
+        "tool_schemas",
+        "tool_descriptions",
+    ];
     names.contains(&lower)
         || ends.iter().any(|end| lower.ends_with(end))
         || begins.iter().any(|begin| lower.starts_with(begin))
 }
 
-/// Names of thoughts that a template may show.
-pub fn says_reasoning(lower: &str) -> bool {
-    lower.starts_with("reasoning")
-        || lower.starts_with("thinking")
-        || matches!(lower, "thought" | "thoughts" | "chain_of_thought" | "cot")
+/// Names of what is not text.
+fn says_media(lower: &str) -> bool {
+    let media = |word: &str| {
+        matches!(
+            word,
+            "image"
+                | "images"
+                | "img"
+                | "imgs"
+                | "video"
+                | "videos"
+                | "audio"
+                | "audios"
+                | "picture"
+                | "pictures"
+                | "photo"
+                | "photos"
+        )
+    };
+    words(lower).any(media)
+}
+
+/// A count, or whether there is something.
+fn is_figure(value: &Value) -> bool {
+    matches!(value, Value::Bool(_) | Value::Number(_))
 }
 
 /// A list of tools may come as JSON in a string.
 fn holds_tools(value: &Value) -> bool {
     match value {
         Value::String(text) => !matches!(text.trim(), "" | "[]" | "{}" | "null" | "none" | "auto"),
+        Value::Bool(_) | Value::Number(_) => false,
         _ => true,
     }
 }
@@ -231,11 +383,32 @@ mod tests {
             (json!({"unmask": true}), "which part is learnt"),
             (json!({"reasoning_content": "x"}), "reasoning"),
             (json!({"chat_template_kwargs": {"a": 1}}), "chat template"),
+            (json!({"Complex_CoT": "x"}), "reasoning"),
+            (json!({"r1_reasoning": "x"}), "reasoning"),
+            (json!({"rationale": "x"}), "reasoning"),
+            (json!({"enable_thinking": true}), "reasoning"),
+            (json!({"assistant_masks": [0, 1]}), "which part is learnt"),
+            (json!({"is_train": false}), "which part is learnt"),
+            (json!({"no_train": true}), "which part is learnt"),
+            (json!({"trainable_turns": [1]}), "which part is learnt"),
+            (json!({"image_url": "x.jpg"}), "only text"),
+            (json!({"video_path": "x.mp4"}), "only text"),
+            (json!({"thumbs_up": false}), "unpaired label"),
+            (json!({"available_tools": [{"name": "f"}]}), "uses tools"),
+            (json!({"function_descriptions": "[{}]"}), "uses tools"),
+            (json!({"ref_chosen_logps": -3.5}), "log-probabilities"),
+            (json!({"label": 1, "chosen": "a", "rejected": "b"}), "beside a chosen"),
+            (json!({"instructions": "Be kind."}), "\"system\""),
         ] {
             let error = Fields::new(value.as_object().unwrap()).refuse_unsupported().unwrap_err();
             assert!(error.contains(words), "{value}: {error}");
         }
-        let harmless = json!({"tools": "[]", "tool_choice": "auto", "training_source": "x", "weighted_score": 1});
+        let harmless = json!({
+            "tools": "[]", "tool_choice": "auto", "training_source": "x", "weighted_score": 1, "thinking": false, "reasoning": "off",
+            "reasoning_tokens": 12, "has_image": false, "num_images": 0, "train": "yes", "function": "def f(): pass", "rating": -1
+        });
         Fields::new(harmless.as_object().unwrap()).refuse_unsupported().unwrap();
+        let tools = json!({"tools": false});
+        Fields::new(tools.as_object().unwrap()).refuse_unsupported().unwrap();
     }
 }

@@ -228,7 +228,7 @@ fn conversation(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
 
 /// Says what a record is that has no known shape.
 fn unknown_shape(fields: &Fields<'_>) -> Reason {
-    if fields.has("text") {
+    if fields.has("text") && !fields.has("parent_id") && !fields.has("message_id") {
         return "is plain text (\"text\"); training on plain text is not supported, and no prompt can be made of it"
             .into();
     }
@@ -236,16 +236,25 @@ fn unknown_shape(fields: &Fields<'_>) -> Reason {
         return "is one message, not a record; a record holds the list: jq -c '{messages: .}' IN > OUT.jsonl for lists"
             .into();
     }
-    let holds = |value: &Value| match value {
-        Value::Object(map) => is_record(map),
-        Value::Array(list) => list.first().and_then(Value::as_object).is_some_and(is_record),
-        _ => false,
+    if ["message_id", "parent_id", "role"].iter().all(|name| fields.map().contains_key(*name)) {
+        return "is one message of a tree of messages; follow \"parent_id\" and write each path as \"messages\"".into();
+    }
+    let records = fields.map().values().filter(|value| value.as_object().is_some_and(is_record)).count();
+    if records > 1 && records == fields.map().len() {
+        return "holds its records as an object's fields; take them out: jq -c '.[]' IN > OUT.jsonl".into();
+    }
+    let row = |value: &Value| {
+        value
+            .as_object()
+            .is_some_and(|map| is_record(map) || map.get("row").and_then(Value::as_object).is_some_and(is_record))
     };
+    let holds = |value: &Value| row(value) || value.as_array().and_then(|list| list.first()).is_some_and(row);
     if let Some((name, value)) = fields.map().iter().find(|(_, value)| holds(value)) {
         let path = serde_json::to_string(name).unwrap_or_default();
-        let each = if value.is_array() { "[]" } else { "" };
+        let (each, first) = if value.is_array() { ("[]", &value[0]) } else { ("", value) };
+        let row = if first.as_object().is_some_and(is_record) { "" } else { " | .row" };
         return format!(
-            "has its records inside of {}; take them out: jq -c '.[{path}]{each}' IN > OUT.jsonl",
+            "has its records inside of {}; take them out: jq -c '.[{path}]{each}{row}' IN > OUT.jsonl",
             fields::shown(name)
         );
     }
@@ -289,17 +298,25 @@ fn add_system(system: Option<&str>, messages: &mut Vec<ChatMessage>) -> Result<b
     }
 }
 
-/// The text of the `system` column.
+/// The text of the `system` column, by any of its names.
 fn system_of<'a>(fields: &Fields<'a>) -> Result<Option<&'a str>, Reason> {
-    match fields.one_of(&["system", "system_prompt"])? {
-        Some(name) => fields.take_text(name),
-        None => Ok(None),
+    match fields.system_names()[..] {
+        [] => Ok(None),
+        [name] => fields.take_text(name),
+        [first, second, ..] => Err(format!("has both {first:?} and {second:?}; keep the one that is meant")),
     }
 }
 
 /// A `text` beside a chat must be the same chat, rendered: then nothing is lost with it.
 fn check_rendering(fields: &Fields<'_>, messages: &[&ChatMessage]) -> Result<(), Reason> {
-    let Some(Value::String(text)) = fields.map().get("text").filter(|text| !is_absent(text)) else { return Ok(()) };
+    let text = match fields.map().get("text").filter(|text| !is_absent(text)) {
+        None => return Ok(()),
+        Some(Value::String(text)) => text,
+        Some(other) => {
+            let kind = fields::kind_of(other);
+            return Err(format!("has \"text\" beside its chat that is {kind}; remove it, or make it part of the chat"));
+        }
+    };
     let mut rest = text.as_str();
     for message in messages {
         let content = message.content.trim();

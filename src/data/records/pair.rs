@@ -70,6 +70,7 @@ pub fn prompt(fields: &Fields<'_>) -> Result<Option<Prompt>, Reason> {
     let shape = if main == "instruction" { Shape::Instruction } else { Shape::PromptCompletion };
     match fields.take(main) {
         Some(Value::String(text)) => {
+            message::check_text(main, text)?;
             let mut user = text.clone();
             for extra in extras {
                 let more = fields.take_text(extra)?.unwrap_or_default();
@@ -82,12 +83,12 @@ pub fn prompt(fields: &Fields<'_>) -> Result<Option<Prompt>, Reason> {
             Ok(Some(Prompt { messages, learn, is_text, shape }))
         }
         Some(list) => {
+            let messages = prompt_list(main, list)?;
             if let Some(other) = extras.first().copied().or_else(|| fields.has("history").then_some("history")) {
                 return Err(format!(
                     "has {other:?} beside a {main:?} that is a list of messages; put it into the list"
                 ));
             }
-            let messages = prompt_list(main, list)?;
             let learn = vec![false; messages.len()];
             Ok(Some(Prompt { messages, learn, is_text: false, shape }))
         }
@@ -124,7 +125,10 @@ fn history(fields: &Fields<'_>) -> Result<(Vec<ChatMessage>, Vec<bool>), Reason>
 /// An answer: a string is the assistant's message.
 pub fn answer_list(name: &str, value: &Value) -> Result<Vec<Weighted>, Reason> {
     match value {
-        Value::String(text) => Ok(vec![Weighted { message: ChatMessage::new("assistant", text), weight: None }]),
+        Value::String(text) => {
+            message::check_text(name, text)?;
+            Ok(vec![Weighted { message: ChatMessage::new("assistant", text), weight: None }])
+        }
         Value::Array(_) | Value::Object(_) => message::list(name, value),
         other => Err(format!("{name:?} must be a string or a list of messages, not {}", kind_of(other))),
     }
@@ -139,15 +143,19 @@ fn after_prompt(
     mut answer: Vec<Weighted>,
 ) -> Result<Vec<Weighted>, Reason> {
     if answer.first().is_none_or(|first| first.message.role == "assistant") {
+        check_open(prompt)?;
         return Ok(answer);
     }
     if repeats(&answer, prompt) {
-        return Ok(answer.split_off(prompt.len()));
+        let rest = answer.split_off(prompt.len());
+        check_unweighted(&answer)?;
+        return Ok(rest);
     }
     let user = answer.iter().position(|weighted| weighted.message.role == "user");
     match user.filter(|at| is_text && prompt.first().is_some_and(|text| text.content == answer[*at].message.content)) {
         Some(at) => {
             let rest = answer.split_off(at + 1);
+            check_unweighted(&answer)?;
             *prompt = answer.into_iter().map(|weighted| weighted.message).collect();
             *learn = vec![false; prompt.len()];
             Ok(rest)
@@ -159,4 +167,23 @@ fn after_prompt(
 /// Whether a list begins with the prompt's own messages.
 pub fn repeats(answer: &[Weighted], prompt: &[ChatMessage]) -> bool {
     answer.len() >= prompt.len() && prompt.iter().zip(answer).all(|(message, weighted)| weighted.message == *message)
+}
+
+/// A prompt that has its answer already would be answered twice.
+pub fn check_open(prompt: &[ChatMessage]) -> Result<(), Reason> {
+    match prompt.last() {
+        Some(last) if last.role == "assistant" => Err(
+            "has a prompt that ends with the assistant's message, which is answered already; end it with the user's"
+                .into(),
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// The turns of the prompt that an answer repeats are not learnt, so none may ask to be.
+fn check_unweighted(repeated: &[Weighted]) -> Result<(), Reason> {
+    match repeated.iter().any(|weighted| weighted.weight == Some(true)) {
+        true => Err("has a weight of 1 in a turn of its prompt, but a prompt is not learnt; give the whole chat as \"messages\"".into()),
+        false => Ok(()),
+    }
 }

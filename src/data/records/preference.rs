@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::fields::{Fields, Reason};
 use super::message::Weighted;
 use super::{
-    ANSWER_NAMES, CHAT_NAMES, Preference, Shape, add_system, check_beginning, check_rendering, pair, system_of,
+    ANSWER_NAMES, CHAT_NAMES, Preference, Shape, add_system, chat, check_beginning, check_rendering, pair, system_of,
 };
 use crate::request::ChatMessage;
 
@@ -33,7 +33,10 @@ pub fn read(fields: &Fields<'_>) -> Result<(Preference, Shape), Reason> {
             );
         }
         if answer.last().is_none_or(|last| last.role != "assistant") {
-            return Err(format!("the {name} answer must end with the assistant's message"));
+            return Err(match answer.is_empty() {
+                true => "has a chat that is the beginning of the other one; both must answer the same prompt".into(),
+                false => format!("the {name} answer must end with the assistant's message"),
+            });
         }
     }
     if pair.chosen == pair.rejected {
@@ -83,10 +86,19 @@ fn prompt(fields: &Fields<'_>, chosen_name: &str, chosen: &[Weighted]) -> Result
         Some(name) => Some(pair::prompt_list(name, fields.take(name).unwrap_or(&Value::Null))?),
     };
     let given = pair::prompt(fields)?;
+    if given.is_none() {
+        chat::check_nothing_beside(fields, &["history", "context"])?;
+    } else if chat.is_some() {
+        chat::check_nothing_beside(fields, &["history"])?;
+    }
     match (given, chat) {
         (None, None) => Ok((Prompt::Common, Shape::PreferenceChats)),
         // The chat is the prompt, or the prompt and the chosen answer once more.
         (None, Some(chat)) if is_whole(chosen) && same(chosen, &chat) => Ok((Prompt::Common, Shape::PreferenceChats)),
+        (None, Some(mut chat)) if !is_whole(chosen) && ends_with(&chat, chosen) => {
+            chat.truncate(chat.len() - chosen.len());
+            Ok((Prompt::Messages(chat), Shape::PreferenceConversations))
+        }
         (None, Some(chat)) => Ok((Prompt::Messages(chat), Shape::PreferenceConversations)),
         (Some(given), chat) => {
             let given_shape =
@@ -104,13 +116,26 @@ fn prompt(fields: &Fields<'_>, chosen_name: &str, chosen: &[Weighted]) -> Result
 }
 
 fn openai_prompt(fields: &Fields<'_>) -> Result<(Prompt, Shape), Reason> {
-    if let Some(name) = fields.present(&["prompt", "question", "instruction"]).first() {
+    let others = [
+        "prompt",
+        "question",
+        "instruction",
+        "query",
+        "messages",
+        "conversations",
+        "conversation",
+        "history",
+        "context",
+    ];
+    if let Some(name) = fields.present(&others).first() {
         return Err(format!("must have either \"input\" or {name:?}, not both"));
     }
     let form = || "\"input\" must be an object with \"messages\"".to_owned();
     let input = Fields::new(fields.take("input").and_then(Value::as_object).ok_or_else(form)?);
     input.refuse_unsupported()?;
-    let messages = pair::prompt_list("input.messages", input.take("messages").ok_or_else(form)?)?;
+    let mut messages = pair::prompt_list("input.messages", input.take("messages").ok_or_else(form)?)?;
+    add_system(system_of(&input)?, &mut messages)?;
+    fields.ignore_rest_of("input", &input);
     Ok((Prompt::Messages(messages), Shape::PreferenceOpenAi))
 }
 
@@ -122,6 +147,11 @@ fn check_chat(chat: &[ChatMessage], given: &pair::Prompt, chosen: &[Weighted]) -
         return Ok(());
     }
     Err("has a chat beside its prompt that is neither the prompt nor the chosen answer to it; remove the one that is not meant".into())
+}
+
+fn ends_with(chat: &[ChatMessage], answer: &[Weighted]) -> bool {
+    chat.len() > answer.len()
+        && chat[chat.len() - answer.len()..].iter().zip(answer).all(|(message, weighted)| weighted.message == *message)
 }
 
 fn same(answer: &[Weighted], chat: &[ChatMessage]) -> bool {
@@ -145,15 +175,29 @@ fn assemble(prompt: Prompt, chosen: Vec<Weighted>, rejected: Vec<Weighted>) -> R
             };
         }
         Prompt::Common => return Ok(split_common(messages_of(chosen), messages_of(rejected))),
-        Prompt::Text(text) => vec![ChatMessage::new("user", &text)],
+        Prompt::Text(text) => {
+            check_not_repeated(&text, &chosen, &rejected)?;
+            vec![ChatMessage::new("user", &text)]
+        }
         Prompt::Messages(messages) => messages,
     };
     let rest = |mut answer: Vec<Weighted>| match is_whole(&answer) {
-        false => Ok(messages_of(answer)),
+        false => pair::check_open(&prompt).map(|()| messages_of(answer)),
         true if pair::repeats(&answer, &prompt) => Ok(messages_of(answer.split_off(prompt.len()))),
         true => Err("has an answer that begins with another prompt than its own; the two must agree".to_owned()),
     };
     Ok(Preference { chosen: rest(chosen)?, rejected: rest(rejected)?, prompt })
+}
+
+/// Texts that both begin with the prompt's are the prompt and its answer in one: the prompt would be learnt.
+fn check_not_repeated(prompt: &str, chosen: &[Weighted], rejected: &[Weighted]) -> Result<(), Reason> {
+    // Two short words may begin alike.
+    const SHORTEST: usize = 16;
+    let begins = |answer: &[Weighted]| answer.first().is_some_and(|first| first.message.content.starts_with(prompt));
+    if prompt.trim().len() >= SHORTEST && begins(chosen) && begins(rejected) {
+        return Err("has answers that begin with its prompt; give what comes after it".into());
+    }
+    Ok(())
 }
 
 fn messages_of(list: Vec<Weighted>) -> Vec<ChatMessage> {

@@ -204,6 +204,100 @@ const CHATS: &[(&str, &str, &str)] = &[
         "chat template",
     ),
     ("a preference", r#"{"prompt":"a","chosen":"b","rejected":"c"}"#, "is a preference pair"),
+    (
+        "messages in Python's notation in a string",
+        r#"{"messages":"[{'role': 'user', 'content': 'q'}]"}"#,
+        "ast.literal_eval(r[\"messages\"])",
+    ),
+    (
+        "a prompt that is JSON in a string",
+        r#"{"prompt":"[{\"role\":\"user\",\"content\":\"q\"}]","completion":"a"}"#,
+        "jq -c '.prompt |= fromjson'",
+    ),
+    (
+        "a prompt that is answered",
+        r#"{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"completion":"b"}"#,
+        "answered already",
+    ),
+    (
+        "a weight in a turn that is the prompt's",
+        r#"{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"user","content":"c"}],"completion":[{"role":"user","content":"a"},{"role":"assistant","content":"b","weight":1},{"role":"user","content":"c"},{"role":"assistant","content":"d"}]}"#,
+        "a prompt is not learnt",
+    ),
+    (
+        "an instruction beside a chat",
+        r#"{"instruction":"Translate.","messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#,
+        "\"instruction\" that is not the beginning",
+    ),
+    (
+        "a history beside a chat",
+        r#"{"history":[["a","b"]],"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#,
+        "\"history\" beside its chat",
+    ),
+    (
+        "a context beside a chat",
+        r#"{"context":"x","messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#,
+        "\"context\" beside its chat",
+    ),
+    ("a text that is a list", r#"{"prompt":"a","completion":"b","text":["x"]}"#, "that is a list"),
+    (
+        "an empty content",
+        r#"{"messages":[{"role":"user","content":[]},{"role":"assistant","content":"b"}]}"#,
+        "messages[0].content is an empty list",
+    ),
+    (
+        "two answers as a list",
+        r#"{"instruction":"q","output":["good","bad"]}"#,
+        "name them \"chosen\" and \"rejected\"",
+    ),
+    ("turns without roles", r#"{"conversations":["q","a"]}"#, "give each turn its role"),
+    ("columns by row", r#"{"prompt":{"0":"a","1":"b"},"completion":{"0":"c","1":"d"}}"#, "columns, not of rows"),
+    (
+        "Alpaca's columns by row",
+        r#"{"instruction":{"0":"a"},"input":{"0":""},"output":{"0":"c"}}"#,
+        "columns, not of rows",
+    ),
+    (
+        "messages as columns",
+        r#"{"messages":{"role":["user","assistant"],"content":["q","a"]}}"#,
+        "columns, not of rows",
+    ),
+    (
+        "records as fields",
+        r#"{"0":{"prompt":"a","completion":"c"},"1":{"prompt":"b","completion":"d"}}"#,
+        "jq -c '.[]'",
+    ),
+    (
+        "splits",
+        r#"{"train":[{"prompt":"a","completion":"c"}],"test":[{"prompt":"b","completion":"d"}]}"#,
+        "jq -c '.[\"train\"][]'",
+    ),
+    (
+        "rows of a viewer",
+        r#"{"features":[{"name":"prompt"}],"rows":[{"row_idx":0,"row":{"prompt":"a","completion":"c"}}]}"#,
+        "jq -c '.[\"rows\"][] | .row'",
+    ),
+    ("a tree of messages", r#"{"message_id":"1","parent_id":null,"text":"hi","role":"prompter"}"#, "tree of messages"),
+    (
+        "thoughts by another name",
+        r#"{"question":"a","Complex_CoT":"hm","response":"b"}"#,
+        "reasoning beside the answer",
+    ),
+    (
+        "masks by another name",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"assistant_masks":[0,1]}"#,
+        "which part is learnt",
+    ),
+    (
+        "a rendered prompt with a space",
+        r#"{"prompt":"<s> [INST] a [/INST]","completion":"b"}"#,
+        "rendered for a chat already (by \"[INST]\")",
+    ),
+    (
+        "an answer with another family's end",
+        r#"{"prompt":"a","completion":"b<|eot_id|>"}"#,
+        "rendered for a chat already",
+    ),
     ("a configuration", r#"{"identity":{"file_name":"identity.json"}}"#, "make none of the shapes"),
     (
         "a rendered prompt",
@@ -231,6 +325,43 @@ const PAIRS: &[(&str, &str, &str)] = &[
     ("one answer of two", r#"{"prompt":"a","chosen":"b"}"#, "\"rejected\" is missing"),
     ("the same answer twice", r#"{"prompt":"a","chosen":"b","rejected":"b"}"#, "are the same"),
     ("no prompt", r#"{"chosen":"b","rejected":"c"}"#, "without a prompt"),
+    (
+        "chats in Python's notation in strings",
+        r#"{"prompt":"q","chosen":"[{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]","rejected":"x"}"#,
+        "ast.literal_eval(r[\"chosen\"])",
+    ),
+    (
+        "a prompt that is answered by another",
+        r#"{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"z"}],"chosen":"b","rejected":"c"}"#,
+        "answered already",
+    ),
+    (
+        "answers that begin with the prompt",
+        r#"{"prompt":"\n\nHuman: a\n\nAssistant:","chosen":"\n\nHuman: a\n\nAssistant: b","rejected":"\n\nHuman: a\n\nAssistant: c"}"#,
+        "begin with its prompt",
+    ),
+    (
+        "a history beside chats",
+        r#"{"history":[["a","b"]],"conversations":[{"from":"human","value":"a"}],"chosen":"b","rejected":"c"}"#,
+        "\"history\" beside its chat",
+    ),
+    (
+        "OpenAI's form with another chat",
+        r#"{"input":{"messages":[{"role":"user","content":"a"}]},"messages":[{"role":"user","content":"x"}],"preferred_output":[{"role":"assistant","content":"b"}],"non_preferred_output":[{"role":"assistant","content":"c"}]}"#,
+        "not both",
+    ),
+    ("a label beside both answers", r#"{"prompt":"a","chosen":"b","rejected":"c","label":1}"#, "swap the two"),
+    ("several rejected answers", r#"{"prompt":"a","chosen":"b","rejected":["c","d"]}"#, "one answer a record"),
+    (
+        "a chat that is the beginning of the other",
+        r#"{"chosen":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}],"rejected":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"user","content":"c"},{"role":"assistant","content":"d"}]}"#,
+        "beginning of the other",
+    ),
+    (
+        "a reference's log-probabilities",
+        r#"{"prompt":"a","chosen":"b","rejected":"c","ref_chosen_logps":-1.5}"#,
+        "log-probabilities",
+    ),
     (
         "transcripts",
         r#"{"chosen":"\n\nHuman: a\n\nAssistant: b","rejected":"\n\nHuman: a\n\nAssistant: c"}"#,

@@ -37,6 +37,23 @@ const CHATS: &[(&str, &str, &str)] = &[
         r#"{"prompt":"Why?","completion":[{"role":"system","content":"Be kind."},{"role":"user","content":"Why?"},{"role":"assistant","content":"So."}]}"#,
     ),
     ("question and answer", PLAIN, r#"{"question":"Why?","answer":"So."}"#),
+    ("a system message by another name", SYSTEM, r#"{"system_message":"Be kind.","prompt":"Why?","completion":"So."}"#),
+    ("a system message in camel case", SYSTEM, r#"{"systemPrompt":"Be kind.","prompt":"Why?","completion":"So."}"#),
+    (
+        "a chat beside the question it begins with",
+        PLAIN,
+        r#"{"question":"Why?","messages":[{"role":"user","content":"Why?"},{"role":"assistant","content":"So."}]}"#,
+    ),
+    (
+        "flags that turn off what they name",
+        PLAIN,
+        r#"{"prompt":"Why?","completion":"So.","thinking":false,"reasoning":"off","tools":false,"has_image":false}"#,
+    ),
+    (
+        "a message that is whole by its flag",
+        PLAIN,
+        r#"{"messages":[{"role":"user","content":"Why?"},{"role":"assistant","content":"So.","prefix":false}]}"#,
+    ),
     ("question and response", PLAIN, r#"{"question":"Why?","response":"So."}"#),
     ("query and response", PLAIN, r#"{"query":"Why?","response":"So."}"#),
     ("input and output", PLAIN, r#"{"input":"Why?","output":"So."}"#),
@@ -308,6 +325,11 @@ fn containers_hold_the_same_records() {
         ("JSON array", format!("[\n{}\n]", lines.trim_end().replace('\n', ",\n")).into_bytes()),
         ("JSON array, byte order mark", format!("\u{feff}{array}").into_bytes()),
         ("JSON array, gzip, byte order mark", gzip(&format!("\u{feff}{array}"))),
+        // As Python writes it with indent=0.
+        (
+            "JSON objects",
+            objects.lines().map(|line| format!("{}\n", line.trim_start())).collect::<String>().into_bytes(),
+        ),
         ("JSON objects", objects.into_bytes()),
     ] {
         let (sequences, found, _) = read(DatasetKind::Sft, &file).unwrap_or_else(|e| panic!("{format}: {e}"));
