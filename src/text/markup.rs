@@ -84,8 +84,10 @@ impl Markers {
         if let Some(token) = own().chain(FOREIGN).find(|token| trimmed.starts_with(token)) {
             return Markup::Rendered(token.to_owned());
         }
-        let mut mentioned =
-            trimmed.contains("[/INST]") || TRANSCRIPTS.iter().any(|transcript| is_transcript(trimmed, transcript));
+        // Real chats have a stray `</s>` at an end; HTML's struck text has both.
+        let mut mentioned = (trimmed.ends_with("</s>") && !trimmed.contains("<s>"))
+            || trimmed.contains("[/INST]")
+            || TRANSCRIPTS.iter().any(|transcript| is_transcript(trimmed, transcript));
         for token in own().chain(FOREIGN).chain(FOREIGN_ENDS) {
             for (at, _) in trimmed.match_indices(token) {
                 mentioned = true;
@@ -103,18 +105,14 @@ impl Markers {
 }
 
 /// Mistral's and Llama 2's marks, which are no control tokens by their look: `[INST]` with its end, after `<s>` or not; `<s>` at the beginning
-/// and `</s>` at the end without the other, which HTML's struck text has.
+/// without its end, which HTML's struck text has.
 fn instruction(trimmed: &str) -> Option<&'static str> {
     let opened = trimmed.strip_prefix("<s>");
     let asks = opened.unwrap_or(trimmed).trim_start().starts_with("[INST]");
     if asks && (opened.is_some() || trimmed.contains("[/INST]")) {
         return Some("[INST]");
     }
-    match (opened, trimmed.strip_suffix("</s>")) {
-        (Some(rest), None) if !rest.contains("</s>") => Some("<s>"),
-        (None, Some(rest)) if !rest.contains("<s>") => Some("</s>"),
-        _ => None,
-    }
+    opened.filter(|rest| !rest.contains("</s>")).map(|_| "<s>")
 }
 
 /// Whether a text has a turn of the user's, and ends where the assistant's is to begin.
@@ -144,7 +142,7 @@ mod tests {
             ("[INST] hi [/INST]", rendered("[INST]")),
             ("<s> [INST] hi [/INST]", rendered("[INST]")),
             ("<s>Why?", rendered("<s>")),
-            ("So.</s>", rendered("</s>")),
+            ("So.</s>", Markup::Mentioned),
             ("So.<|eot_id|>", rendered("<|eot_id|>")),
             ("So.<end_of_turn>\n", rendered("<end_of_turn>")),
             ("So.<|im_end|>\n<|im_start|>tool\nx", rendered("<|im_end|>")),

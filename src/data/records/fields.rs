@@ -151,7 +151,7 @@ fn unsupported(name: &str, value: &Value, is_pair: bool) -> Result<(), Reason> {
         other if says_tools(other) && holds_tools(value) => {
             format!("uses tools ({name:?}); chats with tools can't be trained yet")
         }
-        other if says_media(other) && !is_figure(value) => format!("comes with {name:?}; only text can be trained"),
+        other if says_media(other, value) => format!("comes with {name:?}; only text can be trained"),
         "label" | "kto_tag" if is_pair => {
             format!(
                 "has a label ({name:?}) beside a chosen and a rejected answer; remove it, or swap the two where it says so"
@@ -298,8 +298,8 @@ fn says_tools(lower: &str) -> bool {
         || begins.iter().any(|begin| lower.starts_with(begin))
 }
 
-/// Names of what is not text.
-fn says_media(lower: &str) -> bool {
+/// Names of what is not text, with a value that may be it: a path, bytes, or a list of them; no count and no object that only bears the word.
+fn says_media(lower: &str, value: &Value) -> bool {
     let media = |word: &str| {
         matches!(
             word,
@@ -317,12 +317,11 @@ fn says_media(lower: &str) -> bool {
                 | "photos"
         )
     };
-    words(lower).any(media)
-}
-
-/// A count, or whether there is something.
-fn is_figure(value: &Value) -> bool {
-    matches!(value, Value::Bool(_) | Value::Number(_))
+    match value {
+        Value::String(_) | Value::Array(_) => words(lower).any(media),
+        Value::Object(_) => media(lower),
+        _ => false,
+    }
 }
 
 /// A list of tools may come as JSON in a string.

@@ -298,6 +298,11 @@ const CHATS: &[(&str, &str, &str)] = &[
         r#"{"prompt":"a","completion":"b<|eot_id|>"}"#,
         "rendered for a chat already",
     ),
+    (
+        "a configuration with a word for media",
+        r#"{"mllm_audio_demo":{"file_name":"x.json"}}"#,
+        "make none of the shapes",
+    ),
     ("a configuration", r#"{"identity":{"file_name":"identity.json"}}"#, "make none of the shapes"),
     (
         "a rendered prompt",
