@@ -208,9 +208,10 @@ limits! {
     max_reads = 8, "reads";
     /// The same of one tenant.
     max_reads_per_tenant = 2, "reads";
-    /// Open connections. Where there are as many, the oldest over which no call with a valid key has come is closed for a new one.
+    /// Open connections. Where there are as many, the oldest over which no call with a valid key has come is closed for a new one, or else the
+    /// one that has been idle for longest.
     max_connections = 1024, "connections";
-    /// The same from one address.
+    /// The same from one address, or one IPv6 /64.
     max_connections_per_address = 512, "connections";
     /// Time in which a connection must have ended its TLS handshake, and again in which it must begin to speak HTTP/2.
     handshake_seconds = 10, "seconds";

@@ -79,7 +79,8 @@ impl Memory {
         if let Some(tenant) = owner {
             let free = self.limit.saturating_sub(requests.used);
             let held = requests.tenants.get(tenant).copied().unwrap_or(0);
-            if held.saturating_add(bytes) > free {
+            // As much as it then holds must be left.
+            if held.saturating_add(bytes) > free.saturating_sub(bytes) {
                 let message =
                     format!("{tenant}'s calls hold {held} bytes of memory and this one needs {bytes}; {free} are left");
                 return Err(Error::Exhausted { limit: LIMIT, message, retry_after: Some(RETRY_AFTER) });
@@ -166,6 +167,11 @@ mod tests {
         }
         let held: Vec<u64> = greedy.iter().map(Account::bytes).collect();
         assert_eq!(held[..2], [500, 250]);
+        let large = Memory::new(2 * 1000);
+        let mut at_once = large.account(Some(&ids[0]));
+        assert!(at_once.grow(501).is_err(), "in one step no more than in many");
+        at_once.grow(500).unwrap();
+        large.account(Some(&ids[1])).grow(250).unwrap();
         greedy[4].grow(30).unwrap();
         let mut operator = memory.account(None);
         operator.grow(5000).unwrap();

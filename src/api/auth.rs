@@ -118,6 +118,11 @@ impl Auth {
         Ok(key)
     }
 
+    /// Counts revocations and deletions: where it has not changed, no key that was found meanwhile has been revoked.
+    pub fn forgotten(&self) -> u64 {
+        self.known().forgotten
+    }
+
     /// A key has been revoked.
     pub fn forget_key(&self, id: &str) {
         let mut known = self.known();

@@ -5,6 +5,7 @@
 //! format without knowing the types, and counts what the largest of our types takes for each field.
 
 use std::collections::VecDeque;
+use std::io::Read as _;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
@@ -35,8 +36,6 @@ pub const PACKED: u64 = 8;
 pub const PLAIN: u64 = 2;
 /// Messages within messages that are looked into; ours have fewer.
 const DEPTH: u32 = 6;
-/// What a compressed byte may become at most: its message is limited to the same size when it is decompressed.
-const COMPRESSED_FACTOR: u64 = FIELD_BYTES / 2;
 
 /// How a call's messages are taken.
 #[derive(Debug, Clone, Copy)]
@@ -99,7 +98,7 @@ impl Measured {
             at += end;
             let decoded = match compressed {
                 0 => decoded_bytes(&message[HEAD..], self.rules.factor, DEPTH).unwrap_or(length),
-                _ => self.rules.most.1.min(length.saturating_mul(1000)).saturating_mul(COMPRESSED_FACTOR),
+                _ => inflated_bytes(&message[HEAD..], self.rules)?,
             };
             lock(&self.account).grow(decoded)?;
             self.messages.push_back((Bytes::copy_from_slice(message), decoded + end as u64));
@@ -159,6 +158,22 @@ impl http_body::Body for Measured {
                 },
             }
         }
+    }
+}
+
+/// Returns what a gzip message takes at most when it is decompressed and decoded: it is decompressed to look at it, within the limit.
+fn inflated_bytes(message: &[u8], rules: Rules) -> Result<u64, Status> {
+    let mut plain = Vec::new();
+    let most = rules.most.1;
+    let read = flate2::read::GzDecoder::new(message).take(most.saturating_add(1)).read_to_end(&mut plain);
+    match read {
+        Ok(_) if plain.len() as u64 > most => Err(status::too_large(rules.most, plain.len() as u64)),
+        Ok(_) => {
+            let decoded = decoded_bytes(&plain, rules.factor, DEPTH).unwrap_or(0);
+            Ok(plain.len() as u64 + decoded)
+        }
+        // The decoder says what is wrong.
+        Err(_) => Ok(message.len() as u64),
     }
 }
 
@@ -259,6 +274,32 @@ mod tests {
         assert!((5000..50_000).contains(&counted), "{counted}");
         assert_eq!(decoded_bytes(&[0xff; 20], PACKED, DEPTH), None);
         assert_eq!(decoded_bytes(&[], PACKED, DEPTH), Some(0));
+    }
+
+    #[tokio::test]
+    async fn a_compressed_message_is_counted_by_what_it_holds() {
+        use std::io::Write as _;
+        let gzip = |plain: &[u8]| {
+            let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            writer.write_all(plain).unwrap();
+            let message = writer.finish().unwrap();
+            [&[1][..], &(message.len() as u32).to_be_bytes(), &message].concat()
+        };
+        // The default limits: a text of 12 kB has room beside others, one that is a bomb is refused as too large.
+        let memory = Memory::new(512 << 20);
+        let tenant = TenantId::new("a").unwrap();
+        let account = || Arc::new(Mutex::new(memory.account(Some(&tenant))));
+        let rules = Rules { most: ("most", 4 << 20), whole_within: None, factor: PACKED };
+        let text: String = (0..3000).map(|i| format!("{:x} ", i * 7919)).collect();
+        let request =
+            pb::TokenizeRequest { input: Some(pb::tokenize_request::Input::Text(text)), ..Default::default() };
+        let mut measured = Measured::new(body(vec![gzip(&request.encode_to_vec())]), rules, account());
+        next(&mut measured).await.unwrap().unwrap();
+        assert!(memory.used() < 1 << 20, "{}", memory.used());
+        let mut bomb = Measured::new(body(vec![gzip(&vec![0; 5 << 20])]), rules, account());
+        assert_eq!(next(&mut bomb).await.unwrap().unwrap_err().code(), tonic::Code::OutOfRange);
+        let mut corrupt = Measured::new(body(vec![[&[1, 0, 0, 0, 3][..], b"abc"].concat()]), rules, account());
+        next(&mut corrupt).await.unwrap().unwrap();
     }
 
     #[tokio::test]

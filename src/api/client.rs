@@ -144,7 +144,7 @@ fn name_of(code: Code) -> &'static str {
 /// Where a server is and how to be let in.
 #[derive(Debug, Clone, Default)]
 pub struct Target {
-    /// `http://HOST:PORT` or `https://HOST:PORT`; without a scheme it is http, on this machine only.
+    /// `http://HOST:PORT` or `https://HOST:PORT`, no other scheme; without one it is http, on this machine only.
     pub server: String,
     /// The bearer key; none is sent where there is none.
     pub key: Option<String>,
@@ -330,17 +330,24 @@ impl Client {
     }
 }
 
-/// The address with its scheme. Without one it is http where no key can leave this machine.
+/// The address with its scheme in lower case. Without one it is http where no key can leave this machine.
 fn with_scheme(server: &str) -> Result<String> {
-    if server.contains("://") {
-        return Ok(server.to_owned());
+    if let Some((scheme, rest)) = server.split_once("://") {
+        let scheme = scheme.to_ascii_lowercase();
+        if scheme == "http" || scheme == "https" {
+            return Ok(format!("{scheme}://{rest}"));
+        }
+        return Err(ClientError::local(format!(
+            "the server address {server:?} is unusable: its scheme must be https, or http where your key may cross the network readable"
+        )));
     }
     let host = match server.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or_default(),
         None => server.split(':').next().unwrap_or_default(),
     };
-    let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    if loopback {
+    let loopback = host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    // What stands before an @ is a user's name, not the host.
+    if loopback && !server.contains('@') {
         return Ok(format!("http://{server}"));
     }
     Err(ClientError::local(format!(
@@ -446,12 +453,27 @@ mod tests {
 
     #[test]
     fn loopback_needs_no_scheme() {
-        for local in ["localhost:50051", "127.0.0.1:1", "127.9.9.9:1", "[::1]:50051"] {
+        for local in ["localhost:50051", "LOCALHOST:50051", "127.0.0.1:1", "127.9.9.9:1", "[::1]:50051"] {
             assert_eq!(with_scheme(local).unwrap(), format!("http://{local}"));
         }
         assert_eq!(with_scheme("https://example.org").unwrap(), "https://example.org");
-        for remote in ["example.org:443", "10.0.0.1:1", "[2001:db8::1]:1", "localhost.example.org:1"] {
+        for remote in ["example.org:443", "10.0.0.1:1", "[2001:db8::1]:1", "localhost.example.org:1", "localhost@a:1"] {
             assert!(with_scheme(remote).unwrap_err().message.contains(&format!("https://{remote}")), "{remote}");
+        }
+    }
+
+    #[test]
+    fn only_http_and_https_are_schemes() {
+        for (given, taken) in [
+            ("HTTPS://Example.org:1", "https://Example.org:1"),
+            ("Http://localhost:1", "http://localhost:1"),
+            ("http://10.0.0.1:1", "http://10.0.0.1:1"),
+        ] {
+            assert_eq!(with_scheme(given).unwrap(), taken);
+        }
+        for other in ["grpcs://a:1", "htps://a:1", "ftp://a:1", "grpc://localhost:1", "://a:1"] {
+            let message = with_scheme(other).unwrap_err().message;
+            assert!(message.contains(other) && message.contains("must be https, or http"), "{message}");
         }
     }
 
@@ -468,5 +490,7 @@ mod tests {
         assert!(connect("http://127.0.0.1:1", Some("a\nb")).await.contains("copy it again"));
         assert!(connect("http://not a url", None).await.contains("unusable"));
         assert!(connect("not a url", None).await.contains("no scheme"));
+        assert!(connect("grpcs://127.0.0.1:1", Some("key")).await.contains("its scheme must be https"));
+        assert!(connect("HTTPS://127.0.0.1:1", None).await.contains("no server answers at https://127.0.0.1:1"));
     }
 }

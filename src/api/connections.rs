@@ -1,17 +1,17 @@
 //! The connections: how many there are, how long each may take to become one, and who makes room for whom.
 //!
 //! A connection is a stranger's until a call with a valid key has come over it. Where there are as many as may be, in all or from one
-//! address, the oldest stranger's is closed for the new one, so that connections which do nothing lock nobody out.
+//! address, the oldest stranger's is closed for the new one, and where there is none, the one that has been idle for longest: connections
+//! which do nothing lock nobody out.
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::Stream;
 use rustls::pki_types::pem::PemObject as _;
@@ -36,12 +36,20 @@ const PREFACE_BYTES: usize = 24;
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// Connections that wait for the server to take them.
 const QUEUE: usize = 16;
+/// A connection that is known makes room no sooner after its last call.
+const IDLE: Duration = Duration::from_secs(5);
+/// A write of more bytes than this is part of an answer; keep-alive is less.
+const KEEP_ALIVE_BYTES: usize = 256;
+/// The bits of an IPv6 address that tell networks apart: one host may have all addresses of a /64.
+const NETWORK: u128 = u128::MAX << 64;
 
 /// All open connections.
 #[derive(Debug)]
 struct Table {
     most: u64,
     most_per_address: u64,
+    /// How long a connection that is known must have been idle to make room.
+    idle: Duration,
     open: Mutex<Open>,
 }
 
@@ -50,6 +58,7 @@ struct Open {
     next: u64,
     /// By age.
     connections: BTreeMap<u64, Entry>,
+    /// By [`counted_as`].
     addresses: HashMap<IpAddr, u64>,
 }
 
@@ -60,18 +69,54 @@ struct Entry {
     closing: CancellationToken,
 }
 
-/// Whether a call with a valid key has come over a connection. The edge says so.
+/// Whether a call with a valid key has come over a connection, and whether one is in progress. The edge says so.
 #[derive(Debug, Clone, Default)]
-pub struct Known(Arc<AtomicBool>);
+pub struct Known(Arc<Mutex<Use>>);
+
+#[derive(Debug, Default)]
+struct Use {
+    /// Calls with a valid key in progress.
+    calls: u64,
+    /// When the last of them ended; `None` while none has.
+    ended: Option<Instant>,
+}
 
 impl Known {
-    /// A call with a valid key has come.
-    pub fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
+    /// A call with a valid key has come. It is in progress until what is returned is dropped.
+    pub fn set(&self) -> Busy {
+        lock(&self.0).calls += 1;
+        Busy(self.clone())
     }
 
     fn get(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        let state = lock(&self.0);
+        state.calls > 0 || state.ended.is_some()
+    }
+
+    /// Since when no call is in progress; `None` where one is, and where none has come.
+    fn idle_since(&self) -> Option<Instant> {
+        let state = lock(&self.0);
+        state.ended.filter(|_| state.calls == 0)
+    }
+
+    /// Bytes of an answer have been sent; the end of a long one is on its way after its call.
+    fn sent(&self) {
+        if let Some(ended) = &mut lock(&self.0).ended {
+            *ended = Instant::now();
+        }
+    }
+}
+
+/// A call in progress keeps its connection from making room.
+#[derive(Debug)]
+#[must_use = "the call is over once this is dropped"]
+pub struct Busy(Known);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.0);
+        state.calls -= 1;
+        state.ended = Some(Instant::now());
     }
 }
 
@@ -87,14 +132,21 @@ impl Open {
         Some(entry)
     }
 
-    /// Closes the oldest stranger's connection of those that `among` names; false where there is none.
-    fn close_a_stranger(&mut self, among: impl Fn(&Entry) -> bool) -> bool {
-        let oldest = self.connections.iter().find(|(_, entry)| !entry.known.get() && among(entry));
-        let Some(id) = oldest.map(|(id, _)| *id) else { return false };
+    /// Closes one of the connections that `among` names, by age: the oldest stranger's, or else the one that has been idle for longest and
+    /// at least for `idle`. False where there is none.
+    fn make_room(&mut self, idle: Duration, among: impl Fn(&Entry) -> bool) -> bool {
+        let stranger = self.connections.iter().find(|(_, entry)| among(entry) && !entry.known.get());
+        let Some(id) = stranger.map(|(id, _)| *id).or_else(|| self.longest_idle(idle, among)) else { return false };
         if let Some(entry) = self.remove(id) {
             entry.closing.cancel();
         }
         true
+    }
+
+    fn longest_idle(&self, idle: Duration, among: impl Fn(&Entry) -> bool) -> Option<u64> {
+        let entries = self.connections.iter().filter(|(_, entry)| among(entry));
+        let (since, id) = entries.filter_map(|(id, entry)| Some((entry.known.idle_since()?, *id))).min()?;
+        (since.elapsed() >= idle).then_some(id)
     }
 }
 
@@ -105,12 +157,13 @@ impl Table {
 
     /// Counts a new connection; `None` where there is no room for it.
     fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Guest> {
+        let address = counted_as(address);
         let mut open = self.lock();
         let from_here = open.addresses.get(&address).copied().unwrap_or(0);
-        if from_here >= self.most_per_address && !open.close_a_stranger(|entry| entry.address == address) {
+        if from_here >= self.most_per_address && !open.make_room(self.idle, |entry| entry.address == address) {
             return None;
         }
-        if open.connections.len() as u64 >= self.most && !open.close_a_stranger(|_| true) {
+        if open.connections.len() as u64 >= self.most && !open.make_room(self.idle, |_| true) {
             return None;
         }
         let (id, known, closing) = (open.next, Known::default(), CancellationToken::new());
@@ -118,6 +171,14 @@ impl Table {
         *open.addresses.entry(address).or_default() += 1;
         open.connections.insert(id, Entry { address, known: known.clone(), closing: closing.clone() });
         Some(Guest { table: Arc::clone(self), id, known, closing })
+    }
+}
+
+/// The address that a client's connections are counted under: of an IPv6 address the /64, and IPv4 that came as IPv6 is IPv4.
+fn counted_as(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & NETWORK).into(),
+        address => address,
     }
 }
 
@@ -183,6 +244,14 @@ impl AsyncRead for Connection {
     }
 }
 
+impl Connection {
+    fn note(&self, written: &Poll<io::Result<usize>>) {
+        if matches!(written, Poll::Ready(Ok(bytes)) if *bytes > KEEP_ALIVE_BYTES) {
+            self.guest.known.sent();
+        }
+    }
+}
+
 /// Passes one method of [`AsyncWrite`] on.
 macro_rules! written {
     ($self:ident, $method:ident, $($argument:expr),*) => {
@@ -195,7 +264,9 @@ macro_rules! written {
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        written!(self, poll_write, cx, bytes)
+        let written = written!(self, poll_write, cx, bytes);
+        self.note(&written);
+        written
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -211,7 +282,9 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        written!(self, poll_write_vectored, cx, bytes)
+        let written = written!(self, poll_write_vectored, cx, bytes);
+        self.note(&written);
+        written
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -229,7 +302,7 @@ pub fn accept(
     limits: &Limits,
 ) -> impl Stream<Item = Result<Connection, Infallible>> + use<> {
     let (most, most_per_address) = (limits.max_connections, limits.max_connections_per_address);
-    let table = Arc::new(Table { most, most_per_address, open: Mutex::default() });
+    let table = Arc::new(Table { most, most_per_address, idle: IDLE, open: Mutex::default() });
     let time = Duration::from_secs(limits.handshake_seconds);
     let (sender, receiver) = mpsc::channel(QUEUE);
     tokio::spawn(async move {
@@ -242,7 +315,7 @@ pub fn accept(
             match accepted {
                 Ok((io, address)) => {
                     pause = BACK_OFF.0;
-                    match table.enter(address.ip().to_canonical()) {
+                    match table.enter(address.ip()) {
                         Some(guest) => drop(tokio::spawn(begin(io, guest, tls.clone(), time, sender.clone()))),
                         None => metrics::counter!("tenora_connections_refused_total").increment(1),
                     }
@@ -319,8 +392,8 @@ pub fn tls_acceptor(files: &TlsFiles) -> Result<TlsAcceptor> {
 mod tests {
     use super::*;
 
-    fn table(most: u64, most_per_address: u64) -> Arc<Table> {
-        Arc::new(Table { most, most_per_address, open: Mutex::default() })
+    fn table(most: u64, most_per_address: u64, idle: Duration) -> Arc<Table> {
+        Arc::new(Table { most, most_per_address, idle, open: Mutex::default() })
     }
 
     fn address(n: u8) -> IpAddr {
@@ -329,22 +402,76 @@ mod tests {
 
     #[test]
     fn the_oldest_stranger_makes_room_and_who_is_known_stays() {
-        let table = table(3, 2);
+        let table = table(3, 2, Duration::from_secs(3600));
         let [a, b] = [table.enter(address(1)).unwrap(), table.enter(address(1)).unwrap()];
         let c = table.enter(address(1)).unwrap();
         assert!(a.closing.is_cancelled() && !b.closing.is_cancelled(), "two from one address");
-        b.known.set();
-        c.known.set();
+        drop(b.known.set());
+        drop(c.known.set());
         assert!(table.enter(address(1)).is_none(), "both are known");
         let d = table.enter(address(2)).unwrap();
         let e = table.enter(address(3)).unwrap();
         assert!(d.closing.is_cancelled(), "three in all");
-        e.known.set();
+        drop(e.known.set());
         assert!(table.enter(address(4)).is_none());
         drop(b);
         assert!(table.enter(address(4)).is_some());
         drop((a, c, d, e));
         let open = table.lock();
         assert!(open.connections.is_empty() && open.addresses.is_empty());
+    }
+
+    #[test]
+    fn the_longest_idle_makes_room_where_nobody_is_a_stranger() {
+        let table = table(3, 2, Duration::ZERO);
+        let [a, b] = [table.enter(address(1)).unwrap(), table.enter(address(1)).unwrap()];
+        let c = table.enter(address(2)).unwrap();
+        let [first, second] = [a.known.set(), a.known.set()];
+        drop(c.known.set());
+        drop(b.known.set());
+        drop(first);
+        let stranger = table.enter(address(3)).unwrap();
+        assert!(c.closing.is_cancelled() && !b.closing.is_cancelled(), "its last call ended before the others'");
+        let d = table.enter(address(1)).unwrap();
+        assert!(b.closing.is_cancelled() && !stranger.closing.is_cancelled(), "two from one address");
+        let e = table.enter(address(4)).unwrap();
+        assert!(stranger.closing.is_cancelled(), "strangers go first");
+        let busy = [d.known.set(), e.known.set()];
+        assert!(table.enter(address(5)).is_none(), "all have calls in progress");
+        assert!(!a.closing.is_cancelled());
+        drop(second);
+        assert!(table.enter(address(5)).is_some());
+        assert!(a.closing.is_cancelled());
+        drop(busy);
+    }
+
+    #[test]
+    fn what_is_sent_after_a_call_counts_as_use() {
+        let known = Known::default();
+        known.sent();
+        assert!(!known.get(), "a stranger stays one");
+        let busy = known.set();
+        assert!(known.get() && known.idle_since().is_none());
+        drop(busy);
+        let ended = known.idle_since().unwrap();
+        known.sent();
+        assert!(known.get() && known.idle_since().unwrap() > ended);
+    }
+
+    #[test]
+    fn a_network_of_ipv6_counts_as_one_address() {
+        let counted = |address: &str| counted_as(address.parse().unwrap()).to_string();
+        assert_eq!(counted("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
+        assert_eq!(counted("::ffff:10.0.0.1"), "10.0.0.1");
+        assert_eq!(counted("10.0.0.1"), "10.0.0.1");
+        let table = table(9, 1, Duration::from_secs(3600));
+        let enter = |address: &str| table.enter(address.parse().unwrap());
+        let first = enter("2001:db8::1").unwrap();
+        let other = enter("2001:db8:0:1::1").unwrap();
+        assert!(!first.closing.is_cancelled());
+        let second = enter("2001:db8::2").unwrap();
+        assert!(first.closing.is_cancelled() && !other.closing.is_cancelled());
+        drop(second);
+        assert_eq!(table.lock().addresses.len(), 1);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! It stands before the router, so that a method cannot be added without it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::{Arc, LazyLock, Mutex, OnceLock};
@@ -10,8 +10,9 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt as _;
 use prost::Message as _;
-use prost_types::FileDescriptorSet;
+use prost_types::{FileDescriptorSet, MethodDescriptorProto};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
@@ -25,7 +26,7 @@ use tonic_types::StatusExt as _;
 
 use super::auth::{Auth, Caller, Entered, OPERATOR_TENANT};
 use super::bodies::{Measured, PACKED, PLAIN, Rules, SharedAccount, settle};
-use super::connections::Known;
+use super::connections::{Busy, Known};
 use super::live::{Live, LiveCall};
 use super::places::{Place, Places};
 use super::{Deadline, proto, status};
@@ -33,10 +34,18 @@ use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
 use crate::memory::Memory;
+use crate::sync::lock;
 use crate::telemetry::traces;
 
-/// The paths of all methods that can be called with a key, and whether the client sends a stream of messages.
-static METHODS: LazyLock<HashMap<String, bool>> = LazyLock::new(|| {
+/// Which sides of a method send a stream of messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Streams {
+    client: bool,
+    server: bool,
+}
+
+/// The paths of all methods that can be called with a key.
+static METHODS: LazyLock<HashMap<String, Streams>> = LazyLock::new(|| {
     use tonic_reflection::pb::{v1, v1alpha};
     let sets = [proto::DESCRIPTORS, v1::FILE_DESCRIPTOR_SET, v1alpha::FILE_DESCRIPTOR_SET];
     let sets = sets.map(|bytes| FileDescriptorSet::decode(bytes).unwrap_or_default());
@@ -44,11 +53,18 @@ static METHODS: LazyLock<HashMap<String, bool>> = LazyLock::new(|| {
     for file in sets.iter().flat_map(|set| &set.file) {
         for service in &file.service {
             let name = |method: &str| format!("/{}.{}/{method}", file.package(), service.name());
-            methods.extend(service.method.iter().map(|method| (name(method.name()), method.client_streaming())));
+            let streams = |method: &MethodDescriptorProto| Streams {
+                client: method.client_streaming(),
+                server: method.server_streaming(),
+            };
+            methods.extend(service.method.iter().map(|method| (name(method.name()), streams(method))));
         }
     }
     methods
 });
+
+/// Bytes of an answer that is given whatever else is held.
+const SMALL_ANSWER_BYTES: u64 = 64 << 10;
 
 /// Open to everyone, at all times.
 const HEALTH: &str = "/grpc.health.v1.Health/";
@@ -176,8 +192,8 @@ impl CallRules {
 
     fn of(&self, path: &str) -> Rules {
         match METHODS.get(path) {
-            Some(true) if path.starts_with(OURS) => self.upload,
-            Some(true) => self.other_stream,
+            Some(Streams { client: true, .. }) if path.starts_with(OURS) => self.upload,
+            Some(Streams { client: true, .. }) => self.other_stream,
             _ => self.one_message,
         }
     }
@@ -202,7 +218,13 @@ impl AdmissionLayer {
         };
         let account: SharedAccount = Arc::new(Mutex::new(Memory::new(1 << 20).account(None)));
         let answer = self.health.call(request.map(|body| Body::new(Measured::new(body, HEALTH_RULES, account))));
-        Box::pin(async move { Ok(answer.await?.map(|body| Body::new(Watched { body, _place: watch }))) })
+        Box::pin(async move {
+            let response = answer.await?;
+            match Status::from_header_map(response.headers()) {
+                Some(status) if status.code() != Code::Ok => Ok(status::with_details(status).into_http()),
+                _ => Ok(response.map(|body| Body::new(Watched { body, _place: watch }))),
+            }
+        })
     }
 
     pub fn services(&self) -> Services {
@@ -248,11 +270,12 @@ impl Service<http::Request<Body>> for AdmissionLayer {
             request.headers_mut().remove("grpc-accept-encoding");
         }
         let answer = async move {
-            let caller = &mut record.caller;
+            let Record { caller, busy, .. } = &mut record;
             let work = async {
-                let (place, live) = admit(&auth, &calls, &mut request, caller).await?;
+                let (place, live) = admit(&auth, &calls, &mut request, caller, busy).await?;
                 let (mut routes, memory) = services.0.get().cloned().ok_or_else(loading)?;
                 let rules = rules.of(request.uri().path());
+                let is_unary = METHODS.get(request.uri().path()).is_some_and(|streams| !streams.server);
                 let account: SharedAccount = Arc::new(Mutex::new(memory.account(tenant_of(&request))));
                 let held = account.clone();
                 let request = request.map(|body| Body::new(Measured::new(body, rules, held)));
@@ -266,6 +289,7 @@ impl Service<http::Request<Body>> for AdmissionLayer {
                     // The handler has used up what came.
                     settle(&account);
                 }
+                let response = if is_unary { counted(response, &account).await? } else { response };
                 Ok::<_, Error>((response, place, live))
             };
             let done = within(deadline, work).await.unwrap_or(Err(Error::DeadlineExceeded));
@@ -278,6 +302,42 @@ impl Service<http::Request<Body>> for AdmissionLayer {
             })
         };
         Box::pin(answer)
+    }
+}
+
+/// An answer of one message, encoded now and counted until it is sent: a client may leave it unread for long. What is small is never refused,
+/// since its call may have changed something.
+async fn counted(response: http::Response<Body>, account: &SharedAccount) -> Result<http::Response<Body>> {
+    let (head, mut body) = response.into_parts();
+    let mut frames = VecDeque::new();
+    let mut bytes = 0;
+    while let Some(frame) = body.frame().await {
+        bytes += frame.as_ref().ok().and_then(Frame::data_ref).map_or(0, Bytes::len) as u64;
+        frames.push_back(frame);
+    }
+    let counted = lock(account).grow(bytes);
+    if bytes > SMALL_ANSWER_BYTES {
+        counted?;
+    }
+    Ok(http::Response::from_parts(head, Body::new(Whole { frames, _account: account.clone() })))
+}
+
+/// The frames of a whole answer, and the account that it is counted in.
+struct Whole {
+    frames: VecDeque<Result<Frame<Bytes>, Status>>,
+    _account: SharedAccount,
+}
+
+impl http_body::Body for Whole {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Poll::Ready(self.frames.pop_front())
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.frames.is_empty()
     }
 }
 
@@ -307,17 +367,21 @@ async fn admit(
     calls: &Calls,
     request: &mut http::Request<Body>,
     name: &mut String,
+    busy: &mut Option<Busy>,
 ) -> Result<(Place, LiveCall)> {
+    let since = auth.forgotten();
     let who = auth.caller(request.headers()).await?;
     *name = match &who.caller {
         Caller::Tenant(tenant) => tenant.id().to_string(),
         Caller::Operator => format!("tenants/{OPERATOR_TENANT}"),
     };
-    if let Some(connection) = request.extensions().get::<Known>() {
-        connection.set();
-    }
+    *busy = request.extensions().get::<Known>().map(Known::set);
     let place = calls.enter(&who.caller)?;
     let live = calls.live.enter(&who);
+    // A key that was revoked while it was looked up ends no call that was not in the table yet.
+    if auth.forgotten() != since {
+        auth.caller(request.headers()).await?;
+    }
     let Entered { caller, .. } = who;
     request.extensions_mut().insert(caller);
     Ok((place, live))
@@ -374,6 +438,8 @@ struct Record {
     caller: String,
     trace: Option<traces::Call>,
     place: Option<Place>,
+    /// Keeps the connection from making room.
+    busy: Option<Busy>,
     _under_way: TaskTrackerToken,
 }
 
@@ -387,6 +453,7 @@ impl Record {
             caller: String::new(),
             trace: None,
             place: None,
+            busy: None,
             _under_way: calls.under_way.token(),
         }
     }
@@ -422,7 +489,8 @@ impl Drop for Record {
         if let Some(status) = &self.failure {
             let details = status.get_error_details();
             let reason = details.error_info().map_or("", |info| info.reason.as_str());
-            let (tenant, error) = (&self.caller, status.message());
+            // One line, also where the message lists many.
+            let (tenant, error) = (&self.caller, status.message().replace('\n', "; "));
             tracing::info!(%tenant, %method, %code, %reason, %error, "call refused");
         }
         if let Some(trace) = self.trace.take() {
@@ -544,9 +612,16 @@ mod tests {
 
     #[test]
     fn only_methods_that_exist_become_labels() {
-        assert_eq!(METHODS.get("/tenora.v1.GenerationService/Generate"), Some(&false));
-        assert_eq!(METHODS.get("/tenora.v1.DatasetService/UploadDataset"), Some(&true));
-        assert_eq!(METHODS.get("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"), Some(&true));
+        assert_eq!(
+            METHODS.get("/tenora.v1.GenerationService/Generate"),
+            Some(&Streams { client: false, server: true })
+        );
+        assert_eq!(
+            METHODS.get("/tenora.v1.DatasetService/UploadDataset"),
+            Some(&Streams { client: true, server: false })
+        );
+        let reflection = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+        assert_eq!(METHODS.get(reflection), Some(&Streams { client: true, server: true }));
         assert!(METHODS.contains_key("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"));
         assert_eq!(METHODS.get("/tenora.v1.GenerationService/Other"), None);
     }

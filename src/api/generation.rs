@@ -35,6 +35,7 @@ impl Generation {
             used: Usage::default(),
             finished: 0,
             seen: Vec::new(),
+            failed: false,
         }
     }
 }
@@ -56,7 +57,7 @@ impl GenerationService for Generation {
         let answer = async_stream::try_stream! {
             // An error of one answer ends the call, and with it the others.
             while let Some((index, event)) = events.next().await {
-                let event = event?;
+                let event = event.inspect_err(|_| meter.failed = true)?;
                 meter.saw(index, &event);
                 let usage = (meter.finished == count).then_some(meter.used);
                 yield convert::response_of(index, event, usage, &text);
@@ -92,6 +93,8 @@ struct Meter {
     finished: usize,
     /// Of each answer, the tokens seen.
     seen: Vec<u32>,
+    /// The call has ended with an error.
+    failed: bool,
 }
 
 impl Meter {
@@ -118,6 +121,10 @@ impl Meter {
 
 impl Drop for Meter {
     fn drop(&mut self) {
+        // What waited in vain has used nothing.
+        if self.failed && self.finished == 0 && self.used.completion_tokens == 0 {
+            return;
+        }
         let delta = UsageDelta {
             requests: 1,
             prompt_tokens: self.used.prompt_tokens.into(),

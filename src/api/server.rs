@@ -72,6 +72,7 @@ pub async fn serve(
     let tls = config.tls.as_ref().map(tls_acceptor).transpose()?;
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, serving, ServingStatus::NotServing).await;
+    let health_service = health_service.accept_compressed(CompressionEncoding::Gzip);
     let edge = AdmissionLayer::new(Routes::new(health_service).prepare(), auth.clone(), calls.clone(), &config.limits);
     let services = edge.services();
 
@@ -157,8 +158,10 @@ fn routes(parts: Parts, auth: Auth, calls: Calls) -> Result<Routes> {
                 .max_encoding_message_size(size)
         };
     }
-    Ok(Routes::new(reflection().build_v1().map_err(Error::internal)?)
-        .add_service(reflection().build_v1alpha().map_err(Error::internal)?)
+    let (v1, v1alpha) = (reflection().build_v1(), reflection().build_v1alpha());
+    let gzip = CompressionEncoding::Gzip;
+    Ok(Routes::new(v1.map_err(Error::internal)?.accept_compressed(gzip))
+        .add_service(v1alpha.map_err(Error::internal)?.accept_compressed(gzip))
         .add_service(sized!(adapter::AdapterServiceServer::new(Adapters(shared.clone()))))
         .add_service(sized!(base::BaseServiceServer::new(Base(shared.clone()))))
         .add_service(sized!(dataset::DatasetServiceServer::new(Datasets(shared.clone()))))

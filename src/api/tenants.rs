@@ -11,7 +11,7 @@ use super::shared::Shared;
 use super::{Answer, convert, proto as pb};
 use crate::error::{Error, Result};
 use crate::ids::{KeyName, Tenant, TenantId};
-use crate::store::Page;
+use crate::store::{Page, spawn_uncancellable};
 
 pub struct Tenants(pub Arc<Shared>);
 
@@ -138,10 +138,16 @@ impl TenantService for Tenants {
             return Err(Error::precondition("TENANT_IN_USE", id, "operators' own calls are counted under it").into());
         }
         let tenant = self.0.auth.tenant_for(request.extensions(), &id).await?;
-        self.delete(&tenant).await?;
-        self.0.auth.forget_tenant(&id);
-        self.0.calls.live.end_tenant(&id, &Error::not_found(&id));
-        tracing::info!(tenant = %id, "tenant deleted");
+        let this = Self(self.0.clone());
+        // To the end, also where the caller goes away: a tenant that is gone has no calls.
+        spawn_uncancellable(async move {
+            this.delete(&tenant).await?;
+            this.0.auth.forget_tenant(&id);
+            this.0.calls.live.end_tenant(&id, &Error::not_found(&id));
+            tracing::info!(tenant = %id, "tenant deleted");
+            Ok(())
+        })
+        .await?;
         Ok(Response::new(pb::DeleteTenantResponse {}))
     }
 
@@ -169,11 +175,17 @@ impl TenantService for Tenants {
     async fn revoke_api_key(&self, request: Request<pb::RevokeApiKeyRequest>) -> Answer<pb::RevokeApiKeyResponse> {
         self.0.auth.operator(request.extensions())?;
         let name: KeyName = convert::name("name", &request.get_ref().name)?;
-        self.0.parts.store.revoke_key(&name).await?;
-        tracing::info!(tenant = %name.tenant, key = %name.key, "key revoked");
-        self.0.auth.forget_key(&name.key);
-        let message = "this key was revoked while the call was under way; ask the operator for a new one".into();
-        self.0.calls.live.end_key(&name.key, &Error::Unauthenticated { message });
+        let shared = self.0.clone();
+        // To the end, also where the caller goes away: a key that is revoked has no calls.
+        spawn_uncancellable(async move {
+            shared.parts.store.revoke_key(&name).await?;
+            tracing::info!(tenant = %name.tenant, key = %name.key, "key revoked");
+            shared.auth.forget_key(&name.key);
+            let message = "this key was revoked while the call was under way; ask the operator for a new one".into();
+            shared.calls.live.end_key(&name.key, &Error::Unauthenticated { message });
+            Ok(())
+        })
+        .await?;
         Ok(Response::new(pb::RevokeApiKeyResponse {}))
     }
 

@@ -208,13 +208,18 @@ pub(super) async fn run(mut args: Args) -> Result<()> {
 
 /// The answers to one prompt, as JSON or for people.
 fn print_all(args: &Args, prompt: Option<&String>, answers: &[Answer]) -> Result<()> {
+    let of = answers.len();
     if args.connection.json {
-        return answers.iter().enumerate().try_for_each(|(index, answer)| print_json(index, answer));
+        return answers.iter().enumerate().try_for_each(|(index, answer)| print_json(index, of, answer));
     }
     if let Some(prompt) = prompt {
         writeln!(stdout(), "> {}", printable(prompt))?;
     }
-    answers.iter().try_for_each(print_answer)
+    answers.iter().try_for_each(|answer| print_answer(answer, of))?;
+    match answers {
+        [_, .., last] => Ok(writeln!(stdout(), "[{of} answers: {}]\n", counts(&last.usage))?),
+        _ => Ok(()),
+    }
 }
 
 fn request(args: &Args, adapter: String, prompt: &str) -> proto::GenerateRequest {
@@ -259,32 +264,33 @@ async fn stream_one(client: &Client, request: proto::GenerateRequest) -> Result<
     .await?;
     writeln!(stdout())?;
     print_tokens(&answer.token_ids, &answer.logprobs)?;
-    eprintln!("[{}]", summary(&answer));
+    eprintln!("[{}]", summary(&answer, 1));
     Ok(())
 }
 
-fn print_answer(answer: &Answer) -> Result<()> {
+/// One of `of` answers.
+fn print_answer(answer: &Answer, of: usize) -> Result<()> {
     writeln!(stdout(), "{}", printable(&answer.text))?;
     print_tokens(&answer.token_ids, &answer.logprobs)?;
-    Ok(writeln!(stdout(), "[{}]\n", summary(answer))?)
+    Ok(writeln!(stdout(), "[{}]\n", summary(answer, of))?)
 }
 
-/// Who answered, what it took, and why it ended.
-fn summary(answer: &Answer) -> String {
-    let version = if answer.version.is_empty() { "base" } else { &answer.version };
-    let usage = &answer.usage;
+/// Tokens of a call.
+fn counts(usage: &proto::Usage) -> String {
     let cached = usage.cached_tokens.filter(|n| *n > 0).map(|n| format!(" ({n} cached)")).unwrap_or_default();
+    format!("prompt {}{cached} + answer {} tokens", usage.prompt_tokens, usage.completion_tokens)
+}
+
+/// Who answered, what it took, and why it ended. Of several answers each tells its own tokens only.
+fn summary(answer: &Answer, of: usize) -> String {
+    let version = if answer.version.is_empty() { "base" } else { &answer.version };
     let tokens = answer.token_ids.len();
+    let counts = if of > 1 { format!("answer {tokens} tokens") } else { counts(&answer.usage) };
     let decoding = answer.elapsed.saturating_sub(answer.first_token).as_secs_f64();
     let rate = if tokens > 1 && decoding > 0.0 { (tokens - 1) as f64 / decoding } else { 0.0 };
     let first = answer.first_token.as_secs_f64() * 1e3;
     let seed = answer.seed.map(|seed| format!(", seed {seed}")).unwrap_or_default();
-    format!(
-        "{version}, prompt {}{cached} + answer {} tokens, first after {first:.0} ms, then {rate:.1} tokens/s, {}{seed}",
-        usage.prompt_tokens,
-        usage.completion_tokens,
-        ending(answer)
-    )
+    format!("{version}, {counts}, first after {first:.0} ms, then {rate:.1} tokens/s, {}{seed}", ending(answer))
 }
 
 /// Why an answer ended: `STOP at "END"`, `STOP at token 2`, `LENGTH`.
@@ -301,22 +307,69 @@ fn finish(reason: proto::FinishReason) -> &'static str {
     reason.as_str_name().trim_start_matches("FINISH_REASON_")
 }
 
-fn print_json(index: usize, answer: &Answer) -> Result<()> {
+fn print_json(index: usize, of: usize, answer: &Answer) -> Result<()> {
+    Ok(writeln!(stdout(), "{}", json_of(index, of, answer))?)
+}
+
+fn usage_json(usage: &proto::Usage) -> Value {
+    json!({
+        "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
+    })
+}
+
+/// One of `of` answers. Of several, each tells its own tokens, and the last one the call's too.
+fn json_of(index: usize, of: usize, answer: &Answer) -> Value {
     let logprobs: Vec<Value> = answer.logprobs.iter().map(token_json).collect();
     let (stop_string, stop_token_id) = match &answer.stopped_by {
         Some(StoppedBy::StopString(text)) => (Some(text), None),
         Some(StoppedBy::StopTokenId(id)) => (None, Some(id)),
         None => (None, None),
     };
-    let value = json!({
+    let usage = match of {
+        1 => usage_json(&answer.usage),
+        _ => json!({ "completion_tokens": answer.token_ids.len() }),
+    };
+    let mut value = json!({
         "index": index, "adapter_version": answer.version, "text": answer.text, "token_ids": answer.token_ids,
         "logprobs": logprobs, "finish_reason": finish(answer.finish), "stop_string": stop_string,
         "stop_token_id": stop_token_id, "seed": answer.seed,
-        "usage": {
-            "prompt_tokens": answer.usage.prompt_tokens, "completion_tokens": answer.usage.completion_tokens,
-            "cached_tokens": answer.usage.cached_tokens,
-        },
+        "usage": usage,
         "first_token_seconds": answer.first_token.as_secs_f64(), "seconds": answer.elapsed.as_secs_f64(),
     });
-    Ok(writeln!(stdout(), "{value}")?)
+    if of > 1 && index + 1 == of {
+        value["call_usage"] = usage_json(&answer.usage);
+    }
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(tokens: u32) -> Answer {
+        let usage = proto::Usage { prompt_tokens: 7, completion_tokens: 10, cached_tokens: Some(3) };
+        Answer { token_ids: (0..tokens).collect(), usage, ..Answer::default() }
+    }
+
+    #[test]
+    fn one_answer_tells_what_the_call_took() {
+        // Two tokens of a stop string were not sent.
+        let answer = answer(8);
+        assert!(summary(&answer, 1).starts_with("base, prompt 7 (3 cached) + answer 10 tokens, first after 0 ms"));
+        let value = json_of(0, 1, &answer);
+        assert_eq!(value["usage"], json!({ "prompt_tokens": 7, "completion_tokens": 10, "cached_tokens": 3 }));
+        assert!(value.get("call_usage").is_none());
+    }
+
+    #[test]
+    fn several_answers_tell_their_own_tokens_and_the_last_the_calls() {
+        let answers = [answer(4), answer(6)];
+        assert!(summary(&answers[0], 2).starts_with("base, answer 4 tokens, first after"));
+        let values: Vec<_> = answers.iter().enumerate().map(|(index, answer)| json_of(index, 2, answer)).collect();
+        let own: Vec<_> = values.iter().map(|value| value["usage"].clone()).collect();
+        assert_eq!(own, [json!({ "completion_tokens": 4 }), json!({ "completion_tokens": 6 })]);
+        assert!(values[0].get("call_usage").is_none());
+        assert_eq!(values[1]["call_usage"], usage_json(&answers[1].usage));
+    }
 }

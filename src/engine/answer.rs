@@ -11,7 +11,6 @@ use futures::Stream;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::engine::run::Message;
-use crate::engine::tickets::Ticket;
 use crate::error::{Error, Result};
 use crate::memory::Account;
 use crate::request::{GenerateEvent, TokenOut};
@@ -148,12 +147,11 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// An answer as its reader gets it. It keeps the request's ticket until its end is read, so that what is not read stays bounded, and gives
-/// it back just before, so that a client which asks again at once finds the place it has left.
+/// An answer as its reader gets it. The request's places are given back when its sequence ends, not when it is read: what is not read is
+/// bounded by itself, and must keep nobody out.
 #[derive(Debug)]
 pub struct AnswerStream {
     pub events: UnreadEvents,
-    pub ticket: Option<Arc<Ticket>>,
     pub cancel: CancelOnDrop,
 }
 
@@ -164,7 +162,6 @@ impl Stream for AnswerStream {
         let event = ready!(self.events.poll(cx));
         if !matches!(&event, Some(Ok(GenerateEvent::Started { .. } | GenerateEvent::Delta { .. }))) {
             self.cancel.disarm();
-            self.ticket = None;
         }
         Poll::Ready(event)
     }

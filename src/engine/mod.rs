@@ -190,7 +190,7 @@ impl Engine {
             let (answer, events) = Answer::new(account, self.limits.max_unread_answer_bytes);
             answer.send(GenerateEvent::Started { version: name, prompt_tokens: ids.len() as u32, seed })?;
             let (id, cancel) = (ticket.ids.start, self.cancel_on_drop(&ticket));
-            streams.push(Box::pin(AnswerStream { events, ticket: Some(ticket.clone()), cancel }) as GenerateStream);
+            streams.push(Box::pin(AnswerStream { events, cancel }) as GenerateStream);
             let chain = self.chain(tenant, version.as_deref(), &ids, longest);
             let generation = Generation {
                 prompt_tokens: ids.len(),

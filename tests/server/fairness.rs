@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tonic::Code;
+use tonic::transport::Endpoint;
+use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
 
 use tenora::api::proto::generation_service_client::GenerationServiceClient;
@@ -68,4 +69,37 @@ async fn a_tenant_that_holds_nothing_is_served_beside_four_who_fill_the_queue() 
     }
     server.idle().await;
     Arc::into_inner(server).unwrap().stopped().await;
+}
+
+/// Four tenants who never read the answers that they ask for. They are computed and wait to be read; their places are others'.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_nobody_reads_keep_nobody_out() {
+    let server = TestServer::start().await;
+    let mut unread = Vec::new();
+    for tenant in 0..GREEDY {
+        let key = server.tenant(&format!("greedy{tenant}")).await;
+        let endpoint = Endpoint::from_shared(format!("http://{}", server.addr)).unwrap();
+        // Not a byte of an answer is let through.
+        let channel = endpoint.initial_stream_window_size(0).connect().await.unwrap();
+        for _ in 0..200 {
+            let mut request = Request::new(generate("", "hello", 1));
+            request.metadata_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
+            let mut client = GenerationServiceClient::new(channel.clone());
+            unread.push(client.generate(request).await.unwrap().into_inner());
+        }
+    }
+    let computed = async {
+        while server.parts.guard.queued() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), computed).await.expect("what is computed gives its place back");
+    assert!(server.parts.memory.used() > 0, "what is unread is counted");
+    let fifth = server.tenant("fifth").await;
+    for key in [&fifth, &server.operator] {
+        answer(&mut server.generation(key).await, generate("", "hello", 5)).await.unwrap();
+    }
+    drop(unread);
+    server.idle().await;
+    server.stopped().await;
 }

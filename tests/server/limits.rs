@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
+use tonic::transport::Endpoint;
 use tonic::{Code, Request, Status};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_prost::ProstCodec;
@@ -223,5 +224,38 @@ async fn a_revoked_key_and_a_deleted_tenant_end_what_runs() {
     assert!(status.message().contains("tenants/a"), "{}", status.message());
     assert!(last(holder).await.is_ok(), "others go on");
     server.idle().await;
+    server.stopped().await;
+}
+
+/// The answer of a call of one message is counted until it is sent.
+#[tokio::test(flavor = "multi_thread")]
+async fn whole_answers_that_nobody_reads_are_counted() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    let endpoint = Endpoint::from_shared(format!("http://{}", server.addr)).unwrap();
+    let channel = endpoint.initial_stream_window_size(0).connect().await.unwrap();
+    let mut calls = Vec::new();
+    for _ in 0..4 {
+        let text = "word ".repeat(20_000);
+        let input = Some(tokenize_request::Input::Text(text));
+        let mut request = Request::new(TokenizeRequest { input, ..Default::default() });
+        request.metadata_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
+        let mut client = base_service_client::BaseServiceClient::new(channel.clone());
+        calls.push(tokio::spawn(async move { client.tokenize(request).await }));
+    }
+    let counted = async {
+        while server.parts.memory.used() < 4 * 100_000 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), counted).await.expect("they wait, and are counted");
+    calls.iter().for_each(tokio::task::JoinHandle::abort);
+    drop(channel);
+    let given_back = async {
+        while server.parts.memory.used() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), given_back).await.expect("a client that goes gives all back");
     server.stopped().await;
 }

@@ -143,7 +143,7 @@ fn a_score_counts_as_many_requests_as_it_has_inputs() {
 }
 
 #[test]
-fn an_answer_that_nobody_reads_ends_and_keeps_its_place_until_it_is_read() {
+fn an_answer_that_nobody_reads_ends_and_gives_its_place_back() {
     run(async {
         let w = world();
         let limits = Limits { max_unread_answer_bytes: 4096, max_queued_per_tenant: 2, ..tight(2, 40) };
@@ -152,13 +152,12 @@ fn an_answer_that_nobody_reads_ends_and_keeps_its_place_until_it_is_read() {
         // With one place in a step this one is computed after the other has ended.
         assert_eq!(tokens(&engine, &ask(None, 5)).await.len(), 5);
         let second = begin(&engine, &w.tenant, &ask(None, 5)).await;
-        let refused = engine.generate(&w.tenant, ask(None, 5).spec()).await.err().unwrap();
-        assert!(matches!(refused, Error::Exhausted { limit: "max_queued_per_tenant", .. }), "{refused}");
+        let third = begin(&engine, &w.tenant, &ask(None, 5)).await;
         match end(unread).await {
             Err(Error::Exhausted { limit: "max_unread_answer_bytes", retry_after: None, .. }) => {}
             last => panic!("{last:?}"),
         }
-        assert!(end(second).await.is_ok());
+        assert!(end(second).await.is_ok() && end(third).await.is_ok());
         assert_idle(&engine).await;
         assert_eq!(engine.memory.used(), 0);
     });
