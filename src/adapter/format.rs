@@ -2,10 +2,11 @@
 //! setting that changes the meaning is supported or refused by name, and shapes are checked before anything is allocated. Every refusal
 //! ends with what to do.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
-use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -29,7 +30,7 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 pub const MAX_CONFIG_BYTES: usize = 1 << 20;
 
 /// An adapter as files. What is stored, exported and hashed.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Package {
     /// `adapter_config.json`.
     pub config: Vec<u8>,
@@ -114,22 +115,39 @@ fn pair<'a>(
     Ok([a, b])
 }
 
+/// A tensor that becomes bytes when it is written, one after the other.
+struct Floats<'a> {
+    shape: Vec<usize>,
+    values: &'a [f32],
+}
+
+impl View for Floats<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(self.values.iter().flat_map(|x| x.to_le_bytes()).collect())
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}
+
 impl Package {
     /// The files of an adapter trained here, float32.
     pub fn from_lora(lora: &Lora, shape: &BaseShape) -> Result<Self> {
-        let mut bytes = BTreeMap::new();
+        let mut views = BTreeMap::new();
         for (site, layer) in &lora.layers {
             let (inputs, outputs) = shape.dims(site.target);
-            let le = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-            bytes.insert(tensor_name(*site, "lora_A"), (vec![layer.rank, inputs], le(&layer.a)));
-            bytes.insert(tensor_name(*site, "lora_B"), (vec![outputs, layer.rank], le(&layer.b)));
+            views.insert(tensor_name(*site, "lora_A"), Floats { shape: vec![layer.rank, inputs], values: &layer.a });
+            views.insert(tensor_name(*site, "lora_B"), Floats { shape: vec![outputs, layer.rank], values: &layer.b });
         }
-        let views = bytes
-            .iter()
-            .map(|(name, (shape, bytes))| {
-                Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(Error::internal)?))
-            })
-            .collect::<Result<Vec<_>>>()?;
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         let tensors = safetensors::serialize(views, Some(metadata)).map_err(Error::internal)?;
         let config = serde_json::to_vec_pretty(&config_json(lora, shape)).map_err(Error::internal)?;

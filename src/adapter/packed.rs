@@ -11,6 +11,7 @@
 //!
 //! Rounding is to nearest, ties to even. What is not finite stays so and what overflows becomes infinite: no broken number looks good.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -87,12 +88,22 @@ pub fn index(site: Site) -> usize {
 impl PackedLora {
     /// Packs an adapter that fits the base.
     pub fn new(lora: &Lora, shape: &BaseShape) -> Result<Self> {
-        let layers = lora.layers.iter().map(|(site, layer)| (*site, layer.rank, layer.scale));
+        Self::in_form(lora, shape, 1, |layer| Cow::Borrowed(layer))
+    }
+
+    /// Packs each layer in a form of so many times its rank, one after the other.
+    fn in_form(
+        lora: &Lora,
+        shape: &BaseShape,
+        times: usize,
+        form: impl Fn(&LoraLayer) -> Cow<'_, LoraLayer>,
+    ) -> Result<Self> {
+        let layers = lora.layers.iter().map(|(site, layer)| (*site, times * layer.rank, layer.scale));
         let (places, len) = place(layers, shape);
         let mut values = Values::zeros(len);
         for (site, layer) in &lora.layers {
             let Some(Some(place)) = places.get(index(*site)) else { return Err(misfit(*site)) };
-            pack(layer, shape.dims(site.target), place, values.get_mut()).ok_or_else(|| misfit(*site))?;
+            pack(&form(layer), shape.dims(site.target), place, values.get_mut()).ok_or_else(|| misfit(*site))?;
         }
         Ok(Self::of(places, values))
     }
@@ -115,8 +126,13 @@ impl PackedLora {
     /// [Ah; Al; Ah], an adapter of three times the rank whose values are bf16. For adapters whose product is small beside its factors, such as
     /// those made from differences of large ones (PiSSA converted to plain LoRA).
     pub fn precise(lora: &Lora, shape: &BaseShape) -> Result<Self> {
-        let layers = lora.layers.iter().map(|(site, layer)| (*site, in_two_parts(layer))).collect();
-        Self::new(&Lora { spec: lora.spec.clone(), layers }, shape)
+        Self::in_form(lora, shape, PRECISE_TIMES, |layer| Cow::Owned(in_two_parts(layer)))
+    }
+
+    /// Returns the bytes that [`PackedLora::precise`] takes.
+    pub fn precise_bytes(lora: &Lora, shape: &BaseShape) -> u64 {
+        let of = |(site, layer): (&Site, &LoraLayer)| layer_bytes(PRECISE_TIMES * layer.rank, shape.dims(site.target));
+        lora.layers.iter().map(of).sum()
     }
 
     /// Whether packing an adapter in bf16 changes any of its values.
@@ -205,6 +221,9 @@ fn pack(layer: &LoraLayer, (inputs, outputs): (usize, usize), place: &Place, val
     Some(())
 }
 
+/// How many times the rank twice the bits take.
+const PRECISE_TIMES: usize = 3;
+
 /// The layer of three times the rank that holds hi and lo of each value, see [`PackedLora::precise`].
 fn in_two_parts(layer: &LoraLayer) -> LoraLayer {
     let high = |x: &f32| f32::from_bits(u32::from(round(*x)) << 16);
@@ -215,7 +234,7 @@ fn in_two_parts(layer: &LoraLayer) -> LoraLayer {
     let rows = layer.b.chunks_exact(rank.max(1));
     let b = rows
         .flat_map(|row| [row.iter().map(high), row.iter().map(high)].into_iter().flatten().chain(row.iter().map(low)));
-    LoraLayer { rank: 3 * rank, alpha: layer.alpha, scale: layer.scale, a, b: b.collect() }
+    LoraLayer { rank: PRECISE_TIMES * rank, alpha: layer.alpha, scale: layer.scale, a, b: b.collect() }
 }
 
 /// Rows and columns that are transposed at a time: they fit the first-level cache, and the compiler keeps them in registers.

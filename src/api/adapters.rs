@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::AsyncReadExt as _;
 use tonic::{Request, Response, Streaming};
 
 use super::auth::caller_of;
@@ -66,11 +67,10 @@ impl AdapterService for Adapters {
             }
         }
         let files = folder.finish()?;
-        // The files, and what they become: as it is trained and as it is served.
-        let bulk = self.0.parts.memory.bulk(3 * files.bytes()).await?;
-        let new = NewVersion {
+        let bulk = self.0.parts.memory.bulk(IMPORT_FACTOR * files.bytes()).await?;
+        let mut new = NewVersion {
             adapter,
-            package: files.read().await?,
+            package: Package::default(),
             probes: Vec::new(),
             publish: convert::publish(header.publish).map_err(|e| convert::at("header.publish", e))?,
             job: None,
@@ -80,7 +80,11 @@ impl AdapterService for Adapters {
             held_reason: None,
         };
         let hub = self.0.parts.hub.clone();
-        let (row, _) = run_holding((upload.into_place(), bulk), async move { hub.publish(&tenant, new).await }).await?;
+        let (row, _) = run_holding((upload.into_place(), bulk), async move {
+            new.package = files.read().await?;
+            hub.publish(&tenant, new).await
+        })
+        .await?;
         Ok(Response::new(self.version(row)))
     }
 
@@ -91,18 +95,26 @@ impl AdapterService for Adapters {
         let row = self.0.parts.store.resolve(&name).await?;
         let bulk = self.0.parts.memory.bulk(row.size_bytes).await?;
         let hub = self.0.parts.hub.clone();
-        let ((row, package), held) =
+        let ((row, files), (place, bulk)) =
             run_holding((place, bulk), async move { hub.export(&tenant, &name).await }).await?;
-        let size = (self.0.parts.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK) as usize;
+        drop(bulk);
+        let size = (self.0.parts.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK);
         let version = self.version(row);
-        let parts = async_stream::stream! {
-            let _held = held;
+        let parts = async_stream::try_stream! {
+            let _place = place;
             yield part(exported::Part::Version(version));
-            for (filename, bytes) in [(CONFIG_FILE, package.config), (TENSORS_FILE, package.tensors)] {
-                for data in bytes.chunks(size) {
-                    let chunk = pb::FileChunk { filename: filename.to_owned(), data: data.to_vec() };
-                    yield part(exported::Part::Chunk(chunk));
+            for data in files.config.chunks(size as usize) {
+                yield chunk(CONFIG_FILE, data.to_vec());
+            }
+            let mut tensors = tokio::fs::File::from_std(files.tensors).take(0);
+            loop {
+                let mut data = Vec::new();
+                tensors.set_limit(size);
+                tensors.read_to_end(&mut data).await.map_err(Error::at(TENSORS_FILE))?;
+                if data.is_empty() {
+                    break;
                 }
+                yield chunk(TENSORS_FILE, data);
             }
         };
         let idle = Duration::from_secs(self.0.parts.limits.export_idle_seconds);
@@ -161,8 +173,16 @@ impl AdapterService for Adapters {
     }
 }
 
+/// What an import takes for each byte of its files: these, and what they become, as it is trained and as it is served, the latter perhaps in
+/// twice the bits.
+const IMPORT_FACTOR: u64 = 4;
+
 fn part(part: exported::Part) -> pb::ExportAdapterResponse {
     pb::ExportAdapterResponse { part: Some(part) }
+}
+
+fn chunk(filename: &str, data: Vec<u8>) -> pb::ExportAdapterResponse {
+    part(exported::Part::Chunk(pb::FileChunk { filename: filename.to_owned(), data }))
 }
 
 /// Bytes of a file that are kept in memory before they go to the disk.

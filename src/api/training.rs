@@ -14,7 +14,6 @@ use super::shared::Shared;
 use super::{Answer, Streamed, convert, deadline_of, proto as pb};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
-use crate::store::spawn_uncancellable;
 use crate::work::run_holding;
 
 pub struct Training(pub Arc<Shared>);
@@ -120,9 +119,8 @@ impl TrainingService for Training {
         request: Request<pb::DeleteTrainingJobRequest>,
     ) -> Answer<pb::DeleteTrainingJobResponse> {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
-        self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        let store = self.0.parts.store.clone();
-        spawn_uncancellable(async move { store.delete_job(&name).await }).await?;
+        let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        self.0.parts.trainer.delete(&tenant, &name).await?;
         Ok(Response::new(pb::DeleteTrainingJobResponse {}))
     }
 }

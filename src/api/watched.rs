@@ -6,13 +6,17 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use tokio::sync::mpsc;
+use tonic::Status;
 
 use super::Streamed;
 use crate::error::Error;
 
 /// Sends messages from a task of its own, which ends, and lets go of all that it holds, where the client takes none for `idle`. The client
 /// is told so if it comes back.
-pub fn paced<T: Send + 'static>(messages: impl Stream<Item = T> + Send + 'static, idle: Duration) -> Streamed<T> {
+pub fn paced<T: Send + 'static>(
+    messages: impl Stream<Item = Result<T, Error>> + Send + 'static,
+    idle: Duration,
+) -> Streamed<T> {
     let (sender, mut receiver) = mpsc::channel(1);
     let slow = Arc::new(AtomicBool::new(false));
     let told = slow.clone();
@@ -28,7 +32,7 @@ pub fn paced<T: Send + 'static>(messages: impl Stream<Item = T> + Send + 'static
     });
     Box::pin(async_stream::stream! {
         while let Some(message) = receiver.recv().await {
-            yield Ok(message);
+            yield message.map_err(Status::from);
         }
         if slow.load(Ordering::Acquire) {
             let message = format!("nothing was taken for {} s; ask again and read without a pause", idle.as_secs());
@@ -47,7 +51,7 @@ mod tests {
         let inside = held.clone();
         let messages = futures::stream::iter(0..5).map(move |n| {
             let _ = &inside;
-            n
+            Ok(n)
         });
         let mut answer = paced(messages, Duration::from_millis(50));
         assert_eq!(answer.next().await.unwrap().unwrap(), 0);

@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::config::Limits;
 use crate::data::reader::{Findings, Reader};
-use crate::data::{Record, content};
+use crate::data::{Record, is_sound};
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{
@@ -77,7 +77,7 @@ impl Upload {
                 Destination::blob(store, key, None).await?
             }
             DatasetBefore::Made(row) | DatasetBefore::Taken(row)
-                if !validate_only && content(store, &row).await.is_err() =>
+                if !validate_only && !is_sound(store, &row).await? =>
             {
                 Destination::blob(store, row.blob.clone(), Some(row)).await?
             }

@@ -20,6 +20,8 @@ pub use report::{Question, Report, Shown, inspect};
 
 use std::sync::Arc;
 
+use sha2::{Digest as _, Sha256};
+
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{DatasetRow, Store, spawn_uncancellable};
@@ -81,6 +83,17 @@ async fn content(store: &Store, dataset: &DatasetRow) -> Result<Vec<u8>> {
         return Ok(bytes);
     }
     Err(damaged(dataset, &format!("its digest is {digest}, not {}", dataset.digest)))
+}
+
+/// Whether a dataset's file is what was uploaded. Reads it in pieces.
+async fn is_sound(store: &Store, dataset: &DatasetRow) -> Result<bool> {
+    let (blobs, dataset) = (store.blobs().clone(), dataset.clone());
+    let hash = move || {
+        let (mut file, mut hasher) = (blobs.open_file(&dataset.blob)?, Sha256::new());
+        std::io::copy(&mut file, &mut hasher).map_err(Error::at(&dataset.blob))?;
+        Ok::<_, Error>(Digest::from(hasher) == dataset.digest)
+    };
+    Ok(tokio::task::spawn_blocking(hash).await.map_err(Error::internal)?.unwrap_or(false))
 }
 
 /// The same content may read as other records in another build: then they are not those that were accepted.

@@ -156,6 +156,15 @@ impl std::fmt::Debug for Hub {
     }
 }
 
+/// A version's files on their way out.
+#[derive(Debug)]
+pub struct Exported {
+    /// `adapter_config.json`.
+    pub config: Vec<u8>,
+    /// `adapter_model.safetensors`, at its beginning.
+    pub tensors: std::fs::File,
+}
+
 impl Hub {
     /// `shape`: the base's; `gate` judges every version before it exists. Limits `adapter_cache_bytes`, `adapter_host_bytes`,
     /// `adapter_wait_seconds`.
@@ -235,13 +244,19 @@ impl Hub {
         Ok(row)
     }
 
-    /// A version's files, as they go out: what was trained here calls the base as the server does.
-    pub async fn export(&self, tenant: &Tenant, adapter: &AdapterRef) -> Result<(VersionRow, Package)> {
+    /// A version's files, as they go out: what was trained here calls the base as the server does. The tensors are checked here and then read
+    /// as they are sent, so that a slow reader holds none of them; the file stays though the version is deleted.
+    pub async fn export(&self, tenant: &Tenant, adapter: &AdapterRef) -> Result<(VersionRow, Exported)> {
         let (row, mut package) = self.package(tenant, adapter).await?;
         if row.job.is_some() {
             package.name_base(&self.shape.name)?;
         }
-        Ok((row, package))
+        let tensors = self.store.blobs().open_file(&format!("{}/{TENSORS_FILE}", row.blob));
+        match tensors {
+            Ok(tensors) => Ok((row, Exported { config: package.config, tensors })),
+            Err(_) if !self.store.has_version(&row.uid).await? => Err(Error::not_found(&row.name)),
+            Err(error) => Err(error),
+        }
     }
 
     /// A version's files, as they are stored.

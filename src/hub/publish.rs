@@ -177,9 +177,9 @@ impl Hub {
             return Ok(plain);
         }
         let (lora, shape) = (Arc::clone(&probed.lora), Arc::clone(&self.shape));
-        let pack = move || PackedLora::rounds(&lora).then(|| PackedLora::precise(&lora, &shape)).transpose();
-        let Some(precise) = blocking(pack).await? else { return Ok(plain) };
-        let reserved = match self.residents.room(precise.byte_size()).await {
+        let size = move || Ok(PackedLora::rounds(&lora).then(|| PackedLora::precise_bytes(&lora, &shape)));
+        let Some(bytes) = blocking(size).await? else { return Ok(plain) };
+        let reserved = match self.residents.room(bytes).await {
             Ok(reserved) => reserved,
             Err(error @ Error::Exhausted { .. }) => {
                 tracing::warn!(%error, "an adapter is served in bf16, where twice the bits might serve it better");
@@ -187,6 +187,8 @@ impl Hub {
             }
             Err(error) => return Err(error),
         };
+        let (lora, shape) = (Arc::clone(&probed.lora), Arc::clone(&self.shape));
+        let precise = blocking(move || PackedLora::precise(&lora, &shape)).await?;
         let precise = self.measure(tenant, digest, precise, reserved, &probed).await?;
         let worth = plain.parity.mean_abs_difference * WORTH_TWICE_THE_BITS;
         Ok(if precise.parity.mean_abs_difference <= worth { precise } else { plain })

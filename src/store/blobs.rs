@@ -121,21 +121,28 @@ impl Blobs {
         Ok(keys)
     }
 
-    /// Deletes a file, or all files below a folder. What is not there is no error.
+    /// Deletes a file, or all files below a folder. What is not there is no error; one that cannot be deleted keeps no other.
     pub async fn delete(&self, key: &str) -> Result<()> {
         let mut doomed = self.list(key).await?;
         if self.files.head(&parse(key)?).await.is_ok() {
             doomed.push(key.to_owned());
         }
+        let mut failed = Ok(());
         for key in doomed {
-            reach(self.watch.as_ref(), "delete").await?;
-            match self.files.delete(&parse(&key)?).await {
-                Ok(()) | Err(BlobError::NotFound { .. }) => {}
-                Err(e) => return Err(self.failed(&key, e)),
+            if let Err(error) = self.delete_file(&key).await {
+                failed = Err(error);
             }
-            reach(self.watch.as_ref(), "deleted").await?;
         }
-        Ok(())
+        failed
+    }
+
+    async fn delete_file(&self, key: &str) -> Result<()> {
+        reach(self.watch.as_ref(), "delete").await?;
+        match self.files.delete(&parse(key)?).await {
+            Ok(()) | Err(BlobError::NotFound { .. }) => {}
+            Err(e) => return Err(self.failed(key, e)),
+        }
+        reach(self.watch.as_ref(), "deleted").await
     }
 
     /// Fails where the disk has fewer free bytes than `least` (limit `min_free_disk_bytes`).

@@ -47,6 +47,11 @@ impl Store {
         let owned = self.owned_blobs().await?;
         let found = walk(data_dir.join("blobs")).await?;
         let orphans: BTreeSet<_> = found.blobs.iter().filter(|blob| !is_owned(blob, &owned)).cloned().collect();
+        // Of tenants that were deleted, whose ids are never given again: those are no sign of a wrong catalogue, however many.
+        let deleted = self.deleted_tenants().await?;
+        let is_left = |blob: &String| blob.split('/').next().is_some_and(|tenant| deleted.contains(tenant));
+        let (left, orphans): (BTreeSet<_>, BTreeSet<_>) = orphans.into_iter().partition(is_left);
+        discard(data_dir, &left);
         if !options.adopt_orphans {
             let known = self.known_tenants().await?;
             let strangers: BTreeSet<_> = tenants_of(&orphans).difference(&known).cloned().collect();
@@ -76,6 +81,13 @@ impl Store {
     /// Every tenant that there is or was.
     async fn known_tenants(&self) -> Result<BTreeSet<String>> {
         let ids = sqlx::query_scalar("SELECT tenant FROM tenants UNION SELECT tenant FROM deleted_tenants");
+        Ok(ids.fetch_all(self.pool()).await?.into_iter().collect())
+    }
+
+    /// Every tenant that there was.
+    async fn deleted_tenants(&self) -> Result<BTreeSet<String>> {
+        let ids =
+            sqlx::query_scalar("SELECT tenant FROM deleted_tenants WHERE tenant NOT IN (SELECT tenant FROM tenants)");
         Ok(ids.fetch_all(self.pool()).await?.into_iter().collect())
     }
 

@@ -167,7 +167,11 @@ impl Store {
             .execute(&mut *tx)
             .await?;
         tx.commit().await?;
-        self.blobs().delete(id.as_str()).await
+        // It is gone. Files that stay belong to nobody, and go to the trash at the next start.
+        if let Err(error) = self.blobs().delete(id.as_str()).await {
+            tracing::warn!(tenant = %id, %error, "some files of a deleted tenant stay until the next start");
+        }
+        Ok(())
     }
 
     /// Counts what a tenant has.

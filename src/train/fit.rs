@@ -63,6 +63,11 @@ impl CancelToken {
         self.stop.cancel();
     }
 
+    /// Waits until the run is to end.
+    pub async fn stopped(&self) {
+        self.stop.cancelled().await;
+    }
+
     /// Stops the run, which is another worker's now, or nobody's.
     pub fn lose_claim(&self) {
         self.claim_lost.store(true, Ordering::Relaxed);
@@ -288,12 +293,13 @@ impl<'a> Run<'a> {
         let (Some((batch, before)), steps) = (&self.first, self.losses.len()) else { return Ok(()) };
         let last = &self.losses[steps - steps / LAST_PART..];
         let mean = last.iter().sum::<f64>() / last.len().max(1) as f64;
-        if !last.is_empty() && mean <= before + DIVERGED_ABOVE {
+        let sound = |loss: f64| loss <= before + DIVERGED_ABOVE;
+        if !last.is_empty() && sound(mean) && self.losses.last().copied().is_some_and(sound) {
             return Ok(());
         }
         // Not to be stopped: all steps have been taken.
         let after = self.score(&*self.train, batch, || Ok(()))?.loss();
-        if after <= before + DIVERGED_ABOVE {
+        if sound(after) {
             return Ok(());
         }
         if !after.is_finite() {
@@ -383,9 +389,13 @@ impl<'a> Run<'a> {
 
     fn evaluate(&mut self, step: u32) -> Result<JobEvent> {
         let all: Vec<usize> = (0..self.validation.count()).collect();
-        // Once all steps have been taken nothing may lose them.
-        let last = step == self.schedule.total_steps;
-        let sums = self.score(&*self.validation, &all, || if last { Ok(()) } else { self.inputs.control.check() })?;
+        let sums = match self.score(&*self.validation, &all, || self.inputs.control.check()) {
+            // Once all steps have been taken nothing may lose them, and what is still to be measured keeps no server from ending.
+            Err(Error::Cancelled) if step == self.schedule.total_steps => {
+                return Ok(JobEvent::Message("the evaluation after the last step was stopped and is left out".into()));
+            }
+            sums => sums?,
+        };
         let loss = sums.loss();
         if !loss.is_finite() {
             self.restore_sound_weights()?;

@@ -119,7 +119,10 @@ impl TrainingContext {
             }
         };
         // Until its records are ids, which are an eighth of it or less; those of the one job that runs are not counted.
-        let memory = self.memory.bulk(data::memory_bytes(&dataset)).await?;
+        let memory = tokio::select! {
+            memory = self.memory.bulk(data::memory_bytes(&dataset)) => memory?,
+            () = control.stopped() => return Err(Error::Cancelled),
+        };
         let records = data::read(&self.store, &self.text, &dataset).await?;
         let recipe = spec.hyperparameters.clone();
         let max = max_length(&recipe, &self.limits, self.model.context_length());
@@ -132,7 +135,7 @@ impl TrainingContext {
             let schedule = Schedule::new(&recipe, train.len());
             check_schedule(&schedule, &limits)?;
             let tokens = tokens_of_all_steps(&train, &recipe, &schedule);
-            check_tokens(tokens, &limits)?;
+            check_tokens(tokens.saturating_add(evaluated_tokens(&train, &validation, &recipe, &schedule)), &limits)?;
             let (records, validation_records) = (train.len() as u64, validation.len() as u64);
             let data = TrainingData { records, validation_records, tokens, dropped, truncated };
             Ok::<_, Error>((train, validation, data, schedule.total_steps))
@@ -206,12 +209,26 @@ fn check_recipe(recipe: &Hyperparameters, limits: &Limits, context: usize) -> Re
     Ok(())
 }
 
-/// Ids that a run sees, counted each time that it does.
-fn tokens_of_all_steps(train: &Examples, recipe: &Hyperparameters, schedule: &Schedule) -> u64 {
-    let lengths: Vec<u64> = match train {
+/// Ids of each example.
+fn lengths(examples: &Examples) -> Vec<u64> {
+    match examples {
         Examples::Sft(examples) => examples.iter().map(|example| example.ids.len() as u64).collect(),
         Examples::Dpo(pairs) => pairs.iter().map(|pair| pair.tokens() as u64).collect(),
-    };
+    }
+}
+
+/// Ids that a run scores beside its steps: the validation examples at every evaluation, and all pairs once for the reference.
+fn evaluated_tokens(train: &Examples, validation: &Examples, recipe: &Hyperparameters, schedule: &Schedule) -> u64 {
+    let sum = |examples: &Examples| lengths(examples).iter().sum::<u64>();
+    let every = recipe.eval_steps.unwrap_or(schedule.steps_per_epoch).max(1);
+    let evaluations = u64::from(schedule.total_steps.div_ceil(every));
+    let reference = if matches!(train, Examples::Dpo(_)) { sum(train) + sum(validation) } else { 0 };
+    sum(validation).saturating_mul(evaluations).saturating_add(reference)
+}
+
+/// Ids that a run sees, counted each time that it does.
+fn tokens_of_all_steps(train: &Examples, recipe: &Hyperparameters, schedule: &Schedule) -> u64 {
+    let lengths = lengths(train);
     let (epochs, rest) =
         (schedule.total_steps / schedule.steps_per_epoch, schedule.total_steps % schedule.steps_per_epoch);
     let mut batches = Batches::new(lengths.len(), schedule.batch, (!recipe.sequential).then_some(recipe.seed));
@@ -226,7 +243,8 @@ fn check_tokens(tokens: u64, limits: &Limits) -> Result<()> {
         return Ok(());
     }
     let message = format!(
-        "the run would see {tokens} tokens, more than {}: one job at a time trains; lower epochs or max_steps",
+        "the run would see {tokens} tokens, evaluations included, more than {}: one job at a time trains; lower epochs or max_steps, or evaluate \
+         less often",
         limits.max_training_tokens
     );
     Err(Error::Exhausted { limit: "max_training_tokens", message, retry_after: None })

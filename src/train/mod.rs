@@ -28,7 +28,7 @@ use crate::ids::{JobName, Tenant};
 use crate::memory::Memory;
 use crate::model::Model;
 use crate::request::{JobEvent, JobSpec, JobState, TrainingData};
-use crate::store::{JobEnd, JobRow, NewJob, RequestKey, Store, StoredEvent};
+use crate::store::{JobEnd, JobRow, NewJob, RequestKey, Store, StoredEvent, spawn_uncancellable};
 use crate::sync::lock;
 use crate::text::Text;
 use crate::train::fit::{CancelToken, StopOnDrop};
@@ -206,6 +206,24 @@ impl Trainer {
     /// Ends a job that waits, or makes a running one end before its next pass. Nothing is published.
     pub async fn cancel(&self, tenant: &Tenant, job: &JobName) -> Result<JobRow> {
         tenant.check_owns(&job.tenant)?;
+        // To the end, also where the caller goes away: what a cancelled job has saved goes with it.
+        let (trainer, tenant, job) = (self.clone(), tenant.clone(), job.clone());
+        spawn_uncancellable(async move { trainer.run_cancel(&tenant, &job).await }).await
+    }
+
+    /// Deletes a job that has ended or is interrupted; see [`Store::delete_job`]. Whoever watches it is told that it is gone.
+    pub async fn delete(&self, tenant: &Tenant, job: &JobName) -> Result<()> {
+        tenant.check_owns(&job.tenant)?;
+        let (inner, job) = (self.inner.clone(), job.clone());
+        spawn_uncancellable(async move {
+            inner.sources.store.delete_job(&job).await?;
+            inner.announce(&job);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn run_cancel(&self, tenant: &Tenant, job: &JobName) -> Result<JobRow> {
         let store = &self.inner.sources.store;
         let idle = [JobState::Queued, JobState::Paused, JobState::Interrupted];
         if let Some(row) = store.transition(job, &idle, JobState::Cancelled, JobEnd::default()).await? {

@@ -185,7 +185,7 @@ fn unsupported(name: &str, value: &Value, is_pair: bool) -> Result<(), Reason> {
                 "says which part is learnt ({name:?}), which is not supported; an assistant message's \"weight\" of 0 or 1 is"
             )
         }
-        other if says_reasoning(other) && holds_reasoning(value) => {
+        other if says_reasoning(other) && holds_reasoning(value) && (!value.is_object() || begins_reasoning(other)) => {
             format!("has reasoning beside the answer ({name:?}), which is not supported")
         }
         _ => return Ok(()),
@@ -255,7 +255,12 @@ pub fn says_reasoning(lower: &str) -> bool {
                 | "scratchpad"
         )
     };
-    lower.starts_with("reasoning") || lower.starts_with("thinking") || words(lower).any(thought)
+    begins_reasoning(lower) || words(lower).any(thought)
+}
+
+/// Those that are nothing else, whatever their value.
+fn begins_reasoning(lower: &str) -> bool {
+    lower.starts_with("reasoning") || lower.starts_with("thinking")
 }
 
 /// Whether a field of such a name brings thoughts, or turns them on: not where it is a figure or turns them off.

@@ -303,6 +303,7 @@ const CHATS: &[(&str, &str, &str)] = &[
         r#"{"mllm_audio_demo":{"file_name":"x.json"}}"#,
         "make none of the shapes",
     ),
+    ("a configuration with a word for thoughts", r#"{"alpaca_cot":{"file_name":"x.json"}}"#, "make none of the shapes"),
     ("a configuration", r#"{"identity":{"file_name":"identity.json"}}"#, "make none of the shapes"),
     (
         "a rendered prompt",
