@@ -124,3 +124,20 @@ async fn a_sweep_that_fails_stops_no_start() {
     let name = DatasetName::new(&TenantId::new("a").unwrap(), "d1").unwrap();
     assert_eq!(store.get_dataset(&name).await.unwrap().blob, "a/datasets/1");
 }
+
+/// A kill between the row and the files of a tenant that is deleted leaves them all, and many.
+#[tokio::test]
+async fn what_is_left_of_a_deleted_tenant_goes_however_much_it_is() {
+    let (dir, store) = folder(3).await;
+    let b = TenantId::new("b").unwrap();
+    store.create_tenant(&b, "", 1, "").await.unwrap();
+    store.delete_tenant(&b).await.unwrap();
+    for n in 0..5 {
+        store.blobs().put(&format!("b/datasets/{n}"), b"left".to_vec()).await.unwrap();
+    }
+    // Beside it one orphan of a tenant that is there, which is within the tenth.
+    forget(&store, 1).await;
+    drop(store);
+    drop(Store::open(dir.path()).await.unwrap());
+    assert_eq!(counts(dir.path()), (2, 6));
+}

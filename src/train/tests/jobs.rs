@@ -410,6 +410,21 @@ async fn a_crash_after_the_training_loses_nothing() {
     bench.trainer.shutdown().await;
 }
 
+/// An interrupted job has not ended for who watches it, until it is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_watches_a_job_that_is_deleted_is_told() {
+    let bench = Bench::with(Limits { publish_retry_seconds: 0, ..Limits::default() }).await;
+    bench.refuse_versions().await;
+    let job = bench.submit(bench.spec("chats", Objective::Sft, 1)).await;
+    bench.interrupted(&job).await;
+    let watched = bench.trainer.watch(&bench.tenant, &job, 0).await.unwrap();
+    bench.trainer.delete(&bench.tenant, &job).await.unwrap();
+    let last = tokio::time::timeout(PATIENCE, watched.collect::<Vec<_>>()).await.unwrap().pop().unwrap();
+    assert!(matches!(last, Err(Error::NotFound { .. })), "{last:?}");
+    assert!(bench.saved().await.is_empty(), "what it had saved goes with it");
+    bench.trainer.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_result_is_trained_again() {
     let bench = Bench::with(Limits { publish_retry_seconds: 0, ..Limits::default() }).await;
