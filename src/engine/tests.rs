@@ -21,9 +21,9 @@ use crate::model::batch::SequenceChunk;
 use crate::request::{ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Target, TokenOut};
 use crate::store::Store;
 
-struct ForwardOptions;
+struct PassingGate;
 
-impl PublishGate for ForwardOptions {
+impl PublishGate for PassingGate {
     fn check(&self, _packed: &Arc<PackedLora>, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         Ok(ParityReport {
             tokens: 256,
@@ -71,7 +71,7 @@ async fn make_world() -> World {
         store.clone(),
         model.shape().clone(),
         text.template_digest(),
-        Arc::new(ForwardOptions),
+        Arc::new(PassingGate),
         &Limits::default(),
     );
     let specs = [
@@ -622,7 +622,7 @@ fn nobody_waits_for_what_another_request_loads() {
         let w = make_world().await;
         let shape = w.model.shape().clone();
         let cold =
-            Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(ForwardOptions), &Limits::default());
+            Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(PassingGate), &Limits::default());
         let engine = start(w.model.clone(), w.text.clone(), cold, &Limits::default()).unwrap();
         let mut files = packed_files(w.dir.path());
         files.sort_by_key(|file| file.metadata().unwrap().len());

@@ -77,14 +77,20 @@ fn a_tenant_runs_no_more_versions_at_once_than_its_share_holds() {
         // Room for both of its versions, of which its share holds one at a time.
         let adapter_cache_bytes = w.hub.stats().resident_bytes;
         let limits = Limits { adapter_cache_bytes, ..Limits::default() };
-        let hub = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(ForwardOptions), &limits);
+        let hub = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(PassingGate), &limits);
         let engine = start(w.model.clone(), w.text.clone(), hub.clone(), &limits).unwrap();
-        let mut first = begin(&engine, &w.tenant, &ask(Some(0), 240)).await;
-        runs(&mut first).await;
-        let mut same = begin(&engine, &w.tenant, &ask(Some(0), 240)).await;
-        runs(&mut same).await;
-        assert_eq!(hub.stats().leases, 2, "requests for one version share it");
-        drop((first, same));
+        // A fast engine may be at the end of the first before the second begins; then both are asked for again.
+        let mut together = false;
+        for _ in 0..50 {
+            let mut first = begin(&engine, &w.tenant, &ask(Some(0), 240)).await;
+            runs(&mut first).await;
+            let mut same = begin(&engine, &w.tenant, &ask(Some(0), 240)).await;
+            runs(&mut same).await;
+            together |= hub.stats().leases == 2;
+            drop((first, same));
+            assert_idle(&engine).await;
+        }
+        assert!(together, "requests for one version share it");
         let streams =
             [begin(&engine, &w.tenant, &ask(Some(0), 5)).await, begin(&engine, &w.tenant, &ask(Some(1), 5)).await];
         for ended in futures::future::join_all(streams.map(end)).await {

@@ -24,9 +24,9 @@ use crate::train::{Trainer, TrainerParts};
 /// Longest that a test waits for a job.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-struct ForwardOptions;
+struct PassingGate;
 
-impl PublishGate for ForwardOptions {
+impl PublishGate for PassingGate {
     fn check(&self, _packed: &Arc<PackedLora>, lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         let no_effect = lora.is_zero();
         Ok(ParityReport { tokens: 256, mean_abs_difference: 0.0, mean_abs_effect: 1.0, threshold: 0.1, no_effect })
@@ -62,7 +62,7 @@ impl Bench {
         let tenant = Tenant::proven("tenants/one".parse().unwrap());
         let (model, text) = Model::tiny(1);
         let hub =
-            Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(ForwardOptions), &limits);
+            Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(PassingGate), &limits);
         let memory = Memory::new(limits.max_request_memory_bytes);
         let parts = TrainerParts { store, hub, model, text, memory, arbiter: Arbiter::new(0.5), limits };
         let trainer = Trainer::start(parts.clone()).await.unwrap();
