@@ -15,8 +15,8 @@
 //! # Ok::<(), tenora::error::Error>(())
 //! ```
 
-use std::fmt;
 use std::str::FromStr;
+use std::{fmt, io};
 
 use sha2::{Digest as _, Sha256};
 
@@ -262,6 +262,16 @@ impl Digest {
     /// Computes the digest of bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
+    }
+
+    /// Computes the digest of all that a reader gives, in pieces.
+    ///
+    /// # Errors
+    /// The reader's.
+    pub fn of_reader(mut reader: impl io::Read) -> io::Result<Self> {
+        let mut hasher = Sha256::new();
+        io::copy(&mut reader, &mut hasher)?;
+        Ok(hasher.into())
     }
 
     /// Returns the 64 hex digits.

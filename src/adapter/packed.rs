@@ -80,6 +80,11 @@ pub(super) fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
     lengths(rank, dims).iter().map(|len| 2 * len.next_multiple_of(ALIGN) as u64).sum()
 }
 
+/// Bytes that an adapter takes in a form of so many times its rank.
+fn form_bytes(lora: &Lora, shape: &BaseShape, times: usize) -> u64 {
+    lora.layers.iter().map(|(site, layer)| layer_bytes(times * layer.rank, shape.dims(site.target))).sum()
+}
+
 /// The place of a site among all of a base.
 pub fn index(site: Site) -> usize {
     site.layer as usize * Target::ALL.len() + site.target as usize
@@ -131,8 +136,7 @@ impl PackedLora {
 
     /// Returns the bytes that [`PackedLora::precise`] takes.
     pub fn precise_bytes(lora: &Lora, shape: &BaseShape) -> u64 {
-        let of = |(site, layer): (&Site, &LoraLayer)| layer_bytes(PRECISE_TIMES * layer.rank, shape.dims(site.target));
-        lora.layers.iter().map(of).sum()
+        form_bytes(lora, shape, PRECISE_TIMES)
     }
 
     /// Whether packing an adapter in bf16 changes any of its values.
@@ -143,9 +147,7 @@ impl PackedLora {
 
     /// Packs an adapter in the form that has so many bytes: as it was published.
     pub fn of_size(lora: &Lora, shape: &BaseShape, bytes: u64) -> Result<Self> {
-        let dims = |site: &Site| shape.dims(site.target);
-        let plain: u64 = lora.layers.iter().map(|(site, layer)| layer_bytes(layer.rank, dims(site))).sum();
-        if plain == bytes { Self::new(lora, shape) } else { Self::precise(lora, shape) }
+        if form_bytes(lora, shape, 1) == bytes { Self::new(lora, shape) } else { Self::precise(lora, shape) }
     }
 
     /// The rounded values in PEFT's order.

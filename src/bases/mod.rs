@@ -6,11 +6,10 @@
 //! removed by the next, but for the beginning of a file of the hub, which the next fetch goes on with.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 use crate::error::{Error, Result};
@@ -366,15 +365,7 @@ async fn check(path: &Path, expected: &str) -> Result<()> {
 }
 
 fn digest_of(path: &Path) -> Result<Digest> {
-    let mut file = File::open(path).map_err(Error::at(path))?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer).map_err(Error::at(path))? {
-            0 => return Ok(hasher.into()),
-            n => hasher.update(&buffer[..n]),
-        }
-    }
+    File::open(path).and_then(Digest::of_reader).map_err(Error::at(path))
 }
 
 /// Makes a fetched file visible as `folder`: everything is on disk before the one rename.

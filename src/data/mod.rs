@@ -20,8 +20,6 @@ pub use report::{Question, Report, Shown, inspect};
 
 use std::sync::Arc;
 
-use sha2::{Digest as _, Sha256};
-
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{DatasetRow, Store, spawn_uncancellable};
@@ -89,9 +87,8 @@ async fn content(store: &Store, dataset: &DatasetRow) -> Result<Vec<u8>> {
 async fn is_sound(store: &Store, dataset: &DatasetRow) -> Result<bool> {
     let (blobs, dataset) = (store.blobs().clone(), dataset.clone());
     let hash = move || {
-        let (mut file, mut hasher) = (blobs.open_file(&dataset.blob)?, Sha256::new());
-        std::io::copy(&mut file, &mut hasher).map_err(Error::at(&dataset.blob))?;
-        Ok::<_, Error>(Digest::from(hasher) == dataset.digest)
+        let file = blobs.open_file(&dataset.blob)?;
+        Ok::<_, Error>(Digest::of_reader(file).map_err(Error::at(&dataset.blob))? == dataset.digest)
     };
     Ok(tokio::task::spawn_blocking(hash).await.map_err(Error::internal)?.unwrap_or(false))
 }

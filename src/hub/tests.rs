@@ -438,9 +438,13 @@ async fn versions_of_another_base_are_refused() {
     assert_eq!(bench.hub.stats(), HubStats { resident: 0, resident_bytes: 0, leases: 0, host_bytes: 0 });
 }
 
+fn path_of(bench: &Bench, row: &VersionRow, file: &str) -> std::path::PathBuf {
+    bench.dir.path().join("blobs").join(&row.blob).join(file)
+}
+
 /// Flips a bit near the end of a version's file.
 fn damage(bench: &Bench, row: &VersionRow, file: &str) {
-    let file = bench.dir.path().join("blobs").join(&row.blob).join(file);
+    let file = path_of(bench, row, file);
     let mut bytes = std::fs::read(&file).unwrap();
     let last = bytes.len() - 10;
     bytes[last] ^= 1;
@@ -464,7 +468,7 @@ async fn damaged_files_are_never_served() {
 async fn the_same_files_again_repair_damaged_ones() {
     let mut bench = Bench::new(8).await;
     let row = bench.publish("x", 1, 0.5).await.unwrap();
-    let file = bench.dir.path().join("blobs").join(&row.blob).join(TENSORS_FILE);
+    let file = path_of(&bench, &row, TENSORS_FILE);
     let sound = std::fs::read(&file).unwrap();
     let faults: [fn(&Bench, &VersionRow, &std::path::Path); 3] = [
         |bench, row, _| damage(bench, row, TENSORS_FILE),
@@ -488,7 +492,7 @@ async fn the_same_files_again_repair_damaged_ones() {
 async fn a_packed_file_that_cannot_be_used_is_made_again() {
     let mut bench = Bench::new(8).await;
     let row = bench.publish("x", 1, 0.5).await.unwrap();
-    let file = bench.dir.path().join("blobs").join(&row.blob).join(PACKED_FILE);
+    let file = path_of(&bench, &row, PACKED_FILE);
     let sound = std::fs::read(&file).unwrap();
     for missing in [false, true] {
         if missing {
@@ -575,7 +579,7 @@ async fn a_lease_waits_for_room() {
 /// A version's packed file becomes a pipe that gives nothing: whoever opens it waits.
 #[cfg(target_os = "linux")]
 fn stall(bench: &Bench, row: &VersionRow) -> std::path::PathBuf {
-    let file = bench.dir.path().join("blobs").join(&row.blob).join(PACKED_FILE);
+    let file = path_of(bench, row, PACKED_FILE);
     std::fs::remove_file(&file).unwrap();
     assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
     file

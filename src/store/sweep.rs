@@ -53,8 +53,8 @@ impl Store {
         let (left, orphans): (BTreeSet<_>, BTreeSet<_>) = orphans.into_iter().partition(is_left);
         discard(data_dir, &left);
         if !options.adopt_orphans {
-            let known = self.known_tenants().await?;
-            let strangers: BTreeSet<_> = tenants_of(&orphans).difference(&known).cloned().collect();
+            // Those of deleted tenants have gone.
+            let strangers: BTreeSet<_> = &tenants_of(&orphans) - &self.tenants_now().await?;
             if !strangers.is_empty() {
                 return Err(unknown(data_dir, &strangers));
             }
@@ -78,16 +78,15 @@ impl Store {
         Ok(())
     }
 
-    /// Every tenant that there is or was.
-    async fn known_tenants(&self) -> Result<BTreeSet<String>> {
-        let ids = sqlx::query_scalar("SELECT tenant FROM tenants UNION SELECT tenant FROM deleted_tenants");
+    /// Every tenant that there is.
+    async fn tenants_now(&self) -> Result<BTreeSet<String>> {
+        let ids = sqlx::query_scalar("SELECT tenant FROM tenants");
         Ok(ids.fetch_all(self.pool()).await?.into_iter().collect())
     }
 
     /// Every tenant that there was.
     async fn deleted_tenants(&self) -> Result<BTreeSet<String>> {
-        let ids =
-            sqlx::query_scalar("SELECT tenant FROM deleted_tenants WHERE tenant NOT IN (SELECT tenant FROM tenants)");
+        let ids = sqlx::query_scalar("SELECT tenant FROM deleted_tenants");
         Ok(ids.fetch_all(self.pool()).await?.into_iter().collect())
     }
 

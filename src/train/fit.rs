@@ -383,7 +383,7 @@ impl<'a> Run<'a> {
     }
 
     fn evaluates_after(&self, step: u32) -> bool {
-        let every = self.inputs.recipe.eval_steps.unwrap_or(self.schedule.steps_per_epoch).max(1);
+        let every = self.schedule.eval_every;
         self.validation.count() > 0 && (step.is_multiple_of(every) || step == self.schedule.total_steps)
     }
 

@@ -135,7 +135,7 @@ impl TrainingContext {
             let schedule = Schedule::new(&recipe, train.len());
             check_schedule(&schedule, &limits)?;
             let tokens = tokens_of_all_steps(&train, &recipe, &schedule);
-            check_tokens(tokens.saturating_add(evaluated_tokens(&train, &validation, &recipe, &schedule)), &limits)?;
+            check_tokens(tokens.saturating_add(evaluated_tokens(&train, &validation, &schedule)), &limits)?;
             let (records, validation_records) = (train.len() as u64, validation.len() as u64);
             let data = TrainingData { records, validation_records, tokens, dropped, truncated };
             Ok::<_, Error>((train, validation, data, schedule.total_steps))
@@ -218,10 +218,9 @@ fn lengths(examples: &Examples) -> Vec<u64> {
 }
 
 /// Ids that a run scores beside its steps: the validation examples at every evaluation, and all pairs once for the reference.
-fn evaluated_tokens(train: &Examples, validation: &Examples, recipe: &Hyperparameters, schedule: &Schedule) -> u64 {
+fn evaluated_tokens(train: &Examples, validation: &Examples, schedule: &Schedule) -> u64 {
     let sum = |examples: &Examples| lengths(examples).iter().sum::<u64>();
-    let every = recipe.eval_steps.unwrap_or(schedule.steps_per_epoch).max(1);
-    let evaluations = u64::from(schedule.total_steps.div_ceil(every));
+    let evaluations = u64::from(schedule.total_steps.div_ceil(schedule.eval_every));
     let reference = if matches!(train, Examples::Dpo(_)) { sum(train) + sum(validation) } else { 0 };
     sum(validation).saturating_mul(evaluations).saturating_add(reference)
 }

@@ -18,6 +18,8 @@ pub struct Schedule {
     pub batch: usize,
     /// Steps of one pass over all records.
     pub steps_per_epoch: u32,
+    /// Steps from one evaluation to the next, at least 1; one more follows the last step.
+    pub eval_every: u32,
     peak: f64,
     decay: LrSchedule,
 }
@@ -32,7 +34,9 @@ impl Schedule {
         let total_steps = u32::try_from(total).unwrap_or(u32::MAX);
         let steps_per_epoch = u32::try_from(per_epoch).unwrap_or(u32::MAX);
         let warmup_steps = recipe.warmup_steps.unwrap_or((f64::from(total_steps) * WARMUP_SHARE) as u32);
-        Self { total_steps, warmup_steps, batch, steps_per_epoch, peak: recipe.learning_rate, decay: recipe.schedule }
+        let eval_every = recipe.eval_steps.unwrap_or(steps_per_epoch).max(1);
+        let (peak, decay) = (recipe.learning_rate, recipe.schedule);
+        Self { total_steps, warmup_steps, batch, steps_per_epoch, eval_every, peak, decay }
     }
 
     /// The learning rate of the step `step`, counted from 0: a line from 0 over the warm-up, then the decay, which would reach 0

@@ -6,7 +6,6 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use half::f16;
-use sha2::{Digest as _, Sha256};
 
 use super::header::{Header, TensorInfo, Value};
 use super::{Block, LlamaConfig, Weights};
@@ -35,7 +34,7 @@ pub(super) fn unreadable(error: std::io::Error) -> Error {
 pub(super) fn load(path: &Path) -> Result<(Weights, Vocabulary)> {
     let shown = path.display();
     let open = |e: std::io::Error| Error::invalid_because("BASE_UNREADABLE", "base", format!("{shown}: {e}"));
-    let digest = digest_of(path).map_err(open)?;
+    let digest = File::open(path).and_then(Digest::of_reader).map_err(open)?;
     let file = BufReader::new(File::open(path).map_err(open)?);
     let name = path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
     read(file, name, digest).map_err(|error| match error {
@@ -67,12 +66,6 @@ pub(super) fn read(mut file: impl Read + Seek, name: String, digest: Digest) -> 
         return Err(unsupported(name, "is a tensor that this architecture does not have"));
     }
     Ok((Weights { config, digest, embedding, blocks, final_norm, head }, vocabulary))
-}
-
-fn digest_of(path: &Path) -> std::io::Result<Digest> {
-    let mut hasher = Sha256::new();
-    std::io::copy(&mut File::open(path)?, &mut hasher)?;
-    Ok(hasher.into())
 }
 
 fn block(tensors: &mut Tensors<'_, impl Read + Seek>, config: &LlamaConfig, layer: usize) -> Result<Block> {
