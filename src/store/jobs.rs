@@ -33,7 +33,8 @@ pub struct JobRow {
     pub error: Option<String>,
     /// Zeros until its records have been read.
     pub data: TrainingData,
-    /// The blob that is, or will be, its trained adapter until the job has ended.
+    /// The folder of blobs that is its own from when it is first claimed until it has ended, for the adapter that it trains; whole once it
+    /// has the file [`RESULT_MANIFEST`].
     pub result: Option<String>,
     /// When it was submitted.
     pub create_time: SystemTime,
@@ -80,6 +81,9 @@ pub struct StoredEvent {
     /// What happened.
     pub event: JobEvent,
 }
+
+/// The file of a job's result that is written after all others.
+pub const RESULT_MANIFEST: &str = "result.json";
 
 const TRAIN_METHOD: &str = "Train";
 
@@ -278,26 +282,10 @@ impl Store {
         Ok(())
     }
 
-    /// Makes a job the owner of the blob that it is about to keep its result in until it has ended; gives the blob.
-    pub async fn own_result(&self, name: &JobName) -> Result<String> {
-        let blob = format!("{}/jobs/{}", name.tenant.as_str(), name.job);
-        let mut tx = self.write().await?;
-        let owned = sqlx::query(
-            "UPDATE jobs SET result = ? WHERE tenant = ? AND job = ? AND state IN ('RUNNING', 'CANCELLING')",
-        )
-        .bind(&blob)
-        .bind(name.tenant.as_str())
-        .bind(&name.job)
-        .execute(&mut *tx)
-        .await?;
-        tx.commit().await?;
-        if owned.rows_affected() == 1 { Ok(blob) } else { Err(Error::not_found(name)) }
-    }
-
-    /// Stores what a job trains on.
+    /// Stores what a job trains on, and that it has taken no step yet.
     pub async fn set_job_data(&self, name: &JobName, data: TrainingData, total_steps: u32) -> Result<()> {
         let mut tx = self.write().await?;
-        sqlx::query("UPDATE jobs SET data = ?, total_steps = ? WHERE tenant = ? AND job = ?")
+        sqlx::query("UPDATE jobs SET data = ?, total_steps = ?, step = 0 WHERE tenant = ? AND job = ?")
             .bind(documents::write_data(&data)?)
             .bind(total_steps)
             .bind(name.tenant.as_str())
@@ -362,11 +350,10 @@ impl Store {
                 (Some(version), _) => made_end(&mut tx, version).await?,
                 (None, JobState::Cancelling) => (JobState::Cancelled, JobEnd::default()),
                 (None, _) => {
-                    let why = match result {
-                        Some(_) => {
-                            "the process that ran it ended after the training; resume the job to publish its adapter"
-                        }
-                        None => "the process that ran it ended; resume the job to run it again",
+                    let why = if self.is_saved(result.as_deref()).await {
+                        "the process that ran it ended after the training; resume the job to publish its adapter"
+                    } else {
+                        "the process that ran it ended; resume the job to run it again"
                     };
                     (JobState::Interrupted, JobEnd { version: None, error: Some(why.to_owned()) })
                 }
@@ -381,6 +368,12 @@ impl Store {
             self.collect_blobs(&unowned).await;
         }
         Ok(())
+    }
+
+    /// Whether a job's result is there as a whole.
+    async fn is_saved(&self, result: Option<&str>) -> bool {
+        let Some(folder) = result else { return false };
+        matches!(self.blobs().size(&format!("{folder}/{RESULT_MANIFEST}")).await, Ok(Some(_)))
     }
 }
 
@@ -451,7 +444,7 @@ async fn insert(db: &mut SqliteConnection, job: &NewJob) -> Result<JobRow> {
 async fn claim(db: &mut SqliteConnection, worker: &str, lease: Duration) -> Result<Option<SqliteRow>> {
     let row = sqlx::query(
         "UPDATE jobs SET state = 'RUNNING', worker = ?1, lease_until = ?2, start_time = ?3, end_time = NULL, error = NULL,
-         step = CASE WHEN result IS NULL THEN 0 ELSE step END
+         result = tenant || '/jobs/' || job
          WHERE rowid = (
             SELECT rowid FROM jobs AS waiting WHERE state = 'QUEUED'
             ORDER BY (SELECT last_start FROM tenants WHERE tenant = waiting.tenant), create_time, rowid

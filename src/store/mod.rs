@@ -30,7 +30,7 @@ use std::time::Duration;
 pub use adapters::{AdapterRow, LiveMemory, NewVersionRow, VersionRow};
 pub use blobs::{BlobUpload, Blobs};
 pub use datasets::{DatasetBefore, DatasetKind, DatasetRow, NewDataset, taken};
-pub use jobs::{JobEnd, JobRow, NewJob, StoredEvent, held_error};
+pub use jobs::{JobEnd, JobRow, NewJob, RESULT_MANIFEST, StoredEvent, held_error};
 pub use keys::{KeyOwner, KeyRow, NewKey};
 pub use locks::BlobGuard;
 pub use requests::RequestKey;

@@ -40,7 +40,7 @@ pub(super) async fn save_and_publish(
     let mut pause = FIRST_PAUSE;
     loop {
         // Before anything else: a server that is told to stop now must not lose what took hours.
-        let saved = save(inner, &job.name, result, control).await;
+        let saved = save(inner, job, result, control).await;
         control.check()?;
         let error = match inner.sources.hub.publish(tenant, new_version(job, result)).await {
             Ok(row) => return Ok(Publication::Done(Box::new(row))),
@@ -64,13 +64,15 @@ pub(super) async fn save_and_publish(
 }
 
 /// Returns whether the result is on disk.
-async fn save(inner: &Inner, job: &JobName, result: &TrainingResult, control: &CancelToken) -> bool {
+async fn save(inner: &Inner, job: &JobRow, result: &TrainingResult, control: &CancelToken) -> bool {
     if control.is_saved() {
         return true;
     }
     match result.save(&inner.sources.store, job).await {
         Ok(()) => control.saved(),
-        Err(error) => tracing::warn!(%job, %error, "a trained adapter could not be saved before it is published"),
+        Err(error) => {
+            tracing::warn!(job = %job.name, %error, "a trained adapter could not be saved before it is published")
+        }
     }
     control.is_saved()
 }

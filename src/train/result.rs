@@ -6,11 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
 use crate::error::{Error, Result};
-use crate::ids::{Digest, JobName};
-use crate::store::{JobRow, Store};
-
-/// Written after the other files: a folder without it holds no result.
-const MANIFEST_FILE: &str = "result.json";
+use crate::ids::Digest;
+use crate::store::{JobRow, RESULT_MANIFEST, Store};
 
 /// The newest form of the manifest that this build writes and reads.
 const VERSION: u32 = 1;
@@ -40,8 +37,10 @@ struct Manifest {
 }
 
 impl TrainingResult {
-    /// Writes the result to the job's folder. Once it returns, [`TrainingResult::load`] finds it, also in another process.
-    pub async fn save(&self, store: &Store, job: &JobName) -> Result<()> {
+    /// Writes the result to the job's folder. Once it returns, [`TrainingResult::load`] finds it, also in another process. Needs nothing of
+    /// the catalogue, which may be locked at the moment when the server has to stop.
+    pub async fn save(&self, store: &Store, job: &JobRow) -> Result<()> {
+        let Some(folder) = &job.result else { return Err(Error::internal("a job without a claim has no result")) };
         let manifest = Manifest {
             v: VERSION,
             config: Digest::of(&self.package.config).to_string(),
@@ -51,19 +50,17 @@ impl TrainingResult {
             diverged: self.diverged.clone(),
         };
         let manifest = serde_json::to_vec(&manifest).map_err(Error::internal)?;
-        // Owned before it is there: nothing sweeps it away in between.
-        let folder = store.own_result(job).await?;
         let blobs = store.blobs();
         blobs.replace(&format!("{folder}/{CONFIG_FILE}"), self.package.config.clone()).await?;
         blobs.replace(&format!("{folder}/{TENSORS_FILE}"), self.package.tensors.clone()).await?;
-        blobs.replace(&format!("{folder}/{MANIFEST_FILE}"), manifest).await
+        blobs.replace(&format!("{folder}/{RESULT_MANIFEST}"), manifest).await
     }
 
     /// Reads the result that a job has saved. `None` where there is none that is whole and readable: the job has to train again.
     pub async fn load(store: &Store, job: &JobRow) -> Result<Option<Self>> {
         let Some(folder) = &job.result else { return Ok(None) };
         let [manifest, config, tensors] =
-            [MANIFEST_FILE, CONFIG_FILE, TENSORS_FILE].map(|file| format!("{folder}/{file}"));
+            [RESULT_MANIFEST, CONFIG_FILE, TENSORS_FILE].map(|file| format!("{folder}/{file}"));
         let files = store.blobs().list(folder).await?;
         if !files.contains(&manifest) {
             return Ok(None);

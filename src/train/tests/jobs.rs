@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{Connection, SqliteConnection};
 
 use crate::adapter::{Lora, PackedLora};
 use crate::config::Limits;
@@ -17,7 +19,7 @@ use crate::model::Model;
 use crate::request::{
     Hyperparameters, JobEvent, JobSpec, JobState, Objective, ParityReport, Publish, Start, TooLong, TrainingData,
 };
-use crate::store::{DatasetKind, JobRow, NewJob, Page, RequestKey, Store, StoredEvent};
+use crate::store::{DatasetKind, JobRow, NewJob, Options, Page, RESULT_MANIFEST, RequestKey, Store, StoredEvent};
 use crate::train::tests::{lora, recipe};
 use crate::train::{Trainer, TrainerParts};
 
@@ -58,7 +60,11 @@ impl Bench {
 
     /// A server over a folder, which may have been another's before.
     async fn open(folder: tempfile::TempDir, limits: Limits) -> Self {
-        let store = Store::open(folder.path()).await.unwrap();
+        Self::open_with(folder, limits, Options::default()).await
+    }
+
+    async fn open_with(folder: tempfile::TempDir, limits: Limits, options: Options) -> Self {
+        let store = Store::open_with(folder.path(), options).await.unwrap();
         let tenant = Tenant::proven("tenants/one".parse().unwrap());
         let (model, text) = Model::tiny(1);
         let hub =
@@ -599,6 +605,35 @@ async fn a_shutdown_after_the_last_step_keeps_what_was_trained() {
     bench.trainer.resume(&bench.tenant, &job).await.unwrap();
     let events = bench.events(&job, 0).await;
     assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 3), "{events:?}");
+    bench.trainer.shutdown().await;
+}
+
+/// Another process has the lock from before the last step until after the stop: what was trained is on disk all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_locked_catalogue_loses_no_finished_run_at_a_stop() {
+    let Bench { folder, parts, trainer, .. } = Bench::new().await;
+    trainer.shutdown().await;
+    drop((parts, trainer));
+    let options = Options { busy_timeout: Duration::from_millis(50), ..Options::default() };
+    let bench = Bench::open_with(folder, Limits::default(), options).await;
+    let job = bench.submit(bench.spec("chats", Objective::Sft, 40)).await;
+    bench.first_step(&job).await;
+    let file = SqliteConnectOptions::new().filename(bench.folder.path().join("tenora.db"));
+    let mut other = SqliteConnection::connect_with(&file.busy_timeout(PATIENCE)).await.unwrap();
+    sqlx::query("BEGIN IMMEDIATE").execute(&mut other).await.unwrap();
+    while !bench.saved().await.iter().any(|file| file.ends_with(RESULT_MANIFEST)) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    bench.trainer.shutdown().await;
+    sqlx::query("ROLLBACK").execute(&mut other).await.unwrap();
+    let bench = bench.after_a_crash("SELECT 1").await;
+    let row = bench.interrupted(&job).await;
+    assert!(row.error.as_ref().unwrap().contains("after the training; resume the job to publish"), "{row:?}");
+    bench.trainer.resume(&bench.tenant, &job).await.unwrap();
+    let events = bench.events(&job, 0).await;
+    let resumed =
+        events.iter().rposition(|event| matches!(event.event, JobEvent::State { state: JobState::Running, .. }));
+    assert_eq!((last_state(&events), steps(&events[resumed.unwrap()..])), (JobState::Succeeded, 0), "{events:?}");
     bench.trainer.shutdown().await;
 }
 
