@@ -132,10 +132,11 @@ impl AdapterService for Adapters {
         let (_, call, request) = request.into_parts();
         let parent: TenantId = convert::name("parent", &request.parent)?;
         self.0.auth.tenant_for(&call, &parent).await?;
-        let page = convert::page(request.page_size, request.page_token)?;
+        let list = convert::List::of("adapters", &parent);
+        let page = list.page(request.page_size, request.page_token)?;
         let listed = self.0.parts.store.list_adapters(&parent, &page).await?;
         let adapters = listed.items.into_iter().map(|row| self.adapter(row)).collect();
-        Ok(Response::new(pb::ListAdaptersResponse { adapters, next_page_token: listed.next }))
+        Ok(Response::new(pb::ListAdaptersResponse { adapters, next_page_token: list.token(&listed.next) }))
     }
 
     async fn list_adapter_versions(
@@ -145,10 +146,11 @@ impl AdapterService for Adapters {
         let (_, call, request) = request.into_parts();
         let parent: AdapterName = convert::name("parent", &request.parent)?;
         self.0.auth.tenant_for(&call, &parent.tenant).await?;
-        let page = convert::page(request.page_size, request.page_token)?;
+        let list = convert::List::of("versions", &parent);
+        let page = list.page(request.page_size, request.page_token)?;
         let listed = self.0.parts.store.list_versions(&parent, &page).await?;
         let versions = listed.items.into_iter().map(|row| self.version(row)).collect();
-        Ok(Response::new(pb::ListAdapterVersionsResponse { versions, next_page_token: listed.next }))
+        Ok(Response::new(pb::ListAdapterVersionsResponse { versions, next_page_token: list.token(&listed.next) }))
     }
 
     async fn set_live_version(&self, request: Request<pb::SetLiveVersionRequest>) -> Answer<pb::Adapter> {

@@ -97,9 +97,13 @@ impl Measured {
             let Some(message) = self.partial.get(at..at + end) else { break };
             at += end;
             let decoded = match compressed {
-                0 => decoded_bytes(&message[HEAD..], self.rules.factor, DEPTH).unwrap_or(length),
+                0 => decoded_bytes(&message[HEAD..], self.rules.factor, DEPTH),
                 _ => inflated_bytes(&message[HEAD..], self.rules)?,
             };
+            let decoded = decoded.ok_or_else(|| status::malformed("its bytes are no protobuf message"))?;
+            if self.rules.whole_within.is_some() && !self.messages.is_empty() {
+                return Err(status::malformed("the method takes one message, and more have come"));
+            }
             lock(&self.account).grow(decoded)?;
             self.messages.push_back((Bytes::copy_from_slice(message), decoded + end as u64));
         }
@@ -161,23 +165,19 @@ impl http_body::Body for Measured {
     }
 }
 
-/// Returns what a gzip message takes at most when it is decompressed and decoded: it is decompressed to look at it, within the limit.
-fn inflated_bytes(message: &[u8], rules: Rules) -> Result<u64, Status> {
+/// Returns what a gzip message takes at most when it is decompressed and decoded, or `None` where it holds no message: it is decompressed to look at it, within the limit.
+fn inflated_bytes(message: &[u8], rules: Rules) -> Result<Option<u64>, Status> {
     let mut plain = Vec::new();
     let most = rules.most.1;
     let read = flate2::read::GzDecoder::new(message).take(most.saturating_add(1)).read_to_end(&mut plain);
     match read {
         Ok(_) if plain.len() as u64 > most => Err(status::too_large(rules.most, plain.len() as u64)),
-        Ok(_) => {
-            let decoded = decoded_bytes(&plain, rules.factor, DEPTH).unwrap_or(0);
-            Ok(plain.len() as u64 + decoded)
-        }
-        // The decoder says what is wrong.
-        Err(_) => Ok(message.len() as u64),
+        Ok(_) => Ok(decoded_bytes(&plain, rules.factor, DEPTH).map(|decoded| plain.len() as u64 + decoded)),
+        Err(error) => Err(status::malformed(&format!("it is no gzip: {error}"))),
     }
 }
 
-/// Returns what a message takes in memory at most when it is decoded, or `None` where the bytes are no message. Each byte is looked at no
+/// Returns what a message takes in memory at most when it is decoded, or `None` where the bytes are no message, whatever its type. Each byte is looked at no
 /// more than once for each level.
 fn decoded_bytes(mut bytes: &[u8], factor: u64, depth: u32) -> Option<u64> {
     let mut sum = 0u64;
@@ -193,6 +193,8 @@ fn decoded_bytes(mut bytes: &[u8], factor: u64, depth: u32) -> Option<u64> {
             }
             1 => skip(&mut bytes, 8).map(|_| NUMBER_BYTES)?,
             5 => skip(&mut bytes, 4).map(|_| NUMBER_BYTES)?,
+            // The ends of a group, which we have none of: its fields are passed over.
+            3 | 4 => 0,
             2 => {
                 let length = varint(&mut bytes)?;
                 let content = skip(&mut bytes, length)?;
@@ -299,7 +301,7 @@ mod tests {
         let mut bomb = Measured::new(body(vec![gzip(&vec![0; 5 << 20])]), rules, account());
         assert_eq!(next(&mut bomb).await.unwrap().unwrap_err().code(), tonic::Code::OutOfRange);
         let mut corrupt = Measured::new(body(vec![[&[1, 0, 0, 0, 3][..], b"abc"].concat()]), rules, account());
-        next(&mut corrupt).await.unwrap().unwrap();
+        assert_eq!(next(&mut corrupt).await.unwrap().unwrap_err().code(), tonic::Code::InvalidArgument);
     }
 
     #[tokio::test]
@@ -340,5 +342,24 @@ mod tests {
         assert!(memory.used() > 0, "the decoded form lives on in its handler");
         settle(&whole);
         assert_eq!(memory.used(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_message_and_one_too_many_are_refused() {
+        let memory = Memory::new(1 << 20);
+        let one = Rules { most: ("most", 100), whole_within: Some(Duration::from_secs(60)), factor: PACKED };
+        let stream = Rules { whole_within: None, ..one };
+        let two = [framed(b"\x0a\x01a"), framed(b"\x0a\x01b")].concat();
+        let refused = async |bytes: Vec<u8>, rules| {
+            let account = Arc::new(Mutex::new(memory.account(None)));
+            let error = next(&mut Measured::new(body(vec![bytes]), rules, account)).await.unwrap().err();
+            error.map(|status| status.code())
+        };
+        assert_eq!(refused(two.clone(), one).await, Some(tonic::Code::InvalidArgument));
+        assert_eq!(refused(two, stream).await, None);
+        for rules in [one, stream] {
+            assert_eq!(refused(framed(&[0xff; 9]), rules).await, Some(tonic::Code::InvalidArgument));
+            assert_eq!(refused(framed(b"\x0b\x08\x01\x0c"), rules).await, None, "an unknown group");
+        }
     }
 }

@@ -106,10 +106,11 @@ impl DatasetService for Datasets {
         let (_, call, request) = request.into_parts();
         let parent: TenantId = convert::name("parent", &request.parent)?;
         self.0.auth.tenant_for(&call, &parent).await?;
-        let page = convert::page(request.page_size, request.page_token)?;
+        let list = convert::List::of("datasets", &parent);
+        let page = list.page(request.page_size, request.page_token)?;
         let listed = self.0.parts.store.list_datasets(&parent, &page).await?;
         let datasets = listed.items.into_iter().map(convert::dataset).collect();
-        Ok(Response::new(pb::ListDatasetsResponse { datasets, next_page_token: listed.next }))
+        Ok(Response::new(pb::ListDatasetsResponse { datasets, next_page_token: list.token(&listed.next) }))
     }
 
     async fn inspect_dataset(&self, request: Request<pb::InspectDatasetRequest>) -> Answer<pb::DatasetReport> {

@@ -78,6 +78,12 @@ pub fn too_large((limit, most): Limit, has: u64) -> Status {
     Status::with_error_details(Code::OutOfRange, text, info("MESSAGE_TOO_LARGE", [("limit", limit)]))
 }
 
+/// A message that is none of the method's.
+pub fn malformed(why: &str) -> Status {
+    let text = shortened(&format!("the message cannot be read: {why}"));
+    Status::with_error_details(Code::InvalidArgument, text, info("MALFORMED_MESSAGE", []))
+}
+
 /// Gives statuses that tonic made (an unknown method, a message over the limit, one that does not decode) their `ErrorInfo`. What tonic
 /// calls its own fault, a message that does not decode, is the caller's.
 pub fn with_details(status: Status) -> Status {

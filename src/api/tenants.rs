@@ -126,9 +126,11 @@ impl TenantService for Tenants {
     async fn list_tenants(&self, request: Request<pb::ListTenantsRequest>) -> Answer<pb::ListTenantsResponse> {
         self.0.auth.operator(request.extensions())?;
         let request = request.into_inner();
-        let listed = self.0.parts.store.list_tenants(&convert::page(request.page_size, request.page_token)?).await?;
+        let list = convert::List::of("tenants", "the server");
+        let page = list.page(request.page_size, request.page_token)?;
+        let listed = self.0.parts.store.list_tenants(&page).await?;
         let tenants = listed.items.into_iter().map(convert::tenant).collect();
-        Ok(Response::new(pb::ListTenantsResponse { tenants, next_page_token: listed.next }))
+        Ok(Response::new(pb::ListTenantsResponse { tenants, next_page_token: list.token(&listed.next) }))
     }
 
     async fn delete_tenant(&self, request: Request<pb::DeleteTenantRequest>) -> Answer<pb::DeleteTenantResponse> {
@@ -166,10 +168,11 @@ impl TenantService for Tenants {
         self.0.auth.operator(request.extensions())?;
         let request = request.into_inner();
         let owner: TenantId = convert::name("parent", &request.parent)?;
-        let page = convert::page(request.page_size, request.page_token)?;
+        let list = convert::List::of("apiKeys", &owner);
+        let page = list.page(request.page_size, request.page_token)?;
         let listed = self.0.parts.store.list_keys(&owner, &page).await?;
         let api_keys = listed.items.into_iter().map(|row| convert::key(&owner, row)).collect();
-        Ok(Response::new(pb::ListApiKeysResponse { api_keys, next_page_token: listed.next }))
+        Ok(Response::new(pb::ListApiKeysResponse { api_keys, next_page_token: list.token(&listed.next) }))
     }
 
     async fn revoke_api_key(&self, request: Request<pb::RevokeApiKeyRequest>) -> Answer<pb::RevokeApiKeyResponse> {

@@ -71,10 +71,11 @@ impl TrainingService for Training {
         let (_, call, request) = request.into_parts();
         let parent: TenantId = convert::name("parent", &request.parent)?;
         self.0.auth.tenant_for(&call, &parent).await?;
-        let page = convert::page(request.page_size, request.page_token)?;
+        let list = convert::List::of("trainingJobs", &parent);
+        let page = list.page(request.page_size, request.page_token)?;
         let listed = self.0.parts.store.list_jobs(&parent, &page).await?;
         let training_jobs = listed.items.into_iter().map(convert::job).collect();
-        Ok(Response::new(pb::ListTrainingJobsResponse { training_jobs, next_page_token: listed.next }))
+        Ok(Response::new(pb::ListTrainingJobsResponse { training_jobs, next_page_token: list.token(&listed.next) }))
     }
 
     async fn watch_training_job(

@@ -55,9 +55,9 @@ async fn malformed_messages_are_invalid_arguments() {
     let server = TestServer::start().await;
     let transport = server.transport(&server.operator).await;
     let api = super::reflection::Api::discover(transport.clone()).await;
-    let ours: Vec<_> = api.methods.iter().filter(|method| method.path.starts_with("/tenora.v1.")).collect();
-    assert!(ours.len() > 30, "{}", ours.len());
-    for method in ours {
+    assert!(api.methods.len() > 30, "{}", api.methods.len());
+    // The reflection service ends its stream without an error.
+    for method in api.methods.iter().filter(|method| !method.path.contains(".reflection.")) {
         for message in [vec![0xff; 9], vec![0x0a, 0x7f, 1], vec![0x0a, 0x02, 0xff, 0xfe], vec![0x07]] {
             let answer = call(transport.clone(), &method.path, message.clone()).await;
             // A message without fields passes over what it does not know.

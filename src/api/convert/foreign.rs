@@ -2,7 +2,7 @@
 
 use prost::Message;
 
-use super::{UploadEncoding, display_name, generate_spec, job_spec, messages, name, page, policy_owner, request_id};
+use super::{List, UploadEncoding, display_name, generate_spec, job_spec, messages, name, policy_owner, request_id};
 use super::{score_spec, tenant_change};
 use crate::api::proto as pb;
 use crate::config::Limits;
@@ -34,7 +34,7 @@ fn convert(which: u8, bytes: &[u8], limits: &Limits) -> Result<()> {
         }
         4 => {
             let request: pb::ListAdaptersRequest = decode(bytes);
-            drop(page(request.page_size, request.page_token)?);
+            drop(List::of("adapters", request.parent).page(request.page_size, request.page_token)?);
         }
         5 => {
             let (mut form, pair) = (UploadEncoding::default(), decode(bytes));

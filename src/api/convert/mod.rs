@@ -2,6 +2,7 @@
 
 mod foreign;
 mod generation;
+mod pages;
 mod pairs;
 mod rows;
 mod training;
@@ -13,6 +14,7 @@ use prost_types::{FieldMask, Timestamp};
 
 pub use foreign::convert_bytes;
 pub use generation::{generate_spec, response_of, score_response, score_spec, token, tokenize_input};
+pub use pages::List;
 pub use pairs::UploadEncoding;
 pub use rows::*;
 pub use training::{event, job, job_spec, train_key, validated};
@@ -21,7 +23,7 @@ use crate::api::proto as pb;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterRef, TenantId};
 use crate::request::{ChatMessage, Publish};
-use crate::store::{Page, TenantChange};
+use crate::store::TenantChange;
 
 /// Longest name for people. Bytes.
 const MAX_DISPLAY_NAME: usize = 256;
@@ -52,11 +54,6 @@ pub fn policy_owner(field: &str, text: &str) -> Result<TenantId> {
 /// Empty is the base.
 fn adapter(field: &str, text: &str) -> Result<Option<AdapterRef>> {
     if text.is_empty() { Ok(None) } else { name(field, text).map(Some) }
-}
-
-pub fn page(size: i32, token: String) -> Result<Page> {
-    let size = u32::try_from(size).map_err(|_| Error::invalid("page_size", "must not be negative"))?;
-    Ok(Page { size, token })
 }
 
 pub fn display_name(text: String) -> Result<String> {
@@ -139,12 +136,6 @@ fn or_empty(name: Option<impl ToString>) -> String {
 mod tests {
     use super::*;
     use crate::ids::AdapterName;
-
-    #[test]
-    fn a_negative_page_is_refused() {
-        assert_eq!(page(7, String::new()).unwrap().size, 7);
-        assert!(page(-1, String::new()).is_err());
-    }
 
     #[test]
     fn an_update_changes_what_its_mask_names() {
