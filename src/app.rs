@@ -27,7 +27,8 @@ use crate::safety::Guard;
 use crate::store::{self, NewKey, Store};
 use crate::telemetry::{self, Serving, traces};
 use crate::text::Text;
-use crate::train::{Trainer, TrainerParts};
+use crate::train::{Trainer, TrainingContext};
+use crate::work::blocking;
 
 /// Time that the last spans have to reach their collector.
 const FLUSH: Duration = Duration::from_secs(2);
@@ -71,8 +72,7 @@ async fn load_and_serve(
     bootstrap_operator_key(&store, config.rotate_operator_key, show).await?;
     let path = config.base.clone();
     let parts = async {
-        let base =
-            tokio::task::spawn_blocking(move || Model::load(&path, &device)).await.map_err(Error::internal)??;
+        let base = blocking(move || Model::load(&path, &device)).await?;
         assemble(base, store.clone(), &config).await
     };
     let ready = || {
@@ -103,7 +103,7 @@ async fn parts_of((model, text): Base, store: Store, config: &Config) -> Result<
     let guard = Guard::new(engine, store.clone(), &limits);
     let context_length = model.context_length();
     let (base_name, base_digest) = (model.shape().name.clone(), model.shape().digest);
-    let trainer = Trainer::start(TrainerParts {
+    let trainer = Trainer::start(TrainingContext {
         store: store.clone(),
         hub: hub.clone(),
         model,

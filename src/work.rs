@@ -27,6 +27,24 @@ pub async fn block_holding<H: Send + 'static, T: Send + 'static>(
     tokio::task::spawn_blocking(move || work().map(|done| (done, held))).await.map_err(Error::internal)?
 }
 
+/// Runs work to its end, also where the caller goes away in the middle.
+///
+/// # Errors
+/// As [`run_holding`].
+pub async fn spawn_uncancellable<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    run_holding((), work).await.map(|(done, ())| done)
+}
+
+/// Runs work that blocks on a thread of its own.
+///
+/// # Errors
+/// As [`run_holding`].
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    block_holding((), work).await.map(|(done, ())| done)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

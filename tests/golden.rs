@@ -26,7 +26,7 @@ use tenora::model::traced::{ForwardOptions, TracedLora};
 use tenora::request::{ChatMessage, Hyperparameters, JobEvent, LrSchedule, Objective};
 use tenora::text::{Conversation, Text};
 use tenora::train::fit::{CancelToken, FitInputs, FitOutcome, fit};
-use tenora::train::objective::measures::MARGINS;
+use tenora::request::metric::MARGINS;
 
 fn folder() -> PathBuf {
     std::env::var_os("TENORA_GOLDEN").map_or_else(|| "tests/golden".into(), PathBuf::from)

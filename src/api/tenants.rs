@@ -11,7 +11,8 @@ use super::shared::Shared;
 use super::{Answer, convert, proto as pb};
 use crate::error::{Error, Result};
 use crate::ids::{KeyName, Tenant, TenantId};
-use crate::store::{Page, spawn_uncancellable};
+use crate::store::Page;
+use crate::work::spawn_uncancellable;
 
 pub struct Tenants(pub Arc<Shared>);
 

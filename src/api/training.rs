@@ -14,6 +14,7 @@ use super::shared::Shared;
 use super::{Answer, Streamed, convert, deadline_of, proto as pb};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
+use crate::train::fit::CancelToken;
 use crate::work::run_holding;
 
 pub struct Training(pub Arc<Shared>);
@@ -48,8 +49,13 @@ impl TrainingService for Training {
         if request.validate_only {
             // It reads the whole dataset.
             let place = self.0.reads.take(caller_of(&call)?)?;
-            let trainer = self.0.parts.trainer.clone();
-            let validate = async move { trainer.validate(&tenant, &spec).await.map(|validated| (spec, validated)) };
+            let (trainer, control) = (self.0.parts.trainer.clone(), Arc::new(CancelToken::default()));
+            // The work goes on where its caller goes away, to give its place back at its end; this makes the end come soon.
+            let _stop = control.stop_on_drop();
+            let validate = async move {
+                let validated = trainer.validate(&tenant, &spec, control).await?;
+                Ok((spec, validated))
+            };
             let ((spec, validated), _) = run_holding(place, validate).await?;
             return Ok(Response::new(convert::validated(&spec, validated)));
         }

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use crate::error::{Error, Result};
 use crate::ids::Digest;
+use crate::work::blocking;
 
 mod hub;
 mod pip;
@@ -352,7 +353,7 @@ async fn watch<T>(
 /// Refuses a file whose SHA-256 is not `expected`, in hex.
 async fn check(path: &Path, expected: &str) -> Result<()> {
     let file = path.to_owned();
-    let digest = tokio::task::spawn_blocking(move || digest_of(&file)).await.map_err(Error::internal)??;
+    let digest = blocking(move || digest_of(&file)).await?;
     if digest.hex() == expected {
         return Ok(());
     }

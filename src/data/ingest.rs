@@ -10,10 +10,9 @@ use crate::data::reader::{Findings, Reader};
 use crate::data::{Record, is_sound};
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
-use crate::store::{
-    BlobUpload, DatasetBefore, DatasetKind, DatasetRow, NewDataset, Store, random_id, spawn_uncancellable, taken,
-};
+use crate::store::{BlobUpload, DatasetBefore, DatasetKind, DatasetRow, NewDataset, Store, random_id, taken};
 use crate::text::Text;
+use crate::work::{blocking, spawn_uncancellable};
 
 /// Bytes that go to the disk at once.
 const PART_BYTES: usize = 1 << 20;
@@ -122,7 +121,7 @@ impl Upload {
         }
         let bytes = bytes.to_vec();
         let push = move || checker.push(&bytes).map(|()| checker);
-        self.checker = Some(tokio::task::spawn_blocking(push).await.map_err(Error::internal)??);
+        self.checker = Some(blocking(push).await?);
         Ok(())
     }
 
@@ -132,7 +131,7 @@ impl Upload {
     /// INVALID_RECORD with the first bad records and their count, EMPTY_DATASET, a limit.
     pub async fn finish(mut self) -> Result<(DatasetRow, Findings)> {
         let checker = self.checker.take().ok_or_else(ended)?;
-        let checked = tokio::task::spawn_blocking(move || checker.finish()).await.map_err(Error::internal)??;
+        let checked = blocking(move || checker.finish()).await?;
         let Checked { records, size_bytes, digest, findings } = checked;
         let kind = self.kind;
         let new = |name, blob| NewDataset { name, kind, records, size_bytes, digest, blob };
@@ -329,7 +328,7 @@ mod tests {
 
     /// The second line of a dataset as stored.
     async fn row_text(store: &Store, row: &DatasetRow) -> String {
-        let bytes = store.blobs().get(&row.blob).await.unwrap();
+        let bytes = store.blobs().get(&row.blob).await.unwrap().unwrap();
         String::from_utf8(bytes).unwrap().lines().nth(1).unwrap().to_owned()
     }
 

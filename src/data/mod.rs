@@ -22,8 +22,9 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
-use crate::store::{DatasetRow, Store, spawn_uncancellable};
+use crate::store::{DatasetRow, Store};
 use crate::text::Text;
+use crate::work::{blocking, spawn_uncancellable};
 
 /// What a dataset that is read whole takes in memory for each byte: its bytes, its records, and what is made of them.
 const MEMORY_FACTOR: u64 = 4;
@@ -47,7 +48,7 @@ pub async fn read(store: &Store, text: &Arc<Text>, dataset: &DatasetRow) -> Resu
         check_count(&row, records.len() as u64)?;
         Ok(records)
     };
-    tokio::task::spawn_blocking(read).await.map_err(Error::internal)?
+    blocking(read).await
 }
 
 /// Reads a whole file.
@@ -71,12 +72,10 @@ fn in_dataset(name: &DatasetName, error: Error) -> Error {
 /// # Errors
 /// DATASET_DAMAGED where its file is another or gone: nothing else may ever be trained on under its name.
 async fn content(store: &Store, dataset: &DatasetRow) -> Result<Vec<u8>> {
-    let bytes = match store.blobs().get(&dataset.blob).await {
-        Err(Error::Internal(why)) => return Err(damaged(dataset, &why)),
-        read => read?,
+    let Some(bytes) = store.blobs().get(&dataset.blob).await? else {
+        return Err(damaged(dataset, "it is missing"));
     };
-    let hash = move || (Digest::of(&bytes), bytes);
-    let (digest, bytes) = tokio::task::spawn_blocking(hash).await.map_err(Error::internal)?;
+    let (digest, bytes) = blocking(move || Ok((Digest::of(&bytes), bytes))).await?;
     if digest == dataset.digest {
         return Ok(bytes);
     }
@@ -90,7 +89,7 @@ async fn is_sound(store: &Store, dataset: &DatasetRow) -> Result<bool> {
         let file = blobs.open_file(&dataset.blob)?;
         Ok::<_, Error>(Digest::of_reader(file).map_err(Error::at(&dataset.blob))? == dataset.digest)
     };
-    Ok(tokio::task::spawn_blocking(hash).await.map_err(Error::internal)?.unwrap_or(false))
+    Ok(blocking(hash).await.unwrap_or(false))
 }
 
 /// The same content may read as other records in another build: then they are not those that were accepted.

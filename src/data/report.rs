@@ -7,10 +7,11 @@ use super::encode::{LongRecords, longest, reason, sequences};
 use super::problems::Problems;
 use super::reader::{Findings, Numbered, Reader};
 use super::{Record, check_count, content, in_dataset, read_all};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{DatasetRow, Store};
 use crate::text::{Conversation, Text};
+use crate::work::blocking;
 
 /// Ids of all records that one report shows: it must fit into a message.
 const SHOWN_IDS: usize = 100_000;
@@ -85,7 +86,7 @@ pub async fn inspect(
     let text = text.clone();
     let name = name.clone();
     let count = move || count(dataset, &bytes, &text, question).map_err(|error| in_dataset(&name, error));
-    tokio::task::spawn_blocking(count).await.map_err(Error::internal)?
+    blocking(count).await
 }
 
 fn count(dataset: DatasetRow, bytes: &[u8], text: &Arc<Text>, question: Question) -> Result<Report> {

@@ -12,10 +12,10 @@ use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
 use crate::error::{Error, Result};
 use crate::hub::ledger::Taken;
 use crate::hub::residents::Resident;
-use crate::hub::{Hub, Tier, blocking, stats};
+use crate::hub::{Hub, Tier, stats};
 use crate::ids::Digest;
 use crate::store::VersionRow;
-use crate::work::run_holding;
+use crate::work::{blocking, run_holding};
 
 /// Beside the PEFT files of a version; derived from them.
 pub(super) const PACKED_FILE: &str = "packed.bin";
@@ -106,16 +106,14 @@ impl Hub {
 
     /// The PEFT files of a version, as they were hashed when it was made.
     pub(super) async fn read_package(&self, row: &VersionRow) -> Result<Package> {
-        let files = async {
-            let config = self.store.blobs().get(&format!("{}/{CONFIG_FILE}", row.blob)).await?;
-            let tensors = self.store.blobs().get(&format!("{}/{TENSORS_FILE}", row.blob)).await?;
-            Ok::<_, Error>(Package { config, tensors })
+        let file = async |name: &str| self.store.blobs().get(&format!("{}/{name}", row.blob)).await;
+        let (Some(config), Some(tensors)) = (file(CONFIG_FILE).await?, file(TENSORS_FILE).await?) else {
+            return Err(match self.store.has_version(&row.uid).await? {
+                true => damaged(row, &"a file is missing"),
+                false => Error::not_found(&row.name),
+            });
         };
-        let package = match files.await {
-            Ok(package) => package,
-            Err(_) if !self.store.has_version(&row.uid).await? => return Err(Error::not_found(&row.name)),
-            Err(e) => return Err(damaged(row, &e)),
-        };
+        let package = Package { config, tensors };
         let (digest, package) = blocking(move || Ok((package.digest(), package))).await?;
         match digest {
             Ok(digest) if digest == row.digest => Ok(package),

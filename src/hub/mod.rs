@@ -43,7 +43,8 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, Tenant, TenantId, VersionName};
 use crate::request::{ParityReport, Publish};
 pub use crate::store::VersionRow;
-use crate::store::{AdapterRow, Store, spawn_uncancellable};
+use crate::store::{AdapterRow, Store};
+use crate::work::spawn_uncancellable;
 
 /// Judges a version before it exists. Injected by `app`, so that the hub needs no model.
 pub trait PublishGate: Send + Sync {
@@ -318,9 +319,4 @@ impl Hub {
             leases: self.leases.load(Ordering::Acquire),
         }
     }
-}
-
-/// Runs work of more than a moment off the async threads.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(Error::internal)?
 }

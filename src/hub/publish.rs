@@ -13,10 +13,11 @@ use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::error::{Error, Result};
 use crate::hub::budget::Reservation;
 use crate::hub::residents::{PendingVersion, Resident};
-use crate::hub::{Hub, NewVersion, blocking};
+use crate::hub::{Hub, NewVersion};
 use crate::ids::{AdapterName, Digest, Tenant, TenantId, VersionName};
 use crate::request::ParityReport;
-use crate::store::{NewVersionRow, VersionRow, random_id, spawn_uncancellable};
+use crate::store::{NewVersionRow, VersionRow, random_id};
+use crate::work::{blocking, spawn_uncancellable};
 
 /// A difference between serving and training, in nats a token, above which the rounding to bf16 may be what it comes from. Usual adapters
 /// stay below it: on the default base they have 0.001 to 0.002, which is the rounding of activations.
@@ -143,8 +144,8 @@ impl Hub {
 
     /// What the same call made before.
     async fn published_before(&self, new: &NewVersion, digest: Digest) -> Result<Option<VersionRow>> {
-        let NewVersion { adapter, job, request_id, publish, .. } = new;
-        self.store.published_before(adapter, job.is_some(), request_id, digest, *publish).await
+        let NewVersion { adapter, request_id, publish, .. } = new;
+        self.store.published_before(adapter, request_id, digest, *publish).await
     }
 
     /// Takes a form of an adapter into memory, without a name, and measures it.

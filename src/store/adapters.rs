@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, TenantId, VersionName};
 use crate::request::{ParityReport, Publish};
 use crate::store::requests::Claim;
-use crate::store::rows::{from_json, from_millis, int, now, require_tenant, to_json};
+use crate::store::rows::{count, ended, from_json, from_millis, int, now, require_tenant, to_json};
 use crate::store::{Listed, Page, Store, documents, jobs, random_id};
 
 /// An adapter in the catalogue.
@@ -112,15 +112,9 @@ pub struct NewVersionRow {
     pub validate_only: bool,
 }
 
-/// A publish as its caller asked for it. Request ids of imports and of jobs are apart.
-fn claim<'a>(
-    adapter: &'a AdapterName,
-    trained: bool,
-    request_id: &'a str,
-    digest: Digest,
-    publish: Publish,
-) -> Claim<'a> {
-    let method = if trained { "PublishTrained" } else { "ImportAdapter" };
+/// An import as its caller asked for it.
+fn claim<'a>(adapter: &'a AdapterName, request_id: &'a str, digest: Digest, publish: Publish) -> Claim<'a> {
+    let method = "ImportAdapter";
     let goes_live = match publish {
         Publish::Auto => "auto",
         Publish::Live => "live",
@@ -201,13 +195,12 @@ impl Store {
     pub async fn published_before(
         &self,
         adapter: &AdapterName,
-        trained: bool,
         request_id: &str,
         digest: Digest,
         publish: Publish,
     ) -> Result<Option<VersionRow>> {
         let mut db = self.pool().acquire().await?;
-        match claim(adapter, trained, request_id, digest, publish).first_result(&mut db).await? {
+        match claim(adapter, request_id, digest, publish).first_result(&mut db).await? {
             Some(name) => read_version(&mut db, &name.parse()?).await.map(Some),
             None => Ok(None),
         }
@@ -215,9 +208,7 @@ impl Store {
 
     /// Fails where another version of the adapter would be refused. Limits `max_adapters_per_tenant` and `max_versions_per_adapter`.
     pub async fn check_room(&self, name: &AdapterName, limits: &Limits) -> Result<()> {
-        let mut tx = self.write().await?;
-        make_adapter(&mut tx, name, limits).await?;
-        next_number(&mut tx, name, limits).await.map(drop)
+        has_room(&mut *self.pool().acquire().await?, name, limits).await
     }
 
     /// One transaction: makes the adapter where it is new, numbers the version, moves the live name as asked. An earlier result of
@@ -225,8 +216,7 @@ impl Store {
     pub async fn insert_version(&self, new: NewVersionRow, limits: &Limits) -> Result<VersionRow> {
         let mut tx = self.write().await?;
         let adapter = new.draft.name.adapter.clone();
-        let claim =
-            claim(&new.draft.name.adapter, new.draft.job.is_some(), &new.request_id, new.draft.digest, new.publish);
+        let claim = claim(&new.draft.name.adapter, &new.request_id, new.draft.digest, new.publish);
         if let Some(name) = claim.first_result(&mut tx).await? {
             return read_version(&mut tx, &name.parse()?).await;
         }
@@ -237,8 +227,9 @@ impl Store {
             }
             check_job(&mut tx, job).await?;
         }
-        make_adapter(&mut tx, &adapter, limits).await?;
-        let name = VersionName { version: next_number(&mut tx, &adapter, limits).await?, adapter };
+        has_room(&mut tx, &adapter, limits).await?;
+        make_adapter(&mut tx, &adapter).await?;
+        let name = VersionName { version: next_number(&mut tx, &adapter).await?, adapter };
         insert_row(&mut tx, &name, &new.draft).await?;
         if moves_live(&mut tx, &name, new.publish).await? {
             move_live(&mut tx, &name).await?;
@@ -317,10 +308,11 @@ fn check_etag(adapter: &AdapterRow, etag: &str) -> Result<()> {
 }
 
 async fn check_unused(db: &mut SqliteConnection, name: &AdapterName) -> Result<()> {
-    let job: Option<String> = sqlx::query_scalar(
-        "SELECT job FROM jobs WHERE tenant = ? AND (adapter = ? OR from_adapter = ?)
-         AND state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED') LIMIT 1",
-    )
+    let job: Option<String> = sqlx::query_scalar(concat!(
+        "SELECT job FROM jobs WHERE tenant = ? AND (adapter = ? OR from_adapter = ?) AND state NOT IN ",
+        ended!(),
+        " LIMIT 1",
+    ))
     .bind(name.tenant.as_str())
     .bind(&name.adapter)
     .bind(&name.adapter)
@@ -331,9 +323,32 @@ async fn check_unused(db: &mut SqliteConnection, name: &AdapterName) -> Result<(
     Err(Error::precondition("ADAPTER_IN_USE", name, message))
 }
 
-async fn make_adapter(db: &mut SqliteConnection, name: &AdapterName, limits: &Limits) -> Result<()> {
+/// Fails where the tenant may have no further adapter, or the adapter no further version.
+async fn has_room(db: &mut SqliteConnection, name: &AdapterName, limits: &Limits) -> Result<()> {
+    let row = sqlx::query(
+        "SELECT (SELECT COUNT(*) FROM adapters WHERE tenant = ?1 AND adapter <> ?2) AS others,
+                (SELECT COUNT(*) FROM versions WHERE tenant = ?1 AND adapter = ?2) AS versions,
+                EXISTS (SELECT 1 FROM adapters WHERE tenant = ?1 AND adapter = ?2) AS known",
+    )
+    .bind(name.tenant.as_str())
+    .bind(&name.adapter)
+    .fetch_one(db)
+    .await?;
+    let known: bool = row.try_get("known")?;
+    let (adapters, versions) = (limits.max_adapters_per_tenant, limits.max_versions_per_adapter);
+    if !known && count(&row, "others")? >= adapters {
+        return Err(too_many("max_adapters_per_tenant", format!("{} has {adapters} adapters", name.tenant)));
+    }
+    if count(&row, "versions")? >= versions {
+        return Err(too_many("max_versions_per_adapter", format!("{name} has {versions} versions")));
+    }
+    Ok(())
+}
+
+/// Makes the adapter where it is new.
+async fn make_adapter(db: &mut SqliteConnection, name: &AdapterName) -> Result<()> {
     let now = now();
-    let made = sqlx::query(
+    sqlx::query(
         "INSERT INTO adapters (tenant, adapter, etag, create_time, update_time) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
     )
     .bind(name.tenant.as_str())
@@ -341,34 +356,13 @@ async fn make_adapter(db: &mut SqliteConnection, name: &AdapterName, limits: &Li
     .bind(random_id())
     .bind(now)
     .bind(now)
-    .execute(&mut *db)
+    .execute(db)
     .await?;
-    if made.rows_affected() == 0 {
-        return Ok(());
-    }
-    let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM adapters WHERE tenant = ?")
-        .bind(name.tenant.as_str())
-        .fetch_one(db)
-        .await?;
-    let most = limits.max_adapters_per_tenant;
-    if count <= int(most) {
-        Ok(())
-    } else {
-        Err(too_many("max_adapters_per_tenant", format!("{} has {most} adapters", name.tenant)))
-    }
+    Ok(())
 }
 
 /// The next number under a name, also where all versions before it are gone.
-async fn next_number(db: &mut SqliteConnection, name: &AdapterName, limits: &Limits) -> Result<u32> {
-    let count: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM versions WHERE tenant = ? AND adapter = ?")
-        .bind(name.tenant.as_str())
-        .bind(&name.adapter)
-        .fetch_one(&mut *db)
-        .await?;
-    let most = limits.max_versions_per_adapter;
-    if count >= int(most) {
-        return Err(too_many("max_versions_per_adapter", format!("{name} has {most} versions")));
-    }
+async fn next_number(db: &mut SqliteConnection, name: &AdapterName) -> Result<u32> {
     let number = sqlx::query_scalar(
         "INSERT INTO version_numbers (tenant, adapter, last) VALUES (?, ?, 1)
          ON CONFLICT DO UPDATE SET last = last + 1 RETURNING last",
@@ -455,17 +449,13 @@ fn adapter_row(row: &SqliteRow) -> Result<AdapterRow> {
     Ok(AdapterRow {
         live: live.map(|version| VersionName { adapter: name.clone(), version }),
         live_memory: uid
-            .map(|uid| Ok::<_, Error>(LiveMemory { uid, memory_bytes: bytes(row, "memory_bytes")? }))
+            .map(|uid| Ok::<_, Error>(LiveMemory { uid, memory_bytes: count(row, "memory_bytes")? }))
             .transpose()?,
         name,
         etag: row.try_get("etag")?,
         create_time: from_millis(row.try_get("create_time")?),
         update_time: from_millis(row.try_get("update_time")?),
     })
-}
-
-fn bytes(row: &SqliteRow, column: &str) -> Result<u64> {
-    Ok(row.try_get::<i64, _>(column)?.max(0) as u64)
 }
 
 fn version_row(row: &SqliteRow) -> Result<VersionRow> {
@@ -478,7 +468,7 @@ fn version_row(row: &SqliteRow) -> Result<VersionRow> {
         digest: digest("digest")?,
         base_digest: digest("base_digest")?,
         template_digest: digest("template_digest")?,
-        size_bytes: bytes(row, "size_bytes")?,
+        size_bytes: count(row, "size_bytes")?,
         rank: row.try_get("rank")?,
         targets: from_json(row.try_get("targets")?)?,
         parity: documents::read_parity(row.try_get("parity")?)?,
@@ -486,7 +476,7 @@ fn version_row(row: &SqliteRow) -> Result<VersionRow> {
         metrics: documents::read_metrics(row.try_get("metrics")?)?,
         create_time: from_millis(row.try_get("create_time")?),
         uid: row.try_get("uid")?,
-        memory_bytes: bytes(row, "memory_bytes")?,
+        memory_bytes: count(row, "memory_bytes")?,
         blob: row.try_get("blob")?,
         held_reason: row.try_get("held_reason")?,
         live: row.try_get("live")?,

@@ -9,7 +9,8 @@ use std::time::Duration;
 use futures::StreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::{Error as BlobError, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use object_store::{Error as BlobError, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode};
+use tonic::codegen::Bytes;
 
 use crate::error::{Error, Result};
 use crate::store::watch::{Watch, reach};
@@ -44,13 +45,13 @@ impl Blobs {
     /// put right.
     pub async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
         reach(self.watch.as_ref(), "put").await?;
-        let content = PutPayload::from(bytes);
-        match self.files.put_opts(&parse(key)?, content.clone(), PutMode::Create.into()).await {
+        let content = Bytes::from(bytes);
+        match self.files.put_opts(&parse(key)?, content.clone().into(), PutMode::Create.into()).await {
             Ok(_) => {}
             Err(BlobError::AlreadyExists { .. }) if self.holds(key, &content).await => {}
             Err(BlobError::AlreadyExists { .. }) => {
                 tracing::warn!(key, "a damaged file is written again");
-                let replaced = self.files.put_opts(&parse(key)?, content, PutMode::Overwrite.into()).await;
+                let replaced = self.files.put_opts(&parse(key)?, content.into(), PutMode::Overwrite.into()).await;
                 replaced.map_err(|e| self.failed(key, e))?;
             }
             Err(e) => return Err(self.failed(key, e)),
@@ -59,19 +60,9 @@ impl Blobs {
     }
 
     /// Whether a file can be read and has this content.
-    async fn holds(&self, key: &str, content: &PutPayload) -> bool {
-        if self.size(key).await.ok().flatten() != Some(content.content_length() as u64) {
-            return false;
-        }
-        let Ok(found) = self.get(key).await else { return false };
-        let mut rest = found.as_slice();
-        content.iter().all(|piece| match rest.split_at_checked(piece.len()) {
-            Some((head, tail)) => {
-                rest = tail;
-                head == piece
-            }
-            None => false,
-        })
+    async fn holds(&self, key: &str, content: &[u8]) -> bool {
+        self.size(key).await.is_ok_and(|size| size == Some(content.len() as u64))
+            && self.get(key).await.is_ok_and(|found| found.as_deref() == Some(content))
     }
 
     /// The bytes of a file; `None` where there is none.
@@ -98,10 +89,13 @@ impl Blobs {
         Ok(BlobUpload { upload, path: self.root.join(key), watch: self.watch.clone() })
     }
 
-    /// A whole file. INTERNAL where there is none: a row has told its key.
-    pub async fn get(&self, key: &str) -> Result<Vec<u8>> {
-        let found = self.files.get(&parse(key)?).await.map_err(|e| self.failed(key, e))?;
-        Ok(found.bytes().await.map_err(|e| self.failed(key, e))?.into())
+    /// A whole file; `None` where there is none. What cannot be read now, for want of file handles say, is an error and no file that is lost.
+    pub async fn get(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let found = match self.files.get(&parse(key)?).await {
+            Err(BlobError::NotFound { .. }) => return Ok(None),
+            found => found.map_err(|e| self.failed(key, e))?,
+        };
+        Ok(Some(found.bytes().await.map_err(|e| self.failed(key, e))?.into()))
     }
 
     /// Opens a file, to be read on a thread that may block. INTERNAL where there is none.

@@ -8,7 +8,7 @@ use sqlx::{Row, SqliteConnection};
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, TenantId};
 use crate::store::requests::Claim;
-use crate::store::rows::{from_millis, int, now, require_tenant};
+use crate::store::rows::{count, ended, from_millis, int, now, require_tenant};
 use crate::store::{Listed, Page, Store};
 
 /// What the records of a dataset are.
@@ -180,9 +180,11 @@ impl Store {
     /// Deletes a dataset; gives its blob, for the caller to collect. Refused (DATASET_IN_USE) while a job that has not ended uses it.
     pub async fn delete_dataset(&self, name: &DatasetName) -> Result<String> {
         let mut tx = self.write().await?;
-        let user: Option<String> = sqlx::query_scalar(
-            "SELECT job FROM jobs WHERE tenant = ? AND dataset = ? AND state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED') LIMIT 1",
-        )
+        let user: Option<String> = sqlx::query_scalar(concat!(
+            "SELECT job FROM jobs WHERE tenant = ? AND dataset = ? AND state NOT IN ",
+            ended!(),
+            " LIMIT 1",
+        ))
         .bind(name.tenant.as_str())
         .bind(&name.dataset)
         .fetch_optional(&mut *tx)
@@ -236,12 +238,11 @@ async fn find(db: &mut SqliteConnection, name: &DatasetName) -> Result<Option<Da
 }
 
 fn dataset_row(row: &SqliteRow) -> Result<DatasetRow> {
-    let count = |column: &str| row.try_get::<i64, _>(column).map(|n| n.max(0) as u64);
     Ok(DatasetRow {
         name: DatasetName::new(&TenantId::new(row.try_get("tenant")?)?, row.try_get("dataset")?)?,
         kind: DatasetKind::from_name(row.try_get("kind")?)?,
-        records: count("records")?,
-        size_bytes: count("size_bytes")?,
+        records: count(row, "records")?,
+        size_bytes: count(row, "size_bytes")?,
         digest: row.try_get::<&str, _>("digest")?.parse()?,
         create_time: from_millis(row.try_get("create_time")?),
         blob: row.try_get("blob")?,

@@ -475,12 +475,12 @@ enum EventBody {
     Message(String),
 }
 
-/// What is measured beside the loss. Older builds know two of the measurements, by names of their own.
+/// What is measured beside the loss. What 0.1.0 wrote has two of the measurements, by names of its own; it cannot read what this build writes.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct MeasuredDocument {
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     margin: Option<f64>,
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     accuracy: Option<f64>,
     #[serde(default)]
     metrics: BTreeMap<String, Option<f64>>,
@@ -488,9 +488,8 @@ struct MeasuredDocument {
 
 impl From<BTreeMap<String, f64>> for MeasuredDocument {
     fn from(metrics: BTreeMap<String, f64>) -> Self {
-        let of = |name: &str| metrics.get(name).copied();
-        let (margin, accuracy) = (of(metric::MARGINS), of(metric::ACCURACIES));
-        Self { margin, accuracy, metrics: metrics.into_iter().map(|(name, value)| (name, Some(value))).collect() }
+        let metrics = metrics.into_iter().map(|(name, value)| (name, Some(value))).collect();
+        Self { margin: None, accuracy: None, metrics }
     }
 }
 

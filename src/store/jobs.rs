@@ -1,6 +1,6 @@
 //! Training jobs and their events. A change of state and its event are one transaction.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, JobName, Tenant, TenantId, VersionName};
 use crate::request::{JobEvent, JobSpec, JobState, Start, TrainingData};
 use crate::store::requests::{Claim, RequestKey};
-use crate::store::rows::{from_millis, int, now, readable, require_tenant};
+use crate::store::rows::{bad_token, count, ended, from_millis, held_by_worker, int, now, readable, require_tenant};
 use crate::store::{Listed, Page, Store, documents};
 
 /// A training job.
@@ -87,24 +87,34 @@ pub const RESULT_MANIFEST: &str = "result.json";
 
 const TRAIN_METHOD: &str = "Train";
 
-const STATES: [(JobState, &str); 9] = [
-    (JobState::Queued, "QUEUED"),
-    (JobState::Running, "RUNNING"),
-    (JobState::Pausing, "PAUSING"),
-    (JobState::Paused, "PAUSED"),
-    (JobState::Interrupted, "INTERRUPTED"),
-    (JobState::Succeeded, "SUCCEEDED"),
-    (JobState::Failed, "FAILED"),
-    (JobState::Cancelling, "CANCELLING"),
-    (JobState::Cancelled, "CANCELLED"),
+const STATES: [JobState; 9] = [
+    JobState::Queued,
+    JobState::Running,
+    JobState::Pausing,
+    JobState::Paused,
+    JobState::Interrupted,
+    JobState::Succeeded,
+    JobState::Failed,
+    JobState::Cancelling,
+    JobState::Cancelled,
 ];
 
 fn state_name(state: JobState) -> &'static str {
-    STATES.iter().find(|(known, _)| *known == state).map_or("", |(_, name)| name)
+    match state {
+        JobState::Queued => "QUEUED",
+        JobState::Running => "RUNNING",
+        JobState::Pausing => "PAUSING",
+        JobState::Paused => "PAUSED",
+        JobState::Interrupted => "INTERRUPTED",
+        JobState::Succeeded => "SUCCEEDED",
+        JobState::Failed => "FAILED",
+        JobState::Cancelling => "CANCELLING",
+        JobState::Cancelled => "CANCELLED",
+    }
 }
 
 fn state_from_name(name: &str) -> Result<JobState> {
-    let found = STATES.iter().find(|(_, known)| *known == name).map(|(state, _)| *state);
+    let found = STATES.into_iter().find(|state| state_name(*state) == name);
     found.ok_or_else(|| Error::internal(format!("catalogue: no job state is called {name:?}")))
 }
 
@@ -122,12 +132,11 @@ impl Store {
         if let Some(made) = made_by(&mut tx, &claim).await? {
             return Ok(made);
         }
-        let open: i64 = sqlx::query_scalar(
-            "SELECT COUNT(*) FROM jobs WHERE tenant = ? AND state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED')",
-        )
-        .bind(tenant.as_str())
-        .fetch_one(&mut *tx)
-        .await?;
+        let open: i64 =
+            sqlx::query_scalar(concat!("SELECT COUNT(*) FROM jobs WHERE tenant = ? AND state NOT IN ", ended!()))
+                .bind(tenant.as_str())
+                .fetch_one(&mut *tx)
+                .await?;
         if open >= int(most_open) {
             let message = format!("{tenant} has {open} jobs that have not ended; wait for one or cancel one");
             return Err(Error::Exhausted { limit: "max_jobs_per_tenant", message, retry_after: None });
@@ -153,11 +162,10 @@ impl Store {
 
     /// A tenant's jobs, newest first.
     pub async fn list_jobs(&self, tenant: &TenantId, page: &Page) -> Result<Listed<JobRow>> {
-        let bad = || Error::invalid("page_token", "must be the next_page_token of the page before");
         let (before, job) = match page.token.split_once('.') {
-            Some((millis, job)) => (millis.parse().map_err(|_| bad())?, job),
+            Some((millis, job)) => (millis.parse().map_err(|_| bad_token())?, job),
             None if page.token.is_empty() => (i64::MAX, ""),
-            None => return Err(bad()),
+            None => return Err(bad_token()),
         };
         let rows = sqlx::query(concat!(
             "SELECT ",
@@ -176,14 +184,13 @@ impl Store {
         Listed::read(rows, page, job_row, token)
     }
 
-    /// Takes the next queued job: of the tenant whose last job started longest ago, the oldest. It is RUNNING from then on, and the
-    /// claim holds for `lease` after each [`Store::heartbeat`]. One that cannot be read fails, lest it be the next one for ever.
-    pub async fn claim_next_job(&self, worker: &str, lease: Duration) -> Result<Option<(Tenant, JobRow)>> {
+    /// Takes the next queued job: of the tenant whose last job started longest ago, the oldest. It is RUNNING from then on. One that cannot
+    /// be read is INTERRUPTED, lest it be the next one for ever; the build that wrote it can resume it.
+    pub async fn claim_next_job(&self) -> Result<Option<(Tenant, JobRow)>> {
         let mut tx = self.write().await?;
-        let mut next = claim(&mut tx, worker, lease).await?;
-        while let Some(row) = &next {
-            let name = job_name(row)?;
-            match job_row(row) {
+        while let Some(row) = claim(&mut tx).await? {
+            let name = job_name(&row)?;
+            match job_row(&row) {
                 Ok(job) => {
                     append(&mut tx, &name, &state_event(job.state, &JobEnd::default(), false)).await?;
                     tx.commit().await?;
@@ -191,41 +198,43 @@ impl Store {
                     return Ok(Some((Tenant::proven(name.tenant), job)));
                 }
                 Err(error) => {
-                    tracing::error!(job = %name, %error, "a queued job cannot be read and fails");
                     let end = JobEnd { version: None, error: Some(error.to_string()) };
-                    set_state(&mut tx, &name, JobState::Failed, &end).await?;
+                    set_state(&mut tx, &name, JobState::Interrupted, &end).await?;
                 }
             }
-            next = claim(&mut tx, worker, lease).await?;
         }
         tx.commit().await?;
         Ok(None)
     }
 
-    /// Renews a claim and tells the job's state; NOT_FOUND where the claim is another worker's.
-    pub async fn heartbeat(&self, name: &JobName, worker: &str, lease: Duration) -> Result<JobState> {
-        let mut tx = self.write().await?;
-        let state: Option<String> = sqlx::query_scalar(
-            "UPDATE jobs SET lease_until = ? WHERE tenant = ? AND job = ? AND worker = ? RETURNING state",
-        )
-        .bind(now() + int(lease.as_millis() as u64))
-        .bind(name.tenant.as_str())
-        .bind(&name.job)
-        .bind(worker)
-        .fetch_optional(&mut *tx)
-        .await?;
-        tx.commit().await?;
+    /// Returns a job's state, also where nothing else of it can be read.
+    pub async fn job_state(&self, name: &JobName) -> Result<JobState> {
+        let state: Option<String> = sqlx::query_scalar("SELECT state FROM jobs WHERE tenant = ? AND job = ?")
+            .bind(name.tenant.as_str())
+            .bind(&name.job)
+            .fetch_optional(self.pool())
+            .await?;
         state_from_name(&state.ok_or_else(|| Error::not_found(name))?)
     }
 
-    /// Moves a job from one of the states `from` to `to`, with its event. `None` where it is in another state.
+    /// Moves a job from one of the states `from` to `to`; see [`Store::move_job`].
     pub async fn transition(
         &self,
         name: &JobName,
         from: &[JobState],
         to: JobState,
         end: JobEnd,
-    ) -> Result<Option<JobRow>> {
+    ) -> Result<Option<JobState>> {
+        self.move_job(name, |state| from.contains(&state).then_some((to, end))).await
+    }
+
+    /// Moves a job to what `decide` says of the state that it is in, with its event, and gives the new state. `None` where `decide` leaves it.
+    /// A job whose spec cannot be read moves too: it must be possible to cancel it.
+    pub async fn move_job(
+        &self,
+        name: &JobName,
+        decide: impl FnOnce(JobState) -> Option<(JobState, JobEnd)>,
+    ) -> Result<Option<JobState>> {
         let mut tx = self.write().await?;
         let found: Option<(String, Option<String>)> =
             sqlx::query_as("SELECT state, result FROM jobs WHERE tenant = ? AND job = ?")
@@ -234,17 +243,14 @@ impl Store {
                 .fetch_optional(&mut *tx)
                 .await?;
         let (state, result) = found.ok_or_else(|| Error::not_found(name))?;
-        if !from.contains(&state_from_name(&state)?) {
-            return Ok(None);
-        }
-        // A job whose spec cannot be read moves too: it must be possible to cancel it.
-        let row = set_state(&mut tx, name, to, &end).await?;
+        let Some((to, end)) = decide(state_from_name(&state)?) else { return Ok(None) };
+        set_state(&mut tx, name, to, &end).await?;
         tx.commit().await?;
         log_state(name, to, &end);
         if let Some(result) = result.filter(|_| to.is_final()) {
             self.collect_blobs(&[result]).await;
         }
-        job_row(&row).map(Some)
+        Ok(Some(to))
     }
 
     /// Deletes a job that has ended or is interrupted, with its events and its saved result.
@@ -253,10 +259,11 @@ impl Store {
     /// JOB_NOT_ENDED; NOT_FOUND.
     pub async fn delete_job(&self, name: &JobName) -> Result<()> {
         let mut tx = self.write().await?;
-        let found: Option<(String, Option<String>)> = sqlx::query_as(
-            "DELETE FROM jobs WHERE tenant = ? AND job = ? AND state IN ('SUCCEEDED', 'FAILED', 'CANCELLED', 'INTERRUPTED')
-             RETURNING state, result",
-        )
+        let found: Option<(String, Option<String>)> = sqlx::query_as(concat!(
+            "DELETE FROM jobs WHERE tenant = ? AND job = ? AND (state = 'INTERRUPTED' OR state IN ",
+            ended!(),
+            ") RETURNING state, result",
+        ))
         .bind(name.tenant.as_str())
         .bind(&name.job)
         .fetch_optional(&mut *tx)
@@ -324,7 +331,7 @@ impl Store {
         .await?;
         let event = |row: &SqliteRow| -> Result<StoredEvent> {
             Ok(StoredEvent {
-                sequence: row.try_get::<i64, _>("sequence")?.max(0) as u64,
+                sequence: count(row, "sequence")?,
                 time: from_millis(row.try_get("time")?),
                 event: documents::read_event(row.try_get("event")?)
                     .unwrap_or_else(|error| unreadable_event(name, &error)),
@@ -337,9 +344,8 @@ impl Store {
     /// cancelled is CANCELLED, any other is INTERRUPTED. A version that its job kept from going live makes it FAILED. Needs nothing of a row but its name and state.
     pub async fn interrupt_stale_jobs(&self) -> Result<()> {
         let mut tx = self.write().await?;
-        let rows = sqlx::query("SELECT * FROM jobs WHERE state IN ('RUNNING', 'PAUSING', 'CANCELLING')")
-            .fetch_all(&mut *tx)
-            .await?;
+        let rows =
+            sqlx::query(concat!("SELECT * FROM jobs WHERE state IN ", held_by_worker!())).fetch_all(&mut *tx).await?;
         let mut unowned = Vec::new();
         let mut ended = Vec::new();
         for row in rows {
@@ -440,10 +446,10 @@ async fn insert(db: &mut SqliteConnection, job: &NewJob) -> Result<JobRow> {
     job_row(&row)
 }
 
-/// Marks the job that is to run next as this worker's.
-async fn claim(db: &mut SqliteConnection, worker: &str, lease: Duration) -> Result<Option<SqliteRow>> {
+/// Marks the job that is to run next as running.
+async fn claim(db: &mut SqliteConnection) -> Result<Option<SqliteRow>> {
     let row = sqlx::query(
-        "UPDATE jobs SET state = 'RUNNING', worker = ?1, lease_until = ?2, start_time = ?3, end_time = NULL, error = NULL,
+        "UPDATE jobs SET state = 'RUNNING', start_time = ?, end_time = NULL, error = NULL,
          result = tenant || '/jobs/' || job
          WHERE rowid = (
             SELECT rowid FROM jobs AS waiting WHERE state = 'QUEUED'
@@ -451,8 +457,6 @@ async fn claim(db: &mut SqliteConnection, worker: &str, lease: Duration) -> Resu
             LIMIT 1
          ) RETURNING *, 0 AS live",
     )
-    .bind(worker)
-    .bind(now() + int(lease.as_millis() as u64))
     .bind(now())
     .fetch_optional(&mut *db)
     .await?;
@@ -466,8 +470,8 @@ async fn claim(db: &mut SqliteConnection, worker: &str, lease: Duration) -> Resu
     Ok(Some(row))
 }
 
-/// Sets the state and what goes with it, and appends the event; gives the new row.
-async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end: &JobEnd) -> Result<SqliteRow> {
+/// Sets the state and what goes with it, and appends the event.
+async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end: &JobEnd) -> Result<()> {
     let ended = to.is_final() || to == JobState::Interrupted;
     let row = sqlx::query(concat!(
         "UPDATE jobs SET state = ?1, version_adapter = ?2, version = ?3, error = ?4, end_time = ?5, ",
@@ -485,7 +489,7 @@ async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end:
     .fetch_one(&mut *db)
     .await?;
     append(db, name, &state_event(to, end, row.try_get("live")?)).await?;
-    Ok(row)
+    Ok(())
 }
 
 /// Says in the log that a job has come to a state.
@@ -553,10 +557,13 @@ fn job_name(row: &SqliteRow) -> Result<JobName> {
 }
 
 /// A job whose spec is damaged or of a later build.
-fn unreadable(name: &JobName, why: &Error) -> Error {
+fn unreadable(name: &JobName, state: JobState, why: &Error) -> Error {
     tracing::error!(job = %name, error = %why, "a job's spec cannot be read");
-    let message =
-        "its stored spec cannot be read by this build of the server; cancel it, or run the build that wrote it";
+    let advice = if state.is_final() { "delete it" } else { "cancel it" };
+    let state = state_name(state);
+    let message = format!(
+        "it is {state}, and its stored spec cannot be read by this build of the server; {advice}, or run the build that wrote it"
+    );
     Error::precondition("JOB_UNREADABLE", name, message)
 }
 
@@ -573,12 +580,12 @@ fn job_row(row: &SqliteRow) -> Result<JobRow> {
         (Some(adapter), Some(version)) => Some(version_name(&tenant, adapter, version)?),
         _ => None,
     };
-    let name = job_name(row)?;
-    let spec = documents::read_spec(row.try_get("spec")?).map_err(|why| unreadable(&name, &why))?;
+    let (name, state) = (job_name(row)?, state_from_name(row.try_get("state")?)?);
+    let spec = documents::read_spec(row.try_get("spec")?).map_err(|why| unreadable(&name, state, &why))?;
     Ok(JobRow {
         name,
         spec,
-        state: state_from_name(row.try_get("state")?)?,
+        state,
         step: row.try_get("step")?,
         total_steps: row.try_get("total_steps")?,
         version,

@@ -110,7 +110,7 @@ impl Store {
         let store = Self { inner: Arc::new(Inner { catalogue, blobs, locks, usage, _folder: folder }) };
         store.sweep(data_dir, &options).await?;
         tokio::spawn(usage::keep_flushing(Arc::downgrade(&store.inner)));
-        tokio::spawn(retention::keep_forgetting(Arc::downgrade(&store.inner), options.retention));
+        tokio::spawn(retention::keep_forgetting(Arc::downgrade(&store.inner), data_dir.to_owned(), options));
         Ok(store)
     }
 
@@ -146,13 +146,6 @@ impl Store {
         .await?;
         if owned { Ok(()) } else { self.blobs().delete(blob).await }
     }
-}
-
-/// Runs work to its end even where the caller goes away in the middle.
-pub async fn spawn_uncancellable<T: Send + 'static>(
-    work: impl Future<Output = Result<T>> + Send + 'static,
-) -> Result<T> {
-    tokio::spawn(work).await.map_err(Error::internal)?
 }
 
 /// What a start says where the data folder or a file in it cannot be used.

@@ -1,14 +1,17 @@
-//! What goes by itself once it is old: jobs that have ended, with their events, and request ids.
+//! What goes by itself once it is old: jobs that have ended, with their events, request ids, and what is in the trash.
 //!
 //! Everything else stays until a caller deletes it. One job, or so many request ids, are one transaction, so that no other writer waits
 //! for long.
 
+use std::path::PathBuf;
 use std::sync::Weak;
 use std::time::Duration;
 
 use crate::error::Result;
-use crate::store::rows::{int, now};
-use crate::store::{Inner, Store};
+use crate::store::rows::{ended, int, now};
+use crate::store::sweep::empty_trash;
+use crate::store::{Inner, Options, Store};
+use crate::work::blocking;
 
 /// How often it is looked for what is old; the first time at the start.
 const INTERVAL: Duration = Duration::from_secs(3600);
@@ -33,8 +36,11 @@ impl Store {
         let before = |age: Duration| now() - int(age.as_millis() as u64);
         let (mut jobs, mut request_ids) = (0, 0);
         if let Some(age) = retention.jobs {
-            let sql = "DELETE FROM jobs WHERE rowid IN (SELECT rowid FROM jobs
-                 WHERE state IN ('SUCCEEDED', 'FAILED', 'CANCELLED') AND end_time < ? LIMIT ?)";
+            let sql = concat!(
+                "DELETE FROM jobs WHERE rowid IN (SELECT rowid FROM jobs WHERE state IN ",
+                ended!(),
+                " AND end_time < ? LIMIT ?)",
+            );
             jobs = self.delete_batches(sql, before(age), 1).await?;
         }
         if let Some(age) = retention.request_ids {
@@ -63,14 +69,18 @@ impl Store {
 }
 
 /// Deletes what is old again and again, until the store is gone.
-pub(super) async fn keep_forgetting(store: Weak<Inner>, retention: Retention) {
-    if retention == Retention::default() {
-        return;
-    }
+pub(super) async fn keep_forgetting(store: Weak<Inner>, data_dir: PathBuf, options: Options) {
     while let Some(inner) = store.upgrade() {
-        if let Err(error) = (Store { inner }).forget_old(retention).await {
+        if let Err(error) = (Store { inner }).forget_old(options.retention).await {
             tracing::warn!(%error, "old jobs and request ids could not be deleted and stay until the next time");
         }
+        let (data_dir, kept) = (data_dir.clone(), options.trash);
+        let emptied = blocking(move || {
+            empty_trash(&data_dir, kept);
+            Ok(())
+        });
+        // What cannot be deleted is in the log.
+        let _ = emptied.await;
         tokio::time::sleep(INTERVAL).await;
     }
 }

@@ -5,14 +5,30 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rand::RngCore;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use sqlx::SqliteConnection;
 use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
 
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
 
 const DEFAULT_PAGE: u32 = 50;
 const MAX_PAGE: u32 = 1000;
+
+/// The states of jobs that have ended, as SQL: those of [`JobState::is_final`](crate::request::JobState::is_final).
+macro_rules! ended {
+    () => {
+        "('SUCCEEDED', 'FAILED', 'CANCELLED')"
+    };
+}
+
+/// The states of jobs that the worker holds, as SQL.
+macro_rules! held_by_worker {
+    () => {
+        "('RUNNING', 'PAUSING', 'CANCELLING')"
+    };
+}
+
+pub(super) use {ended, held_by_worker};
 
 /// Which part of a list: at most `size` items (0: the default of 50; at most 1000) after the `token` of the page before (empty: the first).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -39,8 +55,13 @@ impl Page {
         if self.token.is_empty() {
             return Ok(first);
         }
-        self.token.parse().map_err(|_| Error::invalid("page_token", "must be the next_page_token of the page before"))
+        self.token.parse().map_err(|_| bad_token())
     }
+}
+
+/// What a token that no page has given is told.
+pub(super) fn bad_token() -> Error {
+    Error::invalid("page_token", "must be the next_page_token of the page before")
 }
 
 /// A page of a list; `next` is empty on the last one.
@@ -93,6 +114,11 @@ pub(super) fn from_millis(millis: i64) -> SystemTime {
 /// SQLite's integers are signed.
 pub(super) fn int(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+/// A count of a row; SQLite has no unsigned ones.
+pub(super) fn count(row: &SqliteRow, column: &str) -> Result<u64> {
+    Ok(row.try_get::<i64, _>(column)?.max(0).unsigned_abs())
 }
 
 pub(super) fn to_json<T: Serialize>(value: &T) -> Result<String> {

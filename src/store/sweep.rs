@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crate::error::{Error, Result};
 use crate::store::catalogue::FILE;
 use crate::store::{Options, Store};
+use crate::work::blocking;
 
 /// Where swept blobs go, beside `blobs/`, in a folder named by the time (unix seconds).
 const TRASH: &str = "trash";
@@ -51,14 +52,13 @@ impl Store {
         let deleted = self.deleted_tenants().await?;
         let is_left = |blob: &String| blob.split('/').next().is_some_and(|tenant| deleted.contains(tenant));
         let (left, orphans): (BTreeSet<_>, BTreeSet<_>) = orphans.into_iter().partition(is_left);
-        discard(data_dir, &left);
         if !options.adopt_orphans {
-            // Those of deleted tenants have gone.
             let strangers: BTreeSet<_> = &tenants_of(&orphans) - &self.tenants_now().await?;
             if !strangers.is_empty() {
                 return Err(unknown(data_dir, &strangers));
             }
         }
+        discard(data_dir, &left);
         for half in &found.halves {
             tracing::info!(file = %half.display(), "removing a half-written file");
             warn_of(half, std::fs::remove_file(half));
@@ -74,7 +74,6 @@ impl Store {
         } else {
             discard(data_dir, &orphans);
         }
-        empty_trash(data_dir, options.trash);
         Ok(())
     }
 
@@ -139,9 +138,9 @@ async fn walk(root: PathBuf) -> Result<Found> {
                 }
             }
         }
-        found
+        Ok(found)
     };
-    tokio::task::spawn_blocking(walk).await.map_err(Error::internal)
+    blocking(walk).await
 }
 
 /// The blob that a file belongs to; `None` for one that lies where the store puts none.
@@ -168,8 +167,8 @@ fn discard(data_dir: &Path, orphans: &BTreeSet<String>) {
     }
 }
 
-/// Deletes what has been in the trash for longer than `kept`.
-fn empty_trash(data_dir: &Path, kept: Duration) {
+/// Deletes what has been in the trash for longer than `kept`. Blocks.
+pub(super) fn empty_trash(data_dir: &Path, kept: Duration) {
     let trash = data_dir.join(TRASH);
     if !trash.exists() {
         return;

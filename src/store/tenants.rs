@@ -8,7 +8,7 @@ use sqlx::sqlite::SqliteRow;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
 use crate::store::requests::Claim;
-use crate::store::rows::{from_json, from_millis, now, to_json};
+use crate::store::rows::{count, ended, from_json, from_millis, held_by_worker, now, to_json};
 use crate::store::{Listed, Page, Store, random_id};
 
 const CREATE_METHOD: &str = "CreateTenant";
@@ -147,12 +147,11 @@ impl Store {
     pub async fn delete_tenant(&self, id: &TenantId) -> Result<()> {
         let _alone = self.inner.locks.exclusive(&id.to_string()).await;
         let mut tx = self.write().await?;
-        let running: i64 = sqlx::query_scalar(
-            "SELECT COUNT(*) FROM jobs WHERE tenant = ? AND state IN ('RUNNING', 'PAUSING', 'CANCELLING')",
-        )
-        .bind(id.as_str())
-        .fetch_one(&mut *tx)
-        .await?;
+        let running: i64 =
+            sqlx::query_scalar(concat!("SELECT COUNT(*) FROM jobs WHERE tenant = ? AND state IN ", held_by_worker!()))
+                .bind(id.as_str())
+                .fetch_one(&mut *tx)
+                .await?;
         if running > 0 {
             let message = "a training job is running; cancel it, wait for its end and retry";
             return Err(Error::precondition("TENANT_IN_USE", id, message));
@@ -176,16 +175,18 @@ impl Store {
 
     /// Counts what a tenant has.
     pub async fn count_of(&self, id: &TenantId) -> Result<TenantCounts> {
-        let row = sqlx::query(
+        let row = sqlx::query(concat!(
             "SELECT (SELECT COUNT(*) FROM adapters WHERE tenant = ?1) AS adapters,
                     (SELECT COUNT(*) FROM datasets WHERE tenant = ?1) AS datasets,
-                    (SELECT COUNT(*) FROM jobs WHERE tenant = ?1 AND state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED')) AS jobs",
-        )
+                    (SELECT COUNT(*) FROM jobs WHERE tenant = ?1 AND state NOT IN ",
+            ended!(),
+            ") AS jobs",
+        ))
         .bind(id.as_str())
         .fetch_one(self.pool())
         .await?;
-        let count = |column: &str| row.try_get::<i64, _>(column).map(|n| n.max(0) as u64);
-        Ok(TenantCounts { adapters: count("adapters")?, datasets: count("datasets")?, jobs: count("jobs")? })
+        let of = |column| count(&row, column);
+        Ok(TenantCounts { adapters: of("adapters")?, datasets: of("datasets")?, jobs: of("jobs")? })
     }
 
     /// Returns a tenant's policy; an empty one where none was set.

@@ -4,14 +4,14 @@
 //! loses the counts of the last second or so, and nothing else.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
-use sqlx::{Row, SqliteConnection};
+use sqlx::SqliteConnection;
 
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
-use crate::store::rows::int;
+use crate::store::rows::{count, int};
 use crate::store::{Inner, Store};
 use crate::sync::lock;
 
@@ -87,12 +87,13 @@ impl Store {
     /// Where the catalogue cannot be written; the counts are kept for the next time.
     pub async fn flush_usage(&self) -> Result<()> {
         let book = &self.inner.usage;
-        let _alone = book.flushing.lock().await;
-        let counted = book.pending().clone();
-        if counted.is_empty() {
+        if book.pending().is_empty() {
             return Ok(());
         }
+        // First the right to write, which may take long: who only reads waits for no more than the commit.
         let mut tx = self.write().await?;
+        let _alone = book.flushing.lock().await;
+        let counted = book.pending().clone();
         for (tenant, used) in &counted {
             add(&mut tx, tenant, *used).await?;
         }
@@ -108,12 +109,11 @@ impl Store {
         let row =
             sqlx::query("SELECT * FROM tenants WHERE tenant = ?").bind(id.as_str()).fetch_optional(self.pool()).await?;
         let row = row.ok_or_else(|| Error::not_found(id))?;
-        let count = |column: &str| row.try_get::<i64, _>(column).map(|n| n.max(0) as u64);
         let written = UsageRow {
-            requests: count("requests")?,
-            prompt_tokens: count("prompt_tokens")?,
-            completion_tokens: count("completion_tokens")?,
-            training_tokens: count("training_tokens")?,
+            requests: count(&row, "requests")?,
+            prompt_tokens: count(&row, "prompt_tokens")?,
+            completion_tokens: count(&row, "completion_tokens")?,
+            training_tokens: count(&row, "training_tokens")?,
         };
         let pending = book.pending().get(id).copied().unwrap_or_default();
         Ok(written.each(pending, u64::saturating_add))
@@ -141,7 +141,7 @@ pub(super) async fn keep_flushing(store: Weak<Inner>) {
     loop {
         tokio::time::sleep(FLUSH_INTERVAL).await;
         let Some(inner) = store.upgrade() else { return };
-        if let Err(error) = (Store { inner: Arc::clone(&inner) }).flush_usage().await {
+        if let Err(error) = (Store { inner }).flush_usage().await {
             tracing::warn!(%error, "usage could not be written and is kept in memory");
         }
     }

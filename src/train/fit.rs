@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use candle_core::{Tensor, Var};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::adapter::Lora;
 use crate::data::{Batches, Examples};
@@ -15,8 +15,7 @@ use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::traced::{Dropout, ForwardOptions, TracedLora};
-use crate::request::{self, Hyperparameters, JobEvent};
-use crate::train::objective::measures::{ACCURACIES, MARGINS};
+use crate::request::{self, Hyperparameters, JobEvent, metric};
 use crate::train::objective::{Dpo, DpoLoss, LossSum, Measures, Objective, Sft};
 use crate::train::optim::{AdamW, clip, global_norm};
 use crate::train::schedule::Schedule;
@@ -52,7 +51,6 @@ pub struct FitInputs<'a> {
 #[derive(Debug, Default)]
 pub struct CancelToken {
     stop: CancellationToken,
-    claim_lost: AtomicBool,
     saved: AtomicBool,
     tokens: AtomicU64,
 }
@@ -63,20 +61,14 @@ impl CancelToken {
         self.stop.cancel();
     }
 
+    /// Ends the run in the same way when what this gives is dropped.
+    pub fn stop_on_drop(&self) -> DropGuard {
+        self.stop.clone().drop_guard()
+    }
+
     /// Waits until the run is to end.
     pub async fn stopped(&self) {
         self.stop.cancelled().await;
-    }
-
-    /// Stops the run, which is another worker's now, or nobody's.
-    pub fn lose_claim(&self) {
-        self.claim_lost.store(true, Ordering::Relaxed);
-        self.stop();
-    }
-
-    /// Returns whether the run is another's.
-    pub fn claim_is_lost(&self) -> bool {
-        self.claim_lost.load(Ordering::Relaxed)
     }
 
     /// Notes that what the run has made is on disk.
@@ -97,24 +89,14 @@ impl CancelToken {
         }
     }
 
-    /// Ids trained on so far, each time that they were.
-    pub fn tokens(&self) -> u64 {
-        self.tokens.load(Ordering::Relaxed)
+    /// Returns how many ids have been trained on since it was asked last, each time that they were.
+    pub fn take_tokens(&self) -> u64 {
+        self.tokens.swap(0, Ordering::Relaxed)
     }
 
     /// Fails once the run has been told to stop.
     pub fn check(&self) -> Result<()> {
         if self.stop.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
-    }
-}
-
-/// Tells the work to stop when it is dropped.
-#[derive(Debug)]
-pub struct StopOnDrop(pub Arc<CancelToken>);
-
-impl Drop for StopOnDrop {
-    fn drop(&mut self) {
-        self.0.stop();
     }
 }
 
@@ -190,8 +172,8 @@ struct Sums {
     measures: Measures,
 }
 
-/// Names that reports had before they had TRL's.
-const OLD_NAMES: [(&str, &str); 2] = [(MARGINS, "margin"), (ACCURACIES, "accuracy")];
+/// The names that the metrics of versions had before they had TRL's; clients read them.
+const OLD_NAMES: [(&str, &str); 2] = [(metric::MARGINS, "margin"), (metric::ACCURACIES, "accuracy")];
 
 impl Sums {
     fn add(&mut self, part: &LossSum) -> Result<()> {

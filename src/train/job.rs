@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::adapter::{BaseShape, Lora};
 use crate::config::Limits;
 use crate::data::{self, Batches, Encoded, Examples, Length, Split};
+use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::hub::Hub;
 use crate::ids::{AdapterRef, Tenant};
@@ -15,16 +16,24 @@ use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
 use crate::train::fit::CancelToken;
 use crate::train::schedule::Schedule;
-use crate::work::block_holding;
+use crate::work::{block_holding, blocking};
 
-/// Where jobs look things up.
+/// What a trainer works with.
 #[derive(Debug, Clone)]
 pub struct TrainingContext {
+    /// Where jobs and datasets are.
     pub store: Store,
+    /// Where versions are published.
     pub hub: Arc<Hub>,
+    /// The frozen base.
     pub model: Arc<Model>,
+    /// The base's tokenizer and template.
     pub text: Arc<Text>,
+    /// What it takes memory from while it reads a dataset.
     pub memory: Arc<Memory>,
+    /// Whom training asks for compute.
+    pub arbiter: Arc<Arbiter>,
+    /// The limits that this server was started with.
     pub limits: Limits,
 }
 
@@ -107,15 +116,13 @@ impl TrainingContext {
             Start::Fresh(lora) => {
                 let (lora, shape, seed) = (lora.clone(), shape.clone(), spec.hyperparameters.seed);
                 // Random numbers for a large rank take long.
-                let fresh = tokio::task::spawn_blocking(move || Lora::fresh(&lora, &shape, seed));
-                (fresh.await.map_err(Error::internal)??, false)
+                (blocking(move || Lora::fresh(&lora, &shape, seed)).await?, false)
             }
             Start::From(version) => {
                 let (_, package) = self.hub.package(tenant, &AdapterRef::Version(version.clone())).await?;
                 let shape = shape.clone();
                 // The limit on ranks is for what comes in: a version that exists can be continued whatever the limit is now.
-                let read = tokio::task::spawn_blocking(move || package.read(&shape, u64::MAX));
-                (read.await.map_err(Error::internal)??, true)
+                (blocking(move || package.read(&shape, u64::MAX)).await?, true)
             }
         };
         // Until its records are ids, which are an eighth of it or less; those of the one job that runs are not counted.
@@ -135,7 +142,8 @@ impl TrainingContext {
             let schedule = Schedule::new(&recipe, train.len());
             check_schedule(&schedule, &limits)?;
             let tokens = tokens_of_all_steps(&train, &recipe, &schedule);
-            check_tokens(tokens.saturating_add(evaluated_tokens(&train, &validation, &schedule)), &limits)?;
+            let evaluated = evaluated_tokens(&train, &validation, &recipe, &schedule);
+            check_tokens(tokens.saturating_add(evaluated), &limits)?;
             let (records, validation_records) = (train.len() as u64, validation.len() as u64);
             let data = TrainingData { records, validation_records, tokens, dropped, truncated };
             Ok::<_, Error>((train, validation, data, schedule.total_steps))
@@ -217,12 +225,25 @@ fn lengths(examples: &Examples) -> Vec<u64> {
     }
 }
 
-/// Ids that a run scores beside its steps: the validation examples at every evaluation, and all pairs once for the reference.
-fn evaluated_tokens(train: &Examples, validation: &Examples, schedule: &Schedule) -> u64 {
-    let sum = |examples: &Examples| lengths(examples).iter().sum::<u64>();
+/// Ids that a run scores beside its steps: the validation examples at every evaluation, and once for the reference those and the pairs
+/// that its steps see.
+fn evaluated_tokens(train: &Examples, validation: &Examples, recipe: &Hyperparameters, schedule: &Schedule) -> u64 {
+    let validation: u64 = lengths(validation).iter().sum();
     let evaluations = u64::from(schedule.total_steps.div_ceil(schedule.eval_every));
-    let reference = if matches!(train, Examples::Dpo(_)) { sum(train) + sum(validation) } else { 0 };
-    sum(validation).saturating_mul(evaluations).saturating_add(reference)
+    let reference = match train {
+        Examples::Sft(_) => 0,
+        Examples::Dpo(_) => {
+            let lengths = lengths(train);
+            let seen = batches(lengths.len(), recipe, schedule).seen_in(schedule.total_steps.into());
+            seen.into_iter().map(|pair| lengths[pair]).sum::<u64>() + validation
+        }
+    };
+    validation.saturating_mul(evaluations).saturating_add(reference)
+}
+
+/// Which records each step of a run sees.
+fn batches(records: usize, recipe: &Hyperparameters, schedule: &Schedule) -> Batches {
+    Batches::new(records, schedule.batch, (!recipe.sequential).then_some(recipe.seed))
 }
 
 /// Ids that a run sees, counted each time that it does.
@@ -230,7 +251,7 @@ fn tokens_of_all_steps(train: &Examples, recipe: &Hyperparameters, schedule: &Sc
     let lengths = lengths(train);
     let (epochs, rest) =
         (schedule.total_steps / schedule.steps_per_epoch, schedule.total_steps % schedule.steps_per_epoch);
-    let mut batches = Batches::new(lengths.len(), schedule.batch, (!recipe.sequential).then_some(recipe.seed));
+    let mut batches = batches(lengths.len(), recipe, schedule);
     let first = u64::from(epochs) * u64::from(schedule.steps_per_epoch);
     let last_epoch = (first..first + u64::from(rest)).flat_map(|step| batches.of_step(step));
     let of_last_epoch: u64 = last_epoch.map(|record| lengths[record]).sum();

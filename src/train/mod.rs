@@ -10,6 +10,8 @@ mod result;
 pub mod schedule;
 mod worker;
 
+pub use job::TrainingContext;
+
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -20,19 +22,14 @@ use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Limits;
-use crate::device::Arbiter;
 use crate::error::{Error, Result};
-use crate::hub::Hub;
 use crate::ids::{JobName, Tenant};
-use crate::memory::Memory;
-use crate::model::Model;
 use crate::request::{JobEvent, JobSpec, JobState, TrainingData};
-use crate::store::{JobEnd, JobRow, NewJob, RequestKey, Store, StoredEvent, spawn_uncancellable};
+use crate::store::{JobEnd, JobRow, NewJob, RequestKey, StoredEvent};
 use crate::sync::lock;
-use crate::text::Text;
-use crate::train::fit::{CancelToken, StopOnDrop};
-use crate::train::job::{Prepared, TrainingContext};
+use crate::train::fit::CancelToken;
+use crate::train::job::Prepared;
+use crate::work::spawn_uncancellable;
 
 /// Stored events read at once by a watcher.
 const EVENT_PAGE: u32 = 256;
@@ -43,25 +40,6 @@ const EVENTS_BEHIND: usize = 256;
 /// How often storing an event is tried, and the pause between two attempts.
 const REPORT_ATTEMPTS: u32 = 3;
 const REPORT_PAUSE: Duration = Duration::from_millis(200);
-
-/// What a trainer works with.
-#[derive(Debug, Clone)]
-pub struct TrainerParts {
-    /// Where jobs and datasets are.
-    pub store: Store,
-    /// Where versions are published.
-    pub hub: Arc<Hub>,
-    /// The frozen base.
-    pub model: Arc<Model>,
-    /// The base's tokenizer and template.
-    pub text: Arc<Text>,
-    /// What it takes memory from while it reads a dataset.
-    pub memory: Arc<Memory>,
-    /// Whom training asks for compute.
-    pub arbiter: Arc<Arbiter>,
-    /// The limits that this server was started with.
-    pub limits: Limits,
-}
 
 /// A job that would run.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -84,10 +62,7 @@ pub type EventStream = Pin<Box<dyn Stream<Item = Result<StoredEvent>> + Send>>;
 
 #[derive(Debug)]
 struct Inner {
-    sources: TrainingContext,
-    arbiter: Arc<Arbiter>,
-    /// This process, as the owner of claims.
-    worker: String,
+    context: TrainingContext,
     /// A job may be waiting.
     queued: Notify,
     /// Says whenever an event of a job has been stored.
@@ -110,7 +85,7 @@ impl Inner {
     async fn report(&self, job: &JobName, event: JobEvent) {
         let attempts = if self.reports_fail.load(Ordering::Relaxed) { 1 } else { REPORT_ATTEMPTS };
         for attempt in 1..=attempts {
-            match self.sources.store.append_event(job, &event).await {
+            match self.context.store.append_event(job, &event).await {
                 Ok(_) => {
                     self.reports_fail.store(false, Ordering::Relaxed);
                     self.announce(job);
@@ -127,7 +102,7 @@ impl Inner {
 
     /// Stores what a job trains on, as far as that is possible.
     async fn report_data(&self, job: &JobName, data: TrainingData, total_steps: u32) {
-        if let Err(error) = self.sources.store.set_job_data(job, data, total_steps).await {
+        if let Err(error) = self.context.store.set_job_data(job, data, total_steps).await {
             tracing::warn!(%job, %error, "could not record what a training job trains on");
         }
         if data.dropped + data.truncated > 0 {
@@ -153,13 +128,10 @@ impl Inner {
 
 impl Trainer {
     /// Marks the jobs that an earlier process left running as interrupted, and begins to take queued ones.
-    pub async fn start(parts: TrainerParts) -> Result<Self> {
-        let TrainerParts { store, hub, model, text, memory, arbiter, limits } = parts;
-        store.interrupt_stale_jobs().await?;
+    pub async fn start(context: TrainingContext) -> Result<Self> {
+        context.store.interrupt_stale_jobs().await?;
         let inner = Arc::new(Inner {
-            sources: TrainingContext { store, hub, model, text, memory, limits },
-            arbiter,
-            worker: new_id(),
+            context,
             queued: Notify::new(),
             events: broadcast::Sender::new(EVENTS_BEHIND),
             running: Mutex::default(),
@@ -170,34 +142,28 @@ impl Trainer {
         Ok(Self { inner, worker: Arc::new(Mutex::new(Some(worker))) })
     }
 
-    /// Checks a job, its records too, and stores nothing.
+    /// Checks a job, its records too, and stores nothing. `control` ends it early.
     ///
     /// # Errors
     ///
-    /// Those that the job would end with before its first step.
-    pub async fn validate(&self, tenant: &Tenant, spec: &JobSpec) -> Result<Validated> {
-        let sources = &self.inner.sources;
-        // Told to stop where the caller goes away.
-        let control = Arc::new(CancelToken::default());
-        let _stop = StopOnDrop(control.clone());
-        let Prepared { total_steps, data, .. } = sources.prepare(tenant, spec, control).await?;
+    /// Those that the job would end with before its first step; CANCELLED.
+    pub async fn validate(&self, tenant: &Tenant, spec: &JobSpec, control: Arc<CancelToken>) -> Result<Validated> {
+        let Prepared { total_steps, data, .. } = self.inner.context.prepare(tenant, spec, control).await?;
         Ok(Validated { total_steps, data })
     }
 
     /// Queues a job. The same request again, known by its id, gives the job it made; another one under the id is REQUEST_ID_REUSED.
     pub async fn submit(&self, tenant: &Tenant, spec: JobSpec, request: &RequestKey) -> Result<JobRow> {
-        let sources = &self.inner.sources;
+        let context = &self.inner.context;
         tenant.check_owns(&spec.adapter.tenant)?;
-        if let Some(row) = sources.store.job_of_request(&spec.adapter, request).await? {
+        if let Some(row) = context.store.job_of_request(&spec.adapter, request).await? {
             return Ok(row);
         }
-        let checked = sources.check(tenant, &spec).await?;
+        let checked = context.check(tenant, &spec).await?;
         let name = JobName::new(tenant.id(), &new_id())?;
-        sources.check_disk()?;
+        context.check_disk()?;
         let job = NewJob { name, spec, total_steps: checked.total_steps };
-        let row = sources.store.insert_job(&job, request, sources.limits.max_jobs_per_tenant).await?;
-        let JobSpec { adapter, dataset, .. } = &row.spec;
-        tracing::info!(tenant = %tenant.id(), job = %row.name, %adapter, %dataset, "a training job is queued");
+        let row = context.store.insert_job(&job, request, context.limits.max_jobs_per_tenant).await?;
         self.inner.announce(&row.name);
         self.inner.queued.notify_one();
         Ok(row)
@@ -207,8 +173,8 @@ impl Trainer {
     pub async fn cancel(&self, tenant: &Tenant, job: &JobName) -> Result<JobRow> {
         tenant.check_owns(&job.tenant)?;
         // To the end, also where the caller goes away: what a cancelled job has saved goes with it.
-        let (trainer, tenant, job) = (self.clone(), tenant.clone(), job.clone());
-        spawn_uncancellable(async move { trainer.run_cancel(&tenant, &job).await }).await
+        let (trainer, job) = (self.clone(), job.clone());
+        spawn_uncancellable(async move { trainer.run_cancel(&job).await }).await
     }
 
     /// Deletes a job that has ended or is interrupted; see [`Store::delete_job`]. Whoever watches it is told that it is gone.
@@ -216,31 +182,30 @@ impl Trainer {
         tenant.check_owns(&job.tenant)?;
         let (inner, job) = (self.inner.clone(), job.clone());
         spawn_uncancellable(async move {
-            inner.sources.store.delete_job(&job).await?;
+            inner.context.store.delete_job(&job).await?;
             inner.announce(&job);
             Ok(())
         })
         .await
     }
 
-    async fn run_cancel(&self, tenant: &Tenant, job: &JobName) -> Result<JobRow> {
-        let store = &self.inner.sources.store;
-        let idle = [JobState::Queued, JobState::Paused, JobState::Interrupted];
-        if let Some(row) = store.transition(job, &idle, JobState::Cancelled, JobEnd::default()).await? {
-            tracing::info!(tenant = %tenant.id(), %job, "a training job is cancelled");
-            self.inner.announce(job);
-            return Ok(row);
-        }
-        let busy = [JobState::Running, JobState::Pausing];
-        if let Some(row) = store.transition(job, &busy, JobState::Cancelling, JobEnd::default()).await? {
-            self.inner.announce(job);
-            if let Some(running) = self.inner.running().as_ref().filter(|running| running.job == *job) {
-                running.control.stop();
-            }
-            return Ok(row);
+    async fn run_cancel(&self, job: &JobName) -> Result<JobRow> {
+        let store = &self.inner.context.store;
+        let decide = |state| match state {
+            JobState::Queued | JobState::Paused | JobState::Interrupted => Some(JobState::Cancelled),
+            JobState::Running | JobState::Pausing => Some(JobState::Cancelling),
+            _ => None,
+        };
+        let moved = store.move_job(job, |state| Some((decide(state)?, JobEnd::default()))).await?;
+        self.inner.announce(job);
+        if moved == Some(JobState::Cancelling)
+            && let Some(running) = self.inner.running().as_ref().filter(|running| running.job == *job)
+        {
+            running.control.stop();
         }
         let row = store.get_job(job).await?;
         match row.state {
+            _ if moved.is_some() => Ok(row),
             JobState::Cancelling | JobState::Cancelled => Ok(row),
             _ => Err(Error::precondition("JOB_ENDED", job, "has ended; there is nothing to cancel")),
         }
@@ -249,31 +214,30 @@ impl Trainer {
     /// Queues an interrupted job again. It publishes what its training has saved; where there is nothing, it starts over.
     pub async fn resume(&self, tenant: &Tenant, job: &JobName) -> Result<JobRow> {
         tenant.check_owns(&job.tenant)?;
-        let store = &self.inner.sources.store;
+        let store = &self.inner.context.store;
         let queued = store.transition(job, &[JobState::Interrupted], JobState::Queued, JobEnd::default()).await?;
-        let Some(row) = queued else {
-            let state = store.get_job(job).await?.state;
+        if queued.is_none() {
+            let state = store.job_state(job).await?;
             let message = format!("is {state:?}; only an interrupted job can be resumed");
             return Err(Error::precondition("JOB_NOT_INTERRUPTED", job, message));
-        };
-        tracing::info!(tenant = %tenant.id(), %job, "a training job is resumed");
+        }
         self.inner.announce(job);
         self.inner.queued.notify_one();
-        Ok(row)
+        store.get_job(job).await
     }
 
     /// The job's events after the sequence number `after`: stored ones, then live ones, without gap or repetition.
     pub async fn watch(&self, tenant: &Tenant, job: &JobName, after: u64) -> Result<EventStream> {
         tenant.check_owns(&job.tenant)?;
         let (inner, job) = (self.inner.clone(), job.clone());
-        inner.sources.store.get_job(&job).await?;
+        inner.context.store.get_job(&job).await?;
         Ok(Box::pin(async_stream::try_stream! {
             let mut after = after;
             let mut changed = inner.events.subscribe();
             loop {
                 // Read before the events, so that a final state's own event is among them.
-                let ended = inner.sources.store.get_job(&job).await?.state.is_final();
-                let events = inner.sources.store.events_after(&job, after, EVENT_PAGE).await?;
+                let ended = inner.context.store.get_job(&job).await?.state.is_final();
+                let events = inner.context.store.events_after(&job, after, EVENT_PAGE).await?;
                 if events.is_empty() {
                     if ended {
                         return;

@@ -36,13 +36,13 @@ pub(super) async fn save_and_publish(
     control: &CancelToken,
 ) -> Result<Publication> {
     let began = Instant::now();
-    let patience = Duration::from_secs(inner.sources.limits.publish_retry_seconds);
+    let patience = Duration::from_secs(inner.context.limits.publish_retry_seconds);
     let mut pause = FIRST_PAUSE;
     loop {
         // Before anything else: a server that is told to stop now must not lose what took hours.
         let saved = save(inner, job, result, control).await;
         control.check()?;
-        let error = match inner.sources.hub.publish(tenant, new_version(job, result)).await {
+        let error = match inner.context.hub.publish(tenant, new_version(job, result)).await {
             Ok(row) => return Ok(Publication::Done(Box::new(row))),
             Err(error) => error,
         };
@@ -68,7 +68,7 @@ async fn save(inner: &Inner, job: &JobRow, result: &TrainingResult, control: &Ca
     if control.is_saved() {
         return true;
     }
-    match result.save(&inner.sources.store, job).await {
+    match result.save(&inner.context.store, job).await {
         Ok(()) => control.saved(),
         Err(error) => {
             tracing::warn!(job = %job.name, %error, "a trained adapter could not be saved before it is published")

@@ -8,6 +8,7 @@ use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::store::{JobRow, RESULT_MANIFEST, Store};
+use crate::work::blocking;
 
 /// The newest form of the manifest that this build writes and reads.
 const VERSION: u32 = 1;
@@ -41,47 +42,53 @@ impl TrainingResult {
     /// the catalogue, which may be locked at the moment when the server has to stop.
     pub async fn save(&self, store: &Store, job: &JobRow) -> Result<()> {
         let Some(folder) = &job.result else { return Err(Error::internal("a job without a claim has no result")) };
+        let (package, [config, tensors]) = digests_of(self.package.clone()).await?;
         let manifest = Manifest {
             v: VERSION,
-            config: Digest::of(&self.package.config).to_string(),
-            tensors: Digest::of(&self.package.tensors).to_string(),
+            config,
+            tensors,
             metrics: self.metrics.clone(),
             probes: self.probes.clone(),
             diverged: self.diverged.clone(),
         };
         let manifest = serde_json::to_vec(&manifest).map_err(Error::internal)?;
         let blobs = store.blobs();
-        blobs.replace(&format!("{folder}/{CONFIG_FILE}"), self.package.config.clone()).await?;
-        blobs.replace(&format!("{folder}/{TENSORS_FILE}"), self.package.tensors.clone()).await?;
+        blobs.replace(&format!("{folder}/{CONFIG_FILE}"), package.config).await?;
+        blobs.replace(&format!("{folder}/{TENSORS_FILE}"), package.tensors).await?;
         blobs.replace(&format!("{folder}/{RESULT_MANIFEST}"), manifest).await
     }
 
     /// Reads the result that a job has saved. `None` where there is none that is whole and readable: the job has to train again.
     pub async fn load(store: &Store, job: &JobRow) -> Result<Option<Self>> {
         let Some(folder) = &job.result else { return Ok(None) };
-        let [manifest, config, tensors] =
-            [RESULT_MANIFEST, CONFIG_FILE, TENSORS_FILE].map(|file| format!("{folder}/{file}"));
-        let files = store.blobs().list(folder).await?;
-        if !files.contains(&manifest) {
-            return Ok(None);
-        }
-        if !(files.contains(&config) && files.contains(&tensors)) {
+        let file = async |name: &str| store.blobs().get(&format!("{folder}/{name}")).await;
+        let Some(manifest) = file(RESULT_MANIFEST).await? else { return Ok(None) };
+        let (Some(config), Some(tensors)) = (file(CONFIG_FILE).await?, file(TENSORS_FILE).await?) else {
             return Ok(unusable(job, &"a file is missing"));
-        }
-        let manifest: Manifest = match serde_json::from_slice(&store.blobs().get(&manifest).await?) {
+        };
+        let manifest: Manifest = match serde_json::from_slice(&manifest) {
             Ok(manifest) => manifest,
             Err(error) => return Ok(unusable(job, &error)),
         };
         if manifest.v > VERSION {
             return Ok(unusable(job, &format!("it has version {}", manifest.v)));
         }
-        let (config, tensors) = (store.blobs().get(&config).await?, store.blobs().get(&tensors).await?);
-        if [&config, &tensors].map(|file| Digest::of(file).to_string()) != [manifest.config, manifest.tensors] {
+        let (package, digests) = digests_of(Package { config, tensors }).await?;
+        if digests != [manifest.config, manifest.tensors] {
             return Ok(unusable(job, &"its files have other digests"));
         }
-        let (package, probes) = (Package { config, tensors }, manifest.probes);
+        let probes = manifest.probes;
         Ok(Some(Self { package, metrics: manifest.metrics, probes, diverged: manifest.diverged }))
     }
+}
+
+/// The digests of the two files, which may be large, and the files again.
+async fn digests_of(package: Package) -> Result<(Package, [String; 2])> {
+    let hash = move || {
+        let digests = [&package.config, &package.tensors].map(|file| Digest::of(file).to_string());
+        Ok((package, digests))
+    };
+    blocking(hash).await
 }
 
 /// Says in the log why a saved result is passed over.

@@ -1,11 +1,11 @@
-//! Runs queued jobs one after another: claims one, keeps its lease alive while it trains, publishes the result, writes how it ended.
+//! Runs queued jobs one after another: claims one, trains it while it is not cancelled, publishes the result, writes how it ended.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::adapter::format::Package;
 use crate::error::{Error, Result};
-use crate::ids::{JobName, Tenant};
+use crate::ids::{JobName, Tenant, TenantId};
 use crate::request::{JobEvent, JobState};
 use crate::store::{JobEnd, JobRow, UsageDelta, VersionRow, held_error};
 use crate::train::fit::{CancelToken, FitInputs, fit};
@@ -14,9 +14,8 @@ use crate::train::publishing::{Publication, save_and_publish, shown};
 use crate::train::result::TrainingResult;
 use crate::train::{Inner, Running};
 
-/// How long a claim holds without a heartbeat.
-const LEASE: Duration = Duration::from_secs(30);
-const HEARTBEAT: Duration = Duration::from_secs(5);
+/// How often a run's tokens are counted, and its state looked at.
+const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How often an idle worker looks for jobs unasked.
 const LOOK: Duration = Duration::from_secs(15);
 /// Pause after the catalogue could not be read or written.
@@ -25,7 +24,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Takes jobs until the trainer shuts down.
 pub(super) async fn run(inner: Arc<Inner>) {
     while !inner.shutdown.is_cancelled() {
-        match inner.sources.store.claim_next_job(&inner.worker, LEASE).await {
+        match inner.context.store.claim_next_job().await {
             Ok(Some((tenant, job))) => run_job(&inner, &tenant, &job).await,
             Ok(None) => {
                 tokio::select! {
@@ -52,12 +51,7 @@ async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
         never = heartbeat(inner, &job.name, &control) => match never {},
     };
     inner.set_running(None);
-    let usage = UsageDelta { training_tokens: control.tokens(), ..UsageDelta::default() };
-    inner.sources.store.add_usage(tenant.id(), usage);
-    if control.claim_is_lost() {
-        tracing::error!(job = %job.name, "the claim of a training job was lost; what it has become is for others to say");
-        return;
-    }
+    count_tokens(inner, tenant.id(), &control);
     let end = End::of(&job.name, outcome, control.is_saved());
     // Until it is written the job is RUNNING to everyone, and nothing it uses can be deleted.
     while let Err(error) = end.write(inner, &job.name).await {
@@ -69,15 +63,14 @@ async fn run_job(inner: &Arc<Inner>, tenant: &Tenant, job: &JobRow) {
     }
 }
 
-/// Keeps the claim, and stops the run when the catalogue says that it is to be cancelled, that it is another's, or the server shuts down.
+/// Counts what the run has trained on, and stops it when the catalogue says that it is to be cancelled, or the server shuts down.
 async fn heartbeat(inner: &Inner, job: &JobName, control: &CancelToken) -> std::convert::Infallible {
     loop {
-        match inner.sources.store.heartbeat(job, &inner.worker, LEASE).await {
+        count_tokens(inner, &job.tenant, control);
+        match inner.context.store.job_state(job).await {
             Ok(JobState::Running) => {}
             Ok(_) => control.stop(),
-            Err(Error::NotFound { .. }) => control.lose_claim(),
-            // One process has the data folder: while this one lives, nobody takes its claims for a heartbeat that could not be written.
-            Err(error) => tracing::warn!(%job, %error, "could not renew the claim"),
+            Err(error) => tracing::warn!(%job, %error, "could not read a running job's state"),
         }
         tokio::select! {
             () = tokio::time::sleep(HEARTBEAT) => {}
@@ -87,6 +80,11 @@ async fn heartbeat(inner: &Inner, job: &JobName, control: &CancelToken) -> std::
             }
         }
     }
+}
+
+fn count_tokens(inner: &Inner, tenant: &TenantId, control: &CancelToken) {
+    let usage = UsageDelta { training_tokens: control.take_tokens(), ..UsageDelta::default() };
+    inner.context.store.add_usage(tenant, usage);
 }
 
 async fn train_and_publish(
@@ -119,8 +117,8 @@ async fn train_and_publish(
 }
 
 async fn prepare(inner: &Inner, tenant: &Tenant, job: &JobRow, control: &Arc<CancelToken>) -> Result<Prepared> {
-    inner.sources.check_disk()?;
-    let prepared = inner.sources.prepare(tenant, &job.spec, control.clone()).await?;
+    inner.context.check_disk()?;
+    let prepared = inner.context.prepare(tenant, &job.spec, control.clone()).await?;
     inner.report_data(&job.name, prepared.data, prepared.total_steps).await;
     Ok(prepared)
 }
@@ -132,7 +130,7 @@ fn not_begun(job: &JobName, error: &Error) -> Publication {
 
 /// What an earlier run of the job has left: it only has to be published.
 async fn saved_result(inner: &Inner, job: &JobRow, control: &CancelToken) -> Result<Option<TrainingResult>> {
-    let result = TrainingResult::load(&inner.sources.store, job).await?;
+    let result = TrainingResult::load(&inner.context.store, job).await?;
     if result.is_some() {
         control.saved();
         let line = "the training had ended before; publishing the adapter that it saved";
@@ -152,19 +150,19 @@ async fn train(
     let runtime = tokio::runtime::Handle::current();
     let run = move || {
         let inputs = FitInputs {
-            model: &inner.sources.model,
+            model: &inner.context.model,
             start: &prepared.start,
             reference: prepared.continued.then_some(&prepared.start),
             train: &prepared.train,
             validation: &prepared.validation,
             objective: spec.objective,
             recipe: &spec.hyperparameters,
-            arbiter: &inner.arbiter,
+            arbiter: &inner.context.arbiter,
             control: &control,
         };
         let outcome = fit(inputs, &mut |event| runtime.block_on(inner.report(&name, event)))?;
         Ok(TrainingResult {
-            package: Package::from_lora(&outcome.lora, inner.sources.model.shape())?,
+            package: Package::from_lora(&outcome.lora, inner.context.model.shape())?,
             // JSON has no infinities.
             metrics: outcome.metrics.into_iter().filter(|(_, value)| value.is_finite()).collect(),
             probes: prepared.probes(),
@@ -205,35 +203,27 @@ impl End {
         }
     }
 
-    async fn write(&self, inner: &Inner, job: &JobName) -> Result<()> {
-        let store = &inner.sources.store;
-        let running = [JobState::Running, JobState::Cancelling];
-        let named = |version: &VersionRow| Some(version.name.clone());
-        let row = match self {
+    /// What becomes of the job, by the state that it is in: it may have been cancelled until now.
+    fn decide(&self, state: JobState) -> Option<(JobState, JobEnd)> {
+        if !matches!(state, JobState::Running | JobState::Cancelling) {
+            return None;
+        }
+        Some(match self {
             Self::Succeeded(version) => {
-                let end = JobEnd { version: named(version), error: None };
-                store.transition(job, &running, JobState::Succeeded, end).await?
+                (JobState::Succeeded, JobEnd { version: Some(version.name.clone()), error: None })
             }
             Self::Failed { version, error } => {
-                let version = version.as_deref().and_then(named);
-                let end = JobEnd { version, error: Some(error.clone()) };
-                store.transition(job, &running, JobState::Failed, end).await?
+                let version = version.as_ref().map(|version| version.name.clone());
+                (JobState::Failed, JobEnd { version, error: Some(error.clone()) })
             }
-            Self::Stopped(why) => {
-                match store.transition(job, &running[1..], JobState::Cancelled, JobEnd::default()).await? {
-                    Some(row) => Some(row),
-                    None => {
-                        let end = JobEnd { version: None, error: Some(why.clone()) };
-                        store.transition(job, &running[..1], JobState::Interrupted, end).await?
-                    }
-                }
-            }
-        };
+            Self::Stopped(_) if state == JobState::Cancelling => (JobState::Cancelled, JobEnd::default()),
+            Self::Stopped(why) => (JobState::Interrupted, JobEnd { version: None, error: Some(why.clone()) }),
+        })
+    }
+
+    async fn write(&self, inner: &Inner, job: &JobName) -> Result<()> {
+        inner.context.store.move_job(job, |state| self.decide(state)).await?;
         inner.announce(job);
-        if let Some(JobRow { state, version, error, .. }) = row {
-            let version = version.map(|version| version.to_string());
-            tracing::info!(tenant = %job.tenant, %job, ?state, version, error, "a training job ended");
-        }
         Ok(())
     }
 }

@@ -76,6 +76,8 @@ async fn a_backup_of_a_running_server_restores() {
     let (backup, restored) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let data = server.data.path().to_owned();
     follow("Back up, while the server runs", &[("DATA", &data), ("BACKUP", backup.path())]).await;
+    server.upload(&key, "a", "next").await.unwrap();
+    follow("Bring a backup up to date", &[("DATA", &data), ("BACKUP", backup.path())]).await;
     server.upload(&key, "a", "later").await.unwrap();
     server.stopped().await;
 
@@ -83,7 +85,9 @@ async fn a_backup_of_a_running_server_restores() {
     follow("Restore a whole backup", &places).await;
     let server = start(restored, "").await;
     assert_eq!(ids(&server, &key).await, before);
-    assert_eq!(report(&server, &key, "kept").await.unwrap().dataset.unwrap().records, 4);
+    for id in ["kept", "next"] {
+        assert_eq!(report(&server, &key, id).await.unwrap().dataset.unwrap().records, 4);
+    }
     assert_eq!(report(&server, &key, "later").await.unwrap_err().code(), Code::NotFound);
     server.stopped().await;
 }

@@ -8,13 +8,13 @@ use super::{at, known, name, or_empty, publish, request_id, timestamp};
 use crate::api::proto as pb;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, Digest, TenantId, VersionName};
+use crate::request::metric::{ACCURACIES, MARGINS};
 use crate::request::{
     Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, Publish, Start, Target, TooLong,
     TrainingData,
 };
 use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
-use crate::train::objective::measures::{ACCURACIES, MARGINS};
 
 /// The recipe of a request. `from` is the version that `from_version` means.
 pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result<JobSpec> {

@@ -1,9 +1,9 @@
+use std::time::Duration;
+
 use super::*;
 use crate::ids::{DatasetName, Digest};
 use crate::request::{Hyperparameters, LoraSpec, LrSchedule, Objective, Publish, TooLong};
 use crate::store::{DatasetKind, NewDataset, Retention};
-
-const LEASE: Duration = Duration::from_secs(30);
 
 fn tenant(id: &str) -> TenantId {
     TenantId::new(id).unwrap()
@@ -66,7 +66,7 @@ async fn insert(store: &Store, tenant_id: &str, id: &str) -> JobName {
 }
 
 async fn claim(store: &Store) -> Option<String> {
-    store.claim_next_job("w", LEASE).await.unwrap().map(|(_, job)| job.name.job)
+    store.claim_next_job().await.unwrap().map(|(_, job)| job.name.job)
 }
 
 async fn states(store: &Store, job: &JobName) -> Vec<JobState> {
@@ -147,8 +147,34 @@ async fn a_transition_happens_once_and_has_one_event() {
     let (a, b) = tokio::join!(cancel(), cancel());
     assert_eq!([a.unwrap(), b.unwrap()].iter().flatten().count(), 1);
     assert_eq!(states(&store, &name).await, [JobState::Queued, JobState::Running, JobState::Cancelling]);
-    assert_eq!(store.heartbeat(&name, "w", LEASE).await.unwrap(), JobState::Cancelling);
-    assert!(matches!(store.heartbeat(&name, "other", LEASE).await, Err(Error::NotFound { .. })));
+    assert_eq!(store.job_state(&name).await.unwrap(), JobState::Cancelling);
+    assert!(STATES.iter().all(|state| state_from_name(state_name(*state)).unwrap() == *state));
+    let ended = STATES.iter().filter(|state| ended!().contains(&format!("'{}'", state_name(**state))));
+    assert!(ended.eq(STATES.iter().filter(|state| state.is_final())));
+}
+
+/// Its state and its result stay for the build that wrote it, and it can be cancelled.
+#[tokio::test]
+async fn a_job_that_cannot_be_read_is_interrupted_and_can_be_cancelled() {
+    let (_folder, store) = store().await;
+    let (unreadable, next) = (insert(&store, "one", "a").await, insert(&store, "two", "b").await);
+    claim(&store).await;
+    store.transition(&unreadable, &[JobState::Running], JobState::Queued, JobEnd::default()).await.unwrap();
+    let blob = store.get_job(&unreadable).await.unwrap().result.unwrap();
+    store.blobs().put(&format!("{blob}/x"), vec![1]).await.unwrap();
+    store.execute("UPDATE jobs SET spec = '{}' WHERE job = 'a'").await;
+    store.execute("UPDATE jobs SET state = 'RUNNING' WHERE job = 'b'").await;
+    assert_eq!(claim(&store).await, None, "nothing else waits");
+    assert_eq!(store.job_state(&unreadable).await.unwrap(), JobState::Interrupted);
+    assert!(store.blobs().get(&format!("{blob}/x")).await.unwrap().is_some());
+    assert_eq!(store.job_state(&next).await.unwrap(), JobState::Running);
+
+    let cancelled = store.move_job(&unreadable, |_| Some((JobState::Cancelled, JobEnd::default()))).await.unwrap();
+    assert_eq!(cancelled, Some(JobState::Cancelled));
+    let error = store.get_job(&unreadable).await.unwrap_err().to_string();
+    assert!(error.contains("is CANCELLED") && error.contains("delete it"), "{error}");
+    assert_eq!(store.blobs().get(&format!("{blob}/x")).await.unwrap(), None);
+    store.delete_job(&unreadable).await.unwrap();
 }
 
 #[tokio::test]
@@ -243,7 +269,7 @@ async fn only_a_job_that_has_ended_can_be_deleted_and_its_events_go_with_it() {
     store.delete_job(&name).await.unwrap();
     assert!(store.get_job(&name).await.is_err());
     assert_eq!(store.events_after(&name, 0, 10).await.unwrap(), []);
-    assert!(store.blobs().get(&format!("{blob}/x")).await.is_err(), "what it had saved goes too");
+    assert_eq!(store.blobs().get(&format!("{blob}/x")).await.unwrap(), None, "what it had saved goes too");
     assert!(matches!(store.delete_job(&name).await, Err(Error::NotFound { .. })));
     store.execute("DELETE FROM datasets").await;
 }

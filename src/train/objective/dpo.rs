@@ -8,10 +8,8 @@ use crate::data::Pair;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::traced::ForwardOptions;
+use crate::request::metric::{ACCURACIES, CHOSEN_LOGPS, CHOSEN_REWARDS, MARGINS, REJECTED_LOGPS, REJECTED_REWARDS};
 use crate::text::Conversation;
-use crate::train::objective::measures::{
-    ACCURACIES, CHOSEN_LOGPS, CHOSEN_REWARDS, MARGINS, REJECTED_LOGPS, REJECTED_REWARDS,
-};
 use crate::train::objective::{LossSum, Measures, Objective, loss_tokens, score_loss_tokens};
 
 /// The loss of pairs of sequence log-probabilities.

@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 
-pub use crate::request::metric::*;
-
 /// Sums of named measurements, each with the number it is divided by.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Measures(BTreeMap<&'static str, (f64, f64)>);
@@ -34,6 +32,7 @@ impl Measures {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request::metric::{MARGINS, TOKEN_ACCURACY};
 
     #[test]
     fn means_are_over_all_that_was_counted() {

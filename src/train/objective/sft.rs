@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::model::Model;
 use crate::model::traced::ForwardOptions;
+use crate::request::metric::TOKEN_ACCURACY;
 use crate::text::Conversation;
-use crate::train::objective::measures::TOKEN_ACCURACY;
 use crate::train::objective::{LossSum, Measures, Objective, loss_tokens, score_loss_tokens};
 
 /// Cross-entropy, averaged over the loss tokens of the whole step.

@@ -8,12 +8,12 @@ use crate::data::{Examples, Preference, Record};
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::request::metric::*;
 use crate::request::{Hyperparameters, JobEvent, LoraSpec, Objective};
 use crate::store::DatasetKind;
 use crate::text::Text;
 use crate::train::fit::{CancelToken, DIVERGED_ABOVE, FitInputs, FitOutcome, fit};
 use crate::train::objective::loss_tokens;
-use crate::train::objective::measures::*;
 use crate::train::tests::{lora, recipe};
 
 const DPO: Objective = Objective::Dpo { beta: 0.1, label_smoothing: 0.0 };

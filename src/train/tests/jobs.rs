@@ -21,7 +21,7 @@ use crate::request::{
 };
 use crate::store::{DatasetKind, JobRow, NewJob, Options, Page, RESULT_MANIFEST, RequestKey, Store, StoredEvent};
 use crate::train::tests::{lora, recipe};
-use crate::train::{Trainer, TrainerParts};
+use crate::train::{Trainer, TrainingContext};
 
 /// Longest that a test waits for a job.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -37,7 +37,7 @@ impl PublishGate for PassingGate {
 
 struct Bench {
     folder: tempfile::TempDir,
-    parts: TrainerParts,
+    parts: TrainingContext,
     trainer: Trainer,
     tenant: Tenant,
 }
@@ -49,7 +49,7 @@ impl Bench {
 
     async fn with(limits: Limits) -> Self {
         let bench = Self::open(tempfile::tempdir().unwrap(), limits).await;
-        let Self { parts: TrainerParts { store, .. }, tenant, .. } = &bench;
+        let Self { parts: TrainingContext { store, .. }, tenant, .. } = &bench;
         store.create_tenant(tenant.id(), "", 1, "").await.unwrap();
         let chat = r#"{"prompt":"hello","completion":"good day"}"#;
         bench.upload("chats", DatasetKind::Sft, &format!("{chat}\n").repeat(8)).await;
@@ -70,7 +70,7 @@ impl Bench {
         let hub =
             Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(PassingGate), &limits);
         let memory = Memory::new(limits.max_request_memory_bytes);
-        let parts = TrainerParts { store, hub, model, text, memory, arbiter: Arbiter::new(0.5), limits };
+        let parts = TrainingContext { store, hub, model, text, memory, arbiter: Arbiter::new(0.5), limits };
         let trainer = Trainer::start(parts.clone()).await.unwrap();
         Self { folder, parts, trainer, tenant }
     }
@@ -145,7 +145,7 @@ impl Bench {
 
     async fn upload(&self, id: &str, kind: DatasetKind, lines: &str) {
         let name = DatasetName::new(self.tenant.id(), id).unwrap();
-        let Self { parts: TrainerParts { store, text, limits, .. }, tenant, .. } = self;
+        let Self { parts: TrainingContext { store, text, limits, .. }, tenant, .. } = self;
         let mut upload = Upload::begin(store, text, limits, tenant, name, kind, "", false).await.unwrap();
         upload.write(lines.as_bytes()).await.unwrap();
         upload.finish().await.unwrap();
@@ -304,10 +304,10 @@ async fn what_cannot_be_trained_is_refused_or_fails_before_the_first_step() {
 
     let mut short = sft();
     short.hyperparameters.max_length = Some(4);
-    let refused = bench.trainer.validate(&bench.tenant, &short).await.unwrap_err().to_string();
+    let refused = bench.trainer.validate(&bench.tenant, &short, Arc::default()).await.unwrap_err().to_string();
     assert!(refused.contains("8 of 8 records are longer than 4 tokens (max_length): line 1 ("), "{refused}");
     assert!(refused.contains(", line 8 ("), "{refused}");
-    let valid = bench.trainer.validate(&bench.tenant, &sft()).await.unwrap();
+    let valid = bench.trainer.validate(&bench.tenant, &sft(), Arc::default()).await.unwrap();
     let length = valid.data.tokens / 4;
     assert_eq!((valid.total_steps, valid.data.tokens), (1, 4 * length));
     assert_eq!((valid.data.records, valid.data.validation_records), (6, 2));
@@ -452,19 +452,6 @@ async fn a_damaged_result_is_trained_again() {
     bench.trainer.shutdown().await;
 }
 
-/// Another worker has the job: this one stops, writes nothing about it, and goes on with the next.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_run_whose_claim_is_lost_stops() {
-    let bench = Bench::new().await;
-    let lost = bench.submit(bench.spec("chats", Objective::Sft, 100_000)).await;
-    bench.first_step(&lost).await;
-    bench.parts.store.execute("UPDATE jobs SET worker = 'another'").await;
-    let next = bench.submit(bench.spec("chats", Objective::Sft, 1)).await;
-    assert_eq!(last_state(&bench.events(&next, 0).await), JobState::Succeeded);
-    assert_eq!(bench.parts.store.get_job(&lost).await.unwrap().state, JobState::Running);
-    bench.trainer.shutdown().await;
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_that_is_nearly_full_starts_no_training() {
     let bench = Bench::with(Limits { min_free_disk_bytes: u64::MAX, ..Limits::default() }).await;
@@ -531,7 +518,7 @@ async fn a_job_has_a_limit_on_its_tokens() {
         hyperparameters: Hyperparameters { epochs: 50, max_steps: None, ..recipe() },
         ..bench.spec("chats", Objective::Sft, 1)
     };
-    let refused = bench.trainer.validate(&bench.tenant, &long).await.unwrap_err();
+    let refused = bench.trainer.validate(&bench.tenant, &long, Arc::default()).await.unwrap_err();
     assert!(matches!(refused, Error::Exhausted { limit: "max_training_tokens", .. }), "{refused:?}");
     let job = bench.submit(long).await;
     assert_eq!(last_state(&bench.events(&job, 0).await), JobState::Failed);
@@ -563,13 +550,15 @@ async fn records_too_long_are_refused_dropped_or_cut() {
     let mut only_short = 0;
     while only_short == 0 {
         length -= 1;
-        let valid = bench.trainer.validate(&bench.tenant, &with(TooLong::Drop, length)).await.unwrap().data;
+        let valid =
+            bench.trainer.validate(&bench.tenant, &with(TooLong::Drop, length), Arc::default()).await.unwrap().data;
         if valid.dropped == 1 {
             only_short = valid.tokens / 2;
         }
     }
     let length = (only_short / 3) as u32;
-    let refused = bench.trainer.validate(&bench.tenant, &with(TooLong::Refuse, length)).await.unwrap_err();
+    let refused =
+        bench.trainer.validate(&bench.tenant, &with(TooLong::Refuse, length), Arc::default()).await.unwrap_err();
     assert!(matches!(refused, Error::Invalid { reason: "RECORD_TOO_LONG", .. }), "{refused}");
     assert!(refused.to_string().contains("line 3 ("), "{refused}");
 
