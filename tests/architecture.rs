@@ -1,4 +1,4 @@
-//! The import directions of DESIGN's map, the places that may make a `Tenant`, and where `unsafe`, SQL and tonic may appear.
+//! The import directions of ARCHITECTURE.md's map, the places that may make a `Tenant`, and where `unsafe`, SQL and tonic may appear.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
 

@@ -23,10 +23,10 @@ use tenora::device::Arbiter;
 use tenora::model::Model;
 use tenora::model::batch::{KvLayout, Readout, SequenceChunk};
 use tenora::model::traced::{ForwardOptions, TracedLora};
+use tenora::request::metric::MARGINS;
 use tenora::request::{ChatMessage, Hyperparameters, JobEvent, LrSchedule, Objective};
 use tenora::text::{Conversation, Text};
 use tenora::train::fit::{CancelToken, FitInputs, FitOutcome, fit};
-use tenora::request::metric::MARGINS;
 
 fn folder() -> PathBuf {
     std::env::var_os("TENORA_GOLDEN").map_or_else(|| "tests/golden".into(), PathBuf::from)

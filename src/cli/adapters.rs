@@ -68,7 +68,7 @@ enum Command {
         /// The version's number.
         version: String,
         /// Refuse if the adapter has changed since it had this etag.
-        #[arg(long, default_value = "")]
+        #[arg(long, default_value = "", hide_default_value = true)]
         etag: String,
     },
     /// Delete an adapter and its versions.
@@ -76,7 +76,7 @@ enum Command {
         /// The adapter.
         adapter: String,
         /// Refuse if the adapter has changed since it had this etag.
-        #[arg(long, default_value = "")]
+        #[arg(long, default_value = "", hide_default_value = true)]
         etag: String,
     },
 }

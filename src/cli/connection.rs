@@ -20,7 +20,7 @@ pub(super) struct Connection {
     /// The tenant that short names belong to: `tone` is then tenants/TENANT/adapters/tone.
     #[arg(long, env = "TENORA_TENANT", global = true)]
     tenant: Option<String>,
-    /// Print JSON, one object a line.
+    /// Print JSON, one object per line.
     #[arg(long, global = true)]
     pub(super) json: bool,
 }

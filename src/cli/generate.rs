@@ -34,7 +34,7 @@ pub(super) struct Args {
     /// A system message before the prompt.
     #[arg(long, conflicts_with = "raw")]
     system: Option<String>,
-    /// Begin the answer with this text; the model goes on from its end.
+    /// Begin the answer with this text; the model goes on from its end. Only what it adds is printed.
     #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
     continue_from: Option<String>,
     /// No chat template: the text is continued as it is, control tokens in it are recognised.
@@ -84,7 +84,7 @@ struct Sampling {
     /// Generate this many tokens before the answer may end.
     #[arg(long, value_name = "N")]
     min_tokens: Option<u32>,
-    /// Give this many answers to each prompt; answer i is that of the seed SEED + i.
+    /// Give this many answers to each prompt; answer i is that of the seed SEED + i (-n is --max-tokens).
     #[arg(long, value_name = "N")]
     n: Option<u32>,
     /// The same seed gives the same answer [default: drawn by the server, which tells it]
@@ -102,7 +102,7 @@ fn parse_bias(text: &str) -> std::result::Result<(u32, f32), String> {
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Stopping")]
 struct Stopping {
-    /// Most tokens of an answer [default: 256]
+    /// Maximum number of tokens of an answer; --n is the number of answers [default: 256]
     #[arg(long, short = 'n')]
     max_tokens: Option<u32>,
     /// End before this text; may be repeated.
@@ -210,16 +210,17 @@ pub(super) async fn run(mut args: Args) -> Result<()> {
 fn print_all(args: &Args, prompt: Option<&String>, answers: &[Answer]) -> Result<()> {
     let of = answers.len();
     if args.connection.json {
-        return answers.iter().enumerate().try_for_each(|(index, answer)| print_json(index, of, answer));
+        answers.iter().enumerate().try_for_each(|(index, answer)| print_json(index, of, answer))?;
+        return whole(answers);
     }
     if let Some(prompt) = prompt {
         writeln!(stdout(), "> {}", printable(prompt))?;
     }
     answers.iter().try_for_each(|answer| print_answer(answer, of))?;
-    match answers {
-        [_, .., last] => Ok(writeln!(stdout(), "[{of} answers: {}]\n", counts(&last.usage))?),
-        _ => Ok(()),
+    if let [_, .., last] = answers {
+        writeln!(stdout(), "[{of} answers: {}]\n", counts(&last.usage))?;
     }
+    whole(answers)
 }
 
 fn request(args: &Args, adapter: String, prompt: &str) -> proto::GenerateRequest {
@@ -265,6 +266,14 @@ async fn stream_one(client: &Client, request: proto::GenerateRequest) -> Result<
     writeln!(stdout())?;
     print_tokens(&answer.token_ids, &answer.logprobs)?;
     eprintln!("[{}]", summary(&answer, 1));
+    whole(std::slice::from_ref(&answer))
+}
+
+/// Fails where an answer was cut off, after what there is of it has been printed.
+fn whole(answers: &[Answer]) -> Result<()> {
+    if answers.iter().any(|answer| answer.finish == proto::FinishReason::Cancelled) {
+        return Err(Failure::other("the server is shutting down and ended an answer before its end; ask again"));
+    }
     Ok(())
 }
 

@@ -21,15 +21,16 @@ enum Command {
     /// Make a key. Its secret is printed now and never again.
     Create {
         /// For people.
-        #[arg(long, default_value = "")]
+        #[arg(long, default_value = "", hide_default_value = true)]
         display_name: String,
     },
     /// List the keys, without their secrets.
     List,
-    /// Make a key worthless at once.
+    /// Revoke a key. Calls that it has made end at once.
     Revoke {
         /// The key's id, as `list` shows it, or its name in full.
-        key: String,
+        #[arg(value_name = "KEY")]
+        id: String,
     },
 }
 
@@ -49,8 +50,8 @@ pub(super) async fn run(args: Args) -> Result<()> {
             });
             show::many(json, &keys.await?)
         }
-        Command::Revoke { key } => {
-            let name = connection.name("apiKeys", &key)?;
+        Command::Revoke { id } => {
+            let name = connection.name("apiKeys", &id)?;
             connection.client().await?.revoke_api_key(proto::RevokeApiKeyRequest { name: name.clone() }).await?;
             show::done(json, "revoked", &name)
         }

@@ -279,6 +279,24 @@ mod tests {
         command.get_subcommands().for_each(|inner| check_help(inner, examples));
     }
 
+    /// An argument of a command with the name of one that all have would be both at once.
+    #[test]
+    fn no_argument_has_the_name_of_a_global_one() {
+        check_names(&CommandLine::command(), &[]);
+    }
+
+    fn check_names(command: &clap::Command, above: &[String]) {
+        let ids = |global: bool| {
+            let arguments = command.get_arguments().filter(move |argument| argument.is_global_set() == global);
+            arguments.map(|argument| argument.get_id().to_string())
+        };
+        for id in ids(false) {
+            assert!(!above.contains(&id), "{}: {id}", command.get_name());
+        }
+        let globals: Vec<_> = above.iter().cloned().chain(ids(true)).collect();
+        command.get_subcommands().for_each(|inner| check_names(inner, &globals));
+    }
+
     /// As a shell cuts a line without escapes.
     fn words_of(line: &str) -> Vec<String> {
         let (mut words, mut quoted) = (vec![String::new()], false);

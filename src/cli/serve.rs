@@ -13,8 +13,13 @@ use crate::device::DeviceSpec;
 /// Serve a base and its adapters.
 ///
 /// The first start of a data folder creates an operator key and prints it, once; only its hash is kept. One line,
-/// `listening on http://HOST:PORT`, says that the server listens. SIGTERM and ctrl-c let answers under way finish.
+/// `listening on http://HOST:PORT`, says that the server listens. SIGTERM and ctrl-c let answers under way finish,
+/// within the limit `drain_timeout_seconds`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Environment:
+  RUST_LOG       how much is logged, to standard error: warn, info (the default), debug, or tenora=debug,info
+  TENORA_HOME    where fetched bases are kept [default: ~/.cache/tenora]
+  HF_TOKEN       opens private and gated repositories of the hub; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy")]
 pub(super) struct Args {
     /// Where to listen, HOST:PORT; a name such as localhost is looked up. Port 0 takes a free one.
     #[arg(long, env = "TENORA_LISTEN", default_value = "127.0.0.1:50051", value_name = "HOST:PORT")]
@@ -31,13 +36,13 @@ pub(super) struct Args {
     /// auto, cpu, or cuda:N.
     #[arg(long, env = "TENORA_DEVICE", default_value = "auto")]
     device: DeviceSpec,
-    /// Threads that compute [default: one a core]
+    /// Threads that compute [default: one per core]
     #[arg(long, env = "TENORA_THREADS", value_name = "N")]
     threads: Option<NonZeroUsize>,
     /// Also serve Prometheus metrics here, in plain HTTP and without a key.
     #[arg(long, value_name = "HOST:PORT")]
     metrics_listen: Option<String>,
-    /// Show the metrics of requests by tenant: N tenants by name, the others together.
+    /// Show the metrics of requests by tenant: N tenants by name (100 where N is left out), the others together. Needs --metrics-listen.
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "100", requires = "metrics_listen")]
     metrics_by_tenant: Option<u64>,
     /// Send spans of calls (queue, prefill, decode) to this OpenTelemetry collector, by OTLP over HTTP.

@@ -1,4 +1,4 @@
-//! How resources are printed: as JSON, one object a line, or for people: one as lines of `field  value`, many as a table.
+//! How resources are printed: as JSON, one object per line, or for people: one as lines of `field  value`, many as a table.
 
 use std::io::{Write as _, stdout};
 

@@ -26,7 +26,7 @@ enum Command {
         /// Lower-case letters, digits and dashes.
         id: String,
         /// For people.
-        #[arg(long, default_value = "")]
+        #[arg(long, default_value = "", hide_default_value = true)]
         display_name: String,
         /// Its share of the engine: a tenant of weight 3 is served three times the tokens of one of weight 1, where both wait
         #[arg(long, value_name = "N", default_value_t = 1)]

@@ -11,7 +11,7 @@ use crate::ids::Digest;
 
 /// Train an adapter and watch it.
 ///
-/// DATA is a file of JSON lines, uploaded first, or the name of a dataset. With --dpo its records are preference pairs. The new
+/// DATA is a file of records (JSON Lines, a JSON array; gzip too), uploaded first, or the name of a dataset. With --dpo its records are preference pairs. The new
 /// version goes through the parity gate; it is live at once where the adapter has no live version yet, or with --publish live.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
@@ -19,7 +19,7 @@ use crate::ids::Digest;
   tenora train support.jsonl --adapter tone --rank 16 --learning-rate 1e-3 --epochs 3 --validation-split 0.1
   tenora train pairs.jsonl --adapter tone --dpo --from tone --publish live")]
 pub(super) struct Args {
-    /// A file of JSON lines, or a dataset.
+    /// A file of records, or a dataset.
     data: String,
     /// The adapter that gets the new version; made if there is none.
     #[arg(long, short)]
@@ -33,7 +33,7 @@ pub(super) struct Args {
     lora: Lora,
     #[command(flatten)]
     hyperparameters: Hyperparameters,
-    /// What becomes of records that are longer than the longest.
+    /// What becomes of records that are longer than --max-length.
     #[arg(long, value_enum, default_value = "refuse")]
     too_long: TooLong,
     #[command(flatten)]
@@ -97,10 +97,10 @@ struct Hyperparameters {
     /// Optimizer steps, instead of epochs.
     #[arg(long, conflicts_with = "epochs")]
     max_steps: Option<u32>,
-    /// Records a micro-batch [default: 4]
+    /// Records per micro-batch [default: 4]
     #[arg(long)]
     batch_size: Option<u32>,
-    /// Micro-batches an optimizer step [default: 1]
+    /// Micro-batches per optimizer step [default: 1]
     #[arg(long, value_name = "N")]
     gradient_accumulation_steps: Option<u32>,
     /// Steps of linear warm-up [default: 5 % of all steps]
@@ -136,7 +136,7 @@ struct Hyperparameters {
     /// Steps between validations [default: once an epoch]
     #[arg(long)]
     eval_steps: Option<u32>,
-    /// Longest record, in tokens.
+    /// Longest record, in tokens [default: the server's limit max_record_tokens, 2048 unless set, or the base's context]
     #[arg(long)]
     max_length: Option<u32>,
 }

@@ -20,7 +20,6 @@ pub type Call = (Option<Instant>, Option<traces::Context>);
 
 pub fn generate_spec(request: pb::GenerateRequest, (deadline, trace): Call, limits: &Limits) -> Result<GenerateSpec> {
     let prompt = match request.prompt {
-        Some(pb::generate_request::Prompt::Text(text)) => Prompt::Text(text),
         Some(pb::generate_request::Prompt::Chat(chat)) if request.continue_final_message => {
             Prompt::ContinuedChat(messages("chat", chat)?)
         }
@@ -30,6 +29,7 @@ pub fn generate_spec(request: pb::GenerateRequest, (deadline, trace): Call, limi
                 "is for a chat; a text or token_ids are continued as they are",
             ));
         }
+        Some(pb::generate_request::Prompt::Text(text)) => Prompt::Text(text),
         Some(pb::generate_request::Prompt::Chat(chat)) => Prompt::Chat(messages("chat", chat)?),
         Some(pb::generate_request::Prompt::TokenIds(ids)) => Prompt::TokenIds(ids.ids),
         None => return Err(Error::invalid("prompt", "give one of text, chat and token_ids")),

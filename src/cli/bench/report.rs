@@ -133,7 +133,10 @@ impl Figures {
             ("time between tokens", self.between_tokens_ms),
             ("end to end", self.end_to_end_ms),
         ] {
-            text += &format!("{what:22}{:>7.1} ms{:>7.1} ms{:>7.1} ms\n", p.p50, p.p95, p.p99);
+            // Answers of one token have nothing between two.
+            if p != Percentiles::default() {
+                text += &format!("{what:22}{:>7.1} ms{:>7.1} ms{:>7.1} ms\n", p.p50, p.p95, p.p99);
+            }
         }
         text
     }

