@@ -13,7 +13,7 @@ use object_store::{Error as BlobError, MultipartUpload, ObjectStore, ObjectStore
 use tonic::codegen::Bytes;
 
 use crate::error::{Error, Result};
-use crate::store::watch::{Watch, reach};
+use crate::store::watch::{DiskWrite, Watch, When, reach};
 
 /// The files. Cheap to clone. Keys are `/`-separated; the first segment is a tenant's id.
 #[derive(Debug, Clone)]
@@ -44,7 +44,7 @@ impl Blobs {
     /// Writes a file once. Where the key exists with the same content nothing is written; with another one, which is damage, the file is
     /// put right.
     pub async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
-        reach(self.watch.as_ref(), "put").await?;
+        reach(self.watch.as_ref(), DiskWrite::Put, When::Before).await?;
         let content = Bytes::from(bytes);
         match self.files.put_opts(&parse(key)?, content.clone().into(), PutMode::Create.into()).await {
             Ok(_) => {}
@@ -56,7 +56,7 @@ impl Blobs {
             }
             Err(e) => return Err(self.failed(key, e)),
         }
-        reach(self.watch.as_ref(), "stored").await
+        reach(self.watch.as_ref(), DiskWrite::Put, When::After).await
     }
 
     /// Whether a file can be read and has this content.
@@ -76,10 +76,10 @@ impl Blobs {
 
     /// Writes a file, in place of one that is there.
     pub async fn replace(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
-        reach(self.watch.as_ref(), "replace").await?;
+        reach(self.watch.as_ref(), DiskWrite::Replace, When::Before).await?;
         let written = self.files.put_opts(&parse(key)?, bytes.into(), PutMode::Overwrite.into()).await;
         written.map_err(|e| self.failed(key, e))?;
-        reach(self.watch.as_ref(), "written").await
+        reach(self.watch.as_ref(), DiskWrite::Replace, When::After).await
     }
 
     /// Starts a file that is written piece by piece. Nothing is seen of it before [`BlobUpload::finish`], which puts it in place of one
@@ -131,12 +131,12 @@ impl Blobs {
     }
 
     async fn delete_file(&self, key: &str) -> Result<()> {
-        reach(self.watch.as_ref(), "delete").await?;
+        reach(self.watch.as_ref(), DiskWrite::Delete, When::Before).await?;
         match self.files.delete(&parse(key)?).await {
             Ok(()) | Err(BlobError::NotFound { .. }) => {}
             Err(e) => return Err(self.failed(key, e)),
         }
-        reach(self.watch.as_ref(), "deleted").await
+        reach(self.watch.as_ref(), DiskWrite::Delete, When::After).await
     }
 
     /// Fails where the disk has fewer free bytes than `least` (limit `min_free_disk_bytes`).
@@ -182,15 +182,15 @@ pub struct BlobUpload {
 impl BlobUpload {
     /// Adds bytes at the end.
     pub async fn write(&mut self, bytes: Vec<u8>) -> Result<()> {
-        reach(self.watch.as_ref(), "part").await?;
+        reach(self.watch.as_ref(), DiskWrite::Part, When::Before).await?;
         self.upload.put_part(bytes.into()).await.map_err(|e| failed(&self.path, e))
     }
 
     /// Syncs the file and gives it its key.
     pub async fn finish(mut self) -> Result<()> {
-        reach(self.watch.as_ref(), "finish").await?;
+        reach(self.watch.as_ref(), DiskWrite::Finish, When::Before).await?;
         self.upload.complete().await.map_err(|e| failed(&self.path, e))?;
-        reach(self.watch.as_ref(), "finished").await
+        reach(self.watch.as_ref(), DiskWrite::Finish, When::After).await
     }
 }
 

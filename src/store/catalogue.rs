@@ -16,7 +16,7 @@ use sqlx::sqlite::{
 use sqlx::{Connection as _, SqlSafeStr, Sqlite, Transaction};
 
 use crate::error::{Error, Result};
-use crate::store::watch::{Watch, reach};
+use crate::store::watch::{DiskWrite, Watch, When, reach};
 use crate::store::{Store, unusable};
 
 /// Connections that read.
@@ -129,9 +129,9 @@ pub(super) struct Write {
 impl Write {
     /// Makes it last.
     pub(super) async fn commit(self) -> Result<()> {
-        reach(self.watch.as_ref(), "commit").await?;
+        reach(self.watch.as_ref(), DiskWrite::Commit, When::Before).await?;
         self.tx.commit().await?;
-        reach(self.watch.as_ref(), "committed").await
+        reach(self.watch.as_ref(), DiskWrite::Commit, When::After).await
     }
 }
 

@@ -38,7 +38,7 @@ pub use retention::Retention;
 pub use rows::{Listed, Page, random_id};
 pub use tenants::{PolicyRow, TenantChange, TenantCounts, TenantRow};
 pub use usage::{UsageDelta, UsageRow};
-pub use watch::Watch;
+pub use watch::{DiskWrite, Watch, When};
 
 use futures::future::BoxFuture;
 

@@ -8,17 +8,41 @@ use futures::future::BoxFuture;
 
 use crate::error::{Error, Result};
 
-/// Is told of every step that changes the disk, before it is taken and after: `put`, `replace`, `part`, `finish`, `delete` and `commit`,
-/// then `stored`, `written`, `finished`, `deleted` and `committed`. May refuse a step as a disk would, or keep it waiting for ever. A
-/// server has none.
-pub trait Watch: Debug + Send + Sync {
-    /// Returns once the step may be taken, or the error that it ends with.
-    fn reached(&self, step: &'static str) -> BoxFuture<'static, io::Result<()>>;
+/// A write that changes the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskWrite {
+    /// A file that is written once.
+    Put,
+    /// A file in place of another.
+    Replace,
+    /// A piece of a file that has no key yet.
+    Part,
+    /// Such a file gets its key.
+    Finish,
+    /// A file goes.
+    Delete,
+    /// A transaction of the catalogue.
+    Commit,
 }
 
-pub(super) async fn reach(watch: Option<&Arc<dyn Watch>>, step: &'static str) -> Result<()> {
+/// When a [`DiskWrite`] is told of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// Nothing of it is on the disk.
+    Before,
+    /// All of it is.
+    After,
+}
+
+/// Is told of every write, before it and after. May refuse it as a disk would, or keep it waiting for ever. A server has none.
+pub trait Watch: Debug + Send + Sync {
+    /// Returns once the write may go on, or the error that it ends with.
+    fn reached(&self, write: DiskWrite, when: When) -> BoxFuture<'static, io::Result<()>>;
+}
+
+pub(super) async fn reach(watch: Option<&Arc<dyn Watch>>, write: DiskWrite, when: When) -> Result<()> {
     match watch {
-        Some(watch) => watch.reached(step).await.map_err(Error::at(step)),
+        Some(watch) => watch.reached(write, when).await.map_err(Error::at(format!("{write:?}"))),
         None => Ok(()),
     }
 }

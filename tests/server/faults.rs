@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tenora::api::client::Client;
 use tenora::api::proto::*;
 use tenora::model::Model;
-use tenora::store::{Options, Store, Watch};
+use tenora::store::{DiskWrite, Options, Store, Watch, When};
 use tokio::sync::watch;
 
 use super::common::{TestServer, answer, generate};
@@ -20,8 +20,6 @@ use super::killed::{Call, State, client};
 
 /// More writes than any call has.
 const MANY: u64 = 60;
-/// The steps before the disk is changed; at the others it has been.
-const BEFORE: [&str; 6] = ["put", "replace", "part", "finish", "delete", "commit"];
 
 /// What a disk does at a write.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -78,8 +76,8 @@ impl Disk {
 }
 
 impl Watch for Disk {
-    fn reached(&self, step: &'static str) -> BoxFuture<'static, io::Result<()>> {
-        let fault = if BEFORE.contains(&step) { self.fault() } else { None };
+    fn reached(&self, _: DiskWrite, when: When) -> BoxFuture<'static, io::Result<()>> {
+        let fault = if when == When::Before { self.fault() } else { None };
         let mut state = self.state.subscribe();
         async move {
             match fault {

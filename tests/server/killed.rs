@@ -17,7 +17,7 @@ use tenora::api::client::{self, Client, Target};
 use tenora::api::proto::*;
 use tenora::app;
 use tenora::model::Model;
-use tenora::store::{Options, Store, Watch};
+use tenora::store::{DiskWrite, Options, Store, Watch, When};
 use tokio::net::TcpListener;
 
 use super::common::{config, package};
@@ -39,12 +39,12 @@ struct StopAt {
 }
 
 impl Watch for StopAt {
-    fn reached(&self, step: &'static str) -> BoxFuture<'static, io::Result<()>> {
+    fn reached(&self, write: DiskWrite, when: When) -> BoxFuture<'static, io::Result<()>> {
         let before = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| Some(left.saturating_sub(1)));
         if before.is_ok_and(|left| left > 1) {
             return async { Ok(()) }.boxed();
         }
-        let marked = std::fs::write(&self.mark, step);
+        let marked = std::fs::write(&self.mark, format!("{when:?} {write:?}"));
         async move {
             marked?;
             std::future::pending().await
