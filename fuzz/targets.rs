@@ -60,10 +60,14 @@ pub fn gguf(data: &[u8]) -> bool {
 pub fn safetensors_and_config(data: &[u8]) -> bool {
     let (config, tensors) = split(data);
     let package = Package { config: config.to_vec(), tensors: tensors.to_vec() };
-    let bytes = package.memory_bytes(shape(), 64);
+    let checked = package.check(shape(), 64);
     let Ok(lora) = package.read(shape(), 64) else { return false };
     let packed = PackedLora::new(&lora, shape()).expect("what can be read can be packed");
-    assert_eq!(bytes.expect("what can be read can be measured"), packed.byte_size(), "it takes what was reserved");
+    assert_eq!(
+        checked.expect("what can be read can be measured").memory_bytes,
+        packed.byte_size(),
+        "it takes what was reserved"
+    );
     true
 }
 

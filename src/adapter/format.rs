@@ -38,6 +38,19 @@ pub struct Package {
     pub tensors: Vec<u8>,
 }
 
+/// What is known of files that fit the base, before their values are looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CheckedPackage {
+    /// Bytes that the adapter takes where it serves.
+    pub memory_bytes: u64,
+    /// The largest of its sites.
+    pub rank: u32,
+    /// How the adapter began, where that took a part out of the base.
+    pub initialisation: Option<Initialisation>,
+    /// See [`Package::digest`].
+    pub digest: Digest,
+}
+
 /// A refusal that names the tensor or field.
 pub(super) fn refuse(reason: &'static str, field: impl Into<String>, message: impl Into<String>) -> Error {
     Error::invalid_because(reason, field, message)
@@ -103,6 +116,11 @@ fn pair<'a>(
     let (inputs, outputs) = shape.dims(site.target);
     let rank = rank as usize;
     for ((name, view), want) in [(&a, [rank, inputs]), (&b, [outputs, rank])] {
+        if view.shape().contains(&0) {
+            let message = "is empty: its values were on other devices when it was saved (ZeRO-3, FSDP); gather the parameters before \
+                           save_pretrained, and save it again";
+            return Err(refuse("SHAPE_MISMATCH", name, message));
+        }
         if view.shape() != want {
             let message = format!(
                 "has shape {:?}; for this base and the config's rank it must be {want:?}: import it on a server that runs the base it was \
@@ -166,15 +184,15 @@ impl Package {
         Ok(Lora { layers: layers.collect::<Result<_>>()?, spec })
     }
 
-    /// Checks everything but the values; gives the bytes that the adapter takes where it serves.
-    pub fn memory_bytes(&self, shape: &BaseShape, max_rank: u64) -> Result<u64> {
-        let selected = Fitted::new(self, shape, max_rank)?.selected;
-        Ok(selected.iter().map(|of| layer_bytes(of.rank as usize, shape.dims(of.site.target))).sum())
-    }
-
-    /// What the config says of how the adapter began.
-    pub fn initialisation(&self) -> Result<Initialisation> {
-        Ok(Settings::read(&self.config)?.initialisation)
+    /// Checks everything but the values. `max_rank` is the limit of that name.
+    pub fn check(&self, shape: &BaseShape, max_rank: u64) -> Result<CheckedPackage> {
+        let Fitted { settings, selected, .. } = Fitted::new(self, shape, max_rank)?;
+        Ok(CheckedPackage {
+            memory_bytes: selected.iter().map(|of| layer_bytes(of.rank as usize, shape.dims(of.site.target))).sum(),
+            rank: selected.iter().map(|of| of.rank).max().unwrap_or_default(),
+            initialisation: settings.initialisation,
+            digest: self.digest_of(&settings)?,
+        })
     }
 
     /// Says in the config what the base is called, by which other tools load it. That is no part of what the adapter is.
@@ -187,13 +205,17 @@ impl Package {
 
     /// Over the sorted (name, dtype, shape, bytes) and the settings that change their meaning; not over JSON text.
     pub fn digest(&self) -> Result<Digest> {
+        self.digest_of(&Settings::read(&self.config)?)
+    }
+
+    fn digest_of(&self, settings: &Settings) -> Result<Digest> {
         let mut hasher = Sha256::new();
         let mut field = |bytes: &[u8]| {
             hasher.update((bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         };
         field(b"tenora lora 2");
-        field(Settings::read(&self.config)?.canonical().as_bytes());
+        field(settings.canonical().as_bytes());
         let sorted: BTreeMap<_, _> = tensors::open(&self.tensors)?.tensors().into_iter().collect();
         for (name, view) in sorted {
             field(name.as_bytes());

@@ -10,4 +10,4 @@ mod tensors;
 
 pub use lora::{BaseShape, Lora, LoraLayer, Site};
 pub use packed::PackedLora;
-pub use settings::Initialisation;
+pub use settings::{CONVERSION, Initialisation};

@@ -11,7 +11,7 @@
 
 use std::collections::HashSet;
 
-use fancy_regex::{Regex, RegexBuilder};
+use fancy_regex::{CompileError, Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
 use crate::adapter::format::refuse;
@@ -22,14 +22,14 @@ use crate::request::Target;
 /// Most bytes of one regular expression.
 const MAX_EXPRESSION_BYTES: usize = 16 << 10;
 
-/// Most regular expressions of one setting.
-const MAX_EXPRESSIONS: usize = 256;
+/// Most regular expressions of one setting. Keys that are names are not counted.
+const MAX_EXPRESSIONS: usize = 32;
 
 /// Most steps back that one match may take.
-const MAX_STEPS: usize = 20_000;
+const MAX_STEPS: usize = 5_000;
 
-/// Most bytes of a compiled expression.
-const MAX_COMPILED_BYTES: usize = 1 << 20;
+/// Most bytes of a compiled expression. All that a config may have take 16 MiB.
+const MAX_COMPILED_BYTES: usize = 256 << 10;
 
 /// Modules of the base that PEFT could adapt and that are never adapted here.
 const UNSERVED: [&str; 2] = ["lm_head", "embed_tokens"];
@@ -61,10 +61,10 @@ impl Expression {
         let build = |text: &str| {
             let mut builder = RegexBuilder::new(text);
             builder.backtrack_limit(MAX_STEPS).delegate_size_limit(MAX_COMPILED_BYTES);
-            builder
-                .delegate_dfa_size_limit(MAX_COMPILED_BYTES)
-                .build()
-                .map_err(|e| refused(format!("cannot be read ({e})")))
+            builder.delegate_dfa_size_limit(MAX_COMPILED_BYTES).build().map_err(|e| match is_too_large(&e) {
+                true => refused(format!("takes more than {MAX_COMPILED_BYTES} bytes when it is compiled")),
+                false => refused(format!("cannot be read ({e})")),
+            })
         };
         // By itself first: a bracket that it leaves open must not be closed by what comes around it.
         build(text)?;
@@ -85,6 +85,12 @@ impl Expression {
     fn matches(&self, field: &str, name: &str) -> Result<bool> {
         self.0.is_match(name).map_err(|_| Self::costly(field))
     }
+}
+
+/// Whether an expression is sound and only too large.
+fn is_too_large(error: &fancy_regex::Error) -> bool {
+    let fancy_regex::Error::CompileError(error) = error else { return false };
+    matches!(&**error, CompileError::InnerError(inner) if inner.size_limit().is_some())
 }
 
 /// `target_modules` or `exclude_modules`.
@@ -153,7 +159,7 @@ impl Layers {
         for place in &self.places {
             let found = place.0.captures(name).map_err(|_| Expression::costly(Self::FIELD))?;
             if let Some(found) = found {
-                let number = found.get(1).and_then(|number| number.as_str().parse().ok());
+                let number = found.name("layer").and_then(|number| number.as_str().parse().ok());
                 return Ok(number.is_some_and(|number| self.numbers.contains(&number)));
             }
         }
@@ -286,13 +292,16 @@ fn layer_places(pattern: Option<&Value>) -> Result<Vec<Expression>> {
     let field = Layers::FIELD;
     let wrong = || refuse("INVALID_SETTING", field, "must be a text or a list of texts, such as \"layers\"");
     let texts = match pattern {
-        None => return Ok(vec![Expression::new(field, r"[^.]*", |any| format!(r"^(?:.*?\.{any}\.(\d+)\.)"))?]),
+        None => {
+            return Ok(vec![Expression::new(field, r"[^.]*", |any| format!(r"^(?:.*?\.{any}\.(?P<layer>\d+)\.)"))?]);
+        }
         Some(Value::String(one)) => vec![one.as_str()],
         Some(Value::Array(list)) => list.iter().map(Value::as_str).collect::<Option<_>>().ok_or_else(wrong)?,
         Some(_) => return Err(wrong()),
     };
     check_count(field, texts.len())?;
-    texts.iter().map(|text| Expression::new(field, text, |text| format!(r"^(?:.*?\.{text}\.(\d+)\.)"))).collect()
+    let place = |text: &str| format!(r"^(?:(?:^|.*?\.){text}\.(?P<layer>\d+)\.)");
+    texts.iter().map(|text| Expression::new(field, text, place)).collect()
 }
 
 fn check_count(field: &str, count: usize) -> Result<()> {

@@ -70,13 +70,14 @@ const REFUSED: [(&str, &str); 13] = [
 
 /// PEFT's initialisations that leave the base as it is where PEFT loads the adapter. LoftQ's base is the same base in fewer bits, as every base
 /// here is; what its adapter makes up for is a part of what was trained.
-const APART: [&str; 6] = ["gaussian", "eva", "orthogonal", "loftq", "lora_ga", "mica"];
+const OF_NO_BASE: [&str; 5] = ["gaussian", "eva", "orthogonal", "loftq", "mica"];
 
-/// What an adapter's initialisation has to do with its tensors.
+/// What makes an adapter a plain one that began as a part of its base.
+pub const CONVERSION: &str = "save the adapter again with PEFT's save_pretrained and path_initial_model_for_weight_conversion, which makes it a plain one";
+
+/// Initialisations that take a part out of the base, which PEFT takes out again where it loads the adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Initialisation {
-    /// Nothing: the base stayed as it was.
-    Apart,
     /// The adapter began as the largest singular values of the base.
     Pissa,
     /// The adapter began as what a search that draws random numbers found instead of them (`pissa_niter_N`): another part each time.
@@ -94,7 +95,8 @@ pub(super) struct Settings {
     alpha: f32,
     dropout: f32,
     use_rslora: bool,
-    pub(super) initialisation: Initialisation,
+    /// `None` where the base stayed as it was.
+    pub(super) initialisation: Option<Initialisation>,
     selection: Selection,
     rank_pattern: Pattern,
     alpha_pattern: Pattern,
@@ -264,28 +266,28 @@ fn check_known(config: &Map<String, Value>) -> Result<()> {
 }
 
 /// Reads the initialisation. One that PEFT does not have is refused: it could change what the tensors mean.
-fn initialisation(value: Option<&Value>) -> Result<Initialisation> {
+fn initialisation(value: Option<&Value>) -> Result<Option<Initialisation>> {
     let name = match value {
-        None | Some(Value::Null | Value::Bool(_)) => return Ok(Initialisation::Apart),
+        None | Some(Value::Null | Value::Bool(_)) => return Ok(None),
         Some(Value::String(name)) => name.to_ascii_lowercase(),
         Some(other) => other.to_string(),
     };
+    let refused = |why: &str| {
+        let name: String = name.chars().take(100).collect();
+        Err(refuse("UNSUPPORTED_SETTING", "init_lora_weights", format!("is {name}, {why}")))
+    };
     let rounds = |rounds: &str| !rounds.is_empty() && rounds.bytes().all(|b| b.is_ascii_digit());
-    if name.strip_prefix("pissa_niter_").is_some_and(rounds) {
-        return Ok(Initialisation::PissaSearched);
-    }
     match name.as_str() {
-        "pissa" => return Ok(Initialisation::Pissa),
-        "olora" => return Ok(Initialisation::Olora),
-        "corda" => return Ok(Initialisation::Corda),
-        name if APART.contains(&name) => return Ok(Initialisation::Apart),
-        _ => {}
+        "pissa" => Ok(Some(Initialisation::Pissa)),
+        "olora" => Ok(Some(Initialisation::Olora)),
+        "corda" => Ok(Some(Initialisation::Corda)),
+        name if name.strip_prefix("pissa_niter_").is_some_and(rounds) => Ok(Some(Initialisation::PissaSearched)),
+        name if OF_NO_BASE.contains(&name) => Ok(None),
+        "lora_ga" => refused(&format!("which changes the base by gradients that are not in the files; {CONVERSION}")),
+        _ => refused(
+            "which is no initialisation that is known; set it to true if the tensors are those of a plain LoRA adapter",
+        ),
     }
-    let name: String = name.chars().take(100).collect();
-    let message = format!(
-        "is {name}, which is no initialisation that is known; set it to true if the tensors are those of a plain LoRA adapter"
-    );
-    Err(refuse("UNSUPPORTED_SETTING", "init_lora_weights", message))
 }
 
 /// Gives what a setting says, `None` where it says nothing; a value of another type is refused, never taken for the default.

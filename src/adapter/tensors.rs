@@ -32,7 +32,7 @@ const SHOWN: usize = 200;
 
 /// Most bytes of a file's header: what an adapter of every linear layer of the base needs. What has more is no adapter of it, and is
 /// refused before it is read: a header takes many times its size in memory.
-pub fn most_header_bytes(shape: &BaseShape) -> u64 {
+fn most_header_bytes(shape: &BaseShape) -> u64 {
     NOTES_BYTES + ENTRY_BYTES * 2 * u64::from(shape.layers) * Target::ALL.len() as u64
 }
 
@@ -79,7 +79,7 @@ pub(super) struct Tensors<'a> {
     pub(super) root: &'static str,
 }
 
-/// Reads the header, within bounds.
+/// Reads the header, which the caller has checked with [`check_beginning`].
 pub(super) fn open(file: &[u8]) -> Result<SafeTensors<'_>> {
     SafeTensors::deserialize(file).map_err(|e| {
         let message =
@@ -109,8 +109,16 @@ impl<'a> Tensors<'a> {
                     return Err(refuse("EXTRA_TENSOR", shown(&name), message));
                 }
             }
-            // Two names of one form are of two tensors.
-            by_site.entry(parsed.site).or_default()[parsed.which] = Some((name, view));
+            let place = &mut by_site.entry(parsed.site).or_default()[parsed.which];
+            if let Some((first, _)) = place {
+                // Names that differ by what wraps the model.
+                let message = format!(
+                    "is another tensor of the same place as {}: the file holds more than one adapter; save one adapter by itself",
+                    shown(first)
+                );
+                return Err(refuse("EXTRA_TENSOR", shown(&name), message));
+            }
+            *place = Some((name, view));
         }
         let root = form.map_or("model.", |(form, _)| form.root);
         Ok(Self { by_site, root })
@@ -178,8 +186,18 @@ impl Name {
 fn why_not(parts: &[&str], shape: &BaseShape) -> String {
     let has = |part: &str| parts.contains(&part);
     let layer = parts.iter().skip_while(|part| **part != "layers").nth(1).and_then(|layer| layer.parse::<u64>().ok());
-    let (what, advice) = if has("lora_magnitude_vector") {
+    let (what, advice) = if parts.iter().filter(|part| **part == "base_model").count() > 1 {
+        (
+            "is of a model that PEFT has wrapped twice",
+            "save the inner model, which get_peft_model was given the second time",
+        )
+    } else if has("lora_magnitude_vector") {
         ("belongs to a DoRA adapter", "merge the adapter into its base, or train it again without use_dora")
+    } else if matches!(parts, [.., "embed_tokens" | "lm_head", "weight"]) {
+        (
+            "is the embedding or the head, which PEFT saves beside the adapter where the vocabulary was resized or modules_to_save names it",
+            "save the adapter again with save_embedding_layers=False if it was not trained, else train again with modules of the layers only",
+        )
     } else if has("lora_embedding_A") || has("lora_embedding_B") || has("embed_tokens") || has("lm_head") {
         ("changes the embedding or the head", "train again with modules of the layers only, and modules_to_save empty")
     } else if parts.last() == Some(&"bias") {

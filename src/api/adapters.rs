@@ -78,6 +78,7 @@ impl AdapterService for Adapters {
             request_id: convert::request_id(header.request_id).map_err(|e| convert::at("header.request_id", e))?,
             validate_only: header.validate_only,
             held_reason: None,
+            note: None,
         };
         let hub = self.0.parts.hub.clone();
         let (row, _) = run_holding((upload.into_place(), bulk), async move {

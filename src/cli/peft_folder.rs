@@ -69,26 +69,18 @@ impl PeftFolder {
     }
 }
 
-/// The folder that holds the config: the one that is given, or the one of an adapter's name in it, or the one snapshot of a hub's cache.
+/// The folder that holds the config: the one that is given, or the only one up to two levels below it; checkpoints beside another do not count.
 fn find(given: &Path) -> Result<PathBuf> {
     let other = |what: String| Err(Failure::other(format!("{}: {what}", given.display())));
     if given.is_file() {
         return other(format!("is a file; give the folder that holds {CONFIG_FILE} and {TENSORS_FILE}"));
     }
-    let is_adapter = |folder: &Path| folder.join(CONFIG_FILE).is_file();
     if is_adapter(given) {
         return Ok(given.to_owned());
     }
-    let within = folders(given)?;
-    let snapshots = match given.join("snapshots") {
-        snapshots if snapshots.is_dir() => folders(&snapshots)?,
-        _ => Vec::new(),
-    };
-    let (checkpoints, named): (Vec<PathBuf>, Vec<PathBuf>) = within
-        .into_iter()
-        .chain(snapshots)
-        .filter(|folder| is_adapter(folder))
-        .partition(|folder| is_checkpoint(folder));
+    let (mut checkpoints, named): (Vec<PathBuf>, Vec<PathBuf>) =
+        folders(given)?.into_iter().flat_map(adapters_of).partition(|folder| is_checkpoint(folder));
+    checkpoints.sort_by_key(|folder| step_of(folder));
     let list =
         |folders: &[PathBuf]| folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(", ");
     match (&named[..], &checkpoints[..]) {
@@ -99,10 +91,28 @@ fn find(given: &Path) -> Result<PathBuf> {
     }
 }
 
-/// `checkpoint-500`, as trainers name them.
+fn is_adapter(folder: &Path) -> bool {
+    folder.join(CONFIG_FILE).is_file()
+}
+
+/// The folder itself, or those in it that hold an adapter: `checkpoint-200/adapter_model`, as older scripts save it, the snapshots of a hub's
+/// cache.
+fn adapters_of(folder: PathBuf) -> Vec<PathBuf> {
+    if is_adapter(&folder) {
+        return vec![folder];
+    }
+    // What cannot be read is no adapter.
+    folders(&folder).unwrap_or_default().into_iter().filter(|within| is_adapter(within)).collect()
+}
+
+/// Whether a folder is, or lies in, a `checkpoint-500`, as trainers name them.
 fn is_checkpoint(folder: &Path) -> bool {
-    let name = folder.file_name().unwrap_or_default().to_string_lossy();
-    name.strip_prefix("checkpoint-").is_some_and(|step| !step.is_empty() && step.bytes().all(|b| b.is_ascii_digit()))
+    step_of(folder).is_some()
+}
+
+fn step_of(folder: &Path) -> Option<u64> {
+    let last_two = folder.components().rev().take(2);
+    last_two.filter_map(|part| part.as_os_str().to_str()?.strip_prefix("checkpoint-")?.parse().ok()).next()
 }
 
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
@@ -227,7 +237,11 @@ mod tests {
             (&[CONFIG_FILE], "adapter_model.safetensors is missing"),
             (&[CONFIG_FILE, PICKLE_FILE], "weights_only=True"),
             (&[CONFIG_FILE, "adapter_model-00001-of-00002.safetensors"], "in one file"),
-            (&["checkpoint-5/adapter_config.json", "checkpoint-10/adapter_config.json"], "checkpoint-10, "),
+            (&["checkpoint-5/adapter_config.json", "checkpoint-10/adapter_config.json"], "checkpoint-5, "),
+            (
+                &["checkpoint-5/adapter_config.json", "checkpoint-10/adapter_model/adapter_config.json"],
+                "checkpoint-5, ",
+            ),
             (&["a/adapter_config.json", "b/adapter_config.json"], "more than one adapter"),
         ] {
             let refused = refused(files);

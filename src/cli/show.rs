@@ -190,6 +190,9 @@ impl Show for proto::AdapterVersion {
         if !self.held_reason.is_empty() {
             value["held_reason"] = json!(self.held_reason);
         }
+        if !self.note.is_empty() {
+            value["note"] = json!(self.note);
+        }
         with_residency(value, &self.residency)
     }
 }

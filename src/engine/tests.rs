@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use super::answer::UnreadEvents;
 use super::*;
 use crate::adapter::format::Package;
-use crate::adapter::{Lora, PackedLora};
+use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
 use crate::model::batch::SequenceChunk;
@@ -32,6 +32,10 @@ impl PublishGate for PassingGate {
             threshold: 0.1,
             no_effect: false,
         })
+    }
+
+    fn plain_form(&self, _lora: &Lora, _initialisation: Initialisation) -> Result<Option<Lora>> {
+        Ok(None)
     }
 }
 
@@ -93,6 +97,7 @@ async fn make_world() -> World {
             request_id: String::new(),
             validate_only: false,
             held_reason: None,
+            note: None,
         };
         hub.publish(&tenant, new).await.unwrap();
     }

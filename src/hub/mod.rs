@@ -53,9 +53,7 @@ pub trait PublishGate: Send + Sync {
     fn check(&self, packed: &Arc<PackedLora>, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport>;
 
     /// Gives the adapter for the base as it is, of one that began as a part of the base; `None` where it is that already. Blocking.
-    fn plain_form(&self, _lora: &Lora, _initialisation: Initialisation) -> Result<Option<Lora>> {
-        Ok(None)
-    }
+    fn plain_form(&self, lora: &Lora, initialisation: Initialisation) -> Result<Option<Lora>>;
 }
 
 /// An adapter on its way to become a version.
@@ -79,6 +77,8 @@ pub struct NewVersion {
     pub validate_only: bool,
     /// Why its job keeps it from going live; only with [`Publish::VersionOnly`].
     pub held_reason: Option<String>,
+    /// What was done to the files, where their owner must know it.
+    pub note: Option<String>,
 }
 
 /// A version in memory, for as long as the lease or a clone of it lives.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
-use crate::adapter::{Initialisation, Lora, PackedLora};
+use crate::adapter::{CONVERSION, Lora, PackedLora};
 use crate::error::{Error, Result};
 use crate::hub::budget::Reservation;
 use crate::hub::residents::{PendingVersion, Resident};
@@ -35,6 +35,23 @@ struct Checked {
     digest: Digest,
 }
 
+/// What is said of an adapter whose files still held a part of the base.
+const CONVERTED: &str = "its files held a part of the base that its initialisation (PiSSA, OLoRA) had taken out; that part was computed from this server's base and \
+     taken out of the adapter. Where it was trained on the same model in other precision the part is another one: then convert the adapter with \
+     PEFT (save_pretrained, path_initial_model_for_weight_conversion) and import that";
+
+/// Fails where the plain form of an adapter that began as a part of the base, which has twice its rank, could not be imported itself.
+fn check_plain_rank(rank: u32, max_rank: u64) -> Result<()> {
+    if 2 * u64::from(rank) <= max_rank {
+        return Ok(());
+    }
+    let message = format!(
+        "is {rank}: an adapter that began as a part of the base takes twice its rank, over the limit max_rank of {max_rank}; {CONVERSION}, or ask \
+         the operator for a higher limit"
+    );
+    Err(Error::invalid_because("RANK_TOO_LARGE", "r", message))
+}
+
 impl Hub {
     /// Makes a version of an adapter, or leaves nothing. Runs to its end even where the caller goes away, so that what it holds
     /// is always given back. PARITY_FAILED where serving and training disagree; NO_EFFECT where a job trained nothing.
@@ -50,21 +67,19 @@ impl Hub {
         let shape = Arc::clone(&self.shape);
         let (gate, mut new) = (Arc::clone(&self.gate), new);
         let (new, bytes, max_rank, digest) = blocking(move || {
-            let bytes = new.package.memory_bytes(&shape, max_rank)?;
-            let initialisation = new.package.initialisation()?;
-            if new.job.is_some() || initialisation == Initialisation::Apart {
-                let digest = new.package.digest()?;
-                return Ok((new, bytes, max_rank, digest));
-            }
-            let Some(plain) = gate.plain_form(&new.package.read(&shape, max_rank)?, initialisation)? else {
-                let digest = new.package.digest()?;
-                return Ok((new, bytes, max_rank, digest));
+            let checked = new.package.check(&shape, max_rank)?;
+            let plain = match checked.initialisation {
+                Some(initialisation) if new.job.is_none() => {
+                    check_plain_rank(checked.rank, max_rank)?;
+                    gate.plain_form(&new.package.read(&shape, max_rank)?, initialisation)?
+                }
+                _ => None,
             };
-            // Of twice the rank, which is not what the limit is for.
+            let Some(plain) = plain else { return Ok((new, checked.memory_bytes, max_rank, checked.digest)) };
             new.package = Package::from_lora(&plain, &shape)?;
-            let bytes = new.package.memory_bytes(&shape, u64::MAX)?;
-            let digest = new.package.digest()?;
-            Ok((new, bytes, u64::MAX, digest))
+            new.note = Some(CONVERTED.to_owned());
+            let checked = new.package.check(&shape, max_rank)?;
+            Ok((new, checked.memory_bytes, max_rank, checked.digest))
         })
         .await?;
         // Before it waits for room: a retry needs none.
@@ -128,6 +143,7 @@ impl Hub {
             memory_bytes,
             blob: blob.to_owned(),
             held_reason: new.held_reason,
+            note: new.note,
             live: false,
         };
         let (publish, request_id, validate_only) = (new.publish, new.request_id, new.validate_only);

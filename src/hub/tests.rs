@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use super::load::PACKED_FILE;
 use super::*;
-use crate::adapter::{LoraLayer, Site};
+use crate::adapter::{Initialisation, LoraLayer, Site};
 use crate::request::{LoraSpec, Target};
 
 /// Ranks of an adapter of one unit: they are packed without padding.
@@ -52,6 +52,10 @@ impl PublishGate for FakeGate {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let _open = self.opened.wait_while(self.shut.lock().unwrap(), |shut| *shut).unwrap();
         self.report.lock().unwrap().clone()
+    }
+
+    fn plain_form(&self, _lora: &Lora, _initialisation: Initialisation) -> Result<Option<Lora>> {
+        Ok(None)
     }
 }
 
@@ -95,6 +99,7 @@ impl Bench {
             request_id: String::new(),
             validate_only: false,
             held_reason: None,
+            note: None,
         }
     }
 

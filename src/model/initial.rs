@@ -6,7 +6,7 @@
 //! gives (`path_initial_model_for_weight_conversion`). A config may also keep the initialisation's name when its tensors are converted or
 //! others, so they are looked at: where taking the part out makes the sum of all changes smaller, they hold it still.
 
-use crate::adapter::{Initialisation, Lora, LoraLayer, Site};
+use crate::adapter::{CONVERSION, Initialisation, Lora, LoraLayer, Site};
 use crate::error::{Error, Result};
 use crate::kernels::gemm::{self, Mat, Out};
 use crate::model::Model;
@@ -17,6 +17,9 @@ const LOOKS: usize = 15;
 
 /// The share by which the values that were found may still grow when the search ends.
 const FOUND: f64 = 1e-7;
+
+/// QL steps for one eigenvalue; two or three are usual.
+const MOST_STEPS: usize = 60;
 
 /// Vectors that are searched beside twice those that are wanted: the more, the faster it ends.
 const SPARE: usize = 16;
@@ -40,9 +43,6 @@ pub(super) fn plain_form(
     initialisation: Initialisation,
     yield_to_serving: &dyn Fn(),
 ) -> Result<Option<Lora>> {
-    if initialisation == Initialisation::Apart {
-        return Ok(None);
-    }
     let part_of = |(site, layer): (&Site, &LoraLayer)| {
         yield_to_serving();
         (*site, part(model, *site, layer, initialisation, yield_to_serving))
@@ -58,17 +58,13 @@ pub(super) fn plain_form(
         return Ok(None);
     }
     let lost = match initialisation {
-        Initialisation::Corda => {
-            Some("is \"corda\", and the tensors belong to a base that it changed by data that are not in the files")
-        }
-        Initialisation::PissaSearched => Some(
-            "is \"pissa_niter_..\", and the tensors belong to a base that it changed by random numbers that are not in the files",
-        ),
-        Initialisation::Pissa | Initialisation::Olora | Initialisation::Apart => None,
+        Initialisation::Corda => Some("data"),
+        Initialisation::PissaSearched => Some("random numbers"),
+        Initialisation::Pissa | Initialisation::Olora => None,
     };
     if let Some(lost) = lost {
         let message = format!(
-            "{lost}; save the adapter again with PEFT's save_pretrained and path_initial_model_for_weight_conversion, which makes it a plain one"
+            "says that the tensors belong to a base that was changed by {lost} that are not in the files; {CONVERSION}"
         );
         return Err(Error::invalid_because("UNSUPPORTED_SETTING", "init_lora_weights", message));
     }
@@ -142,7 +138,7 @@ fn part(
         Initialisation::Olora => columns(&w, inputs),
         // Those of B, which training has moved a little.
         Initialisation::Corda => columns(&layer.b, layer.rank),
-        Initialisation::Pissa | Initialisation::PissaSearched | Initialisation::Apart => {
+        Initialisation::Pissa | Initialisation::PissaSearched => {
             return singular(&w, (outputs, inputs), rank, layer, yield_to_serving);
         }
     };
@@ -173,7 +169,7 @@ fn singular(
     orthonormalise(&mut q, width);
     let (w, mut z) = (Mat::dense(w, inputs), vec![0.0; inputs * width]);
     gemm::mul_tn(out(&mut z, width), w, Mat::dense(&q, width), true);
-    let (mut values, mut vectors) = eigen(&gram(&z, width), width);
+    let (mut values, mut vectors) = eigen(gram(&z, width), width, yield_to_serving);
     for _ in 0..LOOKS {
         for _ in 0..ROUNDS {
             yield_to_serving();
@@ -182,7 +178,7 @@ fn singular(
             gemm::mul_tn(out(&mut z, width), w, Mat::dense(&q, width), true);
         }
         let before: f64 = values[..rank].iter().sum();
-        (values, vectors) = eigen(&gram(&z, width), width);
+        (values, vectors) = eigen(gram(&z, width), width, yield_to_serving);
         if values[..rank].iter().sum::<f64>() <= before * (1.0 + FOUND) {
             break;
         }
@@ -266,49 +262,97 @@ fn project(q: &[f32], width: usize, vectors: &[f64], rank: usize) -> Vec<f32> {
     projected
 }
 
-/// Eigenvalues of a symmetric matrix, the largest first, and their vectors as columns, by Jacobi's rotations.
-fn eigen(matrix: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
-    let mut a = matrix.to_vec();
-    let mut v = vec![0.0; n * n];
-    (0..n).for_each(|i| v[i * n + i] = 1.0);
-    let size: f64 = a.iter().map(|x| x * x).sum();
-    for _ in 0..30 {
-        let off: f64 = (0..n).map(|i| (0..i).map(|j| a[i * n + j].powi(2)).sum::<f64>()).sum();
-        if off <= 1e-22 * size {
-            break;
-        }
-        for p in 0..n {
-            for q in p + 1..n {
-                rotate(&mut a, &mut v, n, (p, q));
+/// Eigenvalues of a symmetric matrix, the largest first, and their vectors as columns: Householder's reduction to three diagonals (Martin,
+/// Reinsch & Wilkinson 1968), then QL steps with implicit shifts (Dubrulle, Martin & Wilkinson 1968).
+fn eigen(matrix: Vec<f64>, n: usize, yield_to_serving: &dyn Fn()) -> (Vec<f64>, Vec<f64>) {
+    let (mut diagonal, mut beside, mut vectors) = three_diagonals(matrix, n, yield_to_serving);
+    for low in 0..n {
+        yield_to_serving();
+        for _ in 0..MOST_STEPS {
+            let small = |m: usize| beside[m].abs() <= f64::EPSILON * (diagonal[m].abs() + diagonal[m + 1].abs());
+            let high = (low..n - 1).find(|m| small(*m)).unwrap_or(n - 1);
+            if high == low {
+                break;
             }
+            ql_step(&mut diagonal, &mut beside, &mut vectors, (low, high));
         }
     }
     let mut order: Vec<usize> = (0..n).collect();
-    order.sort_by(|i, j| a[j * n + j].total_cmp(&a[i * n + i]));
-    let values = order.iter().map(|i| a[i * n + i]).collect();
-    let vectors = (0..n).flat_map(|row| order.iter().map(|col| v[row * n + col]).collect::<Vec<_>>()).collect();
-    (values, vectors)
+    order.sort_by(|i, j| diagonal[*j].total_cmp(&diagonal[*i]));
+    let values = order.iter().map(|i| diagonal[*i]).collect();
+    let columns = (0..n).flat_map(|row| order.iter().map(|of| vectors[of * n + row]).collect::<Vec<_>>()).collect();
+    (values, columns)
 }
 
-/// Turns rows and columns p and q so that their common element becomes zero.
-fn rotate(a: &mut [f64], v: &mut [f64], n: usize, (p, q): (usize, usize)) {
-    let common = a[p * n + q];
-    if common == 0.0 {
-        return;
+/// Turns a symmetric matrix so that only its diagonal and what lies beside that is left; gives both, and the turn as rows.
+fn three_diagonals(mut a: Vec<f64>, n: usize, yield_to_serving: &dyn Fn()) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let mut turn = vec![0.0; n * n];
+    (0..n).for_each(|i| turn[i * n + i] = 1.0);
+    for k in 0..n.saturating_sub(2) {
+        yield_to_serving();
+        let from = k + 1;
+        let mut u: Vec<f64> = (from..n).map(|i| a[i * n + k]).collect();
+        let length = dot(&u, &u).sqrt();
+        if length == 0.0 {
+            continue;
+        }
+        let beside = -length.copysign(u[0]);
+        u[0] -= beside;
+        let half = dot(&u, &u) / 2.0;
+        let mut p: Vec<f64> = (from..n).map(|i| dot(&a[i * n + from..][..n - from], &u) / half).collect();
+        let along = dot(&u, &p) / (2.0 * half);
+        p.iter_mut().zip(&u).for_each(|(p, u)| *p -= along * u);
+        for (i, (ui, pi)) in u.iter().zip(&p).enumerate() {
+            let row = &mut a[(from + i) * n + from..][..n - from];
+            row.iter_mut().zip(u.iter().zip(&p)).for_each(|(x, (u, p))| *x -= ui * p + pi * u);
+        }
+        a[from * n + k] = beside;
+        let mut turned = vec![0.0; n];
+        for (i, ui) in u.iter().enumerate() {
+            turned.iter_mut().zip(&turn[(from + i) * n..][..n]).for_each(|(x, row)| *x += ui / half * row);
+        }
+        for (i, ui) in u.iter().enumerate() {
+            turn[(from + i) * n..][..n].iter_mut().zip(&turned).for_each(|(row, x)| *row -= ui * x);
+        }
     }
-    let theta = (a[q * n + q] - a[p * n + p]) / (2.0 * common);
-    let t = theta.signum() / (theta.abs() + (theta * theta + 1.0).sqrt());
-    let (cos, sin) = (1.0 / (t * t + 1.0).sqrt(), t / (t * t + 1.0).sqrt());
-    for k in 0..n {
-        let (x, y) = (a[k * n + p], a[k * n + q]);
-        (a[k * n + p], a[k * n + q]) = (cos * x - sin * y, sin * x + cos * y);
+    let diagonal = (0..n).map(|i| a[i * n + i]).collect();
+    let beside = (0..n).map(|i| if i + 1 < n { a[(i + 1) * n + i] } else { 0.0 }).collect();
+    (diagonal, beside, turn)
+}
+
+/// Makes what lies beside the diagonal smaller between two rows, at `low` the most. The rows of `vectors` turn with it.
+fn ql_step(diagonal: &mut [f64], beside: &mut [f64], vectors: &mut [f64], (low, high): (usize, usize)) {
+    let n = diagonal.len();
+    let ratio = (diagonal[low + 1] - diagonal[low]) / (2.0 * beside[low]);
+    let mut g = diagonal[high] - diagonal[low] + beside[low] / (ratio + ratio.hypot(1.0).copysign(ratio));
+    let (mut sin, mut cos, mut moved) = (1.0, 1.0, 0.0);
+    for i in (low..high).rev() {
+        let (f, b) = (sin * beside[i], cos * beside[i]);
+        let r = f.hypot(g);
+        beside[i + 1] = r;
+        if r == 0.0 {
+            diagonal[i + 1] -= moved;
+            beside[high] = 0.0;
+            return;
+        }
+        (sin, cos) = (f / r, g / r);
+        g = diagonal[i + 1] - moved;
+        let r = (diagonal[i] - g) * sin + 2.0 * cos * b;
+        moved = sin * r;
+        diagonal[i + 1] = g + moved;
+        g = cos * r - b;
+        let (lower, upper) = vectors[i * n..(i + 2) * n].split_at_mut(n);
+        for (x, y) in lower.iter_mut().zip(upper) {
+            (*x, *y) = (cos * *x - sin * *y, sin * *x + cos * *y);
+        }
     }
-    for k in 0..n {
-        let (x, y) = (a[p * n + k], a[q * n + k]);
-        (a[p * n + k], a[q * n + k]) = (cos * x - sin * y, sin * x + cos * y);
-        let (x, y) = (v[k * n + p], v[k * n + q]);
-        (v[k * n + p], v[k * n + q]) = (cos * x - sin * y, sin * x + cos * y);
-    }
+    diagonal[low] -= moved;
+    beside[low] = g;
+    beside[high] = 0.0;
+}
+
+fn dot(x: &[f64], y: &[f64]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| x * y).sum()
 }
 
 #[cfg(test)]
@@ -341,7 +385,7 @@ mod tests {
         let row = |o: usize| &w[o * inputs..][..inputs];
         let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
         let squares: Vec<f64> = (0..outputs * outputs).map(|i| dot(row(i / outputs), row(i % outputs))).collect();
-        let (_, vectors) = eigen(&squares, outputs);
+        let (_, vectors) = eigen(squares, outputs, &|| {});
         let mut part = vec![0.0; w.len()];
         for k in 0..rank {
             let u = |o: usize| vectors[o * outputs + k];
@@ -393,6 +437,26 @@ mod tests {
                 plain_form(&model, &plain, initialisation, &|| {}).unwrap().is_none(),
                 "converted, it stays as it is"
             );
+        }
+    }
+
+    #[test]
+    fn eigenvectors_are_turned_by_their_values() {
+        for n in [1, 2, 3, 40] {
+            let wave = |i: usize| (i as f64 * 0.7).sin();
+            let mut a = vec![0.0; n * n];
+            for i in 0..n {
+                (0..n).for_each(|j| a[i * n + j] = wave(i * j + i + j) + if i == j { wave(i) } else { 0.0 });
+            }
+            let (values, vectors) = eigen(a.clone(), n, &|| {});
+            assert!(values.is_sorted_by(|x, y| x >= y), "{values:?}");
+            for (k, value) in values.iter().enumerate() {
+                let v: Vec<f64> = (0..n).map(|row| vectors[row * n + k]).collect();
+                assert!((dot(&v, &v) - 1.0).abs() < 1e-12);
+                for i in 0..n {
+                    assert!((dot(&a[i * n..][..n], &v) - value * v[i]).abs() < 1e-11, "{n}: value {k}, row {i}");
+                }
+            }
         }
     }
 

@@ -84,6 +84,8 @@ pub struct VersionRow {
     pub blob: String,
     /// Why its job kept it from going live: the training went wrong.
     pub held_reason: Option<String>,
+    /// What was done to its files when it was imported, where their owner must know it.
+    pub note: Option<String>,
     /// Whether requests for its adapter get it.
     pub live: bool,
 }
@@ -377,8 +379,8 @@ fn too_many(limit: &'static str, what: String) -> Error {
 async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &VersionRow) -> Result<()> {
     sqlx::query(
         "INSERT INTO versions (uid, tenant, adapter, version, digest, base_digest, template_digest, size_bytes, memory_bytes,
-         rank, targets, parity, job, metrics, blob, create_time, held_reason)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+         rank, targets, parity, job, metrics, blob, create_time, held_reason, note)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )
     .bind(&draft.uid)
     .bind(name.tenant().as_str())
@@ -397,6 +399,7 @@ async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &Versi
     .bind(&draft.blob)
     .bind(now())
     .bind(&draft.held_reason)
+    .bind(&draft.note)
     .execute(db)
     .await?;
     Ok(())
@@ -479,6 +482,7 @@ fn version_row(row: &SqliteRow) -> Result<VersionRow> {
         memory_bytes: count(row, "memory_bytes")?,
         blob: row.try_get("blob")?,
         held_reason: row.try_get("held_reason")?,
+        note: row.try_get("note")?,
         live: row.try_get("live")?,
     })
 }

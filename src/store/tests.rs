@@ -52,6 +52,7 @@ fn new_version(adapter: &AdapterName, content: &str) -> NewVersionRow {
         memory_bytes: 20,
         blob: format!("{}/adapters/{}", adapter.tenant.as_str(), digest.hex()),
         held_reason: None,
+        note: None,
         live: false,
     };
     NewVersionRow { draft, publish: Publish::Auto, request_id: String::new(), validate_only: false }

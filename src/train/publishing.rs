@@ -88,6 +88,7 @@ fn new_version(job: &JobRow, result: &TrainingResult) -> NewVersion {
         request_id: String::new(),
         validate_only: false,
         held_reason: result.diverged.as_ref().map(|why| format!("{DIVERGED}: {why}")),
+        note: None,
     }
 }
 

@@ -37,7 +37,7 @@ pub(super) struct Storage {
 }
 
 /// The types of a tensor, by their numbers in the file.
-const STORAGES: [(u32, &str, u64, u64); 31] = [
+const STORAGES: [(u32, &str, u64, u64); 38] = [
     (0, "F32", 1, 4),
     (1, "F16", 1, 2),
     (2, "Q4_0", 32, 18),
@@ -67,8 +67,15 @@ const STORAGES: [(u32, &str, u64, u64); 31] = [
     (28, "F64", 1, 8),
     (29, "IQ1_M", 256, 56),
     (30, "BF16", 1, 2),
+    (31, "Q4_0_4_4", 32, 18),
+    (32, "Q4_0_4_8", 32, 18),
+    (33, "Q4_0_8_8", 32, 18),
     (34, "TQ1_0", 256, 54),
     (35, "TQ2_0", 256, 66),
+    (36, "IQ4_NL_4_4", 32, 18),
+    (37, "IQ4_NL_4_8", 32, 18),
+    (38, "IQ4_NL_8_8", 32, 18),
+    (39, "MXFP4", 32, 17),
 ];
 
 impl Storage {

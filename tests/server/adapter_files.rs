@@ -237,6 +237,8 @@ fn layers(t: &mut Table<'_>) {
     t.taken("pattern", second, of(json!([1]), json!("layers")));
     t.taken("patterns", second, of(json!([1]), json!(["h", "layers"])));
     t.taken("pattern that is an expression", first, of(json!([0]), json!("lay.rs")));
+    t.taken("pattern with a group", first, of(json!([0]), json!("(layers|h)")));
+    t.taken("pattern from the beginning of the name", second, of(json!([1]), json!(r"model\.layers")));
     t.taken("empty pattern", first, of(json!([0]), json!("")));
     t.taken("no patterns", first, of(json!([0]), json!([])));
     t.taken(
@@ -312,7 +314,6 @@ fn notes(t: &mut Table<'_>) {
         ("initialised by OLoRA", json!("olora")),
         ("initialised by CorDA", json!("corda")),
         ("initialised by LoftQ", json!("loftq")),
-        ("initialised by LoRA-GA", json!("lora_ga")),
         ("initialised by MiCA", json!("mica")),
         ("initialised orthogonal", json!("orthogonal")),
         ("initialised gaussian", json!("gaussian")),
@@ -439,6 +440,7 @@ fn refused_kinds(t: &mut Table<'_>) {
         ("KaSA", "kasa_config", json!({"beta": 0.1}), &["kasa_config", "train again"]),
         ("Arrow", "arrow_config", json!({"top_k": 3}), &["arrow_config", "one by one"]),
         ("a setting to come", "use_next_thing", json!(true), &["use_next_thing", "remove it"]),
+        ("LoRA-GA", "init_lora_weights", json!("lora_ga"), &["lora_ga", "path_initial_model_for_weight_conversion"]),
         ("an initialisation to come", "init_lora_weights", json!("next"), &["init_lora_weights", "set it to true"]),
         ("PiSSA of no number", "init_lora_weights", json!("pissa_niter_x"), &["init_lora_weights", "set it to true"]),
         ("the head too", "target_modules", json!(["q_proj", "v_proj", "lm_head"]), &["lm_head", "train again"]),
@@ -464,6 +466,12 @@ fn refused_kinds(t: &mut Table<'_>) {
             "target_modules",
             json!(r"(?=(.*.*.*.*.*.*.*.*.*.*)*$)(.*)\1\1x"),
             &["target_modules", "steps"],
+        ),
+        (
+            "an expression that grows",
+            "target_modules",
+            json!(r".*(q_proj|v_proj|(\w{40}){40})"),
+            &["target_modules", "bytes when it is compiled", "list the modules"],
         ),
         ("a broken exclusion", "exclude_modules", json!("*"), &["exclude_modules", "list the modules"]),
         ("a broken rank pattern", "rank_pattern", json!({"q_proj)": 2}), &["rank_pattern", "list the modules"]),
@@ -594,7 +602,7 @@ fn refused_files(t: &mut Table<'_>) {
     for (name, spoil, reason, holds) in spoilt {
         t.refused(name, vec![], reason, holds).spoil = Some(spoil);
     }
-    let renamed: [(&str, fn(&str, &str) -> String, &[&str]); 9] = [
+    let renamed: [(&str, fn(&str, &str) -> String, &[&str]); 11] = [
         (
             "two adapters",
             |m, w| peft(m, &format!("{w}.{}", if m.contains(".0.") { "one" } else { "two" })),
@@ -620,6 +628,19 @@ fn refused_files(t: &mut Table<'_>) {
             |m, w| peft(&m.replace("model.layers.0.self_attn.q_proj", "lm_head"), w),
             &["head", "train again"],
         ),
+        (
+            "a head that was saved beside the adapter",
+            |m, w| match (m.contains("layers.0.self_attn.q_proj"), w) {
+                (true, "lora_A") => "base_model.model.lm_head.weight".to_owned(),
+                _ => peft(m, w),
+            },
+            &["vocabulary", "save_embedding_layers=False"],
+        ),
+        (
+            "a model that was wrapped twice",
+            |m, w| format!("base_model.model.base_model.model.{m}.{w}.weight"),
+            &["wrapped twice", "inner model"],
+        ),
         ("a layer that the base lacks", |m, w| peft(&m.replace(".1.", ".7."), w), &["layer", "trained on"]),
         ("another spelling of a layer", |m, w| peft(&m.replace(".1.", ".01."), w), &["nothing may be left unapplied"]),
         (
@@ -632,7 +653,33 @@ fn refused_files(t: &mut Table<'_>) {
     for (name, rename, holds) in renamed {
         t.refused(name, vec![], "EXTRA_TENSOR", holds).rename = rename;
     }
+    for (name, spoil) in
+        [("the same names in another wrapper", doubled as fn(&mut Package)), ("empty tensors", emptied)]
+    {
+        let (reason, holds): (_, &[&str]) = match name {
+            "empty tensors" => ("SHAPE_MISMATCH", &["gather"]),
+            _ => ("EXTRA_TENSOR", &["more than one adapter"]),
+        };
+        t.refused(name, vec![], reason, holds).spoil = Some(spoil);
+    }
     t.refused("tensors of float64", vec![], "UNSUPPORTED_DTYPE", &["F64", "convert"]).dtype = Dtype::F64;
+}
+
+/// Every tensor a second time, as a wrapper of the model names it.
+fn doubled(package: &mut Package) {
+    let file = safetensors::SafeTensors::deserialize(&package.tensors).unwrap();
+    let views =
+        file.tensors().into_iter().flat_map(|(name, view)| [(format!("module.{name}"), view.clone()), (name, view)]);
+    let doubled = safetensors::serialize(views, None).unwrap();
+    package.tensors = doubled;
+}
+
+/// The tensors as a process saves them that has none of their values.
+fn emptied(package: &mut Package) {
+    let file = safetensors::SafeTensors::deserialize(&package.tensors).unwrap();
+    let empty = |name: String| (name, TensorView::new(Dtype::F32, vec![0], &[]).unwrap());
+    let emptied = safetensors::serialize(file.names().into_iter().map(|name| empty(name.to_owned())), None).unwrap();
+    package.tensors = emptied;
 }
 
 /// What an adapter answers, to the last bit: ids and log-probabilities. The adapter is deleted.

@@ -58,6 +58,7 @@ async fn publish(server: &TestServer, count: usize) {
             request_id: String::new(),
             validate_only: false,
             held_reason: None,
+            note: None,
         };
         server.parts.hub.publish(&Tenant::proven(tenant.clone()), new).await.unwrap();
     }

@@ -53,6 +53,7 @@ pub fn version(row: VersionRow, place: Residency) -> pb::AdapterVersion {
         residency: Some(residency(place)),
         live: row.live,
         held_reason: row.held_reason.unwrap_or_default(),
+        note: row.note.unwrap_or_default(),
     }
 }
 

@@ -5,6 +5,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
 use super::*;
+use crate::bases::tests::remote;
 use crate::bases::{Cache, cached_in};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -136,7 +137,7 @@ async fn a_file_comes_by_way_of_the_store_without_the_token() {
     let dir = tempfile::tempdir().expect("a folder");
     let cache = cache(dir.path(), hub.hub(Some("hf_secret")));
     let mut seen = Vec::new();
-    let path = cache.fetch(SPEC, |progress| seen.push(progress)).await.expect("fetched");
+    let path = cache.fetch(remote(SPEC), |progress| seen.push(progress)).await.expect("fetched");
     assert_eq!(fs::read(&path).expect("a file"), whole());
     assert!(path.ends_with("hf--owner--repo--sub--base.gguf/base.gguf"), "{path:?}");
     assert_eq!(left(dir.path()), ["hf--owner--repo--sub--base.gguf"]);
@@ -157,7 +158,7 @@ async fn a_file_comes_by_way_of_the_store_without_the_token() {
     );
     assert_eq!(store.asked()[0].token, None, "the token stays with the hub");
     assert_eq!(store.asked()[0].path, "/blobs/1?signature=a%2Fb");
-    cache.fetch(SPEC, |_| {}).await.expect("it is in the cache");
+    cache.fetch(remote(SPEC), |_| {}).await.expect("it is in the cache");
     assert_eq!(store.asked().len(), 1);
 }
 
@@ -204,14 +205,14 @@ async fn a_later_fetch_goes_on_and_changed_content_begins_anew() {
     .await;
     let dir = tempfile::tempdir().expect("a folder");
     let cache = cache(dir.path(), hub.hub(None));
-    let said = text(cache.fetch(SPEC, |_| {}).await);
+    let said = text(cache.fetch(remote(SPEC), |_| {}).await);
     assert!(said.contains("after 50000 bytes") && said.contains("goes on there"), "{said}");
     assert_eq!(left(dir.path()), [".hf--owner--repo--sub--base.gguf.partial"]);
     assert!(cached_in(dir.path()).expect("listed").is_empty(), "no half of a base is shown");
 
     allowed.store(usize::MAX, Ordering::Relaxed);
     let before = hub.asked().len();
-    let path = cache.fetch(SPEC, |_| {}).await.expect("fetched");
+    let path = cache.fetch(remote(SPEC), |_| {}).await.expect("fetched");
     assert_eq!(fs::read(path).expect("a file"), whole());
     assert_eq!(hub.asked()[before + 1].from(), 50_000);
     assert_eq!(left(dir.path()), ["hf--owner--repo--sub--base.gguf"]);
@@ -233,7 +234,7 @@ async fn a_dropped_fetch_keeps_what_has_come() {
     let patient = Hub { pause: Duration::from_secs(60), ..hub.hub(None) };
     let dir = tempfile::tempdir().expect("a folder");
     let cache = cache(dir.path(), patient);
-    let fetch = cache.fetch(SPEC, |_| {});
+    let fetch = cache.fetch(remote(SPEC), |_| {});
     let part = dir.path().join(".hf--owner--repo--sub--base.gguf.partial").join(sha256(&whole()));
     let come = async {
         while fs::metadata(&part).map_or(0, |meta| meta.len()) < 70_000 {

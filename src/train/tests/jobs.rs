@@ -7,7 +7,7 @@ use futures::StreamExt;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{Connection, SqliteConnection};
 
-use crate::adapter::{Lora, PackedLora};
+use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::config::Limits;
 use crate::data::Upload;
 use crate::device::Arbiter;
@@ -32,6 +32,10 @@ impl PublishGate for PassingGate {
     fn check(&self, _packed: &Arc<PackedLora>, lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         let no_effect = lora.is_zero();
         Ok(ParityReport { tokens: 256, mean_abs_difference: 0.0, mean_abs_effect: 1.0, threshold: 0.1, no_effect })
+    }
+
+    fn plain_form(&self, _lora: &Lora, _initialisation: Initialisation) -> Result<Option<Lora>> {
+        Ok(None)
     }
 }
 
@@ -645,6 +649,7 @@ async fn a_publication_without_room_waits_for_its_owner() {
         request_id: String::new(),
         validate_only: false,
         held_reason: None,
+        note: None,
     };
     bench.parts.hub.publish(&bench.tenant, other).await.unwrap();
     let error = bench.interrupted(&job).await.error.unwrap();
