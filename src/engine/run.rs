@@ -124,7 +124,7 @@ impl EngineLoop {
         }
         for id in scheduler.next_in_line(PREFETCHED_TENANTS) {
             if let Some(Sequence { adapter: Adapter::Wanted(row), .. }) = sequences.get(&id) {
-                warm.prefetch(row);
+                warm.prefetch(id, row);
             }
         }
         self.stuck = self.plan.is_empty() && !self.sequences.is_empty();
@@ -186,9 +186,6 @@ impl EngineLoop {
         if let Some(deadline) = sequence.deadline {
             self.deadlines.insert((deadline, id));
         }
-        if let Adapter::Wanted(row) = &sequence.adapter {
-            self.warm.want(row);
-        }
         self.scheduler.add(id, demand);
         self.sequences.insert(id, sequence);
     }
@@ -226,7 +223,7 @@ impl EngineLoop {
             self.deadlines.remove(&(deadline, id));
         }
         if let Adapter::Wanted(row) = &sequence.adapter {
-            self.warm.unwant(row);
+            self.warm.forget(id, row);
         }
         Some(sequence)
     }
@@ -321,7 +318,7 @@ fn readiness(id: u64, sequences: &mut HashMap<u64, Sequence>, warm: &mut Warm) -
     if let Some(lease) = lease
         && let Adapter::Wanted(row) = std::mem::replace(&mut sequence.adapter, Adapter::Leased(lease))
     {
-        warm.unwant(&row);
+        warm.forget(id, &row);
     }
     Readiness::Ready
 }

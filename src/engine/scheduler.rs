@@ -21,10 +21,14 @@ use std::collections::HashMap;
 
 use crate::engine::blocks::Blocks;
 use crate::engine::prefix::PrefixHashes;
-use waiting::{Rank, Waiting};
+use waiting::{Rank, TenantRank, Waiting};
 
 /// What a token counts for a tenant of weight 1.
 const TOKEN: u64 = 1 << 20;
+
+/// Tenants whose next sequence has to wait for its adapter that are looked at in one step while others run; the next step goes on behind
+/// them. Else the steps of those that run would take longer with each tenant that waits.
+const MOST_LATER: usize = 16;
 
 /// Running sequences that there is room for at once in the list; it grows beyond.
 const MOST_PREALLOCATED: usize = 4096;
@@ -52,10 +56,21 @@ pub enum Readiness {
     Ready,
     /// Its adapter is being loaded: it is set aside until [`Scheduler::resume`].
     Loading,
-    /// Not now, and none of its tenant's before it.
+    /// Not now, and of its tenant's only those whose turn had come before: what they hold is what it waits for.
     Later,
     /// It is no more.
     Gone,
+}
+
+/// What became of a waiting sequence that was to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Admission {
+    /// It waits in the queue no more.
+    Done,
+    /// It has to wait for its adapter.
+    Later,
+    /// There is no room for it.
+    NoRoom,
 }
 
 /// What the scheduler knows of a sequence.
@@ -77,6 +92,8 @@ struct Entry {
     chain: Option<PrefixHashes>,
     /// Blocks from the first on that can be found.
     published: usize,
+    /// Its turn had come before: it was set aside for its adapter, or has started already. It holds its adapter.
+    begun: bool,
 }
 
 impl Entry {
@@ -138,6 +155,8 @@ pub struct Scheduler {
     accounts: HashMap<u32, Account>,
     /// The sequences that have been sent back since [`Scheduler::take_preempted`], each as often as it was.
     preempted: Vec<u64>,
+    /// The tenant behind which the next step goes on, where there were too many to look at.
+    look_after: Option<TenantRank>,
 }
 
 impl Scheduler {
@@ -149,6 +168,7 @@ impl Scheduler {
             running: Vec::with_capacity(bounds.max_running.min(MOST_PREALLOCATED)),
             accounts: HashMap::new(),
             preempted: Vec::with_capacity(bounds.max_running.min(MOST_PREALLOCATED)),
+            look_after: None,
         }
     }
 
@@ -169,7 +189,8 @@ impl Scheduler {
         account.all += 1;
         let rank = self.waiting.last_rank(priority);
         let (blocks, served) = (Vec::new(), account.served);
-        let entry = Entry { id, tenant, rank, length, longest, computed: 0, charged: 0, blocks, chain, published: 0 };
+        let (computed, charged, published, begun) = (0, 0, 0, false);
+        let entry = Entry { id, tenant, rank, length, longest, computed, charged, blocks, chain, published, begun };
         self.waiting.push(served, entry);
     }
 
@@ -251,40 +272,67 @@ impl Scheduler {
     /// Starts waiting sequences, the least-served tenant's first: as many as keep the next step busy, and one of a tenant that has
     /// nothing running.
     fn admit(&mut self, ready: &mut dyn FnMut(u64) -> Readiness) {
-        // The last tenant that has to wait, of those looked at.
-        let mut passed = None;
+        // The last tenant that has to wait, of those looked at. Where nothing runs, all are looked at.
+        let mut passed = self.look_after.take().filter(|_| !self.running.is_empty());
+        let mut later = 0;
         while let Some((turn, first)) = self.waiting.next_after(passed) {
-            let (id, tenant, needed) = (first.id, first.tenant, first.length.div_ceil(self.bounds.block_tokens));
-            if self.is_busy() && self.runs(tenant) {
-                break;
+            let (id, length) = (first.id, first.length);
+            let mut admission = self.try_to_start(id, turn.1, length, ready);
+            if admission == Admission::Later
+                && let Some(begun) = self.waiting.first_begun(turn.1)
+            {
+                let (id, length) = (begun.id, begun.length);
+                admission = self.try_to_start(id, turn.1, length, ready);
             }
-            let Some(preemption_candidates) = self.ensure_capacity(tenant, needed) else { break };
-            match ready(id) {
-                Readiness::Ready => {}
-                Readiness::Loading => {
-                    self.waiting.set_aside(id);
-                    continue;
-                }
-                Readiness::Later => {
+            match admission {
+                Admission::Done => {}
+                Admission::Later => {
                     passed = Some(turn);
-                    continue;
+                    later += 1;
+                    if later >= MOST_LATER && !self.running.is_empty() {
+                        self.look_after = passed;
+                        break;
+                    }
                 }
-                Readiness::Gone => {
-                    self.remove(id);
-                    continue;
-                }
-            }
-            // The last first: so the others keep their places in the list, and their order in the queue.
-            preemption_candidates.into_iter().rev().for_each(|victim| self.preempt(victim));
-            if !self.start(id) {
-                break;
+                Admission::NoRoom => break,
             }
         }
+    }
+
+    /// Starts a waiting sequence of `length` tokens where there is room for it and it is ready.
+    fn try_to_start(
+        &mut self,
+        id: u64,
+        tenant: u32,
+        length: usize,
+        ready: &mut dyn FnMut(u64) -> Readiness,
+    ) -> Admission {
+        if self.is_busy() && self.runs(tenant) {
+            return Admission::NoRoom;
+        }
+        let needed = length.div_ceil(self.bounds.block_tokens);
+        let Some(preemption_candidates) = self.ensure_capacity(tenant, needed) else { return Admission::NoRoom };
+        match ready(id) {
+            Readiness::Ready => {}
+            Readiness::Loading => {
+                self.waiting.set_aside(id);
+                return Admission::Done;
+            }
+            Readiness::Later => return Admission::Later,
+            Readiness::Gone => {
+                self.remove(id);
+                return Admission::Done;
+            }
+        }
+        // The last first: so the others keep their places in the list, and their order in the queue.
+        preemption_candidates.into_iter().rev().for_each(|victim| self.preempt(victim));
+        if self.start(id) { Admission::Done } else { Admission::NoRoom }
     }
 
     /// Makes a waiting sequence a running one; false, and it waits on, where its blocks are not there.
     fn start(&mut self, id: u64) -> bool {
         let Some(mut entry) = self.waiting.remove(id) else { return false };
+        entry.begun = true;
         entry.blocks.reserve_exact(entry.longest.max(entry.length).div_ceil(self.bounds.block_tokens));
         if !self.take_first_blocks(&mut entry) {
             self.waiting.push(self.served(entry.tenant), entry);

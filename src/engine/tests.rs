@@ -3,6 +3,7 @@
 mod queue;
 mod reuse;
 mod sampling;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -276,11 +277,20 @@ fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
 
 /// The loop without its thread.
 fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (EngineLoop, Bare) {
+    bare_loop_beside(world().hub.clone(), &tight(16, 16), layout, executor)
+}
+
+fn bare_loop_beside(
+    hub: Arc<Hub>,
+    limits: &Limits,
+    layout: KvLayout,
+    executor: Box<dyn Executor>,
+) -> (EngineLoop, Bare) {
     let (sender, inbox) = mpsc::channel();
     let sender = Arc::new(sender);
     let state = EngineLoop {
         inbox,
-        scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap()),
+        scheduler: Scheduler::new(bounds(layout, limits).unwrap()),
         plan: Vec::new(),
         spans: Vec::new(),
         readings: Vec::new(),
@@ -290,7 +300,7 @@ fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (EngineLoop, Bare
         context: 100,
         sequences: HashMap::new(),
         deadlines: BTreeSet::new(),
-        warm: Warm::new(world().hub.clone(), runtime().handle().clone(), Arc::downgrade(&sender)),
+        warm: Warm::new(hub, runtime().handle().clone(), Arc::downgrade(&sender)),
         stuck: false,
         closed: false,
     };
@@ -305,6 +315,11 @@ struct Bare {
 
 /// Sends a sequence of 20 tokens to a bare loop.
 fn submit(bare: &Bare, adapter: Adapter, max_tokens: u32) -> UnreadEvents {
+    submit_with(bare, adapter, max_tokens, 0).1
+}
+
+/// As [`submit`], with a priority; gives the sequence's id too.
+fn submit_with(bare: &Bare, adapter: Adapter, max_tokens: u32, priority: i32) -> (u64, UnreadEvents) {
     let w = world();
     let (answer, reader) = Answer::new(Memory::new(1 << 30).account(None), 1 << 20);
     let generation = Generation {
@@ -326,11 +341,11 @@ fn submit(bare: &Bare, adapter: Adapter, max_tokens: u32) -> UnreadEvents {
     let id = ticket.ids.start;
     let work = Work::Generate(Box::new(generation));
     let longest = 20 + max_tokens as usize;
-    let demand = SequenceRequest { tenant: 0, weight: 1, priority: 0, length: 20, longest, chain: None };
+    let demand = SequenceRequest { tenant: 0, weight: 1, priority, length: 20, longest, chain: None };
     let figures = stats::Figures::new(&stats::Tenants::new(1), w.tenant.id(), Instant::now(), None);
     let sequence = Sequence { ids: vec![1; 20], deadline: None, adapter, ticket, figures, work };
     bare.sender.send(Message::Submit(id, demand, Box::new(sequence))).unwrap();
-    reader
+    (id, reader)
 }
 
 /// A steady batch, adapters of two ranks in it, is computed in the memory of the steps before.

@@ -433,6 +433,64 @@ fn nobody_starts_over_for_one_that_is_not_ready() {
     assert_eq!(planned.len(), 4, "its adapter is not there, so it takes no place");
 }
 
+/// What holds an adapter of its tenant's share must not wait for a newcomer that waits for that share.
+#[test]
+fn one_whose_turn_had_come_goes_before_a_newcomer_that_has_to_wait() {
+    let mut s = Scheduler::new(SchedulerConfig { max_running: 2, ..bounds(100) });
+    let urgent = || SequenceRequest { priority: 9, ..demand(0, 4) };
+    let mut planned = Vec::new();
+    // One that was set aside, and has its adapter now.
+    s.add(1, demand(0, 4));
+    s.plan(&mut planned, &mut |_| Readiness::Loading);
+    s.add(2, urgent());
+    s.resume(1);
+    let only_the_newcomer_waits = &mut |id| if id == 2 { Readiness::Later } else { Readiness::Ready };
+    s.plan(&mut planned, only_the_newcomer_waits);
+    assert_eq!(planned.iter().map(|p| p.id).collect::<Vec<_>>(), [1]);
+    s.remove(2);
+
+    // One that has started, and lost its place to another tenant.
+    s.add(3, demand(0, 4));
+    s.extend(1);
+    assert_eq!(planned_ids(&mut s), [1, 3]);
+    s.add(4, demand(1, 4));
+    [1, 3].iter().for_each(|id| s.extend(*id));
+    plan(&mut s);
+    let sent_back: Vec<u64> = s.take_preempted().collect();
+    assert_eq!(sent_back.len(), 1);
+    s.add(2, urgent());
+    s.remove(4);
+    s.plan(&mut planned, only_the_newcomer_waits);
+    assert!(planned.iter().any(|p| p.id == sent_back[0]), "{planned:?}");
+}
+
+/// Many tenants whose adapters are not there cost a step no more than a few, and none of them is forgotten.
+#[test]
+fn tenants_that_have_to_wait_are_looked_at_a_few_in_a_step() {
+    let mut s = scheduler(1000);
+    s.add(0, demand(0, 4));
+    plan(&mut s);
+    const MANY: u64 = 10 * MOST_LATER as u64;
+    (1..=MANY).for_each(|id| s.add(id, demand(id as u32, 4)));
+    let mut planned = Vec::new();
+    let mut asked = std::collections::BTreeSet::new();
+    for _ in 0..10 {
+        s.extend(0);
+        let mut in_this_step = 0;
+        s.plan(&mut planned, &mut |id| {
+            in_this_step += 1;
+            asked.insert(id);
+            Readiness::Later
+        });
+        assert!(in_this_step <= MOST_LATER && planned.len() == 1, "{in_this_step}");
+    }
+    assert_eq!(asked.len(), MANY as usize, "all have been looked at");
+    s.remove(0);
+    let last = &mut |id| if id == MANY { Readiness::Ready } else { Readiness::Later };
+    s.plan(&mut planned, last);
+    assert_eq!(planned[0].id, MANY, "where nothing runs, a step finds the one that can");
+}
+
 /// A queue of tens of thousands costs a step nothing: only the first of each tenant is looked at.
 #[test]
 fn a_long_queue_is_not_walked() {
@@ -462,7 +520,7 @@ proptest! {
         let mut served = [0u64; 3];
         let (mut arrivals, mut returns) = (0i64, 0i64);
         for (id, (what, tenant, priority)) in (1u64..).zip(steps) {
-            let entry = |rank| Entry { id, tenant, rank, length: 1, longest: 1, computed: 0, charged: 0, blocks: Vec::new(), chain: None, published: 0 };
+            let entry = |rank| Entry { id, tenant, rank, length: 1, longest: 1, computed: 0, charged: 0, blocks: Vec::new(), chain: None, published: 0, begun: false };
             match what {
                 0 | 1 => {
                     arrivals += 1;

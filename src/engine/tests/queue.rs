@@ -31,9 +31,9 @@ fn requests_that_wait_hold_no_adapter() {
         for i in 0..60 {
             waiting.push(begin(&engine, &w.tenant, &ask(Some(i % 2), 3)).await);
         }
-        // All have been taken in, and the next in line may have been loaded.
+        // All have been taken in; where the first has ended meanwhile, one runs.
         assert!(engine.check_integrity().await.is_err());
-        assert!(w.hub.stats().leases <= 2, "{:?}", w.hub.stats());
+        assert!(w.hub.stats().leases <= 1, "{:?}", w.hub.stats());
         drop(first);
         for stream in waiting {
             assert!(matches!(end(stream).await, Ok(GenerateEvent::Finished { .. })));
@@ -64,37 +64,6 @@ fn a_version_that_is_deleted_before_its_request_starts_is_named() {
                 assert_eq!(subject, "tenants/t/adapters/a1/versions/1")
             }
             other => panic!("{other:?}"),
-        }
-        assert_idle(&engine).await;
-    });
-}
-
-#[test]
-fn a_tenant_runs_no_more_versions_at_once_than_its_share_holds() {
-    run(async {
-        let w = make_world().await;
-        let shape = w.model.shape().clone();
-        // Room for both of its versions, of which its share holds one at a time.
-        let adapter_cache_bytes = w.hub.stats().resident_bytes;
-        let limits = Limits { adapter_cache_bytes, ..Limits::default() };
-        let hub = Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(PassingGate), &limits);
-        let engine = start(w.model.clone(), w.text.clone(), hub.clone(), &limits).unwrap();
-        // A fast engine may be at the end of the first before the second begins; then both are asked for again.
-        let mut together = false;
-        for _ in 0..50 {
-            let mut first = begin(&engine, &w.tenant, &ask(Some(0), 240)).await;
-            runs(&mut first).await;
-            let mut same = begin(&engine, &w.tenant, &ask(Some(0), 240)).await;
-            runs(&mut same).await;
-            together |= hub.stats().leases == 2;
-            drop((first, same));
-            assert_idle(&engine).await;
-        }
-        assert!(together, "requests for one version share it");
-        let streams =
-            [begin(&engine, &w.tenant, &ask(Some(0), 5)).await, begin(&engine, &w.tenant, &ask(Some(1), 5)).await];
-        for ended in futures::future::join_all(streams.map(end)).await {
-            assert!(matches!(ended, Ok(GenerateEvent::Finished { .. })), "{ended:?}");
         }
         assert_idle(&engine).await;
     });
@@ -188,8 +157,14 @@ fn unread_answers_of_all_are_bounded_together() {
             unread.push(begin(&engine, &w.tenant, &ask(None, 100)).await);
         }
         drop(nothing_runs);
-        let ends = futures::future::join_all(unread.into_iter().map(end)).await;
-        assert!(memory.used() == 0 && ends.len() == 6);
+        // All have ended before any is read. A tenant may hold as much as is left to the others of a half of the memory.
         assert_idle(&engine).await;
+        assert!(memory.used() <= 1 << 14, "{}", memory.used());
+        let ends = futures::future::join_all(unread.into_iter().map(end)).await;
+        let refused = |end: &&Result<GenerateEvent>| {
+            matches!(end, Err(Error::Exhausted { limit: "max_request_memory_bytes", .. }))
+        };
+        assert!(ends.iter().filter(refused).count() >= 3, "{ends:?}");
+        assert_eq!(memory.used(), 0);
     });
 }
