@@ -83,7 +83,7 @@ pub struct Engine {
     memory: Arc<Memory>,
     limits: Arc<Limits>,
     large_encodes: Arc<Semaphore>,
-    facts: EngineInfo,
+    info: EngineInfo,
     /// Whose figures are shown by name.
     tenants: stats::Tenants,
 }
@@ -112,14 +112,14 @@ impl Engine {
         // No more than all sequences at once could use at their longest.
         let useful = limits.max_running.saturating_mul(model.context_length().div_ceil(block_tokens) as u64);
         let layout = KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize };
-        let facts = EngineInfo { base: model.shape().digest, context: model.context_length(), layout };
+        let info = EngineInfo { base: model.shape().digest, context: model.context_length(), layout };
         let executor = model.executor(layout)?;
-        Self::start_with(executor, facts, text, hub, arbiter, memory, limits)
+        Self::start_with(executor, info, text, hub, arbiter, memory, limits)
     }
 
     fn start_with(
         executor: Box<dyn Executor>,
-        facts: EngineInfo,
+        info: EngineInfo,
         text: Arc<Text>,
         hub: Arc<Hub>,
         arbiter: Arc<Arbiter>,
@@ -128,18 +128,18 @@ impl Engine {
     ) -> Result<Self> {
         let (sender, inbox) = mpsc::channel();
         let sender = Arc::new(sender);
-        let bounds = bounds(facts.layout, limits)?;
+        let config = scheduler_config(info.layout, limits)?;
         let runtime = Handle::try_current().map_err(Error::internal)?;
         let state = EngineLoop {
             inbox,
-            scheduler: Scheduler::new(bounds),
+            scheduler: Scheduler::new(config),
             plan: Vec::new(),
-            spans: Vec::new(),
-            readings: Vec::new(),
+            chunks: Vec::new(),
+            outputs: Vec::new(),
             executor,
             arbiter,
             text: text.clone(),
-            context: facts.context,
+            context: info.context,
             sequences: HashMap::new(),
             deadlines: BTreeSet::new(),
             warm: Warm::new(hub.clone(), runtime, Arc::downgrade(&sender)),
@@ -151,7 +151,7 @@ impl Engine {
         let large_encodes = Arc::new(Semaphore::new(LARGE_ENCODES));
         let tenants = stats::Tenants::new(limits.max_metric_tenants);
         let limits = Arc::new(limits.clone());
-        Ok(Self { inbox: sender, text, hub, tickets, memory, limits, large_encodes, facts, tenants })
+        Ok(Self { inbox: sender, text, hub, tickets, memory, limits, large_encodes, info, tenants })
     }
 
     /// Starts the answers that the spec asks for, a stream each. Errors before the first token are given here: bad settings, NOT_FOUND,
@@ -191,7 +191,7 @@ impl Engine {
             answer.send(GenerateEvent::Started { version: name, prompt_tokens: ids.len() as u32, seed })?;
             let (id, cancel) = (ticket.ids.start, self.cancel_on_drop(&ticket));
             streams.push(Box::pin(AnswerStream { events, cancel }) as GenerateStream);
-            let chain = self.chain(tenant, version.as_deref(), &ids, longest);
+            let hashes = self.prefix_hashes(tenant, version.as_deref(), &ids, longest);
             let generation = Generation {
                 prompt_tokens: ids.len(),
                 cached_tokens: None,
@@ -208,15 +208,15 @@ impl Engine {
                 end: None,
             };
             let (weight, priority, length) = (tenant.weight(), spec.priority, ids.len());
-            let demand = SequenceRequest { tenant: ticket.number, weight, priority, length, longest, chain };
+            let request = SequenceRequest { tenant: ticket.number, weight, priority, length, longest, hashes };
             let (ids, work) = (ids.clone(), Work::Generate(Box::new(generation)));
             let adapter = adapter_of(version.clone());
             let figures = Figures::new(&self.tenants, tenant.id(), since, spec.trace);
-            submissions.push((id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work }));
+            submissions.push((id, request, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work }));
         }
         let mut others = submissions.into_iter();
-        if let Some((id, demand, sequence)) = others.next() {
-            self.submit(id, demand, sequence)?;
+        if let Some((id, request, sequence)) = others.next() {
+            self.submit(id, request, sequence)?;
         }
         if others.len() > 0 {
             let engine = self.clone();
@@ -224,7 +224,7 @@ impl Engine {
                 // An error says the same: the first one has computed its prompt or has come to an end.
                 let _ = done.await;
                 // Where the loop is gone, each stream says so as its sequence is dropped.
-                others.for_each(|(id, demand, sequence)| drop(engine.submit(id, demand, sequence)));
+                others.for_each(|(id, request, sequence)| drop(engine.submit(id, request, sequence)));
             });
         }
         Ok(streams)
@@ -260,10 +260,10 @@ impl Engine {
             let work = Work::Score(Box::new(scoring));
             let (number, weight, priority, length) = (ticket.number, tenant.weight(), spec.priority, ids.len());
             // Every row's logits are asked for, so none can be left out, and such texts are seldom begun again.
-            let demand = SequenceRequest { tenant: number, weight, priority, length, longest: length, chain: None };
+            let request = SequenceRequest { tenant: number, weight, priority, length, longest: length, hashes: None };
             let (adapter, ticket) = (adapter_of(row.clone()), ticket.clone());
             let figures = Figures::new(&self.tenants, tenant.id(), since, spec.trace);
-            self.submit(id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work })?;
+            self.submit(id, request, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work })?;
             answers.push(answer);
         }
         // Its places are the sequences' alone from now on: they are given back before the answer is.
@@ -356,8 +356,8 @@ impl Engine {
         CancelOnDrop::new(self.inbox.clone(), ticket.ids.clone())
     }
 
-    fn submit(&self, id: u64, demand: SequenceRequest, sequence: Sequence) -> Result<()> {
-        let message = Message::Submit(id, demand, Box::new(sequence));
+    fn submit(&self, id: u64, request: SequenceRequest, sequence: Sequence) -> Result<()> {
+        let message = Message::Submit(id, request, Box::new(sequence));
         self.inbox.send(message).map_err(|_| Error::internal("the engine's loop has ended"))
     }
 
@@ -370,17 +370,17 @@ impl Engine {
     }
 
     /// The keys under which a sequence's blocks are found, unless none are kept.
-    fn chain(
+    fn prefix_hashes(
         &self,
         tenant: &Tenant,
         version: Option<&VersionRow>,
         ids: &[u32],
         longest: usize,
     ) -> Option<PrefixHashes> {
-        let EngineInfo { base, layout, .. } = self.facts;
+        let EngineInfo { base, layout, .. } = self.info;
         let (template, version) = (self.text.template_digest(), version.map(|version| version.digest));
-        let scope = CacheNamespace { tenant: tenant.id(), base, template, version };
-        (self.limits.prefix_cache_percent > 0).then(|| PrefixHashes::new(&scope, layout.block_tokens, ids, longest))
+        let namespace = CacheNamespace { tenant: tenant.id(), base, template, version };
+        (self.limits.prefix_cache_percent > 0).then(|| PrefixHashes::new(&namespace, layout.block_tokens, ids, longest))
     }
 
     /// The ids of prompts that [`Engine::check_prompt`] has let through. Large ones a few at a time, on threads of their own; they hold
@@ -414,7 +414,7 @@ impl Engine {
     fn check_prompt(&self, field: &str, prompt: &Prompt) -> Result<()> {
         let longest = self.text.longest_token();
         let check_text = |bytes: usize| {
-            let (least, context) = (bytes.div_ceil(longest), self.facts.context);
+            let (least, context) = (bytes.div_ceil(longest), self.info.context);
             if least <= context {
                 return Ok(());
             }
@@ -512,7 +512,7 @@ impl Engine {
         if ids.is_empty() {
             return Err(Error::invalid_because("PROMPT_EMPTY", field, "has no token"));
         }
-        let EngineInfo { context, layout, .. } = self.facts;
+        let EngineInfo { context, layout, .. } = self.info;
         let room = ids.len() + answer.min(1);
         if room > context {
             let has = ids.len();
@@ -554,7 +554,7 @@ pub fn score_too_large(entries: usize, most: u64) -> Error {
     Error::Exhausted { limit: "max_message_bytes", message, retry_after: None }
 }
 
-fn bounds(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig> {
+fn scheduler_config(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig> {
     let Limits { max_running, max_step_rows, .. } = *limits;
     if max_running == 0 {
         return Err(Error::invalid("max_running", "must be at least 1"));

@@ -53,8 +53,8 @@ pub struct EngineLoop {
     /// The rows of the step; the buffer of all plans.
     pub plan: Vec<ScheduledChunk>,
     /// The buffers of all steps.
-    pub spans: Vec<SequenceChunk<'static>>,
-    pub readings: Vec<StepOutput>,
+    pub chunks: Vec<SequenceChunk<'static>>,
+    pub outputs: Vec<StepOutput>,
     pub executor: Box<dyn Executor>,
     pub arbiter: Arc<Arbiter>,
     pub text: Arc<Text>,
@@ -158,7 +158,7 @@ impl EngineLoop {
     fn take(&mut self, message: Message) {
         match message {
             Message::Submit(_, _, sequence) if self.closed => sequence.cancel(),
-            Message::Submit(id, demand, sequence) => self.submit(id, demand, *sequence),
+            Message::Submit(id, request, sequence) => self.submit(id, request, *sequence),
             Message::Cancel(ids) => ids.for_each(|id| drop(self.remove(id))),
             Message::Displace(ids) => ids.for_each(|id| {
                 if let Some(sequence) = self.remove(id) {
@@ -175,7 +175,7 @@ impl EngineLoop {
         }
     }
 
-    fn submit(&mut self, id: u64, demand: SequenceRequest, sequence: Sequence) {
+    fn submit(&mut self, id: u64, request: SequenceRequest, sequence: Sequence) {
         if sequence.ticket.displaced().is_some() {
             return sequence.fail_displaced();
         }
@@ -186,7 +186,7 @@ impl EngineLoop {
         if let Some(deadline) = sequence.deadline {
             self.deadlines.insert((deadline, id));
         }
-        self.scheduler.add(id, demand);
+        self.scheduler.add(id, request);
         self.sequences.insert(id, sequence);
     }
 
@@ -236,18 +236,18 @@ impl EngineLoop {
         }
     }
 
-    /// Computes the planned rows and reads their logits into `readings`, one of each planned sequence. A model that panics has failed, no
+    /// Computes the planned rows and reads their logits into `outputs`, one of each planned sequence. A model that panics has failed, no
     /// more. Allocates nothing once its buffers have grown, but for what log-probabilities hold.
     pub(super) fn compute(&mut self) -> Result<()> {
         let arbiter = self.arbiter.clone();
         let _permit = arbiter.serve();
         catch_unwind(AssertUnwindSafe(|| {
-            let mut spans = reused(std::mem::take(&mut self.spans));
-            let done = fill(&mut spans, &self.plan, &self.scheduler, &self.sequences).and_then(|()| {
-                let logits = self.executor.forward(&spans)?;
-                read(&self.plan, &spans, logits, &self.sequences, self.text.vocab_size(), &mut self.readings)
+            let mut chunks = reused(std::mem::take(&mut self.chunks));
+            let done = fill(&mut chunks, &self.plan, &self.scheduler, &self.sequences).and_then(|()| {
+                let logits = self.executor.forward(&chunks)?;
+                read(&self.plan, &chunks, logits, &self.sequences, self.text.vocab_size(), &mut self.outputs)
             });
-            self.spans = reused(spans);
+            self.chunks = reused(chunks);
             done
         }))
         .unwrap_or_else(|_| Err(Error::internal("the model panicked")))
@@ -255,12 +255,12 @@ impl EngineLoop {
 
     /// Hands each sequence what was read for it. Where the step failed, the sequences of the step fail, and no others.
     pub(super) fn commit(&mut self, done: Result<()>) {
-        let (plan, mut readings) = (std::mem::take(&mut self.plan), std::mem::take(&mut self.readings));
+        let (plan, mut outputs) = (std::mem::take(&mut self.plan), std::mem::take(&mut self.outputs));
         stats::count_step(plan.iter().map(|planned| planned.count).sum());
         match done {
             Ok(()) => {
-                let readings = readings.iter_mut().map(std::mem::take);
-                plan.iter().zip(readings).for_each(|(planned, reading)| self.commit_one(planned, reading));
+                let outputs = outputs.iter_mut().map(std::mem::take);
+                plan.iter().zip(outputs).for_each(|(planned, output)| self.commit_one(planned, output));
             }
             Err(error) => {
                 tracing::error!(%error, "an engine step failed");
@@ -269,12 +269,12 @@ impl EngineLoop {
                 }
             }
         }
-        (self.plan, self.readings) = (plan, readings);
+        (self.plan, self.outputs) = (plan, outputs);
     }
 
-    fn commit_one(&mut self, planned: &ScheduledChunk, reading: StepOutput) {
+    fn commit_one(&mut self, planned: &ScheduledChunk, output: StepOutput) {
         let Some(sequence) = self.sequences.get_mut(&planned.id) else { return };
-        let next = sequence.commit(planned, reading, &self.text, self.context);
+        let next = sequence.commit(planned, output, &self.text, self.context);
         if matches!(next, Next::Extended | Next::Finished) {
             // Its logits are numbers, and all that it has computed went into them.
             self.scheduler.publish(planned.id, &sequence.ids);
@@ -325,13 +325,13 @@ fn readiness(id: u64, sequences: &mut HashMap<u64, Sequence>, warm: &mut Warm) -
 
 /// The plan's rows as the model takes them.
 fn fill<'a>(
-    spans: &mut Vec<SequenceChunk<'a>>,
+    chunks: &mut Vec<SequenceChunk<'a>>,
     plan: &[ScheduledChunk],
     scheduler: &'a Scheduler,
     sequences: &'a HashMap<u64, Sequence>,
 ) -> Result<()> {
     for planned in plan {
-        let span = || {
+        let chunk = || {
             let sequence = sequences.get(&planned.id)?;
             Some(SequenceChunk {
                 ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
@@ -346,7 +346,7 @@ fn fill<'a>(
                 logits: sequence.logit_rows(planned.completes),
             })
         };
-        spans.push(span().ok_or_else(|| Error::internal("a planned sequence is gone, or has no adapter"))?);
+        chunks.push(chunk().ok_or_else(|| Error::internal("a planned sequence is gone, or has no adapter"))?);
     }
     Ok(())
 }
@@ -354,25 +354,25 @@ fn fill<'a>(
 /// What the logits say to each sequence of the plan; every row is read by itself, on all cores.
 fn read(
     plan: &[ScheduledChunk],
-    spans: &[SequenceChunk<'_>],
+    chunks: &[SequenceChunk<'_>],
     logits: &[f32],
     sequences: &HashMap<u64, Sequence>,
     vocab: usize,
-    readings: &mut Vec<StepOutput>,
+    outputs: &mut Vec<StepOutput>,
 ) -> Result<()> {
-    let count = |span: &SequenceChunk<'_>| span.logits.count(span.ids.len()) * vocab;
-    if logits.len() != spans.iter().map(count).sum::<usize>() {
+    let count = |chunk: &SequenceChunk<'_>| chunk.logits.count(chunk.ids.len()) * vocab;
+    if logits.len() != chunks.iter().map(count).sum::<usize>() {
         return Err(Error::internal("the model gave another number of logits"));
     }
-    readings.clear();
-    readings.resize_with(plan.len(), StepOutput::default);
+    outputs.clear();
+    outputs.resize_with(plan.len(), StepOutput::default);
     let own = |i: usize| {
-        let from = spans[..i].iter().map(count).sum::<usize>();
-        (sequences.get(&plan[i].id), plan[i].start, &logits[from..from + count(&spans[i])])
+        let from = chunks[..i].iter().map(count).sum::<usize>();
+        (sequences.get(&plan[i].id), plan[i].start, &logits[from..from + count(&chunks[i])])
     };
-    Team::get().each_mut(readings, |i, reading| {
+    Team::get().each_mut(outputs, |i, output| {
         if let (Some(sequence), start, logits) = own(i) {
-            *reading = sequence.read(start, logits, vocab);
+            *output = sequence.read(start, logits, vocab);
         }
     });
     Ok(())

@@ -46,7 +46,7 @@ pub struct SequenceRequest {
     /// Most tokens whose KV it may need. They must fit the whole pool.
     pub longest: usize,
     /// `None`: it takes no blocks of others, and its own are not found again.
-    pub chain: Option<PrefixHashes>,
+    pub hashes: Option<PrefixHashes>,
 }
 
 /// Whether a sequence whose turn it is can start.
@@ -89,7 +89,7 @@ struct Entry {
     /// Tokens that its tenant has been charged for, or has been spared.
     charged: usize,
     blocks: Vec<u32>,
-    chain: Option<PrefixHashes>,
+    hashes: Option<PrefixHashes>,
     /// Blocks from the first on that can be found.
     published: usize,
     /// Its turn had come before: it was set aside for its adapter, or has started already. It holds its adapter.
@@ -146,7 +146,7 @@ pub struct SchedulerConfig {
 
 #[derive(Debug)]
 pub struct Scheduler {
-    bounds: SchedulerConfig,
+    config: SchedulerConfig,
     blocks: Blocks,
     waiting: Waiting,
     /// In the order of admission.
@@ -160,26 +160,26 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    pub fn new(bounds: SchedulerConfig) -> Self {
+    pub fn new(config: SchedulerConfig) -> Self {
         Self {
-            bounds,
-            blocks: Blocks::new(bounds.blocks, bounds.max_idle_blocks),
+            config,
+            blocks: Blocks::new(config.blocks, config.max_idle_blocks),
             waiting: Waiting::default(),
-            running: Vec::with_capacity(bounds.max_running.min(MOST_PREALLOCATED)),
+            running: Vec::with_capacity(config.max_running.min(MOST_PREALLOCATED)),
             accounts: HashMap::new(),
-            preempted: Vec::with_capacity(bounds.max_running.min(MOST_PREALLOCATED)),
+            preempted: Vec::with_capacity(config.max_running.min(MOST_PREALLOCATED)),
             look_after: None,
         }
     }
 
     /// Forgets every sequence, what can be found, and what tenants have had.
     pub fn reset(&mut self) {
-        *self = Self::new(self.bounds);
+        *self = Self::new(self.config);
     }
 
     /// Queues a sequence.
-    pub fn add(&mut self, id: u64, demand: SequenceRequest) {
-        let SequenceRequest { tenant, weight, priority, length, longest, chain } = demand;
+    pub fn add(&mut self, id: u64, request: SequenceRequest) {
+        let SequenceRequest { tenant, weight, priority, length, longest, hashes } = request;
         let active = self.accounts.get(&tenant).is_some_and(|account| account.all > 0);
         let others = || self.accounts.values().filter(|account| account.all > 0).map(|account| account.served);
         let least = if active { 0 } else { others().min().unwrap_or(0) };
@@ -190,7 +190,7 @@ impl Scheduler {
         let rank = self.waiting.last_rank(priority);
         let (blocks, served) = (Vec::new(), account.served);
         let (computed, charged, published, begun) = (0, 0, 0, false);
-        let entry = Entry { id, tenant, rank, length, longest, computed, charged, blocks, chain, published, begun };
+        let entry = Entry { id, tenant, rank, length, longest, computed, charged, blocks, hashes, published, begun };
         self.waiting.push(served, entry);
     }
 
@@ -240,10 +240,10 @@ impl Scheduler {
     /// over.
     pub fn publish(&mut self, id: u64, ids: &[u32]) {
         let Some(entry) = self.running.iter_mut().find(|entry| entry.id == id) else { return };
-        let whole = entry.computed / self.bounds.block_tokens;
-        let Some(chain) = entry.chain.as_mut().filter(|_| whole > entry.published) else { return };
-        chain.extend(ids);
-        let unpublished = entry.blocks.iter_mut().zip(chain.keys()).take(whole).skip(entry.published);
+        let whole = entry.computed / self.config.block_tokens;
+        let Some(hashes) = entry.hashes.as_mut().filter(|_| whole > entry.published) else { return };
+        hashes.extend(ids);
+        let unpublished = entry.blocks.iter_mut().zip(hashes.keys()).take(whole).skip(entry.published);
         unpublished.for_each(|(block, key)| *block = self.blocks.publish(*key, *block));
         entry.published = whole;
     }
@@ -310,7 +310,7 @@ impl Scheduler {
         if self.is_busy() && self.runs(tenant) {
             return Admission::NoRoom;
         }
-        let needed = length.div_ceil(self.bounds.block_tokens);
+        let needed = length.div_ceil(self.config.block_tokens);
         let Some(preemption_candidates) = self.ensure_capacity(tenant, needed) else { return Admission::NoRoom };
         match ready(id) {
             Readiness::Ready => {}
@@ -333,7 +333,7 @@ impl Scheduler {
     fn start(&mut self, id: u64) -> bool {
         let Some(mut entry) = self.waiting.remove(id) else { return false };
         entry.begun = true;
-        entry.blocks.reserve_exact(entry.longest.max(entry.length).div_ceil(self.bounds.block_tokens));
+        entry.blocks.reserve_exact(entry.longest.max(entry.length).div_ceil(self.config.block_tokens));
         if !self.take_first_blocks(&mut entry) {
             self.waiting.push(self.served(entry.tenant), entry);
             return false;
@@ -354,15 +354,15 @@ impl Scheduler {
 
     /// Most rows of prompts beside so many rows of sequences that decode.
     fn prefill_rows(&self, decoding: usize) -> usize {
-        let left = self.bounds.max_step_rows.saturating_sub(decoding);
-        if decoding == 0 { left } else { left.min(self.bounds.max_prefill_rows) }
+        let left = self.config.max_step_rows.saturating_sub(decoding);
+        if decoding == 0 { left } else { left.min(self.config.max_prefill_rows) }
     }
 
     /// Gives a sequence that starts the blocks that it has in common with others, and its own for the rest; false, and none, where there
     /// are too few. Its last token is always computed: the next one is drawn from its logits.
     fn take_first_blocks(&mut self, entry: &mut Entry) -> bool {
-        let block_tokens = self.bounds.block_tokens;
-        let keys = entry.chain.as_ref().map_or(&[][..], PrefixHashes::keys);
+        let block_tokens = self.config.block_tokens;
+        let keys = entry.hashes.as_ref().map_or(&[][..], PrefixHashes::keys);
         let keys = &keys[..keys.len().min(entry.length.saturating_sub(1) / block_tokens)];
         entry.published = self.blocks.reuse(keys, &mut entry.blocks);
         entry.computed = entry.published * block_tokens;
@@ -388,7 +388,7 @@ impl Scheduler {
     /// enough.
     fn ensure_capacity(&self, tenant: u32, needed: usize) -> Option<Vec<usize>> {
         let running = self.running.len();
-        let places = running < self.bounds.max_running;
+        let places = running < self.config.max_running;
         if running == 0 || places && needed + running <= self.blocks.available() {
             return Some(Vec::new());
         }
@@ -406,7 +406,7 @@ impl Scheduler {
         let mut staying: Vec<usize> = (0..self.running.len()).collect();
         let mut available = self.blocks.available();
         let mut preemption_candidates = Vec::new();
-        while !staying.is_empty() && (staying.len() >= self.bounds.max_running || needed + staying.len() > available) {
+        while !staying.is_empty() && (staying.len() >= self.config.max_running || needed + staying.len() > available) {
             let victim = self.cheapest_candidate(&staying)?;
             staying.retain(|at| *at != victim);
             available += self.blocks.held_alone(&self.running[victim].blocks);
@@ -468,7 +468,7 @@ impl Scheduler {
     fn reserve(&mut self, at: usize) -> bool {
         loop {
             let entry = &mut self.running[at];
-            let needed = (entry.computed + 1).div_ceil(self.bounds.block_tokens).saturating_sub(entry.blocks.len());
+            let needed = (entry.computed + 1).div_ceil(self.config.block_tokens).saturating_sub(entry.blocks.len());
             if self.blocks.take(needed, &mut entry.blocks) {
                 return true;
             }

@@ -166,7 +166,7 @@ impl Sequence {
     }
 
     /// Takes what was read of the planned rows.
-    pub fn commit(&mut self, planned: &ScheduledChunk, reading: StepOutput, text: &Text, context: usize) -> Next {
+    pub fn commit(&mut self, planned: &ScheduledChunk, output: StepOutput, text: &Text, context: usize) -> Next {
         if let Work::Generate(generation) = &mut self.work
             && generation.cached_tokens.is_none()
         {
@@ -174,7 +174,7 @@ impl Sequence {
             stats::count_prompt(generation.prompt_tokens, planned.start);
             self.figures.prompt(generation.prompt_tokens);
         }
-        match (&mut self.work, reading) {
+        match (&mut self.work, output) {
             (_, StepOutput::Nothing) => Next::Unchanged,
             (Work::Generate(generation), StepOutput::Token(token)) => {
                 self.ids.push(token.id);

@@ -290,10 +290,10 @@ fn bare_loop_beside(
     let sender = Arc::new(sender);
     let state = EngineLoop {
         inbox,
-        scheduler: Scheduler::new(bounds(layout, limits).unwrap()),
+        scheduler: Scheduler::new(scheduler_config(layout, limits).unwrap()),
         plan: Vec::new(),
-        spans: Vec::new(),
-        readings: Vec::new(),
+        chunks: Vec::new(),
+        outputs: Vec::new(),
         executor,
         arbiter: Arbiter::new(0.4),
         text: world().text.clone(),
@@ -341,10 +341,10 @@ fn submit_with(bare: &Bare, adapter: Adapter, max_tokens: u32, priority: i32) ->
     let id = ticket.ids.start;
     let work = Work::Generate(Box::new(generation));
     let longest = 20 + max_tokens as usize;
-    let demand = SequenceRequest { tenant: 0, weight: 1, priority, length: 20, longest, chain: None };
+    let request = SequenceRequest { tenant: 0, weight: 1, priority, length: 20, longest, hashes: None };
     let figures = stats::Figures::new(&stats::Tenants::new(1), w.tenant.id(), Instant::now(), None);
     let sequence = Sequence { ids: vec![1; 20], deadline: None, adapter, ticket, figures, work };
-    bare.sender.send(Message::Submit(id, demand, Box::new(sequence))).unwrap();
+    bare.sender.send(Message::Submit(id, request, Box::new(sequence))).unwrap();
     (id, reader)
 }
 
@@ -579,9 +579,9 @@ struct Faulty {
 }
 
 impl Executor for Faulty {
-    fn forward(&mut self, spans: &[SequenceChunk<'_>]) -> Result<&[f32]> {
+    fn forward(&mut self, chunks: &[SequenceChunk<'_>]) -> Result<&[f32]> {
         let vocab = world().text.vocab_size();
-        let rows: usize = spans.iter().map(|span| span.logits.count(span.ids.len())).sum();
+        let rows: usize = chunks.iter().map(|chunk| chunk.logits.count(chunk.ids.len())).sum();
         self.steps += 1;
         let value = match self.steps {
             1 => panic!("on purpose"),
@@ -602,9 +602,9 @@ fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
         let layout = KvLayout { block_tokens: 8, blocks: 16 };
         let faulty = Box::new(Faulty { steps: 0, logits: Vec::new() });
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
-        let facts = EngineInfo { base: w.model.shape().digest, context: 100, layout };
+        let info = EngineInfo { base: w.model.shape().digest, context: 100, layout };
         let memory = Memory::new(1 << 30);
-        let engine = Engine::start_with(faulty, facts, text, hub, arbiter, memory, &Limits::default()).unwrap();
+        let engine = Engine::start_with(faulty, info, text, hub, arbiter, memory, &Limits::default()).unwrap();
         let request = Request { adapter: Some(0), prompt: vec![1; 25], max_tokens: 3, temperature: 0.0, seed: 0 };
         for fault in ["panic", "error", "no number"] {
             let stream = one(&engine, &w.tenant, request.spec()).await.unwrap();
