@@ -1,10 +1,12 @@
 //! The engine that serves: this handle, and behind it one thread that runs the loop ([`run`]).
 //!
-//! The handle takes a ticket, encodes the prompt, finds out which version its name means, and submits; the loop does the rest, and leases
-//! the version when the sequence starts. Dropping a stream cancels its sequence.
+//! The handle checks the request, takes a ticket, encodes the prompt, finds out which version its name means, and submits; the loop does
+//! the rest, and leases the version when the sequence starts. Dropping a stream cancels its sequence.
 
 mod answer;
 mod blocks;
+mod check;
+mod encode;
 mod lru;
 mod prefix;
 mod run;
@@ -25,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use futures::Stream;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 use crate::config::Limits;
 use crate::device::Arbiter;
@@ -35,11 +37,13 @@ use crate::ids::{AdapterRef, Digest, Tenant, TenantId};
 use crate::memory::Memory;
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout};
-use crate::request::{BAN, GenerateEvent, GenerateSpec, Prompt, Sampling, ScoreAnswer, ScoreSpec, Stopping, Usage};
+use crate::request::{GenerateEvent, GenerateSpec, Prompt, ScoreAnswer, ScoreSpec, Usage};
 use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
-use crate::work::block_holding;
 use answer::{Answer, AnswerStream, CancelOnDrop};
+pub use check::score_too_large;
+use check::{check_logprobs, check_priority};
+use encode::LargeEncodes;
 use prefix::{CacheNamespace, PrefixHashes};
 use run::{EngineLoop, Message};
 use scheduler::{Scheduler, SchedulerConfig, SequenceRequest};
@@ -53,16 +57,6 @@ pub const MAX_LOGPROBS: u32 = 20;
 
 /// Most sequences of one call of Score.
 pub const MAX_SCORE_INPUTS: usize = 64;
-
-/// Prompts of more bytes, or of more messages, are encoded off the runtime's threads.
-const INLINE_ENCODE_BYTES: usize = 16 << 10;
-const INLINE_ENCODE_MESSAGES: usize = 32;
-
-/// Large prompts encoded at once: encoding takes a hundred times the memory of its text.
-const LARGE_ENCODES: usize = 2;
-
-/// Bytes that a message has for each log-probability of a Score, at most.
-const SCORE_ENTRY_BYTES: usize = 16;
 
 /// Priorities go from minus this to this.
 pub const MAX_PRIORITY: i32 = 100;
@@ -82,7 +76,7 @@ pub struct Engine {
     tickets: Tickets,
     memory: Arc<Memory>,
     limits: Arc<Limits>,
-    large_encodes: Arc<Semaphore>,
+    large_encodes: LargeEncodes,
     info: EngineInfo,
     /// Whose figures are shown by name.
     tenants: stats::Tenants,
@@ -148,7 +142,7 @@ impl Engine {
         };
         std::thread::Builder::new().name("engine".into()).spawn(move || state.run()).map_err(Error::internal)?;
         let tickets = Tickets::new(limits);
-        let large_encodes = Arc::new(Semaphore::new(LARGE_ENCODES));
+        let large_encodes = LargeEncodes::default();
         let tenants = stats::Tenants::new(limits.max_metric_tenants);
         let limits = Arc::new(limits.clone());
         Ok(Self { inbox: sender, text, hub, tickets, memory, limits, large_encodes, info, tenants })
@@ -164,24 +158,22 @@ impl Engine {
         self.check_stopping(&spec.stopping)?;
         check_logprobs("logprobs", spec.logprobs.unwrap_or(0))?;
         check_priority(spec.priority)?;
-        let patterns = Patterns::new(&spec.stopping.stop, false)?;
-        let take = |_| self.admit(tenant, 1);
-        let tickets = (0..spec.sampling.n).map(take).collect::<Result<Vec<_>>>()?;
-        let Some(ticket) = tickets.first() else { return Err(Error::invalid("sampling.n", "must be at least 1")) };
         self.check_prompt("prompt", &spec.prompt)?;
+        let patterns = Patterns::new(&spec.stopping.stop, false)?;
+        let ticket = Arc::new(self.tickets.take(tenant.id(), u64::from(spec.sampling.n))?);
         let encode = |text: &Text, _: usize, prompt: &Prompt| text.encode_prompt(prompt);
-        let mut ids = self.encode(vec![spec.prompt], encode, ticket).await?.pop().unwrap_or_default();
+        let ids = self.encode(vec![spec.prompt], encode, tenant.id(), &ticket).await?.pop().unwrap_or_default();
         let longest = self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
-        ids.reserve_exact(longest - ids.len());
         let version = self.resolve(tenant, spec.adapter.as_ref()).await?;
+        let hashes = self.prefix_hashes(tenant, version.as_deref(), &ids, longest);
         let withheld = match spec.stopping.ignore_eos || spec.sampling.min_tokens == 0 {
             true => Vec::new(),
             false => self.text.ends().to_vec(),
         };
         let (prompt_done, done) = oneshot::channel();
         let mut prompt_done = Some(prompt_done);
-        let (mut streams, mut submissions) = (Vec::with_capacity(tickets.len()), Vec::with_capacity(tickets.len()));
-        for (i, ticket) in tickets.into_iter().enumerate() {
+        let (mut streams, mut submissions) = (Vec::new(), Vec::new());
+        for (i, id) in ticket.ids.clone().enumerate() {
             let mut sampling = spec.sampling.clone();
             sampling.seed = sampling.seed.wrapping_add(i as u64);
             let name = version.as_ref().map(|version| version.name.clone());
@@ -189,9 +181,8 @@ impl Engine {
             let account = self.memory.account(Some(tenant.id()));
             let (answer, events) = Answer::new(account, self.limits.max_unread_answer_bytes);
             answer.send(GenerateEvent::Started { version: name, prompt_tokens: ids.len() as u32, seed })?;
-            let (id, cancel) = (ticket.ids.start, self.cancel_on_drop(&ticket));
+            let cancel = CancelOnDrop::new(self.inbox.clone(), id..id + 1);
             streams.push(Box::pin(AnswerStream { events, cancel }) as GenerateStream);
-            let hashes = self.prefix_hashes(tenant, version.as_deref(), &ids, longest);
             let generation = Generation {
                 prompt_tokens: ids.len(),
                 cached_tokens: None,
@@ -208,12 +199,17 @@ impl Engine {
                 end: None,
             };
             let (weight, priority, length) = (tenant.weight(), spec.priority, ids.len());
+            let hashes = hashes.clone();
             let request = SequenceRequest { tenant: ticket.number, weight, priority, length, longest, hashes };
-            let (ids, work) = (ids.clone(), Work::Generate(Box::new(generation)));
-            let adapter = adapter_of(version.clone());
+            // With room for the answer, so that no step has to move it.
+            let mut own_ids = Vec::with_capacity(longest);
+            own_ids.extend_from_slice(&ids);
+            let (ids, work) = (own_ids, Work::Generate(Box::new(generation)));
+            let (adapter, ticket) = (adapter_of(version.clone()), ticket.clone());
             let figures = Figures::new(&self.tenants, tenant.id(), since, spec.trace);
             submissions.push((id, request, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work }));
         }
+        self.claim_places(&ticket)?;
         let mut others = submissions.into_iter();
         if let Some((id, request, sequence)) = others.next() {
             self.submit(id, request, sequence)?;
@@ -238,18 +234,19 @@ impl Engine {
         if spec.inputs.is_empty() || spec.inputs.len() > MAX_SCORE_INPUTS {
             return Err(Error::invalid("inputs", format!("must hold 1 to {MAX_SCORE_INPUTS} sequences")));
         }
-        let ticket = self.admit(tenant, spec.inputs.len() as u64)?;
         for (i, input) in spec.inputs.iter().enumerate() {
             self.check_prompt(&format!("inputs[{i}]"), input)?;
         }
-        let inputs = self.encode(spec.inputs, encode_input, &ticket).await?;
+        let ticket = Arc::new(self.tickets.take(tenant.id(), spec.inputs.len() as u64)?);
+        let inputs = self.encode(spec.inputs, encode_input, tenant.id(), &ticket).await?;
         for (i, ids) in inputs.iter().enumerate() {
             self.check_length(&format!("inputs[{i}]"), ids, 0)?;
         }
         self.check_score_size(&inputs, spec.top_logprobs as usize)?;
         let row = self.resolve(tenant, spec.adapter.as_ref()).await?;
         let version = row.as_ref().map(|row| row.name.clone());
-        let mut cancel = self.cancel_on_drop(&ticket);
+        self.claim_places(&ticket)?;
+        let mut cancel = CancelOnDrop::new(self.inbox.clone(), ticket.ids.clone());
         let mut answers = Vec::with_capacity(inputs.len());
         let mut usage = Usage::default();
         for (id, ids) in ticket.ids.clone().zip(inputs) {
@@ -276,39 +273,21 @@ impl Engine {
         Ok(ScoreAnswer { version, results, usage })
     }
 
-    /// Gives the ids of a text, or of a chat with or without what begins an answer; it counts as a request meanwhile.
+    /// Gives the ids of a text, or of a chat with or without what begins an answer; it counts as a sequence meanwhile.
     ///
     /// # Errors
-    /// TEXT_TOO_LONG, TOO_MANY_MESSAGES, the tokenizer's and the template's, and the limits on requests.
+    /// TEXT_TOO_LONG, TOO_MANY_MESSAGES, the tokenizer's and the template's, and the limits on sequences.
     pub async fn tokenize(&self, tenant: &Tenant, prompt: Prompt, generation_prompt: bool) -> Result<Vec<u32>> {
-        let most = self.limits.max_tokenize_bytes;
-        let bytes = match &prompt {
-            Prompt::Text(text) => text.len(),
-            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
-                messages.iter().map(|message| message.content.len()).sum()
-            }
-            Prompt::TokenIds(_) => 0,
+        self.check_tokenize(&prompt)?;
+        let ticket = Arc::new(self.tickets.take_unqueued(tenant.id(), 1)?);
+        let encode = move |text: &Text, _: usize, prompt: &Prompt| match prompt {
+            Prompt::Chat(messages) => text.encode_chat(messages, generation_prompt),
+            other => text.encode_prompt(other),
         };
-        if bytes as u64 > most {
-            let message = format!("has {bytes} bytes; send at most {most} (limit max_tokenize_bytes)");
-            return Err(Error::invalid_because("TEXT_TOO_LONG", "input", message));
-        }
-        self.check_messages("chat", &prompt)?;
-        let ticket = self.admit(tenant, 1)?;
-        let encode = match generation_prompt {
-            true => |text: &Text, _: usize, prompt: &Prompt| match prompt {
-                Prompt::Chat(messages) => text.encode_chat(messages, true),
-                other => text.encode_prompt(other),
-            },
-            false => |text: &Text, _: usize, prompt: &Prompt| match prompt {
-                Prompt::Chat(messages) => text.encode_chat(messages, false),
-                other => text.encode_prompt(other),
-            },
-        };
-        Ok(self.encode(vec![prompt], encode, &ticket).await?.pop().unwrap_or_default())
+        Ok(self.encode(vec![prompt], encode, tenant.id(), &ticket).await?.pop().unwrap_or_default())
     }
 
-    /// Returns how many of a tenant's requests wait or run.
+    /// Returns how many of a tenant's sequences wait or run.
     pub fn held_by(&self, tenant: &TenantId) -> u64 {
         self.tickets.held_by(tenant)
     }
@@ -325,7 +304,7 @@ impl Engine {
         let _ = self.check_integrity().await;
     }
 
-    /// Sequences that wait or run, and answers that are not read to their end.
+    /// Sequences that wait or run.
     pub fn queued(&self) -> u64 {
         self.tickets.held()
     }
@@ -338,22 +317,17 @@ impl Engine {
         answer.await.map_err(|_| gone())??;
         match self.tickets.held() {
             0 => Ok(()),
-            held => Err(Error::internal(format!("{held} requests are under way"))),
+            held => Err(Error::internal(format!("{held} sequences are under way"))),
         }
     }
 
-    /// Takes places for a request of so many sequences; requests that lose theirs for it are ended.
-    fn admit(&self, tenant: &Tenant, sequences: u64) -> Result<Arc<Ticket>> {
-        let (ticket, displaced) = self.tickets.take(tenant.id(), sequences)?;
-        for ids in displaced {
+    /// Takes places from others for a request that is about to be submitted, where the queue was full; those are ended.
+    fn claim_places(&self, ticket: &Ticket) -> Result<()> {
+        for ids in ticket.claim()? {
             // One that has not been submitted yet is told when it is.
             let _ = self.inbox.send(Message::Displace(ids));
         }
-        Ok(Arc::new(ticket))
-    }
-
-    fn cancel_on_drop(&self, ticket: &Ticket) -> CancelOnDrop {
-        CancelOnDrop::new(self.inbox.clone(), ticket.ids.clone())
+        Ok(())
     }
 
     fn submit(&self, id: u64, request: SequenceRequest, sequence: Sequence) -> Result<()> {
@@ -382,153 +356,6 @@ impl Engine {
         let namespace = CacheNamespace { tenant: tenant.id(), base, template, version };
         (self.limits.prefix_cache_percent > 0).then(|| PrefixHashes::new(&namespace, layout.block_tokens, ids, longest))
     }
-
-    /// The ids of prompts that [`Engine::check_prompt`] has let through. Large ones a few at a time, on threads of their own; they hold
-    /// the ticket to their end, also where the caller has gone.
-    async fn encode(
-        &self,
-        prompts: Vec<Prompt>,
-        encode: fn(&Text, usize, &Prompt) -> Result<Vec<u32>>,
-        ticket: &Arc<Ticket>,
-    ) -> Result<Vec<Vec<u32>>> {
-        let size = |prompt: &Prompt| match prompt {
-            Prompt::Text(text) => (text.len(), 1),
-            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
-                (messages.iter().map(|m| m.content.len()).sum(), messages.len())
-            }
-            Prompt::TokenIds(_) => (0, 0),
-        };
-        let (bytes, messages) =
-            prompts.iter().map(size).fold((0, 0), |(bytes, messages), (b, m)| (bytes + b, messages + m));
-        if bytes <= INLINE_ENCODE_BYTES && messages <= INLINE_ENCODE_MESSAGES {
-            return prompts.iter().enumerate().map(|(i, prompt)| encode(&self.text, i, prompt)).collect();
-        }
-        let place = self.large_encodes.clone().acquire_owned().await.map_err(Error::internal)?;
-        let text = self.text.clone();
-        let work = move || prompts.iter().enumerate().map(|(i, prompt)| encode(&text, i, prompt)).collect();
-        let (ids, _) = block_holding((place, ticket.clone()), work).await?;
-        Ok(ids)
-    }
-
-    /// What is known of a prompt before it is encoded: more text than the context's tokens could hold, or too many messages.
-    fn check_prompt(&self, field: &str, prompt: &Prompt) -> Result<()> {
-        let longest = self.text.longest_token();
-        let check_text = |bytes: usize| {
-            let (least, context) = (bytes.div_ceil(longest), self.info.context);
-            if least <= context {
-                return Ok(());
-            }
-            let message = format!(
-                "has {bytes} bytes, at least {least} tokens; the base's context is {context} tokens, the answer's included"
-            );
-            Err(Error::invalid_because("PROMPT_TOO_LONG", field, message))
-        };
-        self.check_messages(field, prompt)?;
-        match prompt {
-            Prompt::Text(text) => check_text(text.len()),
-            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
-                check_text(messages.iter().map(|message| message.content.len()).sum())
-            }
-            Prompt::TokenIds(_) => Ok(()),
-        }
-    }
-
-    fn check_messages(&self, field: &str, prompt: &Prompt) -> Result<()> {
-        let most = self.limits.max_chat_messages;
-        match prompt {
-            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) if messages.len() as u64 > most => {
-                let message = format!("has {} messages, over the limit max_chat_messages of {most}", messages.len());
-                Err(Error::invalid_because("TOO_MANY_MESSAGES", field, message))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The answer must fit one message, at the least that it can have.
-    fn check_score_size(&self, inputs: &[Vec<u32>], top: usize) -> Result<()> {
-        let entries = inputs.iter().map(Vec::len).sum::<usize>() * (1 + top);
-        let most = self.limits.max_message_bytes;
-        if (entries * SCORE_ENTRY_BYTES) as u64 > most {
-            return Err(score_too_large(entries, most));
-        }
-        Ok(())
-    }
-
-    /// Each value, and what only the base and the limits can tell: ids, counts, and that a token is left to draw.
-    fn check_sampling(&self, spec: &GenerateSpec) -> Result<()> {
-        let (sampling, stopping) = (&spec.sampling, &spec.stopping);
-        sampling.check()?;
-        let Sampling { n, min_tokens, logit_bias, .. } = sampling;
-        let most = self.limits.max_sequences_per_request;
-        if *n == 0 || u64::from(*n) > most {
-            return Err(Error::invalid("sampling.n", format!("must be 1 to {most} (limit max_sequences_per_request)")));
-        }
-        if *min_tokens > stopping.max_tokens {
-            let message = format!("is over stopping.max_tokens, {}", stopping.max_tokens);
-            return Err(Error::invalid("sampling.min_tokens", message));
-        }
-        let most = self.limits.max_logit_biases;
-        if logit_bias.len() as u64 > most {
-            let message = format!("has {} entries, over the limit max_logit_biases of {most}", logit_bias.len());
-            return Err(Error::invalid("sampling.logit_bias", message));
-        }
-        let vocabulary = self.text.vocab_size();
-        if let Some((id, _)) = logit_bias.iter().find(|(id, _)| *id as usize >= vocabulary) {
-            let message = format!("{id} is not below the vocabulary's size, {vocabulary}");
-            return Err(Error::invalid_because("TOKEN_OUT_OF_RANGE", "sampling.logit_bias", message));
-        }
-        let banned = |id: &u32| logit_bias.iter().any(|(other, bias)| other == id && *bias <= BAN);
-        let withheld = if *min_tokens > 0 && !stopping.ignore_eos { self.text.ends() } else { &[] };
-        let bans = logit_bias.iter().filter(|(_, bias)| *bias <= BAN).count();
-        if bans + withheld.iter().filter(|id| !banned(id)).count() >= vocabulary {
-            return Err(Error::invalid("sampling.logit_bias", "bans every token that could be drawn"));
-        }
-        Ok(())
-    }
-
-    fn check_stopping(&self, stopping: &Stopping) -> Result<()> {
-        let limits = &self.limits;
-        if stopping.max_tokens == 0 {
-            return Err(Error::invalid("stopping.max_tokens", "must be at least 1"));
-        }
-        if u64::from(stopping.max_tokens) > limits.max_answer_tokens {
-            let message = format!("is over the limit max_answer_tokens of {} tokens", limits.max_answer_tokens);
-            return Err(Error::invalid("stopping.max_tokens", message));
-        }
-        if stopping.stop.len() as u64 > limits.max_stop_strings {
-            let message = format!("holds more than max_stop_strings, {}", limits.max_stop_strings);
-            return Err(Error::invalid("stopping.stop", message));
-        }
-        let bad = |stop: &&String| stop.is_empty() || stop.len() as u64 > limits.max_stop_bytes;
-        if stopping.stop.iter().any(|stop| bad(&stop)) {
-            let message = format!("each string must have 1 to {} bytes (limit max_stop_bytes)", limits.max_stop_bytes);
-            return Err(Error::invalid("stopping.stop", message));
-        }
-        Ok(())
-    }
-
-    /// The ids must fit the context with a token of the answer, and at their longest the whole KV cache. Gives how many they may become.
-    fn check_length(&self, field: &str, ids: &[u32], answer: usize) -> Result<usize> {
-        if ids.is_empty() {
-            return Err(Error::invalid_because("PROMPT_EMPTY", field, "has no token"));
-        }
-        let EngineInfo { context, layout, .. } = self.info;
-        let room = ids.len() + answer.min(1);
-        if room > context {
-            let has = ids.len();
-            let message = format!("has {has} tokens; the base's context is {context} tokens, the answer's included");
-            return Err(Error::invalid_because("PROMPT_TOO_LONG", field, message));
-        }
-        let longest = (ids.len() + answer).min(context);
-        let holds = layout.blocks * layout.block_tokens;
-        if longest > holds {
-            let message = format!(
-                "and its answer may need {longest} tokens of KV cache; the cache holds {holds} (limit kv_cache_bytes)"
-            );
-            return Err(Error::invalid_because("KV_CACHE_TOO_SMALL", field, message));
-        }
-        Ok(longest)
-    }
 }
 
 fn adapter_of(version: Option<Arc<VersionRow>>) -> Adapter {
@@ -543,15 +370,6 @@ fn encode_input(text: &Text, i: usize, prompt: &Prompt) -> Result<Vec<u32>> {
         }
         other => other,
     })
-}
-
-/// What a Score gets whose answer does not fit one message.
-pub fn score_too_large(entries: usize, most: u64) -> Error {
-    let message = format!(
-        "{entries} log-probabilities do not fit one message of {most} bytes; score fewer tokens a call, lower top_logprobs, or set \
-         omit_token_text"
-    );
-    Error::Exhausted { limit: "max_message_bytes", message, retry_after: None }
 }
 
 fn scheduler_config(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig> {
@@ -571,15 +389,4 @@ fn scheduler_config(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig
         max_step_rows: max_step_rows as usize,
         max_prefill_rows: limits.max_prefill_rows_while_decoding as usize,
     })
-}
-
-fn check_logprobs(field: &str, top: u32) -> Result<()> {
-    if top > MAX_LOGPROBS { Err(Error::invalid(field, format!("must be at most {MAX_LOGPROBS}"))) } else { Ok(()) }
-}
-
-fn check_priority(priority: i32) -> Result<()> {
-    if (-MAX_PRIORITY..=MAX_PRIORITY).contains(&priority) {
-        return Ok(());
-    }
-    Err(Error::invalid("priority", format!("must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")))
 }

@@ -46,6 +46,15 @@ pub struct PrefixHashes {
     keys: Vec<Digest>,
 }
 
+impl Clone for PrefixHashes {
+    /// Keeps the room to grow.
+    fn clone(&self) -> Self {
+        let mut keys = Vec::with_capacity(self.keys.capacity());
+        keys.extend_from_slice(&self.keys);
+        Self { root: self.root, block_tokens: self.block_tokens, keys }
+    }
+}
+
 impl PrefixHashes {
     /// The keys of a sequence with these ids, which grows to at most `longest` of them without allocating.
     pub fn new(namespace: &CacheNamespace<'_>, block_tokens: usize, ids: &[u32], longest: usize) -> Self {
@@ -147,6 +156,7 @@ mod tests {
         let ids: Vec<u32> = (0..11).collect();
         let mut grown = PrefixHashes::new(&namespace, BLOCK, &ids[..3], 11);
         let capacity = grown.keys.capacity();
+        assert_eq!(grown.clone().keys.capacity(), capacity);
         (3..=11).for_each(|length| grown.extend(&ids[..length]));
         assert_eq!(grown.keys(), keys(&namespace, &ids));
         assert_eq!((grown.keys().len(), grown.keys.capacity()), (2, capacity));

@@ -66,7 +66,7 @@ pub struct EngineLoop {
     pub warm: Warm,
     /// There are sequences, and none could be planned.
     pub stuck: bool,
-    /// Everything has been cancelled, and so is what comes now: a request that was still encoded or leased meanwhile.
+    /// Everything has been cancelled, and so is what comes now: a request that was still being encoded meanwhile.
     pub closed: bool,
 }
 
@@ -283,7 +283,12 @@ impl EngineLoop {
             Next::Extended => self.scheduler.extend(planned.id),
             Next::Unchanged => {}
             // Its reader is told the end by the drop, after all that it held has been given back.
-            Next::Finished | Next::Failed => drop(self.remove(planned.id)),
+            Next::Finished | Next::Failed => {
+                if next == Next::Finished {
+                    sequence.ticket.set_answered();
+                }
+                drop(self.remove(planned.id));
+            }
         }
     }
 

@@ -19,7 +19,9 @@ use crate::adapter::{Lora, PackedLora};
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
 use crate::model::batch::SequenceChunk;
-use crate::request::{ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Target, TokenOut};
+use crate::request::{
+    ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Stopping, Target, TokenOut,
+};
 use crate::store::Store;
 
 struct PassingGate;
@@ -337,7 +339,7 @@ fn submit_with(bare: &Bare, adapter: Adapter, max_tokens: u32, priority: i32) ->
         unsent: None,
         end: None,
     };
-    let ticket = Arc::new(bare.tickets.take(w.tenant.id(), 1).unwrap().0);
+    let ticket = Arc::new(bare.tickets.take(w.tenant.id(), 1).unwrap());
     let id = ticket.ids.start;
     let work = Work::Generate(Box::new(generation));
     let longest = 20 + max_tokens as usize;
@@ -481,6 +483,9 @@ fn bad_requests_say_what_is_wrong() {
         assert!(long.contains("300") && long.contains("256"), "both lengths: {long}");
         let far_too_long = refused(&|s| s.prompt = Prompt::Text("x".repeat(100_000))).await;
         assert!(far_too_long.contains("100000 bytes") && far_too_long.contains("256"), "{far_too_long}");
+        let named = ChatMessage { name: Some("x".repeat(100_000)), ..ChatMessage::new("user", "hi") };
+        let name = refused(&|s| s.prompt = Prompt::Chat(vec![named.clone()])).await;
+        assert!(name.contains("100002 bytes"), "a name is text too: {name}");
         let message = ChatMessage::new("user", "");
         let turns = refused(&|s| s.prompt = Prompt::Chat(vec![message.clone(); 1001])).await;
         assert!(turns.contains("max_chat_messages"), "{turns}");

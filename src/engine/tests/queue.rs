@@ -92,6 +92,41 @@ fn where_the_queue_is_full_a_tenant_with_fewer_gets_the_newest_place_of_the_one_
     });
 }
 
+/// A request that turns out to be none has ended nobody's, and several answers find room together or not at all.
+#[test]
+fn who_fails_or_is_refused_takes_nobodys_place() {
+    run(async {
+        let (w, arbiter) = (world(), Arbiter::new(0.4));
+        let limits = Limits { max_queued: 8, max_queued_per_tenant: 8, ..Limits::default() };
+        let engine = start_beside(arbiter.clone(), w.model.clone(), w.text.clone(), w.hub.clone(), &limits).unwrap();
+        let other = Tenant::proven(TenantId::new("u").unwrap());
+        let nothing_runs = arbiter.train();
+        let mut held = Vec::new();
+        for _ in 0..8 {
+            held.push(begin(&engine, &w.tenant, &ask(None, 200)).await);
+        }
+        let refused = async |change: &dyn Fn(&mut GenerateSpec)| {
+            let mut spec = ask(None, 3).spec();
+            change(&mut spec);
+            engine.generate(&other, spec).await.err().expect("refused")
+        };
+        let long = refused(&|spec| spec.prompt = Prompt::Text("x".repeat(100_000))).await;
+        assert!(matches!(long, Error::Invalid { reason: "PROMPT_TOO_LONG", .. }), "{long}");
+        let bad_id = refused(&|spec| spec.prompt = Prompt::TokenIds(vec![9999])).await;
+        assert!(matches!(bad_id, Error::Invalid { .. }), "{bad_id}");
+        let not_theirs = refused(&|spec| spec.adapter = Some("tenants/u/adapters/none".parse().unwrap())).await;
+        assert!(matches!(not_theirs, Error::NotFound { .. }), "{not_theirs}");
+        let several = refused(&|spec| spec.sampling.n = 5).await;
+        assert!(matches!(several, Error::Exhausted { limit: "max_queued", .. }), "{several}");
+        let text = Prompt::Text("a".into());
+        let tokenized = engine.tokenize(&other, text, false).await.expect_err("the queue is full");
+        assert!(matches!(tokenized, Error::Exhausted { limit: "max_queued", .. }), "{tokenized}");
+        assert_eq!(engine.queued(), 8, "nobody has gone");
+        drop((held, nothing_runs));
+        assert_idle(&engine).await;
+    });
+}
+
 #[test]
 fn a_score_counts_as_many_requests_as_it_has_inputs() {
     run(async {
