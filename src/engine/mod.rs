@@ -46,6 +46,7 @@ use check::{check_logprobs, check_priority};
 use encode::LargeEncodes;
 use prefix::{CacheNamespace, PrefixHashes};
 use run::{EngineLoop, Message};
+use sampler::TokenCounts;
 use scheduler::{Scheduler, SchedulerConfig, SequenceRequest};
 use sequence::{Adapter, Generation, Scoring, Sequence, Work};
 use stats::Figures;
@@ -170,6 +171,7 @@ impl Engine {
             true => Vec::new(),
             false => self.text.ends().to_vec(),
         };
+        let counts = TokenCounts::new(&spec.sampling, &ids);
         let (prompt_done, done) = oneshot::channel();
         let mut prompt_done = Some(prompt_done);
         let (mut streams, mut submissions) = (Vec::new(), Vec::new());
@@ -187,6 +189,7 @@ impl Engine {
                 prompt_tokens: ids.len(),
                 cached_tokens: None,
                 sampling,
+                counts: counts.clone(),
                 stopping: spec.stopping.clone(),
                 withheld: withheld.clone(),
                 prompt_done: prompt_done.take(),

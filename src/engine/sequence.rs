@@ -7,7 +7,7 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 
 use crate::engine::answer::Answer;
-use crate::engine::sampler::{History, logprob, sample, top_logprobs};
+use crate::engine::sampler::{History, TokenCounts, logprob, sample, top_logprobs};
 use crate::engine::scheduler::ScheduledChunk;
 use crate::engine::stats::{self, Figures};
 use crate::engine::tickets::Ticket;
@@ -59,6 +59,8 @@ pub struct Generation {
     /// Of the prompt's, those that did not have to be computed; known from the first step on.
     pub cached_tokens: Option<usize>,
     pub sampling: Sampling,
+    /// Where penalties are on, the tokens so far.
+    pub counts: Option<TokenCounts>,
     pub stopping: Stopping,
     /// The ids that may not come before `min_tokens`.
     pub withheld: Vec<u32>,
@@ -261,9 +263,9 @@ impl Scoring {
 impl Generation {
     /// Draws the next token.
     fn read(&self, ids: &[u32], logits: &[f32]) -> StepOutput {
-        let Self { prompt_tokens, ref sampling, ref withheld, .. } = *self;
-        let early = ids.len() - prompt_tokens < sampling.min_tokens as usize;
-        let history = History { ids, prompt_tokens, withheld: if early { withheld } else { &[] } };
+        let Self { sampling, withheld, .. } = self;
+        let early = ids.len() - self.prompt_tokens < sampling.min_tokens as usize;
+        let history = History { counts: self.counts.as_ref(), withheld: if early { withheld } else { &[] } };
         let Some(id) = sample(logits, history, sampling, ids.len()) else { return StepOutput::NonFinite };
         StepOutput::Token(TokenOut { id, logprob: self.logprobs.map(|top| logprob(logits, id, top as usize)) })
     }
@@ -280,6 +282,9 @@ impl Generation {
         if !self.decoder.is_mid_character() && self.send_open(length) {
             self.set_stopped_by_text(length);
             return Next::Finished;
+        }
+        if let Some(counts) = &mut self.counts {
+            counts.push(token.id);
         }
         if let Some(error) = self.unsent.take() {
             self.end = Some(Err(error));

@@ -329,6 +329,7 @@ fn submit_with(bare: &Bare, adapter: Adapter, max_tokens: u32, priority: i32) ->
         cached_tokens: None,
         sampling: Sampling::default(),
         stopping: Stopping { max_tokens, stop: Vec::new(), ignore_eos: true },
+        counts: None,
         withheld: Vec::new(),
         prompt_done: None,
         logprobs: None,
