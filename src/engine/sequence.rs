@@ -174,7 +174,6 @@ impl Sequence {
         {
             generation.cached_tokens = Some(planned.start);
             stats::count_prompt(generation.prompt_tokens, planned.start);
-            self.figures.prompt(generation.prompt_tokens);
         }
         match (&mut self.work, output) {
             (_, StepOutput::Nothing) => Next::Unchanged,
@@ -187,6 +186,9 @@ impl Sequence {
                 scoring.logprobs.extend(logprobs);
                 if planned.completes {
                     self.figures.prompt(self.ids.len());
+                if self.ids.len() == generation.prompt_tokens {
+                    self.figures.prompt(generation.prompt_tokens);
+                }
                     scoring.finish(std::mem::take(&mut self.ids), next);
                     return Next::Finished;
                 }

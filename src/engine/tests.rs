@@ -1,5 +1,6 @@
 //! The engine on the tiny model: an answer does not depend on its company, and nothing is left behind.
 
+mod figures;
 mod queue;
 mod reuse;
 mod sampling;
