@@ -69,15 +69,23 @@ pub struct Generation {
     pub logprobs: Option<u32>,
     pub decoder: Decoder,
     pub hold_back: HoldBack,
-    /// Text and tokens that end inside a character. They go on with the rest of it, so that a character's first token does not leave
-    /// before it is known what it begins.
-    pub open: (String, Vec<TokenOut>),
+    pub open: Open,
     /// Never blocks the engine.
     pub answer: Answer,
     /// Why no more of the answer is sent.
     pub unsent: Option<Error>,
     /// How it ended; sent by the drop.
     pub end: Option<Result<GenerateEvent>>,
+}
+
+/// Text and tokens that end inside a character. They go on with the rest of it, so that a character's first token does not leave before
+/// it is known what it begins.
+#[derive(Debug, Default)]
+pub struct Open {
+    text: String,
+    /// Bytes of the text that came with the first `min_tokens` tokens: no stop string ends in them.
+    early: usize,
+    tokens: Vec<TokenOut>,
 }
 
 impl Drop for Generation {
@@ -178,6 +186,9 @@ impl Sequence {
         match (&mut self.work, output) {
             (_, StepOutput::Nothing) => Next::Unchanged,
             (Work::Generate(generation), StepOutput::Token(token)) => {
+                if self.ids.len() == generation.prompt_tokens {
+                    self.figures.prompt(generation.prompt_tokens);
+                }
                 self.ids.push(token.id);
                 self.figures.token(Instant::now());
                 generation.commit(token, self.ids.len(), text, context)
@@ -186,9 +197,6 @@ impl Sequence {
                 scoring.logprobs.extend(logprobs);
                 if planned.completes {
                     self.figures.prompt(self.ids.len());
-                if self.ids.len() == generation.prompt_tokens {
-                    self.figures.prompt(generation.prompt_tokens);
-                }
                     scoring.finish(std::mem::take(&mut self.ids), next);
                     return Next::Finished;
                 }
@@ -275,18 +283,19 @@ impl Generation {
     /// Passes on what may go out now that the sequence has `length` tokens.
     fn commit(&mut self, token: TokenOut, length: usize, text: &Text, context: usize) -> Next {
         self.prompt_done = None;
+        if let Some(counts) = &mut self.counts {
+            counts.push(token.id);
+        }
         if text.is_end(token.id) && !self.stopping.ignore_eos {
             self.finish(FinishReason::Stop, Some(token), length);
             return Next::Finished;
         }
-        self.open.0 += &self.decoder.push(token.id);
-        self.open.1.push(token);
-        if !self.decoder.is_mid_character() && self.send_open(length) {
+        let text = self.decoder.push(token.id);
+        self.add_text(&text, length);
+        self.open.tokens.push(token);
+        if !self.decoder.is_mid_character() && self.send_open() {
             self.set_stopped_by_text(length);
             return Next::Finished;
-        }
-        if let Some(counts) = &mut self.counts {
-            counts.push(token.id);
         }
         if let Some(error) = self.unsent.take() {
             self.end = Some(Err(error));
@@ -301,8 +310,9 @@ impl Generation {
 
     /// Lets out what was held back, then the token that ended the answer, and ends the stream.
     fn finish(&mut self, reason: FinishReason, end: Option<TokenOut>, length: usize) {
-        self.open.0 += &self.decoder.finish();
-        if self.send_open(length) {
+        let text = self.decoder.finish();
+        self.add_text(&text, length);
+        if self.send_open() {
             return self.set_stopped_by_text(length);
         }
         let held = self.hold_back.finish();
@@ -312,15 +322,22 @@ impl Generation {
         self.set_finished(reason, stop, length);
     }
 
-    /// Lets out what cannot begin a stop string any more; true at one. Before `min_tokens` nothing is one.
-    fn send_open(&mut self, length: usize) -> bool {
-        let (text, tokens) = std::mem::take(&mut self.open);
+    /// Adds the text of the last of `length` tokens.
+    fn add_text(&mut self, text: &str, length: usize) {
+        self.open.text += text;
         if length - self.prompt_tokens <= self.sampling.min_tokens as usize {
-            self.send(Released { text, tokens, matched: false });
-            return false;
+            self.open.early = self.open.text.len();
         }
-        let released = self.hold_back.push(&text, tokens);
-        let matched = released.matched;
+    }
+
+    /// Lets out what cannot begin a stop string any more; true at one. None ends within the first `min_tokens` tokens.
+    fn send_open(&mut self) -> bool {
+        let Open { text, early, tokens } = std::mem::take(&mut self.open);
+        let (early, rest) = text.split_at(early);
+        let mut released = self.hold_back.push_early(early, Vec::new());
+        let Released { text, tokens, matched } = self.hold_back.push(rest, tokens);
+        released.text += &text;
+        released.tokens.extend(tokens);
         self.send(released);
         matched
     }
