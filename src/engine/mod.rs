@@ -152,7 +152,8 @@ impl Engine {
     /// Starts the answers that the spec asks for, a stream each. Errors before the first token are given here: bad settings, NOT_FOUND,
     /// limits.
     ///
-    /// The first answer computes the prompt. The others start when it is there to be found in the prefix cache.
+    /// The first answer computes the prompt. The others keep their places in the queue until it is there to be found in
+    /// the prefix cache.
     pub async fn generate(&self, tenant: &Tenant, spec: GenerateSpec) -> Result<Vec<GenerateStream>> {
         let since = Instant::now();
         self.check_sampling(&spec)?;
@@ -172,8 +173,6 @@ impl Engine {
             false => self.text.ends().to_vec(),
         };
         let counts = TokenCounts::new(&spec.sampling, &ids);
-        let (prompt_done, done) = oneshot::channel();
-        let mut prompt_done = Some(prompt_done);
         let (mut streams, mut submissions) = (Vec::new(), Vec::new());
         for (i, id) in ticket.ids.clone().enumerate() {
             let mut sampling = spec.sampling.clone();
@@ -192,7 +191,8 @@ impl Engine {
                 counts: counts.clone(),
                 stopping: spec.stopping.clone(),
                 withheld: withheld.clone(),
-                prompt_done: prompt_done.take(),
+                follows: (i > 0).then_some(ticket.ids.start),
+                followers: if i == 0 { id + 1..ticket.ids.end } else { 0..0 },
                 logprobs: spec.logprobs,
                 decoder: self.text.decoder(),
                 hold_back: HoldBack::new(patterns.clone()),
@@ -213,18 +213,8 @@ impl Engine {
             submissions.push((id, request, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work }));
         }
         self.claim_places(&ticket)?;
-        let mut others = submissions.into_iter();
-        if let Some((id, request, sequence)) = others.next() {
+        for (id, request, sequence) in submissions {
             self.submit(id, request, sequence)?;
-        }
-        if others.len() > 0 {
-            let engine = self.clone();
-            tokio::spawn(async move {
-                // An error says the same: the first one has computed its prompt or has come to an end.
-                let _ = done.await;
-                // Where the loop is gone, each stream says so as its sequence is dropped.
-                others.for_each(|(id, request, sequence)| drop(engine.submit(id, request, sequence)));
-            });
         }
         Ok(streams)
     }

@@ -186,7 +186,12 @@ impl EngineLoop {
         if let Some(deadline) = sequence.deadline {
             self.deadlines.insert((deadline, id));
         }
-        self.scheduler.add(id, request);
+        let first = sequence.follows().and_then(|first| self.sequences.get_mut(&first));
+        if first.and_then(Sequence::followers).is_some_and(|followers| followers.contains(&id)) {
+            self.scheduler.add_aside(id, request);
+        } else {
+            self.scheduler.add(id, request);
+        }
         self.sequences.insert(id, sequence);
     }
 
@@ -218,7 +223,8 @@ impl EngineLoop {
 
     fn remove(&mut self, id: u64) -> Option<Sequence> {
         self.scheduler.remove(id);
-        let sequence = self.sequences.remove(&id)?;
+        let mut sequence = self.sequences.remove(&id)?;
+        resume_followers(&mut sequence, &mut self.scheduler);
         if let Some(deadline) = sequence.deadline {
             self.deadlines.remove(&(deadline, id));
         }
@@ -280,7 +286,10 @@ impl EngineLoop {
             self.scheduler.publish(planned.id, &sequence.ids);
         }
         match next {
-            Next::Extended => self.scheduler.extend(planned.id),
+            Next::Extended => {
+                self.scheduler.extend(planned.id);
+                resume_followers(sequence, &mut self.scheduler);
+            }
             Next::Unchanged => {}
             // Its reader is told the end by the drop, after all that it held has been given back.
             Next::Finished | Next::Failed => {
@@ -302,6 +311,13 @@ impl EngineLoop {
             return Err(Error::internal(left));
         }
         if idle { Ok(()) } else { Err(Error::internal(format!("{} sequences are under way", self.sequences.len()))) }
+    }
+}
+
+/// The other answers to a prompt wait in their places from when it is computed, or its first answer is gone.
+fn resume_followers(sequence: &mut Sequence, scheduler: &mut Scheduler) {
+    if let Some(followers) = sequence.followers() {
+        std::mem::take(followers).for_each(|id| scheduler.resume(id));
     }
 }
 

@@ -179,6 +179,18 @@ impl Scheduler {
 
     /// Queues a sequence.
     pub fn add(&mut self, id: u64, request: SequenceRequest) {
+        let entry = self.enter(id, request);
+        self.waiting.push(self.served(entry.tenant), entry);
+    }
+
+    /// Sets a new sequence aside until [`Scheduler::resume`], when it gets the place that it has come to now.
+    pub fn add_aside(&mut self, id: u64, request: SequenceRequest) {
+        let entry = self.enter(id, request);
+        self.waiting.push_aside(entry);
+    }
+
+    /// Counts a new sequence to its tenant's, and gives it its rank.
+    fn enter(&mut self, id: u64, request: SequenceRequest) -> Entry {
         let SequenceRequest { tenant, weight, priority, length, longest, hashes } = request;
         let active = self.accounts.get(&tenant).is_some_and(|account| account.all > 0);
         let others = || self.accounts.values().filter(|account| account.all > 0).map(|account| account.served);
@@ -188,10 +200,8 @@ impl Scheduler {
         account.served = account.served.max(least);
         account.all += 1;
         let rank = self.waiting.last_rank(priority);
-        let (blocks, served) = (Vec::new(), account.served);
-        let (computed, charged, published, begun) = (0, 0, 0, false);
-        let entry = Entry { id, tenant, rank, length, longest, computed, charged, blocks, hashes, published, begun };
-        self.waiting.push(served, entry);
+        let (blocks, computed, charged, published, begun) = (Vec::new(), 0, 0, 0, false);
+        Entry { id, tenant, rank, length, longest, computed, charged, blocks, hashes, published, begun }
     }
 
     /// Forgets a sequence and gives back its blocks.

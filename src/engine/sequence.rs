@@ -1,6 +1,7 @@
 //! A sequence under way: its tokens, its lease, and where its results go. What to compute is the scheduler's; what a row of logits means
 //! is decided here.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -64,8 +65,10 @@ pub struct Generation {
     pub stopping: Stopping,
     /// The ids that may not come before `min_tokens`.
     pub withheld: Vec<u32>,
-    /// Told when the prompt is computed, by being dropped: the other answers to it start then.
-    pub prompt_done: Option<oneshot::Sender<()>>,
+    /// The first answer to its prompt, where it is another one: it waits until that one has computed the prompt.
+    pub follows: Option<u64>,
+    /// Those that wait for this one.
+    pub followers: Range<u64>,
     pub logprobs: Option<u32>,
     pub decoder: Decoder,
     pub hold_back: HoldBack,
@@ -154,6 +157,22 @@ impl Sequence {
         match &self.work {
             Work::Generate(generation) => generation.answer.is_closed(),
             Work::Score(scoring) => scoring.answer.as_ref().is_none_or(oneshot::Sender::is_closed),
+        }
+    }
+
+    /// The sequence that has to compute the prompt before this one starts.
+    pub fn follows(&self) -> Option<u64> {
+        match &self.work {
+            Work::Generate(generation) => generation.follows,
+            Work::Score(_) => None,
+        }
+    }
+
+    /// The sequences that wait for this one to compute the prompt; none where it has.
+    pub fn followers(&mut self) -> Option<&mut Range<u64>> {
+        match &mut self.work {
+            Work::Generate(generation) => Some(&mut generation.followers),
+            Work::Score(_) => None,
         }
     }
 
@@ -282,7 +301,6 @@ impl Generation {
 
     /// Passes on what may go out now that the sequence has `length` tokens.
     fn commit(&mut self, token: TokenOut, length: usize, text: &Text, context: usize) -> Next {
-        self.prompt_done = None;
         if let Some(counts) = &mut self.counts {
             counts.push(token.id);
         }

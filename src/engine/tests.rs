@@ -318,21 +318,28 @@ struct Bare {
 
 /// Sends a sequence of 20 tokens to a bare loop.
 fn submit(bare: &Bare, adapter: Adapter, max_tokens: u32) -> UnreadEvents {
-    submit_with(bare, adapter, max_tokens, 0).1
+    submit_with(bare, adapter, max_tokens, 0, &|_| ()).1
 }
 
-/// As [`submit`], with a priority; gives the sequence's id too.
-fn submit_with(bare: &Bare, adapter: Adapter, max_tokens: u32, priority: i32) -> (u64, UnreadEvents) {
+/// As [`submit`], with a priority and a change; gives the sequence's id too.
+fn submit_with(
+    bare: &Bare,
+    adapter: Adapter,
+    max_tokens: u32,
+    priority: i32,
+    change: &dyn Fn(&mut Generation),
+) -> (u64, UnreadEvents) {
     let w = world();
     let (answer, reader) = Answer::new(Memory::new(1 << 30).account(None), 1 << 20);
-    let generation = Generation {
+    let mut generation = Generation {
         prompt_tokens: 20,
         cached_tokens: None,
         sampling: Sampling::default(),
         counts: None,
         stopping: Stopping { max_tokens, stop: Vec::new(), ignore_eos: true },
         withheld: Vec::new(),
-        prompt_done: None,
+        follows: None,
+        followers: 0..0,
         logprobs: None,
         decoder: w.text.decoder(),
         hold_back: HoldBack::new(Patterns::new(&[], false).unwrap()),
@@ -341,6 +348,7 @@ fn submit_with(bare: &Bare, adapter: Adapter, max_tokens: u32, priority: i32) ->
         unsent: None,
         end: None,
     };
+    change(&mut generation);
     let ticket = Arc::new(bare.tickets.take(w.tenant.id(), 1).unwrap());
     let id = ticket.ids.start;
     let work = Work::Generate(Box::new(generation));

@@ -81,17 +81,22 @@ impl Waiting {
         entry
     }
 
-    /// Sets a queued sequence aside; it keeps its rank.
+    /// Sets a queued sequence aside whose turn has come; it keeps its rank.
     pub fn set_aside(&mut self, id: u64) {
         if let Some(entry) = self.remove(id) {
-            self.aside.insert(id, entry);
+            self.push_aside(Entry { begun: true, ..entry });
         }
+    }
+
+    /// Adds a sequence to those set aside.
+    pub fn push_aside(&mut self, entry: Entry) {
+        self.aside.insert(entry.id, entry);
     }
 
     /// Queues a sequence again that was set aside.
     pub fn resume(&mut self, id: u64, served: impl Fn(u32) -> u64) {
         if let Some(entry) = self.aside.remove(&id) {
-            self.push(served(entry.tenant), Entry { begun: true, ..entry });
+            self.push(served(entry.tenant), entry);
         }
     }
 

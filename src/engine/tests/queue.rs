@@ -69,6 +69,43 @@ fn a_version_that_is_deleted_before_its_request_starts_is_named() {
     });
 }
 
+/// A request that came later does not go before the other answers to one that has begun.
+#[test]
+fn several_answers_keep_their_places_while_the_first_computes_the_prompt() {
+    run(async {
+        let w = world();
+        let layout = KvLayout { block_tokens: 8, blocks: 40 };
+        let executor = w.model.executor(layout).unwrap();
+        // A place for one, whose prompt takes several steps.
+        let limits = Limits { max_step_rows: 8, ..tight(2, 40) };
+        let (mut state, bare) = bare_loop_beside(w.hub.clone(), &limits, layout, executor);
+        let (first, _first) = submit_with(&bare, Adapter::Base, 3, 0, &|first| first.followers = 1..3);
+        assert_eq!(first, 0);
+        let follow = |_| submit_with(&bare, Adapter::Base, 3, 0, &|other| other.follows = Some(0));
+        let _others = [1, 2].map(follow);
+        let _later = submit(&bare, Adapter::Base, 3);
+        let mut ended = Vec::new();
+        assert!(state.turn());
+        assert_eq!((state.scheduler.running(), state.scheduler.waiting()), (1, 3));
+        while !state.sequences.is_empty() {
+            let before: BTreeSet<u64> = state.sequences.keys().copied().collect();
+            assert!(state.turn());
+            ended.extend(before.into_iter().filter(|id| !state.sequences.contains_key(id)));
+        }
+        assert_eq!(ended, [0, 1, 2, 3]);
+
+        // Where the first goes before it has computed the prompt, the next one does it.
+        let (first, reader) = submit_with(&bare, Adapter::Base, 3, 0, &|first| first.followers = 5..6);
+        let (other, _other) = submit_with(&bare, Adapter::Base, 3, 0, &|other| other.follows = Some(4));
+        assert_eq!((first, other), (4, 5));
+        assert!(state.turn());
+        drop(reader);
+        bare.sender.send(Message::Cancel(4..5)).unwrap();
+        assert!(state.turn());
+        assert_eq!((state.sequences.len(), state.scheduler.running()), (1, 1));
+    });
+}
+
 #[test]
 fn where_the_queue_is_full_a_tenant_with_fewer_gets_the_newest_place_of_the_one_with_most() {
     run(async {

@@ -89,7 +89,7 @@ async fn finished(mut reader: UnreadEvents) {
 fn a_version_is_not_kept_for_a_request_that_is_gone() {
     run(async {
         let mut cold = cold_of_one_share(4).await;
-        let (gone, _reader) = submit_with(&cold.bare, cold.wanted(0), 3, 0);
+        let (gone, _reader) = submit_with(&cold.bare, cold.wanted(0), 3, 0, &|_| ());
         let others = [1, 0].map(|i| submit(&cold.bare, cold.wanted(i), 3));
         cold.turn();
         cold.bare.sender.send(Message::Cancel(gone..gone + 1)).unwrap();
@@ -111,7 +111,7 @@ fn a_version_that_was_loaded_ahead_leaves_the_share_to_a_request_that_goes_befor
         readers.push(submit(&cold.bare, cold.wanted(0), 3));
         cold.turn();
         cold.take_load();
-        readers.push(submit_with(&cold.bare, cold.wanted(1), 3, 5).1);
+        readers.push(submit_with(&cold.bare, cold.wanted(1), 3, 5, &|_| ()).1);
         cold.finish();
         for reader in readers {
             finished(reader).await;
