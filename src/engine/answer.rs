@@ -3,7 +3,6 @@
 
 use std::ops::Range;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::task::{Context, Poll, ready};
 
@@ -20,30 +19,13 @@ use crate::sync::lock;
 const EVENT_BYTES: usize = 128;
 
 /// What is sent and not read of one answer.
-#[derive(Debug)]
-struct Unread {
-    bytes: AtomicU64,
-    account: Mutex<Account>,
-}
-
-impl Unread {
-    fn add(&self, bytes: u64) -> Result<()> {
-        lock(&self.account).grow(bytes)?;
-        self.bytes.fetch_add(bytes, Ordering::AcqRel);
-        Ok(())
-    }
-
-    fn read(&self, bytes: u64) {
-        self.bytes.fetch_sub(bytes, Ordering::AcqRel);
-        lock(&self.account).shrink(bytes);
-    }
-}
+type Unread = Arc<Mutex<Account>>;
 
 /// The loop's end.
 #[derive(Debug)]
 pub struct Answer {
     events: UnboundedSender<(Result<GenerateEvent>, u64)>,
-    unread: Arc<Unread>,
+    unread: Unread,
     /// Bytes.
     max_unread: u64,
 }
@@ -52,7 +34,7 @@ impl Answer {
     /// Makes both ends. `account`: what is unread is taken from it; `max_unread`: bytes of one answer (limit `max_unread_answer_bytes`).
     pub fn new(account: Account, max_unread: u64) -> (Self, UnreadEvents) {
         let (events, receiver) = unbounded_channel();
-        let unread = Arc::new(Unread { bytes: AtomicU64::new(0), account: Mutex::new(account) });
+        let unread = Arc::new(Mutex::new(account));
         (Self { events, unread: unread.clone(), max_unread }, UnreadEvents { events: receiver, unread })
     }
 
@@ -62,14 +44,16 @@ impl Answer {
     /// EXHAUSTED where too much is unread: the event is not sent, and the answer must end with this error.
     pub fn send(&self, event: GenerateEvent) -> Result<()> {
         let bytes = size_of_event(&event);
-        if self.unread.bytes.load(Ordering::Acquire) + bytes > self.max_unread {
+        let mut unread = lock(&self.unread);
+        if unread.bytes() + bytes > self.max_unread {
             let message = format!(
                 "the answer was not read: {} bytes of it wait; read it faster, or ask for fewer log-probabilities",
-                self.unread.bytes.load(Ordering::Acquire)
+                unread.bytes()
             );
             return Err(Error::Exhausted { limit: "max_unread_answer_bytes", message, retry_after: None });
         }
-        self.unread.add(bytes)?;
+        unread.grow(bytes)?;
+        drop(unread);
         // A receiver that is gone has said so to the loop.
         let _ = self.events.send((Ok(event), bytes));
         Ok(())
@@ -101,7 +85,7 @@ fn size_of_event(event: &GenerateEvent) -> u64 {
 #[derive(Debug)]
 pub struct UnreadEvents {
     events: UnboundedReceiver<(Result<GenerateEvent>, u64)>,
-    unread: Arc<Unread>,
+    unread: Unread,
 }
 
 impl UnreadEvents {
@@ -109,7 +93,7 @@ impl UnreadEvents {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<GenerateEvent>>> {
         let next = ready!(self.events.poll_recv(cx));
         Poll::Ready(next.map(|(event, bytes)| {
-            self.unread.read(bytes);
+            lock(&self.unread).shrink(bytes);
             event
         }))
     }

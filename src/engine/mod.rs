@@ -1,10 +1,12 @@
 //! The engine that serves: this handle, and behind it one thread that runs the loop ([`run`]).
 //!
-//! The handle takes a ticket, encodes the prompt, finds out which version its name means, and submits; the loop does the rest, and leases
-//! the version when the sequence starts. Dropping a stream cancels its sequence.
+//! The handle checks the request, takes a ticket, encodes the prompt, finds out which version its name means, and submits; the loop does
+//! the rest, and leases the version when the sequence starts. Dropping a stream cancels its sequence.
 
 mod answer;
 mod blocks;
+mod check;
+mod encode;
 mod lru;
 mod prefix;
 mod run;
@@ -25,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use futures::Stream;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 use crate::config::Limits;
 use crate::device::Arbiter;
@@ -35,13 +37,16 @@ use crate::ids::{AdapterRef, Digest, Tenant, TenantId};
 use crate::memory::Memory;
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout};
-use crate::request::{BAN, GenerateEvent, GenerateSpec, Prompt, Sampling, ScoreAnswer, ScoreSpec, Stopping, Usage};
+use crate::request::{GenerateEvent, GenerateSpec, Prompt, ScoreAnswer, ScoreSpec, Usage};
 use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
-use crate::work::block_holding;
 use answer::{Answer, AnswerStream, CancelOnDrop};
+pub use check::score_too_large;
+use check::{check_logprobs, check_priority};
+use encode::LargeEncodes;
 use prefix::{CacheNamespace, PrefixHashes};
 use run::{EngineLoop, Message};
+use sampler::TokenCounts;
 use scheduler::{Scheduler, SchedulerConfig, SequenceRequest};
 use sequence::{Adapter, Generation, Scoring, Sequence, Work};
 use stats::Figures;
@@ -53,16 +58,6 @@ pub const MAX_LOGPROBS: u32 = 20;
 
 /// Most sequences of one call of Score.
 pub const MAX_SCORE_INPUTS: usize = 64;
-
-/// Prompts of more bytes, or of more messages, are encoded off the runtime's threads.
-const INLINE_ENCODE_BYTES: usize = 16 << 10;
-const INLINE_ENCODE_MESSAGES: usize = 32;
-
-/// Large prompts encoded at once: encoding takes a hundred times the memory of its text.
-const LARGE_ENCODES: usize = 2;
-
-/// Bytes that a message has for each log-probability of a Score, at most.
-const SCORE_ENTRY_BYTES: usize = 16;
 
 /// Priorities go from minus this to this.
 pub const MAX_PRIORITY: i32 = 100;
@@ -82,8 +77,8 @@ pub struct Engine {
     tickets: Tickets,
     memory: Arc<Memory>,
     limits: Arc<Limits>,
-    large_encodes: Arc<Semaphore>,
-    facts: EngineInfo,
+    large_encodes: LargeEncodes,
+    info: EngineInfo,
     /// Whose figures are shown by name.
     tenants: stats::Tenants,
 }
@@ -112,14 +107,14 @@ impl Engine {
         // No more than all sequences at once could use at their longest.
         let useful = limits.max_running.saturating_mul(model.context_length().div_ceil(block_tokens) as u64);
         let layout = KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize };
-        let facts = EngineInfo { base: model.shape().digest, context: model.context_length(), layout };
+        let info = EngineInfo { base: model.shape().digest, context: model.context_length(), layout };
         let executor = model.executor(layout)?;
-        Self::start_with(executor, facts, text, hub, arbiter, memory, limits)
+        Self::start_with(executor, info, text, hub, arbiter, memory, limits)
     }
 
     fn start_with(
         executor: Box<dyn Executor>,
-        facts: EngineInfo,
+        info: EngineInfo,
         text: Arc<Text>,
         hub: Arc<Hub>,
         arbiter: Arc<Arbiter>,
@@ -128,18 +123,18 @@ impl Engine {
     ) -> Result<Self> {
         let (sender, inbox) = mpsc::channel();
         let sender = Arc::new(sender);
-        let bounds = bounds(facts.layout, limits)?;
+        let config = scheduler_config(info.layout, limits)?;
         let runtime = Handle::try_current().map_err(Error::internal)?;
         let state = EngineLoop {
             inbox,
-            scheduler: Scheduler::new(bounds),
+            scheduler: Scheduler::new(config),
             plan: Vec::new(),
-            spans: Vec::new(),
-            readings: Vec::new(),
+            chunks: Vec::new(),
+            outputs: Vec::new(),
             executor,
             arbiter,
             text: text.clone(),
-            context: facts.context,
+            context: info.context,
             sequences: HashMap::new(),
             deadlines: BTreeSet::new(),
             warm: Warm::new(hub.clone(), runtime, Arc::downgrade(&sender)),
@@ -148,40 +143,38 @@ impl Engine {
         };
         std::thread::Builder::new().name("engine".into()).spawn(move || state.run()).map_err(Error::internal)?;
         let tickets = Tickets::new(limits);
-        let large_encodes = Arc::new(Semaphore::new(LARGE_ENCODES));
+        let large_encodes = LargeEncodes::default();
         let tenants = stats::Tenants::new(limits.max_metric_tenants);
         let limits = Arc::new(limits.clone());
-        Ok(Self { inbox: sender, text, hub, tickets, memory, limits, large_encodes, facts, tenants })
+        Ok(Self { inbox: sender, text, hub, tickets, memory, limits, large_encodes, info, tenants })
     }
 
     /// Starts the answers that the spec asks for, a stream each. Errors before the first token are given here: bad settings, NOT_FOUND,
     /// limits.
     ///
-    /// The first answer computes the prompt. The others start when it is there to be found in the prefix cache.
+    /// The first answer computes the prompt. The others keep their places in the queue until it is there to be found in
+    /// the prefix cache.
     pub async fn generate(&self, tenant: &Tenant, spec: GenerateSpec) -> Result<Vec<GenerateStream>> {
         let since = Instant::now();
         self.check_sampling(&spec)?;
         self.check_stopping(&spec.stopping)?;
         check_logprobs("logprobs", spec.logprobs.unwrap_or(0))?;
         check_priority(spec.priority)?;
-        let patterns = Patterns::new(&spec.stopping.stop, false)?;
-        let take = |_| self.admit(tenant, 1);
-        let tickets = (0..spec.sampling.n).map(take).collect::<Result<Vec<_>>>()?;
-        let Some(ticket) = tickets.first() else { return Err(Error::invalid("sampling.n", "must be at least 1")) };
         self.check_prompt("prompt", &spec.prompt)?;
+        let patterns = Patterns::new(&spec.stopping.stop, false)?;
+        let ticket = Arc::new(self.tickets.take(tenant.id(), u64::from(spec.sampling.n))?);
         let encode = |text: &Text, _: usize, prompt: &Prompt| text.encode_prompt(prompt);
-        let mut ids = self.encode(vec![spec.prompt], encode, ticket).await?.pop().unwrap_or_default();
+        let ids = self.encode(vec![spec.prompt], encode, tenant.id(), &ticket).await?.pop().unwrap_or_default();
         let longest = self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
-        ids.reserve_exact(longest - ids.len());
         let version = self.resolve(tenant, spec.adapter.as_ref()).await?;
+        let hashes = self.prefix_hashes(tenant, version.as_deref(), &ids, longest);
         let withheld = match spec.stopping.ignore_eos || spec.sampling.min_tokens == 0 {
             true => Vec::new(),
             false => self.text.ends().to_vec(),
         };
-        let (prompt_done, done) = oneshot::channel();
-        let mut prompt_done = Some(prompt_done);
-        let (mut streams, mut submissions) = (Vec::with_capacity(tickets.len()), Vec::with_capacity(tickets.len()));
-        for (i, ticket) in tickets.into_iter().enumerate() {
+        let counts = TokenCounts::new(&spec.sampling, &ids);
+        let (mut streams, mut submissions) = (Vec::new(), Vec::new());
+        for (i, id) in ticket.ids.clone().enumerate() {
             let mut sampling = spec.sampling.clone();
             sampling.seed = sampling.seed.wrapping_add(i as u64);
             let name = version.as_ref().map(|version| version.name.clone());
@@ -189,16 +182,17 @@ impl Engine {
             let account = self.memory.account(Some(tenant.id()));
             let (answer, events) = Answer::new(account, self.limits.max_unread_answer_bytes);
             answer.send(GenerateEvent::Started { version: name, prompt_tokens: ids.len() as u32, seed })?;
-            let (id, cancel) = (ticket.ids.start, self.cancel_on_drop(&ticket));
+            let cancel = CancelOnDrop::new(self.inbox.clone(), id..id + 1);
             streams.push(Box::pin(AnswerStream { events, cancel }) as GenerateStream);
-            let chain = self.chain(tenant, version.as_deref(), &ids, longest);
             let generation = Generation {
                 prompt_tokens: ids.len(),
                 cached_tokens: None,
                 sampling,
+                counts: counts.clone(),
                 stopping: spec.stopping.clone(),
                 withheld: withheld.clone(),
-                prompt_done: prompt_done.take(),
+                follows: (i > 0).then_some(ticket.ids.start),
+                followers: if i == 0 { id + 1..ticket.ids.end } else { 0..0 },
                 logprobs: spec.logprobs,
                 decoder: self.text.decoder(),
                 hold_back: HoldBack::new(patterns.clone()),
@@ -208,24 +202,19 @@ impl Engine {
                 end: None,
             };
             let (weight, priority, length) = (tenant.weight(), spec.priority, ids.len());
-            let demand = SequenceRequest { tenant: ticket.number, weight, priority, length, longest, chain };
-            let (ids, work) = (ids.clone(), Work::Generate(Box::new(generation)));
-            let adapter = adapter_of(version.clone());
+            let hashes = hashes.clone();
+            let request = SequenceRequest { tenant: ticket.number, weight, priority, length, longest, hashes };
+            // With room for the answer, so that no step has to move it.
+            let mut own_ids = Vec::with_capacity(longest);
+            own_ids.extend_from_slice(&ids);
+            let (ids, work) = (own_ids, Work::Generate(Box::new(generation)));
+            let (adapter, ticket) = (adapter_of(version.clone()), ticket.clone());
             let figures = Figures::new(&self.tenants, tenant.id(), since, spec.trace);
-            submissions.push((id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work }));
+            submissions.push((id, request, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work }));
         }
-        let mut others = submissions.into_iter();
-        if let Some((id, demand, sequence)) = others.next() {
-            self.submit(id, demand, sequence)?;
-        }
-        if others.len() > 0 {
-            let engine = self.clone();
-            tokio::spawn(async move {
-                // An error says the same: the first one has computed its prompt or has come to an end.
-                let _ = done.await;
-                // Where the loop is gone, each stream says so as its sequence is dropped.
-                others.for_each(|(id, demand, sequence)| drop(engine.submit(id, demand, sequence)));
-            });
+        self.claim_places(&ticket)?;
+        for (id, request, sequence) in submissions {
+            self.submit(id, request, sequence)?;
         }
         Ok(streams)
     }
@@ -238,18 +227,19 @@ impl Engine {
         if spec.inputs.is_empty() || spec.inputs.len() > MAX_SCORE_INPUTS {
             return Err(Error::invalid("inputs", format!("must hold 1 to {MAX_SCORE_INPUTS} sequences")));
         }
-        let ticket = self.admit(tenant, spec.inputs.len() as u64)?;
         for (i, input) in spec.inputs.iter().enumerate() {
             self.check_prompt(&format!("inputs[{i}]"), input)?;
         }
-        let inputs = self.encode(spec.inputs, encode_input, &ticket).await?;
+        let ticket = Arc::new(self.tickets.take(tenant.id(), spec.inputs.len() as u64)?);
+        let inputs = self.encode(spec.inputs, encode_input, tenant.id(), &ticket).await?;
         for (i, ids) in inputs.iter().enumerate() {
             self.check_length(&format!("inputs[{i}]"), ids, 0)?;
         }
         self.check_score_size(&inputs, spec.top_logprobs as usize)?;
         let row = self.resolve(tenant, spec.adapter.as_ref()).await?;
         let version = row.as_ref().map(|row| row.name.clone());
-        let mut cancel = self.cancel_on_drop(&ticket);
+        self.claim_places(&ticket)?;
+        let mut cancel = CancelOnDrop::new(self.inbox.clone(), ticket.ids.clone());
         let mut answers = Vec::with_capacity(inputs.len());
         let mut usage = Usage::default();
         for (id, ids) in ticket.ids.clone().zip(inputs) {
@@ -260,10 +250,10 @@ impl Engine {
             let work = Work::Score(Box::new(scoring));
             let (number, weight, priority, length) = (ticket.number, tenant.weight(), spec.priority, ids.len());
             // Every row's logits are asked for, so none can be left out, and such texts are seldom begun again.
-            let demand = SequenceRequest { tenant: number, weight, priority, length, longest: length, chain: None };
+            let request = SequenceRequest { tenant: number, weight, priority, length, longest: length, hashes: None };
             let (adapter, ticket) = (adapter_of(row.clone()), ticket.clone());
             let figures = Figures::new(&self.tenants, tenant.id(), since, spec.trace);
-            self.submit(id, demand, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work })?;
+            self.submit(id, request, Sequence { ids, deadline: spec.deadline, adapter, ticket, figures, work })?;
             answers.push(answer);
         }
         // Its places are the sequences' alone from now on: they are given back before the answer is.
@@ -276,39 +266,21 @@ impl Engine {
         Ok(ScoreAnswer { version, results, usage })
     }
 
-    /// Gives the ids of a text, or of a chat with or without what begins an answer; it counts as a request meanwhile.
+    /// Gives the ids of a text, or of a chat with or without what begins an answer; it counts as a sequence meanwhile.
     ///
     /// # Errors
-    /// TEXT_TOO_LONG, TOO_MANY_MESSAGES, the tokenizer's and the template's, and the limits on requests.
+    /// TEXT_TOO_LONG, TOO_MANY_MESSAGES, the tokenizer's and the template's, and the limits on sequences.
     pub async fn tokenize(&self, tenant: &Tenant, prompt: Prompt, generation_prompt: bool) -> Result<Vec<u32>> {
-        let most = self.limits.max_tokenize_bytes;
-        let bytes = match &prompt {
-            Prompt::Text(text) => text.len(),
-            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
-                messages.iter().map(|message| message.content.len()).sum()
-            }
-            Prompt::TokenIds(_) => 0,
+        self.check_tokenize(&prompt)?;
+        let ticket = Arc::new(self.tickets.take_unqueued(tenant.id(), 1)?);
+        let encode = move |text: &Text, _: usize, prompt: &Prompt| match prompt {
+            Prompt::Chat(messages) => text.encode_chat(messages, generation_prompt),
+            other => text.encode_prompt(other),
         };
-        if bytes as u64 > most {
-            let message = format!("has {bytes} bytes; send at most {most} (limit max_tokenize_bytes)");
-            return Err(Error::invalid_because("TEXT_TOO_LONG", "input", message));
-        }
-        self.check_messages("chat", &prompt)?;
-        let ticket = self.admit(tenant, 1)?;
-        let encode = match generation_prompt {
-            true => |text: &Text, _: usize, prompt: &Prompt| match prompt {
-                Prompt::Chat(messages) => text.encode_chat(messages, true),
-                other => text.encode_prompt(other),
-            },
-            false => |text: &Text, _: usize, prompt: &Prompt| match prompt {
-                Prompt::Chat(messages) => text.encode_chat(messages, false),
-                other => text.encode_prompt(other),
-            },
-        };
-        Ok(self.encode(vec![prompt], encode, &ticket).await?.pop().unwrap_or_default())
+        Ok(self.encode(vec![prompt], encode, tenant.id(), &ticket).await?.pop().unwrap_or_default())
     }
 
-    /// Returns how many of a tenant's requests wait or run.
+    /// Returns how many of a tenant's sequences wait or run.
     pub fn held_by(&self, tenant: &TenantId) -> u64 {
         self.tickets.held_by(tenant)
     }
@@ -325,7 +297,7 @@ impl Engine {
         let _ = self.check_integrity().await;
     }
 
-    /// Sequences that wait or run, and answers that are not read to their end.
+    /// Sequences that wait or run.
     pub fn queued(&self) -> u64 {
         self.tickets.held()
     }
@@ -338,26 +310,21 @@ impl Engine {
         answer.await.map_err(|_| gone())??;
         match self.tickets.held() {
             0 => Ok(()),
-            held => Err(Error::internal(format!("{held} requests are under way"))),
+            held => Err(Error::internal(format!("{held} sequences are under way"))),
         }
     }
 
-    /// Takes places for a request of so many sequences; requests that lose theirs for it are ended.
-    fn admit(&self, tenant: &Tenant, sequences: u64) -> Result<Arc<Ticket>> {
-        let (ticket, displaced) = self.tickets.take(tenant.id(), sequences)?;
-        for ids in displaced {
+    /// Takes places from others for a request that is about to be submitted, where the queue was full; those are ended.
+    fn claim_places(&self, ticket: &Ticket) -> Result<()> {
+        for ids in ticket.claim()? {
             // One that has not been submitted yet is told when it is.
             let _ = self.inbox.send(Message::Displace(ids));
         }
-        Ok(Arc::new(ticket))
+        Ok(())
     }
 
-    fn cancel_on_drop(&self, ticket: &Ticket) -> CancelOnDrop {
-        CancelOnDrop::new(self.inbox.clone(), ticket.ids.clone())
-    }
-
-    fn submit(&self, id: u64, demand: SequenceRequest, sequence: Sequence) -> Result<()> {
-        let message = Message::Submit(id, demand, Box::new(sequence));
+    fn submit(&self, id: u64, request: SequenceRequest, sequence: Sequence) -> Result<()> {
+        let message = Message::Submit(id, request, Box::new(sequence));
         self.inbox.send(message).map_err(|_| Error::internal("the engine's loop has ended"))
     }
 
@@ -370,164 +337,17 @@ impl Engine {
     }
 
     /// The keys under which a sequence's blocks are found, unless none are kept.
-    fn chain(
+    fn prefix_hashes(
         &self,
         tenant: &Tenant,
         version: Option<&VersionRow>,
         ids: &[u32],
         longest: usize,
     ) -> Option<PrefixHashes> {
-        let EngineInfo { base, layout, .. } = self.facts;
+        let EngineInfo { base, layout, .. } = self.info;
         let (template, version) = (self.text.template_digest(), version.map(|version| version.digest));
-        let scope = CacheNamespace { tenant: tenant.id(), base, template, version };
-        (self.limits.prefix_cache_percent > 0).then(|| PrefixHashes::new(&scope, layout.block_tokens, ids, longest))
-    }
-
-    /// The ids of prompts that [`Engine::check_prompt`] has let through. Large ones a few at a time, on threads of their own; they hold
-    /// the ticket to their end, also where the caller has gone.
-    async fn encode(
-        &self,
-        prompts: Vec<Prompt>,
-        encode: fn(&Text, usize, &Prompt) -> Result<Vec<u32>>,
-        ticket: &Arc<Ticket>,
-    ) -> Result<Vec<Vec<u32>>> {
-        let size = |prompt: &Prompt| match prompt {
-            Prompt::Text(text) => (text.len(), 1),
-            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
-                (messages.iter().map(|m| m.content.len()).sum(), messages.len())
-            }
-            Prompt::TokenIds(_) => (0, 0),
-        };
-        let (bytes, messages) =
-            prompts.iter().map(size).fold((0, 0), |(bytes, messages), (b, m)| (bytes + b, messages + m));
-        if bytes <= INLINE_ENCODE_BYTES && messages <= INLINE_ENCODE_MESSAGES {
-            return prompts.iter().enumerate().map(|(i, prompt)| encode(&self.text, i, prompt)).collect();
-        }
-        let place = self.large_encodes.clone().acquire_owned().await.map_err(Error::internal)?;
-        let text = self.text.clone();
-        let work = move || prompts.iter().enumerate().map(|(i, prompt)| encode(&text, i, prompt)).collect();
-        let (ids, _) = block_holding((place, ticket.clone()), work).await?;
-        Ok(ids)
-    }
-
-    /// What is known of a prompt before it is encoded: more text than the context's tokens could hold, or too many messages.
-    fn check_prompt(&self, field: &str, prompt: &Prompt) -> Result<()> {
-        let longest = self.text.longest_token();
-        let check_text = |bytes: usize| {
-            let (least, context) = (bytes.div_ceil(longest), self.facts.context);
-            if least <= context {
-                return Ok(());
-            }
-            let message = format!(
-                "has {bytes} bytes, at least {least} tokens; the base's context is {context} tokens, the answer's included"
-            );
-            Err(Error::invalid_because("PROMPT_TOO_LONG", field, message))
-        };
-        self.check_messages(field, prompt)?;
-        match prompt {
-            Prompt::Text(text) => check_text(text.len()),
-            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) => {
-                check_text(messages.iter().map(|message| message.content.len()).sum())
-            }
-            Prompt::TokenIds(_) => Ok(()),
-        }
-    }
-
-    fn check_messages(&self, field: &str, prompt: &Prompt) -> Result<()> {
-        let most = self.limits.max_chat_messages;
-        match prompt {
-            Prompt::Chat(messages) | Prompt::ContinuedChat(messages) if messages.len() as u64 > most => {
-                let message = format!("has {} messages, over the limit max_chat_messages of {most}", messages.len());
-                Err(Error::invalid_because("TOO_MANY_MESSAGES", field, message))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The answer must fit one message, at the least that it can have.
-    fn check_score_size(&self, inputs: &[Vec<u32>], top: usize) -> Result<()> {
-        let entries = inputs.iter().map(Vec::len).sum::<usize>() * (1 + top);
-        let most = self.limits.max_message_bytes;
-        if (entries * SCORE_ENTRY_BYTES) as u64 > most {
-            return Err(score_too_large(entries, most));
-        }
-        Ok(())
-    }
-
-    /// Each value, and what only the base and the limits can tell: ids, counts, and that a token is left to draw.
-    fn check_sampling(&self, spec: &GenerateSpec) -> Result<()> {
-        let (sampling, stopping) = (&spec.sampling, &spec.stopping);
-        sampling.check()?;
-        let Sampling { n, min_tokens, logit_bias, .. } = sampling;
-        let most = self.limits.max_sequences_per_request;
-        if *n == 0 || u64::from(*n) > most {
-            return Err(Error::invalid("sampling.n", format!("must be 1 to {most} (limit max_sequences_per_request)")));
-        }
-        if *min_tokens > stopping.max_tokens {
-            let message = format!("is over stopping.max_tokens, {}", stopping.max_tokens);
-            return Err(Error::invalid("sampling.min_tokens", message));
-        }
-        let most = self.limits.max_logit_biases;
-        if logit_bias.len() as u64 > most {
-            let message = format!("has {} entries, over the limit max_logit_biases of {most}", logit_bias.len());
-            return Err(Error::invalid("sampling.logit_bias", message));
-        }
-        let vocabulary = self.text.vocab_size();
-        if let Some((id, _)) = logit_bias.iter().find(|(id, _)| *id as usize >= vocabulary) {
-            let message = format!("{id} is not below the vocabulary's size, {vocabulary}");
-            return Err(Error::invalid_because("TOKEN_OUT_OF_RANGE", "sampling.logit_bias", message));
-        }
-        let banned = |id: &u32| logit_bias.iter().any(|(other, bias)| other == id && *bias <= BAN);
-        let withheld = if *min_tokens > 0 && !stopping.ignore_eos { self.text.ends() } else { &[] };
-        let bans = logit_bias.iter().filter(|(_, bias)| *bias <= BAN).count();
-        if bans + withheld.iter().filter(|id| !banned(id)).count() >= vocabulary {
-            return Err(Error::invalid("sampling.logit_bias", "bans every token that could be drawn"));
-        }
-        Ok(())
-    }
-
-    fn check_stopping(&self, stopping: &Stopping) -> Result<()> {
-        let limits = &self.limits;
-        if stopping.max_tokens == 0 {
-            return Err(Error::invalid("stopping.max_tokens", "must be at least 1"));
-        }
-        if u64::from(stopping.max_tokens) > limits.max_answer_tokens {
-            let message = format!("is over the limit max_answer_tokens of {} tokens", limits.max_answer_tokens);
-            return Err(Error::invalid("stopping.max_tokens", message));
-        }
-        if stopping.stop.len() as u64 > limits.max_stop_strings {
-            let message = format!("holds more than max_stop_strings, {}", limits.max_stop_strings);
-            return Err(Error::invalid("stopping.stop", message));
-        }
-        let bad = |stop: &&String| stop.is_empty() || stop.len() as u64 > limits.max_stop_bytes;
-        if stopping.stop.iter().any(|stop| bad(&stop)) {
-            let message = format!("each string must have 1 to {} bytes (limit max_stop_bytes)", limits.max_stop_bytes);
-            return Err(Error::invalid("stopping.stop", message));
-        }
-        Ok(())
-    }
-
-    /// The ids must fit the context with a token of the answer, and at their longest the whole KV cache. Gives how many they may become.
-    fn check_length(&self, field: &str, ids: &[u32], answer: usize) -> Result<usize> {
-        if ids.is_empty() {
-            return Err(Error::invalid_because("PROMPT_EMPTY", field, "has no token"));
-        }
-        let EngineInfo { context, layout, .. } = self.facts;
-        let room = ids.len() + answer.min(1);
-        if room > context {
-            let has = ids.len();
-            let message = format!("has {has} tokens; the base's context is {context} tokens, the answer's included");
-            return Err(Error::invalid_because("PROMPT_TOO_LONG", field, message));
-        }
-        let longest = (ids.len() + answer).min(context);
-        let holds = layout.blocks * layout.block_tokens;
-        if longest > holds {
-            let message = format!(
-                "and its answer may need {longest} tokens of KV cache; the cache holds {holds} (limit kv_cache_bytes)"
-            );
-            return Err(Error::invalid_because("KV_CACHE_TOO_SMALL", field, message));
-        }
-        Ok(longest)
+        let namespace = CacheNamespace { tenant: tenant.id(), base, template, version };
+        (self.limits.prefix_cache_percent > 0).then(|| PrefixHashes::new(&namespace, layout.block_tokens, ids, longest))
     }
 }
 
@@ -545,16 +365,7 @@ fn encode_input(text: &Text, i: usize, prompt: &Prompt) -> Result<Vec<u32>> {
     })
 }
 
-/// What a Score gets whose answer does not fit one message.
-pub fn score_too_large(entries: usize, most: u64) -> Error {
-    let message = format!(
-        "{entries} log-probabilities do not fit one message of {most} bytes; score fewer tokens a call, lower top_logprobs, or set \
-         omit_token_text"
-    );
-    Error::Exhausted { limit: "max_message_bytes", message, retry_after: None }
-}
-
-fn bounds(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig> {
+fn scheduler_config(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig> {
     let Limits { max_running, max_step_rows, .. } = *limits;
     if max_running == 0 {
         return Err(Error::invalid("max_running", "must be at least 1"));
@@ -571,15 +382,4 @@ fn bounds(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig> {
         max_step_rows: max_step_rows as usize,
         max_prefill_rows: limits.max_prefill_rows_while_decoding as usize,
     })
-}
-
-fn check_logprobs(field: &str, top: u32) -> Result<()> {
-    if top > MAX_LOGPROBS { Err(Error::invalid(field, format!("must be at most {MAX_LOGPROBS}"))) } else { Ok(()) }
-}
-
-fn check_priority(priority: i32) -> Result<()> {
-    if (-MAX_PRIORITY..=MAX_PRIORITY).contains(&priority) {
-        return Ok(());
-    }
-    Err(Error::invalid("priority", format!("must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")))
 }

@@ -46,13 +46,22 @@ pub struct PrefixHashes {
     keys: Vec<Digest>,
 }
 
+impl Clone for PrefixHashes {
+    /// Keeps the room to grow.
+    fn clone(&self) -> Self {
+        let mut keys = Vec::with_capacity(self.keys.capacity());
+        keys.extend_from_slice(&self.keys);
+        Self { root: self.root, block_tokens: self.block_tokens, keys }
+    }
+}
+
 impl PrefixHashes {
     /// The keys of a sequence with these ids, which grows to at most `longest` of them without allocating.
-    pub fn new(scope: &CacheNamespace<'_>, block_tokens: usize, ids: &[u32], longest: usize) -> Self {
+    pub fn new(namespace: &CacheNamespace<'_>, block_tokens: usize, ids: &[u32], longest: usize) -> Self {
         let keys = Vec::with_capacity(longest.max(ids.len()) / block_tokens);
-        let mut chain = Self { root: scope.root(), block_tokens, keys };
-        chain.extend(ids);
-        chain
+        let mut hashes = Self { root: namespace.root(), block_tokens, keys };
+        hashes.extend(ids);
+        hashes
     }
 
     /// Adds the keys of the blocks that have become whole. `ids`: all of the sequence.
@@ -78,8 +87,8 @@ mod tests {
 
     const BLOCK: usize = 4;
 
-    fn keys(scope: &CacheNamespace<'_>, ids: &[u32]) -> Vec<Digest> {
-        PrefixHashes::new(scope, BLOCK, ids, 0).keys().to_vec()
+    fn keys(namespace: &CacheNamespace<'_>, ids: &[u32]) -> Vec<Digest> {
+        PrefixHashes::new(namespace, BLOCK, ids, 0).keys().to_vec()
     }
 
     /// Every way in which the same tokens must not be taken for the same block.
@@ -88,29 +97,29 @@ mod tests {
         let (a, b) = (TenantId::new("a").unwrap(), TenantId::new("b").unwrap());
         let digest = |text: &str| Digest::of(text.as_bytes());
         let ids: Vec<u32> = (0..8).collect();
-        let scope = CacheNamespace {
+        let namespace = CacheNamespace {
             tenant: &a,
             base: digest("base"),
             template: digest("template"),
             version: Some(digest("adapter x, 1")),
         };
         let others = [
-            ("itself", scope),
-            ("tenant", CacheNamespace { tenant: &b, ..scope }),
-            ("base", CacheNamespace { base: digest("another base"), ..scope }),
-            ("template", CacheNamespace { template: digest("another template"), ..scope }),
-            ("version", CacheNamespace { version: Some(digest("adapter x, 2")), ..scope }),
-            ("adapter", CacheNamespace { version: Some(digest("adapter y, 1")), ..scope }),
-            ("no adapter", CacheNamespace { version: None, ..scope }),
-            ("fields exchanged", CacheNamespace { base: scope.template, template: scope.base, ..scope }),
+            ("itself", namespace),
+            ("tenant", CacheNamespace { tenant: &b, ..namespace }),
+            ("base", CacheNamespace { base: digest("another base"), ..namespace }),
+            ("template", CacheNamespace { template: digest("another template"), ..namespace }),
+            ("version", CacheNamespace { version: Some(digest("adapter x, 2")), ..namespace }),
+            ("adapter", CacheNamespace { version: Some(digest("adapter y, 1")), ..namespace }),
+            ("no adapter", CacheNamespace { version: None, ..namespace }),
+            ("fields exchanged", CacheNamespace { base: namespace.template, template: namespace.base, ..namespace }),
             (
                 "a version where the base's digest was",
-                CacheNamespace { base: digest("adapter x, 1"), version: Some(scope.base), ..scope },
+                CacheNamespace { base: digest("adapter x, 1"), version: Some(namespace.base), ..namespace },
             ),
         ];
         let mut seen = HashSet::new();
-        for (what, scope) in others {
-            for key in keys(&scope, &ids) {
+        for (what, namespace) in others {
+            for key in keys(&namespace, &ids) {
                 assert!(seen.insert(key), "{what}");
             }
         }
@@ -120,7 +129,7 @@ mod tests {
     fn no_key_is_shared_across_tokens_positions_and_parents() {
         let tenant = TenantId::new("a").unwrap();
         let digest = Digest::of(b"");
-        let scope = CacheNamespace { tenant: &tenant, base: digest, template: digest, version: None };
+        let namespace = CacheNamespace { tenant: &tenant, base: digest, template: digest, version: None };
         let sequences: [&[u32]; 6] = [
             &[1, 2, 3, 4, 1, 2, 3, 4], // the same block at two positions
             &[1, 2, 3, 5, 1, 2, 3, 4], // another parent
@@ -131,7 +140,7 @@ mod tests {
         ];
         let mut by_key = std::collections::HashMap::new();
         for ids in sequences {
-            for (i, key) in keys(&scope, ids).into_iter().enumerate() {
+            for (i, key) in keys(&namespace, ids).into_iter().enumerate() {
                 let prefix = &ids[..(i + 1) * BLOCK];
                 assert_eq!(*by_key.entry(key).or_insert(prefix), prefix, "one key, one prefix");
             }
@@ -143,12 +152,13 @@ mod tests {
     fn a_chain_grows_as_one_made_at_once_and_holds_whole_blocks_only() {
         let tenant = TenantId::new("a").unwrap();
         let digest = Digest::of(b"");
-        let scope = CacheNamespace { tenant: &tenant, base: digest, template: digest, version: None };
+        let namespace = CacheNamespace { tenant: &tenant, base: digest, template: digest, version: None };
         let ids: Vec<u32> = (0..11).collect();
-        let mut grown = PrefixHashes::new(&scope, BLOCK, &ids[..3], 11);
+        let mut grown = PrefixHashes::new(&namespace, BLOCK, &ids[..3], 11);
         let capacity = grown.keys.capacity();
+        assert_eq!(grown.clone().keys.capacity(), capacity);
         (3..=11).for_each(|length| grown.extend(&ids[..length]));
-        assert_eq!(grown.keys(), keys(&scope, &ids));
+        assert_eq!(grown.keys(), keys(&namespace, &ids));
         assert_eq!((grown.keys().len(), grown.keys.capacity()), (2, capacity));
     }
 }

@@ -53,8 +53,8 @@ pub struct EngineLoop {
     /// The rows of the step; the buffer of all plans.
     pub plan: Vec<ScheduledChunk>,
     /// The buffers of all steps.
-    pub spans: Vec<SequenceChunk<'static>>,
-    pub readings: Vec<StepOutput>,
+    pub chunks: Vec<SequenceChunk<'static>>,
+    pub outputs: Vec<StepOutput>,
     pub executor: Box<dyn Executor>,
     pub arbiter: Arc<Arbiter>,
     pub text: Arc<Text>,
@@ -66,7 +66,7 @@ pub struct EngineLoop {
     pub warm: Warm,
     /// There are sequences, and none could be planned.
     pub stuck: bool,
-    /// Everything has been cancelled, and so is what comes now: a request that was still encoded or leased meanwhile.
+    /// Everything has been cancelled, and so is what comes now: a request that was still being encoded meanwhile.
     pub closed: bool,
 }
 
@@ -124,7 +124,7 @@ impl EngineLoop {
         }
         for id in scheduler.next_in_line(PREFETCHED_TENANTS) {
             if let Some(Sequence { adapter: Adapter::Wanted(row), .. }) = sequences.get(&id) {
-                warm.prefetch(row);
+                warm.prefetch(id, row);
             }
         }
         self.stuck = self.plan.is_empty() && !self.sequences.is_empty();
@@ -158,7 +158,7 @@ impl EngineLoop {
     fn take(&mut self, message: Message) {
         match message {
             Message::Submit(_, _, sequence) if self.closed => sequence.cancel(),
-            Message::Submit(id, demand, sequence) => self.submit(id, demand, *sequence),
+            Message::Submit(id, request, sequence) => self.submit(id, request, *sequence),
             Message::Cancel(ids) => ids.for_each(|id| drop(self.remove(id))),
             Message::Displace(ids) => ids.for_each(|id| {
                 if let Some(sequence) = self.remove(id) {
@@ -175,7 +175,7 @@ impl EngineLoop {
         }
     }
 
-    fn submit(&mut self, id: u64, demand: SequenceRequest, sequence: Sequence) {
+    fn submit(&mut self, id: u64, request: SequenceRequest, sequence: Sequence) {
         if sequence.ticket.displaced().is_some() {
             return sequence.fail_displaced();
         }
@@ -186,10 +186,12 @@ impl EngineLoop {
         if let Some(deadline) = sequence.deadline {
             self.deadlines.insert((deadline, id));
         }
-        if let Adapter::Wanted(row) = &sequence.adapter {
-            self.warm.want(row);
+        let first = sequence.follows().and_then(|first| self.sequences.get_mut(&first));
+        if first.and_then(Sequence::followers).is_some_and(|followers| followers.contains(&id)) {
+            self.scheduler.add_aside(id, request);
+        } else {
+            self.scheduler.add(id, request);
         }
-        self.scheduler.add(id, demand);
         self.sequences.insert(id, sequence);
     }
 
@@ -221,12 +223,13 @@ impl EngineLoop {
 
     fn remove(&mut self, id: u64) -> Option<Sequence> {
         self.scheduler.remove(id);
-        let sequence = self.sequences.remove(&id)?;
+        let mut sequence = self.sequences.remove(&id)?;
+        resume_followers(&mut sequence, &mut self.scheduler);
         if let Some(deadline) = sequence.deadline {
             self.deadlines.remove(&(deadline, id));
         }
         if let Adapter::Wanted(row) = &sequence.adapter {
-            self.warm.unwant(row);
+            self.warm.forget(id, row);
         }
         Some(sequence)
     }
@@ -239,18 +242,18 @@ impl EngineLoop {
         }
     }
 
-    /// Computes the planned rows and reads their logits into `readings`, one of each planned sequence. A model that panics has failed, no
+    /// Computes the planned rows and reads their logits into `outputs`, one of each planned sequence. A model that panics has failed, no
     /// more. Allocates nothing once its buffers have grown, but for what log-probabilities hold.
     pub(super) fn compute(&mut self) -> Result<()> {
         let arbiter = self.arbiter.clone();
         let _permit = arbiter.serve();
         catch_unwind(AssertUnwindSafe(|| {
-            let mut spans = reused(std::mem::take(&mut self.spans));
-            let done = fill(&mut spans, &self.plan, &self.scheduler, &self.sequences).and_then(|()| {
-                let logits = self.executor.forward(&spans)?;
-                read(&self.plan, &spans, logits, &self.sequences, self.text.vocab_size(), &mut self.readings)
+            let mut chunks = reused(std::mem::take(&mut self.chunks));
+            let done = fill(&mut chunks, &self.plan, &self.scheduler, &self.sequences).and_then(|()| {
+                let logits = self.executor.forward(&chunks)?;
+                read(&self.plan, &chunks, logits, &self.sequences, self.text.vocab_size(), &mut self.outputs)
             });
-            self.spans = reused(spans);
+            self.chunks = reused(chunks);
             done
         }))
         .unwrap_or_else(|_| Err(Error::internal("the model panicked")))
@@ -258,12 +261,12 @@ impl EngineLoop {
 
     /// Hands each sequence what was read for it. Where the step failed, the sequences of the step fail, and no others.
     pub(super) fn commit(&mut self, done: Result<()>) {
-        let (plan, mut readings) = (std::mem::take(&mut self.plan), std::mem::take(&mut self.readings));
+        let (plan, mut outputs) = (std::mem::take(&mut self.plan), std::mem::take(&mut self.outputs));
         stats::count_step(plan.iter().map(|planned| planned.count).sum());
         match done {
             Ok(()) => {
-                let readings = readings.iter_mut().map(std::mem::take);
-                plan.iter().zip(readings).for_each(|(planned, reading)| self.commit_one(planned, reading));
+                let outputs = outputs.iter_mut().map(std::mem::take);
+                plan.iter().zip(outputs).for_each(|(planned, output)| self.commit_one(planned, output));
             }
             Err(error) => {
                 tracing::error!(%error, "an engine step failed");
@@ -272,21 +275,29 @@ impl EngineLoop {
                 }
             }
         }
-        (self.plan, self.readings) = (plan, readings);
+        (self.plan, self.outputs) = (plan, outputs);
     }
 
-    fn commit_one(&mut self, planned: &ScheduledChunk, reading: StepOutput) {
+    fn commit_one(&mut self, planned: &ScheduledChunk, output: StepOutput) {
         let Some(sequence) = self.sequences.get_mut(&planned.id) else { return };
-        let next = sequence.commit(planned, reading, &self.text, self.context);
+        let next = sequence.commit(planned, output, &self.text, self.context);
         if matches!(next, Next::Extended | Next::Finished) {
             // Its logits are numbers, and all that it has computed went into them.
             self.scheduler.publish(planned.id, &sequence.ids);
         }
         match next {
-            Next::Extended => self.scheduler.extend(planned.id),
+            Next::Extended => {
+                self.scheduler.extend(planned.id);
+                resume_followers(sequence, &mut self.scheduler);
+            }
             Next::Unchanged => {}
             // Its reader is told the end by the drop, after all that it held has been given back.
-            Next::Finished | Next::Failed => drop(self.remove(planned.id)),
+            Next::Finished | Next::Failed => {
+                if next == Next::Finished {
+                    sequence.ticket.set_answered();
+                }
+                drop(self.remove(planned.id));
+            }
         }
     }
 
@@ -300,6 +311,13 @@ impl EngineLoop {
             return Err(Error::internal(left));
         }
         if idle { Ok(()) } else { Err(Error::internal(format!("{} sequences are under way", self.sequences.len()))) }
+    }
+}
+
+/// The other answers to a prompt wait in their places from when it is computed, or its first answer is gone.
+fn resume_followers(sequence: &mut Sequence, scheduler: &mut Scheduler) {
+    if let Some(followers) = sequence.followers() {
+        std::mem::take(followers).for_each(|id| scheduler.resume(id));
     }
 }
 
@@ -321,20 +339,20 @@ fn readiness(id: u64, sequences: &mut HashMap<u64, Sequence>, warm: &mut Warm) -
     if let Some(lease) = lease
         && let Adapter::Wanted(row) = std::mem::replace(&mut sequence.adapter, Adapter::Leased(lease))
     {
-        warm.unwant(&row);
+        warm.forget(id, &row);
     }
     Readiness::Ready
 }
 
 /// The plan's rows as the model takes them.
 fn fill<'a>(
-    spans: &mut Vec<SequenceChunk<'a>>,
+    chunks: &mut Vec<SequenceChunk<'a>>,
     plan: &[ScheduledChunk],
     scheduler: &'a Scheduler,
     sequences: &'a HashMap<u64, Sequence>,
 ) -> Result<()> {
     for planned in plan {
-        let span = || {
+        let chunk = || {
             let sequence = sequences.get(&planned.id)?;
             Some(SequenceChunk {
                 ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
@@ -349,7 +367,7 @@ fn fill<'a>(
                 logits: sequence.logit_rows(planned.completes),
             })
         };
-        spans.push(span().ok_or_else(|| Error::internal("a planned sequence is gone, or has no adapter"))?);
+        chunks.push(chunk().ok_or_else(|| Error::internal("a planned sequence is gone, or has no adapter"))?);
     }
     Ok(())
 }
@@ -357,25 +375,25 @@ fn fill<'a>(
 /// What the logits say to each sequence of the plan; every row is read by itself, on all cores.
 fn read(
     plan: &[ScheduledChunk],
-    spans: &[SequenceChunk<'_>],
+    chunks: &[SequenceChunk<'_>],
     logits: &[f32],
     sequences: &HashMap<u64, Sequence>,
     vocab: usize,
-    readings: &mut Vec<StepOutput>,
+    outputs: &mut Vec<StepOutput>,
 ) -> Result<()> {
-    let count = |span: &SequenceChunk<'_>| span.logits.count(span.ids.len()) * vocab;
-    if logits.len() != spans.iter().map(count).sum::<usize>() {
+    let count = |chunk: &SequenceChunk<'_>| chunk.logits.count(chunk.ids.len()) * vocab;
+    if logits.len() != chunks.iter().map(count).sum::<usize>() {
         return Err(Error::internal("the model gave another number of logits"));
     }
-    readings.clear();
-    readings.resize_with(plan.len(), StepOutput::default);
+    outputs.clear();
+    outputs.resize_with(plan.len(), StepOutput::default);
     let own = |i: usize| {
-        let from = spans[..i].iter().map(count).sum::<usize>();
-        (sequences.get(&plan[i].id), plan[i].start, &logits[from..from + count(&spans[i])])
+        let from = chunks[..i].iter().map(count).sum::<usize>();
+        (sequences.get(&plan[i].id), plan[i].start, &logits[from..from + count(&chunks[i])])
     };
-    Team::get().each_mut(readings, |i, reading| {
+    Team::get().each_mut(outputs, |i, output| {
         if let (Some(sequence), start, logits) = own(i) {
-            *reading = sequence.read(start, logits, vocab);
+            *output = sequence.read(start, logits, vocab);
         }
     });
     Ok(())

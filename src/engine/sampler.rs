@@ -1,6 +1,7 @@
 //! From logits to a token. The same logits, history, settings, seed and position give the same token.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 
 use crate::kernels::{argmax, log_sum_exp};
 use crate::random::{Purpose, Stream};
@@ -12,12 +13,34 @@ const NUCLEUS: usize = 128;
 /// What a token is drawn after.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct History<'a> {
-    /// The tokens before it, the prompt's and the answer's.
-    pub ids: &'a [u32],
-    /// How many of them are the prompt's.
-    pub prompt_tokens: usize,
+    /// Where penalties are on, the tokens before it.
+    pub counts: Option<&'a TokenCounts>,
     /// Ids that may not come yet.
     pub withheld: &'a [u32],
+}
+
+/// The tokens that penalties look at. Kept from token to token: to count all that came before for each new one would make an answer cost
+/// the square of its length.
+#[derive(Debug, Clone)]
+pub struct TokenCounts {
+    /// How often each token stands in the answer; 0: only in the prompt.
+    in_answer: HashMap<u32, u32>,
+}
+
+impl TokenCounts {
+    /// Counts the tokens of a prompt; `None` where no penalty is on.
+    pub fn new(sampling: &Sampling, prompt: &[u32]) -> Option<Self> {
+        let repetition = sampling.repetition_penalty != 1.0;
+        let any = repetition || sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0;
+        // The prompt counts for repetition alone.
+        let prompt = if repetition { prompt } else { &[] };
+        any.then(|| Self { in_answer: prompt.iter().map(|id| (*id, 0)).collect() })
+    }
+
+    /// Counts one more token of the answer.
+    pub fn push(&mut self, id: u32) {
+        *self.in_answer.entry(id).or_default() += 1;
+    }
 }
 
 /// Draws the token at `position`. `None` where the logits are not numbers.
@@ -55,27 +78,16 @@ fn adjusted<'a>(logits: &'a [f32], history: History<'_>, sampling: &Sampling) ->
     for (id, bias) in &sampling.logit_bias {
         change(*id, &|logit| if *bias <= BAN { f32::NEG_INFINITY } else { logit + bias });
     }
-    if sampling.repetition_penalty != 1.0 {
+    let (repetition, presence, frequency) =
+        (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty);
+    for (id, count) in history.counts.iter().flat_map(|counts| &counts.in_answer) {
         // Keskar et al. 2019.
-        let penalty = sampling.repetition_penalty;
-        for (id, _) in counts(history.ids) {
-            change(id, &|logit| if logit > 0.0 { logit / penalty } else { logit * penalty });
-        }
-    }
-    let (presence, frequency) = (sampling.presence_penalty, sampling.frequency_penalty);
-    if presence != 0.0 || frequency != 0.0 {
-        for (id, count) in counts(history.ids.get(history.prompt_tokens..).unwrap_or_default()) {
-            change(id, &|logit| logit - presence - frequency * count as f32);
+        change(*id, &|logit| if logit > 0.0 { logit / repetition } else { logit * repetition });
+        if *count > 0 {
+            change(*id, &|logit| logit - presence - frequency * *count as f32);
         }
     }
     logits
-}
-
-/// Each id once, with how often it comes.
-fn counts(ids: &[u32]) -> Vec<(u32, usize)> {
-    let mut sorted = ids.to_vec();
-    sorted.sort_unstable();
-    sorted.chunk_by(|a, b| a == b).map(|run| (run[0], run.len())).collect()
 }
 
 /// The ids that top-k, then top-p, then min-p leave.
@@ -204,15 +216,24 @@ mod tests {
         assert!(sample(&logits, History::default(), &Sampling { top_p: 0.9, ..sampling() }, 3).is_some());
     }
 
-    fn after(ids: &[u32], prompt_tokens: usize) -> History<'_> {
-        History { ids, prompt_tokens, withheld: &[] }
+    /// The counts after a prompt and the tokens of an answer.
+    fn after(sampling: &Sampling, prompt: &[u32], answer: &[u32]) -> TokenCounts {
+        let mut counts = TokenCounts::new(sampling, prompt).unwrap();
+        answer.iter().for_each(|id| counts.push(*id));
+        counts
+    }
+
+    fn history(counts: &TokenCounts) -> History<'_> {
+        History { counts: Some(counts), withheld: &[] }
     }
 
     #[test]
     fn repetition_is_penalised() {
         let s = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
-        assert_eq!(sample(&[3.0, 2.0], after(&[0], 1), &s, 0), Some(1));
-        assert_eq!(sample(&[-1.0, -1.5], after(&[0, 0, 99], 3), &s, 0), Some(1));
+        assert_eq!(sample(&[3.0, 2.0], history(&after(&s, &[0], &[])), &s, 0), Some(1));
+        assert_eq!(sample(&[3.0, 2.0], history(&after(&s, &[], &[0])), &s, 0), Some(1));
+        assert_eq!(sample(&[-1.0, -1.5], history(&after(&s, &[0, 0, 99], &[])), &s, 0), Some(1));
+        assert!(TokenCounts::new(&Sampling::default(), &[1, 2]).is_none(), "nothing is counted that nothing looks at");
     }
 
     #[test]
@@ -220,13 +241,25 @@ mod tests {
         let logits = [3.0, 2.0, 0.0];
         let presence = Sampling { presence_penalty: 1.5, ..Sampling::default() };
         let frequency = Sampling { frequency_penalty: 0.6, ..Sampling::default() };
-        assert_eq!(*adjusted(&logits, after(&[0, 0, 0, 0, 1], 3), &presence), [1.5, 0.5, 0.0]);
-        let twice = adjusted(&logits, after(&[9, 0, 1, 0, 77], 1), &frequency);
+        let once = after(&presence, &[0, 0, 0], &[0, 1, 0]);
+        assert_eq!(*adjusted(&logits, history(&once), &presence), [1.5, 0.5, 0.0]);
+        let twice = after(&frequency, &[9], &[0, 1, 0, 77]);
+        let twice = adjusted(&logits, history(&twice), &frequency);
         assert_eq!(*twice, [3.0 - 0.6 * 2.0, 2.0 - 0.6, 0.0], "an id that no logit has is passed over");
-        assert_eq!(sample(&logits, after(&[0, 0, 0, 0], 4), &presence, 0), Some(0), "the prompt does not count");
-        assert_eq!(sample(&logits, after(&[0], 0), &presence, 0), Some(1));
+        let prompt = after(&presence, &[0, 0, 0, 0], &[]);
+        assert_eq!(sample(&logits, history(&prompt), &presence, 0), Some(0), "the prompt does not count");
+        assert_eq!(sample(&logits, history(&after(&presence, &[], &[0])), &presence, 0), Some(1));
         let liked = Sampling { presence_penalty: -2.0, ..Sampling::default() };
-        assert_eq!(sample(&[1.0, 0.0], after(&[1], 0), &liked, 0), Some(1), "a negative one makes it likelier");
+        let answer = after(&liked, &[], &[1]);
+        assert_eq!(sample(&[1.0, 0.0], history(&answer), &liked, 0), Some(1), "a negative one makes it likelier");
+    }
+
+    #[test]
+    fn all_penalties_add_up() {
+        let s =
+            Sampling { repetition_penalty: 2.0, presence_penalty: 0.5, frequency_penalty: 0.25, ..Sampling::default() };
+        let counts = after(&s, &[0, 1, 1], &[1, 2, 2]);
+        assert_eq!(*adjusted(&[4.0, 4.0, -4.0, 4.0], history(&counts), &s), [2.0, 1.25, -9.0, 4.0]);
     }
 
     #[test]

@@ -21,10 +21,14 @@ use std::collections::HashMap;
 
 use crate::engine::blocks::Blocks;
 use crate::engine::prefix::PrefixHashes;
-use waiting::{Rank, Waiting};
+use waiting::{Rank, TenantRank, Waiting};
 
 /// What a token counts for a tenant of weight 1.
 const TOKEN: u64 = 1 << 20;
+
+/// Tenants whose next sequence has to wait for its adapter that are looked at in one step while others run; the next step goes on behind
+/// them. Else the steps of those that run would take longer with each tenant that waits.
+const MOST_LATER: usize = 16;
 
 /// Running sequences that there is room for at once in the list; it grows beyond.
 const MOST_PREALLOCATED: usize = 4096;
@@ -42,7 +46,7 @@ pub struct SequenceRequest {
     /// Most tokens whose KV it may need. They must fit the whole pool.
     pub longest: usize,
     /// `None`: it takes no blocks of others, and its own are not found again.
-    pub chain: Option<PrefixHashes>,
+    pub hashes: Option<PrefixHashes>,
 }
 
 /// Whether a sequence whose turn it is can start.
@@ -52,10 +56,21 @@ pub enum Readiness {
     Ready,
     /// Its adapter is being loaded: it is set aside until [`Scheduler::resume`].
     Loading,
-    /// Not now, and none of its tenant's before it.
+    /// Not now, and of its tenant's only those whose turn had come before: what they hold is what it waits for.
     Later,
     /// It is no more.
     Gone,
+}
+
+/// What became of a waiting sequence that was to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Admission {
+    /// It waits in the queue no more.
+    Done,
+    /// It has to wait for its adapter.
+    Later,
+    /// There is no room for it.
+    NoRoom,
 }
 
 /// What the scheduler knows of a sequence.
@@ -74,9 +89,11 @@ struct Entry {
     /// Tokens that its tenant has been charged for, or has been spared.
     charged: usize,
     blocks: Vec<u32>,
-    chain: Option<PrefixHashes>,
+    hashes: Option<PrefixHashes>,
     /// Blocks from the first on that can be found.
     published: usize,
+    /// Its turn had come before: it was set aside for its adapter, or has started already. It holds its adapter.
+    begun: bool,
 }
 
 impl Entry {
@@ -129,7 +146,7 @@ pub struct SchedulerConfig {
 
 #[derive(Debug)]
 pub struct Scheduler {
-    bounds: SchedulerConfig,
+    config: SchedulerConfig,
     blocks: Blocks,
     waiting: Waiting,
     /// In the order of admission.
@@ -138,28 +155,43 @@ pub struct Scheduler {
     accounts: HashMap<u32, Account>,
     /// The sequences that have been sent back since [`Scheduler::take_preempted`], each as often as it was.
     preempted: Vec<u64>,
+    /// The tenant behind which the next step goes on, where there were too many to look at.
+    look_after: Option<TenantRank>,
 }
 
 impl Scheduler {
-    pub fn new(bounds: SchedulerConfig) -> Self {
+    pub fn new(config: SchedulerConfig) -> Self {
         Self {
-            bounds,
-            blocks: Blocks::new(bounds.blocks, bounds.max_idle_blocks),
+            config,
+            blocks: Blocks::new(config.blocks, config.max_idle_blocks),
             waiting: Waiting::default(),
-            running: Vec::with_capacity(bounds.max_running.min(MOST_PREALLOCATED)),
+            running: Vec::with_capacity(config.max_running.min(MOST_PREALLOCATED)),
             accounts: HashMap::new(),
-            preempted: Vec::with_capacity(bounds.max_running.min(MOST_PREALLOCATED)),
+            preempted: Vec::with_capacity(config.max_running.min(MOST_PREALLOCATED)),
+            look_after: None,
         }
     }
 
     /// Forgets every sequence, what can be found, and what tenants have had.
     pub fn reset(&mut self) {
-        *self = Self::new(self.bounds);
+        *self = Self::new(self.config);
     }
 
     /// Queues a sequence.
-    pub fn add(&mut self, id: u64, demand: SequenceRequest) {
-        let SequenceRequest { tenant, weight, priority, length, longest, chain } = demand;
+    pub fn add(&mut self, id: u64, request: SequenceRequest) {
+        let entry = self.enter(id, request);
+        self.waiting.push(self.served(entry.tenant), entry);
+    }
+
+    /// Sets a new sequence aside until [`Scheduler::resume`], when it gets the place that it has come to now.
+    pub fn add_aside(&mut self, id: u64, request: SequenceRequest) {
+        let entry = self.enter(id, request);
+        self.waiting.push_aside(entry);
+    }
+
+    /// Counts a new sequence to its tenant's, and gives it its rank.
+    fn enter(&mut self, id: u64, request: SequenceRequest) -> Entry {
+        let SequenceRequest { tenant, weight, priority, length, longest, hashes } = request;
         let active = self.accounts.get(&tenant).is_some_and(|account| account.all > 0);
         let others = || self.accounts.values().filter(|account| account.all > 0).map(|account| account.served);
         let least = if active { 0 } else { others().min().unwrap_or(0) };
@@ -168,9 +200,8 @@ impl Scheduler {
         account.served = account.served.max(least);
         account.all += 1;
         let rank = self.waiting.last_rank(priority);
-        let (blocks, served) = (Vec::new(), account.served);
-        let entry = Entry { id, tenant, rank, length, longest, computed: 0, charged: 0, blocks, chain, published: 0 };
-        self.waiting.push(served, entry);
+        let (blocks, computed, charged, published, begun) = (Vec::new(), 0, 0, 0, false);
+        Entry { id, tenant, rank, length, longest, computed, charged, blocks, hashes, published, begun }
     }
 
     /// Forgets a sequence and gives back its blocks.
@@ -219,10 +250,10 @@ impl Scheduler {
     /// over.
     pub fn publish(&mut self, id: u64, ids: &[u32]) {
         let Some(entry) = self.running.iter_mut().find(|entry| entry.id == id) else { return };
-        let whole = entry.computed / self.bounds.block_tokens;
-        let Some(chain) = entry.chain.as_mut().filter(|_| whole > entry.published) else { return };
-        chain.extend(ids);
-        let unpublished = entry.blocks.iter_mut().zip(chain.keys()).take(whole).skip(entry.published);
+        let whole = entry.computed / self.config.block_tokens;
+        let Some(hashes) = entry.hashes.as_mut().filter(|_| whole > entry.published) else { return };
+        hashes.extend(ids);
+        let unpublished = entry.blocks.iter_mut().zip(hashes.keys()).take(whole).skip(entry.published);
         unpublished.for_each(|(block, key)| *block = self.blocks.publish(*key, *block));
         entry.published = whole;
     }
@@ -251,41 +282,68 @@ impl Scheduler {
     /// Starts waiting sequences, the least-served tenant's first: as many as keep the next step busy, and one of a tenant that has
     /// nothing running.
     fn admit(&mut self, ready: &mut dyn FnMut(u64) -> Readiness) {
-        // The last tenant that has to wait, of those looked at.
-        let mut passed = None;
+        // The last tenant that has to wait, of those looked at. Where nothing runs, all are looked at.
+        let mut passed = self.look_after.take().filter(|_| !self.running.is_empty());
+        let mut later = 0;
         while let Some((turn, first)) = self.waiting.next_after(passed) {
-            let (id, tenant, needed) = (first.id, first.tenant, first.length.div_ceil(self.bounds.block_tokens));
-            if self.is_busy() && self.runs(tenant) {
-                break;
+            let (id, length) = (first.id, first.length);
+            let mut admission = self.try_to_start(id, turn.1, length, ready);
+            if admission == Admission::Later
+                && let Some(begun) = self.waiting.first_begun(turn.1)
+            {
+                let (id, length) = (begun.id, begun.length);
+                admission = self.try_to_start(id, turn.1, length, ready);
             }
-            let Some(preemption_candidates) = self.ensure_capacity(tenant, needed) else { break };
-            match ready(id) {
-                Readiness::Ready => {}
-                Readiness::Loading => {
-                    self.waiting.set_aside(id);
-                    continue;
-                }
-                Readiness::Later => {
+            match admission {
+                Admission::Done => {}
+                Admission::Later => {
                     passed = Some(turn);
-                    continue;
+                    later += 1;
+                    if later >= MOST_LATER && !self.running.is_empty() {
+                        self.look_after = passed;
+                        break;
+                    }
                 }
-                Readiness::Gone => {
-                    self.remove(id);
-                    continue;
-                }
-            }
-            // The last first: so the others keep their places in the list, and their order in the queue.
-            preemption_candidates.into_iter().rev().for_each(|victim| self.preempt(victim));
-            if !self.start(id) {
-                break;
+                Admission::NoRoom => break,
             }
         }
+    }
+
+    /// Starts a waiting sequence of `length` tokens where there is room for it and it is ready.
+    fn try_to_start(
+        &mut self,
+        id: u64,
+        tenant: u32,
+        length: usize,
+        ready: &mut dyn FnMut(u64) -> Readiness,
+    ) -> Admission {
+        if self.is_busy() && self.runs(tenant) {
+            return Admission::NoRoom;
+        }
+        let needed = length.div_ceil(self.config.block_tokens);
+        let Some(preemption_candidates) = self.ensure_capacity(tenant, needed) else { return Admission::NoRoom };
+        match ready(id) {
+            Readiness::Ready => {}
+            Readiness::Loading => {
+                self.waiting.set_aside(id);
+                return Admission::Done;
+            }
+            Readiness::Later => return Admission::Later,
+            Readiness::Gone => {
+                self.remove(id);
+                return Admission::Done;
+            }
+        }
+        // The last first: so the others keep their places in the list, and their order in the queue.
+        preemption_candidates.into_iter().rev().for_each(|victim| self.preempt(victim));
+        if self.start(id) { Admission::Done } else { Admission::NoRoom }
     }
 
     /// Makes a waiting sequence a running one; false, and it waits on, where its blocks are not there.
     fn start(&mut self, id: u64) -> bool {
         let Some(mut entry) = self.waiting.remove(id) else { return false };
-        entry.blocks.reserve_exact(entry.longest.max(entry.length).div_ceil(self.bounds.block_tokens));
+        entry.begun = true;
+        entry.blocks.reserve_exact(entry.longest.max(entry.length).div_ceil(self.config.block_tokens));
         if !self.take_first_blocks(&mut entry) {
             self.waiting.push(self.served(entry.tenant), entry);
             return false;
@@ -306,15 +364,15 @@ impl Scheduler {
 
     /// Most rows of prompts beside so many rows of sequences that decode.
     fn prefill_rows(&self, decoding: usize) -> usize {
-        let left = self.bounds.max_step_rows.saturating_sub(decoding);
-        if decoding == 0 { left } else { left.min(self.bounds.max_prefill_rows) }
+        let left = self.config.max_step_rows.saturating_sub(decoding);
+        if decoding == 0 { left } else { left.min(self.config.max_prefill_rows) }
     }
 
     /// Gives a sequence that starts the blocks that it has in common with others, and its own for the rest; false, and none, where there
     /// are too few. Its last token is always computed: the next one is drawn from its logits.
     fn take_first_blocks(&mut self, entry: &mut Entry) -> bool {
-        let block_tokens = self.bounds.block_tokens;
-        let keys = entry.chain.as_ref().map_or(&[][..], PrefixHashes::keys);
+        let block_tokens = self.config.block_tokens;
+        let keys = entry.hashes.as_ref().map_or(&[][..], PrefixHashes::keys);
         let keys = &keys[..keys.len().min(entry.length.saturating_sub(1) / block_tokens)];
         entry.published = self.blocks.reuse(keys, &mut entry.blocks);
         entry.computed = entry.published * block_tokens;
@@ -340,7 +398,7 @@ impl Scheduler {
     /// enough.
     fn ensure_capacity(&self, tenant: u32, needed: usize) -> Option<Vec<usize>> {
         let running = self.running.len();
-        let places = running < self.bounds.max_running;
+        let places = running < self.config.max_running;
         if running == 0 || places && needed + running <= self.blocks.available() {
             return Some(Vec::new());
         }
@@ -358,7 +416,7 @@ impl Scheduler {
         let mut staying: Vec<usize> = (0..self.running.len()).collect();
         let mut available = self.blocks.available();
         let mut preemption_candidates = Vec::new();
-        while !staying.is_empty() && (staying.len() >= self.bounds.max_running || needed + staying.len() > available) {
+        while !staying.is_empty() && (staying.len() >= self.config.max_running || needed + staying.len() > available) {
             let victim = self.cheapest_candidate(&staying)?;
             staying.retain(|at| *at != victim);
             available += self.blocks.held_alone(&self.running[victim].blocks);
@@ -420,7 +478,7 @@ impl Scheduler {
     fn reserve(&mut self, at: usize) -> bool {
         loop {
             let entry = &mut self.running[at];
-            let needed = (entry.computed + 1).div_ceil(self.bounds.block_tokens).saturating_sub(entry.blocks.len());
+            let needed = (entry.computed + 1).div_ceil(self.config.block_tokens).saturating_sub(entry.blocks.len());
             if self.blocks.take(needed, &mut entry.blocks) {
                 return true;
             }

@@ -1,13 +1,14 @@
 //! A sequence under way: its tokens, its lease, and where its results go. What to compute is the scheduler's; what a row of logits means
 //! is decided here.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
 
 use crate::engine::answer::Answer;
-use crate::engine::sampler::{History, logprob, sample, top_logprobs};
+use crate::engine::sampler::{History, TokenCounts, logprob, sample, top_logprobs};
 use crate::engine::scheduler::ScheduledChunk;
 use crate::engine::stats::{self, Figures};
 use crate::engine::tickets::Ticket;
@@ -59,23 +60,35 @@ pub struct Generation {
     /// Of the prompt's, those that did not have to be computed; known from the first step on.
     pub cached_tokens: Option<usize>,
     pub sampling: Sampling,
+    /// Where penalties are on, the tokens so far.
+    pub counts: Option<TokenCounts>,
     pub stopping: Stopping,
     /// The ids that may not come before `min_tokens`.
     pub withheld: Vec<u32>,
-    /// Told when the prompt is computed, by being dropped: the other answers to it start then.
-    pub prompt_done: Option<oneshot::Sender<()>>,
+    /// The first answer to its prompt, where it is another one: it waits until that one has computed the prompt.
+    pub follows: Option<u64>,
+    /// Those that wait for this one.
+    pub followers: Range<u64>,
     pub logprobs: Option<u32>,
     pub decoder: Decoder,
     pub hold_back: HoldBack,
-    /// Text and tokens that end inside a character. They go on with the rest of it, so that a character's first token does not leave
-    /// before it is known what it begins.
-    pub open: (String, Vec<TokenOut>),
+    pub open: Open,
     /// Never blocks the engine.
     pub answer: Answer,
     /// Why no more of the answer is sent.
     pub unsent: Option<Error>,
     /// How it ended; sent by the drop.
     pub end: Option<Result<GenerateEvent>>,
+}
+
+/// Text and tokens that end inside a character. They go on with the rest of it, so that a character's first token does not leave before
+/// it is known what it begins.
+#[derive(Debug, Default)]
+pub struct Open {
+    text: String,
+    /// Bytes of the text that came with the first `min_tokens` tokens: no stop string ends in them.
+    early: usize,
+    tokens: Vec<TokenOut>,
 }
 
 impl Drop for Generation {
@@ -147,6 +160,22 @@ impl Sequence {
         }
     }
 
+    /// The sequence that has to compute the prompt before this one starts.
+    pub fn follows(&self) -> Option<u64> {
+        match &self.work {
+            Work::Generate(generation) => generation.follows,
+            Work::Score(_) => None,
+        }
+    }
+
+    /// The sequences that wait for this one to compute the prompt; none where it has.
+    pub fn followers(&mut self) -> Option<&mut Range<u64>> {
+        match &mut self.work {
+            Work::Generate(generation) => Some(&mut generation.followers),
+            Work::Score(_) => None,
+        }
+    }
+
     /// The rows of a chunk whose logits are needed; `completes` says that the chunk ends the sequence.
     pub fn logit_rows(&self, completes: bool) -> Readout {
         match &self.work {
@@ -166,17 +195,19 @@ impl Sequence {
     }
 
     /// Takes what was read of the planned rows.
-    pub fn commit(&mut self, planned: &ScheduledChunk, reading: StepOutput, text: &Text, context: usize) -> Next {
+    pub fn commit(&mut self, planned: &ScheduledChunk, output: StepOutput, text: &Text, context: usize) -> Next {
         if let Work::Generate(generation) = &mut self.work
             && generation.cached_tokens.is_none()
         {
             generation.cached_tokens = Some(planned.start);
             stats::count_prompt(generation.prompt_tokens, planned.start);
-            self.figures.prompt(generation.prompt_tokens);
         }
-        match (&mut self.work, reading) {
+        match (&mut self.work, output) {
             (_, StepOutput::Nothing) => Next::Unchanged,
             (Work::Generate(generation), StepOutput::Token(token)) => {
+                if self.ids.len() == generation.prompt_tokens {
+                    self.figures.prompt(generation.prompt_tokens);
+                }
                 self.ids.push(token.id);
                 self.figures.token(Instant::now());
                 generation.commit(token, self.ids.len(), text, context)
@@ -261,23 +292,26 @@ impl Scoring {
 impl Generation {
     /// Draws the next token.
     fn read(&self, ids: &[u32], logits: &[f32]) -> StepOutput {
-        let Self { prompt_tokens, ref sampling, ref withheld, .. } = *self;
-        let early = ids.len() - prompt_tokens < sampling.min_tokens as usize;
-        let history = History { ids, prompt_tokens, withheld: if early { withheld } else { &[] } };
+        let Self { sampling, withheld, .. } = self;
+        let early = ids.len() - self.prompt_tokens < sampling.min_tokens as usize;
+        let history = History { counts: self.counts.as_ref(), withheld: if early { withheld } else { &[] } };
         let Some(id) = sample(logits, history, sampling, ids.len()) else { return StepOutput::NonFinite };
         StepOutput::Token(TokenOut { id, logprob: self.logprobs.map(|top| logprob(logits, id, top as usize)) })
     }
 
     /// Passes on what may go out now that the sequence has `length` tokens.
     fn commit(&mut self, token: TokenOut, length: usize, text: &Text, context: usize) -> Next {
-        self.prompt_done = None;
+        if let Some(counts) = &mut self.counts {
+            counts.push(token.id);
+        }
         if text.is_end(token.id) && !self.stopping.ignore_eos {
             self.finish(FinishReason::Stop, Some(token), length);
             return Next::Finished;
         }
-        self.open.0 += &self.decoder.push(token.id);
-        self.open.1.push(token);
-        if !self.decoder.is_mid_character() && self.send_open(length) {
+        let text = self.decoder.push(token.id);
+        self.add_text(&text, length);
+        self.open.tokens.push(token);
+        if !self.decoder.is_mid_character() && self.send_open() {
             self.set_stopped_by_text(length);
             return Next::Finished;
         }
@@ -294,8 +328,9 @@ impl Generation {
 
     /// Lets out what was held back, then the token that ended the answer, and ends the stream.
     fn finish(&mut self, reason: FinishReason, end: Option<TokenOut>, length: usize) {
-        self.open.0 += &self.decoder.finish();
-        if self.send_open(length) {
+        let text = self.decoder.finish();
+        self.add_text(&text, length);
+        if self.send_open() {
             return self.set_stopped_by_text(length);
         }
         let held = self.hold_back.finish();
@@ -305,15 +340,22 @@ impl Generation {
         self.set_finished(reason, stop, length);
     }
 
-    /// Lets out what cannot begin a stop string any more; true at one. Before `min_tokens` nothing is one.
-    fn send_open(&mut self, length: usize) -> bool {
-        let (text, tokens) = std::mem::take(&mut self.open);
+    /// Adds the text of the last of `length` tokens.
+    fn add_text(&mut self, text: &str, length: usize) {
+        self.open.text += text;
         if length - self.prompt_tokens <= self.sampling.min_tokens as usize {
-            self.send(Released { text, tokens, matched: false });
-            return false;
+            self.open.early = self.open.text.len();
         }
-        let released = self.hold_back.push(&text, tokens);
-        let matched = released.matched;
+    }
+
+    /// Lets out what cannot begin a stop string any more; true at one. None ends within the first `min_tokens` tokens.
+    fn send_open(&mut self) -> bool {
+        let Open { text, early, tokens } = std::mem::take(&mut self.open);
+        let (early, rest) = text.split_at(early);
+        let mut released = self.hold_back.push_early(early, Vec::new());
+        let Released { text, tokens, matched } = self.hold_back.push(rest, tokens);
+        released.text += &text;
+        released.tokens.extend(tokens);
         self.send(released);
         matched
     }

@@ -1,8 +1,10 @@
 //! The engine on the tiny model: an answer does not depend on its company, and nothing is left behind.
 
+mod figures;
 mod queue;
 mod reuse;
 mod sampling;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -18,7 +20,9 @@ use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
 use crate::model::batch::SequenceChunk;
-use crate::request::{ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Target, TokenOut};
+use crate::request::{
+    ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Stopping, Target, TokenOut,
+};
 use crate::store::Store;
 
 struct PassingGate;
@@ -281,21 +285,30 @@ fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
 
 /// The loop without its thread.
 fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (EngineLoop, Bare) {
+    bare_loop_beside(world().hub.clone(), &tight(16, 16), layout, executor)
+}
+
+fn bare_loop_beside(
+    hub: Arc<Hub>,
+    limits: &Limits,
+    layout: KvLayout,
+    executor: Box<dyn Executor>,
+) -> (EngineLoop, Bare) {
     let (sender, inbox) = mpsc::channel();
     let sender = Arc::new(sender);
     let state = EngineLoop {
         inbox,
-        scheduler: Scheduler::new(bounds(layout, &tight(16, 16)).unwrap()),
+        scheduler: Scheduler::new(scheduler_config(layout, limits).unwrap()),
         plan: Vec::new(),
-        spans: Vec::new(),
-        readings: Vec::new(),
+        chunks: Vec::new(),
+        outputs: Vec::new(),
         executor,
         arbiter: Arbiter::new(0.4),
         text: world().text.clone(),
         context: 100,
         sequences: HashMap::new(),
         deadlines: BTreeSet::new(),
-        warm: Warm::new(world().hub.clone(), runtime().handle().clone(), Arc::downgrade(&sender)),
+        warm: Warm::new(hub, runtime().handle().clone(), Arc::downgrade(&sender)),
         stuck: false,
         closed: false,
     };
@@ -310,15 +323,28 @@ struct Bare {
 
 /// Sends a sequence of 20 tokens to a bare loop.
 fn submit(bare: &Bare, adapter: Adapter, max_tokens: u32) -> UnreadEvents {
+    submit_with(bare, adapter, max_tokens, 0, &|_| ()).1
+}
+
+/// As [`submit`], with a priority and a change; gives the sequence's id too.
+fn submit_with(
+    bare: &Bare,
+    adapter: Adapter,
+    max_tokens: u32,
+    priority: i32,
+    change: &dyn Fn(&mut Generation),
+) -> (u64, UnreadEvents) {
     let w = world();
     let (answer, reader) = Answer::new(Memory::new(1 << 30).account(None), 1 << 20);
-    let generation = Generation {
+    let mut generation = Generation {
         prompt_tokens: 20,
         cached_tokens: None,
         sampling: Sampling::default(),
+        counts: None,
         stopping: Stopping { max_tokens, stop: Vec::new(), ignore_eos: true },
         withheld: Vec::new(),
-        prompt_done: None,
+        follows: None,
+        followers: 0..0,
         logprobs: None,
         decoder: w.text.decoder(),
         hold_back: HoldBack::new(Patterns::new(&[], false).unwrap()),
@@ -327,15 +353,16 @@ fn submit(bare: &Bare, adapter: Adapter, max_tokens: u32) -> UnreadEvents {
         unsent: None,
         end: None,
     };
-    let ticket = Arc::new(bare.tickets.take(w.tenant.id(), 1).unwrap().0);
+    change(&mut generation);
+    let ticket = Arc::new(bare.tickets.take(w.tenant.id(), 1).unwrap());
     let id = ticket.ids.start;
     let work = Work::Generate(Box::new(generation));
     let longest = 20 + max_tokens as usize;
-    let demand = SequenceRequest { tenant: 0, weight: 1, priority: 0, length: 20, longest, chain: None };
+    let request = SequenceRequest { tenant: 0, weight: 1, priority, length: 20, longest, hashes: None };
     let figures = stats::Figures::new(&stats::Tenants::new(1), w.tenant.id(), Instant::now(), None);
     let sequence = Sequence { ids: vec![1; 20], deadline: None, adapter, ticket, figures, work };
-    bare.sender.send(Message::Submit(id, demand, Box::new(sequence))).unwrap();
-    reader
+    bare.sender.send(Message::Submit(id, request, Box::new(sequence))).unwrap();
+    (id, reader)
 }
 
 /// A steady batch, adapters of two ranks in it, is computed in the memory of the steps before.
@@ -471,6 +498,9 @@ fn bad_requests_say_what_is_wrong() {
         assert!(long.contains("300") && long.contains("256"), "both lengths: {long}");
         let far_too_long = refused(&|s| s.prompt = Prompt::Text("x".repeat(100_000))).await;
         assert!(far_too_long.contains("100000 bytes") && far_too_long.contains("256"), "{far_too_long}");
+        let named = ChatMessage { name: Some("x".repeat(100_000)), ..ChatMessage::new("user", "hi") };
+        let name = refused(&|s| s.prompt = Prompt::Chat(vec![named.clone()])).await;
+        assert!(name.contains("100002 bytes"), "a name is text too: {name}");
         let message = ChatMessage::new("user", "");
         let turns = refused(&|s| s.prompt = Prompt::Chat(vec![message.clone(); 1001])).await;
         assert!(turns.contains("max_chat_messages"), "{turns}");
@@ -569,9 +599,9 @@ struct Faulty {
 }
 
 impl Executor for Faulty {
-    fn forward(&mut self, spans: &[SequenceChunk<'_>]) -> Result<&[f32]> {
+    fn forward(&mut self, chunks: &[SequenceChunk<'_>]) -> Result<&[f32]> {
         let vocab = world().text.vocab_size();
-        let rows: usize = spans.iter().map(|span| span.logits.count(span.ids.len())).sum();
+        let rows: usize = chunks.iter().map(|chunk| chunk.logits.count(chunk.ids.len())).sum();
         self.steps += 1;
         let value = match self.steps {
             1 => panic!("on purpose"),
@@ -592,9 +622,9 @@ fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
         let layout = KvLayout { block_tokens: 8, blocks: 16 };
         let faulty = Box::new(Faulty { steps: 0, logits: Vec::new() });
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
-        let facts = EngineInfo { base: w.model.shape().digest, context: 100, layout };
+        let info = EngineInfo { base: w.model.shape().digest, context: 100, layout };
         let memory = Memory::new(1 << 30);
-        let engine = Engine::start_with(faulty, facts, text, hub, arbiter, memory, &Limits::default()).unwrap();
+        let engine = Engine::start_with(faulty, info, text, hub, arbiter, memory, &Limits::default()).unwrap();
         let request = Request { adapter: Some(0), prompt: vec![1; 25], max_tokens: 3, temperature: 0.0, seed: 0 };
         for fault in ["panic", "error", "no number"] {
             let stream = one(&engine, &w.tenant, request.spec()).await.unwrap();

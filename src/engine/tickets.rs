@@ -1,11 +1,12 @@
 //! Admission: how many sequences wait or run, in all and for each tenant, and when one that is refused may try again.
 //!
 //! No tenant can fill the queue for the others: where it is full, a tenant that has fewer sequences than another takes the place of the
-//! newest request of the one that has most, if that request still waits.
+//! newest request of the one that has most, if that request still waits. It does so when its own request is submitted, so that nothing is
+//! ended for a request that turns out to be none.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,6 @@ const RECENT: f64 = 0.1;
 #[derive(Debug, Clone)]
 pub struct Tickets {
     counts: Arc<Mutex<Counts>>,
-    max_queued: u64,
     max_queued_per_tenant: u64,
 }
 
@@ -34,7 +34,9 @@ pub type Displaced = Range<u64>;
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// Places taken, and not to be given back by a displaced request.
+    max_queued: u64,
+    /// Places taken, and not to be given back by a displaced request. Over `max_queued` by what [`Ticket::claim`] has still to take
+    /// from others.
     held: u64,
     /// Tenants since the engine was last idle. Their numbers stay the same while others are served, so that a tenant who comes back comes
     /// back with what it has had.
@@ -42,11 +44,11 @@ struct Counts {
     next_number: u32,
     next_id: u64,
     closed: bool,
-    /// How long a ticket is out in the mean over all tenants, lately; `None` before the first came back. Seconds.
+    /// How long an answered request's ticket is out in the mean over all tenants, lately; `None` before the first came back. Seconds.
     mean: Option<f64>,
 }
 
-/// A tenant's tickets that are out, and those who wait outside.
+/// A tenant's places that are taken, and those who wait outside.
 #[derive(Debug, Default)]
 struct Queue {
     /// The number that the scheduler knows the tenant by.
@@ -54,39 +56,32 @@ struct Queue {
     held: u64,
     /// Sequences refused, less the places given back since: about as many will come again.
     refused: u64,
-    /// How long the tenant's tickets are out in the mean, lately. Seconds.
+    /// How long the tickets of the tenant's answered requests are out in the mean, lately. Seconds.
     mean: Option<f64>,
     /// Requests of which no sequence has started, by their first id: the newest last.
-    waiting: BTreeMap<u64, Arc<Place>>,
+    waiting: BTreeMap<u64, Waiting>,
 }
 
-/// What a ticket stands for.
+/// A request that can lose its places.
 #[derive(Debug)]
-struct Place {
+struct Waiting {
     count: u64,
-    /// Changed under the lock of the counts.
-    state: AtomicU8,
-}
-
-const WAITING: u8 = 0;
-const STARTED: u8 = 1;
-const DISPLACED: u8 = 2;
-
-impl Place {
-    fn is(&self, state: u8) -> bool {
-        self.state.load(Ordering::Acquire) == state
-    }
-
-    fn set(&self, state: u8) {
-        self.state.store(state, Ordering::Release);
-    }
+    /// The ticket's.
+    displaced: Arc<AtomicBool>,
 }
 
 impl Queue {
-    /// Notes sequences that are refused, and says when it may be their turn: places are given back `held` in the time that one is held,
-    /// and each of those refused before waits for one too. The tenant's own queue alone decides.
-    fn refuse(&mut self, count: u64, mean: Option<f64>) -> Duration {
+    /// Notes sequences that are refused. Of a tenant that holds nothing, those refused before may never come again.
+    fn refuse(&mut self, count: u64) {
+        if self.held == 0 {
+            self.refused = 0;
+        }
         self.refused += count;
+    }
+
+    /// Returns when it may be the turn of those refused: places are given back `held` in the time that one is held, and each of those
+    /// refused before waits for one too. The tenant's own queue alone decides.
+    fn retry_after(&self, mean: Option<f64>) -> Duration {
         let Some(mean) = self.mean.or(mean) else { return RETRY_AFTER };
         let seconds = mean * self.refused as f64 / self.held.max(1) as f64;
         let (least, longest) = ESTIMATES;
@@ -95,48 +90,66 @@ impl Queue {
 
     fn give_back(&mut self, count: u64) {
         self.held -= count;
-        self.refused = self.refused.saturating_sub(count);
+        self.refused = if self.held == 0 { 0 } else { self.refused.saturating_sub(count) };
     }
 }
 
 impl Counts {
-    /// Takes places from the newest waiting requests of the tenants that have most, until `count` fit: none, where that would leave one of
-    /// them with fewer places than this tenant gets.
-    fn displace(&mut self, tenant: &TenantId, count: u64, most: u64) -> Option<Vec<Displaced>> {
-        let gets = self.tenants.get(tenant).map_or(0, |own| own.held) + count;
-        let mut taken: Vec<(TenantId, u64, Arc<Place>)> = Vec::new();
-        while self.held + count > most {
-            let others = self.tenants.iter().filter(|(id, queue)| *id != tenant && !queue.waiting.is_empty());
-            let richest = others.max_by_key(|(_, queue)| (queue.held, queue.number)).map(|(id, _)| id.clone());
-            let victim = richest.and_then(|id| {
-                let queue = self.tenants.get_mut(&id)?;
-                let (first, place) = queue.waiting.pop_last()?;
-                Some((id, first, place))
-            });
-            let Some((id, first, place)) = victim else { break };
-            let left = self.tenants.get(&id).map_or(0, |queue| queue.held.saturating_sub(place.count));
-            self.held -= place.count;
-            if let Some(queue) = self.tenants.get_mut(&id) {
-                queue.held = left;
-            }
-            taken.push((id, first, place));
-            if left < gets {
-                break;
-            }
+    /// Returns the newest waiting requests of the tenants that have most, of so many places or more: a tenant and a first id each. `None`
+    /// where that would leave one of them with fewer than `gets`, what this tenant has then.
+    fn victims(&self, tenant: &TenantId, gets: u64, places: u64) -> Option<Vec<(TenantId, u64)>> {
+        let mut victims = Vec::new();
+        if places == 0 {
+            return Some(victims);
         }
-        let fair = taken.iter().all(|(id, ..)| self.tenants.get(id).is_some_and(|queue| queue.held >= gets));
-        if fair && self.held + count <= most {
-            taken.iter().for_each(|(_, _, place)| place.set(DISPLACED));
-            return Some(taken.into_iter().map(|(_, first, place)| first..first + place.count).collect());
-        }
-        for (id, first, place) in taken {
-            self.held += place.count;
-            if let Some(queue) = self.tenants.get_mut(&id) {
-                queue.held += place.count;
-                queue.waiting.insert(first, place);
+        let others = self.tenants.iter().filter(|(id, _)| *id != tenant);
+        let mut left: Vec<_> =
+            others.map(|(id, queue)| (queue.held, queue.number, id, queue.waiting.iter().rev().peekable())).collect();
+        let mut freed = 0;
+        while freed < places {
+            left.retain_mut(|(.., waiting)| waiting.peek().is_some());
+            let (held, _, id, waiting) = left.iter_mut().max_by_key(|(held, number, ..)| (*held, *number))?;
+            let (first, request) = waiting.next()?;
+            *held = held.saturating_sub(request.count);
+            if *held < gets {
+                return None;
             }
+            freed += request.count;
+            victims.push((id.clone(), *first));
         }
-        None
+        Some(victims)
+    }
+
+    /// Takes the places of these requests, which are refused by that.
+    fn displace(&mut self, victims: Vec<(TenantId, u64)>) -> Vec<Displaced> {
+        let mut displaced = Vec::with_capacity(victims.len());
+        for (id, first) in victims {
+            let Some(queue) = self.tenants.get_mut(&id) else { continue };
+            let Some(request) = queue.waiting.remove(&first) else { continue };
+            request.displaced.store(true, Ordering::Release);
+            self.held -= request.count;
+            queue.held -= request.count;
+            queue.refuse(request.count);
+            displaced.push(first..first + request.count);
+        }
+        displaced
+    }
+
+    fn retry_after(&self, tenant: &TenantId) -> Duration {
+        self.tenants.get(tenant).map_or(RETRY_AFTER, |own| own.retry_after(self.mean))
+    }
+
+    fn refuse(&mut self, tenant: &TenantId, count: u64, limit: &'static str, message: String) -> Error {
+        if let Some(own) = self.tenants.get_mut(tenant) {
+            own.refuse(count);
+        }
+        Error::Exhausted { limit, message, retry_after: Some(self.retry_after(tenant)) }
+    }
+
+    fn refuse_full(&mut self, tenant: &TenantId, count: u64, held: u64) -> Error {
+        let all = self.held;
+        let message = format!("the server has {all} sequences waiting or running, {held} of them {tenant}'s");
+        self.refuse(tenant, count, "max_queued", message)
     }
 }
 
@@ -145,57 +158,73 @@ impl Counts {
 pub struct Ticket {
     counts: Arc<Mutex<Counts>>,
     tenant: TenantId,
-    place: Arc<Place>,
     /// The ids of the request's sequences.
     pub ids: Range<u64>,
     /// The tenant as the scheduler's number.
     pub number: u32,
+    /// Places that others have to give for it.
+    over: u64,
     since: Instant,
+    /// Whether it has lost its places. Changed under the lock of the counts.
+    displaced: Arc<AtomicBool>,
+    answered: AtomicBool,
 }
 
 impl Tickets {
     pub fn new(limits: &Limits) -> Self {
-        let (max_queued, max_queued_per_tenant) = (limits.max_queued, limits.max_queued_per_tenant);
-        Self { counts: Arc::default(), max_queued, max_queued_per_tenant }
+        let counts = Counts { max_queued: limits.max_queued, ..Counts::default() };
+        Self { counts: Arc::new(Mutex::new(counts)), max_queued_per_tenant: limits.max_queued_per_tenant }
     }
 
-    /// Takes places for a request of so many sequences. Other requests may have lost theirs for it: they are named, to be ended.
+    /// Takes places for a request of so many sequences. Where the queue is full and others could be displaced, they are by
+    /// [`Ticket::claim`].
     ///
     /// # Errors
     /// EXHAUSTED with the limit's name and when to try again; UNAVAILABLE once closed.
-    pub fn take(&self, tenant: &TenantId, count: u64) -> Result<(Ticket, Vec<Displaced>)> {
-        let mut counts = lock(&self.counts);
+    pub fn take(&self, tenant: &TenantId, count: u64) -> Result<Ticket> {
+        self.issue(tenant, count, true)
+    }
+
+    /// Takes places for what does not wait in the queue: it can displace nobody, and nobody can displace it.
+    ///
+    /// # Errors
+    /// As [`Tickets::take`].
+    pub fn take_unqueued(&self, tenant: &TenantId, count: u64) -> Result<Ticket> {
+        self.issue(tenant, count, false)
+    }
+
+    fn issue(&self, tenant: &TenantId, count: u64, queues: bool) -> Result<Ticket> {
+        let mut guard = lock(&self.counts);
+        let counts = &mut *guard;
         if counts.closed {
             let message = "the server is shutting down; send the call again".to_owned();
             return Err(Error::Unavailable { message, retry_after: Some(RETRY_AFTER) });
         }
-        if !counts.tenants.contains_key(tenant) {
+        let own = counts.tenants.entry(tenant.clone()).or_insert_with(|| {
             counts.next_number = counts.next_number.wrapping_add(1);
-            let number = counts.next_number;
-            counts.tenants.insert(tenant.clone(), Queue { number, ..Queue::default() });
-        }
-        let held = counts.tenants.get(tenant).map_or(0, |own| own.held);
+            Queue { number: counts.next_number, ..Queue::default() }
+        });
+        let (held, number) = (own.held, own.number);
         if held + count > self.max_queued_per_tenant {
             let message = format!("{tenant} has {held} sequences waiting or running and asks for {count} more");
             return Err(counts.refuse(tenant, count, "max_queued_per_tenant", message));
         }
-        let Some(displaced) = counts.displace(tenant, count, self.max_queued) else {
-            let (all, own) = (counts.held, held);
-            let message = format!("the server has {all} sequences waiting or running, {own} of them {tenant}'s");
-            return Err(counts.refuse(tenant, count, "max_queued", message));
-        };
-        let first = counts.next_id;
-        counts.next_id += count;
+        let over = (counts.held + count).saturating_sub(counts.max_queued).min(count);
+        if over > 0 && !(queues && counts.victims(tenant, held + count, over).is_some()) {
+            return Err(counts.refuse_full(tenant, count, held));
+        }
+        let ids = counts.next_id..counts.next_id + count;
+        counts.next_id = ids.end;
         counts.held += count;
-        let place = Arc::new(Place { count, state: AtomicU8::new(WAITING) });
-        let mut number = 0;
+        let displaced = Arc::<AtomicBool>::default();
         if let Some(own) = counts.tenants.get_mut(tenant) {
             own.held += count;
-            own.waiting.insert(first, place.clone());
-            number = own.number;
+            if queues {
+                own.waiting.insert(ids.start, Waiting { count, displaced: displaced.clone() });
+            }
         }
-        let (counts, tenant, ids) = (self.counts.clone(), tenant.clone(), first..first + count);
-        Ok((Ticket { counts, tenant, place, ids, number, since: Instant::now() }, displaced))
+        let (counts, tenant, since) = (self.counts.clone(), tenant.clone(), Instant::now());
+        Ok(Ticket { counts, tenant, ids, number, over, since, displaced, answered: AtomicBool::new(false) })
     }
 
     /// Places that are taken.
@@ -203,7 +232,7 @@ impl Tickets {
         lock(&self.counts).held
     }
 
-    /// Tickets of a tenant that are out.
+    /// Places of a tenant that are taken.
     pub fn held_by(&self, tenant: &TenantId) -> u64 {
         lock(&self.counts).tenants.get(tenant).map_or(0, |own| own.held)
     }
@@ -214,63 +243,86 @@ impl Tickets {
     }
 }
 
-impl Counts {
-    fn refuse(&mut self, tenant: &TenantId, count: u64, limit: &'static str, message: String) -> Error {
-        let mean = self.mean;
-        let after = self.tenants.get_mut(tenant).map_or(RETRY_AFTER, |own| own.refuse(count, mean));
-        Error::Exhausted { limit, message, retry_after: Some(after) }
-    }
-}
-
 impl Ticket {
+    fn count(&self) -> u64 {
+        self.ids.end - self.ids.start
+    }
+
+    fn is_displaced(&self) -> bool {
+        self.displaced.load(Ordering::Acquire)
+    }
+
+    /// Takes the places from others that the request needs, as it is submitted, once. They are named, to be ended.
+    ///
+    /// # Errors
+    /// EXHAUSTED where the request has lost its own places meanwhile, or nobody is left who could give theirs.
+    pub fn claim(&self) -> Result<Vec<Displaced>> {
+        let mut counts = lock(&self.counts);
+        if self.is_displaced() {
+            return Err(self.displaced_error(&counts));
+        }
+        // Others may have gone by themselves.
+        let over = counts.held.saturating_sub(counts.max_queued).min(self.over);
+        let gets = counts.tenants.get(&self.tenant).map_or(0, |own| own.held);
+        match counts.victims(&self.tenant, gets, over) {
+            Some(victims) => Ok(counts.displace(victims)),
+            None => Err(counts.refuse_full(&self.tenant, self.count(), gets)),
+        }
+    }
+
     /// Notes that a sequence of the request starts: its place can't be taken any more. False where it has been.
     pub fn start(&self) -> bool {
-        // Most have started, and that never changes.
-        if self.place.is(STARTED) {
-            return true;
-        }
         let mut counts = lock(&self.counts);
-        if self.place.is(DISPLACED) {
+        if self.is_displaced() {
             return false;
         }
-        self.place.set(STARTED);
         if let Some(own) = counts.tenants.get_mut(&self.tenant) {
             own.waiting.remove(&self.ids.start);
         }
         true
     }
 
-    /// What a request is told whose place was taken; `None` where it still has it.
+    /// Notes that a sequence of the request came to its end: the time that its places were held says how long others will be.
+    pub fn set_answered(&self) {
+        self.answered.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns what a request is told whose place was taken; `None` where it still has it.
     pub fn displaced(&self) -> Option<Error> {
-        if !self.place.is(DISPLACED) {
-            return None;
-        }
+        self.is_displaced().then(|| self.displaced_error(&lock(&self.counts)))
+    }
+
+    fn displaced_error(&self, counts: &Counts) -> Error {
         let message = format!(
             "the queue is full, and the newest waiting request of {} gave its place to a tenant with fewer",
             self.tenant
         );
-        Some(lock(&self.counts).refuse(&self.tenant, self.place.count, "max_queued", message))
+        let retry_after = Some(counts.retry_after(&self.tenant));
+        Error::Exhausted { limit: "max_queued", message, retry_after }
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let mut counts = lock(&self.counts);
-        let seconds = self.since.elapsed().as_secs_f64();
-        let recent = |mean: Option<f64>| Some(mean.map_or(seconds, |mean| mean + RECENT * (seconds - mean)));
-        let displaced = self.place.is(DISPLACED);
-        if !displaced {
-            counts.mean = recent(counts.mean);
-            counts.held -= self.place.count;
+        let mut guard = lock(&self.counts);
+        let counts = &mut *guard;
+        if self.is_displaced() {
+            return;
         }
+        let answered = self.answered.load(Ordering::Relaxed).then(|| self.since.elapsed().as_secs_f64());
+        let count_time = |mean: &mut Option<f64>| {
+            if let Some(seconds) = answered {
+                *mean = Some(mean.map_or(seconds, |mean| mean + RECENT * (seconds - mean)));
+            }
+        };
+        count_time(&mut counts.mean);
+        counts.held -= self.count();
         if counts.held == 0 {
             counts.tenants.clear();
         } else if let Some(own) = counts.tenants.get_mut(&self.tenant) {
             own.waiting.remove(&self.ids.start);
-            if !displaced {
-                own.mean = recent(own.mean);
-                own.give_back(self.place.count);
-            }
+            count_time(&mut own.mean);
+            own.give_back(self.count());
         }
     }
 }
@@ -288,12 +340,19 @@ mod tests {
     }
 
     fn take(tickets: &Tickets, tenant: &TenantId, count: u64) -> Ticket {
-        let (ticket, displaced) = tickets.take(tenant, count).unwrap();
+        let (ticket, displaced) = submitted(tickets, tenant, count).unwrap();
         assert_eq!(displaced, []);
         ticket
     }
 
-    fn limit_of(result: Result<(Ticket, Vec<Displaced>)>) -> &'static str {
+    /// Takes places for a request that is submitted at once.
+    fn submitted(tickets: &Tickets, tenant: &TenantId, count: u64) -> Result<(Ticket, Vec<Displaced>)> {
+        let ticket = tickets.take(tenant, count)?;
+        let displaced = ticket.claim()?;
+        Ok((ticket, displaced))
+    }
+
+    fn limit_of<T: std::fmt::Debug>(result: Result<T>) -> &'static str {
         match result {
             Err(Error::Exhausted { limit, retry_after: Some(_), .. }) => limit,
             other => panic!("{other:?}"),
@@ -329,14 +388,14 @@ mod tests {
         let of_a: Vec<_> = (0..5).map(|_| take(&tickets, &a, 1)).collect();
         let of_b: Vec<_> = (0..3).map(|_| take(&tickets, &b, 1)).collect();
         assert!(of_a[0].start() && of_a[4].start());
-        let (first, displaced) = tickets.take(&c, 1).unwrap();
+        let (first, displaced) = submitted(&tickets, &c, 1).unwrap();
         assert_eq!(displaced.as_slice(), std::slice::from_ref(&(3..4)), "a's newest that has not started");
         assert!(!of_a[3].start());
         let told = of_a[3].displaced().unwrap();
         assert!(matches!(&told, Error::Exhausted { limit: "max_queued", retry_after: Some(_), .. }), "{told:?}");
         assert!(of_a[0].displaced().is_none());
         assert_eq!(tickets.held(), 8, "the place has gone to c at once");
-        let (second, displaced) = tickets.take(&c, 1).unwrap();
+        let (second, displaced) = submitted(&tickets, &c, 1).unwrap();
         assert_eq!(displaced.as_slice(), std::slice::from_ref(&(2..3)));
         assert_eq!(limit_of(tickets.take(&c, 1)), "max_queued", "a third would leave the others with fewer");
         assert_eq!(limit_of(tickets.take(&c, 2)), "max_queued");
@@ -355,12 +414,12 @@ mod tests {
         held.iter().step_by(22).for_each(|ticket| assert!(ticket.start()));
         let fifth = TenantId::new("fifth").unwrap();
         let mut got = Vec::new();
-        while let Ok((ticket, displaced)) = tickets.take(&fifth, 1) {
+        while let Ok((ticket, displaced)) = submitted(&tickets, &fifth, 1) {
             assert_eq!(displaced.len(), 1);
             got.push(ticket);
         }
         assert_eq!((got.len(), tickets.held()), (204, 1024), "a fifth of all");
-        let big = tickets.take(&TenantId::new("sixth").unwrap(), 64).unwrap();
+        let big = submitted(&tickets, &TenantId::new("sixth").unwrap(), 64).unwrap();
         assert_eq!((big.1.len(), tickets.held()), (64, 1024));
     }
 
@@ -386,5 +445,75 @@ mod tests {
         own(&a, 0.0);
         assert_eq!(after(&a), 0.1);
         drop(held);
+    }
+
+    /// A request that fails before it is submitted has ended nobody, and one whose places go meanwhile is told.
+    #[test]
+    fn places_are_taken_from_others_when_a_request_is_submitted() {
+        let tickets = tickets(4, 4);
+        let (a, b) = ids();
+        let of_a: Vec<_> = (0..4).map(|_| take(&tickets, &a, 1)).collect();
+        assert_eq!(limit_of(tickets.take_unqueued(&b, 1)), "max_queued", "what does not wait displaces nobody");
+        let fails = tickets.take(&b, 2).unwrap();
+        assert!(of_a.iter().all(|ticket| ticket.displaced().is_none()));
+        drop(fails);
+        assert!(of_a.iter().all(|ticket| ticket.displaced().is_none()));
+        assert_eq!((tickets.held(), tickets.held_by(&a)), (4, 4));
+
+        let [first, second] = [(); 2].map(|()| tickets.take(&b, 1).unwrap());
+        assert_eq!(tickets.held(), 6);
+        assert_eq!(first.claim().unwrap().as_slice(), std::slice::from_ref(&(3..4)));
+        // Another one that goes by itself leaves its place to the second.
+        drop(of_a);
+        assert_eq!(second.claim().unwrap(), []);
+        assert_eq!(tickets.held(), 2);
+        drop((first, second));
+
+        let of_a: Vec<_> = (0..4).map(|_| take(&tickets, &a, 1)).collect();
+        let late = tickets.take(&b, 2).unwrap();
+        assert!(of_a.iter().all(Ticket::start));
+        assert_eq!(limit_of(late.claim()), "max_queued", "all have started meanwhile");
+    }
+
+    /// Each refusal counts once, however often it is told, and none for longer than the tenant has something under way.
+    #[test]
+    fn refusals_are_counted_once_and_forgotten() {
+        let tickets = tickets(64, 64);
+        let (a, b) = ids();
+        let refused = |tenant: &TenantId| lock(&tickets.counts).tenants[tenant].refused;
+        let runs = take(&tickets, &a, 2);
+        assert!(runs.start());
+        let waits = take(&tickets, &a, 62);
+        let (taker, displaced) = submitted(&tickets, &b, 2).unwrap();
+        assert_eq!(displaced.as_slice(), std::slice::from_ref(&(2..64)));
+        assert_eq!(refused(&a), 62);
+        (0..62).for_each(|_| assert!(waits.displaced().is_some()));
+        drop(waits);
+        assert_eq!(refused(&a), 62, "each of its sequences has been told");
+        drop(runs);
+        assert_eq!(refused(&a), 0, "nothing of it is under way");
+        let others = take(&tickets, &b, 62);
+        assert!(taker.start() && others.start());
+        (0..9).for_each(|_| assert_eq!(limit_of(tickets.take(&a, 1)), "max_queued"));
+        assert_eq!(refused(&a), 1, "who has nothing and is refused again is the one who comes again");
+    }
+
+    #[test]
+    fn the_mean_is_of_answered_requests() {
+        let tickets = tickets(4, 4);
+        let (a, _) = ids();
+        let stays = take(&tickets, &a, 1);
+        let means = || {
+            let counts = lock(&tickets.counts);
+            (counts.mean.is_some(), counts.tenants[&a].mean.is_some())
+        };
+        drop(take(&tickets, &a, 1));
+        drop(tickets.take_unqueued(&a, 1).unwrap());
+        assert_eq!(means(), (false, false), "neither failed requests nor encoding say how long an answer takes");
+        let answered = take(&tickets, &a, 1);
+        answered.set_answered();
+        drop(answered);
+        assert_eq!(means(), (true, true));
+        drop(stays);
     }
 }

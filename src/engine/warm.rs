@@ -1,7 +1,11 @@
 //! The adapter versions of the sequences that come next. Sequences that wait hold none; a version is leased when a sequence starts, and
 //! loaded before where it is not on the device. The loop itself never waits for a load: it is told when one has ended.
+//!
+//! What is loaded ahead of its time stays on the device while there is room, and nobody holds it there. Only a sequence whose turn had
+//! come, and that was set aside for the load, is kept its version until it starts or is gone: else another load could take the room again
+//! before it is looked at, and it would never start.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak, mpsc};
 
 use tokio::runtime::Handle;
@@ -10,29 +14,32 @@ use crate::engine::run::Message;
 use crate::error::Result;
 use crate::hub::{Attempt, Claim, Hub, Lease, VersionRow};
 
-/// Versions loaded or kept at once for sequences that have not started: those that start next, and a few whose files are slow.
+/// Versions loaded, or kept for sequences that were set aside, at once.
 const MOST_WARM: usize = 8;
 
-/// Versions that are loaded, or were and wait for a sequence to start.
+/// As many of them may be there when another is loaded ahead of its time: the rest is for sequences whose turn it is.
+const MOST_WARM_AHEAD: usize = 4;
+
+/// Versions that are loaded, or are kept for sequences that were set aside.
 #[derive(Debug)]
 pub struct Warm {
     hub: Arc<Hub>,
     runtime: Handle,
     /// Weak, so that the loop ends when all handles are gone.
     inbox: Weak<mpsc::Sender<Message>>,
-    versions: HashMap<String, State>,
-    /// Sequences that wait for each version, by its uid.
-    wanted: HashMap<String, usize>,
+    /// By uid.
+    versions: HashMap<String, Version>,
+    /// The sequences whose version has been loaded ahead. Once each: where there is no room for the versions of all that come next,
+    /// they would take it from each other in every step.
+    prefetched: HashSet<u64>,
 }
 
 #[derive(Debug)]
-enum State {
-    /// The sequences that were set aside for it.
-    Loading(Vec<u64>),
-    /// It stays on the device until the first sequence has it.
-    Loaded(Lease),
-    /// It could not be loaded ahead of its time; the sequence whose turn it is tries again.
-    Failed,
+struct Version {
+    /// `None` while it loads.
+    lease: Option<Lease>,
+    /// The sequences that were set aside for it and have not started.
+    sequences: Vec<u64>,
 }
 
 /// What a sequence gets that could start.
@@ -47,42 +54,19 @@ pub enum Wanted {
 
 impl Warm {
     pub fn new(hub: Arc<Hub>, runtime: Handle, inbox: Weak<mpsc::Sender<Message>>) -> Self {
-        Self { hub, runtime, inbox, versions: HashMap::new(), wanted: HashMap::new() }
-    }
-
-    /// One more sequence waits for a version.
-    pub fn want(&mut self, row: &VersionRow) {
-        *self.wanted.entry(row.uid.clone()).or_default() += 1;
-    }
-
-    /// One of them waits no more: it has started, or is gone.
-    pub fn unwant(&mut self, row: &VersionRow) {
-        let Some(count) = self.wanted.get_mut(&row.uid) else { return };
-        *count -= 1;
-        if *count == 0 {
-            self.wanted.remove(&row.uid);
-            if !matches!(self.versions.get(&row.uid), Some(State::Loading(_))) {
-                self.versions.remove(&row.uid);
-            }
-        }
+        Self { hub, runtime, inbox, versions: HashMap::new(), prefetched: HashSet::new() }
     }
 
     /// Leases a version for a sequence whose turn it is, or begins to load it.
     pub fn lease(&mut self, id: u64, row: &Arc<VersionRow>) -> Wanted {
-        match self.versions.get_mut(&row.uid) {
-            Some(State::Loading(sequences)) => {
-                sequences.push(id);
-                return Wanted::Loading;
+        if let Some(version) = self.versions.get_mut(&row.uid) {
+            if let Some(lease) = &version.lease {
+                return Wanted::Lease(lease.clone());
             }
-            Some(State::Loaded(lease)) => {
-                let lease = lease.clone();
-                self.versions.remove(&row.uid);
-                return Wanted::Lease(lease);
-            }
-            Some(State::Failed) | None => {}
+            version.sequences.push(id);
+            return Wanted::Loading;
         }
-        self.versions.remove(&row.uid);
-        if self.versions.len() >= MOST_WARM && !self.hub.is_resident(&row.uid) && !self.let_one_go() {
+        if self.versions.len() >= MOST_WARM && !self.hub.is_resident(&row.uid) {
             return Wanted::Later;
         }
         match self.hub.try_lease(row) {
@@ -95,45 +79,54 @@ impl Warm {
         }
     }
 
-    /// Loads a version that will be wanted soon, where there is room for one more.
-    pub fn prefetch(&mut self, row: &Arc<VersionRow>) {
-        if self.versions.len() >= MOST_WARM || self.versions.contains_key(&row.uid) || self.hub.is_resident(&row.uid) {
+    /// Loads the version of a sequence that starts soon, where there is room for one more.
+    pub fn prefetch(&mut self, id: u64, row: &Arc<VersionRow>) {
+        let there = self.versions.contains_key(&row.uid) || self.hub.is_resident(&row.uid);
+        if there || self.versions.len() >= MOST_WARM_AHEAD || self.prefetched.contains(&id) {
             return;
         }
         if let Attempt::Cold(claim) = self.hub.try_lease(row) {
+            self.prefetched.insert(id);
             self.load(row, claim, Vec::new());
+        }
+    }
+
+    /// Keeps nothing for a sequence any more: it has started, or is gone.
+    pub fn forget(&mut self, id: u64, row: &VersionRow) {
+        self.prefetched.remove(&id);
+        let Some(version) = self.versions.get_mut(&row.uid) else { return };
+        version.sequences.retain(|other| *other != id);
+        if version.sequences.is_empty() && version.lease.is_some() {
+            self.versions.remove(&row.uid);
         }
     }
 
     /// Takes the end of a load; gives the sequences that were set aside for it, and its error.
     pub fn loaded(&mut self, uid: &str, outcome: Result<Lease>) -> (Vec<u64>, Result<()>) {
-        let Some(State::Loading(sequences)) = self.versions.remove(uid) else { return (Vec::new(), Ok(())) };
-        let (state, outcome) = match outcome {
-            Ok(lease) => (State::Loaded(lease), Ok(())),
-            Err(error) => (State::Failed, Err(error)),
-        };
-        if self.wanted.contains_key(uid) {
-            self.versions.insert(uid.to_owned(), state);
+        let Some(mut version) = self.versions.remove(uid) else { return (Vec::new(), Ok(())) };
+        let sequences = version.sequences.clone();
+        match outcome {
+            Ok(lease) => {
+                // One that nobody waits for yet is let go of, and stays on the device while there is room.
+                if !sequences.is_empty() {
+                    version.lease = Some(lease);
+                    self.versions.insert(uid.to_owned(), version);
+                }
+                (sequences, Ok(()))
+            }
+            Err(error) => (sequences, Err(error)),
         }
-        (sequences, outcome)
     }
 
     /// Forgets all; loads under way end by themselves.
     pub fn clear(&mut self) {
         self.versions.clear();
-        self.wanted.clear();
-    }
-
-    /// A version that waits makes room for one whose turn has come. It stays on the device while there is room there.
-    fn let_one_go(&mut self) -> bool {
-        let idle = self.versions.iter().find(|(_, state)| !matches!(state, State::Loading(_)));
-        let Some(uid) = idle.map(|(uid, _)| uid.clone()) else { return false };
-        self.versions.remove(&uid).is_some()
+        self.prefetched.clear();
     }
 
     fn load(&mut self, row: &Arc<VersionRow>, claim: Claim, sequences: Vec<u64>) {
         let Some(inbox) = self.inbox.upgrade() else { return };
-        self.versions.insert(row.uid.clone(), State::Loading(sequences));
+        self.versions.insert(row.uid.clone(), Version { lease: None, sequences });
         let (hub, row) = (self.hub.clone(), row.clone());
         self.runtime.spawn(async move {
             let outcome = hub.load_claimed(&row, claim).await;

@@ -138,9 +138,7 @@ impl HoldBack {
             return self.nothing();
         }
         let before = self.held.len();
-        self.held.push_str(text);
-        let end = self.released + self.held.len();
-        self.tokens.extend(tokens.into_iter().map(|token| (end, token)));
+        self.hold(text, tokens);
         for (i, byte) in text.bytes().enumerate() {
             self.state = self.patterns.next(self.state, byte);
             if let Some((phrase, len)) = self.patterns.found(self.state) {
@@ -152,6 +150,22 @@ impl HoldBack {
             }
         }
         self.release(self.held.len() - self.patterns.depth(self.state))
+    }
+
+    /// Does the same with a piece in which no phrase may end yet; one that begins in it may end in a later piece.
+    pub fn push_early(&mut self, text: &str, tokens: Vec<TokenOut>) -> Released {
+        if self.matched.is_some() {
+            return self.nothing();
+        }
+        self.hold(text, tokens);
+        self.state = text.bytes().fold(self.state, |state, byte| self.patterns.next(state, byte));
+        self.release(self.held.len() - self.patterns.depth(self.state))
+    }
+
+    fn hold(&mut self, text: &str, tokens: Vec<TokenOut>) {
+        self.held.push_str(text);
+        let end = self.released + self.held.len();
+        self.tokens.extend(tokens.into_iter().map(|token| (end, token)));
     }
 
     /// The stream has ended: all that is held, unless a phrase was found.
@@ -307,6 +321,31 @@ mod tests {
             // A token without text that comes after the phrase ends after it, and does not leave either.
             let whole: Vec<usize> = (0..ends.len()).filter(|&i| ends[i] <= until).collect();
             prop_assert_eq!(tokens, whole);
+        }
+
+        /// A phrase counts that ends behind the early pieces, wherever it begins.
+        #[test]
+        fn no_phrase_ends_early_and_one_over_the_border_is_found(
+            patterns in prop::collection::vec("[abé]{1,4}", 0..5),
+            early in prop::collection::vec("[abé]{0,3}", 0..5),
+            late in prop::collection::vec("[abé]{0,3}", 0..5),
+        ) {
+            let (border, text) = (early.concat().len(), early.concat() + &late.concat());
+            let mut hold = HoldBack::new(Patterns::new(&patterns, false).unwrap());
+            let mut left = String::new();
+            for piece in &early {
+                let released = hold.push_early(piece, Vec::new());
+                prop_assert!(!released.matched);
+                left += &released.text;
+            }
+            late.iter().for_each(|piece| left += &hold.push(piece, Vec::new()).text);
+            left += &hold.finish().text;
+            let found = (border + 1..=text.len()).find_map(|end| {
+                let ending = |p: &&String| text.as_bytes()[..end].ends_with(p.as_bytes());
+                patterns.iter().filter(ending).map(|p| end - p.len()).min()
+            });
+            prop_assert_eq!(hold.matched().is_some(), found.is_some());
+            prop_assert_eq!(left, &text[..found.unwrap_or(text.len())]);
         }
 
         #[test]

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use crate::engine::prefix::CacheNamespace;
 use crate::ids::{Digest, TenantId};
 
-fn bounds(blocks: usize) -> SchedulerConfig {
+fn config(blocks: usize) -> SchedulerConfig {
     SchedulerConfig {
         block_tokens: 4,
         blocks,
@@ -19,18 +19,18 @@ fn bounds(blocks: usize) -> SchedulerConfig {
 }
 
 fn scheduler(blocks: usize) -> Scheduler {
-    Scheduler::new(bounds(blocks))
+    Scheduler::new(config(blocks))
 }
 
-fn demand(tenant: u32, length: usize) -> SequenceRequest {
-    SequenceRequest { tenant, weight: 1, priority: 0, length, longest: length, chain: None }
+fn request(tenant: u32, length: usize) -> SequenceRequest {
+    SequenceRequest { tenant, weight: 1, priority: 0, length, longest: length, hashes: None }
 }
 
 /// A sequence of these tokens, whose blocks are shared with others that begin as it does.
 fn sharing(ids: &[u32]) -> SequenceRequest {
     let (tenant, digest) = (TenantId::new("t").unwrap(), Digest::of(b""));
-    let scope = CacheNamespace { tenant: &tenant, base: digest, template: digest, version: None };
-    SequenceRequest { chain: Some(PrefixHashes::new(&scope, 4, ids, ids.len())), ..demand(0, ids.len()) }
+    let namespace = CacheNamespace { tenant: &tenant, base: digest, template: digest, version: None };
+    SequenceRequest { hashes: Some(PrefixHashes::new(&namespace, 4, ids, ids.len())), ..request(0, ids.len()) }
 }
 
 fn plan(s: &mut Scheduler) -> Vec<ScheduledChunk> {
@@ -46,10 +46,10 @@ fn planned_ids(s: &mut Scheduler) -> Vec<u64> {
 #[test]
 fn a_long_prompt_is_cut_and_does_not_stop_decoding() {
     let mut s = scheduler(100);
-    s.add(1, demand(0, 4));
+    s.add(1, request(0, 4));
     assert_eq!(plan(&mut s)[0].count, 4);
     s.extend(1);
-    s.add(2, demand(0, 100));
+    s.add(2, request(0, 100));
     let planned = plan(&mut s);
     assert_eq!((planned[0].id, planned[0].count, planned[0].completes), (1, 1, true));
     assert_eq!((planned[1].id, planned[1].count, planned[1].completes), (2, 23, false));
@@ -57,9 +57,9 @@ fn a_long_prompt_is_cut_and_does_not_stop_decoding() {
 
 #[test]
 fn prompts_keep_to_their_budget_while_others_decode() {
-    let mut s = Scheduler::new(SchedulerConfig { max_prefill_rows: 8, ..bounds(100) });
-    s.add(1, demand(0, 4));
-    s.add(2, demand(0, 100));
+    let mut s = Scheduler::new(SchedulerConfig { max_prefill_rows: 8, ..config(100) });
+    s.add(1, request(0, 4));
+    s.add(2, request(0, 100));
     let rows = |planned: Vec<ScheduledChunk>| planned.iter().map(|p| (p.id, p.count)).collect::<Vec<_>>();
     assert_eq!(rows(plan(&mut s)), [(1, 4), (2, 20)], "the whole step, where nobody decodes");
     s.extend(1);
@@ -69,8 +69,8 @@ fn prompts_keep_to_their_budget_while_others_decode() {
 
 #[test]
 fn priorities_order_a_tenants_own_and_no_others() {
-    let mut s = Scheduler::new(SchedulerConfig { max_running: 1, ..bounds(100) });
-    let urgent = |tenant, priority| SequenceRequest { priority, ..demand(tenant, 4) };
+    let mut s = Scheduler::new(SchedulerConfig { max_running: 1, ..config(100) });
+    let urgent = |tenant, priority| SequenceRequest { priority, ..request(tenant, 4) };
     for (id, tenant, priority) in [(1, 0, 0), (2, 0, -5), (3, 0, 7), (4, 0, 7), (5, 1, 100), (6, 1, 100), (7, 2, -100)]
     {
         s.add(id, urgent(tenant, priority));
@@ -104,13 +104,13 @@ fn what_others_have_computed_is_found_once_it_has_proved_sound() {
     s.add(4, sharing(&first));
     let planned = plan(&mut s)[0];
     assert_eq!((planned.start, planned.count), (16, 4), "the last token is computed, whatever is found");
-    s.add(5, SequenceRequest { tenant: 1, ..demand(1, 4) });
+    s.add(5, SequenceRequest { tenant: 1, ..request(1, 4) });
     assert_eq!((s.served(0), s.served(1)), (4 * TOKEN, 4 * TOKEN), "what is found is not counted");
 }
 
 #[test]
 fn one_that_starts_over_finds_its_own() {
-    let mut s = Scheduler::new(SchedulerConfig { blocks: 8, ..bounds(8) });
+    let mut s = Scheduler::new(SchedulerConfig { blocks: 8, ..config(8) });
     let (first, second): (Vec<u32>, Vec<u32>) = ((0..12).collect(), (100..112).collect());
     s.add(1, sharing(&first));
     s.add(2, sharing(&second));
@@ -150,12 +150,12 @@ fn two_that_computed_the_same_share_it_from_then_on() {
 
 #[test]
 fn the_least_served_tenant_comes_first() {
-    let mut s = Scheduler::new(SchedulerConfig { max_running: 1, max_step_rows: 64, ..bounds(100) });
-    s.add(1, demand(0, 40));
+    let mut s = Scheduler::new(SchedulerConfig { max_running: 1, max_step_rows: 64, ..config(100) });
+    s.add(1, request(0, 40));
     plan(&mut s);
-    s.add(2, demand(0, 4));
-    s.add(3, demand(0, 4));
-    s.add(4, demand(1, 4));
+    s.add(2, request(0, 4));
+    s.add(3, request(0, 4));
+    s.add(4, request(1, 4));
     s.remove(1);
     let mut order = Vec::new();
     while let [planned] = &plan(&mut s)[..] {
@@ -168,10 +168,10 @@ fn the_least_served_tenant_comes_first() {
 #[test]
 fn a_prompt_that_does_not_fit_beside_the_others_waits_instead_of_starting_over() {
     let mut s = scheduler(30);
-    s.add(1, demand(0, 40));
+    s.add(1, request(0, 40));
     plan(&mut s);
     plan(&mut s);
-    s.add(2, demand(0, 100));
+    s.add(2, request(0, 100));
     for _ in 0..20 {
         s.extend(1);
         assert_eq!(planned_ids(&mut s), [1]);
@@ -183,15 +183,15 @@ fn a_prompt_that_does_not_fit_beside_the_others_waits_instead_of_starting_over()
 #[test]
 fn a_tenant_with_nothing_running_takes_a_place_from_the_busiest() {
     let mut s = scheduler(100);
-    (1..=6).for_each(|id| s.add(id, demand(0, 4)));
+    (1..=6).for_each(|id| s.add(id, request(0, 4)));
     plan(&mut s);
     (1..=4).for_each(|id| s.extend(id));
-    s.add(7, demand(1, 4));
+    s.add(7, request(1, 4));
     // Now both have had as much, and the other tenant's next was there before.
     plan(&mut s);
     (1..=4).for_each(|id| s.extend(id));
     assert_eq!(planned_ids(&mut s), [1, 2, 3, 7], "with all places taken");
-    s.add(8, demand(1, 4));
+    s.add(8, request(1, 4));
     [1, 2, 3, 7].iter().for_each(|id| s.extend(*id));
     assert_eq!(planned_ids(&mut s), [1, 2, 3, 7], "and only one");
 }
@@ -199,12 +199,12 @@ fn a_tenant_with_nothing_running_takes_a_place_from_the_busiest() {
 #[test]
 fn nobody_starts_over_for_one_that_does_not_fit_all_the_same() {
     let mut s = scheduler(30);
-    (1..=3).for_each(|id| s.add(id, demand(0, 4)));
-    s.add(4, demand(1, 80));
+    (1..=3).for_each(|id| s.add(id, request(0, 4)));
+    s.add(4, request(1, 80));
     while plan(&mut s).iter().any(|p| !p.completes) {}
     assert_eq!(s.blocks().available(), 30 - 3 - 20);
     // Two of tenant 0's would give their two blocks, which with the free ones are too few.
-    s.add(5, demand(2, 60));
+    s.add(5, request(2, 60));
     (1..=4).for_each(|id| s.extend(id));
     assert_eq!(planned_ids(&mut s), [1, 2, 3, 4]);
 }
@@ -212,9 +212,9 @@ fn nobody_starts_over_for_one_that_does_not_fit_all_the_same() {
 #[test]
 fn a_short_prompt_does_not_stand_behind_another_tenants_long_one() {
     let mut s = scheduler(100);
-    s.add(1, demand(0, 200));
+    s.add(1, request(0, 200));
     plan(&mut s);
-    s.add(2, demand(1, 4));
+    s.add(2, request(1, 4));
     // Both tenants have had as much now, and the long one was there before.
     plan(&mut s);
     let planned = plan(&mut s);
@@ -225,7 +225,7 @@ fn a_short_prompt_does_not_stand_behind_another_tenants_long_one() {
 #[test]
 fn an_idle_scheduler_remembers_nobody() {
     let mut s = scheduler(100);
-    (0..5).for_each(|tenant| s.add(u64::from(tenant), demand(tenant, 4)));
+    (0..5).for_each(|tenant| s.add(u64::from(tenant), request(tenant, 4)));
     plan(&mut s);
     (0..5).for_each(|id| s.remove(id));
     assert!(s.accounts.is_empty());
@@ -243,7 +243,7 @@ fn backlogged(weights: [u32; 2], lengths: &[(usize, usize)], steps: usize) -> [u
             while under_way.values().filter(|sequence| sequence.0 == tenant).count() < 8 {
                 let (prompt, tokens) = lengths.next().unwrap();
                 next += 1;
-                s.add(next, SequenceRequest { weight: weights[tenant as usize], ..demand(tenant, prompt) });
+                s.add(next, SequenceRequest { weight: weights[tenant as usize], ..request(tenant, prompt) });
                 under_way.insert(next, (tenant, prompt, tokens, 0));
             }
         }
@@ -291,10 +291,10 @@ fn weights_one_and_three_get_a_quarter_and_three_quarters() {
 #[test]
 fn no_tenant_starves_beside_a_heavy_one_with_high_priorities() {
     let mut s = scheduler(60);
-    let flood = || SequenceRequest { weight: 10, priority: 100, ..demand(0, 20) };
+    let flood = || SequenceRequest { weight: 10, priority: 100, ..request(0, 20) };
     (1..=8).for_each(|id| s.add(id, flood()));
     plan(&mut s);
-    s.add(1000, SequenceRequest { priority: -100, ..demand(1, 20) });
+    s.add(1000, SequenceRequest { priority: -100, ..request(1, 20) });
     for step in 0..200 {
         for p in plan(&mut s) {
             if p.id == 1000 && p.completes {
@@ -350,7 +350,7 @@ proptest! {
         max_idle in 0usize..30,
         failing in prop::collection::vec(0u8..8, 40),
     ) {
-        let mut s = Scheduler::new(SchedulerConfig { max_idle_blocks: max_idle, max_prefill_rows: 9, ..bounds(pool) });
+        let mut s = Scheduler::new(SchedulerConfig { max_idle_blocks: max_idle, max_prefill_rows: 9, ..config(pool) });
         let mut left: BTreeMap<u64, (Vec<u32>, usize)> = BTreeMap::new();
         let mut cache = Cache(BTreeMap::new());
         for (id, (ids, tokens, tenant, priority)) in (0..).zip(sequences) {
@@ -399,8 +399,8 @@ proptest! {
 
 #[test]
 fn one_whose_adapter_loads_is_set_aside_and_comes_back_to_its_place() {
-    let mut s = Scheduler::new(SchedulerConfig { max_running: 1, ..bounds(100) });
-    (1..=3).for_each(|id| s.add(id, demand(0, 4)));
+    let mut s = Scheduler::new(SchedulerConfig { max_running: 1, ..config(100) });
+    (1..=3).for_each(|id| s.add(id, request(0, 4)));
     let mut planned = Vec::new();
     s.plan(&mut planned, &mut |id| if id == 1 { Readiness::Loading } else { Readiness::Ready });
     assert_eq!((planned[0].id, s.waiting()), (2, 2), "the next of the same tenant goes on");
@@ -408,13 +408,13 @@ fn one_whose_adapter_loads_is_set_aside_and_comes_back_to_its_place() {
     s.remove(2);
     assert_eq!(planned_ids(&mut s), [1], "it is before those that came later");
     s.remove(1);
-    s.add(4, demand(1, 4));
+    s.add(4, request(1, 4));
     s.plan(&mut planned, &mut |id| if id == 3 { Readiness::Later } else { Readiness::Ready });
     assert_eq!(planned[0].id, 4, "a tenant that has to wait lets the others go on");
     s.remove(4);
     s.plan(&mut planned, &mut |_| Readiness::Gone);
     assert_eq!((planned.len(), s.waiting()), (0, 0));
-    s.add(5, demand(0, 4));
+    s.add(5, request(0, 4));
     s.plan(&mut planned, &mut |_| Readiness::Loading);
     s.remove(5);
     s.resume(5);
@@ -424,13 +424,71 @@ fn one_whose_adapter_loads_is_set_aside_and_comes_back_to_its_place() {
 #[test]
 fn nobody_starts_over_for_one_that_is_not_ready() {
     let mut s = scheduler(100);
-    (1..=4).for_each(|id| s.add(id, demand(0, 4)));
+    (1..=4).for_each(|id| s.add(id, request(0, 4)));
     plan(&mut s);
     (1..=4).for_each(|id| s.extend(id));
-    s.add(6, demand(2, 4));
+    s.add(6, request(2, 4));
     let mut planned = Vec::new();
     s.plan(&mut planned, &mut |_| Readiness::Loading);
     assert_eq!(planned.len(), 4, "its adapter is not there, so it takes no place");
+}
+
+/// What holds an adapter of its tenant's share must not wait for a newcomer that waits for that share.
+#[test]
+fn one_whose_turn_had_come_goes_before_a_newcomer_that_has_to_wait() {
+    let mut s = Scheduler::new(SchedulerConfig { max_running: 2, ..config(100) });
+    let urgent = || SequenceRequest { priority: 9, ..request(0, 4) };
+    let mut planned = Vec::new();
+    // One that was set aside, and has its adapter now.
+    s.add(1, request(0, 4));
+    s.plan(&mut planned, &mut |_| Readiness::Loading);
+    s.add(2, urgent());
+    s.resume(1);
+    let only_the_newcomer_waits = &mut |id| if id == 2 { Readiness::Later } else { Readiness::Ready };
+    s.plan(&mut planned, only_the_newcomer_waits);
+    assert_eq!(planned.iter().map(|p| p.id).collect::<Vec<_>>(), [1]);
+    s.remove(2);
+
+    // One that has started, and lost its place to another tenant.
+    s.add(3, request(0, 4));
+    s.extend(1);
+    assert_eq!(planned_ids(&mut s), [1, 3]);
+    s.add(4, request(1, 4));
+    [1, 3].iter().for_each(|id| s.extend(*id));
+    plan(&mut s);
+    let sent_back: Vec<u64> = s.take_preempted().collect();
+    assert_eq!(sent_back.len(), 1);
+    s.add(2, urgent());
+    s.remove(4);
+    s.plan(&mut planned, only_the_newcomer_waits);
+    assert!(planned.iter().any(|p| p.id == sent_back[0]), "{planned:?}");
+}
+
+/// Many tenants whose adapters are not there cost a step no more than a few, and none of them is forgotten.
+#[test]
+fn tenants_that_have_to_wait_are_looked_at_a_few_in_a_step() {
+    let mut s = scheduler(1000);
+    s.add(0, request(0, 4));
+    plan(&mut s);
+    const MANY: u64 = 10 * MOST_LATER as u64;
+    (1..=MANY).for_each(|id| s.add(id, request(id as u32, 4)));
+    let mut planned = Vec::new();
+    let mut asked = std::collections::BTreeSet::new();
+    for _ in 0..10 {
+        s.extend(0);
+        let mut in_this_step = 0;
+        s.plan(&mut planned, &mut |id| {
+            in_this_step += 1;
+            asked.insert(id);
+            Readiness::Later
+        });
+        assert!(in_this_step <= MOST_LATER && planned.len() == 1, "{in_this_step}");
+    }
+    assert_eq!(asked.len(), MANY as usize, "all have been looked at");
+    s.remove(0);
+    let last = &mut |id| if id == MANY { Readiness::Ready } else { Readiness::Later };
+    s.plan(&mut planned, last);
+    assert_eq!(planned[0].id, MANY, "where nothing runs, a step finds the one that can");
 }
 
 /// A queue of tens of thousands costs a step nothing: only the first of each tenant is looked at.
@@ -438,7 +496,7 @@ fn nobody_starts_over_for_one_that_is_not_ready() {
 fn a_long_queue_is_not_walked() {
     let mut s = scheduler(100);
     const MANY: u64 = 50_000;
-    (0..MANY).for_each(|id| s.add(id, demand((id % 7) as u32, 4)));
+    (0..MANY).for_each(|id| s.add(id, request((id % 7) as u32, 4)));
     let mut asked = 0;
     let mut planned = Vec::new();
     s.plan(&mut planned, &mut |_| {
@@ -462,7 +520,7 @@ proptest! {
         let mut served = [0u64; 3];
         let (mut arrivals, mut returns) = (0i64, 0i64);
         for (id, (what, tenant, priority)) in (1u64..).zip(steps) {
-            let entry = |rank| Entry { id, tenant, rank, length: 1, longest: 1, computed: 0, charged: 0, blocks: Vec::new(), chain: None, published: 0 };
+            let entry = |rank| Entry { id, tenant, rank, length: 1, longest: 1, computed: 0, charged: 0, blocks: Vec::new(), hashes: None, published: 0, begun: false };
             match what {
                 0 | 1 => {
                     arrivals += 1;

@@ -17,14 +17,7 @@ impl Rank {
 }
 
 /// A tenant's place among the tenants: what it has been served, then its number.
-pub type Place = (u64, u32);
-
-/// Where a sequence is.
-#[derive(Debug, Clone, Copy)]
-enum Where {
-    Queued(u32, Rank),
-    Aside,
-}
+pub type TenantRank = (u64, u32);
 
 /// One tenant's sequences.
 #[derive(Debug, Default)]
@@ -32,17 +25,20 @@ struct Queue {
     /// What the tenant has had: its place in the order.
     served: u64,
     entries: BTreeMap<Rank, Entry>,
+    /// Of `entries`, those whose turn had come before.
+    begun: BTreeSet<Rank>,
 }
 
 /// The sequences that wait. Operations on one take time logarithmic in all.
 #[derive(Debug, Default)]
 pub struct Waiting {
     /// The tenants with a queue, the least-served first.
-    order: BTreeSet<Place>,
+    order: BTreeSet<TenantRank>,
     queues: HashMap<u32, Queue>,
+    /// Where each queued sequence is.
+    queued: HashMap<u64, (u32, Rank)>,
     aside: HashMap<u64, Entry>,
-    places: HashMap<u64, Where>,
-    /// Next place behind all others, and the last one given before all others.
+    /// Next rank behind all others, and the last one given before all others.
     last: i64,
     first: i64,
 }
@@ -62,35 +58,39 @@ impl Waiting {
 
     /// Queues a sequence by its rank. `served`: what its tenant has had.
     pub fn push(&mut self, served: u64, entry: Entry) {
-        self.places.insert(entry.id, Where::Queued(entry.tenant, entry.rank));
+        self.queued.insert(entry.id, (entry.tenant, entry.rank));
         self.order.insert((served, entry.tenant));
         let queue = self.queues.entry(entry.tenant).or_default();
         queue.served = served;
+        if entry.begun {
+            queue.begun.insert(entry.rank);
+        }
         queue.entries.insert(entry.rank, entry);
     }
 
     /// Takes a sequence out, wherever it is.
     pub fn remove(&mut self, id: u64) -> Option<Entry> {
-        match self.places.remove(&id)? {
-            Where::Aside => self.aside.remove(&id),
-            Where::Queued(tenant, rank) => {
-                let queue = self.queues.get_mut(&tenant)?;
-                let entry = queue.entries.remove(&rank);
-                if queue.entries.is_empty() {
-                    self.order.remove(&(queue.served, tenant));
-                    self.queues.remove(&tenant);
-                }
-                entry
-            }
+        let Some((tenant, rank)) = self.queued.remove(&id) else { return self.aside.remove(&id) };
+        let queue = self.queues.get_mut(&tenant)?;
+        let entry = queue.entries.remove(&rank);
+        queue.begun.remove(&rank);
+        if queue.entries.is_empty() {
+            self.order.remove(&(queue.served, tenant));
+            self.queues.remove(&tenant);
+        }
+        entry
+    }
+
+    /// Sets a queued sequence aside whose turn has come; it keeps its rank.
+    pub fn set_aside(&mut self, id: u64) {
+        if let Some(entry) = self.remove(id) {
+            self.push_aside(Entry { begun: true, ..entry });
         }
     }
 
-    /// Sets a queued sequence aside; it keeps its rank.
-    pub fn set_aside(&mut self, id: u64) {
-        if let Some(entry) = self.remove(id) {
-            self.places.insert(id, Where::Aside);
-            self.aside.insert(id, entry);
-        }
+    /// Adds a sequence to those set aside.
+    pub fn push_aside(&mut self, entry: Entry) {
+        self.aside.insert(entry.id, entry);
     }
 
     /// Queues a sequence again that was set aside.
@@ -110,7 +110,7 @@ impl Waiting {
     }
 
     /// The first sequence of the least-served tenant behind this place, and the tenant's own place.
-    pub fn next_after(&self, place: Option<Place>) -> Option<(Place, &Entry)> {
+    pub fn next_after(&self, place: Option<TenantRank>) -> Option<(TenantRank, &Entry)> {
         let from = place.map_or(Bound::Unbounded, Bound::Excluded);
         let next = *self.order.range((from, Bound::Unbounded)).next()?;
         Some((next, self.first_of(next.1)?))
@@ -125,11 +125,17 @@ impl Waiting {
         self.queues.get(&tenant)?.entries.first_key_value().map(|(_, entry)| entry)
     }
 
+    /// The first of a tenant's sequences whose turn had come before.
+    pub fn first_begun(&self, tenant: u32) -> Option<&Entry> {
+        let queue = self.queues.get(&tenant)?;
+        queue.entries.get(queue.begun.first()?)
+    }
+
     pub fn len(&self) -> usize {
-        self.places.len()
+        self.queued.len() + self.aside.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.len() == 0
     }
 }

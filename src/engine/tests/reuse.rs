@@ -11,9 +11,9 @@ struct Counting {
 }
 
 impl Executor for Counting {
-    fn forward(&mut self, spans: &[SequenceChunk<'_>]) -> Result<&[f32]> {
-        self.rows.fetch_add(spans.iter().map(|span| span.ids.len()).sum(), Ordering::Relaxed);
-        self.model.forward(spans)
+    fn forward(&mut self, chunks: &[SequenceChunk<'_>]) -> Result<&[f32]> {
+        self.rows.fetch_add(chunks.iter().map(|chunk| chunk.ids.len()).sum(), Ordering::Relaxed);
+        self.model.forward(chunks)
     }
 }
 
@@ -24,10 +24,10 @@ fn what_was_computed_before_is_not_computed_again() {
         let layout = KvLayout { block_tokens: 8, blocks: 60 };
         let rows = Arc::new(AtomicUsize::new(0));
         let counting = Box::new(Counting { model: w.model.executor(layout).unwrap(), rows: rows.clone() });
-        let facts = EngineInfo { base: w.model.shape().digest, context: w.model.context_length(), layout };
+        let info = EngineInfo { base: w.model.shape().digest, context: w.model.context_length(), layout };
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
         let memory = Memory::new(1 << 30);
-        let engine = Engine::start_with(counting, facts, text, hub, arbiter, memory, &Limits::default()).unwrap();
+        let engine = Engine::start_with(counting, info, text, hub, arbiter, memory, &Limits::default()).unwrap();
         let ask = async |tenant: &Tenant, adapter, prompt: Vec<u32>| {
             let request = Request { adapter, prompt, max_tokens: 6, temperature: 0.0, seed: 0 };
             let before = rows.load(Ordering::Relaxed);
