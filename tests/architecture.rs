@@ -1,4 +1,5 @@
-//! The import directions of ARCHITECTURE.md's map, the places that may make a `Tenant`, and where `unsafe`, SQL and tonic may appear.
+//! The import directions of ARCHITECTURE.md's map, the places that may make a `Tenant`, where `unsafe`, SQL and tonic may appear, and that the
+//! reasons of errors are documented.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
 
@@ -78,7 +79,12 @@ fn read(path: PathBuf) -> Source {
         first.trim_end_matches(".rs").to_owned()
     };
     let text = std::fs::read_to_string(&path).expect("a source file");
-    let code = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+    // Not where tests in a file of their own are only named.
+    let tests = text.match_indices("#[cfg(test)]\nmod ").find(|(at, _)| {
+        let line = text[at + "#[cfg(test)]\n".len()..].lines().next();
+        line.is_some_and(|line| line.ends_with('{'))
+    });
+    let code = &text[..tests.map_or(text.len(), |(at, _)| at)];
     let code = code.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n");
     Source { path, module, code }
 }
@@ -164,6 +170,34 @@ fn the_model_knows_no_runtime() {
     for source in sources().into_iter().filter(|s| NO_TOKIO.contains(&s.module.as_str())) {
         assert!(!source.code.contains("tokio"), "{}", source.path.display());
     }
+}
+
+/// What makes errors with a reason; the reason is the first text after it.
+const MAKERS: [&str; 6] = ["precondition(", "invalid_because(", "refuse(", "info(", "plain(Code::", "about(Code::"];
+
+/// The reasons of errors that some code makes.
+fn reasons(code: &str) -> BTreeSet<String> {
+    let of = |maker: &str| -> Vec<String> {
+        let after = code.match_indices(maker).map(|(at, _)| &code[at + maker.len()..]);
+        let text = after.filter_map(|rest| Some(rest.split_once('"')?.1.split_once('"')?.0.to_owned()));
+        text.filter(|text| text.len() > 3 && text.bytes().all(|b| b.is_ascii_uppercase() || b == b'_')).collect()
+    };
+    MAKERS.iter().flat_map(|maker| of(maker)).collect()
+}
+
+/// A program may match on reasons, so each is in `docs/ERRORS.md`, and nothing else is.
+#[test]
+fn reasons_of_errors_are_documented() {
+    let page = std::fs::read_to_string("docs/ERRORS.md").expect("the page");
+    let made: BTreeSet<String> = sources().iter().flat_map(|source| reasons(&source.code)).collect();
+    assert!(made.len() > 60, "{made:?}");
+    let missing: Vec<_> = made.iter().filter(|reason| !page.contains(&format!("`{reason}`"))).collect();
+    assert!(missing.is_empty(), "not in docs/ERRORS.md: {missing:?}");
+    let words =
+        page.split('`').skip(1).step_by(2).filter(|word| word.bytes().all(|b| b.is_ascii_uppercase() || b == b'_'));
+    let all: String = sources().iter().map(|source| source.code.as_str()).collect();
+    let unknown: Vec<_> = words.filter(|word| !all.contains(&format!("\"{word}\""))).collect();
+    assert!(unknown.is_empty(), "in docs/ERRORS.md and nowhere else: {unknown:?}");
 }
 
 #[test]

@@ -9,8 +9,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::{Error as BlobError, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode};
-use tonic::codegen::Bytes;
+use object_store::{Error as BlobError, MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
 use crate::error::{Error, Result};
 use crate::store::watch::{DiskWrite, Watch, When, reach};
@@ -45,13 +44,13 @@ impl Blobs {
     /// put right.
     pub async fn put(&self, key: &str, bytes: Vec<u8>) -> Result<()> {
         reach(self.watch.as_ref(), DiskWrite::Put, When::Before).await?;
-        let content = Bytes::from(bytes);
-        match self.files.put_opts(&parse(key)?, content.clone().into(), PutMode::Create.into()).await {
+        let content = PutPayload::from(bytes);
+        match self.files.put_opts(&parse(key)?, content.clone(), PutMode::Create.into()).await {
             Ok(_) => {}
             Err(BlobError::AlreadyExists { .. }) if self.holds(key, &content).await => {}
             Err(BlobError::AlreadyExists { .. }) => {
                 tracing::warn!(key, "a damaged file is written again");
-                let replaced = self.files.put_opts(&parse(key)?, content.into(), PutMode::Overwrite.into()).await;
+                let replaced = self.files.put_opts(&parse(key)?, content, PutMode::Overwrite.into()).await;
                 replaced.map_err(|e| self.failed(key, e))?;
             }
             Err(e) => return Err(self.failed(key, e)),
@@ -59,10 +58,13 @@ impl Blobs {
         reach(self.watch.as_ref(), DiskWrite::Put, When::After).await
     }
 
-    /// Whether a file can be read and has this content.
-    async fn holds(&self, key: &str, content: &[u8]) -> bool {
-        self.size(key).await.is_ok_and(|size| size == Some(content.len() as u64))
-            && self.get(key).await.is_ok_and(|found| found.as_deref() == Some(content))
+    /// Whether a file can be read and has this content, which is in one piece.
+    async fn holds(&self, key: &str, content: &PutPayload) -> bool {
+        if self.size(key).await.ok().flatten() != Some(content.content_length() as u64) {
+            return false;
+        }
+        let found = self.get(key).await.ok().flatten();
+        found.is_some_and(|found| content.iter().map(|piece| &piece[..]).eq([found.as_slice()]))
     }
 
     /// The bytes of a file; `None` where there is none.
