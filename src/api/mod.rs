@@ -18,6 +18,8 @@ mod datasets;
 mod edge;
 mod generation;
 mod live;
+mod paced;
+mod peft_upload;
 mod places;
 mod safety;
 mod server;
@@ -26,7 +28,6 @@ mod status;
 mod tenants;
 mod training;
 mod uploads;
-mod watched;
 
 use crate::telemetry::traces;
 #[doc(hidden)]
