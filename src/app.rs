@@ -33,8 +33,8 @@ use crate::work::blocking;
 /// Time that the last spans have to reach their collector.
 const FLUSH: Duration = Duration::from_secs(2);
 
-/// How often the hub's figures are read.
-const HUB_INTERVAL: Duration = Duration::from_secs(5);
+/// How often figures are read that do not report themselves.
+const OBSERVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The base and its tokenizer.
 pub type Base = (Arc<Model>, Arc<Text>);
@@ -146,7 +146,7 @@ async fn serve_and_close(
     let mut _observer = None;
     let parts = async {
         let parts = parts.await?;
-        _observer = metrics.is_some().then(|| observe(parts.hub.clone()));
+        _observer = metrics.is_some().then(|| observe(parts.clone()));
         Ok(parts)
     };
     let served = api::serve(config, store.clone(), parts, ready, &serving, listener, shutdown).await;
@@ -207,12 +207,15 @@ async fn make_operator_tenant(store: &Store) -> Result<()> {
     }
 }
 
-/// Reads the hub's figures until the handle is dropped; all others report for themselves.
-fn observe(hub: Arc<Hub>) -> AbortOnDropHandle<()> {
+/// Reads the figures of the hub, the memory and the work of requests until the handle is dropped; all others report for themselves.
+fn observe(parts: api::Parts) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
-            hub.stats().show();
-            tokio::time::sleep(HUB_INTERVAL).await;
+            parts.hub.stats().show();
+            metrics::gauge!("tenora_request_memory_bytes").set(parts.memory.used() as f64);
+            metrics::gauge!("tenora_uploads_under_way").set(parts.places.uploads.held() as f64);
+            metrics::gauge!("tenora_reads_under_way").set(parts.places.reads.held() as f64);
+            tokio::time::sleep(OBSERVE_INTERVAL).await;
         }
     }))
 }

@@ -102,7 +102,7 @@ limits! {
     max_message_bytes = 4 * MIB, "bytes";
     /// The message of a call that is no upload. Larger ones are OUT_OF_RANGE.
     max_request_bytes = 4 * MIB, "bytes";
-    /// Time in which the message of a call that is no upload must have come.
+    /// Time in which the message of a call that is no upload, or of a question about health, must have come.
     request_seconds = 60, "seconds";
     /// One uploaded dataset.
     max_dataset_bytes = 256 * MIB, "bytes";
@@ -196,27 +196,34 @@ limits! {
     train_share_percent = 40, "percent";
     /// Streams of one connection.
     max_streams_per_connection = 256, "streams";
-    /// Calls of tenants under way on all connections.
+    /// Calls of tenants under way on all connections. A tenant may have as many as it leaves to others, and one in any case, so that each
+    /// further tenant adds one where there are none left.
     max_calls = 4096, "calls";
     /// Calls of one tenant under way.
     max_calls_per_tenant = 1024, "calls";
-    /// Uploads under way at once, imports to the end of their publication.
+    /// Checks of the server's health under way, and as many calls whose key is not known yet and is looked up. Shared among addresses, or
+    /// IPv6 /64, as `max_calls` is among tenants.
+    max_keyless_calls = 1024, "calls";
+    /// Uploads under way, imports to the end of their publication; shared among tenants as `max_calls` is.
     max_uploads = 8, "uploads";
     /// Uploads of one tenant under way.
     max_uploads_per_tenant = 4, "uploads";
-    /// Datasets and adapters read whole at once for inspection, validation or export.
+    /// Datasets and adapters that are being read whole for inspection, validation or export; shared among tenants as `max_calls` is.
     max_reads = 8, "reads";
     /// The same of one tenant.
     max_reads_per_tenant = 2, "reads";
-    /// Open connections. Where there are as many, the oldest over which no call with a valid key has come is closed for a new one, or else the
-    /// one that has been idle for longest.
+    /// Open connections. Where there are as many, one is closed for a new one: of the address that has most, the oldest that is not kept for
+    /// who has called with a valid key, or else the one of those that has been idle for longest. For one tenant as many are kept as it
+    /// leaves to others.
     max_connections = 1024, "connections";
     /// The same from one address, or one IPv6 /64.
     max_connections_per_address = 512, "connections";
     /// Time in which a connection must have ended its TLS handshake, and again in which it must begin to speak HTTP/2.
     handshake_seconds = 10, "seconds";
-    /// Watches of the server's health at once, which need no key.
+    /// Watches of the server's health under way, which need no key. One address, or IPv6 /64, may have a quarter of them.
     max_health_watches = 64, "calls";
+    /// The message of a question about health, which needs no key. Larger ones are OUT_OF_RANGE.
+    max_health_request_bytes = 1024, "bytes";
     /// A connection that is silent for this long is asked for a sign of life, and closed without one.
     keepalive_seconds = 20, "seconds";
     /// Time that answers under way get after SIGTERM.
@@ -259,6 +266,15 @@ const RANGES: &[(&str, std::ops::RangeInclusive<u64>)] = &[
     ("export_idle_seconds", 1..=86_400),
     ("request_seconds", 1..=86_400),
     ("handshake_seconds", 1..=3600),
+    ("max_calls", 1..=u64::MAX),
+    ("max_calls_per_tenant", 1..=u64::MAX),
+    ("max_keyless_calls", 1..=u64::MAX),
+    ("max_uploads", 1..=u64::MAX),
+    ("max_uploads_per_tenant", 1..=u64::MAX),
+    ("max_reads", 1..=u64::MAX),
+    ("max_reads_per_tenant", 1..=u64::MAX),
+    ("max_health_watches", 1..=u64::MAX),
+    ("max_health_request_bytes", 64..=1 << 16),
     ("max_connections", 1..=1 << 20),
     ("max_connections_per_address", 1..=1 << 20),
     ("max_request_bytes", 1024..=1 << 30),
@@ -284,6 +300,9 @@ mod tests {
         limits.set("max_rank", 7).unwrap();
         assert_eq!(limits.max_rank, 7);
         assert!(limits.set("no_such", 1).unwrap_err().to_string().contains("max_rank"));
+        for name in ["max_calls", "max_uploads", "max_reads", "max_uploads_per_tenant", "max_health_watches"] {
+            limits.set(name, 0).expect_err("one is always given");
+        }
         assert!(limits.set("keepalive_seconds", 0).unwrap_err().to_string().contains("1..="));
         for (name, default, _) in Limits::TABLE {
             limits.set(name, *default).unwrap();

@@ -1,8 +1,8 @@
 //! The memory that calls may take: one budget for the whole process (limit `max_request_memory_bytes`), in two halves.
 //!
 //! **Requests** take from the first what they bring and what waits to be read of their answers. Nothing waits for it: where there is too
-//! little, a call is refused. A tenant may hold as much as is left to the others, so that whoever holds nothing finds room however many
-//! tenants take all that they can get.
+//! little, a call is refused. A tenant may hold as much as it leaves to the others: the first to take all that it can get has a half, the
+//! next a quarter, and so on, so that whoever comes after them finds room for small calls, though for ever smaller ones.
 //!
 //! **Bulk work** (publishing an import, reading a whole dataset or adapter) takes from the second and waits in the order of arrival; what
 //! is larger than the half takes all of it, and so runs alone.
@@ -64,7 +64,7 @@ impl Memory {
         Ok(Bulk { _permit: permit })
     }
 
-    /// Bytes that are taken, by requests and by bulk work.
+    /// Returns the bytes that are taken, by requests and by bulk work.
     pub fn used(&self) -> u64 {
         let bulk = u64::from(self.bulk_units) - self.bulk.available_permits() as u64;
         self.lock().used + bulk * BULK_UNIT
@@ -74,9 +74,19 @@ impl Memory {
         lock(&self.requests)
     }
 
-    fn take(&self, owner: Option<&TenantId>, bytes: u64) -> Result<()> {
+    /// `call`: what the call holds already.
+    fn take(&self, owner: Option<&TenantId>, call: u64, bytes: u64) -> Result<()> {
         let mut requests = self.lock();
         if let Some(tenant) = owner {
+            let needs = call.saturating_add(bytes);
+            if needs > self.limit / 2 {
+                let message = format!(
+                    "this call needs {needs} bytes of memory, and no tenant's calls ever get more than {}; send less at once, or have the \
+                     operator raise the limit",
+                    self.limit / 2
+                );
+                return Err(Error::Exhausted { limit: LIMIT, message, retry_after: None });
+            }
             let free = self.limit.saturating_sub(requests.used);
             let held = requests.tenants.get(tenant).copied().unwrap_or(0);
             // As much as it then holds must be left.
@@ -117,10 +127,10 @@ impl Account {
     /// Takes more.
     ///
     /// # Errors
-    /// EXHAUSTED where the tenant would hold more than is left to the others.
+    /// EXHAUSTED where the tenant would hold more than is left to the others; without a time to try again where it always would.
     pub fn grow(&mut self, bytes: u64) -> Result<()> {
         if bytes > 0 {
-            self.memory.take(self.owner.as_ref(), bytes)?;
+            self.memory.take(self.owner.as_ref(), self.bytes, bytes)?;
             self.bytes += bytes;
         }
         Ok(())
@@ -182,6 +192,25 @@ mod tests {
         drop(greedy);
         assert_eq!(memory.used(), 0);
         assert!(memory.lock().tenants.is_empty());
+    }
+
+    #[test]
+    fn who_can_never_get_it_is_not_told_to_try_again() {
+        let memory = Memory::new(2 * 1000);
+        let [one, other] = ["one", "other"].map(|id| TenantId::new(id).unwrap());
+        let mut account = memory.account(Some(&one));
+        let refused = |result: Result<()>| match result {
+            Err(Error::Exhausted { limit: LIMIT, message, retry_after }) => (message, retry_after),
+            other => panic!("{other:?}"),
+        };
+        account.grow(400).unwrap();
+        let (message, retry_after) = refused(account.grow(101));
+        assert!(message.contains("501") && message.contains("500") && message.contains("send less"), "{message}");
+        assert_eq!(retry_after, None);
+        let (_, retry_after) = refused(memory.account(Some(&other)).grow(500));
+        assert_eq!(retry_after, Some(RETRY_AFTER), "there will be room once the first is done");
+        drop(account);
+        memory.account(Some(&other)).grow(500).unwrap();
     }
 
     #[tokio::test]

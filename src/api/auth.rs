@@ -4,8 +4,9 @@
 //! a request without a caller (a route that went round the edge) gets nothing.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
@@ -13,6 +14,8 @@ use tokio::sync::Semaphore;
 use tonic::Extensions;
 use tonic::codegen::http::HeaderMap;
 
+use super::places::Places;
+use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::{Tenant, TenantId};
 use crate::store::{KeyOwner, KeyRow, Store};
@@ -39,47 +42,87 @@ pub struct Entered {
     pub key: Option<String>,
 }
 
-/// How long a key that was found sound is not looked up again. It is forgotten at once when it is revoked.
-const FRESH: Duration = Duration::from_secs(5);
 /// Keys remembered at once.
 const MOST_REMEMBERED: usize = 10_000;
 /// Keys looked up at once: strangers with made-up keys cannot keep the catalogue busy.
 const LOOKUPS: usize = 2;
+/// When a call may come again that found too many in line for a lookup.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Checks keys, against the store or by what it has said a moment ago: a revoked key is worthless at once. Clones share what they know.
+/// Checks keys, against the store or by what it has said before. A key that was found sound is not looked up again, so that strangers with
+/// made-up keys delay nobody whose key has been seen. What revokes keys goes through this process and says so here: a revoked key is
+/// worthless at once. Clones share what they know.
 #[derive(Debug, Clone)]
 pub struct Auth {
     store: Store,
     /// Everyone is the operator.
     insecure: bool,
-    known: Arc<Mutex<Known>>,
+    remembered: Arc<Mutex<Remembered>>,
     lookups: Arc<Semaphore>,
+    /// The calls that wait for a lookup or have one, by their address.
+    in_line: Places<IpAddr>,
 }
 
-/// Keys that were sound a moment ago, by id.
+/// What is known without asking the store.
 #[derive(Debug, Default)]
-struct Known {
-    keys: HashMap<String, (KeyRow, Instant)>,
+struct Remembered {
+    /// Keys that were found sound, by id.
+    keys: HashMap<String, KeyRow>,
     /// Counts what was forgotten: an answer that was on its way meanwhile is not remembered.
     forgotten: u64,
+    /// The tenants that are being deleted, each with how many calls do so.
+    leaving: HashMap<TenantId, u64>,
+}
+
+impl Remembered {
+    fn forget_tenant(&mut self, tenant: &TenantId) {
+        self.forgotten += 1;
+        self.keys.retain(|_, key| !matches!(&key.owner, KeyOwner::Tenant(id, _) if id == tenant));
+    }
+}
+
+/// A tenant that is being deleted has no calls until this is dropped.
+#[derive(Debug)]
+#[must_use = "the tenant's calls are let in again once this is dropped"]
+pub struct Leaving {
+    auth: Auth,
+    tenant: TenantId,
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        let mut remembered = self.auth.remembered();
+        // What was found sound meanwhile may be gone.
+        remembered.forget_tenant(&self.tenant);
+        if let Some(count) = remembered.leaving.get_mut(&self.tenant) {
+            *count -= 1;
+            if *count == 0 {
+                remembered.leaving.remove(&self.tenant);
+            }
+        }
+    }
 }
 
 impl Auth {
     /// Returns what tells callers by the store's keys. `insecure` takes every caller for the operator.
-    pub fn new(store: Store, insecure: bool) -> Self {
-        Self { store, insecure, known: Arc::default(), lookups: Arc::new(Semaphore::new(LOOKUPS)) }
+    pub fn new(store: Store, insecure: bool, limits: &Limits) -> Self {
+        let most = ("max_keyless_calls", limits.max_keyless_calls);
+        let in_line = Places::new("calls whose key is looked up", most, most, RETRY_AFTER);
+        let (remembered, lookups) = (Arc::default(), Arc::new(Semaphore::new(LOOKUPS)));
+        Self { store, insecure, remembered, lookups, in_line }
     }
 
-    /// The owner of the bearer key in the `authorization` header. One text for every wrong key.
-    pub async fn caller(&self, headers: &HeaderMap) -> Result<Entered> {
+    /// The owner of the bearer key in the `authorization` header of a call from this address. One text for every wrong key.
+    pub async fn caller(&self, headers: &HeaderMap, address: IpAddr) -> Result<Entered> {
         if self.insecure {
             return Ok(Entered { caller: Caller::Operator, key: None });
         }
         let secret = bearer(headers)?;
         let key = match key_id(secret) {
-            Some(id) => self.find(id, &Sha256::digest(secret).into()).await?,
+            Some(id) => self.find(id, &Sha256::digest(secret).into(), address).await?,
             None => None,
         };
+        let key = key.filter(|key| !matches!(&key.owner, KeyOwner::Tenant(id, _) if self.is_leaving(id)));
         let Some(KeyRow { id, owner, .. }) = key else {
             return Err(Error::Unauthenticated {
                 message: "this key is unknown or has been revoked; ask the operator for a new one".into(),
@@ -93,52 +136,68 @@ impl Auth {
     }
 
     /// The key of this id, where its secret has this hash and it is not revoked.
-    async fn find(&self, id: &str, given: &[u8; 32]) -> Result<Option<KeyRow>> {
+    async fn find(&self, id: &str, given: &[u8; 32], address: IpAddr) -> Result<Option<KeyRow>> {
         let is_sound = |key: &KeyRow| bool::from(key.hash.ct_eq(given)) && key.revoked.is_none();
+        if let Some(key) = self.remembered().keys.get(id) {
+            return Ok(Some(key.clone()).filter(is_sound));
+        }
+        let _place = self.in_line.take_for(&address)?;
+        let _permit = self.lookups.acquire().await.map_err(Error::internal)?;
         let forgotten = {
-            let known = self.known();
-            if let Some((key, since)) = known.keys.get(id)
-                && since.elapsed() < FRESH
-            {
+            let remembered = self.remembered();
+            // Of many first calls with a key, one looks it up.
+            if let Some(key) = remembered.keys.get(id) {
                 return Ok(Some(key.clone()).filter(is_sound));
             }
-            known.forgotten
+            remembered.forgotten
         };
-        let _place = self.lookups.acquire().await.map_err(Error::internal)?;
         let key = self.store.find_key(id).await?.filter(is_sound);
-        let mut known = self.known();
+        let mut remembered = self.remembered();
         if let Some(key) = &key
-            && known.forgotten == forgotten
+            && remembered.forgotten == forgotten
         {
-            if known.keys.len() >= MOST_REMEMBERED {
-                known.keys.clear();
+            if remembered.keys.len() >= MOST_REMEMBERED {
+                remembered.keys.clear();
             }
-            known.keys.insert(id.to_owned(), (key.clone(), Instant::now()));
+            remembered.keys.insert(id.to_owned(), key.clone());
         }
         Ok(key)
     }
 
     /// Counts revocations and deletions: where it has not changed, no key that was found meanwhile has been revoked.
     pub fn forgotten(&self) -> u64 {
-        self.known().forgotten
+        self.remembered().forgotten
     }
 
-    /// A key has been revoked.
+    /// A key is being revoked, or has been.
     pub fn forget_key(&self, id: &str) {
-        let mut known = self.known();
-        known.forgotten += 1;
-        known.keys.remove(id);
+        let mut remembered = self.remembered();
+        remembered.forgotten += 1;
+        remembered.keys.remove(id);
     }
 
-    /// A tenant has been deleted, or has another weight.
+    /// A tenant has another weight.
     pub fn forget_tenant(&self, tenant: &TenantId) {
-        let mut known = self.known();
-        known.forgotten += 1;
-        known.keys.retain(|_, (key, _)| !matches!(&key.owner, KeyOwner::Tenant(id, _) if id == tenant));
+        self.remembered().forget_tenant(tenant);
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
-        lock(&self.known)
+    /// Proof that `owner` may be deleted by who has been let through as an operator. It has no new calls from now on, nor do operators act
+    /// for it, until the deletion has ended.
+    pub async fn begin_deleting(&self, owner: &TenantId) -> Result<(Tenant, Leaving)> {
+        let row = self.store.get_tenant(owner).await?;
+        let mut remembered = self.remembered();
+        *remembered.leaving.entry(owner.clone()).or_default() += 1;
+        remembered.forget_tenant(owner);
+        drop(remembered);
+        Ok((Tenant::proven(row.id), Leaving { auth: self.clone(), tenant: owner.clone() }))
+    }
+
+    fn is_leaving(&self, tenant: &TenantId) -> bool {
+        self.remembered().leaving.contains_key(tenant)
+    }
+
+    fn remembered(&self) -> MutexGuard<'_, Remembered> {
+        lock(&self.remembered)
     }
 
     /// Proof that the caller may act on `owner`'s names. A tenant is refused another's before anything is looked up; an operator
@@ -149,6 +208,7 @@ impl Auth {
                 tenant.check_owns(owner)?;
                 Ok(tenant.clone())
             }
+            Caller::Operator if self.is_leaving(owner) => Err(Error::not_found(owner)),
             Caller::Operator => {
                 let row = self.store.get_tenant(owner).await?;
                 Ok(Tenant::proven(row.id).with_weight(row.weight))
@@ -216,6 +276,55 @@ mod tests {
         assert_eq!(key_id("tnr_k1_x_y"), Some("k1"));
         assert_eq!(key_id("tnr_k1"), None);
         assert_eq!(key_id("sk_k1_x"), None);
+    }
+
+    async fn auth(limits: &Limits) -> (tempfile::TempDir, Auth, HeaderMap, TenantId) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        let tenant = TenantId::new("a").unwrap();
+        store.create_tenant(&tenant, "", 1, "").await.unwrap();
+        let (_, secret) = store.create_key(&tenant, "", "").await.unwrap();
+        (dir, Auth::new(store, false, limits), headers(&format!("Bearer {secret}")), tenant)
+    }
+
+    fn address(n: u8) -> IpAddr {
+        [10, 0, 0, n].into()
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_lookup_delays_nobody_whose_key_is_known() {
+        let (_dir, auth, good, _) = auth(&Limits { max_keyless_calls: 2, ..Limits::default() }).await;
+        auth.caller(&good, address(1)).await.unwrap();
+        let _all = auth.lookups.acquire_many(LOOKUPS as u32).await.unwrap();
+        let made_up = headers("Bearer tnr_1_2");
+        let waits = auth.caller(&made_up, address(1));
+        tokio::pin!(waits);
+        assert!(futures::poll!(&mut waits).is_pending());
+        let one_more = auth.caller(&made_up, address(1)).await;
+        assert!(matches!(one_more, Err(Error::Exhausted { limit: "max_keyless_calls", .. })), "{one_more:?}");
+        let elsewhere = auth.caller(&made_up, address(2));
+        tokio::pin!(elsewhere);
+        assert!(futures::poll!(&mut elsewhere).is_pending(), "another address has a place");
+        auth.caller(&good, address(1)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_tenant_that_is_being_deleted_has_no_calls() {
+        let (_dir, auth, good, tenant) = auth(&Limits::default()).await;
+        auth.caller(&good, address(1)).await.unwrap();
+        let before = auth.forgotten();
+        let (_, leaving) = auth.begin_deleting(&tenant).await.unwrap();
+        assert_ne!(auth.forgotten(), before, "calls that are coming in look again");
+        assert!(matches!(auth.caller(&good, address(1)).await, Err(Error::Unauthenticated { .. })));
+        let mut operator = Extensions::default();
+        operator.insert(Caller::Operator);
+        assert!(matches!(auth.tenant_for(&operator, &tenant).await, Err(Error::NotFound { .. })));
+        let (_, second) = auth.begin_deleting(&tenant).await.unwrap();
+        drop(leaving);
+        auth.caller(&good, address(1)).await.unwrap_err();
+        drop(second);
+        auth.caller(&good, address(1)).await.expect("it was not deleted after all");
+        auth.tenant_for(&operator, &tenant).await.unwrap();
     }
 
     #[test]

@@ -7,11 +7,11 @@
 use std::collections::VecDeque;
 use std::io::Read as _;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http_body::Frame;
+use http_body::{Body as _, Frame};
 use tokio::time::Sleep;
 use tonic::Status;
 use tonic::body::Body;
@@ -25,7 +25,7 @@ use crate::memory::Account;
 use crate::sync::lock;
 
 /// Bytes before a message: whether it is compressed, and its length.
-const HEAD: usize = 5;
+pub const HEAD: usize = 5;
 /// What a field of a length takes in memory beside what is in it: our largest message, and the growth of the list that it is in.
 const FIELD_BYTES: u64 = 192;
 /// What a number takes in a list that grows.
@@ -59,11 +59,15 @@ pub fn settle(account: &SharedAccount) {
     account.shrink(all);
 }
 
+/// Why a call's body could not be read on, for whoever ends the answer: some handlers end theirs as if the body had ended.
+pub type Fault = Arc<OnceLock<Status>>;
+
 /// A call's body, counted.
 pub struct Measured {
     body: Body,
     rules: Rules,
     account: SharedAccount,
+    fault: Fault,
     time: Option<Pin<Box<Sleep>>>,
     /// The message that is coming.
     partial: Vec<u8>,
@@ -78,8 +82,13 @@ pub struct Measured {
 impl Measured {
     pub fn new(body: Body, rules: Rules, account: SharedAccount) -> Self {
         let time = rules.whole_within.map(|time| Box::pin(tokio::time::sleep(time)));
-        let (partial, messages) = (Vec::new(), VecDeque::new());
-        Self { body, rules, account, time, partial, messages, passed: 0, trailers: None, ended: false }
+        let (partial, messages, fault) = (Vec::new(), VecDeque::new(), Fault::default());
+        Self { body, rules, account, fault, time, partial, messages, passed: 0, trailers: None, ended: false }
+    }
+
+    /// Where the error will be that ends the body early.
+    pub fn fault(&self) -> Fault {
+        self.fault.clone()
     }
 
     /// Takes the next bytes.
@@ -100,7 +109,7 @@ impl Measured {
                 0 => decoded_bytes(&message[HEAD..], self.rules.factor, DEPTH),
                 _ => inflated_bytes(&message[HEAD..], self.rules)?,
             };
-            let decoded = decoded.ok_or_else(|| status::malformed("its bytes are no protobuf message"))?;
+            let decoded = decoded.map_err(|_| status::malformed("its bytes are no protobuf message"))?;
             if self.rules.whole_within.is_some() && !self.messages.is_empty() {
                 return Err(status::malformed("the method takes one message, and more have come"));
             }
@@ -125,39 +134,25 @@ impl Measured {
         Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))))
     }
 
-    fn too_slow(&self) -> Status {
-        let seconds = self.rules.whole_within.unwrap_or_default().as_secs();
-        let message = format!("the request did not arrive within {seconds} s; send it without a pause and end it");
-        Error::Exhausted { limit: "request_seconds", message, retry_after: None }.into()
-    }
-}
-
-impl http_body::Body for Measured {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = &mut *self;
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         loop {
-            if this.ended || this.rules.whole_within.is_none() && !this.messages.is_empty() {
-                return this.pass();
+            if self.ended || self.rules.whole_within.is_none() && !self.messages.is_empty() {
+                return self.pass();
             }
-            let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
-                return match &mut this.time {
-                    Some(time) => {
-                        ready!(time.as_mut().poll(cx));
-                        Poll::Ready(Some(Err(this.too_slow())))
-                    }
-                    None => Poll::Pending,
+            let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
+                let (Some(time), Some(within)) = (&mut self.time, self.rules.whole_within) else {
+                    return Poll::Pending;
                 };
+                ready!(time.as_mut().poll(cx));
+                return Poll::Ready(Some(Err(too_slow(within).into())));
             };
             match frame.transpose()? {
-                None => this.ended = true,
+                None => self.ended = true,
                 Some(frame) => match frame.into_data() {
-                    Ok(data) => this.take(&data)?,
+                    Ok(data) => self.take(&data)?,
                     Err(frame) => {
-                        this.trailers = frame.into_trailers().ok();
-                        this.ended = true;
+                        self.trailers = frame.into_trailers().ok();
+                        self.ended = true;
                     }
                 },
             }
@@ -165,8 +160,30 @@ impl http_body::Body for Measured {
     }
 }
 
-/// Returns what a gzip message takes at most when it is decompressed and decoded, or `None` where it holds no message: it is decompressed to look at it, within the limit.
-fn inflated_bytes(message: &[u8], rules: Rules) -> Result<Option<u64>, Status> {
+/// The request did not come in time.
+pub fn too_slow(within: Duration) -> Error {
+    let seconds = within.as_secs();
+    let message = format!("the request did not arrive within {seconds} s; send it without a pause and end it");
+    Error::Exhausted { limit: "request_seconds", message, retry_after: None }
+}
+
+impl http_body::Body for Measured {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let polled = self.poll(cx);
+        if let Poll::Ready(Some(Err(error))) = &polled {
+            // The first error is why the body ended.
+            let _ = self.fault.set(error.clone());
+        }
+        polled
+    }
+}
+
+/// Returns what a gzip message takes at most when it is decompressed and decoded; as [`decoded_bytes`] where it holds no message. It is
+/// decompressed to look at it, within the limit.
+fn inflated_bytes(message: &[u8], rules: Rules) -> Result<Result<u64, u64>, Status> {
     let mut plain = Vec::new();
     let most = rules.most.1;
     let read = flate2::read::GzDecoder::new(message).take(most.saturating_add(1)).read_to_end(&mut plain);
@@ -177,35 +194,43 @@ fn inflated_bytes(message: &[u8], rules: Rules) -> Result<Option<u64>, Status> {
     }
 }
 
-/// Returns what a message takes in memory at most when it is decoded, or `None` where the bytes are no message, whatever its type. Each byte is looked at no
-/// more than once for each level.
-fn decoded_bytes(mut bytes: &[u8], factor: u64, depth: u32) -> Option<u64> {
-    let mut sum = 0u64;
+/// Returns what a message takes in memory at most when it is decoded. Where the bytes are no message, whatever its type, the error is what
+/// stands before the fault takes: that is decoded all the same. Each byte is looked at no more than once for each level.
+fn decoded_bytes(mut bytes: &[u8], factor: u64, depth: u32) -> Result<u64, u64> {
+    let mut sum = 0;
     while !bytes.is_empty() {
-        let tag = varint(&mut bytes)?;
-        if tag >> 3 == 0 {
-            return None;
-        }
-        sum += match tag & 7 {
-            0 => {
-                varint(&mut bytes)?;
-                NUMBER_BYTES
-            }
-            1 => skip(&mut bytes, 8).map(|_| NUMBER_BYTES)?,
-            5 => skip(&mut bytes, 4).map(|_| NUMBER_BYTES)?,
-            // The ends of a group, which we have none of: its fields are passed over.
-            3 | 4 => 0,
-            2 => {
-                let length = varint(&mut bytes)?;
-                let content = skip(&mut bytes, length)?;
-                let plain = length * factor;
-                let within = if depth > 0 { decoded_bytes(content, factor, depth - 1).unwrap_or(0) } else { 0 };
-                FIELD_BYTES + plain.max(within)
-            }
-            _ => return None,
-        };
+        sum += field_bytes(&mut bytes, factor, depth).ok_or(sum)?;
     }
-    Some(sum)
+    Ok(sum)
+}
+
+/// What the next field takes; `None` where there is no whole one.
+fn field_bytes(bytes: &mut &[u8], factor: u64, depth: u32) -> Option<u64> {
+    let tag = varint(bytes)?;
+    if tag >> 3 == 0 {
+        return None;
+    }
+    Some(match tag & 7 {
+        0 => {
+            varint(bytes)?;
+            NUMBER_BYTES
+        }
+        1 => skip(bytes, 8).map(|_| NUMBER_BYTES)?,
+        5 => skip(bytes, 4).map(|_| NUMBER_BYTES)?,
+        // The ends of a group, which we have none of: its fields are passed over.
+        3 | 4 => 0,
+        2 => {
+            let length = varint(bytes)?;
+            let content = skip(bytes, length)?;
+            let within = match depth {
+                0 => 0,
+                // No type is known, so that what is no message may be text; if it was to be one, its beginning is decoded.
+                _ => decoded_bytes(content, factor, depth - 1).unwrap_or_else(|beginning| beginning),
+            };
+            FIELD_BYTES + (length * factor).max(within)
+        }
+        _ => return None,
+    })
 }
 
 fn skip<'a>(bytes: &mut &'a [u8], count: u64) -> Option<&'a [u8]> {
@@ -233,7 +258,6 @@ mod tests {
     use crate::api::proto as pb;
     use crate::ids::TenantId;
     use crate::memory::Memory;
-    use http_body::Body as _;
     use prost::Message as _;
 
     fn framed(message: &[u8]) -> Vec<u8> {
@@ -274,8 +298,17 @@ mod tests {
         };
         let counted = decoded_bytes(&text.encode_to_vec(), PACKED, DEPTH).unwrap();
         assert!((5000..50_000).contains(&counted), "{counted}");
-        assert_eq!(decoded_bytes(&[0xff; 20], PACKED, DEPTH), None);
-        assert_eq!(decoded_bytes(&[], PACKED, DEPTH), Some(0));
+        assert_eq!(decoded_bytes(&[0xff; 20], PACKED, DEPTH), Err(0));
+        assert_eq!(decoded_bytes(&[], PACKED, DEPTH), Ok(0));
+
+        // A chat whose last byte is wrong is decoded up to there.
+        let mut broken = vec![bytes[0]];
+        prost::encoding::encode_varint(200_001, &mut broken);
+        broken.extend([0x0a, 0x00].repeat(100_000));
+        broken.push(0x07);
+        assert!(pb::GenerateRequest::decode(broken.as_slice()).is_err());
+        let counted = decoded_bytes(&broken, PACKED, DEPTH).unwrap();
+        assert!(counted >= takes, "{counted} counted, up to {takes} taken before the fault");
     }
 
     #[tokio::test]

@@ -1,33 +1,35 @@
 //! The connections: how many there are, how long each may take to become one, and who makes room for whom.
 //!
-//! A connection is a stranger's until a call with a valid key has come over it. Where there are as many as may be, in all or from one
-//! address, the oldest stranger's is closed for the new one, and where there is none, the one that has been idle for longest: connections
-//! which do nothing lock nobody out.
+//! A connection is a stranger's until a call with a valid key has come over it and been let in; then it is kept, where its tenant leaves as
+//! many to others as it has kept itself (`places.rs`). Where there are as many as may be, in all or from one address, a stranger's is
+//! closed for the new one: the oldest of the address that has most, so that who floods makes room first. Where there is none, the one that
+//! has been idle for longest is: connections which do nothing lock nobody out, nor does one tenant with calls that last.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures::Stream;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::codegen::http;
 use tonic::transport::server::Connected;
 
-use crate::config::{Limits, TlsFiles};
-use crate::error::{Error, Result};
+use super::auth::Caller;
+use super::places::{Place, Places};
+use super::tls::Certificate;
+use crate::config::Limits;
 use crate::sync::lock;
 
 /// Bytes of the HTTP/2 client preface.
@@ -36,7 +38,7 @@ const PREFACE_BYTES: usize = 24;
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 /// Connections that wait for the server to take them.
 const QUEUE: usize = 16;
-/// A connection that is known makes room no sooner after its last call.
+/// A connection that is kept makes room no sooner after its last call.
 const IDLE: Duration = Duration::from_secs(5);
 /// A write of more bytes than this is part of an answer; keep-alive is less.
 const KEEP_ALIVE_BYTES: usize = 256;
@@ -48,8 +50,10 @@ const NETWORK: u128 = u128::MAX << 64;
 struct Table {
     most: u64,
     most_per_address: u64,
-    /// How long a connection that is known must have been idle to make room.
+    /// How long a connection that is kept must have been idle to make room.
     idle: Duration,
+    /// For the connections that are kept for tenants.
+    kept: Places,
     open: Mutex<Open>,
 }
 
@@ -64,79 +68,96 @@ struct Open {
 
 #[derive(Debug)]
 struct Entry {
-    address: IpAddr,
-    known: Known,
+    peer: Peer,
     closing: CancellationToken,
 }
 
-/// Whether a call with a valid key has come over a connection, and whether one is in progress. The edge says so.
-#[derive(Debug, Clone, Default)]
-pub struct Known(Arc<Mutex<Use>>);
-
-#[derive(Debug, Default)]
-struct Use {
-    /// Calls with a valid key in progress.
-    calls: u64,
-    /// When the last of them ended; `None` while none has.
-    ended: Option<Instant>,
+/// The other end of a connection, and what has come over it; the edge says so. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Peer {
+    /// As [`counted_as`] gives it.
+    address: IpAddr,
+    kept: Places,
+    calls: Arc<Mutex<PeerCalls>>,
 }
 
-impl Known {
-    /// A call with a valid key has come. It is in progress until what is returned is dropped.
-    pub fn set(&self) -> Busy {
-        lock(&self.0).calls += 1;
-        Busy(self.clone())
+/// The calls with a valid key over one connection.
+#[derive(Debug, Default)]
+struct PeerCalls {
+    in_progress: u64,
+    /// When the last of them ended; `None` while none has.
+    ended: Option<Instant>,
+    /// Taken by the first call whose tenant leaves room to others, and kept as long as the connection.
+    place: Option<Place>,
+}
+
+impl Peer {
+    /// A call with a valid key has been let in. It is in progress until what is returned is dropped.
+    pub fn begin(&self, caller: &Caller) -> Busy {
+        let mut calls = lock(&self.calls);
+        calls.in_progress += 1;
+        if calls.place.is_none() {
+            calls.place = self.kept.take(caller).ok();
+        }
+        Busy(self.calls.clone())
     }
 
-    fn get(&self) -> bool {
-        let state = lock(&self.0);
-        state.calls > 0 || state.ended.is_some()
+    fn is_kept(&self) -> bool {
+        lock(&self.calls).place.is_some()
     }
 
-    /// Since when no call is in progress; `None` where one is, and where none has come.
+    /// Since when a connection that is kept has had no call in progress; `None` where one is.
     fn idle_since(&self) -> Option<Instant> {
-        let state = lock(&self.0);
-        state.ended.filter(|_| state.calls == 0)
+        let calls = lock(&self.calls);
+        calls.ended.filter(|_| calls.in_progress == 0 && calls.place.is_some())
     }
 
     /// Bytes of an answer have been sent; the end of a long one is on its way after its call.
     fn sent(&self) {
-        if let Some(ended) = &mut lock(&self.0).ended {
+        if let Some(ended) = &mut lock(&self.calls).ended {
             *ended = Instant::now();
         }
     }
 }
 
+/// The address that a call's connection is counted under; the unspecified one where it came over none.
+pub fn address_of(call: &http::Extensions) -> IpAddr {
+    call.get::<Peer>().map_or(Ipv4Addr::UNSPECIFIED.into(), |peer| peer.address)
+}
+
 /// A call in progress keeps its connection from making room.
 #[derive(Debug)]
 #[must_use = "the call is over once this is dropped"]
-pub struct Busy(Known);
+pub struct Busy(Arc<Mutex<PeerCalls>>);
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let mut state = lock(&self.0.0);
-        state.calls -= 1;
-        state.ended = Some(Instant::now());
+        let mut calls = lock(&self.0);
+        calls.in_progress -= 1;
+        calls.ended = Some(Instant::now());
     }
 }
 
 impl Open {
     fn remove(&mut self, id: u64) -> Option<Entry> {
         let entry = self.connections.remove(&id)?;
-        if let Some(count) = self.addresses.get_mut(&entry.address) {
+        let address = entry.peer.address;
+        if let Some(count) = self.addresses.get_mut(&address) {
             *count -= 1;
             if *count == 0 {
-                self.addresses.remove(&entry.address);
+                self.addresses.remove(&address);
             }
         }
         Some(entry)
     }
 
-    /// Closes one of the connections that `among` names, by age: the oldest stranger's, or else the one that has been idle for longest and
-    /// at least for `idle`. False where there is none.
+    /// Closes one of the connections that `among` names: of those that are not kept the oldest of the address that has most connections, or
+    /// else the one that has been idle for longest and at least for `idle`. False where there is none.
     fn make_room(&mut self, idle: Duration, among: impl Fn(&Entry) -> bool) -> bool {
-        let stranger = self.connections.iter().find(|(_, entry)| among(entry) && !entry.known.get());
-        let Some(id) = stranger.map(|(id, _)| *id).or_else(|| self.longest_idle(idle, among)) else { return false };
+        let strangers = self.connections.iter().filter(|(_, entry)| among(entry) && !entry.peer.is_kept());
+        let by_address = |(id, entry): &(&u64, &Entry)| (self.addresses.get(&entry.peer.address), Reverse(**id));
+        let stranger = strangers.max_by_key(by_address).map(|(id, _)| *id);
+        let Some(id) = stranger.or_else(|| self.longest_idle(idle, among)) else { return false };
         if let Some(entry) = self.remove(id) {
             entry.closing.cancel();
         }
@@ -145,12 +166,21 @@ impl Open {
 
     fn longest_idle(&self, idle: Duration, among: impl Fn(&Entry) -> bool) -> Option<u64> {
         let entries = self.connections.iter().filter(|(_, entry)| among(entry));
-        let (since, id) = entries.filter_map(|(id, entry)| Some((entry.known.idle_since()?, *id))).min()?;
+        let (since, id) = entries.filter_map(|(id, entry)| Some((entry.peer.idle_since()?, *id))).min()?;
         (since.elapsed() >= idle).then_some(id)
     }
 }
 
 impl Table {
+    /// Makes a table of so many connections, of which `idle` ones make room.
+    fn new(limits: &Limits, idle: Duration) -> Arc<Self> {
+        let (most, most_per_address) = (limits.max_connections, limits.max_connections_per_address);
+        // All clients may come from one address, a proxy's.
+        let keep = ("max_connections", most.min(most_per_address));
+        let kept = Places::new("connections", keep, keep, Duration::ZERO);
+        Arc::new(Self { most, most_per_address, idle, kept, open: Mutex::default() })
+    }
+
     fn lock(&self) -> MutexGuard<'_, Open> {
         lock(&self.open)
     }
@@ -160,17 +190,18 @@ impl Table {
         let address = counted_as(address);
         let mut open = self.lock();
         let from_here = open.addresses.get(&address).copied().unwrap_or(0);
-        if from_here >= self.most_per_address && !open.make_room(self.idle, |entry| entry.address == address) {
+        if from_here >= self.most_per_address && !open.make_room(self.idle, |entry| entry.peer.address == address) {
             return None;
         }
         if open.connections.len() as u64 >= self.most && !open.make_room(self.idle, |_| true) {
             return None;
         }
-        let (id, known, closing) = (open.next, Known::default(), CancellationToken::new());
+        let peer = Peer { address, kept: self.kept.clone(), calls: Arc::default() };
+        let (id, closing) = (open.next, CancellationToken::new());
         open.next += 1;
         *open.addresses.entry(address).or_default() += 1;
-        open.connections.insert(id, Entry { address, known: known.clone(), closing: closing.clone() });
-        Some(Guest { table: Arc::clone(self), id, known, closing })
+        open.connections.insert(id, Entry { peer: peer.clone(), closing: closing.clone() });
+        Some(Guest { table: Arc::clone(self), id, peer, closing })
     }
 }
 
@@ -187,7 +218,7 @@ fn counted_as(address: IpAddr) -> IpAddr {
 struct Guest {
     table: Arc<Table>,
     id: u64,
-    known: Known,
+    peer: Peer,
     closing: CancellationToken,
 }
 
@@ -215,10 +246,10 @@ pub struct Connection {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = Known;
+    type ConnectInfo = Peer;
 
-    fn connect_info(&self) -> Known {
-        self.guest.known.clone()
+    fn connect_info(&self) -> Peer {
+        self.guest.peer.clone()
     }
 }
 
@@ -247,7 +278,7 @@ impl AsyncRead for Connection {
 impl Connection {
     fn note(&self, written: &Poll<io::Result<usize>>) {
         if matches!(written, Poll::Ready(Ok(bytes)) if *bytes > KEEP_ALIVE_BYTES) {
-            self.guest.known.sent();
+            self.guest.peer.sent();
         }
     }
 }
@@ -298,11 +329,10 @@ impl AsyncWrite for Connection {
 /// Takes connections until the stream is dropped, which closes the port.
 pub fn accept(
     listener: TcpListener,
-    tls: Option<TlsAcceptor>,
+    tls: Option<Arc<Certificate>>,
     limits: &Limits,
 ) -> impl Stream<Item = Result<Connection, Infallible>> + use<> {
-    let (most, most_per_address) = (limits.max_connections, limits.max_connections_per_address);
-    let table = Arc::new(Table { most, most_per_address, idle: IDLE, open: Mutex::default() });
+    let table = Table::new(limits, IDLE);
     let time = Duration::from_secs(limits.handshake_seconds);
     let (sender, receiver) = mpsc::channel(QUEUE);
     tokio::spawn(async move {
@@ -342,7 +372,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 async fn begin(
     io: TcpStream,
     guest: Guest,
-    tls: Option<TlsAcceptor>,
+    tls: Option<Arc<Certificate>>,
     time: Duration,
     sender: mpsc::Sender<Connection>,
 ) {
@@ -352,7 +382,7 @@ async fn begin(
         None => Io::Plain(io),
         Some(tls) => {
             let shaken = tokio::select! {
-                shaken = tokio::time::timeout(time, tls.accept(io)) => shaken,
+                shaken = tokio::time::timeout(time, tls.acceptor().accept(io)) => shaken,
                 () = guest.closing.cancelled() => return,
             };
             match shaken {
@@ -368,32 +398,52 @@ async fn begin(
     let _ = sender.send(Connection { io, guest, closing, preface }).await;
 }
 
-/// Reads a certificate and its key.
-pub fn tls_acceptor(files: &TlsFiles) -> Result<TlsAcceptor> {
-    let read = |flag: &str, path: &std::path::Path| {
-        std::fs::read(path).map_err(|e| Error::invalid(flag, format!("{} cannot be read: {e}", path.display())))
-    };
-    let (cert, key) = (read("--tls-cert", &files.cert)?, read("--tls-key", &files.key)?);
-    let bad = |why: String| {
-        let (cert, key) = (files.cert.display(), files.key.display());
-        let message = format!("{cert} and {key} are not a PEM certificate and its private key: {why}");
-        Error::invalid("--tls-cert", message)
-    };
-    let chain: Vec<_> =
-        CertificateDer::pem_slice_iter(&cert).collect::<Result<_, _>>().map_err(|e| bad(format!("{e:?}")))?;
-    let key = PrivateKeyDer::from_pem_slice(&key).map_err(|e| bad(format!("{e:?}")))?;
-    let config = rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key);
-    let mut config = config.map_err(|e| bad(e.to_string()))?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::{Tenant, TenantId};
 
     fn table(most: u64, most_per_address: u64, idle: Duration) -> Arc<Table> {
-        Arc::new(Table { most, most_per_address, idle, open: Mutex::default() })
+        let limits =
+            Limits { max_connections: most, max_connections_per_address: most_per_address, ..Limits::default() };
+        Table::new(&limits, idle)
+    }
+
+    /// A call of the operator begins.
+    fn called(guest: &Guest) -> Busy {
+        guest.peer.begin(&Caller::Operator)
+    }
+
+    fn tenant(id: &str) -> Caller {
+        Caller::Tenant(Tenant::proven(TenantId::new(id).unwrap()))
+    }
+
+    #[test]
+    fn who_floods_makes_room_first() {
+        let table = table(4, 4, Duration::from_secs(3600));
+        let early = table.enter(address(1)).unwrap();
+        let flood: Vec<_> = (0..3).map(|_| table.enter(address(2)).unwrap()).collect();
+        let more: Vec<_> = (0..3).map(|_| table.enter(address(2)).unwrap()).collect();
+        assert!(flood.iter().all(|guest| guest.closing.is_cancelled()) && !early.closing.is_cancelled());
+        drop((flood, more));
+    }
+
+    /// A tenant with calls in progress everywhere keeps half of the connections; the others make room, for whoever comes.
+    #[test]
+    fn one_tenant_leaves_connections_to_others_whatever_it_calls() {
+        for most_per_address in [8, 4] {
+            let table = table(8, most_per_address, Duration::from_secs(3600));
+            let greedy: Vec<_> = (0..most_per_address).map(|_| table.enter(address(1)).unwrap()).collect();
+            let calls: Vec<_> = greedy.iter().map(|guest| guest.peer.begin(&tenant("greedy"))).collect();
+            let kept = most_per_address as usize / 2;
+            let guests: Vec<_> = (0..kept).map(|_| table.enter(address(1)).expect("room")).collect();
+            assert_eq!(greedy.iter().filter(|guest| guest.closing.is_cancelled()).count(), kept);
+            let other = guests[0].peer.begin(&tenant("other"));
+            let operators: Vec<_> = guests[1..].iter().map(called).collect();
+            assert!(guests.iter().all(|guest| guest.peer.is_kept()));
+            drop((greedy, calls, guests, other, operators));
+            assert_eq!(table.kept.held(), 0);
+        }
     }
 
     fn address(n: u8) -> IpAddr {
@@ -406,13 +456,13 @@ mod tests {
         let [a, b] = [table.enter(address(1)).unwrap(), table.enter(address(1)).unwrap()];
         let c = table.enter(address(1)).unwrap();
         assert!(a.closing.is_cancelled() && !b.closing.is_cancelled(), "two from one address");
-        drop(b.known.set());
-        drop(c.known.set());
+        drop(called(&b));
+        drop(called(&c));
         assert!(table.enter(address(1)).is_none(), "both are known");
         let d = table.enter(address(2)).unwrap();
         let e = table.enter(address(3)).unwrap();
         assert!(d.closing.is_cancelled(), "three in all");
-        drop(e.known.set());
+        drop(called(&e));
         assert!(table.enter(address(4)).is_none());
         drop(b);
         assert!(table.enter(address(4)).is_some());
@@ -426,17 +476,18 @@ mod tests {
         let table = table(3, 2, Duration::ZERO);
         let [a, b] = [table.enter(address(1)).unwrap(), table.enter(address(1)).unwrap()];
         let c = table.enter(address(2)).unwrap();
-        let [first, second] = [a.known.set(), a.known.set()];
-        drop(c.known.set());
-        drop(b.known.set());
+        let [first, second] = [called(&a), called(&a)];
+        drop(called(&c));
+        drop(called(&b));
         drop(first);
         let stranger = table.enter(address(3)).unwrap();
         assert!(c.closing.is_cancelled() && !b.closing.is_cancelled(), "its last call ended before the others'");
         let d = table.enter(address(1)).unwrap();
         assert!(b.closing.is_cancelled() && !stranger.closing.is_cancelled(), "two from one address");
+        let answers = called(&d);
         let e = table.enter(address(4)).unwrap();
         assert!(stranger.closing.is_cancelled(), "strangers go first");
-        let busy = [d.known.set(), e.known.set()];
+        let busy = [answers, called(&e)];
         assert!(table.enter(address(5)).is_none(), "all have calls in progress");
         assert!(!a.closing.is_cancelled());
         drop(second);
@@ -447,15 +498,17 @@ mod tests {
 
     #[test]
     fn what_is_sent_after_a_call_counts_as_use() {
-        let known = Known::default();
-        known.sent();
-        assert!(!known.get(), "a stranger stays one");
-        let busy = known.set();
-        assert!(known.get() && known.idle_since().is_none());
+        let table = table(1, 1, Duration::ZERO);
+        let guest = table.enter(address(1)).unwrap();
+        let peer = &guest.peer;
+        peer.sent();
+        assert!(!peer.is_kept(), "a stranger stays one");
+        let busy = called(&guest);
+        assert!(peer.is_kept() && peer.idle_since().is_none());
         drop(busy);
-        let ended = known.idle_since().unwrap();
-        known.sent();
-        assert!(known.get() && known.idle_since().unwrap() > ended);
+        let ended = peer.idle_since().unwrap();
+        peer.sent();
+        assert!(peer.is_kept() && peer.idle_since().unwrap() > ended);
     }
 
     #[test]

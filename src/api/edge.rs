@@ -1,35 +1,33 @@
-//! What every call passes before its handler: authentication, the drain, the limit on calls, the deadline, and its measurement.
+//! What every call passes before its handler: authentication, the drain, the limit on calls, the deadline, and what its messages take.
 //!
 //! It stands before the router, so that a method cannot be added without it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::{Arc, LazyLock, Mutex, OnceLock};
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use http_body::{Frame, SizeHint};
+use http_body::Frame;
 use http_body_util::BodyExt as _;
-use prost::Message as _;
-use prost_types::{FileDescriptorSet, MethodDescriptorProto};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tokio_util::task::task_tracker::TaskTrackerToken;
+use tonic::Status;
 use tonic::body::Body;
-use tonic::codegen::http::{self, HeaderMap};
+use tonic::codegen::http;
 use tonic::codegen::{BoxFuture, Bytes, Service};
 use tonic::service::Routes;
-use tonic::{Code, Status};
-use tonic_types::StatusExt as _;
 
 use super::auth::{Auth, Caller, Entered, OPERATOR_TENANT};
 use super::bodies::{Measured, PACKED, PLAIN, Rules, SharedAccount, settle};
-use super::connections::{Busy, Known};
+use super::connections::{Busy, Peer, address_of};
+use super::deadline::{Deadline, timeout_of, within};
+use super::health::{self, Health};
 use super::live::{Live, LiveCall};
+use super::methods::{METHODS, OURS, Streams, only_reads};
 use super::places::{Place, Places};
-use super::{Deadline, proto, status};
+use super::record::Record;
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
@@ -37,47 +35,8 @@ use crate::memory::Memory;
 use crate::sync::lock;
 use crate::telemetry::traces;
 
-/// Which sides of a method send a stream of messages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Streams {
-    client: bool,
-    server: bool,
-}
-
-/// The paths of all methods that can be called with a key.
-static METHODS: LazyLock<HashMap<String, Streams>> = LazyLock::new(|| {
-    use tonic_reflection::pb::{v1, v1alpha};
-    let sets = [proto::DESCRIPTORS, v1::FILE_DESCRIPTOR_SET, v1alpha::FILE_DESCRIPTOR_SET];
-    let sets = sets.map(|bytes| FileDescriptorSet::decode(bytes).unwrap_or_default());
-    let mut methods = HashMap::new();
-    for file in sets.iter().flat_map(|set| &set.file) {
-        for service in &file.service {
-            let name = |method: &str| format!("/{}.{}/{method}", file.package(), service.name());
-            let streams = |method: &MethodDescriptorProto| Streams {
-                client: method.client_streaming(),
-                server: method.server_streaming(),
-            };
-            methods.extend(service.method.iter().map(|method| (name(method.name()), streams(method))));
-        }
-    }
-    methods
-});
-
 /// Bytes of an answer that is given whatever else is held.
 const SMALL_ANSWER_BYTES: u64 = 64 << 10;
-
-/// Open to everyone, at all times.
-const HEALTH: &str = "/grpc.health.v1.Health/";
-/// The one of its methods whose calls last.
-const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
-/// Bytes and time of a question about health.
-const HEALTH_RULES: Rules =
-    Rules { most: ("max_request_bytes", 1 << 10), whole_within: Some(Duration::from_secs(10)), factor: PLAIN };
-/// What the services of this server are called.
-const OURS: &str = "/tenora.v1.";
-
-/// How much earlier than its deadline a call that has not been answered ends.
-const HEADWAY: Duration = Duration::from_millis(2);
 
 /// Answers in messages of a few bytes each, which no compression makes smaller.
 const NEVER_COMPRESSED: &str = "/tenora.v1.GenerationService/Generate";
@@ -163,12 +122,11 @@ impl Services {
 /// The service around the router.
 #[derive(Debug, Clone)]
 pub struct AdmissionLayer {
-    health: Routes,
+    health: Health,
     services: Services,
     auth: Auth,
     calls: Calls,
     rules: CallRules,
-    watches: Arc<Semaphore>,
 }
 
 /// How messages are taken, by the kind of method.
@@ -201,30 +159,8 @@ impl CallRules {
 
 impl AdmissionLayer {
     /// `health` is open to everyone from the start.
-    pub fn new(health: Routes, auth: Auth, calls: Calls, limits: &Limits) -> Self {
-        let watches = usize::try_from(limits.max_health_watches).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
-        let (rules, watches) = (CallRules::new(limits), Arc::new(Semaphore::new(watches)));
-        Self { health, services: Services::default(), auth, calls, rules, watches }
-    }
-
-    /// Answers a question about health, from anyone: little is taken, and few may watch at once.
-    fn answer_health(&mut self, request: http::Request<Body>) -> BoxFuture<http::Response<Body>, Infallible> {
-        let watch = match request.uri().path() {
-            HEALTH_WATCH => match self.watches.clone().try_acquire_owned() {
-                Ok(place) => Some(place),
-                Err(_) => return Box::pin(std::future::ready(Ok(Status::from(too_many_watches()).into_http()))),
-            },
-            _ => None,
-        };
-        let account: SharedAccount = Arc::new(Mutex::new(Memory::new(1 << 20).account(None)));
-        let answer = self.health.call(request.map(|body| Body::new(Measured::new(body, HEALTH_RULES, account))));
-        Box::pin(async move {
-            let response = answer.await?;
-            match Status::from_header_map(response.headers()) {
-                Some(status) if status.code() != Code::Ok => Ok(status::with_details(status).into_http()),
-                _ => Ok(response.map(|body| Body::new(Watched { body, _place: watch }))),
-            }
-        })
+    pub fn new(health: Health, auth: Auth, calls: Calls, limits: &Limits) -> Self {
+        Self { health, services: Services::default(), auth, calls, rules: CallRules::new(limits) }
     }
 
     pub fn services(&self) -> Services {
@@ -247,17 +183,15 @@ impl Service<http::Request<Body>> for AdmissionLayer {
         let deadline = match timeout_of(request.headers()) {
             Ok(time) => time.and_then(|time| since.checked_add(time)),
             Err(error) => {
-                let record = Record::new(request.uri().path(), since, &self.calls);
+                let record = Record::new(request.uri().path(), since, self.calls.under_way.token());
                 return Box::pin(std::future::ready(Ok(record.refused(error.into()))));
             }
         };
-        if request.uri().path().starts_with(HEALTH) {
-            let answer = self.answer_health(request);
-            let late = || Ok(Status::from(Error::DeadlineExceeded).into_http());
-            return Box::pin(async move { within(deadline, answer).await.unwrap_or_else(late) });
+        if request.uri().path().starts_with(health::PREFIX) {
+            return self.health.answer(request, deadline);
         }
         let Self { services, auth, calls, rules, .. } = self.clone();
-        let mut record = Record::new(request.uri().path(), since, &calls);
+        let mut record = Record::new(request.uri().path(), since, calls.under_way.token());
         if let Some(deadline) = deadline {
             request.extensions_mut().insert(Deadline(deadline));
         }
@@ -277,26 +211,30 @@ impl Service<http::Request<Body>> for AdmissionLayer {
                 let rules = rules.of(request.uri().path());
                 let is_unary = METHODS.get(request.uri().path()).is_some_and(|streams| !streams.server);
                 let account: SharedAccount = Arc::new(Mutex::new(memory.account(tenant_of(&request))));
-                let held = account.clone();
-                let request = request.map(|body| Body::new(Measured::new(body, rules, held)));
+                let (head, body) = request.into_parts();
+                let may_refuse = only_reads(head.uri.path());
+                let body = Measured::new(body, rules, account.clone());
+                let fault = body.fault();
+                let request = http::Request::from_parts(head, Body::new(body));
                 let cut = live.cut.clone();
                 let response = tokio::select! {
                     biased;
-                    Ok(response) = routes.call(request) => response,
+                    // First: what fails because its tenant is gone has this error and no other.
                     why = cut.wait() => return Err(why),
+                    Ok(response) = routes.call(request) => response,
                 };
                 if rules.whole_within.is_some() {
                     // The handler has used up what came.
                     settle(&account);
                 }
-                let response = if is_unary { counted(response, &account).await? } else { response };
-                Ok::<_, Error>((response, place, live))
+                let response = if is_unary { counted(response, &account, may_refuse).await? } else { response };
+                Ok::<_, Error>((response, place, live, fault))
             };
             let done = within(deadline, work).await.unwrap_or(Err(Error::DeadlineExceeded));
             Ok(match done {
-                Ok((response, place, live)) => {
+                Ok((response, place, live, fault)) => {
                     record.place = Some(place);
-                    record.answered(response, live)
+                    record.answered(response, live, fault, deadline)
                 }
                 Err(error) => record.refused(Status::from(error)),
             })
@@ -305,9 +243,13 @@ impl Service<http::Request<Body>> for AdmissionLayer {
     }
 }
 
-/// An answer of one message, encoded now and counted until it is sent: a client may leave it unread for long. What is small is never refused,
-/// since its call may have changed something.
-async fn counted(response: http::Response<Body>, account: &SharedAccount) -> Result<http::Response<Body>> {
+/// An answer of one message, encoded now and counted until it is sent: a client may leave it unread for long. What is small is never
+/// refused, nor is any answer of a call that may have changed something.
+async fn counted(
+    response: http::Response<Body>,
+    account: &SharedAccount,
+    may_refuse: bool,
+) -> Result<http::Response<Body>> {
     let (head, mut body) = response.into_parts();
     let mut frames = VecDeque::new();
     let mut bytes = 0;
@@ -316,7 +258,7 @@ async fn counted(response: http::Response<Body>, account: &SharedAccount) -> Res
         frames.push_back(frame);
     }
     let counted = lock(account).grow(bytes);
-    if bytes > SMALL_ANSWER_BYTES {
+    if may_refuse && bytes > SMALL_ANSWER_BYTES {
         counted?;
     }
     Ok(http::Response::from_parts(head, Body::new(Whole { frames, _account: account.clone() })))
@@ -341,26 +283,6 @@ impl http_body::Body for Whole {
     }
 }
 
-/// What the work gives, or `None` where the deadline comes first.
-///
-/// tonic has a timer of its own for the same header and asks it right after this future; its status would be CANCELLED and without
-/// details. So this one ends a little earlier, and looks at the clock after every piece of work.
-async fn within<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Option<T> {
-    let Some(deadline) = deadline else { return Some(work.await) };
-    let end = deadline.checked_sub(HEADWAY).unwrap_or(deadline);
-    let mut timer = std::pin::pin!(tokio::time::sleep_until(end.into()));
-    let mut work = std::pin::pin!(work);
-    std::future::poll_fn(|cx| {
-        if Instant::now() < end
-            && let Poll::Ready(done) = work.as_mut().poll(cx)
-        {
-            return Poll::Ready(Some(done));
-        }
-        if Instant::now() >= end { Poll::Ready(None) } else { timer.as_mut().poll(cx).map(|()| None) }
-    })
-    .await
-}
-
 /// Finds out who calls, first of all: a stranger learns nothing about the server's state.
 async fn admit(
     auth: &Auth,
@@ -369,18 +291,18 @@ async fn admit(
     name: &mut String,
     busy: &mut Option<Busy>,
 ) -> Result<(Place, LiveCall)> {
-    let since = auth.forgotten();
-    let who = auth.caller(request.headers()).await?;
+    let (since, address) = (auth.forgotten(), address_of(request.extensions()));
+    let who = auth.caller(request.headers(), address).await?;
     *name = match &who.caller {
         Caller::Tenant(tenant) => tenant.id().to_string(),
         Caller::Operator => format!("tenants/{OPERATOR_TENANT}"),
     };
-    *busy = request.extensions().get::<Known>().map(Known::set);
     let place = calls.enter(&who.caller)?;
+    *busy = request.extensions().get::<Peer>().map(|peer| peer.begin(&who.caller));
     let live = calls.live.enter(&who);
     // A key that was revoked while it was looked up ends no call that was not in the table yet.
     if auth.forgotten() != since {
-        auth.caller(request.headers()).await?;
+        auth.caller(request.headers(), address).await?;
     }
     let Entered { caller, .. } = who;
     request.extensions_mut().insert(caller);
@@ -395,235 +317,23 @@ fn tenant_of(request: &http::Request<Body>) -> Option<&TenantId> {
     }
 }
 
-fn too_many_watches() -> Error {
-    Error::Exhausted {
-        limit: "max_health_watches",
-        message: "as many watch the server's health as may; ask with Check".into(),
-        retry_after: Some(Duration::from_secs(5)),
-    }
-}
-
-/// An answer about health, and its place among the watches.
-struct Watched {
-    body: Body,
-    _place: Option<OwnedSemaphorePermit>,
-}
-
-impl http_body::Body for Watched {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-/// One call, measured when it is dropped: at the end of its answer, or when its client has gone.
-#[derive(Debug)]
-struct Record {
-    path: String,
-    since: Instant,
-    code: Code,
-    /// Why the call failed, for the log.
-    failure: Option<Status>,
-    /// Whose key came with it; empty until that is known.
-    caller: String,
-    trace: Option<traces::Call>,
-    place: Option<Place>,
-    /// Keeps the connection from making room.
-    busy: Option<Busy>,
-    _under_way: TaskTrackerToken,
-}
-
-impl Record {
-    fn new(path: &str, since: Instant, calls: &Calls) -> Self {
-        Self {
-            path: path.to_owned(),
-            since,
-            code: Code::Cancelled,
-            failure: None,
-            caller: String::new(),
-            trace: None,
-            place: None,
-            busy: None,
-            _under_way: calls.under_way.token(),
-        }
-    }
-
-    fn refused(mut self, status: Status) -> http::Response<Body> {
-        self.failed(status.clone());
-        status.into_http()
-    }
-
-    fn failed(&mut self, status: Status) {
-        self.code = status.code();
-        self.failure = (status.code() != Code::Ok).then_some(status);
-    }
-
-    /// Follows the answer to its end.
-    fn answered(mut self, response: http::Response<Body>, live: LiveCall) -> http::Response<Body> {
-        match Status::from_header_map(response.headers()) {
-            Some(status) if status.code() != Code::Ok => self.refused(status::with_details(status)),
-            Some(_) => {
-                self.code = Code::Ok;
-                response
-            }
-            None => response.map(|body| Body::new(TrackedBody::new(body, self, live))),
-        }
-    }
-}
-
-impl Drop for Record {
-    fn drop(&mut self) {
-        // A path that no service has is the caller's invention and must not become a label.
-        let method = if METHODS.contains_key(&self.path) { self.path.as_str() } else { "unknown" }.to_owned();
-        let code = format!("{:?}", self.code);
-        if let Some(status) = &self.failure {
-            let details = status.get_error_details();
-            let reason = details.error_info().map_or("", |info| info.reason.as_str());
-            // One line, also where the message lists many.
-            let (tenant, error) = (&self.caller, status.message().replace('\n', "; "));
-            tracing::info!(%tenant, %method, %code, %reason, %error, "call refused");
-        }
-        if let Some(trace) = self.trace.take() {
-            let attributes = vec![("rpc.grpc.status", code.clone()), ("tenora.tenant", self.caller.clone())];
-            trace.end(&method, attributes, self.failure.as_ref().map(|status| status.message().to_owned()));
-        }
-        metrics::counter!("tenora_calls_total", "method" => method.clone(), "code" => code).increment(1);
-        metrics::histogram!("tenora_call_seconds", "method" => method).record(self.since.elapsed().as_secs_f64());
-    }
-}
-
-/// An answer's body that keeps the call's record until it ends, and ends early where the call is cut.
-struct TrackedBody {
-    record: Record,
-    live: LiveCall,
-    cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    ended: bool,
-}
-
-impl TrackedBody {
-    fn new(body: Body, record: Record, live: LiveCall) -> Self {
-        *live.cut.body() = Some(body);
-        let cut = Box::pin(live.cut.token().cancelled_owned());
-        Self { record, live, cut, ended: false }
-    }
-
-    /// The last frame of a call that was cut.
-    fn cut_off(&mut self) -> Frame<Bytes> {
-        let status = Status::from(self.live.cut.why());
-        self.ended = true;
-        let mut trailers = HeaderMap::new();
-        // A status of ours is always a header.
-        let _ = status.add_header(&mut trailers);
-        self.record.failed(status);
-        Frame::trailers(trailers)
-    }
-}
-
-impl Drop for TrackedBody {
-    fn drop(&mut self) {
-        // What is behind the answer ends with it, before its place is given back.
-        let body = self.live.cut.body().take();
-        drop(body);
-    }
-}
-
-impl http_body::Body for TrackedBody {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if self.ended {
-            return Poll::Ready(None);
-        }
-        if self.cut.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Some(Ok(self.cut_off())));
-        }
-        let polled = self.live.cut.body().as_mut().map(|body| Pin::new(body).poll_frame(cx));
-        let Some(polled) = polled else { return Poll::Ready(Some(Ok(self.cut_off()))) };
-        let frame = ready!(polled);
-        let trailers = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.trailers_ref());
-        if let Some(status) = trailers.and_then(Status::from_header_map) {
-            self.record.failed(status);
-        }
-        Poll::Ready(frame)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.ended || self.live.cut.body().as_ref().is_some_and(http_body::Body::is_end_stream)
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.live.cut.body().as_ref().map(http_body::Body::size_hint).unwrap_or_default()
-    }
-}
-
-/// The time that the client gives the call: at most eight digits and a unit.
-fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>> {
-    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
-    let wrong = || {
-        let message = "must be one to eight digits and a unit of H, M, S, m, u and n, such as 250m";
-        Error::invalid_because("INVALID_TIMEOUT", "grpc-timeout", message)
-    };
-    let value = value.to_str().map_err(|_| wrong())?;
-    let (digits, unit) = value.len().checked_sub(1).and_then(|at| value.split_at_checked(at)).ok_or_else(wrong)?;
-    if digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(wrong());
-    }
-    let n: u64 = digits.parse().map_err(|_| wrong())?;
-    Ok(Some(match unit {
-        "H" => Duration::from_secs(n * 3600),
-        "M" => Duration::from_secs(n * 60),
-        "S" => Duration::from_secs(n),
-        "m" => Duration::from_millis(n),
-        "u" => Duration::from_micros(n),
-        "n" => Duration::from_nanos(n),
-        _ => return Err(wrong()),
-    }))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn timeouts_are_read() {
-        let read = |value: &str| {
-            let value = http::HeaderValue::from_bytes(value.as_bytes()).unwrap();
-            timeout_of(&HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), value)]))
-        };
-        assert_eq!(timeout_of(&HeaderMap::new()).unwrap(), None);
-        assert_eq!(read("250m").unwrap(), Some(Duration::from_millis(250)));
-        assert_eq!(read("0n").unwrap(), Some(Duration::ZERO));
-        assert_eq!(read("99999999H").unwrap(), Some(Duration::from_secs(99_999_999 * 3600)));
-        for wrong in ["", "m", "1", "1x", "123456789S", "-1S", "1é", "1 S"] {
-            assert!(matches!(read(wrong), Err(Error::Invalid { reason: "INVALID_TIMEOUT", .. })), "{wrong:?}");
+    /// What has been done is said, also where the tenant's memory is full.
+    #[tokio::test]
+    async fn no_answer_of_a_call_that_changes_something_is_refused() {
+        let memory = Memory::new(2 * 1000);
+        let tenant = TenantId::new("a").unwrap();
+        for (path, refused) in
+            [("/tenora.v1.SafetyService/UpdateSafetyPolicy", false), ("/tenora.v1.SafetyService/GetSafetyPolicy", true)]
+        {
+            let account: SharedAccount = Arc::new(Mutex::new(memory.account(Some(&tenant))));
+            let large = Bytes::from(vec![0; SMALL_ANSWER_BYTES as usize + 1]);
+            let answer = http::Response::new(Body::new(http_body_util::Full::new(large)));
+            assert_eq!(counted(answer, &account, only_reads(path)).await.is_err(), refused, "{path}");
         }
-    }
-
-    #[test]
-    fn only_methods_that_exist_become_labels() {
-        assert_eq!(
-            METHODS.get("/tenora.v1.GenerationService/Generate"),
-            Some(&Streams { client: false, server: true })
-        );
-        assert_eq!(
-            METHODS.get("/tenora.v1.DatasetService/UploadDataset"),
-            Some(&Streams { client: true, server: false })
-        );
-        let reflection = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
-        assert_eq!(METHODS.get(reflection), Some(&Streams { client: true, server: true }));
-        assert!(METHODS.contains_key("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"));
-        assert_eq!(METHODS.get("/tenora.v1.GenerationService/Other"), None);
     }
 
     #[tokio::test]

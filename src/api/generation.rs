@@ -1,15 +1,17 @@
 //! GenerationService: answers and scores, and counting what they used.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures::StreamExt as _;
 use futures::stream::select_all;
 use prost::Message as _;
 use tonic::{Extensions, Request, Response};
 
+use super::deadline::deadline_of;
 use super::proto::generation_service_server::GenerationService;
 use super::shared::Shared;
-use super::{Answer, Streamed, convert, deadline_of, proto as pb, trace_of};
+use super::{Answer, Streamed, convert, proto as pb, trace_of};
 use crate::error::Result;
 use crate::ids::{AdapterRef, Tenant, TenantId};
 use crate::request::{GenerateEvent, Usage};
@@ -28,7 +30,7 @@ impl Generation {
         self.0.auth.tenant_for(call, adapter.tenant()).await
     }
 
-    fn meter(&self, tenant: &Tenant) -> Meter {
+    fn meter(&self, tenant: &Tenant, deadline: Option<Instant>) -> Meter {
         Meter {
             shared: self.0.clone(),
             tenant: tenant.id().clone(),
@@ -36,6 +38,7 @@ impl Generation {
             finished: 0,
             seen: Vec::new(),
             failed: false,
+            deadline,
         }
     }
 }
@@ -52,7 +55,7 @@ impl GenerationService for Generation {
         let count = answers.len();
         let mut events =
             select_all((0..).zip(answers).map(|(index, answer): (u32, _)| answer.map(move |event| (index, event))));
-        let mut meter = self.meter(&tenant);
+        let mut meter = self.meter(&tenant, deadline_of(&call));
         let text = self.0.parts.text.clone();
         let answer = async_stream::try_stream! {
             // An error of one answer ends the call, and with it the others.
@@ -72,7 +75,7 @@ impl GenerationService for Generation {
         let text = (!request.omit_token_text).then_some(&*self.0.parts.text);
         let spec = convert::score_spec(request, (deadline_of(&call), trace_of(&call)))?;
         let answer = self.0.parts.guard.score(&tenant, spec).await?;
-        self.meter(&tenant).used = answer.usage;
+        self.meter(&tenant, None).used = answer.usage;
         let entries = answer.results.iter().flat_map(|result| &result.logprobs).map(|entry| 1 + entry.top.len()).sum();
         let response = convert::score_response(answer, text);
         let most = self.0.parts.limits.max_message_bytes;
@@ -95,6 +98,8 @@ struct Meter {
     seen: Vec<u32>,
     /// The call has ended with an error.
     failed: bool,
+    /// When it ends without one of its own.
+    deadline: Option<Instant>,
 }
 
 impl Meter {
@@ -122,7 +127,8 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         // What waited in vain has used nothing.
-        if self.failed && self.finished == 0 && self.used.completion_tokens == 0 {
+        let late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        if (self.failed || late) && self.finished == 0 && self.used.completion_tokens == 0 {
             return;
         }
         let delta = UsageDelta {

@@ -1,22 +1,30 @@
 //! The calls under way, so that those of a key or a tenant can be ended at once when it is no more.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::task::{Context, Poll};
+use std::time::Instant;
 
-use tokio_util::sync::CancellationToken;
+use http_body::{Frame, SizeHint};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
 use tonic::body::Body;
+use tonic::codegen::Bytes;
 
 use super::auth::{Caller, Entered};
+use super::status;
 use crate::error::Error;
 use crate::ids::TenantId;
 use crate::sync::lock;
 
 /// All calls of tenants under way. Clones share them.
 #[derive(Debug, Clone, Default)]
-pub struct Live(Arc<Mutex<Table>>);
+pub struct Live(Arc<Mutex<UnderWay>>);
 
 #[derive(Debug, Default)]
-struct Table {
+struct UnderWay {
     next: u64,
     calls: HashMap<u64, Entry>,
 }
@@ -44,18 +52,91 @@ impl Cut {
         self.why()
     }
 
-    pub fn token(&self) -> CancellationToken {
-        self.token.clone()
-    }
-
     /// Why the call ended.
-    pub fn why(&self) -> Error {
+    fn why(&self) -> Error {
         self.why.get().cloned().unwrap_or(Error::Cancelled)
     }
 
     /// The answer's body, unless it has been taken out.
-    pub fn body(&self) -> MutexGuard<'_, Option<Body>> {
+    fn body(&self) -> MutexGuard<'_, Option<Body>> {
         lock(&self.body)
+    }
+
+    fn end(&self, why: &Error) {
+        // A call ends for the first reason.
+        let _ = self.why.set(why.clone());
+        self.token.cancel();
+        self.drop_body();
+    }
+
+    fn drop_body(&self) {
+        let body = self.body().take();
+        drop(body);
+    }
+}
+
+/// An answer's body that ends where its call is cut, or at its deadline.
+pub struct CutBody {
+    cut: Arc<Cut>,
+    cancelled: Pin<Box<WaitForCancellationFutureOwned>>,
+    ended: bool,
+    /// Cuts the call at its deadline, whether or not its client reads.
+    _deadline: Option<AbortOnDropHandle<()>>,
+}
+
+impl CutBody {
+    pub fn new(body: Body, cut: Arc<Cut>, deadline: Option<Instant>) -> Self {
+        *cut.body() = Some(body);
+        if cut.token.is_cancelled() {
+            cut.drop_body();
+        }
+        let at_deadline = |deadline: Instant| {
+            let cut = cut.clone();
+            let wait = async move {
+                tokio::time::sleep_until(deadline.into()).await;
+                cut.end(&Error::DeadlineExceeded);
+            };
+            AbortOnDropHandle::new(tokio::spawn(wait))
+        };
+        let timer = deadline.map(at_deadline);
+        let cancelled = Box::pin(cut.token.clone().cancelled_owned());
+        Self { cut, cancelled, ended: false, _deadline: timer }
+    }
+
+    fn cut_off(&mut self) -> Frame<Bytes> {
+        self.ended = true;
+        status::trailers(&self.cut.why().into())
+    }
+}
+
+impl Drop for CutBody {
+    fn drop(&mut self) {
+        // What is behind the answer ends with it, also where the call's entry stays a moment longer.
+        self.cut.drop_body();
+    }
+}
+
+impl http_body::Body for CutBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if self.cancelled.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Some(Ok(self.cut_off())));
+        }
+        let polled = self.cut.body().as_mut().map(|body| Pin::new(body).poll_frame(cx));
+        polled.unwrap_or_else(|| Poll::Ready(Some(Ok(self.cut_off()))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ended || self.cut.body().as_ref().is_some_and(http_body::Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.cut.body().as_ref().map(http_body::Body::size_hint).unwrap_or_default()
     }
 }
 
@@ -69,7 +150,7 @@ pub struct LiveCall {
 }
 
 impl Live {
-    fn lock(&self) -> MutexGuard<'_, Table> {
+    fn lock(&self) -> MutexGuard<'_, UnderWay> {
         lock(&self.0)
     }
 
@@ -101,12 +182,7 @@ impl Live {
 
     fn end(&self, which: impl Fn(&Entry) -> bool, why: &Error) {
         let cuts: Vec<_> = self.lock().calls.values().filter(|entry| which(entry)).map(|e| e.cut.clone()).collect();
-        for cut in cuts {
-            let _ = cut.why.set(why.clone());
-            cut.token.cancel();
-            let body = cut.body().take();
-            drop(body);
-        }
+        cuts.iter().for_each(|cut| cut.end(why));
     }
 }
 

@@ -3,8 +3,6 @@
 //! A call passes [`edge`] (who is it, may we take it, how long has it), then its service's handler, which gets a `Tenant` from
 //! [`auth`] or nothing. Errors become statuses in [`status`] only.
 
-use std::time::Instant;
-
 use tonic::{Extensions, Response, Status};
 
 mod adapters;
@@ -15,18 +13,24 @@ pub mod client;
 mod connections;
 mod convert;
 mod datasets;
+mod deadline;
 mod edge;
 mod generation;
+mod health;
 mod live;
+mod methods;
+mod paced;
+mod peft_upload;
 mod places;
+mod record;
 mod safety;
 mod server;
 mod shared;
 mod status;
 mod tenants;
+mod tls;
 mod training;
 mod uploads;
-mod watched;
 
 use crate::telemetry::traces;
 #[doc(hidden)]
@@ -56,14 +60,6 @@ type Answer<T> = Result<Response<T>, Status>;
 
 /// What a streaming handler gives; dropping it ends the work behind it.
 type Streamed<T> = std::pin::Pin<Box<dyn futures::Stream<Item = Result<T, Status>> + Send>>;
-
-/// When the client stops waiting; the edge reads it from `grpc-timeout`.
-#[derive(Debug, Clone, Copy)]
-struct Deadline(Instant);
-
-fn deadline_of(call: &Extensions) -> Option<Instant> {
-    call.get::<Deadline>().map(|deadline| deadline.0)
-}
 
 /// What the spans of a call's parts belong to, where its trace is recorded; the edge has begun it.
 fn trace_of(call: &Extensions) -> Option<traces::Context> {

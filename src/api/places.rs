@@ -1,7 +1,10 @@
-//! Places for work under way: so many in all, so many for one tenant. Operators take none, so that no tenant can lock them out; and no
-//! number of tenants can lock out another: each may hold no more than is left to the others, and one place whatever is left.
+//! Places for work under way: so many in all, so many for one tenant, or for one address where nobody knows yet who calls. Operators take
+//! none, so that no tenant can lock them out; and no number of tenants can lock out another: each may hold no more than is left to the
+//! others, and one place whatever is left.
 
 use std::collections::HashMap;
+use std::fmt::Display;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,59 +17,77 @@ use crate::sync::lock;
 /// A limit's name and value.
 pub type Limit = (&'static str, u64);
 
-/// The places that are taken, in all and by each tenant.
-#[derive(Debug, Default)]
-struct Held {
+/// The places that are taken, in all and by each.
+#[derive(Debug)]
+struct Held<K> {
     all: u64,
-    tenants: HashMap<TenantId, u64>,
+    each: HashMap<K, u64>,
 }
 
 /// The places for one kind of work. Clones share them.
 #[derive(Debug, Clone)]
-pub struct Places {
+pub struct Places<K = TenantId> {
     /// For people, e.g. `uploads`.
     what: &'static str,
-    held: Arc<Mutex<Held>>,
+    held: Arc<Mutex<Held<K>>>,
     all: Limit,
-    per_tenant: Limit,
+    each: Limit,
     /// When a refused client may try again.
     retry_after: Duration,
 }
 
-impl Places {
-    pub fn new(what: &'static str, all: Limit, per_tenant: Limit, retry_after: Duration) -> Self {
-        Self { what, held: Arc::default(), all, per_tenant, retry_after }
+impl<K: Clone + Display + Eq + Hash> Places<K> {
+    /// Makes `all` places, of which one tenant or address may have `each`.
+    pub fn new(what: &'static str, all: Limit, each: Limit, retry_after: Duration) -> Self {
+        let held = Arc::new(Mutex::new(Held { all: 0, each: HashMap::new() }));
+        Self { what, held, all, each, retry_after }
     }
 
     /// Takes a place.
     ///
     /// # Errors
-    /// EXHAUSTED with the limit's name: of the tenant, or of all where the tenant holds a place already and as many as are left.
-    pub fn take(&self, caller: &Caller) -> Result<Place> {
-        let Caller::Tenant(tenant) = caller else { return Ok(Place { taken: None }) };
-        let tenant = tenant.id();
+    /// EXHAUSTED with the limit's name: of each, or of all where `who` holds a place already and as many as are left.
+    pub fn take_for(&self, who: &K) -> Result<Place<K>> {
         let full = |limit, whose: &str| Error::Exhausted {
             limit,
             message: format!("{whose} has as many {} under way as it may; try again", self.what),
             retry_after: Some(self.retry_after),
         };
         let mut held = lock(&self.held);
-        let own = held.tenants.get(tenant).copied().unwrap_or(0);
-        if own >= self.per_tenant.1 {
-            return Err(full(self.per_tenant.0, &tenant.to_string()));
+        let own = held.each.get(who).copied().unwrap_or(0);
+        if own >= self.each.1 {
+            return Err(full(self.each.0, &who.to_string()));
         }
         let left = self.all.1.saturating_sub(held.all);
         if own > 0 && own >= left {
             return Err(full(self.all.0, "the server, but for the places that are kept for others,"));
         }
         held.all += 1;
-        *held.tenants.entry(tenant.clone()).or_default() += 1;
-        Ok(Place { taken: Some((self.held.clone(), tenant.clone())) })
+        *held.each.entry(who.clone()).or_default() += 1;
+        Ok(Place { taken: Some((self.held.clone(), who.clone())) })
     }
 
-    /// Places that are taken by tenants.
+    /// Returns how many places are taken.
     pub fn held(&self) -> u64 {
         lock(&self.held).all
+    }
+
+    /// Returns how many of them one tenant or address has.
+    pub fn held_by(&self, who: &K) -> u64 {
+        lock(&self.held).each.get(who).copied().unwrap_or_default()
+    }
+}
+
+impl Places {
+    /// Takes a place for a caller's work; an operator's takes none.
+    ///
+    /// # Errors
+    /// As [`Places::take_for`].
+    pub fn take(&self, caller: &Caller) -> Result<Place> {
+        match caller {
+            Caller::Tenant(tenant) => self.take_for(tenant.id()),
+            Caller::Operator => Ok(Place { taken: None }),
+        }
     }
 }
 
@@ -98,28 +119,21 @@ impl WorkPlaces {
     }
 }
 
-impl Places {
-    /// Returns how many places a tenant holds.
-    pub fn held_by(&self, tenant: &TenantId) -> u64 {
-        lock(&self.held).tenants.get(tenant).copied().unwrap_or_default()
-    }
-}
-
 /// A place taken; given back when dropped.
 #[derive(Debug)]
-pub struct Place {
-    taken: Option<(Arc<Mutex<Held>>, TenantId)>,
+pub struct Place<K: Eq + Hash = TenantId> {
+    taken: Option<(Arc<Mutex<Held<K>>>, K)>,
 }
 
-impl Drop for Place {
+impl<K: Eq + Hash> Drop for Place<K> {
     fn drop(&mut self) {
-        let Some((held, tenant)) = &self.taken else { return };
+        let Some((held, who)) = &self.taken else { return };
         let mut held = lock(held);
         held.all -= 1;
-        if let Some(own) = held.tenants.get_mut(tenant) {
+        if let Some(own) = held.each.get_mut(who) {
             *own -= 1;
             if *own == 0 {
-                held.tenants.remove(tenant);
+                held.each.remove(who);
             }
         }
     }
@@ -154,7 +168,7 @@ mod tests {
         let held = [places.take(&b).unwrap(), places.take(&a).unwrap()];
         drop((other, held));
         assert_eq!(places.held(), 0);
-        assert!(lock(&places.held).tenants.is_empty());
+        assert!(lock(&places.held).each.is_empty());
     }
 
     #[test]

@@ -14,10 +14,12 @@ use tonic_health::server::HealthReporter;
 use super::adapters::Adapters;
 use super::auth::Auth;
 use super::base::Base;
-use super::connections::{accept, tls_acceptor};
+use super::connections::accept;
 use super::datasets::Datasets;
 use super::edge::{AdmissionLayer, Calls};
 use super::generation::Generation;
+use super::health::Health;
+use super::methods::services;
 use super::proto::{
     DESCRIPTORS, adapter_service_server as adapter, base_service_server as base, dataset_service_server as dataset,
     generation_service_server as generation, safety_service_server as safety, tenant_service_server as tenant,
@@ -26,6 +28,7 @@ use super::proto::{
 use super::safety::Safety;
 use super::shared::{Parts, Shared};
 use super::tenants::Tenants;
+use super::tls::Certificate;
 use super::training::Training;
 use super::uploads::Uploads;
 use crate::config::{Config, Limits};
@@ -33,22 +36,13 @@ use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::telemetry::Serving;
 
-/// The services that health reports on, beside the server as a whole (the empty name).
-const SERVICES: [&str; 8] = [
-    "",
-    adapter::SERVICE_NAME,
-    base::SERVICE_NAME,
-    dataset::SERVICE_NAME,
-    generation::SERVICE_NAME,
-    safety::SERVICE_NAME,
-    tenant::SERVICE_NAME,
-    training::SERVICE_NAME,
-];
-
 /// Bytes that a client may send before they are taken, on one stream and on one connection: all connections together hold no more than a
-/// quarter of a gigabyte of what nobody has asked for.
+/// quarter of a gigabyte of data that nobody has asked for. Headers are beside it; how many calls hold some is limited for those without
+/// a key that is known (`max_keyless_calls`) and for each tenant (`max_calls_per_tenant`).
 const STREAM_WINDOW: u32 = 128 << 10;
 const CONNECTION_WINDOW: u32 = 256 << 10;
+/// Bytes of a call's headers: a key, a trace and what clients say of themselves take one or two thousand.
+const HEADER_BYTES: u32 = 8 << 10;
 
 /// Time that clients get to close their connections once everything is answered.
 const CLOSE_GRACE: Duration = Duration::from_millis(500);
@@ -65,15 +59,16 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let auth = Auth::new(store, config.insecure_no_auth);
+    let auth = Auth::new(store, config.insecure_no_auth, &config.limits);
     let calls = Calls::new(&config.limits);
     let server = configured(&config.limits);
     super::choose_tls_library();
-    let tls = config.tls.as_ref().map(tls_acceptor).transpose()?;
+    let tls = config.tls.as_ref().map(Certificate::read).transpose()?.map(Arc::new);
     let (health, health_service) = tonic_health::server::health_reporter();
     report(&health, serving, ServingStatus::NotServing).await;
     let health_service = health_service.accept_compressed(CompressionEncoding::Gzip);
-    let edge = AdmissionLayer::new(Routes::new(health_service).prepare(), auth.clone(), calls.clone(), &config.limits);
+    let health_routes = Health::new(Routes::new(health_service).prepare(), &config.limits);
+    let edge = AdmissionLayer::new(health_routes, auth.clone(), calls.clone(), &config.limits);
     let services = edge.services();
 
     let stop = CancellationToken::new();
@@ -118,7 +113,7 @@ fn configured(limits: &Limits) -> Server {
     let keepalive = Duration::from_secs(limits.keepalive_seconds);
     Server::builder()
         .max_concurrent_streams(u32::try_from(limits.max_streams_per_connection).unwrap_or(u32::MAX))
-        .http2_max_header_list_size(16 << 10)
+        .http2_max_header_list_size(HEADER_BYTES)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keepalive_interval(Some(keepalive))
@@ -128,7 +123,8 @@ fn configured(limits: &Limits) -> Server {
 /// Sets what health says of every service, here and on the metrics port.
 async fn report(health: &HealthReporter, serving: &Serving, status: ServingStatus) {
     serving.set(matches!(status, ServingStatus::Serving));
-    for service in SERVICES {
+    // The empty name is the server as a whole.
+    for service in services().into_iter().chain([""]) {
         health.set_service_status(service, status).await;
     }
 }

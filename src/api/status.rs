@@ -3,6 +3,9 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use http_body::Frame;
+use tonic::codegen::Bytes;
+use tonic::codegen::http::HeaderMap;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -76,6 +79,20 @@ pub fn too_large((limit, most): Limit, has: u64) -> Status {
         "the message has {has} bytes, more than {most} (limit {limit}; no message may have more than max_message_bytes)"
     );
     Status::with_error_details(Code::OutOfRange, text, info("MESSAGE_TOO_LARGE", [("limit", limit)]))
+}
+
+/// A message over its limit whose size is not known, since no more of it was taken.
+pub fn over((limit, most): Limit) -> Status {
+    let text = format!("the message has more than {most} bytes (limit {limit})");
+    Status::with_error_details(Code::OutOfRange, text, info("MESSAGE_TOO_LARGE", [("limit", limit)]))
+}
+
+/// The last frame of an answer that ends with a status.
+pub fn trailers(status: &Status) -> Frame<Bytes> {
+    let mut trailers = HeaderMap::new();
+    // What a status says is percent-encoded or in base64, and so always a header.
+    let _ = status.add_header(&mut trailers);
+    Frame::trailers(trailers)
 }
 
 /// A message that is none of the method's.

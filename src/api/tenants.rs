@@ -22,7 +22,7 @@ const JOBS_END_WITHIN: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(100);
 
 impl Tenants {
-    /// Deletes a tenant; its jobs are cancelled first.
+    /// Deletes a tenant that has no calls; its jobs are cancelled first.
     async fn delete(&self, tenant: &Tenant) -> Result<()> {
         let until = Instant::now() + JOBS_END_WITHIN;
         loop {
@@ -140,13 +140,14 @@ impl TenantService for Tenants {
         if id.as_str() == OPERATOR_TENANT {
             return Err(Error::precondition("TENANT_IN_USE", id, "operators' own calls are counted under it").into());
         }
-        let tenant = self.0.auth.tenant_for(request.extensions(), &id).await?;
+        let (tenant, leaving) = self.0.auth.begin_deleting(&id).await?;
         let this = Self(self.0.clone());
-        // To the end, also where the caller goes away: a tenant that is gone has no calls.
+        // To the end, also where the caller goes away: a tenant that is gone has no calls. They end first, so that none makes a job
+        // while the others are cancelled.
         spawn_uncancellable(async move {
-            this.delete(&tenant).await?;
-            this.0.auth.forget_tenant(&id);
             this.0.calls.live.end_tenant(&id, &Error::not_found(&id));
+            this.delete(&tenant).await?;
+            drop(leaving);
             tracing::info!(tenant = %id, "tenant deleted");
             Ok(())
         })
@@ -182,9 +183,11 @@ impl TenantService for Tenants {
         let shared = self.0.clone();
         // To the end, also where the caller goes away: a key that is revoked has no calls.
         spawn_uncancellable(async move {
-            shared.parts.store.revoke_key(&name).await?;
-            tracing::info!(tenant = %name.tenant, key = %name.key, "key revoked");
+            let revoked = shared.parts.store.revoke_key(&name).await;
+            // Also where it may have been revoked in spite of an error: it is looked up again.
             shared.auth.forget_key(&name.key);
+            revoked?;
+            tracing::info!(tenant = %name.tenant, key = %name.key, "key revoked");
             let message = "this key was revoked while the call was under way; ask the operator for a new one".into();
             shared.calls.live.end_key(&name.key, &Error::Unauthenticated { message });
             Ok(())

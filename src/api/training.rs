@@ -1,7 +1,6 @@
 //! TrainingService: jobs and their events.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use futures::StreamExt as _;
 use tonic::{Request, Response};
@@ -11,8 +10,8 @@ use super::edge::draining;
 use super::proto::train_request::Start;
 use super::proto::training_service_server::TrainingService;
 use super::shared::Shared;
-use super::{Answer, Streamed, convert, deadline_of, proto as pb};
-use crate::error::{Error, Result};
+use super::{Answer, Streamed, convert, proto as pb};
+use crate::error::Result;
 use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
 use crate::train::fit::CancelToken;
 use crate::work::run_holding;
@@ -90,7 +89,6 @@ impl TrainingService for Training {
     ) -> Answer<Self::WatchTrainingJobStream> {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
-        let deadline = deadline_of(request.extensions());
         let mut events = self.0.parts.trainer.watch(&tenant, &name, request.get_ref().after_sequence).await?;
         let calls = self.0.calls.clone();
         let answer = async_stream::try_stream! {
@@ -98,7 +96,6 @@ impl TrainingService for Training {
                 let next = tokio::select! {
                     event = events.next() => event,
                     () = calls.closing() => Some(Err(draining())),
-                    () = passed(deadline) => Some(Err(Error::DeadlineExceeded)),
                 };
                 match next {
                     Some(event) => yield convert::event(event?),
@@ -129,13 +126,5 @@ impl TrainingService for Training {
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
         self.0.parts.trainer.delete(&tenant, &name).await?;
         Ok(Response::new(pb::DeleteTrainingJobResponse {}))
-    }
-}
-
-/// Waits for the deadline; for ever where there is none.
-async fn passed(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
-        None => std::future::pending().await,
     }
 }

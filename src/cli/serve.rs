@@ -48,7 +48,7 @@ pub(super) struct Args {
     /// Send spans of calls (queue, prefill, decode) to this OpenTelemetry collector, by OTLP over HTTP.
     #[arg(long, env = "TENORA_OTLP_ENDPOINT", value_name = "http://HOST:4318")]
     otlp_endpoint: Option<String>,
-    /// PEM certificate chain; makes the server speak TLS.
+    /// PEM certificate chain; makes the server speak TLS. Read again when it changes, with its key.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
     /// PEM private key of --tls-cert.

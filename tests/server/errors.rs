@@ -56,19 +56,34 @@ async fn malformed_messages_are_invalid_arguments() {
     let transport = server.transport(&server.operator).await;
     let api = super::reflection::Api::discover(transport.clone()).await;
     assert!(api.methods.len() > 30, "{}", api.methods.len());
-    // The reflection service ends its stream without an error.
-    for method in api.methods.iter().filter(|method| !method.path.contains(".reflection.")) {
-        for message in [vec![0xff; 9], vec![0x0a, 0x7f, 1], vec![0x0a, 0x02, 0xff, 0xfe], vec![0x07]] {
+    for method in &api.methods {
+        for message in [vec![0xff; 9], vec![0x0a, 0x7f, 1], vec![0x07]] {
             let answer = call(transport.clone(), &method.path, message.clone()).await;
-            // A message without fields passes over what it does not know.
-            let Err(status) = answer else { continue };
-            let known = [Code::InvalidArgument, Code::NotFound, Code::PermissionDenied, Code::AlreadyExists];
-            assert!(known.contains(&status.code()), "{} {message:?}: {status:?}", method.path);
-            if message == [0xff; 9] {
-                assert_eq!(reason(&status), "MALFORMED_MESSAGE", "{}", method.path);
-            }
+            let status = answer.expect_err(&method.path);
+            let got = (status.code(), reason(&status));
+            assert_eq!(got, (Code::InvalidArgument, "MALFORMED_MESSAGE".into()), "{} {message:?}", method.path);
+        }
+        // A message of some type: one without such a field passes over it, and the reflection service over what does not decode.
+        if let Err(status) = call(transport.clone(), &method.path, vec![0x0a, 0x02, 0xff, 0xfe]).await {
+            assert_eq!(status.code(), Code::InvalidArgument, "{}: {status:?}", method.path);
         }
     }
+    server.stopped().await;
+}
+
+/// tonic refuses such an answer when it has begun.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_too_large_is_refused_with_details() {
+    let server = TestServer::start_with(|config| config.limits.max_message_bytes = 1024).await;
+    let mut tenants = server.tenants(&server.operator).await;
+    for n in 0..10 {
+        let display_name = "x".repeat(200);
+        let create = CreateTenantRequest { tenant_id: format!("t{n}"), display_name, ..Default::default() };
+        tenants.create_tenant(create).await.unwrap();
+    }
+    let status = tenants.list_tenants(ListTenantsRequest::default()).await.unwrap_err();
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::OutOfRange, "MESSAGE_TOO_LARGE"));
+    assert!(status.message().contains("max_message_bytes"), "{}", status.message());
     server.stopped().await;
 }
 
@@ -210,6 +225,31 @@ async fn deadlines_end_streams() {
         }
     };
     assert_eq!((status.code(), reason(&status).as_str()), (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"));
+    server.stopped().await;
+}
+
+/// Also answers that wait for the client, of services that know no deadline.
+#[tokio::test(flavor = "multi_thread")]
+async fn deadlines_end_every_stream() {
+    use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    let server = TestServer::start().await;
+    let transport = server.transport(&server.operator).await;
+    let mut watch = Request::new(HealthCheckRequest::default());
+    watch.set_timeout(Duration::from_millis(500));
+    let mut watched = HealthClient::new(transport.clone()).watch(watch).await.unwrap().into_inner();
+    let mut silent = Request::new(futures::stream::pending());
+    silent.set_timeout(Duration::from_millis(500));
+    let asked = ServerReflectionClient::new(transport).server_reflection_info(silent).await;
+    let mut asked = asked.unwrap().into_inner();
+    let health = loop {
+        if let Err(status) = watched.message().await {
+            break status;
+        }
+    };
+    for status in [health, asked.message().await.unwrap_err()] {
+        assert_eq!((status.code(), reason(&status).as_str()), (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"));
+    }
     server.stopped().await;
 }
 

@@ -12,8 +12,11 @@ use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Endpoint;
 use tonic::{Code, Request, Status};
-use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient};
 use tonic_prost::ProstCodec;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_types::StatusExt as _;
 
 use super::common::{TestServer, answer, generate, reason};
@@ -147,7 +150,8 @@ async fn a_connection_that_does_not_begin_to_speak_ends() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn few_may_watch_the_servers_health() {
-    let server = TestServer::start_with(|config| config.limits.max_health_watches = 2).await;
+    // A quarter for each address.
+    let server = TestServer::start_with(|config| config.limits.max_health_watches = 8).await;
     let mut health = HealthClient::new(server.channel().await);
     let mut watches = Vec::new();
     for _ in 0..2 {
@@ -166,6 +170,76 @@ async fn few_may_watch_the_servers_health() {
         again = health.watch(HealthCheckRequest::default()).await;
     }
     drop(again.unwrap());
+    server.stopped().await;
+}
+
+/// A question that is never asked to its end.
+async fn endless_check(server: &TestServer) -> Result<(), Status> {
+    let mut client = Grpc::new(server.channel().await);
+    client.ready().await.unwrap();
+    let path = PathAndQuery::from_static("/grpc.health.v1.Health/Check");
+    let codec: ProstCodec<HealthCheckRequest, HealthCheckResponse> = ProstCodec::default();
+    client.client_streaming(Request::new(futures::stream::pending()), path, codec).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn questions_about_health_are_small_and_come_in_time() {
+    let server = TestServer::start_with(|config| config.limits.request_seconds = 1).await;
+    let mut health = HealthClient::new(server.channel().await);
+    let large = health.check(HealthCheckRequest { service: "x".repeat(2000) }).await.unwrap_err();
+    assert_eq!((large.code(), reason(&large).as_str()), (Code::OutOfRange, "MESSAGE_TOO_LARGE"));
+    assert!(large.message().contains("1024 bytes (limit max_health_request_bytes)"), "{}", large.message());
+    let small = health.check(HealthCheckRequest { service: "x".repeat(200) }).await.unwrap_err();
+    assert_eq!((small.code(), reason(&small).as_str()), (Code::NotFound, "NOT_FOUND"));
+    let slow = endless_check(&server).await.unwrap_err();
+    assert_eq!(limit_of(&slow), "request_seconds");
+    assert!(slow.message().contains("within 1 s"), "{}", slow.message());
+    server.stopped().await;
+}
+
+/// Whoever has no key holds little, from as many connections as they like.
+#[tokio::test(flavor = "multi_thread")]
+async fn few_calls_without_a_key_are_under_way() {
+    let server = TestServer::start_with(|config| config.limits.max_keyless_calls = 8).await;
+    let key = server.tenant("a").await;
+    // An address has half at most.
+    let mut held: futures::stream::FuturesUnordered<_> = (0..5).map(|_| endless_check(&server)).collect();
+    let refused = held.next().await.unwrap().unwrap_err();
+    assert_eq!(limit_of(&refused), "max_keyless_calls");
+    assert!(refused.get_details_retry_info().is_some());
+    let mut health = HealthClient::new(server.channel().await);
+    let refused = health.check(HealthCheckRequest::default()).await.unwrap_err();
+    assert_eq!(limit_of(&refused), "max_keyless_calls");
+    answer(&mut server.generation(&key).await, generate("", "hello", 2)).await.expect("a key is let in");
+    drop(held);
+    let given_back = async {
+        while health.check(HealthCheckRequest::default()).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), given_back).await.expect("the places are given back");
+    server.stopped().await;
+}
+
+/// Calls that last keep no more connections for one tenant than it leaves to others.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_tenant_does_not_hold_all_connections() {
+    let server = TestServer::start_with(|config| config.limits.max_connections = 6).await;
+    let [greedy, other] = [server.tenant("a").await, server.tenant("b").await];
+    let mut streams = Vec::new();
+    for _ in 0..6 {
+        let mut client = ServerReflectionClient::new(server.transport(&greedy).await);
+        let message_request = Some(MessageRequest::ListServices(String::new()));
+        let list = ServerReflectionRequest { host: String::new(), message_request };
+        let endless = futures::stream::iter([list]).chain(futures::stream::pending());
+        let mut answers = client.server_reflection_info(endless).await.unwrap().into_inner();
+        answers.message().await.unwrap().expect("a list");
+        streams.push(answers);
+    }
+    for key in [&server.operator, &other] {
+        answer(&mut server.generation(key).await, generate("", "hello", 2)).await.expect("there is room");
+    }
+    drop(streams);
     server.stopped().await;
 }
 

@@ -68,6 +68,10 @@ async fn every_act_leaves_one_line() {
     let delete = DeleteDatasetRequest { name: "tenants/logged/datasets/d".into() };
     server.datasets(&key).await.delete_dataset(delete).await.unwrap();
     server.generation(&key).await.generate(generate("tenants/logged/adapters/no", "x", 1)).await.unwrap_err();
+    let strangers = 50;
+    for _ in 0..strangers {
+        server.generation("").await.generate(generate("", "x", 1)).await.unwrap_err();
+    }
     let listed = tenants.list_api_keys(ListApiKeysRequest { parent: "tenants/logged".into(), ..Default::default() });
     let name = listed.await.unwrap().into_inner().api_keys.remove(0).name;
     tenants.revoke_api_key(RevokeApiKeyRequest { name: name.clone() }).await.unwrap();
@@ -95,6 +99,10 @@ async fn every_act_leaves_one_line() {
     ] {
         assert!(lines.has(parts), "{parts:?} is not in one line of\n{}", lines.all());
     }
+    let all = lines.all();
+    let refused = all.lines().filter(|line| line.contains("call refused") && line.contains("UNAUTHENTICATED"));
+    let refused = refused.count();
+    assert!((1..strangers).contains(&refused), "strangers have {refused} lines");
     let secret = key.rsplit('_').next().unwrap();
     assert!(!lines.all().contains(secret), "a key's secret is in the log");
 }

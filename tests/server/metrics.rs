@@ -48,6 +48,10 @@ async fn calls_and_tokens_are_measured() {
         "\ntenora_adapters_resident ",
         "\ntenora_adapters_host_bytes ",
         "\ntenora_kv_blocks_used ",
+        "\ntenora_calls_under_way ",
+        "\ntenora_uploads_under_way ",
+        "\ntenora_reads_under_way ",
+        "\ntenora_request_memory_bytes ",
         // Of one tenant each: no other test's server shows tenants.
         "\ntenora_generated_tokens_total{tenant=\"measured\"} 3\n",
         "\ntenora_prompt_tokens_total{tenant=\"measured\"} 5\n",

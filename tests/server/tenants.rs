@@ -1,8 +1,10 @@
 //! Tenants, their keys, their pages, their usage, their policy.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tenora::api::proto::*;
+use tokio::sync::Notify;
 use tonic::Code;
 
 use super::common::{TestServer, answer, generate};
@@ -90,6 +92,48 @@ async fn a_policy_is_read_written_and_applied() {
     assert!(!checked.allowed);
     assert_eq!(checked.matches, [PhraseMatch { phrase: "Secret".into(), start: 2, end: 8 }]);
     server.stopped().await;
+}
+
+/// Jobs that are made without an end, by the tenant and by an operator, while it is deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_job_keeps_a_tenant_from_being_deleted() {
+    let server = Arc::new(TestServer::start().await);
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "d").await.unwrap();
+    let mut callers = Vec::new();
+    for (caller, key) in [&key, &key, &server.operator].into_iter().enumerate() {
+        let (mut client, begun) = (server.training(key).await, Arc::new(Notify::new()));
+        let told = begun.clone();
+        let submit = async move {
+            for n in 0.. {
+                let train = TrainRequest {
+                    parent: "tenants/a".into(),
+                    adapter_id: format!("x{caller}-{n}"),
+                    dataset: "tenants/a/datasets/d".into(),
+                    objective: Some(train_request::Objective::Sft(SftSpec {})),
+                    hyperparameters: Some(Hyperparameters { max_steps: Some(100_000), ..Default::default() }),
+                    ..Default::default()
+                };
+                match client.train(train).await {
+                    Err(status) if status.code() != Code::ResourceExhausted => return status,
+                    Err(_) => tokio::task::yield_now().await,
+                    Ok(_) => told.notify_one(),
+                }
+            }
+            unreachable!("it goes on until it is refused");
+        };
+        callers.push((tokio::spawn(submit), begun));
+    }
+    for (_, begun) in &callers {
+        begun.notified().await;
+    }
+    let mut tenants = server.tenants(&server.operator).await;
+    tenants.delete_tenant(DeleteTenantRequest { name: "tenants/a".into() }).await.expect("its jobs end for it");
+    for (caller, _) in callers {
+        let status = caller.await.unwrap();
+        assert!(matches!(status.code(), Code::NotFound | Code::Unauthenticated), "{status:?}");
+    }
+    Arc::into_inner(server).unwrap().stopped().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

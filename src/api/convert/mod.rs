@@ -1,6 +1,6 @@
 //! Between protobuf messages and the crate's own types. Errors name the field by its path in the message.
 
-mod foreign;
+mod fuzz;
 mod generation;
 mod pages;
 mod pairs;
@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 use prost_types::{FieldMask, Timestamp};
 
-pub use foreign::convert_bytes;
+pub use fuzz::convert_bytes;
 pub use generation::{generate_spec, response_of, score_response, score_spec, token, tokenize_input};
 pub use pages::List;
 pub use pairs::UploadEncoding;
