@@ -36,6 +36,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (3, "tenant weights", include_str!("migrations/0003_tenant_weights.sql")),
     (4, "requests and turns", include_str!("migrations/0004_requests_and_turns.sql")),
     (5, "training results", include_str!("migrations/0005_training_results.sql")),
+    (6, "unpacked sizes", include_str!("migrations/0006_unpacked_sizes.sql")),
 ];
 
 #[derive(Debug)]
