@@ -108,10 +108,14 @@ pub fn jsonl(data: &[u8]) -> bool {
 fn records(kind: DatasetKind, data: &[u8], piece: usize) -> Option<Vec<Numbered>> {
     let limits = Limits { max_dataset_bytes: 1 << 20, ..Limits::default() };
     let (mut reader, mut records) = (Reader::new(kind, TINY.1.clone(), &limits), Vec::new());
+    let mut keep = |record| {
+        records.push(record);
+        Ok(())
+    };
     for piece in data.chunks(piece.max(1)) {
-        reader.push(piece, &mut |record| records.push(record)).ok()?;
+        reader.push(piece, &mut keep).ok()?;
     }
-    reader.finish(&mut |record| records.push(record)).ok()?;
+    reader.finish(&mut keep).ok()?;
     Some(records)
 }
 

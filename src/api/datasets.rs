@@ -67,7 +67,7 @@ impl DatasetService for Datasets {
         let mut upload = self.begin(&call, header, DatasetKind::Sft).await?;
         while let Some(message) = incoming.next().await? {
             match message.part {
-                Some(records::Part::Data(data)) => upload.write(&data).await?,
+                Some(records::Part::Data(data)) => upload.write(data).await?,
                 _ => return Err(misplaced_header().into()),
             }
         }
@@ -88,7 +88,7 @@ impl DatasetService for Datasets {
         while let Some(message) = incoming.next().await? {
             match message.part {
                 Some(preferences::Part::Pair(pair)) => upload.write_record(&form.record(pair)?).await?,
-                Some(preferences::Part::Data(data)) => upload.write(form.data(&data)?).await?,
+                Some(preferences::Part::Data(data)) => upload.write(form.data(data)?).await?,
                 _ => return Err(misplaced_header().into()),
             }
         }

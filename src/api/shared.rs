@@ -59,6 +59,7 @@ impl Shared {
     /// Waits for the memory to read a dataset whole.
     pub async fn bulk_of_dataset(&self, name: &DatasetName) -> Result<Bulk> {
         let row = self.parts.store.get_dataset(name).await?;
-        self.parts.memory.bulk(data::memory_bytes(&row)).await
+        let bytes = data::memory_bytes(&self.parts.store, &row).await?;
+        self.parts.memory.bulk(bytes).await
     }
 }

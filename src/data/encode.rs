@@ -1,11 +1,14 @@
 //! Records as ids, and what becomes of those that are longer than may be. Inspection and training measure by the same function.
 
+use std::io;
+use std::sync::Arc;
+
 use super::problems::{self, Problems};
 use super::records::{Pair, Record};
-use super::{Numbered, Split};
+use super::{Numbered, Split, stored};
 use crate::error::{Error, Result};
 use crate::request::TooLong;
-use crate::store::DatasetKind;
+use crate::store::{DatasetKind, DatasetRow};
 use crate::text::{Conversation, Text};
 
 /// Many records of one kind as ids.
@@ -76,70 +79,96 @@ pub struct Length {
     pub too_long: TooLong,
 }
 
-/// Turns all records into ids. `go_on` is asked before each and ends the work with its error.
+/// Turns the records of a dataset's file into ids, one by one. `go_on` is asked before each and ends the work with its error. Blocks.
 ///
 /// # Errors
-/// INVALID_RECORD for those that the template refuses or that leave nothing to learn, RECORD_TOO_LONG where those are to be refused: each
+/// Those of [`stored::read`]; INVALID_RECORD for records that the template refuses, RECORD_TOO_LONG where those are to be refused: each
 /// lists the first ones and counts all.
 pub fn encode(
-    records: &[Numbered],
-    kind: DatasetKind,
-    text: &Text,
+    file: impl io::Read,
+    dataset: &DatasetRow,
+    text: &Arc<Text>,
     length: Length,
     go_on: impl Fn() -> Result<()>,
 ) -> Result<Encoded> {
-    let (mut chats, mut pairs) = (Vec::new(), Vec::new());
-    let (mut dropped, mut truncated) = (0, 0);
-    let (mut problems, mut long) = (Problems::default(), LongRecords::default());
-    for numbered in records {
+    let mut encoder = Encoder::new(dataset.kind, length);
+    stored::read(file, dataset, text, &mut |numbered| {
         go_on()?;
+        encoder.take(&numbered, text)
+    })?;
+    encoder.finish()
+}
+
+/// Keeps the ids of the records that it is given, and nothing else of them.
+struct Encoder {
+    length: Length,
+    encoded: Encoded,
+    records: u64,
+    problems: Problems,
+    long: LongRecords,
+}
+
+impl Encoder {
+    fn new(kind: DatasetKind, length: Length) -> Self {
+        let examples = match kind {
+            DatasetKind::Sft => Examples::Sft(Vec::new()),
+            DatasetKind::Preferences => Examples::Dpo(Vec::new()),
+        };
+        let encoded = Encoded { examples, dropped: 0, truncated: 0 };
+        Self { length, encoded, records: 0, problems: Problems::default(), long: LongRecords::default() }
+    }
+
+    fn take(&mut self, numbered: &Numbered, text: &Text) -> Result<()> {
+        self.records += 1;
         let mut sequences = match sequences(&numbered.record, text) {
             Ok(sequences) => sequences,
             Err(error) => {
-                problems.add(numbered.line, reason(&error));
-                continue;
+                self.problems.add(numbered.line, reason(&error));
+                return Ok(());
             }
         };
-        if sequences.iter().any(|sequence| loss_tokens(sequence) == 0) {
-            problems.add(numbered.line, "has no token to learn".into());
-            continue;
-        }
         let tokens = longest(&sequences);
-        if tokens > length.max {
-            match length.too_long {
+        if tokens > self.length.max {
+            match self.length.too_long {
                 TooLong::Refuse => {
-                    long.add(numbered.line, tokens);
-                    continue;
+                    self.long.add(numbered.line, tokens);
+                    return Ok(());
                 }
-                TooLong::Truncate if sequences.iter_mut().all(|sequence| truncate(sequence, length.max)) => {
-                    truncated += 1
+                TooLong::Truncate if sequences.iter_mut().all(|sequence| truncate(sequence, self.length.max)) => {
+                    self.encoded.truncated += 1
                 }
                 TooLong::Truncate | TooLong::Drop => {
-                    dropped += 1;
-                    continue;
+                    self.encoded.dropped += 1;
+                    return Ok(());
                 }
             }
         }
-        match (kind, <[Conversation; 2]>::try_from(sequences)) {
-            (DatasetKind::Preferences, Ok([chosen, rejected])) => pairs.push(Pair { chosen, rejected }),
-            (DatasetKind::Sft, Err(one)) => chats.extend(one),
+        for sequence in &mut sequences {
+            // They grew by doubling, and stay for the whole run.
+            sequence.ids.shrink_to_fit();
+            sequence.in_loss.shrink_to_fit();
+        }
+        match (&mut self.encoded.examples, <[Conversation; 2]>::try_from(sequences)) {
+            (Examples::Dpo(pairs), Ok([chosen, rejected])) => pairs.push(Pair { chosen, rejected }),
+            (Examples::Sft(chats), Err(one)) => chats.extend(one),
             _ => return Err(Error::internal("a record is not of its dataset's kind")),
         }
+        Ok(())
     }
-    if let Some(error) = problems.into_error(records.len() as u64) {
-        return Err(error);
+
+    fn finish(self) -> Result<Encoded> {
+        let Self { length, encoded, records, problems, long } = self;
+        if let Some(error) = problems.into_error(records) {
+            return Err(error);
+        }
+        long.check(records, length.max)?;
+        if encoded.examples.is_empty() {
+            let message =
+                format!("every record is longer than {} tokens (max_length); nothing is left to train on", length.max);
+            return Err(Error::invalid_because("NOTHING_TO_LEARN", "dataset", message));
+        }
+        Ok(encoded)
     }
-    long.check(records.len() as u64, length.max)?;
-    let examples = match kind {
-        DatasetKind::Sft => Examples::Sft(chats),
-        DatasetKind::Preferences => Examples::Dpo(pairs),
-    };
-    if examples.is_empty() {
-        let message =
-            format!("every record is longer than {} tokens (max_length); nothing is left to train on", length.max);
-        return Err(Error::invalid_because("NOTHING_TO_LEARN", "dataset", message));
-    }
-    Ok(Encoded { examples, dropped, truncated })
 }
 
 /// A record's sequences: one of a chat, two of a pair.
@@ -219,14 +248,15 @@ impl LongRecords {
 mod tests {
     use super::*;
     use crate::data::reader::Reader;
+    use crate::data::tests::read_all;
 
     fn encoded(file: &str, kind: DatasetKind, max: usize, too_long: TooLong) -> Result<Encoded> {
         let text = Text::tiny();
-        let mut records = Vec::new();
-        crate::data::read_all(Reader::of_stored(kind, text.clone()), file.as_bytes(), &mut |numbered| {
-            records.push(numbered)
+        let mut encoder = Encoder::new(kind, Length { max, too_long });
+        read_all(Reader::of_stored(kind, text.clone()), file.as_bytes(), &mut |numbered| {
+            encoder.take(&numbered, &text)
         })?;
-        encode(&records, kind, &text, Length { max, too_long }, || Ok(()))
+        encoder.finish()
     }
 
     fn chats() -> String {

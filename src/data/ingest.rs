@@ -6,16 +6,17 @@ use std::sync::Arc;
 use sha2::{Digest as _, Sha256};
 
 use crate::config::Limits;
+use crate::data::Record;
 use crate::data::reader::{Findings, Reader};
-use crate::data::{Record, is_sound};
+use crate::data::stored::is_sound;
 use crate::error::{Error, Result};
 use crate::ids::{DatasetName, Digest, Tenant};
 use crate::store::{BlobUpload, DatasetBefore, DatasetKind, DatasetRow, NewDataset, Store, random_id, taken};
 use crate::text::Text;
 use crate::work::{blocking, spawn_uncancellable};
 
-/// Bytes that go to the disk at once.
-const PART_BYTES: usize = 1 << 20;
+/// Least bytes that go to the disk at once: as many as the CLI sends in a piece, which then is not copied.
+const PART_BYTES: usize = 256 << 10;
 /// Bytes that are checked on the caller's own thread; more go to one that may be busy.
 const INLINE_BYTES: usize = 16 << 10;
 
@@ -95,10 +96,13 @@ impl Upload {
     }
 
     /// The next bytes, cut anywhere.
-    pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.check(bytes).await?;
+    pub async fn write(&mut self, bytes: Vec<u8>) -> Result<()> {
+        let bytes = self.check(bytes).await?;
         if let Destination::Blob { file, part, .. } = &mut self.destination {
-            part.extend_from_slice(bytes);
+            match part.is_empty() {
+                true => *part = bytes,
+                false => part.extend(bytes),
+            }
             if part.len() >= PART_BYTES {
                 file.write(std::mem::take(part)).await?;
             }
@@ -108,21 +112,17 @@ impl Upload {
 
     /// One record, already typed.
     pub async fn write_record(&mut self, record: &Record) -> Result<()> {
-        self.write(format!("{}\n", record.to_line()).as_bytes()).await
+        self.write(format!("{}\n", record.to_line()).into_bytes()).await
     }
 
-    /// Checks the next bytes, where no call waits for it.
-    async fn check(&mut self, bytes: &[u8]) -> Result<()> {
+    /// Checks the next bytes, where no call waits for it, and gives them back.
+    async fn check(&mut self, bytes: Vec<u8>) -> Result<Vec<u8>> {
         let mut checker = self.checker.take().ok_or_else(ended)?;
-        if bytes.len() <= INLINE_BYTES {
-            checker.push(bytes)?;
-            self.checker = Some(checker);
-            return Ok(());
-        }
-        let bytes = bytes.to_vec();
-        let push = move || checker.push(&bytes).map(|()| checker);
-        self.checker = Some(blocking(push).await?);
-        Ok(())
+        let is_short = bytes.len() <= INLINE_BYTES;
+        let push = move || checker.push(&bytes).map(|()| (checker, bytes));
+        let (checker, bytes) = if is_short { push()? } else { blocking(push).await? };
+        self.checker = Some(checker);
+        Ok(bytes)
     }
 
     /// Ends the file and makes the dataset; gives what was found in it.
@@ -134,7 +134,8 @@ impl Upload {
         let checked = blocking(move || checker.finish()).await?;
         let Checked { records, size_bytes, digest, findings } = checked;
         let kind = self.kind;
-        let new = |name, blob| NewDataset { name, kind, records, size_bytes, digest, blob };
+        let unpacked_bytes = findings.unpacked_bytes;
+        let new = |name, blob| NewDataset { name, kind, records, size_bytes, unpacked_bytes, digest, blob };
         let (store, request_id, name) = (self.store, self.request_id, self.name);
         let row = match self.destination {
             Destination::Made => match store.dataset_before(&name, kind, &request_id, Some(digest)).await? {
@@ -221,11 +222,11 @@ impl Checker {
             return Err(Error::Exhausted { limit: "max_dataset_bytes", message, retry_after: None });
         }
         self.hash.update(bytes);
-        self.reader.push(bytes, &mut drop)
+        self.reader.push(bytes, &mut |_| Ok(()))
     }
 
     fn finish(self) -> Result<Checked> {
-        let (records, findings) = self.reader.finish(&mut drop)?;
+        let (records, findings) = self.reader.finish(&mut |_| Ok(()))?;
         Ok(Checked { records, size_bytes: self.bytes, digest: Digest::from(self.hash), findings })
     }
 }
@@ -233,6 +234,7 @@ impl Checker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::{Numbered, stored};
 
     const GOOD: &str = r#"{"prompt":"p","completion":"é"}"#;
 
@@ -307,6 +309,16 @@ mod tests {
         Upload::begin(store, &Text::tiny(), &limits, tenant, name, DatasetKind::Sft, request_id, validate_only).await
     }
 
+    async fn read_back(store: &Store, row: &DatasetRow) -> Result<Vec<Numbered>> {
+        let mut records = Vec::new();
+        let file = stored::open(store, row).await?;
+        stored::read(file, row, &Text::tiny(), &mut |numbered| {
+            records.push(numbered);
+            Ok(())
+        })?;
+        Ok(records)
+    }
+
     /// Every file below the blob folder, staged ones too.
     fn files(folder: &tempfile::TempDir) -> usize {
         fn count(path: &std::path::Path) -> usize {
@@ -337,13 +349,13 @@ mod tests {
         let (folder, store, tenant) = store().await;
         let mut upload = begin(&store, &tenant, "d", "r", false).await.unwrap();
         let record = Record::parse(DatasetKind::Sft, GOOD.as_bytes()).unwrap();
-        upload.write(&GOOD.as_bytes()[..9]).await.unwrap();
-        upload.write(&GOOD.as_bytes()[9..]).await.unwrap();
-        upload.write(b"\n").await.unwrap();
+        upload.write(GOOD.as_bytes()[..9].into()).await.unwrap();
+        upload.write(GOOD.as_bytes()[9..].into()).await.unwrap();
+        upload.write(b"\n".into()).await.unwrap();
         upload.write_record(&record).await.unwrap();
         let (row, _) = upload.finish().await.unwrap();
         assert_eq!(row.records, 2);
-        let read = crate::data::read(&store, &Text::tiny(), &row).await.unwrap();
+        let read = read_back(&store, &row).await.unwrap();
         assert_eq!(
             read.iter().map(|numbered| (numbered.line, &numbered.record)).collect::<Vec<_>>(),
             [(1, &record), (2, &record)]
@@ -351,10 +363,10 @@ mod tests {
         assert_eq!(row, store.get_dataset(&row.name).await.unwrap());
 
         let mut retried = begin(&store, &tenant, "d", "r", false).await.unwrap();
-        retried.write(format!("{GOOD}\n{}\n", row_text(&store, &row).await).as_bytes()).await.unwrap();
+        retried.write(format!("{GOOD}\n{}\n", row_text(&store, &row).await).into_bytes()).await.unwrap();
         assert_eq!(retried.finish().await.unwrap().0, row);
         let mut other = begin(&store, &tenant, "d", "r", false).await.unwrap();
-        other.write(GOOD.as_bytes()).await.unwrap();
+        other.write(GOOD.into()).await.unwrap();
         for refused in [other.finish().await.map(drop), begin(&store, &tenant, "e", "r", false).await.map(drop)] {
             assert!(matches!(&refused, Err(Error::Invalid { reason: "REQUEST_ID_REUSED", .. })), "{refused:?}");
             assert!(refused.unwrap_err().to_string().contains("tenants/one/datasets/d"), "it names the first result");
@@ -369,15 +381,15 @@ mod tests {
     async fn what_does_not_finish_leaves_nothing() {
         let (folder, store, tenant) = store().await;
         let mut dropped = begin(&store, &tenant, "a", "", false).await.unwrap();
-        dropped.write(GOOD.as_bytes()).await.unwrap();
+        dropped.write(GOOD.into()).await.unwrap();
         drop(dropped);
         let mut wrong = begin(&store, &tenant, "b", "", false).await.unwrap();
-        wrong.write(b"{\n").await.unwrap();
+        wrong.write(b"{\n".into()).await.unwrap();
         assert!(wrong.finish().await.is_err());
         let empty = begin(&store, &tenant, "c", "", false).await.unwrap();
         assert!(empty.finish().await.is_err());
         let mut validated = begin(&store, &tenant, "d", "", true).await.unwrap();
-        validated.write(GOOD.as_bytes()).await.unwrap();
+        validated.write(GOOD.into()).await.unwrap();
         assert_eq!(validated.finish().await.unwrap().0.records, 1);
         settles_to(&folder, 0).await;
         let page = crate::store::Page::default();
@@ -390,7 +402,7 @@ mod tests {
         let mut uploads = Vec::new();
         for id in ["d", "d", "e", "f"] {
             let mut upload = begin(&store, &tenant, id, "", false).await.unwrap();
-            upload.write(GOOD.as_bytes()).await.unwrap();
+            upload.write(GOOD.into()).await.unwrap();
             uploads.push(upload.finish());
         }
         let results = futures::future::join_all(uploads).await;
@@ -409,12 +421,12 @@ mod tests {
         let text = format!("{GOOD}\n").repeat(3);
         let upload = async |id: &str, request_id: &str, text: &str| {
             let mut upload = begin(&store, &tenant, id, request_id, false).await?;
-            upload.write(text.as_bytes()).await?;
+            upload.write(text.into()).await?;
             upload.finish().await.map(|(row, _)| row)
         };
         let row = upload("d", "r", &text).await.unwrap();
         let path = folder.path().join("blobs").join(&row.blob);
-        let read = async || crate::data::read(&store, &Text::tiny(), &row).await;
+        let read = async || read_back(&store, &row).await;
         // Truncated at a record's end, one byte changed, gone.
         type Damage<'a> = Box<dyn Fn() + 'a>;
         let damages: [(&str, Damage<'_>); 3] = [
@@ -442,7 +454,7 @@ mod tests {
         let (folder, store, tenant) = store().await;
         let one = async || {
             let mut upload = begin(&store, &tenant, "d", "r", false).await?;
-            upload.write(GOOD.as_bytes()).await?;
+            upload.write(GOOD.into()).await?;
             upload.finish().await.map(|(row, _)| row)
         };
         let (a, b, c) = tokio::join!(one(), one(), one());

@@ -33,7 +33,12 @@ pub struct Findings {
     pub mentions: u64,
     /// Records with an answer of no text, which teach to say nothing, or not to.
     pub empty_answers: u64,
+    /// Bytes of the file, unpacked.
+    pub unpacked_bytes: u64,
 }
+
+/// What is done with each good record; its error ends the reading.
+pub type Sink<'a> = &'a mut dyn FnMut(Numbered) -> Result<()>;
 
 /// A record and the line it begins on.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,8 +90,8 @@ impl Reader {
     /// Takes the next bytes, cut anywhere; gives the good records to `sink`.
     ///
     /// # Errors
-    /// UNSUPPORTED_FORMAT for a file that is none of the formats; a limit by its name. Bad records are told at the end.
-    pub fn push(&mut self, bytes: &[u8], sink: &mut dyn FnMut(Numbered)) -> Result<()> {
+    /// UNSUPPORTED_FORMAT for a file that is none of the formats; a limit by its name; what `sink` says. Bad records are told at the end.
+    pub fn push(&mut self, bytes: &[u8], sink: Sink<'_>) -> Result<()> {
         let Self { container, check } = self;
         container.push(bytes, &mut |piece| check.take(piece, sink))
     }
@@ -95,10 +100,11 @@ impl Reader {
     ///
     /// # Errors
     /// INVALID_RECORD with the first bad records and their count; EMPTY_DATASET.
-    pub fn finish(mut self, sink: &mut dyn FnMut(Numbered)) -> Result<(u64, Findings)> {
+    pub fn finish(mut self, sink: Sink<'_>) -> Result<(u64, Findings)> {
         let Self { container, check } = &mut self;
         let format: Format = container.finish(&mut |piece| check.take(piece, sink))?;
-        let Check { records, problems, mut findings, .. } = self.check;
+        let unpacked_bytes = container.unpacked_bytes();
+        let Check { records, problems, findings, .. } = self.check;
         if let Some(error) = problems.into_error(records) {
             return Err(error);
         }
@@ -109,13 +115,12 @@ impl Reader {
                 "holds no record; send one JSON object a line",
             ));
         }
-        findings.format = format.describe();
-        Ok((records, findings))
+        Ok((records, Findings { format: format.describe(), unpacked_bytes, ..findings }))
     }
 }
 
 impl Check {
-    fn take(&mut self, piece: Piece<'_>, sink: &mut dyn FnMut(Numbered)) -> Result<()> {
+    fn take(&mut self, piece: Piece<'_>, sink: Sink<'_>) -> Result<()> {
         self.records += 1;
         if self.records > self.max_records {
             let message = format!("the dataset has more than {} records", self.max_records);
@@ -132,7 +137,7 @@ impl Check {
                     }
                     match self.look_at(&parsed) {
                         Some(reason) => self.problems.add(line, reason),
-                        None => sink(Numbered { line, record: parsed.record }),
+                        None => sink(Numbered { line, record: parsed.record })?,
                     }
                 }
             },

@@ -1,14 +1,15 @@
 //! What a dataset would be to training: its tokens, what is wrong with it, and some of its records as the model sees them.
 
 use std::collections::HashSet;
+use std::io;
 use std::sync::Arc;
 
 use super::encode::{LongRecords, longest, reason, sequences};
 use super::problems::Problems;
-use super::reader::{Findings, Numbered, Reader};
-use super::{Record, check_count, content, in_dataset, read_all};
+use super::reader::{Findings, Numbered};
+use super::{Record, stored};
 use crate::error::Result;
-use crate::ids::{DatasetName, Digest, Tenant};
+use crate::ids::{DatasetName, Tenant};
 use crate::store::{DatasetRow, Store};
 use crate::text::{Conversation, Text};
 use crate::work::blocking;
@@ -82,17 +83,14 @@ pub async fn inspect(
 ) -> Result<Report> {
     tenant.check_owns(&name.tenant)?;
     let dataset = store.get_dataset(name).await?;
-    let bytes = content(store, &dataset).await?;
+    let file = stored::open(store, &dataset).await?;
     let text = text.clone();
-    let name = name.clone();
-    let count = move || count(dataset, &bytes, &text, question).map_err(|error| in_dataset(&name, error));
-    blocking(count).await
+    blocking(move || count(dataset, file, &text, question)).await
 }
 
-fn count(dataset: DatasetRow, bytes: &[u8], text: &Arc<Text>, question: Question) -> Result<Report> {
-    let reader = Reader::of_stored(dataset.kind, text.clone());
+fn count(dataset: DatasetRow, file: impl io::Read, text: &Arc<Text>, question: Question) -> Result<Report> {
     let mut report = Report {
-        dataset,
+        dataset: dataset.clone(),
         findings: Findings::default(),
         tokens: 0,
         loss_tokens: 0,
@@ -104,9 +102,9 @@ fn count(dataset: DatasetRow, bytes: &[u8], text: &Arc<Text>, question: Question
     };
     let (mut seen, mut problems, mut records) = (HashSet::new(), Problems::default(), 0);
     let mut room = SHOWN_IDS;
-    let findings = read_all(reader, bytes, &mut |Numbered { line, record }| {
+    let findings = stored::read(file, &dataset, text, &mut |Numbered { line, record }| {
         records += 1;
-        report.duplicates += u32::from(!seen.insert(Digest::of(record.to_line().as_bytes())));
+        report.duplicates += u32::from(!seen.insert(record.digest()));
         match sequences(&record, text) {
             Ok(sequences) => {
                 report.add(line, &sequences);
@@ -116,10 +114,10 @@ fn count(dataset: DatasetRow, bytes: &[u8], text: &Arc<Text>, question: Question
             }
             Err(error) => problems.add(line, reason(&error)),
         }
+        Ok(())
     })?;
-    check_count(&report.dataset, records)?;
     match problems.into_error(records) {
-        Some(error) => Err(error),
+        Some(error) => Err(stored::in_dataset(&dataset.name, error)),
         None => Ok(Report { findings, ..report }),
     }
 }
@@ -165,6 +163,7 @@ fn shown(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::Digest;
     use crate::store::{DatasetKind, NewDataset};
 
     fn report(kind: DatasetKind, file: &str, question: Question) -> Result<Report> {
@@ -173,6 +172,7 @@ mod tests {
             kind,
             records: file.lines().filter(|line| !line.is_empty()).count() as u64,
             size_bytes: 0,
+            unpacked_bytes: 0,
             digest: Digest::of(file.as_bytes()),
             blob: String::new(),
         };

@@ -37,6 +37,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (4, "requests and turns", include_str!("migrations/0004_requests_and_turns.sql")),
     (5, "training results", include_str!("migrations/0005_training_results.sql")),
     (6, "version notes", include_str!("migrations/0006_version_notes.sql")),
+    (7, "unpacked sizes", include_str!("migrations/0007_unpacked_sizes.sql")),
 ];
 
 #[derive(Debug)]

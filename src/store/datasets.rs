@@ -31,6 +31,8 @@ pub struct DatasetRow {
     pub records: u64,
     /// Bytes as uploaded.
     pub size_bytes: u64,
+    /// Bytes unpacked, where that is known: earlier builds did not count them.
+    pub unpacked_bytes: Option<u64>,
     /// Of the bytes as uploaded.
     pub digest: Digest,
     /// When the upload ended.
@@ -50,6 +52,8 @@ pub struct NewDataset {
     pub records: u64,
     /// Bytes of the blob.
     pub size_bytes: u64,
+    /// Bytes of its content unpacked.
+    pub unpacked_bytes: u64,
     /// Of the blob.
     pub digest: Digest,
     /// Where its content lies.
@@ -70,8 +74,9 @@ pub enum DatasetBefore {
 impl NewDataset {
     /// The row it would be, were it made now.
     pub fn into_row(self) -> DatasetRow {
-        let Self { name, kind, records, size_bytes, digest, blob } = self;
-        DatasetRow { name, kind, records, size_bytes, digest, create_time: SystemTime::now(), blob }
+        let Self { name, kind, records, size_bytes, unpacked_bytes, digest, blob } = self;
+        let (unpacked_bytes, create_time) = (Some(unpacked_bytes), SystemTime::now());
+        DatasetRow { name, kind, records, size_bytes, unpacked_bytes, digest, create_time, blob }
     }
 }
 
@@ -106,7 +111,7 @@ impl Store {
     /// # Errors
     /// REQUEST_ID_REUSED, ALREADY_EXISTS, EXHAUSTED; NOT_FOUND where the tenant, or what the request id has made, is gone.
     pub async fn insert_dataset(&self, dataset: &NewDataset, request_id: &str, most: u64) -> Result<DatasetRow> {
-        let NewDataset { name, kind, records, size_bytes, digest, blob } = dataset;
+        let NewDataset { name, kind, records, size_bytes, unpacked_bytes, digest, blob } = dataset;
         let mut tx = self.write().await?;
         require_tenant(&mut tx, &name.tenant).await?;
         let claim = claim(name, *kind, request_id, Some(*digest));
@@ -122,14 +127,15 @@ impl Store {
             return Err(Error::Exhausted { limit: "max_datasets_per_tenant", message, retry_after: None });
         }
         let made = sqlx::query(
-            "INSERT INTO datasets (tenant, dataset, kind, records, size_bytes, digest, blob, create_time)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING *",
+            "INSERT INTO datasets (tenant, dataset, kind, records, size_bytes, unpacked_bytes, digest, blob, create_time)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING *",
         )
         .bind(name.tenant.as_str())
         .bind(&name.dataset)
         .bind(kind.name())
         .bind(int(*records))
         .bind(int(*size_bytes))
+        .bind(int(*unpacked_bytes))
         .bind(digest.to_string())
         .bind(blob)
         .bind(now())
@@ -243,6 +249,7 @@ fn dataset_row(row: &SqliteRow) -> Result<DatasetRow> {
         kind: DatasetKind::from_name(row.try_get("kind")?)?,
         records: count(row, "records")?,
         size_bytes: count(row, "size_bytes")?,
+        unpacked_bytes: row.try_get::<Option<i64>, _>("unpacked_bytes")?.map(|bytes| bytes.max(0).unsigned_abs()),
         digest: row.try_get::<&str, _>("digest")?.parse()?,
         create_time: from_millis(row.try_get("create_time")?),
         blob: row.try_get("blob")?,

@@ -367,7 +367,7 @@ async fn fill(store: &Store, tenant: &TenantId) {
         .execute(store.writer())
         .await
         .unwrap();
-    sqlx::query("INSERT INTO datasets VALUES (?, 'd', 'SFT', 1, 1, '', ?, 0)")
+    sqlx::query("INSERT INTO datasets VALUES (?, 'd', 'SFT', 1, 1, '', ?, 0, NULL)")
         .bind(tenant.as_str())
         .bind(format!("{}/datasets/d", tenant.as_str()))
         .execute(store.writer())

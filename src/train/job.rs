@@ -125,18 +125,19 @@ impl TrainingContext {
                 (blocking(move || package.read(&shape, u64::MAX)).await?, true)
             }
         };
-        // Until its records are ids, which are an eighth of it or less; those of the one job that runs are not counted.
+        // Until its records are ids; those of the one job that runs are not counted any more.
+        let bytes = data::memory_bytes(&self.store, &dataset).await?;
         let memory = tokio::select! {
-            memory = self.memory.bulk(data::memory_bytes(&dataset)) => memory?,
+            memory = self.memory.bulk(bytes) => memory?,
             () = control.stopped() => return Err(Error::Cancelled),
         };
-        let records = data::read(&self.store, &self.text, &dataset).await?;
+        let file = data::open(&self.store, &dataset).await?;
         let recipe = spec.hyperparameters.clone();
         let max = max_length(&recipe, &self.limits, self.model.context_length());
         let length = Length { max, too_long: spec.too_long };
         let (text, limits) = (self.text.clone(), self.limits.clone());
         let encode = move || {
-            let encoded = data::encode(&records, dataset.kind, &text, length, || control.check())?;
+            let encoded = data::encode(file, &dataset, &text, length, || control.check())?;
             let Encoded { examples, dropped, truncated } = encoded;
             let (train, validation) = examples.split(recipe.validation_split, recipe.seed);
             let schedule = Schedule::new(&recipe, train.len());

@@ -31,7 +31,7 @@ impl UploadEncoding {
     }
 
     /// JSON lines as they are.
-    pub fn data<'a>(&mut self, data: &'a [u8]) -> Result<&'a [u8]> {
+    pub fn data(&mut self, data: Vec<u8>) -> Result<Vec<u8>> {
         if matches!(self, Self::Messages) {
             return Err(mixed());
         }
@@ -61,9 +61,9 @@ mod tests {
     fn forms_do_not_mix() {
         let mut form = UploadEncoding::default();
         form.record(pair()).unwrap();
-        assert!(form.data(b"{}").is_err());
+        assert!(form.data(b"{}".to_vec()).is_err());
         let mut form = UploadEncoding::default();
-        form.data(b"{").unwrap();
+        form.data(b"{".to_vec()).unwrap();
         assert!(form.record(pair()).is_err());
     }
 }

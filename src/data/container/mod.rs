@@ -7,7 +7,7 @@
 
 mod foreign;
 
-use std::io::Write as _;
+use std::io::{self, BufRead as _, BufReader, Write as _};
 
 use flate2::write::MultiGzDecoder;
 
@@ -18,6 +18,8 @@ const HEAD: usize = 4096;
 /// Bytes of gzip unpacked at once: they become at most a thousand times as many.
 const PACKED: usize = 4096;
 const MARK: &[u8] = b"\xef\xbb\xbf";
+/// What a gzip file begins with.
+const GZIP: &[u8] = b"\x1f\x8b";
 
 /// How the records lie in the file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -124,9 +126,14 @@ impl Container {
         Ok(Format { gzip: matches!(self.packing, Packing::Gzip(_)), ..self.scanner.format })
     }
 
+    /// Returns the bytes so far, unpacked.
+    pub fn unpacked_bytes(&self) -> u64 {
+        self.unpacked
+    }
+
     fn begin(&mut self, sink: Sink<'_>) -> Result<()> {
         let head = std::mem::take(&mut self.head);
-        self.packing = match head.starts_with(b"\x1f\x8b") {
+        self.packing = match head.starts_with(GZIP) {
             true => Packing::Gzip(Box::new(MultiGzDecoder::new(Vec::new()))),
             false => Packing::Plain,
         };
@@ -153,7 +160,19 @@ impl Container {
     }
 }
 
-fn damaged(error: &std::io::Error) -> Error {
+/// Returns how many bytes a whole file has unpacked, without keeping any.
+///
+/// # Errors
+/// The file's, and those of gzip that is damaged.
+pub fn unpacked_bytes(file: impl io::Read) -> io::Result<u64> {
+    let mut file = BufReader::new(file);
+    match file.fill_buf()?.starts_with(GZIP) {
+        true => io::copy(&mut flate2::bufread::MultiGzDecoder::new(file), &mut io::sink()),
+        false => io::copy(&mut file, &mut io::sink()),
+    }
+}
+
+fn damaged(error: &io::Error) -> Error {
     refused(format!("is gzip that is damaged or cut short ({error}); pack it again, or send it unpacked"))
 }
 

@@ -9,11 +9,12 @@ mod message;
 mod pair;
 mod preference;
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
 
 use super::json;
 use crate::error::{Error, Result};
+use crate::ids::Digest;
 use crate::request::ChatMessage;
 use crate::store::DatasetKind;
 use crate::text::{Conversation, Text};
@@ -33,7 +34,7 @@ use fields::{Fields, Reason, is_absent};
 /// assert!(Record::parse(DatasetKind::Sft, line).is_err(), "there is nothing to learn in it");
 /// # Ok::<(), tenora::error::Error>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Record {
     /// A conversation to learn from (SFT).
     Chat(Chat),
@@ -42,7 +43,7 @@ pub enum Record {
 }
 
 /// A conversation that ends with an assistant's turn; `learn[i]` says whether message i is in the loss.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Chat {
     /// In their order, the system message first where there is one.
     pub messages: Vec<ChatMessage>,
@@ -51,7 +52,7 @@ pub struct Chat {
 }
 
 /// A prompt and two answers to it, each of which ends with an assistant's turn.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Preference {
     /// What both answers begin with; learnt by neither.
     pub prompt: Vec<ChatMessage>,
@@ -145,6 +146,35 @@ impl Record {
                 prompt.len() + chosen.len().max(rejected.len())
             }
         }
+    }
+
+    /// Returns the digest over all that it says.
+    pub fn digest(&self) -> Digest {
+        let mut hash = Sha256::new();
+        // Lengths and counts go first, so that no two records are the same bytes.
+        let text = |hash: &mut Sha256, text: &str| {
+            hash.update(text.len().to_le_bytes());
+            hash.update(text);
+        };
+        let list = |hash: &mut Sha256, messages: &[ChatMessage]| {
+            hash.update(messages.len().to_le_bytes());
+            for message in messages {
+                text(hash, &message.role);
+                text(hash, &message.content);
+                hash.update([u8::from(message.name.is_some())]);
+                text(hash, message.name.as_deref().unwrap_or_default());
+            }
+        };
+        match self {
+            Self::Chat(chat) => {
+                list(&mut hash, &chat.messages);
+                chat.learn.iter().for_each(|learn| hash.update([u8::from(*learn)]));
+            }
+            Self::Preference(Preference { prompt, chosen, rejected }) => {
+                [prompt, chosen, rejected].into_iter().for_each(|messages| list(&mut hash, messages));
+            }
+        }
+        hash.into()
     }
 
     /// The line that [`Record::parse`] reads back as this record.

@@ -7,7 +7,7 @@ mod trains;
 use std::io::Write as _;
 
 use super::records::Record;
-use super::{Reader, read_all};
+use super::{Findings, Reader, Sink};
 use crate::error::Result;
 use crate::store::DatasetKind;
 use crate::text::{Conversation, Text};
@@ -15,15 +15,24 @@ use crate::text::{Conversation, Text};
 /// The sequences that training would see, the format, and what was ignored.
 type Seen = (Vec<Conversation>, String, Vec<(String, u64)>);
 
+/// Reads a whole file.
+pub fn read_all(mut reader: Reader, bytes: &[u8], sink: Sink<'_>) -> Result<Findings> {
+    reader.push(bytes, sink)?;
+    Ok(reader.finish(sink)?.1)
+}
+
 fn read(kind: DatasetKind, file: &[u8]) -> Result<Seen> {
     let text = Text::tiny();
     let mut sequences = Vec::new();
-    let findings = read_all(Reader::of_stored(kind, text.clone()), file, &mut |numbered| match numbered.record {
-        Record::Chat(chat) => sequences.push(chat.encode(&text).unwrap()),
-        Record::Preference(pair) => {
-            let pair = pair.encode(&text).unwrap();
-            sequences.extend([pair.chosen, pair.rejected]);
+    let findings = read_all(Reader::of_stored(kind, text.clone()), file, &mut |numbered| {
+        match numbered.record {
+            Record::Chat(chat) => sequences.push(chat.encode(&text).unwrap()),
+            Record::Preference(pair) => {
+                let pair = pair.encode(&text).unwrap();
+                sequences.extend([pair.chosen, pair.rejected]);
+            }
         }
+        Ok(())
     })?;
     Ok((sequences, findings.format, findings.ignored.into_iter().collect()))
 }
@@ -36,7 +45,7 @@ fn dpo(file: impl AsRef<[u8]>) -> Result<Vec<Conversation>> {
     read(DatasetKind::Preferences, file.as_ref()).map(|read| read.0)
 }
 
-fn gzip(text: &str) -> Vec<u8> {
+pub fn gzip(text: &str) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     encoder.write_all(text.as_bytes()).unwrap();
     encoder.finish().unwrap()

@@ -50,7 +50,7 @@ async fn store() -> (tempfile::TempDir, Store) {
         let name = DatasetName::new(&tenant(id), "d").unwrap();
         let (kind, digest) = (DatasetKind::Sft, Digest::of(b""));
         let blob = format!("{id}/datasets/x");
-        let dataset = NewDataset { name, kind, records: 3, size_bytes: 0, digest, blob };
+        let dataset = NewDataset { name, kind, records: 3, size_bytes: 0, unpacked_bytes: 0, digest, blob };
         store.insert_dataset(&dataset, "", 10).await.unwrap();
     }
     (folder, store)

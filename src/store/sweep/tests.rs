@@ -12,7 +12,8 @@ async fn folder(datasets: usize) -> (tempfile::TempDir, Store) {
         let (name, blob) = (DatasetName::new(&tenant, &format!("d{n}")).unwrap(), format!("a/datasets/{n}"));
         store.blobs().put(&blob, b"content".to_vec()).await.unwrap();
         let digest = Digest::of(b"content");
-        let new = NewDataset { name, kind: DatasetKind::Sft, records: 1, size_bytes: 7, digest, blob };
+        let kind = DatasetKind::Sft;
+        let new = NewDataset { name, kind, records: 1, size_bytes: 7, unpacked_bytes: 7, digest, blob };
         store.insert_dataset(&new, "", u64::MAX).await.unwrap();
     }
     (dir, store)

@@ -151,7 +151,7 @@ impl Bench {
         let name = DatasetName::new(self.tenant.id(), id).unwrap();
         let Self { parts: TrainingContext { store, text, limits, .. }, tenant, .. } = self;
         let mut upload = Upload::begin(store, text, limits, tenant, name, kind, "", false).await.unwrap();
-        upload.write(lines.as_bytes()).await.unwrap();
+        upload.write(lines.into()).await.unwrap();
         upload.finish().await.unwrap();
     }
 
