@@ -60,8 +60,8 @@ struct InspectArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     show: u32,
     /// Measure records by this length, in tokens [default: what training takes]
-    #[arg(long, value_name = "TOKENS", default_value_t = 0)]
-    max_length: u32,
+    #[arg(long, value_name = "TOKENS")]
+    max_length: Option<u32>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -80,10 +80,8 @@ pub(super) async fn run(args: Args) -> Result<()> {
     let json = connection.json;
     let name = |given: &str| connection.name("datasets", given);
     match &args.command {
-        Command::Upload(upload) => print_upload(json, run_upload(connection, upload, proto::DatasetKind::Sft).await?),
-        Command::UploadPreferences(upload) => {
-            print_upload(json, run_upload(connection, upload, proto::DatasetKind::Preferences).await?)
-        }
+        Command::Upload(args) => run_upload(connection, args, proto::DatasetKind::Sft).await,
+        Command::UploadPreferences(args) => run_upload(connection, args, proto::DatasetKind::Preferences).await,
         Command::Get { dataset } => {
             let request = proto::GetDatasetRequest { name: name(dataset)? };
             show::one(json, &connection.client().await?.get_dataset(request).await?)
@@ -91,7 +89,9 @@ pub(super) async fn run(args: Args) -> Result<()> {
         Command::List => show::many(json, &list(connection).await?),
         Command::Inspect(inspect) => {
             let InspectArgs { dataset, show, max_length } = inspect;
-            let request = proto::InspectDatasetRequest { name: name(dataset)?, show: *show, max_length: *max_length };
+            // 0 is how the call says that it is left to the server.
+            let max_length = max_length.unwrap_or(0);
+            let request = proto::InspectDatasetRequest { name: name(dataset)?, show: *show, max_length };
             print_report(json, connection.client().await?.inspect_dataset(request).await?)
         }
         Command::Delete { dataset } => {
@@ -110,12 +110,17 @@ async fn list(connection: &Connection) -> Result<Vec<proto::Dataset>> {
     list.await
 }
 
-async fn run_upload(connection: &Connection, args: &UploadArgs, kind: proto::DatasetKind) -> Result<proto::Dataset> {
+async fn run_upload(connection: &Connection, args: &UploadArgs, kind: proto::DatasetKind) -> Result<()> {
     let (parent, dataset_id) = connection.split("datasets", &args.dataset)?;
     let header =
         proto::UploadHeader { parent, dataset_id, request_id: request_id(), validate_only: args.validate_only };
     let content = std::fs::read(&args.file).map_err(Failure::at(&args.file))?;
-    upload(&connection.client().await?, header, kind, content).await.map_err(|failure| failure.in_file(&args.file))
+    let sent = upload(&connection.client().await?, header, kind, content).await;
+    print_upload(connection.json, sent.map_err(|failure| failure.in_file(&args.file))?)?;
+    if args.validate_only {
+        eprintln!("valid; nothing was kept");
+    }
+    Ok(())
 }
 
 fn print_upload(json: bool, mut dataset: proto::Dataset) -> Result<()> {
@@ -200,7 +205,7 @@ fn print_rendered(sequence: &proto::RenderedSequence) -> Result<()> {
     Ok(writeln!(out, "\nids: {}", sequence.spans.iter().map(ids).collect::<Vec<_>>().join(" "))?)
 }
 
-/// Sends JSON lines in pieces.
+/// Sends a file in pieces, whatever of the formats it is.
 pub(super) async fn upload(
     client: &Client,
     header: proto::UploadHeader,

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use super::problems::{self, Problems};
+use super::problems::{Noted, Problems};
 use super::records::{Pair, Record};
 use super::{Numbered, Split, stored};
 use crate::error::{Error, Result};
@@ -161,7 +161,7 @@ impl Encoder {
         if let Some(error) = problems.into_error(records) {
             return Err(error);
         }
-        long.check(records, length.max)?;
+        check_lengths(&long, records, length.max)?;
         if encoded.examples.is_empty() {
             let message =
                 format!("every record is longer than {} tokens (max_length); nothing is left to train on", length.max);
@@ -207,41 +207,27 @@ fn truncate(conversation: &mut Conversation, max: usize) -> bool {
     loss_tokens(conversation) > 0
 }
 
-/// The records that are longer than may be: the first ones, and how many.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct LongRecords {
-    /// Line and tokens.
-    pub first: Vec<(u64, usize)>,
-    pub count: u64,
-}
+/// The records that are longer than may be, with their tokens.
+pub type LongRecords = Noted<usize>;
 
-impl LongRecords {
-    pub fn add(&mut self, line: u64, tokens: usize) {
-        self.count += 1;
-        if self.first.len() < problems::LISTED {
-            self.first.push((line, tokens));
-        }
+/// Fails where there is one that is to be refused.
+fn check_lengths(long: &LongRecords, records: u64, max: usize) -> Result<()> {
+    if long.count == 0 {
+        return Ok(());
     }
-
-    fn check(&self, records: u64, max: usize) -> Result<()> {
-        if self.count == 0 {
-            return Ok(());
-        }
-        let listed: Vec<String> =
-            self.first.iter().map(|(line, tokens)| format!("line {line} ({tokens} tokens)")).collect();
-        let more = if self.count > listed.len() as u64 {
-            format!(" and {} more", self.count - listed.len() as u64)
-        } else {
-            String::new()
-        };
-        let message = format!(
-            "{} of {records} records are longer than {max} tokens (max_length): {}{more}; shorten them, raise hyperparameters.max_length, or set \
-             too_long to drop or truncate them",
-            self.count,
-            listed.join(", ")
-        );
-        Err(Error::invalid_because("RECORD_TOO_LONG", "dataset", message))
-    }
+    let listed: Vec<String> =
+        long.first.iter().map(|(line, tokens)| format!("line {line} ({tokens} tokens)")).collect();
+    let more = match long.count - listed.len() as u64 {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let message = format!(
+        "{} of {records} records are longer than {max} tokens (max_length): {}{more}; shorten them, raise hyperparameters.max_length, or set \
+         too_long to drop or truncate them",
+        long.count,
+        listed.join(", ")
+    );
+    Err(Error::invalid_because("RECORD_TOO_LONG", "dataset", message))
 }
 
 #[cfg(test)]

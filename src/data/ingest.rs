@@ -285,7 +285,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(limit(&format!("{GOOD}\n").repeat(6)), "max_dataset_records");
-        assert_eq!(limit(&format!("{{{}", "a".repeat(61))), "max_record_bytes");
+        assert_eq!(limit(&format!("{{\"{}", "a".repeat(61))), "max_record_bytes");
         assert_eq!(limit(&"\n".repeat(401)), "max_dataset_bytes");
         let turn = r#"{"role":"assistant","content":""}"#;
         let mut checker = Checker::new(DatasetKind::Sft, &Text::tiny(), &Limits { max_record_bytes: 1000, ..limits() });

@@ -10,12 +10,15 @@ use serde_json::{Map, Number, Value};
 pub struct SyntaxError {
     pub line: u64,
     pub message: String,
+    /// The text is JSON as far as it goes.
+    pub is_cut: bool,
 }
 
 /// Parses one value. A key that an object has twice is an error: one of the two would be lost.
 pub fn parse(text: &[u8]) -> Result<Value, SyntaxError> {
     if let Err(e) = std::str::from_utf8(text) {
-        return Err(SyntaxError { line: newlines(&text[..e.valid_up_to()]), message: not_utf8(text, e.valid_up_to()) });
+        let (line, message) = (newlines(&text[..e.valid_up_to()]), not_utf8(text, e.valid_up_to()));
+        return Err(SyntaxError { line, message, is_cut: e.error_len().is_none() });
     }
     serde_json::from_slice::<Strict>(text).map(|strict| strict.0).map_err(|error| diagnose(text, &error))
 }
@@ -50,7 +53,7 @@ fn diagnose(text: &[u8], error: &serde_json::Error) -> SyntaxError {
         let words = full.split(" at line ").next().unwrap_or_default();
         format!("is not JSON at column {column}: {words}")
     });
-    SyntaxError { line: line as u64, message }
+    SyntaxError { line: line as u64, message, is_cut: error.is_eof() }
 }
 
 fn described(text: &[u8], at: usize, error: &serde_json::Error) -> Option<String> {

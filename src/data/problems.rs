@@ -1,4 +1,4 @@
-//! The records of a file that can't be used: the first ones with their reasons, and how many there are.
+//! The records of a file that can't be used, or are too long: the first ones with their reasons, and how many there are.
 
 use crate::error::Error;
 
@@ -9,30 +9,69 @@ const LIST_BYTES: usize = 1500;
 /// Least bytes of a reason.
 const REASON_BYTES: usize = 70;
 
-/// Bad records, by line.
+/// The first of many lines, with what is said of each, and how many there are.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Noted<T> {
+    /// Line, and what is said of it.
+    pub first: Vec<(u64, T)>,
+    /// How many there are.
+    pub count: u64,
+}
+
+impl<T> Default for Noted<T> {
+    fn default() -> Self {
+        Self { first: Vec::new(), count: 0 }
+    }
+}
+
+impl<T> Noted<T> {
+    /// Notes one more.
+    pub fn add(&mut self, line: u64, what: T) {
+        self.count += 1;
+        if self.first.len() < LISTED {
+            self.first.push((line, what));
+        }
+    }
+}
+
+/// Bad records, by line, with their reasons; and what stands between records and may not.
 #[derive(Debug, Default)]
 pub struct Problems {
-    first: Vec<(u64, String)>,
-    count: u64,
+    noted: Noted<String>,
+    /// How many of them are no records.
+    strays: u64,
 }
 
 impl Problems {
     /// Notes that the record at this line can't be used.
     pub fn add(&mut self, line: u64, reason: String) {
-        self.count += 1;
-        if self.first.len() < LISTED {
-            self.first.push((line, reason));
-        }
+        self.noted.add(line, reason);
+    }
+
+    /// Notes what stands in this line and is no record.
+    pub fn add_stray(&mut self, line: u64, reason: String) {
+        self.strays += 1;
+        self.noted.add(line, reason);
+    }
+
+    /// Rewrites the reasons.
+    pub fn rewrite(&mut self, rewritten: impl Fn(&str) -> String) {
+        self.noted.first.iter_mut().for_each(|(_, reason)| *reason = rewritten(reason));
     }
 
     /// The error that lists them; `None` where there are none. `records`: all of the file's, good and bad.
     pub fn into_error(self, records: u64) -> Option<Error> {
-        let Self { mut first, count } = self;
+        let Self { noted: Noted { mut first, count }, strays } = self;
         let invalid = |field: String, message| Error::invalid_because("INVALID_RECORD", field, message);
         if first.len() == 1 && count == 1 {
             return first.pop().map(|(line, reason)| invalid(format!("line {line}"), reason));
         }
-        (count > 0).then(|| invalid("data".into(), listing(&grouped(first), count, records)))
+        let what = match strays {
+            0 => format!("{count} of {records} records can't be used"),
+            // One record may be at fault twice, and what is between two is no record.
+            _ => format!("{count} faults in a file of {records} records"),
+        };
+        (count > 0).then(|| invalid("data".into(), listing(&grouped(first), count, &what)))
     }
 }
 
@@ -61,11 +100,11 @@ fn is_same(left: &str, right: &str) -> bool {
     }
 }
 
-fn listing(groups: &[(Vec<u64>, String)], count: u64, records: u64) -> String {
+fn listing(groups: &[(Vec<u64>, String)], count: u64, what: &str) -> String {
     let listed: usize = groups.iter().map(|(lines, _)| lines.len()).sum();
     let mut text = match count > listed as u64 {
-        true => format!("{count} of {records} records can't be used; the first {listed}:"),
-        false => format!("{count} of {records} records can't be used:"),
+        true => format!("{what}; the first {listed}:"),
+        false => format!("{what}:"),
     };
     let room = (LIST_BYTES / groups.len().max(1)).max(REASON_BYTES);
     for (lines, reason) in groups {

@@ -104,7 +104,8 @@ impl Reader {
         let Self { container, check } = &mut self;
         let format: Format = container.finish(&mut |piece| check.take(piece, sink))?;
         let unpacked_bytes = container.unpacked_bytes();
-        let Check { records, problems, findings, .. } = self.check;
+        let Check { records, mut problems, findings, .. } = self.check;
+        problems.rewrite(|reason| records::fit(reason, format));
         if let Some(error) = problems.into_error(records) {
             return Err(error);
         }
@@ -121,26 +122,30 @@ impl Reader {
 
 impl Check {
     fn take(&mut self, piece: Piece<'_>, sink: Sink<'_>) -> Result<()> {
+        let (line, text) = match piece {
+            Piece::Value { line, text } => (line, text),
+            Piece::Stray { line, why } => {
+                self.problems.add_stray(line, why);
+                return Ok(());
+            }
+        };
         self.records += 1;
         if self.records > self.max_records {
             let message = format!("the dataset has more than {} records", self.max_records);
             return Err(exhausted("max_dataset_records", message));
         }
-        match piece {
-            Piece::Stray { line, why } => self.problems.add(line, why),
-            Piece::Value { line, text } => match records::parse(self.kind, text) {
-                Err((offset, reason)) => self.problems.add(line + offset, reason),
-                Ok(parsed) => {
-                    if parsed.record.messages() as u64 > self.max_messages {
-                        let message = format!("line {line} has more than {} messages", self.max_messages);
-                        return Err(exhausted("max_chat_messages", message));
-                    }
-                    match self.look_at(&parsed) {
-                        Some(reason) => self.problems.add(line, reason),
-                        None => sink(Numbered { line, record: parsed.record })?,
-                    }
+        match records::parse(self.kind, text) {
+            Err((offset, reason)) => self.problems.add(line + offset, reason),
+            Ok(parsed) => {
+                if parsed.record.messages() as u64 > self.max_messages {
+                    let message = format!("line {line} has more than {} messages", self.max_messages);
+                    return Err(exhausted("max_chat_messages", message));
                 }
-            },
+                match self.look_at(&parsed) {
+                    Some(reason) => self.problems.add(line, reason),
+                    None => sink(Numbered { line, record: parsed.record })?,
+                }
+            }
         }
         Ok(())
     }

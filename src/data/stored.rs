@@ -20,6 +20,7 @@ const PIECE: u64 = 256 << 10;
 /// Memory of a token: its id, and whether it is learnt.
 const TOKEN_BYTES: u64 = 5;
 /// Memory of a sequence beside the tokens of its text: those that the template adds, and where it stands in its list and the list's parts.
+/// A million of the shortest records took 440 bytes each in all, with the system message of the default base's template.
 const SEQUENCE_BYTES: u64 = 512;
 /// What a record becomes while it is parsed, for each of its bytes, at most: a list of empty lists takes most.
 const PARSED_FACTOR: u64 = 64;

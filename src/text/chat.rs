@@ -11,13 +11,12 @@ use std::io;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, ErrorKind, Value, context};
 
-use super::Vocabulary;
+use super::{ROLES, Vocabulary};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::request::ChatMessage;
 
 const MARK: char = '\u{FDD0}';
-const ROLES: [&str; 3] = ["system", "user", "assistant"];
 /// Operations of one rendering, by the chat's messages: so few may be rendered on a thread that others wait for. The largest templates in
 /// use take some thousands and a few hundred a message.
 const FUEL: [(usize, u64); 2] = [(32, 300_000), (usize::MAX, 5_000_000)];

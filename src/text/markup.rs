@@ -1,7 +1,10 @@
 //! Whether a text looks as if a chat template had made it already. Such a text inside of a message would be rendered twice, and its control
 //! tokens would be learnt letter by letter.
 
-use super::Vocabulary;
+use aho_corasick::{AhoCorasick, Span};
+
+use super::{ROLES, Vocabulary};
+use crate::error::{Error, Result};
 
 /// What a message's text has of the base's control tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,19 +63,32 @@ const TRANSCRIPTS: [(&str, &str); 5] = [
     ("### Instruction:", "### Response:"),
     ("### Human:", "### Assistant:"),
 ];
-const ROLES: [&str; 3] = ["system", "user", "assistant"];
 
-/// The control tokens that the base's template writes, and those that end its answers.
+/// The end of Mistral's and Llama 2's instructions: mentioned, where nothing of a template is about it.
+const INSTRUCTION_END: &str = "[/INST]";
+
+/// The control tokens that the base's template writes, those that end its answers, and those of other families.
 #[derive(Debug)]
-pub(super) struct Markers(Vec<String>);
+pub(super) struct Markers {
+    tokens: Vec<String>,
+    /// How many of them begin a text only where it is rendered: all but the last, which end turns.
+    begins: usize,
+    /// Finds all of them and, last, [`INSTRUCTION_END`], in one pass.
+    finder: AhoCorasick,
+}
 
 impl Markers {
-    pub fn new(vocabulary: &Vocabulary, ends: &[u32]) -> Self {
+    pub fn new(vocabulary: &Vocabulary, ends: &[u32]) -> Result<Self> {
         let written = |id: &u32| {
             let token = vocabulary.tokens.get(*id as usize)?;
             (ends.contains(id) || vocabulary.chat_template.contains(token.as_str())).then(|| token.clone())
         };
-        Self(vocabulary.control.iter().filter_map(written).filter(|token| !token.is_empty()).collect())
+        let own = vocabulary.control.iter().filter_map(written).filter(|token| !token.is_empty());
+        let mut tokens: Vec<String> = own.chain(FOREIGN.map(str::to_owned)).collect();
+        let begins = tokens.len();
+        tokens.extend(FOREIGN_ENDS.map(str::to_owned));
+        let finder = AhoCorasick::new(tokens.iter().map(String::as_str).chain([INSTRUCTION_END]));
+        Ok(Self { tokens, begins, finder: finder.map_err(Error::internal)? })
     }
 
     pub fn look_at(&self, text: &str) -> Markup {
@@ -80,27 +96,40 @@ impl Markers {
         if let Some(token) = instruction(trimmed) {
             return Markup::Rendered(token.to_owned());
         }
-        let own = || self.0.iter().map(String::as_str);
-        if let Some(token) = own().chain(FOREIGN).find(|token| trimmed.starts_with(token)) {
-            return Markup::Rendered(token.to_owned());
-        }
         // Real chats have a stray `</s>` at an end; HTML's struck text has both.
         let mut mentioned = (trimmed.ends_with("</s>") && !trimmed.contains("<s>"))
-            || trimmed.contains("[/INST]")
             || TRANSCRIPTS.iter().any(|transcript| is_transcript(trimmed, transcript));
-        for token in own().chain(FOREIGN).chain(FOREIGN_ENDS) {
-            for (at, _) in trimmed.match_indices(token) {
-                mentioned = true;
-                let rest = &trimmed[at + token.len()..];
-                let follows = |next: &str| rest.trim_start().starts_with(next);
-                let ends_a_turn = (rest.is_empty() && !trimmed[..at].ends_with(char::is_whitespace))
-                    || own().chain(FOREIGN).chain(FOREIGN_ENDS).any(follows);
-                if ends_a_turn || ROLES.iter().any(|role| begins_turn(rest, role)) {
-                    return Markup::Rendered(token.to_owned());
-                }
+        // Of several that show it the first in order is told; what the text begins with goes before all.
+        let (mut begin, mut rendered) = (None, None);
+        for found in self.finder.find_overlapping_iter(trimmed) {
+            mentioned = true;
+            let which = found.pattern().as_usize();
+            if which >= self.tokens.len() {
+                continue;
+            }
+            if found.start() == 0 && which < self.begins {
+                begin = Some(begin.map_or(which, |first: usize| first.min(which)));
+            } else if begin.is_none()
+                && rendered.is_none_or(|first| which < first)
+                && self.is_turn(trimmed, found.span())
+            {
+                rendered = Some(which);
             }
         }
-        if mentioned { Markup::Mentioned } else { Markup::None }
+        match begin.or(rendered) {
+            Some(which) => Markup::Rendered(self.tokens[which].clone()),
+            None if mentioned => Markup::Mentioned,
+            None => Markup::None,
+        }
+    }
+
+    /// Whether a token ends the text without a space before it, or is followed by another or by a role.
+    fn is_turn(&self, text: &str, token: Span) -> bool {
+        let (before, rest) = (&text[..token.start], &text[token.end..]);
+        let next = rest.trim_start();
+        (rest.is_empty() && !before.ends_with(char::is_whitespace))
+            || self.tokens.iter().any(|token| next.starts_with(token.as_str()))
+            || ROLES.iter().any(|role| begins_turn(rest, role))
     }
 }
 
@@ -109,7 +138,7 @@ impl Markers {
 fn instruction(trimmed: &str) -> Option<&'static str> {
     let opened = trimmed.strip_prefix("<s>");
     let asks = opened.unwrap_or(trimmed).trim_start().starts_with("[INST]");
-    if asks && (opened.is_some() || trimmed.contains("[/INST]")) {
+    if asks && (opened.is_some() || trimmed.contains(INSTRUCTION_END)) {
         return Some("[INST]");
     }
     opened.filter(|rest| !rest.contains("</s>")).map(|_| "<s>")
@@ -132,7 +161,7 @@ mod tests {
     #[test]
     fn rendered_text_is_told_from_prose() {
         let vocabulary = Vocabulary::tiny();
-        let markers = Markers::new(&vocabulary, &[257]);
+        let markers = Markers::new(&vocabulary, &[257]).unwrap();
         let rendered = |token: &str| Markup::Rendered(token.into());
         for (text, expected) in [
             ("<|im_start|>user\nhi<|im_end|>", rendered("<|im_start|>")),

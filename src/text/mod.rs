@@ -36,6 +36,9 @@ pub struct Text {
     longest_token: usize,
 }
 
+/// What the role of a message can be.
+pub const ROLES: [&str; 3] = ["system", "user", "assistant"];
+
 /// Control tokens that end an answer, in the vocabularies of the supported families.
 const END_TOKENS: [&str; 4] = ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>"];
 
@@ -50,7 +53,7 @@ impl Text {
         let ends: Vec<u32> = (0..vocabulary.tokens.len() as u32)
             .filter(|&id| id == end_of_turn || END_TOKENS.contains(&vocabulary.tokens[id as usize].as_str()))
             .collect();
-        let markers = Markers::new(&vocabulary, &ends);
+        let markers = Markers::new(&vocabulary, &ends)?;
         let tokenizer = Tokenizer::new(vocabulary)?;
         Ok(Arc::new(Self { longest_token: tokenizer.longest_token(), tokenizer, template, markers, end_of_turn, ends }))
     }

@@ -80,7 +80,12 @@ pub fn named(head: &[u8]) -> Option<String> {
 
 /// What may follow the bracket of a JSON array; a link in Markdown or a section of TOML begins with one too.
 fn begins_array(rest: &[u8]) -> bool {
-    rest.trim_ascii_start().first().is_none_or(|byte| b"{[\"]'-".contains(byte) || byte.is_ascii_digit())
+    let rest = rest.trim_ascii_start();
+    let words: [&[u8]; 4] = [b"null", b"true", b"false", b"NaN"];
+    rest.first().is_none_or(|byte| b"{[\"]'-".contains(byte) || byte.is_ascii_digit())
+        || words
+            .iter()
+            .any(|word| rest.strip_prefix(*word).is_some_and(|rest| rest.trim_ascii_start().starts_with(b",")))
 }
 
 /// UTF-16 without a byte order mark has a zero beside every ASCII character.
@@ -115,6 +120,10 @@ fn plain_text(text: &[u8]) -> String {
     }
     if is_yaml(first, second) {
         return "is YAML, not JSON; if it holds records: python3 -c 'import yaml,json; [print(json.dumps(r)) for r in yaml.safe_load(open(\"IN\"))]' > OUT.jsonl".into();
+    }
+    let mut rest = text.lines().map(str::trim).skip_while(|line| line.is_empty() || line.starts_with(['#', '/']));
+    if first.starts_with(['#', '/']) && rest.next().is_some_and(|line| line.starts_with(['{', '['])) {
+        return "begins with a comment, which JSON does not know; remove it: sed -E '/^[[:space:]]*(#|\\/\\/)/d' IN > OUT.jsonl".into();
     }
     if broken {
         return "is neither UTF-8 text nor a kind of file that can be read; export its records as JSON Lines".into();
@@ -188,6 +197,8 @@ mod tests {
             (b"\"{\\\"prompt\\\": 1}\"\n", "within strings"),
             (b"Anarchism is a philosophy, and a movement.\nMore, of it.\n", "plain text"),
             (b"# README\n\nwords\n", "plain text"),
+            (b"# made by x\n# y\n{\"prompt\":1}\n", "begins with a comment"),
+            (b"// made by x\n\n[{\"prompt\":1}]\n", "begins with a comment"),
             (b"[dataset_info.json](x) holds all, and more.\n", "plain text"),
             (b"[section]\nkey = 1\n", "plain text"),
             (b"\0\0\0\x01", "binary"),
@@ -197,7 +208,7 @@ mod tests {
             let is = named(head).unwrap_or_else(|| panic!("{head:?}"));
             assert!(is.contains(word), "{is}");
         }
-        for head in [&b"{\"a\":1}"[..], b" \n[{", b"", b"{'a': 1}"] {
+        for head in [&b"{\"a\":1}"[..], b" \n[{", b"", b"{'a': 1}", b"[null, {}]"] {
             assert_eq!(named(head), None);
         }
     }

@@ -2,8 +2,8 @@
 //! many), or JSON objects one after another on as many lines as they like; with a byte order mark or without; plain or gzip. Anything
 //! else is refused by [`foreign`] in a sentence that names it.
 //!
-//! One scanner does all: it counts brackets outside of strings. A broken record ends where a line begins with `{`, so that it does not
-//! take the next ones with it.
+//! One scanner does all: it keeps the brackets that are open, outside of strings. A broken record ends where a line begins with a `{` that
+//! can't be nested there, so that it does not take the next ones with it.
 
 mod foreign;
 
@@ -47,7 +47,7 @@ impl Format {
 /// What the scanner finds.
 #[derive(Debug, PartialEq)]
 pub enum Piece<'a> {
-    /// The text of one value, which begins on this line (from 1) and in this byte of it (from 0).
+    /// The text of one value, which begins on this line (from 1).
     Value { line: u64, text: &'a [u8] },
     /// What stands between values and may not.
     Stray { line: u64, why: String },
@@ -195,7 +195,7 @@ struct Scanner {
     text_line: u64,
     state: State,
     /// Open brackets of the value under way; the array's own does not count.
-    depth: u32,
+    open: Vec<u8>,
     in_string: bool,
     escaped: bool,
     place: Place,
@@ -206,7 +206,7 @@ enum State {
     /// Before, between or after values.
     Between,
     Value,
-    /// Something that is no value, up to the end of the line.
+    /// Something that is no value, up to the end of the line, or of its place in an array.
     Stray,
 }
 
@@ -232,7 +232,7 @@ impl Scanner {
             text: Vec::new(),
             text_line: 1,
             state: State::Between,
-            depth: 0,
+            open: Vec::new(),
             in_string: false,
             escaped: false,
             place: Place::Stream,
@@ -273,8 +273,12 @@ impl Scanner {
         match self.state {
             State::Between => self.between(byte, sink),
             // Where no object can be nested, it begins a record, and the one before was cut.
-            State::Value if self.at_line_start && byte == b'{' && !self.format.array && !self.may_nest() => {
+            State::Value if self.at_line_start && byte == b'{' && !self.may_nest() => {
                 self.end_value(sink)?;
+                if self.place == Place::AfterValue {
+                    // The comma before it went with the broken record, or lacks with its bracket.
+                    self.place = Place::AfterComma;
+                }
                 self.between(byte, sink)
             }
             State::Value => {
@@ -282,23 +286,52 @@ impl Scanner {
                 self.inside(byte, sink)
             }
             State::Stray if byte == b'\n' => self.end_stray(sink),
+            // A number or a word in an array ends there as any value does.
+            State::Stray if b",]".contains(&byte) && self.in_array() => {
+                self.end_stray(sink)?;
+                self.between(byte, sink)
+            }
             State::Stray => self.keep(byte),
         }
     }
 
-    /// Whether an object may follow what there is of the value: after a bracket, a comma or a colon.
+    /// Whether an object may follow what there is of the value: in an object after a colon, in a list after its bracket or a comma.
     fn may_nest(&self) -> bool {
         let last = self.text.iter().rev().find(|byte| !byte.is_ascii_whitespace());
-        last.is_some_and(|byte| b"[,:".contains(byte))
+        match self.open.last() {
+            Some(b'[') => last.is_some_and(|byte| b"[,".contains(byte)),
+            _ => last == Some(&b':'),
+        }
+    }
+
+    /// Whether the array of records is open.
+    fn in_array(&self) -> bool {
+        matches!(self.place, Place::ArrayStart | Place::AfterValue | Place::AfterComma)
     }
 
     fn keep(&mut self, byte: u8) -> Result<()> {
         if self.text.len() as u64 >= self.max_record_bytes {
-            let message = format!("line {}: the record is longer than {} bytes", self.text_line, self.max_record_bytes);
-            return Err(Error::Exhausted { limit: "max_record_bytes", message, retry_after: None });
+            return Err(self.too_long());
         }
         self.text.push(byte);
         Ok(())
+    }
+
+    /// A record that does not end may be long, or lack a bracket: then something stands in it that may not.
+    fn too_long(&self) -> Error {
+        match super::json::parse(&self.text) {
+            Err(error) if !error.is_cut => {
+                let line = format!("line {}", self.text_line + error.line);
+                Error::invalid_because("INVALID_RECORD", line, error.message)
+            }
+            _ => {
+                let message = format!(
+                    "line {}: the record is longer than {} bytes, or a bracket or a quote that ends it is missing",
+                    self.text_line, self.max_record_bytes
+                );
+                Error::Exhausted { limit: "max_record_bytes", message, retry_after: None }
+            }
+        }
     }
 
     fn between(&mut self, byte: u8, sink: Sink<'_>) -> Result<()> {
@@ -343,7 +376,11 @@ impl Scanner {
 
     fn start(&mut self, byte: u8) -> Result<()> {
         self.state = State::Value;
-        (self.text_line, self.depth) = (self.line, u32::from(byte != b'"'));
+        self.text_line = self.line;
+        self.open.clear();
+        if byte != b'"' {
+            self.open.push(byte);
+        }
         (self.in_string, self.escaped) = (byte == b'"', false);
         self.keep(byte)
     }
@@ -360,17 +397,17 @@ impl Scanner {
         } else {
             match byte {
                 b'"' => self.in_string = true,
-                b'{' | b'[' => self.depth += 1,
-                b'}' | b']' => self.depth = self.depth.saturating_sub(1),
+                b'{' | b'[' => self.open.push(byte),
+                b'}' | b']' => drop(self.open.pop()),
                 _ => {}
             }
         }
-        if self.depth == 0 && !self.in_string { self.end_value(sink) } else { Ok(()) }
+        if self.open.is_empty() && !self.in_string { self.end_value(sink) } else { Ok(()) }
     }
 
     fn end_value(&mut self, sink: Sink<'_>) -> Result<()> {
         let text = self.text.trim_ascii_end();
-        self.format.pretty |= text.contains(&b'\n') && self.depth == 0;
+        self.format.pretty |= text.contains(&b'\n') && self.open.is_empty();
         sink(Piece::Value { line: self.text_line, text })?;
         self.text.clear();
         self.state = State::Between;
@@ -390,6 +427,9 @@ impl Scanner {
         };
         self.text.clear();
         self.state = State::Between;
+        if self.in_array() {
+            self.place = Place::AfterValue;
+        }
         sink(Piece::Stray { line: self.text_line, why })
     }
 
@@ -401,11 +441,11 @@ impl Scanner {
             State::Between => {}
         }
         match self.place {
-            Place::ArrayStart | Place::AfterValue | Place::AfterComma => {
+            _ if self.in_array() => {
                 let why = "the array is not closed by ]: the file was cut short".to_owned();
                 sink(Piece::Stray { line: self.line, why })
             }
-            Place::Stream | Place::Closed => Ok(()),
+            _ => Ok(()),
         }
     }
 }
@@ -482,7 +522,11 @@ mod tests {
         assert_eq!(read("[{} {}]").1, ["1:{}", "1!has no comma", "1:{}"]);
         assert_eq!(read("[{}]\n[{}]").1, ["1:{}", "2!stands after the"]);
         assert_eq!(read("[{},\n{}").1, ["1:{}", "2:{}", "2!the array is"]);
-        assert_eq!(read("[{}, nope\n, {}]").1, ["1:{}", "1!is not JSON", "2!has a comma", "2:{}"]);
+        assert_eq!(read("[{}, nope\n, {}]").1, ["1:{}", "1!is not JSON", "2:{}"]);
+        assert_eq!(read("[null, {}, 7, {}]").1, ["1!must be a", "1:{}", "1!must be a", "1:{}"]);
+        assert_eq!(read("[\n{\"a\":1,\n{\"b\":2},\n{\"c\":3}\n]").1, ["2:{\"a\":1,", "3:{\"b\":2}", "4:{\"c\":3}"]);
+        assert_eq!(read("[\n{\"a\":1\n{\"b\":2}\n]").1, ["2:{\"a\":1", "3:{\"b\":2}"]);
+        assert_eq!(read("[\n{\"a\":[{}\n,\n{}\n]}]").1.len(), 1);
     }
 
     #[test]
@@ -493,6 +537,10 @@ mod tests {
         };
         assert_eq!(limit(&gzip(&b"{}\n".repeat(1000))), "max_dataset_bytes");
         assert_eq!(limit(format!("{{\"a\":\"{}", "x".repeat(300)).as_bytes()), "max_record_bytes");
+        // Indented, so that the next record is no sign by itself.
+        let open = format!("[\n  {{\n    \"a\": 1,\n{}]", "  {\n    \"b\": 2\n  },\n".repeat(20));
+        let error = read_cut(&[open.as_bytes()]).unwrap_err().to_string();
+        assert!(error.starts_with("line 4: is not JSON at column 3: key must be a string"), "{error}");
         let whole = gzip(b"{}\n");
         for broken in [&whole[..whole.len() - 3], &[&whole[..], b"rest"].concat()[..]] {
             assert!(

@@ -4,22 +4,19 @@ use serde_json::Value;
 
 use super::fields::{Fields, Reason};
 use super::message::{self, Weighted};
-use super::{CHAT_NAMES, Chat, Shape, add_system, check_beginning, check_rendering, pair, system_of};
+use super::{Chat, Shape, add_system, check_beginning, names, rendering, system_of};
 use crate::request::ChatMessage;
 
 pub fn read(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
-    let name = fields.one_of(&CHAT_NAMES)?.unwrap_or(CHAT_NAMES[0]);
+    let name = fields.one_of(names::CHATS)?.unwrap_or(names::CHATS[0]);
     let value = fields.take(name).unwrap_or(&Value::Null);
-    if let Some(answer) = pair::ANSWERS.iter().find(|answer| fields.has(answer)) {
+    if let Some(answer) = names::ANSWERS.iter().find(|answer| fields.has(answer)) {
         return Err(format!("has both {name:?} and {answer:?}; keep the one that is to be learnt"));
     }
     let list = message::list(name, value)?;
     let learn: Vec<bool> = list.iter().map(learnt).collect();
     let messages: Vec<ChatMessage> = list.into_iter().map(|weighted| weighted.message).collect();
-    if messages.last().is_none_or(|last| last.role != "assistant") {
-        return Err("the last message must be the assistant's".into());
-    }
-    for name in fields.present(&["prompt", "question", "instruction", "query"]) {
+    for name in fields.present(names::asked()) {
         let agrees = fields.take(name).is_some_and(|prompt| is_beginning(prompt, &messages));
         if !agrees {
             return Err(format!(
@@ -27,17 +24,21 @@ pub fn read(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
             ));
         }
     }
-    check_nothing_beside(fields, &["input", "history", "context"])?;
+    check_no_history(fields)?;
+    check_context(fields, &messages, "chat")?;
     Ok((whole(fields, messages, learn)?, shape(value)))
 }
 
 /// Makes the record of its messages and which of them are learnt: puts the record's system message first, and refuses what is rendered
-/// already, begins with the assistant, or teaches nothing.
+/// already, begins with the assistant or does not end with it, or teaches nothing.
 pub fn whole(fields: &Fields<'_>, mut messages: Vec<ChatMessage>, mut learn: Vec<bool>) -> Result<Chat, Reason> {
     if add_system(system_of(fields)?, &mut messages)? {
         learn.insert(0, false);
     }
-    check_rendering(fields, &messages.iter().filter(|message| message.role != "system").collect::<Vec<_>>())?;
+    if messages.last().is_none_or(|last| last.role != "assistant") {
+        return Err("the last message must be the assistant's".into());
+    }
+    rendering::check(fields, &messages.iter().collect::<Vec<_>>())?;
     check_beginning(&messages)?;
     if !learn.contains(&true) {
         return Err("no assistant message has a weight of 1, so there is nothing to learn".into());
@@ -68,12 +69,39 @@ fn is_beginning(prompt: &Value, messages: &[ChatMessage]) -> bool {
     }
 }
 
-/// Refuses fields that say something of the prompt where a chat has all of it.
-pub fn check_nothing_beside(fields: &Fields<'_>, names: &[&str]) -> Result<(), Reason> {
-    match fields.present(names).first() {
-        None => Ok(()),
-        Some(name) => {
+/// Refuses Alpaca's earlier rounds where a chat has them all.
+pub fn check_no_history(fields: &Fields<'_>) -> Result<(), Reason> {
+    let name = names::HISTORY;
+    match fields.has(name) {
+        true => {
             Err(format!("has {name:?} beside its chat, where it would be lost; put it into the chat, or remove it"))
         }
+        false => Ok(()),
     }
+}
+
+/// Refuses what the question is about where the messages before the answer do not have it: the answer would be learnt without. `beside`:
+/// what a person would put it into.
+pub fn check_context(fields: &Fields<'_>, messages: &[ChatMessage], beside: &str) -> Result<(), Reason> {
+    // A short text may stand there by chance.
+    const SHORTEST: usize = 16;
+    let holds =
+        |text: &str| messages.iter().any(|message| message.role != "assistant" && message.content.contains(text));
+    let is_there =
+        |value: &Value| value.as_str().is_some_and(|text| text.trim().len() >= SHORTEST && holds(text.trim()));
+    let is_lost = |value: &Value| match value {
+        Value::Bool(_) | Value::Number(_) => false,
+        Value::Array(list) => !list.iter().all(is_there),
+        other => !is_there(other),
+    };
+    let Some((name, value)) = fields.said().find(|(name, value)| names::is_context(name) && is_lost(value)) else {
+        return Ok(());
+    };
+    let input = match value.is_string() && beside == "prompt" {
+        true => "call it \"input\" if it follows the prompt in the user's message, ",
+        false => "",
+    };
+    Err(format!(
+        "has {name:?} beside its {beside}, where it would be lost; {input}put it into the {beside} where that lacks it, or remove it"
+    ))
 }

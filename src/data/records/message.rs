@@ -3,7 +3,10 @@
 
 use serde_json::{Map, Value};
 
-use super::fields::{Reason, holds_reasoning, is_absent, kind_of, says_loss, says_reasoning, shown};
+use super::advice;
+use super::fields::{Reason, is_absent, kind_of, shown};
+use super::names::{self, Role};
+use super::unsupported::{self, Loss};
 use crate::request::ChatMessage;
 
 /// A message and its weight, where it has one.
@@ -14,23 +17,6 @@ pub struct Weighted {
     pub weight: Option<bool>,
 }
 
-/// The words for the three roles.
-const ROLES: [(&str, &[&str]); 3] = [
-    ("system", &["system", "developer"]),
-    ("user", &["user", "human", "prompter"]),
-    ("assistant", &["assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard"]),
-];
-const TOOL_ROLES: [&str; 9] = [
-    "tool",
-    "function",
-    "observation",
-    "function_call",
-    "tool_call",
-    "function_response",
-    "tool_response",
-    "ipython",
-    "environment",
-];
 /// Fields that identify a message and mean nothing.
 const IDENTITY: [&str; 5] = ["id", "message_id", "uuid", "timestamp", "created_at"];
 
@@ -41,13 +27,19 @@ pub fn list(path: &str, value: &Value) -> Result<Vec<Weighted>, Reason> {
         Value::Array(list) => list.iter().enumerate().map(|(i, value)| one(&format!("{path}[{i}]"), value)).collect(),
         Value::Object(map) if is_columns(map) => Err(format!("{path:?} is an object of {COLUMNS}")),
         Value::Object(_) => Ok(vec![one(path, value)?]),
-        Value::String(text) => {
-            check_text(path, text)?;
-            match text.trim_start().starts_with('[') {
-                true => Err(json_within(path)),
-                false => Err(format!("{path:?} must be a list of messages, not a string")),
+        Value::String(text) => Err(match Notation::of(text) {
+            Some(notation) => {
+                format!("has its messages {} ({path:?}); unpack it: {}", notation.within(), notation.command(path))
             }
-        }
+            None if text.trim_start().starts_with('[') => {
+                format!(
+                    "has its messages {} ({path:?}); unpack it: {}",
+                    Notation::Json.within(),
+                    Notation::Json.command(path)
+                )
+            }
+            None => format!("{path:?} must be a list of messages, not a string"),
+        }),
         other => Err(format!("{path:?} must be a list of messages, not {}", kind_of(other))),
     }
 }
@@ -56,71 +48,90 @@ const COLUMNS: &str = "columns, not of rows; write rows (pandas: to_json(orient=
 
 /// Says what a list of strings may be where messages should be.
 fn strings(path: &str, count: usize) -> Reason {
-    match path {
-        "chosen" | "rejected" => format!(
+    if names::pair_answers().any(|name| name == path) {
+        return format!(
             "{path:?} is a list of {count} strings; give one answer a record, or messages with role and content"
-        ),
-        "completion" | "response" | "output" | "answer" if count == 2 => format!(
+        );
+    }
+    if names::ANSWERS.contains(&path) && count == 2 {
+        return format!(
             "{path:?} is a list of two strings; if they are a better and a worse answer, name them \"chosen\" and \"rejected\"; if it is a column of the file, write \
              rows (pandas: to_json(orient=\"records\", lines=True))"
-        ),
-        "messages" | "conversations" | "conversation" => {
-            format!(
-                "{path:?} is a list of strings; give each turn its role: {{\"role\": \"user\", \"content\": ...}}, then the assistant's"
-            )
-        }
-        _ => format!("{path:?} is a list of strings where messages should be; if the file holds {COLUMNS}"),
+        );
     }
+    if names::CHATS.contains(&path) {
+        return format!(
+            "{path:?} is a list of strings; give each turn its role: {{\"role\": \"user\", \"content\": ...}}, then the assistant's"
+        );
+    }
+    format!("{path:?} is a list of strings where messages should be; if the file holds {COLUMNS}")
 }
 
 /// pandas' columns by the numbers of their rows, or a list of messages turned into lists of their fields.
 fn is_columns(map: &Map<String, Value>) -> bool {
     let numbered = map.keys().all(|key| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_digit()));
-    let listed = |name| map.get(name).is_some_and(Value::is_array);
-    !map.is_empty() && (numbered || (listed("role") && listed("content")) || (listed("from") && listed("value")))
+    let listed = |name: &str| map.get(name).is_some_and(Value::is_array);
+    !map.is_empty() && (numbered || names::STYLES.iter().any(|style| style.iter().all(|name| listed(name))))
 }
 
-fn json_within(path: &str) -> Reason {
-    format!(
-        "has its messages as JSON within a string ({path:?}); unpack it: jq -c '.{path} |= fromjson' IN > OUT.jsonl"
-    )
+/// How a text writes messages.
+#[derive(Debug, Clone, Copy)]
+enum Notation {
+    Json,
+    Python,
 }
 
-/// Refuses a text that is a list of messages, in JSON or in Python's notation: it would be learnt letter by letter.
+impl Notation {
+    /// The notation of a text that is a message or begins a list of them; `None` for any other text.
+    fn of(text: &str) -> Option<Self> {
+        let text = text.trim_start();
+        if !text.starts_with(['[', '{']) {
+            return None;
+        }
+        let is_message = |value: &Value| {
+            names::STYLES.iter().any(|[role, content]| {
+                let role = value.get(role).and_then(Value::as_str).and_then(names::role);
+                role.is_some() && value.get(content).is_some()
+            })
+        };
+        match serde_json::from_str::<Value>(text) {
+            Ok(value) => (is_message(&value) || value.get(0).is_some_and(is_message)).then_some(Self::Json),
+            Err(_) => {
+                let keys = |style: &[&str; 2]| style.iter().all(|name| text.contains(&format!("'{name}'")));
+                let begins = text.starts_with("[{") || text.starts_with('{');
+                (begins && names::STYLES.iter().any(keys)).then_some(Self::Python)
+            }
+        }
+    }
+
+    fn within(self) -> &'static str {
+        match self {
+            Self::Json => "as JSON within a string",
+            Self::Python => "in Python's notation within a string",
+        }
+    }
+
+    /// The command that makes messages of the text.
+    fn command(self, path: &str) -> String {
+        match self {
+            Self::Json => advice::each(&format!(".{path} |= fromjson")),
+            Self::Python => advice::python(&format!("dict(r, {path}=ast.literal_eval(r[\"{path}\"]))")),
+        }
+    }
+}
+
+/// Refuses a text that is a message or a list of them: it may be meant as messages, or be the text to learn.
 ///
 /// # Errors
-/// The field, and the command that unpacks it.
+/// The field, and how to say which of the two it is.
 pub fn check_text(path: &str, text: &str) -> Result<(), Reason> {
-    let text = text.trim_start();
-    if !text.starts_with(['[', '{']) {
-        return Ok(());
-    }
-    let is_message = |value: &Value| {
-        value.as_object().is_some_and(|map| {
-            (map.contains_key("role") && map.contains_key("content"))
-                || (map.contains_key("from") && map.contains_key("value"))
-        })
-    };
-    match serde_json::from_str::<Value>(text) {
-        Ok(value) if is_message(&value) || value.as_array().and_then(|list| list.first()).is_some_and(is_message) => {
-            Err(format!(
-                "has its messages as JSON within a string ({path:?}); unpack it: jq -c '.{path} |= fromjson' IN > OUT.jsonl"
-            ))
-        }
-        Ok(_) => Ok(()),
-        Err(_) => {
-            let keys = |[a, b]: [&str; 2]| text.contains(&format!("'{a}'")) && text.contains(&format!("'{b}'"));
-            let python = (text.starts_with("[{") || text.starts_with('{'))
-                && (keys(["role", "content"]) || keys(["from", "value"]));
-            if !python {
-                return Ok(());
-            }
-            Err(format!(
-                "has its messages in Python's notation within a string ({path:?}); unpack it: python3 -c 'import ast,json,sys; \
-                 [print(json.dumps(dict(r, {path}=ast.literal_eval(r[\"{path}\"])))) for r in map(json.loads, sys.stdin)]' < IN > OUT.jsonl"
-            ))
-        }
-    }
+    let Some(notation) = Notation::of(text) else { return Ok(()) };
+    Err(format!(
+        "has in {path:?} what may be messages {}, or a text that is meant as it stands; if it is messages, unpack it: {}; if it is text, give \
+         the record as \"messages\", whose content is always text",
+        notation.within(),
+        notation.command(path)
+    ))
 }
 
 fn one(path: &str, value: &Value) -> Result<Weighted, Reason> {
@@ -129,11 +140,17 @@ fn one(path: &str, value: &Value) -> Result<Weighted, Reason> {
         Value::String(_) => return Err(format!("{path} is a string where a message with role and content should be")),
         other => return Err(format!("{path} must be an object with role and content, not {}", kind_of(other))),
     };
-    let (role_field, content_field) = style(path, fields)?;
-    fields.iter().try_for_each(|(name, value)| check_field(path, name, value, [role_field, content_field]))?;
+    let [role_field, content_field] = style(path, fields)?;
     let role = role(&format!("{path}.{role_field}"), fields.get(role_field))?;
+    fields.iter().try_for_each(|(name, value)| check_field(path, name, value, [role_field, content_field], role))?;
     let content = content(&format!("{path}.{content_field}"), fields.get(content_field))?;
     let weight = weight(&format!("{path}.weight"), fields.get("weight"), role)?;
+    // What a flag says is kept, though it is what is done anyway: of a prompt nothing is learnt.
+    let flagged = fields.iter().any(|(name, value)| is_default(name, value, role)).then_some(role == "assistant");
+    if weight.is_some() && flagged.is_some() && weight != flagged {
+        return Err(format!("{path}.weight says another thing than a flag beside it; keep the one that is meant"));
+    }
+    let weight = weight.or(flagged);
     let name = match fields.get("name").filter(|name| !is_absent(name)) {
         None => None,
         Some(Value::String(name)) => Some(name.clone()),
@@ -143,17 +160,25 @@ fn one(path: &str, value: &Value) -> Result<Weighted, Reason> {
 }
 
 /// The names of a message's role and content.
-fn style(path: &str, fields: &Map<String, Value>) -> Result<(&'static str, &'static str), Reason> {
-    let openai = fields.contains_key("role") || fields.contains_key("content");
-    let sharegpt = fields.contains_key("from") || fields.contains_key("value");
-    match (openai, sharegpt) {
-        (true, true) => Err(format!("{path} has both \"role\"/\"content\" and \"from\"/\"value\"; keep one of them")),
-        (false, true) => Ok(("from", "value")),
-        _ => Ok(("role", "content")),
-    }
+fn style(path: &str, fields: &Map<String, Value>) -> Result<[&'static str; 2], Reason> {
+    let named = |style: &[&str; 2]| style.iter().filter(|name| fields.contains_key(**name)).count();
+    let [openai, sharegpt] = &names::STYLES;
+    let both = match (named(openai), named(sharegpt)) {
+        (_, 0) => return Ok(*openai),
+        (0, _) => return Ok(*sharegpt),
+        (2, _) | (_, 2) => "keep one of the two",
+        _ => "name both in one of the two ways",
+    };
+    let [[role, content], [from, value]] = names::STYLES;
+    Err(format!("{path} has both of {role:?}/{content:?} and of {from:?}/{value:?}; {both}"))
 }
 
-fn check_field(path: &str, name: &str, value: &Value, known: [&str; 2]) -> Result<(), Reason> {
+/// Whether a field is a flag that says of a message what is done with its role anyway.
+fn is_default(name: &str, value: &Value, role: &str) -> bool {
+    unsupported::says_learnt(&name.to_ascii_lowercase(), value) == Some(role == "assistant")
+}
+
+fn check_field(path: &str, name: &str, value: &Value, known: [&str; 2], role: &str) -> Result<(), Reason> {
     if known.contains(&name) || ["weight", "name"].contains(&name) || IDENTITY.contains(&name) || is_absent(value) {
         return Ok(());
     }
@@ -161,19 +186,20 @@ fn check_field(path: &str, name: &str, value: &Value, known: [&str; 2]) -> Resul
     if ["prefix", "partial"].contains(&name) && *value == Value::Bool(false) {
         return Ok(());
     }
+    if is_default(name, value, role) {
+        return Ok(());
+    }
     let cut: String = name.chars().take(40).collect();
     let lower = name.to_ascii_lowercase();
     Err(match lower.as_str() {
-        "tool_calls" | "function_call" | "tool_call_id" | "tools" | "functions" => {
+        other if unsupported::says_tools(other) => {
             format!("uses tools ({path}.{cut}); chats with tools can't be trained yet")
         }
-        "images" | "image" | "audio" | "audios" | "video" | "videos" => {
-            format!("comes with {path}.{cut}; only text can be trained")
-        }
-        other if says_loss(other) => format!(
+        other if unsupported::is_media(other, value) => format!("comes with {path}.{cut}; only text can be trained"),
+        other if unsupported::loss(other, value, true) != Loss::Untouched => format!(
             "{path}.{cut} says which part is learnt, which is not supported; an assistant message's \"weight\" of 0 or 1 is"
         ),
-        other if says_reasoning(other) && holds_reasoning(value) => {
+        other if unsupported::is_reasoning(other, value) => {
             format!("has reasoning beside the answer ({path}.{cut}), which is not supported")
         }
         _ => format!("{path}.{cut} is not supported; a message has role, content, name and weight"),
@@ -184,14 +210,11 @@ fn role(path: &str, value: Option<&Value>) -> Result<&'static str, Reason> {
     let Some(Value::String(given)) = value else {
         return Err(format!("{path} must be a string: system, user or assistant"));
     };
-    let lower = given.to_ascii_lowercase();
-    if let Some((role, _)) = ROLES.iter().find(|(_, words)| words.contains(&lower.as_str())) {
-        return Ok(role);
+    match names::role(given) {
+        Some(Role::Chat(role)) => Ok(role),
+        Some(Role::Tool) => Err(format!("uses tools ({path} is {given:?}); chats with tools can't be trained yet")),
+        None => Err(format!("{path} is {}; it must be system, user or assistant", shown(given))),
     }
-    if TOOL_ROLES.contains(&lower.as_str()) {
-        return Err(format!("uses tools ({path} is {given:?}); chats with tools can't be trained yet"));
-    }
-    Err(format!("{path} is {}; it must be system, user or assistant", shown(given)))
 }
 
 /// A string, or OpenAI's list of parts, whose texts are joined with nothing between them.

@@ -1,17 +1,25 @@
 //! The shapes of records: what people's files hold, read into two types. A record is judged by its own fields, so one file may hold
 //! several shapes of one kind; the report counts them. [`Shape`] is the closed list.
 //!
-//! Whatever a record says is honoured, refused by name, or counted as ignored ([`fields`]); nothing is dropped in silence.
+//! Whatever a record says is honoured, refused by name ([`unsupported`]), or counted as ignored ([`fields`]); nothing is dropped in silence.
 
+mod advice;
 mod chat;
 mod fields;
 mod message;
+mod names;
 mod pair;
 mod preference;
+mod rendering;
+mod unknown;
+mod unsupported;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
+pub use advice::fit;
+
+use super::container::Format;
 use super::json;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
@@ -120,21 +128,15 @@ pub struct Parsed {
     pub ignored: Vec<String>,
 }
 
-/// Names of the two answers of a preference, in each of the ways to write them.
-const ANSWER_NAMES: [[&str; 2]; 3] =
-    [["chosen", "rejected"], ["chosen_messages", "rejected_messages"], ["preferred_output", "non_preferred_output"]];
-/// Names of a chat's list of messages.
-const CHAT_NAMES: [&str; 3] = ["messages", "conversations", "conversation"];
-const SHAPES: &str = "\"messages\"; \"conversations\"; \"prompt\" and \"completion\"; \"instruction\" (\"input\") and \"output\"; \"prompt\", \"chosen\" and \"rejected\"";
-
 impl Record {
     /// Reads one record.
     ///
     /// # Errors
     /// INVALID_RECORD with the reason.
     pub fn parse(kind: DatasetKind, text: &[u8]) -> Result<Self> {
-        let parsed =
-            parse(kind, text).map_err(|(_, reason)| Error::invalid_because("INVALID_RECORD", "record", reason))?;
+        let parsed = parse(kind, text).map_err(|(_, reason)| {
+            Error::invalid_because("INVALID_RECORD", "record", advice::fit(&reason, Format::default()))
+        })?;
         Ok(parsed.record)
     }
 
@@ -198,31 +200,23 @@ impl Record {
     }
 }
 
-/// Reads the text of one value. An error says in which line of the text, from 0, and why.
+/// Reads the text of one value. An error says in which line of the text, from 0, and why, to be made to [`fit`] the file.
 pub fn parse(kind: DatasetKind, text: &[u8]) -> Result<Parsed, (u64, Reason)> {
     let value = json::parse(text).map_err(|error| (error.line, error.message))?;
     let map = match &value {
         Value::Object(map) => map,
-        other => return Err((0, not_an_object(other))),
+        other => return Err((0, unknown::not_an_object(other))),
     };
     read(kind, &Fields::new(map)).map_err(|reason| (0, reason))
 }
 
-fn not_an_object(value: &Value) -> Reason {
-    match value {
-        Value::String(text) if text.trim_start().starts_with('{') => {
-            "is a string that holds JSON; unpack it: jq -c 'fromjson' IN > OUT.jsonl".into()
-        }
-        Value::Array(list) if list.first().is_some_and(Value::is_object) => {
-            "is a bare list of messages; name it: jq -c '{messages: .}' IN > OUT.jsonl".into()
-        }
-        other => format!("must be a JSON object, not {}", fields::kind_of(other)),
-    }
-}
-
 fn read(kind: DatasetKind, fields: &Fields<'_>) -> Result<Parsed, Reason> {
-    fields.refuse_unsupported()?;
-    let is_preference = ANSWER_NAMES.iter().flatten().any(|name| fields.has(name));
+    unsupported::refuse(fields)?;
+    // A flag or a figure by the name of an answer is none.
+    let is_answer = |name| {
+        fields.map().get(name).is_some_and(|value| !is_absent(value) && !value.is_boolean() && !value.is_number())
+    };
+    let is_preference = unsupported::is_pair(fields) || names::pair_answers().any(is_answer);
     let (record, shape) = match (kind, is_preference) {
         (DatasetKind::Preferences, true) => {
             let (preference, shape) = preference::read(fields)?;
@@ -247,61 +241,13 @@ fn read(kind: DatasetKind, fields: &Fields<'_>) -> Result<Parsed, Reason> {
 
 /// A record with one answer.
 fn conversation(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
-    if CHAT_NAMES.iter().any(|name| fields.has(name)) {
+    if names::CHATS.iter().any(|name| fields.has(name)) {
         return chat::read(fields);
     }
     if let Some(read) = pair::read(fields)? {
         return Ok(read);
     }
-    Err(unknown_shape(fields))
-}
-
-/// Says what a record is that has no known shape.
-fn unknown_shape(fields: &Fields<'_>) -> Reason {
-    if fields.has("text") && !fields.has("parent_id") && !fields.has("message_id") {
-        return "is plain text (\"text\"); training on plain text is not supported, and no prompt can be made of it"
-            .into();
-    }
-    if (fields.has("role") && fields.has("content")) || (fields.has("from") && fields.has("value")) {
-        return "is one message, not a record; a record holds the list: jq -c '{messages: .}' IN > OUT.jsonl for lists"
-            .into();
-    }
-    if ["message_id", "parent_id", "role"].iter().all(|name| fields.map().contains_key(*name)) {
-        return "is one message of a tree of messages; follow \"parent_id\" and write each path as \"messages\"".into();
-    }
-    let records = fields.map().values().filter(|value| value.as_object().is_some_and(is_record)).count();
-    if records > 1 && records == fields.map().len() {
-        return "holds its records as an object's fields; take them out: jq -c '.[]' IN > OUT.jsonl".into();
-    }
-    let row = |value: &Value| {
-        value
-            .as_object()
-            .is_some_and(|map| is_record(map) || map.get("row").and_then(Value::as_object).is_some_and(is_record))
-    };
-    let holds = |value: &Value| row(value) || value.as_array().and_then(|list| list.first()).is_some_and(row);
-    if let Some((name, value)) = fields.map().iter().find(|(_, value)| holds(value)) {
-        let path = serde_json::to_string(name).unwrap_or_default();
-        let (each, first) = if value.is_array() { ("[]", &value[0]) } else { ("", value) };
-        let row = if first.as_object().is_some_and(is_record) { "" } else { " | .row" };
-        return format!(
-            "has its records inside of {}; take them out: jq -c '.[{path}]{each}{row}' IN > OUT.jsonl",
-            fields::shown(name)
-        );
-    }
-    let names = fields.names();
-    match pair::PROMPTS.iter().find(|name| fields.has(name)) {
-        Some(prompt) => format!(
-            "has {names}: a prompt ({prompt:?}), and no answer by a name that is known (completion, response, output, answer; chosen and \
-             rejected)"
-        ),
-        None => format!("has {names}, which make none of the shapes {SHAPES}"),
-    }
-}
-
-fn is_record(map: &Map<String, Value>) -> bool {
-    let has = |name: &str| map.get(name).is_some_and(|value| !is_absent(value));
-    CHAT_NAMES.iter().chain(ANSWER_NAMES.iter().flatten()).any(|name| has(name))
-        || (pair::PROMPTS.iter().any(|name| has(name)) && pair::ANSWERS.iter().any(|name| has(name)))
+    Err(unknown::unknown_shape(fields))
 }
 
 /// No template can ask for an answer to nothing.
@@ -330,35 +276,11 @@ fn add_system(system: Option<&str>, messages: &mut Vec<ChatMessage>) -> Result<b
 
 /// The text of the `system` column, by any of its names.
 fn system_of<'a>(fields: &Fields<'a>) -> Result<Option<&'a str>, Reason> {
-    match fields.system_names()[..] {
-        [] => Ok(None),
-        [name] => fields.take_text(name),
-        [first, second, ..] => Err(format!("has both {first:?} and {second:?}; keep the one that is meant")),
+    let systems = fields.said().map(|(name, _)| name).filter(|name| names::is_system(name));
+    match fields.one_of(systems)? {
+        Some(name) => fields.take_text(name),
+        None => Ok(None),
     }
-}
-
-/// A `text` beside a chat must be the same chat, rendered: then nothing is lost with it.
-fn check_rendering(fields: &Fields<'_>, messages: &[&ChatMessage]) -> Result<(), Reason> {
-    let text = match fields.map().get("text").filter(|text| !is_absent(text)) {
-        None => return Ok(()),
-        Some(Value::String(text)) => text,
-        Some(other) => {
-            let kind = fields::kind_of(other);
-            return Err(format!("has \"text\" beside its chat that is {kind}; remove it, or make it part of the chat"));
-        }
-    };
-    let mut rest = text.as_str();
-    for message in messages {
-        let content = message.content.trim();
-        let Some(at) = rest.find(content) else {
-            return Err(
-                "has plain text (\"text\") beside its chat, and the two differ; remove the one that is not meant"
-                    .into(),
-            );
-        };
-        rest = &rest[at + content.len()..];
-    }
-    Ok(())
 }
 
 impl Chat {

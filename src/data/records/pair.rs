@@ -5,20 +5,14 @@ use serde_json::Value;
 
 use super::fields::{Fields, Reason, kind_of};
 use super::message::{self, Weighted};
+use super::names::{ANSWERS, EXTRAS, HISTORY, PROMPTS};
 use super::{Chat, Shape, chat};
 use crate::request::ChatMessage;
-
-/// Names of the prompt.
-pub const PROMPTS: [&str; 5] = ["prompt", "question", "instruction", "input", "query"];
-/// Names of what follows the prompt in the user's message.
-const EXTRAS: [&str; 2] = ["input", "query"];
-/// Names of the answer.
-pub const ANSWERS: [&str; 4] = ["completion", "response", "output", "answer"];
 
 /// `None` where the record has no answer of this kind.
 pub fn read(fields: &Fields<'_>) -> Result<Option<(Chat, Shape)>, Reason> {
     let has_answer = |name: &&&str| fields.map().get(**name).is_some_and(|value| !value.is_null());
-    let answer = match fields.one_of(&ANSWERS)? {
+    let answer = match fields.one_of(ANSWERS)? {
         Some(name) => name,
         // An answer that is an empty string is one, if it is the only one.
         None => match ANSWERS.iter().find(has_answer) {
@@ -31,12 +25,15 @@ pub fn read(fields: &Fields<'_>) -> Result<Option<(Chat, Shape)>, Reason> {
     let answer = answer_list(answer, answer_value)?;
     let shape = prompt.shape;
     let (mut messages, mut learn) = (prompt.messages, prompt.learn);
+    chat::check_context(fields, &messages, "prompt")?;
+    if prompt.is_text && begins_with(&messages[0].content, &answer) {
+        return Err("has an answer that begins with its whole prompt, which would be learnt with it; give what comes after the prompt, or, where \
+                    the answer is to repeat it, give the record as \"messages\""
+            .into());
+    }
     let rest = after_prompt(&mut messages, &mut learn, prompt.is_text, answer)?;
     learn.extend(rest.iter().map(chat::learnt));
     messages.extend(rest.into_iter().map(|weighted| weighted.message));
-    if messages.last().is_none_or(|last| last.role != "assistant") {
-        return Err("the last message must be the assistant's".into());
-    }
     Ok(Some((chat::whole(fields, messages, learn)?, shape)))
 }
 
@@ -51,22 +48,23 @@ pub struct Prompt {
     pub shape: Shape,
 }
 
+/// The name of the prompt, and those of what follows it in the user's message.
+fn asked(fields: &Fields<'_>) -> Result<Option<(&'static str, Vec<&'static str>)>, Reason> {
+    match fields.one_of(PROMPTS)? {
+        Some(main) => Ok(Some((main, fields.present(EXTRAS)))),
+        None => Ok(fields.one_of(EXTRAS)?.map(|main| (main, Vec::new()))),
+    }
+}
+
+/// The texts of the user's message in their order, as they stand in the record; none where they are no texts.
+pub fn texts<'a>(fields: &Fields<'a>) -> Vec<&'a str> {
+    let Ok(Some((main, extras))) = asked(fields) else { return Vec::new() };
+    [main].into_iter().chain(extras).filter_map(|name| fields.map()[name].as_str()).collect()
+}
+
 /// The prompt under any of its names; `None` where there is none.
 pub fn prompt(fields: &Fields<'_>) -> Result<Option<Prompt>, Reason> {
-    let mut extras = fields.present(&EXTRAS);
-    let main = match fields.one_of(&["prompt", "question", "instruction"])? {
-        Some(main) => main,
-        None => match fields.one_of(&EXTRAS)? {
-            Some(main) => {
-                extras.clear();
-                main
-            }
-            None => return Ok(None),
-        },
-    };
-    if fields.has("context") {
-        return Err("has a \"context\" beside its prompt, which would be lost; call it \"input\" if it follows the prompt in the user's message".into());
-    }
+    let Some((main, extras)) = asked(fields)? else { return Ok(None) };
     let shape = if main == "instruction" { Shape::Instruction } else { Shape::PromptCompletion };
     match fields.take(main) {
         Some(Value::String(text)) => {
@@ -84,7 +82,7 @@ pub fn prompt(fields: &Fields<'_>) -> Result<Option<Prompt>, Reason> {
         }
         Some(list) => {
             let messages = prompt_list(main, list)?;
-            if let Some(other) = extras.first().copied().or_else(|| fields.has("history").then_some("history")) {
+            if let Some(other) = extras.first().copied().or_else(|| fields.has(HISTORY).then_some(HISTORY)) {
                 return Err(format!(
                     "has {other:?} beside a {main:?} that is a list of messages; put it into the list"
                 ));
@@ -100,16 +98,16 @@ pub fn prompt(fields: &Fields<'_>) -> Result<Option<Prompt>, Reason> {
 pub fn prompt_list(name: &str, value: &Value) -> Result<Vec<ChatMessage>, Reason> {
     let list = message::list(name, value)?;
     match list.iter().position(|weighted| weighted.weight == Some(true)) {
-        Some(i) => {
-            Err(format!("{name}[{i}].weight is 1, but a prompt is not learnt; give the whole chat as \"messages\""))
-        }
+        Some(i) => Err(format!(
+            "{name}[{i}] says that it is learnt, but a prompt is not learnt; give the whole chat as \"messages\""
+        )),
         None => Ok(list.into_iter().map(|weighted| weighted.message).collect()),
     }
 }
 
 /// Alpaca's earlier rounds: pairs of a prompt and an answer.
 fn history(fields: &Fields<'_>) -> Result<(Vec<ChatMessage>, Vec<bool>), Reason> {
-    let Some(value) = fields.take("history") else { return Ok((Vec::new(), Vec::new())) };
+    let Some(value) = fields.take(HISTORY) else { return Ok((Vec::new(), Vec::new())) };
     let form = || "\"history\" must be a list of pairs [prompt, answer] of strings".to_owned();
     let (mut messages, mut learn) = (Vec::new(), Vec::new());
     for round in value.as_array().ok_or_else(form)? {
@@ -162,6 +160,13 @@ fn after_prompt(
         }
         None => Err("has a completion that begins with another prompt than its own; the two must agree".into()),
     }
+}
+
+/// Whether an answer's text is the prompt's and more in one: the prompt would be learnt. Two short words may begin alike.
+pub fn begins_with(prompt: &str, answer: &[Weighted]) -> bool {
+    const SHORTEST: usize = 16;
+    let is_begun = |first: &Weighted| first.message.role == "assistant" && first.message.content.starts_with(prompt);
+    prompt.trim().len() >= SHORTEST && answer.first().is_some_and(is_begun)
 }
 
 /// Whether a list begins with the prompt's own messages.

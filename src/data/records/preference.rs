@@ -5,9 +5,8 @@ use serde_json::Value;
 
 use super::fields::{Fields, Reason};
 use super::message::Weighted;
-use super::{
-    ANSWER_NAMES, CHAT_NAMES, Preference, Shape, add_system, chat, check_beginning, check_rendering, pair, system_of,
-};
+use super::names::{CHATS, OPENAI_PAIR, PAIRS};
+use super::{Preference, Shape, add_system, chat, check_beginning, names, pair, rendering, system_of, unsupported};
 use crate::request::ChatMessage;
 
 /// Where the prompt is said.
@@ -42,18 +41,18 @@ pub fn read(fields: &Fields<'_>) -> Result<(Preference, Shape), Reason> {
     if pair.chosen == pair.rejected {
         return Err("the chosen and the rejected answer are the same".into());
     }
-    let said = pair.prompt.iter().filter(|message| message.role != "system").chain(&pair.chosen);
-    check_rendering(fields, &said.collect::<Vec<_>>())?;
+    chat::check_context(fields, &pair.prompt, "prompt")?;
+    rendering::check(fields, &pair.prompt.iter().chain(&pair.chosen).collect::<Vec<_>>())?;
     Ok((pair, shape))
 }
 
 /// What the two answers are called.
 fn names(fields: &Fields<'_>) -> Result<[&'static str; 2], Reason> {
-    let present: Vec<_> = ANSWER_NAMES.iter().filter(|names| names.iter().any(|name| fields.has(name))).collect();
+    let present: Vec<_> = PAIRS.iter().filter(|names| names.iter().any(|name| fields.has(name))).collect();
     match present[..] {
         [names] => Ok(*names),
         [[first, _], [second, _], ..] => Err(format!("has both {first:?} and {second:?}; keep the one that is meant")),
-        [] => Ok(ANSWER_NAMES[0]),
+        [] => Ok(PAIRS[0]),
     }
 }
 
@@ -75,21 +74,19 @@ fn is_whole(answer: &[Weighted]) -> bool {
 }
 
 fn prompt(fields: &Fields<'_>, chosen_name: &str, chosen: &[Weighted]) -> Result<(Prompt, Shape), Reason> {
-    if chosen_name == "preferred_output" {
+    if chosen_name == OPENAI_PAIR[0] {
         return openai_prompt(fields);
     }
     if fields.has("input") && !fields.has("instruction") && fields.map()["input"].is_object() {
         return Err("has OpenAI's \"input\" with answers that are not OpenAI's; call them preferred_output and non_preferred_output".into());
     }
-    let chat = match fields.one_of(&CHAT_NAMES)? {
+    let chat = match fields.one_of(CHATS)? {
         None => None,
         Some(name) => Some(pair::prompt_list(name, fields.take(name).unwrap_or(&Value::Null))?),
     };
     let given = pair::prompt(fields)?;
-    if given.is_none() {
-        chat::check_nothing_beside(fields, &["history", "context"])?;
-    } else if chat.is_some() {
-        chat::check_nothing_beside(fields, &["history"])?;
+    if given.is_none() || chat.is_some() {
+        chat::check_no_history(fields)?;
     }
     match (given, chat) {
         (None, None) => Ok((Prompt::Common, Shape::PreferenceChats)),
@@ -116,23 +113,13 @@ fn prompt(fields: &Fields<'_>, chosen_name: &str, chosen: &[Weighted]) -> Result
 }
 
 fn openai_prompt(fields: &Fields<'_>) -> Result<(Prompt, Shape), Reason> {
-    let others = [
-        "prompt",
-        "question",
-        "instruction",
-        "query",
-        "messages",
-        "conversations",
-        "conversation",
-        "history",
-        "context",
-    ];
-    if let Some(name) = fields.present(&others).first() {
+    let others = names::asked().filter(|name| *name != "input").chain(CHATS).chain([names::HISTORY]);
+    if let Some(name) = fields.present(others).first() {
         return Err(format!("must have either \"input\" or {name:?}, not both"));
     }
     let form = || "\"input\" must be an object with \"messages\"".to_owned();
     let input = Fields::new(fields.take("input").and_then(Value::as_object).ok_or_else(form)?);
-    input.refuse_unsupported()?;
+    unsupported::refuse(&input)?;
     let mut messages = pair::prompt_list("input.messages", input.take("messages").ok_or_else(form)?)?;
     add_system(system_of(&input)?, &mut messages)?;
     fields.ignore_rest_of("input", &input);
@@ -176,7 +163,9 @@ fn assemble(prompt: Prompt, chosen: Vec<Weighted>, rejected: Vec<Weighted>) -> R
         }
         Prompt::Common => return Ok(split_common(messages_of(chosen), messages_of(rejected))),
         Prompt::Text(text) => {
-            check_not_repeated(&text, &chosen, &rejected)?;
+            if pair::begins_with(&text, &chosen) && pair::begins_with(&text, &rejected) {
+                return Err("has answers that begin with its prompt; give what comes after it".into());
+            }
             vec![ChatMessage::new("user", &text)]
         }
         Prompt::Messages(messages) => messages,
@@ -187,17 +176,6 @@ fn assemble(prompt: Prompt, chosen: Vec<Weighted>, rejected: Vec<Weighted>) -> R
         true => Err("has an answer that begins with another prompt than its own; the two must agree".to_owned()),
     };
     Ok(Preference { chosen: rest(chosen)?, rejected: rest(rejected)?, prompt })
-}
-
-/// Texts that both begin with the prompt's are the prompt and its answer in one: the prompt would be learnt.
-fn check_not_repeated(prompt: &str, chosen: &[Weighted], rejected: &[Weighted]) -> Result<(), Reason> {
-    // Two short words may begin alike.
-    const SHORTEST: usize = 16;
-    let begins = |answer: &[Weighted]| answer.first().is_some_and(|first| first.message.content.starts_with(prompt));
-    if prompt.trim().len() >= SHORTEST && begins(chosen) && begins(rejected) {
-        return Err("has answers that begin with its prompt; give what comes after it".into());
-    }
-    Ok(())
 }
 
 fn messages_of(list: Vec<Weighted>) -> Vec<ChatMessage> {

@@ -1,6 +1,7 @@
 //! The files that people have, each with its verdict: it trains to the ids and the loss of its plain form, or it is refused for the reason
 //! that is true of it.
 
+mod advice;
 mod refused;
 mod trains;
 

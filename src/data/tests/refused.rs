@@ -39,18 +39,36 @@ const CHATS: &[(&str, &str, &str)] = &[
     (
         "a bare list of messages",
         r#"[[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]]"#,
-        "jq -c '{messages: .}'",
+        "jq -c '.[] | {messages: .}' IN",
     ),
+    ("JSON within strings in an array", r#"["{\"prompt\":\"a\",\"completion\":\"b\"}"]"#, "jq -c '.[] | fromjson' IN"),
+    (
+        "messages as JSON in a string in an array",
+        r#"[{"messages":"[{\"role\":\"user\",\"content\":\"a\"}]"}]"#,
+        "jq -c '.[] | .messages |= fromjson' IN",
+    ),
+    ("an array with null", r#"[null, {"prompt":"a","completion":"b"}]"#, "must be a JSON object"),
+    ("a comment before the records", "# made by x\n{\"prompt\":\"a\",\"completion\":\"b\"}\n", "begins with a comment"),
     (
         "messages one by one",
         r#"[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]"#,
-        "is one message, not a record",
+        "if the file is one conversation: jq -c '{messages: .}' IN",
     ),
     ("records inside of a field", r#"{"data":[{"prompt":"a","completion":"b"}]}"#, "jq -c '.[\"data\"][]'"),
     ("a record inside of a field", r#"{"row_idx":0,"row":{"prompt":"a","completion":"b"}}"#, "jq -c '.[\"row\"]'"),
     ("columns", r#"{"prompt":["a","b"],"completion":["c","d"]}"#, "columns"),
     ("messages as JSON in a string", r#"{"messages":"[{\"role\":\"user\"}]"}"#, "fromjson"),
     ("plain text as JSON", r#"{"text":"Once upon a time"}"#, "is plain text (\"text\")"),
+    (
+        "a rendered text that says more",
+        r####"{"prompt":"a","completion":"b","text":"### Instruction:\na\n\n### Response:\nb<think>secret</think>"}"####,
+        "says more than the chat (\"<think>secret</think>\")",
+    ),
+    (
+        "a rendered text with another input",
+        r####"{"instruction":"a","input":"x","output":"b","text":"### Instruction:\na\n\n### Input:\nSomething else.\n\n### Response:\nb"}"####,
+        "the two differ",
+    ),
     (
         "text that differs from the chat beside it",
         r#"{"prompt":"a","completion":"b","text":"something else"}"#,
@@ -190,6 +208,55 @@ const CHATS: &[(&str, &str, &str)] = &[
         "a prompt that is not its chat's",
         r#"{"prompt":"x","messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#,
         "not the beginning of its chat",
+    ),
+    (
+        "an article that would be lost",
+        r#"{"article":"long text","question":"a","answer":"b"}"#,
+        "has \"article\" beside its prompt, where it would be lost; call it \"input\"",
+    ),
+    (
+        "choices that would be lost",
+        r#"{"question":"a","choices":["x","y"],"answer":"x"}"#,
+        "has \"choices\" beside its prompt",
+    ),
+    (
+        "a completion that may be a message",
+        r#"{"prompt":"Give JSON.","completion":"{\"role\":\"assistant\",\"content\":\"Hi\"}"}"#,
+        "if it is text, give the record as \"messages\"",
+    ),
+    (
+        "an answer that begins with its prompt",
+        r#"{"prompt":"Once upon a time, there was","completion":"Once upon a time, there was a king."}"#,
+        "begins with its whole prompt",
+    ),
+    ("a chat with nothing in it", r#"{"id":"x","conversations":[]}"#, "has \"conversations\", but nothing is in it"),
+    ("a prompt with nothing in it", r#"{"prompt":"","completion":"b"}"#, "has \"prompt\", but nothing is in it"),
+    ("an answer that is null", r#"{"prompt":"a","completion":null}"#, "has \"completion\", but nothing is in it"),
+    (
+        "words of both ways in one message",
+        r#"{"messages":[{"role":"user","value":"a"}]}"#,
+        "name both in one of the two ways",
+    ),
+    ("a verdict by the name of an answer", r#"{"prompt":"a","completion":"b","chosen":true}"#, "unpaired label"),
+    (
+        "settings of datasets",
+        r#"{"adgen_train":{"file_name":"x.json"},"loss_demo":{"file_name":"y.json"}}"#,
+        "make none of the shapes",
+    ),
+    (
+        "splits by other names",
+        r#"{"my_train":[{"prompt":"a","completion":"c"}],"my_test":[{"prompt":"b","completion":"d"}]}"#,
+        "jq -c '.[\"my_train\"][]' IN",
+    ),
+    (
+        "a weight and a flag that differ",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","train":true,"weight":0},{"role":"user","content":"c"},{"role":"assistant","content":"d"}]}"#,
+        "another thing than a flag",
+    ),
+    (
+        "a turn of the prompt that asks to be learnt by its flag",
+        r#"{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"b","train":true},{"role":"user","content":"c"}],"completion":"d"}"#,
+        "a prompt is not learnt",
     ),
     ("a context that would be lost", r#"{"instruction":"a","context":"long text","response":"b"}"#, "\"context\""),
     (
@@ -486,6 +553,9 @@ fn errors_name_the_lines_of_the_file() {
         "{error}"
     );
     assert!(error.contains("\nline 6: has single quotes"), "{error}");
+    let commas = format!("{good},\n").repeat(2) + good;
+    let error = sft(&commas).unwrap_err().to_string();
+    assert!(error.starts_with("data: 2 faults in a file of 3 records:\nlines 1, 2: has a comma"), "{error}");
     let pretty = format!("[\n  {good},\n  {{\n    \"prompt\": \"a\",\n    \"completion\": NaN\n  }}\n]");
     let error = sft(&pretty).unwrap_err().to_string();
     assert!(error.starts_with("line 5: has NaN at column 19"), "{error}");

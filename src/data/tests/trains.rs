@@ -77,7 +77,44 @@ const CHATS: &[(&str, &str, &str)] = &[
     (
         "Alpaca with its rendered text",
         PLAIN,
-        r#"{"instruction":"Why?","input":"","output":"So.","text":"Below is an instruction.\n\n### Instruction:\nWhy?\n\n### Response:\nSo."}"#,
+        r#"{"instruction":"Why?","input":"","output":"So.","text":"Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nWhy?\n\n### Response:\nSo."}"#,
+    ),
+    (
+        "Alpaca with an input and its rendered text",
+        INPUT,
+        r#"{"instruction":"Why?","input":"Blue","output":"So.","text":"Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.\n\n### Instruction:\nWhy?\n\n### Input:\nBlue\n\n### Response:\nSo."}"#,
+    ),
+    (
+        "a chat with its rendered text",
+        SYSTEM,
+        r#"{"system":"Be kind.","prompt":"Why?","completion":"So.","text":"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"}"#,
+    ),
+    (
+        "a chat with its rendered text, without the system message",
+        SYSTEM,
+        r#"{"system":"Be kind.","prompt":"Why?","completion":"So.","text":"<s>[INST] Why? [/INST] So. </s>"}"#,
+    ),
+    ("Gemini's system instruction", SYSTEM, r#"{"systemInstruction":"Be kind.","prompt":"Why?","completion":"So."}"#),
+    ("sys_prompt", SYSTEM, r#"{"sys_prompt":"Be kind.","prompt":"Why?","completion":"So."}"#),
+    (
+        "a context that the prompt has",
+        r#"{"prompt":"The sea is salty by its rocks. Why?","completion":"So."}"#,
+        r#"{"prompt":"The sea is salty by its rocks. Why?","context":"The sea is salty by its rocks.","completion":"So."}"#,
+    ),
+    (
+        "flags that say what is done anyway",
+        PLAIN,
+        r#"{"unmask":false,"messages":[{"role":"user","content":"Why?","train":false},{"role":"assistant","content":"So.","train":true}]}"#,
+    ),
+    (
+        "figures and words by the names of what is refused",
+        PLAIN,
+        r#"{"prompt":"Why?","completion":"So.","tokens":12,"video_title":"Cats","tools":"None","is_reasoning_complete":[true],"chosen":7}"#,
+    ),
+    (
+        "an answer that looks like a message and is none",
+        r#"{"messages":[{"role":"user","content":"Where?"},{"role":"assistant","content":"{\"from\":\"Berlin\",\"value\":3}"}]}"#,
+        r#"{"prompt":"Where?","completion":"{\"from\":\"Berlin\",\"value\":3}"}"#,
     ),
     ("Alpaca with response", PLAIN, r#"{"instruction":"Why?","response":"So."}"#),
     ("ShareGPT", PLAIN, r#"{"conversations":[{"from":"human","value":"Why?"},{"from":"gpt","value":"So."}]}"#),
@@ -197,6 +234,11 @@ fn pairs() -> Vec<(&'static str, &'static str, String)> {
     let two = |name, plain, file: &str| (name, plain, file.to_owned());
     vec![
         two("strings", PAIR, r#"{"prompt":"Why?","chosen":"So.","rejected":"No."}"#),
+        two(
+            "a judge's rationale",
+            PAIR,
+            r#"{"prompt":"Why?","chosen":"So.","rejected":"No.","rationale":"The first one answers."}"#,
+        ),
         two("question", PAIR, r#"{"question":"Why?","chosen":"So.","rejected":"No."}"#),
         two(
             "system, question",

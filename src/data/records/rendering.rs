@@ -1,0 +1,139 @@
+//! A record's `text` beside its chat: the same once more, as a template renders it, or the record says more than is trained.
+
+use serde_json::Value;
+
+use super::fields::{Fields, Reason, is_absent, kind_of, shown};
+use super::pair;
+use crate::request::ChatMessage;
+
+/// What Alpaca's templates say before the instruction.
+const SENTENCES: [&str; 3] = [
+    "Below is an instruction that describes a task, paired with an input that provides further context.",
+    "Below is an instruction that describes a task.",
+    "Write a response that appropriately completes the request.",
+];
+/// Words with which templates head the parts of a record.
+const WORDS: [&str; 18] = [
+    "system",
+    "user",
+    "assistant",
+    "human",
+    "gpt",
+    "model",
+    "bot",
+    "ai",
+    "instruction",
+    "input",
+    "prompt",
+    "question",
+    "query",
+    "context",
+    "response",
+    "output",
+    "completion",
+    "answer",
+];
+/// Marks of templates that are not of the form `<|...|>`.
+const MARKS: [&str; 11] = [
+    "<s>",
+    "</s>",
+    "<bos>",
+    "<eos>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<</SYS>>",
+    "[gMASK]",
+];
+/// Bytes of the longest control token that is passed over.
+const MARK_BYTES: usize = 40;
+
+/// Refuses a `text` that is not the record's own parts in their order, with nothing but a template's words around them.
+pub fn check(fields: &Fields<'_>, messages: &[&ChatMessage]) -> Result<(), Reason> {
+    let text = match fields.map().get("text").filter(|text| !is_absent(text)) {
+        None => return Ok(()),
+        Some(Value::String(text)) => text,
+        Some(other) => {
+            let kind = kind_of(other);
+            return Err(format!("has \"text\" beside its chat that is {kind}; remove it, or make it part of the chat"));
+        }
+    };
+    let mut rest = text.as_str();
+    for piece in pieces(fields, messages) {
+        // A text need not show the system message.
+        let is_system = messages.first().is_some_and(|first| first.role == "system" && first.content.trim() == piece);
+        match skip_to(rest, Some(piece)) {
+            Ok(after) => rest = after,
+            Err(_) if is_system => {}
+            Err(extra) if text.contains(piece) => return Err(more(extra)),
+            Err(_) => {
+                return Err(
+                    "has plain text (\"text\") beside its chat, and the two differ; remove the one that is not meant"
+                        .into(),
+                );
+            }
+        }
+    }
+    skip_to(rest, None).map(drop).map_err(more)
+}
+
+fn more(extra: &str) -> Reason {
+    format!(
+        "has plain text (\"text\") beside its chat that says more than the chat ({}); put that into the chat, or remove \"text\"",
+        shown(extra)
+    )
+}
+
+/// The parts that a rendering shows, in order. A prompt and what follows it are one message of a record, and two parts of Alpaca's text.
+fn pieces<'m, 'a: 'm>(fields: &Fields<'a>, messages: &[&'m ChatMessage]) -> Vec<&'m str> {
+    let parts = pair::texts(fields);
+    let joined = parts.join("\n");
+    let mut pieces: Vec<&'m str> = Vec::new();
+    for message in messages {
+        match message.role == "user" && message.content == joined {
+            true => pieces.extend(parts.iter().copied()),
+            false => pieces.push(message.content.as_str()),
+        }
+    }
+    pieces.into_iter().map(str::trim).filter(|piece| !piece.is_empty()).collect()
+}
+
+/// Passes over a template's words up to a piece, or to the end; gives what follows the piece, or, as an error, what is no template's.
+fn skip_to<'t>(mut text: &'t str, piece: Option<&str>) -> Result<&'t str, &'t str> {
+    loop {
+        if let Some(after) = piece.and_then(|piece| text.strip_prefix(piece).filter(|after| ends_a_word(piece, after)))
+        {
+            return Ok(after);
+        }
+        let Some(first) = text.chars().next() else {
+            return if piece.is_none() { Ok(text) } else { Err(text) };
+        };
+        let known = SENTENCES.iter().chain(&MARKS).find(|known| text.starts_with(**known));
+        text = match known {
+            Some(known) => &text[known.len()..],
+            None if first.is_whitespace() => &text[first.len_utf8()..],
+            None if text.starts_with("<|") => control_token(text).ok_or(text)?,
+            None if first.is_ascii_punctuation() && !matches!(first, '<' | '[') => &text[1..],
+            None => word(text).ok_or(text)?,
+        };
+    }
+}
+
+/// Whether a piece is not the beginning of a longer word.
+fn ends_a_word(piece: &str, after: &str) -> bool {
+    !(piece.ends_with(|c: char| c.is_ascii_alphanumeric()) && after.starts_with(|c: char| c.is_ascii_alphanumeric()))
+}
+
+/// What follows a token such as `<|im_start|>`.
+fn control_token(text: &str) -> Option<&str> {
+    let end = text.find("|>").filter(|end| *end <= MARK_BYTES && !text[..*end].contains(char::is_whitespace))?;
+    Some(&text[end + 2..])
+}
+
+/// What follows a template's word.
+fn word(text: &str) -> Option<&str> {
+    let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
+    WORDS.contains(&text[..end].to_ascii_lowercase().as_str()).then(|| &text[end..])
+}
