@@ -47,8 +47,21 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
+/// A limit, for people.
+#[derive(Debug, Clone, Copy)]
+pub struct LimitInfo {
+    /// As `--limit` takes it.
+    pub name: &'static str,
+    /// Its value unless it is set.
+    pub default: u64,
+    /// What the value counts.
+    pub unit: &'static str,
+    /// What is limited, and what 0 means where it means something of its own.
+    pub meaning: &'static str,
+}
+
 macro_rules! limits {
-    ($($(#[$doc:meta])* $name:ident = $default:expr, $unit:literal;)*) => {
+    ($($(#[doc = $doc:literal])+ $name:ident = $default:expr, $unit:literal;)*) => {
         /// Every limit, with its name, default and unit. Set with `--limit name=value`.
         ///
         /// ```
@@ -61,15 +74,20 @@ macro_rules! limits {
         /// # Ok::<(), tenora::error::Error>(())
         /// ```
         #[derive(Debug, Clone)]
-        pub struct Limits { $($(#[$doc])* pub $name: u64,)* }
+        pub struct Limits { $($(#[doc = $doc])+ pub $name: u64,)* }
 
         impl Default for Limits {
             fn default() -> Self { Self { $($name: $default,)* } }
         }
 
         impl Limits {
-            /// (name, default, unit) of each, in the order of the definition.
-            pub const TABLE: &'static [(&'static str, u64, &'static str)] = &[$((stringify!($name), $default, $unit),)*];
+            /// What is known of each, in the order of the definition.
+            pub const TABLE: &'static [LimitInfo] = &[$(LimitInfo {
+                name: stringify!($name),
+                default: $default,
+                unit: $unit,
+                meaning: concat!($($doc),+),
+            },)*];
 
             /// Returns (name, value, unit) of each, as they are set here.
             pub fn values(&self) -> Vec<(&'static str, u64, &'static str)> {
@@ -85,7 +103,7 @@ macro_rules! limits {
                 match name {
                     $(stringify!($name) => self.$name = value,)*
                     _ => {
-                        let names: Vec<_> = Self::TABLE.iter().map(|row| row.0).collect();
+                        let names: Vec<_> = Self::TABLE.iter().map(|limit| limit.name).collect();
                         return Err(Error::invalid("limit", format!("no limit is called {name:?}; there are {}", names.join(", "))));
                     }
                 }
@@ -304,9 +322,9 @@ mod tests {
             limits.set(name, 0).expect_err("one is always given");
         }
         assert!(limits.set("keepalive_seconds", 0).unwrap_err().to_string().contains("1..="));
-        for (name, default, _) in Limits::TABLE {
+        for LimitInfo { name, default, .. } in Limits::TABLE {
             limits.set(name, *default).unwrap();
         }
-        assert!(RANGES.iter().all(|(name, _)| Limits::TABLE.iter().any(|row| row.0 == *name)));
+        assert!(RANGES.iter().all(|(name, _)| Limits::TABLE.iter().any(|limit| limit.name == *name)));
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Failure, Result, models};
 use crate::bases;
-use crate::config::{Config, Limits, TlsFiles};
+use crate::config::{Config, LimitInfo, Limits, TlsFiles};
 use crate::device::DeviceSpec;
 
 /// Serve a base and its adapters.
@@ -69,7 +69,7 @@ pub(super) struct Args {
     /// Set a limit; may be repeated. --list-limits shows them.
     #[arg(long = "limit", value_name = "NAME=VALUE", value_parser = parse_limit)]
     limits: Vec<(String, u64)>,
-    /// Print the limits with their defaults and units, and end.
+    /// Print the limits with their defaults, units and meanings, and end.
     #[arg(long)]
     list_limits: bool,
 }
@@ -152,9 +152,10 @@ fn default_data_dir() -> Result<PathBuf> {
 }
 
 fn print_limits() -> Result<()> {
-    let width = Limits::TABLE.iter().map(|(name, ..)| name.len()).max().unwrap_or(0);
-    for (name, default, unit) in Limits::TABLE {
-        writeln!(stdout(), "{name:width$}  {default:>12}  {unit}")?;
+    let width = |of: fn(&LimitInfo) -> usize| Limits::TABLE.iter().map(of).max().unwrap_or(0);
+    let (names, units) = (width(|limit| limit.name.len()), width(|limit| limit.unit.len()));
+    for LimitInfo { name, default, unit, meaning } in Limits::TABLE {
+        writeln!(stdout(), "{name:names$}  {default:>12}  {unit:units$}  {}", meaning.trim())?;
     }
     Ok(())
 }
@@ -179,7 +180,7 @@ mod tests {
     #[test]
     fn the_readme_lists_the_limits_as_they_are() {
         let readme = include_str!("../../README.md");
-        for (name, default, unit) in Limits::TABLE {
+        for LimitInfo { name, default, unit, .. } in Limits::TABLE {
             let row = format!("| `{name}` | {default} | {unit} |");
             assert!(readme.contains(&row), "README.md lacks the line {row}");
         }
