@@ -98,7 +98,7 @@ pub async fn serve(
         let (_, (), ()) = tokio::join!(finished, guard.drain(time), trainer.shutdown());
     };
     tokio::select! {
-        _ = &mut transport => {}
+        ended = &mut transport => return ended.map_err(Error::internal),
         () = drained => {}
     }
     stop.cancel();

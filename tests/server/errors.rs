@@ -242,12 +242,15 @@ async fn deadlines_end_every_stream() {
     silent.set_timeout(Duration::from_millis(500));
     let asked = ServerReflectionClient::new(transport).server_reflection_info(silent).await;
     let mut asked = asked.unwrap().into_inner();
-    let health = loop {
-        if let Err(status) = watched.message().await {
-            break status;
-        }
+    let ended = async {
+        let health = loop {
+            if let Err(status) = watched.message().await {
+                break status;
+            }
+        };
+        [health, asked.message().await.unwrap_err()]
     };
-    for status in [health, asked.message().await.unwrap_err()] {
+    for status in tokio::time::timeout(Duration::from_secs(60), ended).await.expect("they end") {
         assert_eq!((status.code(), reason(&status).as_str()), (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"));
     }
     server.stopped().await;
