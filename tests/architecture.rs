@@ -200,6 +200,19 @@ fn reasons_of_errors_are_documented() {
     assert!(unknown.is_empty(), "in docs/ERRORS.md and nowhere else: {unknown:?}");
 }
 
+/// What `/metrics` shows is described, and nothing else is.
+#[test]
+fn metrics_are_described() {
+    let described: BTreeSet<&str> = tenora::telemetry::described::METRICS.iter().map(|(name, _)| *name).collect();
+    let sources = sources();
+    let made: BTreeSet<&str> = ["counter!(\"", "histogram!(\"", "gauge!(\""]
+        .iter()
+        .flat_map(|maker| sources.iter().flat_map(move |source| source.code.split(maker).skip(1)))
+        .filter_map(|rest| rest.split('"').next())
+        .collect();
+    assert_eq!(made, described);
+}
+
 #[test]
 fn the_checks_can_fail() {
     assert_eq!(imports("use crate::{api, store::Store};"), BTreeSet::from(["api".into(), "store".into()]));

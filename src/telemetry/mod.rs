@@ -1,5 +1,6 @@
 //! What an operator sees of the process: logs on stderr, the port for Prometheus ([`port`]), spans for a collector ([`traces`]).
 
+pub mod described;
 mod port;
 pub mod traces;
 

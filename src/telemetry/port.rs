@@ -13,6 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::{Error, Result};
 use crate::sync::lock;
+use crate::telemetry::described::describe;
 
 /// Upper bounds of the histograms of whole calls. Seconds.
 const CALL_SECONDS: [f64; 9] = [0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0];
@@ -80,6 +81,7 @@ fn recorder() -> Result<PrometheusHandle, metrics_exporter_prometheus::BuildErro
     let between_tokens = Matcher::Full("tenora_time_between_tokens_seconds".into());
     let builder = PrometheusBuilder::new().set_buckets(&CALL_SECONDS)?;
     let handle = builder.set_buckets_for_metric(between_tokens, &TOKEN_SECONDS)?.install_recorder()?;
+    describe();
     Ok(made.insert(handle).clone())
 }
 
