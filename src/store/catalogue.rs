@@ -169,6 +169,10 @@ fn code(error: &sqlx::Error) -> Option<u32> {
 
 impl From<sqlx::Error> for Error {
     fn from(e: sqlx::Error) -> Self {
+        // Its tenant, or what else a row needs, went while the call was under way.
+        if e.as_database_error().is_some_and(|error| error.is_foreign_key_violation()) {
+            return Self::not_found("what this belongs to");
+        }
         match (code(&e), &e) {
             (Some(SQLITE_FULL), _) => Self::DiskFull { path: FILE.into() },
             (Some(SQLITE_BUSY | SQLITE_LOCKED), _) | (None, sqlx::Error::PoolTimedOut) => Self::Unavailable {

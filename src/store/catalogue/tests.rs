@@ -62,6 +62,14 @@ async fn a_locked_catalogue_is_unavailable_and_nothing_is_lost() {
 }
 
 #[tokio::test]
+async fn a_row_without_its_owner_is_not_found() {
+    let (_dir, store) = open(Duration::from_secs(1)).await;
+    let insert = sqlx::query("INSERT INTO version_numbers VALUES ('nobody', 'a', 1)");
+    let error = Error::from(insert.execute(store.writer()).await.unwrap_err());
+    assert!(matches!(error, Error::NotFound { .. }), "{error:?}");
+}
+
+#[tokio::test]
 async fn a_full_disk_is_said_and_leaves_the_catalogue_as_it_was() {
     let (_dir, store) = open(Duration::from_secs(1)).await;
     store.create_tenant(&tenant("a"), "", 1, "").await.unwrap();
