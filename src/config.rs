@@ -120,7 +120,7 @@ limits! {
     max_message_bytes = 4 * MIB, "bytes";
     /// The message of a call that is no upload. Larger ones are OUT_OF_RANGE.
     max_request_bytes = 4 * MIB, "bytes";
-    /// Time in which the message of a call that is no upload, or of a question about health, must have come.
+    /// Time in which the message of a call that is no upload must have come.
     request_seconds = 60, "seconds";
     /// One uploaded dataset.
     max_dataset_bytes = 256 * MIB, "bytes";
@@ -230,8 +230,8 @@ limits! {
     max_reads = 8, "reads";
     /// The same of one tenant.
     max_reads_per_tenant = 2, "reads";
-    /// Open connections. Where there are as many, one is closed for a new one: of the address that has most, the oldest that is not kept for
-    /// who has called with a valid key, or else the one of those that has been idle for longest. For one tenant as many are kept as it
+    /// Open connections. Where there are as many, one is closed for a new one: the oldest over which nobody has called with a valid key, of
+    /// the address that has most of them; else the one that has been idle for longest; else one that a tenant has beyond as many as it
     /// leaves to others.
     max_connections = 1024, "connections";
     /// The same from one address, or one IPv6 /64.
@@ -239,7 +239,7 @@ limits! {
     /// Time in which a connection must have ended its TLS handshake, and again in which it must begin to speak HTTP/2.
     handshake_seconds = 10, "seconds";
     /// Watches of the server's health under way, which need no key. One address, or IPv6 /64, may have a quarter of them.
-    max_health_watches = 64, "calls";
+    max_health_watches = 256, "calls";
     /// The message of a question about health, which needs no key. Larger ones are OUT_OF_RANGE.
     max_health_request_bytes = 1024, "bytes";
     /// A connection that is silent for this long is asked for a sign of life, and closed without one.

@@ -205,10 +205,11 @@ fn reasons_of_errors_are_documented() {
 fn metrics_are_described() {
     let described: BTreeSet<&str> = tenora::telemetry::described::METRICS.iter().map(|(name, _)| *name).collect();
     let sources = sources();
-    let made: BTreeSet<&str> = ["counter!(\"", "histogram!(\"", "gauge!(\""]
-        .iter()
-        .flat_map(|maker| sources.iter().flat_map(move |source| source.code.split(maker).skip(1)))
-        .filter_map(|rest| rest.split('"').next())
+    let others = sources.iter().filter(|source| !source.path.ends_with("described.rs"));
+    let made: BTreeSet<&str> = others
+        .flat_map(|source| ["counter!(", "histogram!(", "gauge!("].map(|maker| source.code.split(maker).skip(1)))
+        .flatten()
+        .map(|rest| rest.strip_prefix('"').and_then(|rest| rest.split('"').next()).expect("a name that is written out"))
         .collect();
     assert_eq!(made, described);
 }

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use futures::future::{BoxFuture, FutureExt as _, Shared, TryFutureExt as _};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 use tokio::sync::Semaphore;
@@ -59,9 +60,14 @@ pub struct Auth {
     insecure: bool,
     remembered: Arc<Mutex<Remembered>>,
     lookups: Arc<Semaphore>,
-    /// The calls that wait for a lookup or have one, by their address.
+    /// The lookups that wait or are under way, by the address that began each.
     in_line: Places<IpAddr>,
+    /// The same by the key's id.
+    under_way: Arc<Mutex<HashMap<String, Lookup>>>,
 }
+
+/// What the store says of a key, for all who wait for it; an error where the lookup has panicked.
+type Lookup = Shared<BoxFuture<'static, Result<Result<Option<KeyRow>>, ()>>>;
 
 /// What is known without asking the store.
 #[derive(Debug, Default)]
@@ -91,6 +97,7 @@ pub struct Leaving {
 
 impl Drop for Leaving {
     fn drop(&mut self) {
+        lock(&self.auth.under_way).clear();
         let mut remembered = self.auth.remembered();
         // What was found sound meanwhile may be gone.
         remembered.forget_tenant(&self.tenant);
@@ -109,7 +116,7 @@ impl Auth {
         let most = ("max_keyless_calls", limits.max_keyless_calls);
         let in_line = Places::new("calls whose key is looked up", most, most, RETRY_AFTER);
         let (remembered, lookups) = (Arc::default(), Arc::new(Semaphore::new(LOOKUPS)));
-        Self { store, insecure, remembered, lookups, in_line }
+        Self { store, insecure, remembered, lookups, in_line, under_way: Arc::default() }
     }
 
     /// The owner of the bearer key in the `authorization` header of a call from this address. One text for every wrong key.
@@ -141,17 +148,37 @@ impl Auth {
         if let Some(key) = self.remembered().keys.get(id) {
             return Ok(Some(key.clone()).filter(is_sound));
         }
-        let _place = self.in_line.take_for(&address)?;
-        let _permit = self.lookups.acquire().await.map_err(Error::internal)?;
-        let forgotten = {
-            let remembered = self.remembered();
-            // Of many first calls with a key, one looks it up.
-            if let Some(key) = remembered.keys.get(id) {
-                return Ok(Some(key.clone()).filter(is_sound));
-            }
-            remembered.forgotten
+        let Ok(found) = self.look_up(id, address)?.await else {
+            lock(&self.under_way).remove(id);
+            return Err(Error::internal("a lookup of a key has ended"));
         };
-        let key = self.store.find_key(id).await?.filter(is_sound);
+        Ok(found?.filter(is_sound))
+    }
+
+    /// The lookup of a key that is under way, or a new one. One call of an address takes a place for it, whoever else waits for the same; it
+    /// goes on where they all go away, and its place goes with it.
+    fn look_up(&self, id: &str, address: IpAddr) -> Result<Lookup> {
+        let mut under_way = lock(&self.under_way);
+        if let Some(lookup) = under_way.get(id) {
+            return Ok(lookup.clone());
+        }
+        let place = self.in_line.take_for(&address)?;
+        let (this, key) = (self.clone(), id.to_owned());
+        let work = tokio::spawn(async move {
+            let found = this.ask_store(&key).await;
+            lock(&this.under_way).remove(&key);
+            drop(place);
+            found
+        });
+        let lookup = work.map_err(drop).boxed().shared();
+        under_way.insert(id.to_owned(), lookup.clone());
+        Ok(lookup)
+    }
+
+    async fn ask_store(&self, id: &str) -> Result<Option<KeyRow>> {
+        let _permit = self.lookups.acquire().await.map_err(Error::internal)?;
+        let forgotten = self.forgotten();
+        let key = self.store.find_key(id).await?.filter(|key| key.revoked.is_none());
         let mut remembered = self.remembered();
         if let Some(key) = &key
             && remembered.forgotten == forgotten
@@ -171,6 +198,8 @@ impl Auth {
 
     /// A key is being revoked, or has been.
     pub fn forget_key(&self, id: &str) {
+        // Who comes from now on asks anew.
+        lock(&self.under_way).remove(id);
         let mut remembered = self.remembered();
         remembered.forgotten += 1;
         remembered.keys.remove(id);
@@ -178,6 +207,7 @@ impl Auth {
 
     /// A tenant has another weight.
     pub fn forget_tenant(&self, tenant: &TenantId) {
+        lock(&self.under_way).clear();
         self.remembered().forget_tenant(tenant);
     }
 
@@ -185,6 +215,7 @@ impl Auth {
     /// for it, until the deletion has ended.
     pub async fn begin_deleting(&self, owner: &TenantId) -> Result<(Tenant, Leaving)> {
         let row = self.store.get_tenant(owner).await?;
+        lock(&self.under_way).clear();
         let mut remembered = self.remembered();
         *remembered.leaving.entry(owner.clone()).or_default() += 1;
         remembered.forget_tenant(owner);
@@ -302,13 +333,17 @@ mod tests {
         let waits = auth.caller(&made_up, address(1));
         tokio::pin!(waits);
         assert!(futures::poll!(&mut waits).is_pending());
-        let one_more = auth.caller(&made_up, address(1));
+        let same = auth.caller(&made_up, address(1));
+        tokio::pin!(same);
+        assert!(futures::poll!(&mut same).is_pending(), "who asks for the same key waits with the first");
+        let other = headers("Bearer tnr_3_4");
+        let one_more = auth.caller(&other, address(1));
         tokio::pin!(one_more);
         let refused = futures::poll!(&mut one_more);
         let Poll::Ready(Err(Error::Exhausted { limit: "max_keyless_calls", .. })) = refused else {
             panic!("it waits too: {refused:?}");
         };
-        let elsewhere = auth.caller(&made_up, address(2));
+        let elsewhere = auth.caller(&other, address(2));
         tokio::pin!(elsewhere);
         assert!(futures::poll!(&mut elsewhere).is_pending(), "another address has a place");
         auth.caller(&good, address(1)).await.unwrap();

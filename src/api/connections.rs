@@ -1,9 +1,10 @@
 //! The connections: how many there are, how long each may take to become one, and who makes room for whom.
 //!
 //! A connection is a stranger's until a call with a valid key has come over it and been let in; then it is kept, where its tenant leaves as
-//! many to others as it has kept itself (`places.rs`). Where there are as many as may be, in all or from one address, a stranger's is
-//! closed for the new one: the oldest of the address that has most, so that who floods makes room first. Where there is none, the one that
-//! has been idle for longest is: connections which do nothing lock nobody out, nor does one tenant with calls that last.
+//! many to others as it has kept itself (`places.rs`). Where there are as many as may be, in all or from one address, one makes room for the
+//! new one: of those that are not kept and do nothing the oldest of the address that has most of them, so that who floods goes first; else
+//! the one that has been idle for longest; else one that a tenant has beyond its share. So connections which do nothing lock nobody
+//! out, nor does one tenant with calls that last.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
@@ -81,6 +82,19 @@ pub struct Peer {
     calls: Arc<Mutex<PeerCalls>>,
 }
 
+/// What a connection is worth when another needs room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// No call with a valid key is in progress, and it is not kept.
+    Stranger,
+    /// Not kept, since its tenant has its share; a call is in progress.
+    Excess,
+    /// Kept, without a call since then.
+    Idle(Instant),
+    /// Kept, with a call in progress.
+    Busy,
+}
+
 /// The calls with a valid key over one connection.
 #[derive(Debug, Default)]
 struct PeerCalls {
@@ -102,14 +116,14 @@ impl Peer {
         Busy(self.calls.clone())
     }
 
-    fn is_kept(&self) -> bool {
-        lock(&self.calls).place.is_some()
-    }
-
-    /// Since when a connection that is kept has had no call in progress; `None` where one is.
-    fn idle_since(&self) -> Option<Instant> {
+    fn standing(&self) -> Standing {
         let calls = lock(&self.calls);
-        calls.ended.filter(|_| calls.in_progress == 0 && calls.place.is_some())
+        match (&calls.place, calls.in_progress) {
+            (None, 0) => Standing::Stranger,
+            (None, _) => Standing::Excess,
+            (Some(_), 0) => Standing::Idle(calls.ended.unwrap_or_else(Instant::now)),
+            (Some(_), _) => Standing::Busy,
+        }
     }
 
     /// Bytes of an answer have been sent; the end of a long one is on its way after its call.
@@ -151,23 +165,42 @@ impl Open {
         Some(entry)
     }
 
-    /// Closes one of the connections that `among` names: of those that are not kept the oldest of the address that has most connections, or
-    /// else the one that has been idle for longest and at least for `idle`. False where there is none.
+    /// Closes one of the connections that `among` names, in the order of the module's description; one that is kept must have been idle for
+    /// `idle`. False where there is none.
     fn make_room(&mut self, idle: Duration, among: impl Fn(&Entry) -> bool) -> bool {
-        let strangers = self.connections.iter().filter(|(_, entry)| among(entry) && !entry.peer.is_kept());
-        let by_address = |(id, entry): &(&u64, &Entry)| (self.addresses.get(&entry.peer.address), Reverse(**id));
-        let stranger = strangers.max_by_key(by_address).map(|(id, _)| *id);
-        let Some(id) = stranger.or_else(|| self.longest_idle(idle, among)) else { return false };
+        let (mut strangers, mut excess, mut longest_idle) = (Candidates::default(), Candidates::default(), None);
+        for (id, entry) in self.connections.iter().filter(|(_, entry)| among(entry)) {
+            match entry.peer.standing() {
+                Standing::Stranger => strangers.add(*id, entry.peer.address),
+                Standing::Excess => excess.add(*id, entry.peer.address),
+                Standing::Idle(since) if longest_idle.is_none_or(|(earlier, _)| since < earlier) => {
+                    longest_idle = Some((since, *id));
+                }
+                Standing::Idle(_) | Standing::Busy => {}
+            }
+        }
+        let idle = longest_idle.filter(|(since, _)| since.elapsed() >= idle).map(|(_, id)| id);
+        let Some(id) = strangers.first().or(idle).or_else(|| excess.first()) else { return false };
         if let Some(entry) = self.remove(id) {
             entry.closing.cancel();
         }
         true
     }
+}
 
-    fn longest_idle(&self, idle: Duration, among: impl Fn(&Entry) -> bool) -> Option<u64> {
-        let entries = self.connections.iter().filter(|(_, entry)| among(entry));
-        let (since, id) = entries.filter_map(|(id, entry)| Some((entry.peer.idle_since()?, *id))).min()?;
-        (since.elapsed() >= idle).then_some(id)
+/// Connections of which the oldest of the address that has most goes first: how many each address has, and its oldest.
+#[derive(Debug, Default)]
+struct Candidates(HashMap<IpAddr, (u64, u64)>);
+
+impl Candidates {
+    /// Adds connections by age.
+    fn add(&mut self, id: u64, address: IpAddr) {
+        self.0.entry(address).or_insert((0, id)).0 += 1;
+    }
+
+    fn first(&self) -> Option<u64> {
+        let most = self.0.values().max_by_key(|(count, oldest)| (*count, Reverse(*oldest)));
+        most.map(|(_, oldest)| *oldest)
     }
 }
 
@@ -175,8 +208,7 @@ impl Table {
     /// Makes a table of so many connections, of which `idle` ones make room.
     fn new(limits: &Limits, idle: Duration) -> Arc<Self> {
         let (most, most_per_address) = (limits.max_connections, limits.max_connections_per_address);
-        // All clients may come from one address, a proxy's.
-        let keep = ("max_connections", most.min(most_per_address));
+        let keep = ("max_connections", most);
         let kept = Places::new("connections", keep, keep, Duration::ZERO);
         Arc::new(Self { most, most_per_address, idle, kept, open: Mutex::default() })
     }
@@ -431,19 +463,52 @@ mod tests {
     /// A tenant with calls in progress everywhere keeps half of the connections; the others make room, for whoever comes.
     #[test]
     fn one_tenant_leaves_connections_to_others_whatever_it_calls() {
-        for most_per_address in [8, 4] {
-            let table = table(8, most_per_address, Duration::from_secs(3600));
-            let greedy: Vec<_> = (0..most_per_address).map(|_| table.enter(address(1)).unwrap()).collect();
-            let calls: Vec<_> = greedy.iter().map(|guest| guest.peer.begin(&tenant("greedy"))).collect();
-            let kept = most_per_address as usize / 2;
-            let guests: Vec<_> = (0..kept).map(|_| table.enter(address(1)).expect("room")).collect();
-            assert_eq!(greedy.iter().filter(|guest| guest.closing.is_cancelled()).count(), kept);
-            let other = guests[0].peer.begin(&tenant("other"));
-            let operators: Vec<_> = guests[1..].iter().map(called).collect();
-            assert!(guests.iter().all(|guest| guest.peer.is_kept()));
-            drop((greedy, calls, guests, other, operators));
-            assert_eq!(table.kept.held(), 0);
-        }
+        let table = table(8, 8, Duration::from_secs(3600));
+        let greedy: Vec<_> = (0..8).map(|_| table.enter(address(1)).unwrap()).collect();
+        let calls: Vec<_> = greedy.iter().map(|guest| guest.peer.begin(&tenant("greedy"))).collect();
+        let guests: Vec<_> = (0..4)
+            .map(|n| {
+                let guest = table.enter(address(n)).expect("room");
+                let call = if n == 0 { guest.peer.begin(&tenant("other")) } else { called(&guest) };
+                (guest, call)
+            })
+            .collect();
+        assert_eq!(greedy.iter().filter(|guest| guest.closing.is_cancelled()).count(), 4);
+        assert!(guests.iter().all(|(guest, _)| guest.peer.standing() == Standing::Busy));
+        drop((greedy, calls, guests));
+        assert_eq!(table.kept.held(), 0);
+    }
+
+    /// What a tenant has beyond its share goes last: after those who do nothing, kept or not.
+    #[test]
+    fn calls_in_progress_end_only_where_nothing_else_makes_room() {
+        let table = table(4, 4, Duration::ZERO);
+        let greedy: Vec<_> = (0..3).map(|_| table.enter(address(1)).unwrap()).collect();
+        let calls: Vec<_> = greedy.iter().map(|guest| guest.peer.begin(&tenant("greedy"))).collect();
+        assert_eq!(greedy[2].peer.standing(), Standing::Excess);
+        let known = table.enter(address(2)).unwrap();
+        drop(called(&known));
+        let stranger = table.enter(address(3)).unwrap();
+        assert!(known.closing.is_cancelled() && !greedy[2].closing.is_cancelled(), "the idle one goes");
+        let next = table.enter(address(4)).unwrap();
+        assert!(stranger.closing.is_cancelled() && !greedy[2].closing.is_cancelled(), "the stranger goes");
+        let busy = called(&next);
+        let _last = table.enter(address(5)).unwrap();
+        assert!(greedy[2].closing.is_cancelled());
+        drop((calls, busy));
+    }
+
+    /// A flood from many addresses does not push the new clients of an address with many that are kept out.
+    #[test]
+    fn connections_that_are_kept_do_not_count_against_their_address() {
+        let table = table(8, 8, Duration::from_secs(3600));
+        let kept: Vec<_> = (0..5).map(|_| table.enter(address(1)).unwrap()).collect();
+        let busy: Vec<_> = kept.iter().map(called).collect();
+        let flood: Vec<_> = (0..2).map(|_| table.enter(address(2)).unwrap()).collect();
+        let client = table.enter(address(1)).unwrap();
+        let more = table.enter(address(2)).unwrap();
+        assert!(flood[0].closing.is_cancelled() && !client.closing.is_cancelled());
+        drop((busy, more));
     }
 
     fn address(n: u8) -> IpAddr {
@@ -502,13 +567,13 @@ mod tests {
         let guest = table.enter(address(1)).unwrap();
         let peer = &guest.peer;
         peer.sent();
-        assert!(!peer.is_kept(), "a stranger stays one");
+        assert_eq!(peer.standing(), Standing::Stranger, "a stranger stays one");
         let busy = called(&guest);
-        assert!(peer.is_kept() && peer.idle_since().is_none());
+        assert_eq!(peer.standing(), Standing::Busy);
         drop(busy);
-        let ended = peer.idle_since().unwrap();
+        let Standing::Idle(ended) = peer.standing() else { panic!("{:?}", peer.standing()) };
         peer.sent();
-        assert!(peer.is_kept() && peer.idle_since().unwrap() > ended);
+        assert!(matches!(peer.standing(), Standing::Idle(since) if since > ended));
     }
 
     #[test]

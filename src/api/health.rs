@@ -14,7 +14,7 @@ use tonic::codegen::{BoxFuture, Bytes, Service as _, http};
 use tonic::service::Routes;
 use tonic::{Code, Status};
 
-use super::bodies::{HEAD, too_slow};
+use super::bodies::HEAD;
 use super::connections::address_of;
 use super::deadline::within;
 use super::live::CutBody;
@@ -27,6 +27,8 @@ use crate::error::Error;
 pub const PREFIX: &str = "/grpc.health.v1.Health/";
 /// The one of the methods whose calls last.
 const WATCH: &str = "/grpc.health.v1.Health/Watch";
+/// In which a question must have come: those who probe ask in one piece.
+const QUESTION_TIME: Duration = Duration::from_secs(5);
 /// When a refused client may ask again.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -38,8 +40,6 @@ pub struct Health {
     watches: Places<IpAddr>,
     /// Bytes of one question.
     most: Limit,
-    /// In which it must have come.
-    time: Duration,
 }
 
 impl Health {
@@ -52,7 +52,6 @@ impl Health {
             checks: Places::new("health checks", checks, checks, RETRY_AFTER),
             watches: Places::new("health watches", watches, each, RETRY_AFTER),
             most: ("max_health_request_bytes", limits.max_health_request_bytes),
-            time: Duration::from_secs(limits.request_seconds),
         }
     }
 
@@ -62,16 +61,18 @@ impl Health {
         request: http::Request<Body>,
         deadline: Option<Instant>,
     ) -> BoxFuture<http::Response<Body>, Infallible> {
-        let places = if request.uri().path() == WATCH { &self.watches } else { &self.checks };
+        let lasts = request.uri().path() == WATCH;
+        let places = if lasts { &self.watches } else { &self.checks };
         let place = match places.take_for(&address_of(request.extensions())) {
             Ok(place) => place,
             Err(full) => return Box::pin(std::future::ready(Ok(Status::from(full).into_http()))),
         };
-        let (most, time, mut routes) = (self.most, self.time, self.routes.clone());
+        let (most, mut routes) = (self.most, self.routes.clone());
         Box::pin(async move {
             let work = async {
                 let (head, body) = request.into_parts();
-                let question = tokio::time::timeout(time, whole(body, most)).await.map_err(|_| too_slow(time))??;
+                let question = tokio::time::timeout(QUESTION_TIME, whole(body, most)).await;
+                let question = question.map_err(|_| Error::DeadlineExceeded)??;
                 let Ok(response) = routes.call(http::Request::from_parts(head, question)).await;
                 Ok(response)
             };
@@ -83,7 +84,10 @@ impl Health {
             Ok(match Status::from_header_map(response.headers()) {
                 Some(status) if status.code() != Code::Ok => status::with_details(status).into_http(),
                 _ => response.map(|body| {
-                    Body::new(HealthBody { body: CutBody::new(body, Arc::default(), deadline), _place: place })
+                    // An answer that is not taken keeps its place no longer than a question that does not come.
+                    let end = Instant::now() + QUESTION_TIME;
+                    let end = if lasts { deadline } else { Some(deadline.map_or(end, |deadline| deadline.min(end))) };
+                    Body::new(HealthBody { body: CutBody::new(body, Arc::default(), end), _place: place })
                 }),
             })
         })

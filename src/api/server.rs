@@ -41,8 +41,8 @@ use crate::telemetry::Serving;
 /// a key that is known (`max_keyless_calls`) and for each tenant (`max_calls_per_tenant`).
 const STREAM_WINDOW: u32 = 128 << 10;
 const CONNECTION_WINDOW: u32 = 256 << 10;
-/// Bytes of a call's headers: a key, a trace and what clients say of themselves take one or two thousand.
-const HEADER_BYTES: u32 = 8 << 10;
+/// Bytes of a call's headers: a key, a trace and what clients say of themselves take one or two thousand, a proxy's cookies or baggage eight.
+const HEADER_BYTES: u32 = 16 << 10;
 
 /// Time that clients get to close their connections once everything is answered.
 const CLOSE_GRACE: Duration = Duration::from_millis(500);

@@ -101,10 +101,17 @@ impl TenantService for Tenants {
         let id: TenantId = convert::name("tenant.name", &tenant.name)?;
         let etag = tenant.etag.clone();
         let change = convert::tenant_change(tenant, request.update_mask)?;
-        let row = self.0.parts.store.update_tenant(&id, &change, &etag).await?;
-        tracing::info!(tenant = %id, weight = row.weight, "tenant updated");
-        self.0.auth.forget_tenant(&id);
-        Ok(Response::new(convert::tenant(row)))
+        let shared = self.0.clone();
+        // To the end, also where the caller goes away: no key goes on with the old weight.
+        let update = async move {
+            let updated = shared.parts.store.update_tenant(&id, &change, &etag).await;
+            // Also where it may have changed in spite of an error: it is looked up again.
+            shared.auth.forget_tenant(&id);
+            let row = updated?;
+            tracing::info!(tenant = %id, weight = row.weight, "tenant updated");
+            Ok(row)
+        };
+        Ok(Response::new(convert::tenant(spawn_uncancellable(update).await?)))
     }
 
     async fn get_tenant(&self, request: Request<pb::GetTenantRequest>) -> Answer<pb::GetTenantResponse> {

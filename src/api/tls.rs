@@ -25,7 +25,10 @@ pub struct Certificate {
 
 struct State {
     acceptor: TlsAcceptor,
+    /// Of the files that the acceptor was made of.
     changed: Changed,
+    /// Of the files that were not sound when they were read last.
+    refused: Option<Changed>,
     looked: Instant,
 }
 
@@ -36,7 +39,7 @@ impl Certificate {
     /// INVALID_ARGUMENT where they are no certificate and its key.
     pub fn read(files: &TlsFiles) -> Result<Self> {
         let (changed, acceptor) = (changed(files), read(files)?);
-        let state = Mutex::new(State { acceptor, changed, looked: Instant::now() });
+        let state = Mutex::new(State { acceptor, changed, refused: None, looked: Instant::now() });
         Ok(Self { files: files.clone(), state })
     }
 
@@ -48,13 +51,17 @@ impl Certificate {
             state.looked = Instant::now();
             let changed = changed(&self.files);
             if changed != state.changed {
-                state.changed = changed;
                 match read(&self.files) {
                     Ok(acceptor) => {
-                        state.acceptor = acceptor;
+                        (state.acceptor, state.changed, state.refused) = (acceptor, changed, None);
                         tracing::info!(file = %self.files.cert.display(), "the certificate was read again");
                     }
-                    Err(error) => tracing::warn!(%error, "the certificate stays as it was; its files have changed"),
+                    // Tried again, since another change may not show in their times; said once.
+                    Err(error) if state.refused != Some(changed) => {
+                        state.refused = Some(changed);
+                        tracing::warn!(%error, "the certificate stays as it was; its files have changed");
+                    }
+                    Err(_) => {}
                 }
             }
         }

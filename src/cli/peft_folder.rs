@@ -78,8 +78,15 @@ fn find(given: &Path) -> Result<PathBuf> {
     if is_adapter(given) {
         return Ok(given.to_owned());
     }
+    let within = folders(given)?;
+    let mut found: Vec<PathBuf> = within.iter().filter(|folder| is_adapter(folder)).cloned().collect();
+    // `checkpoint-200/adapter_model`, as older scripts save it; the snapshots of a hub's cache.
+    if found.iter().all(|folder| is_checkpoint(folder)) {
+        let deeper = within.iter().filter(|folder| !is_adapter(folder)).filter_map(|folder| folders(folder).ok());
+        found.extend(deeper.flatten().filter(|folder| is_adapter(folder)));
+    }
     let (mut checkpoints, named): (Vec<PathBuf>, Vec<PathBuf>) =
-        folders(given)?.into_iter().flat_map(adapters_of).partition(|folder| is_checkpoint(folder));
+        found.into_iter().partition(|folder| is_checkpoint(folder));
     checkpoints.sort_by_key(|folder| step_of(folder));
     let list =
         |folders: &[PathBuf]| folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(", ");
@@ -93,16 +100,6 @@ fn find(given: &Path) -> Result<PathBuf> {
 
 fn is_adapter(folder: &Path) -> bool {
     folder.join(CONFIG_FILE).is_file()
-}
-
-/// The folder itself, or those in it that hold an adapter: `checkpoint-200/adapter_model`, as older scripts save it, the snapshots of a hub's
-/// cache.
-fn adapters_of(folder: PathBuf) -> Vec<PathBuf> {
-    if is_adapter(&folder) {
-        return vec![folder];
-    }
-    // What cannot be read is no adapter.
-    folders(&folder).unwrap_or_default().into_iter().filter(|within| is_adapter(within)).collect()
 }
 
 /// Whether a folder is, or lies in, a `checkpoint-500`, as trainers name them.

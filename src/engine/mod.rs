@@ -173,6 +173,8 @@ impl Engine {
             false => self.text.ends().to_vec(),
         };
         let counts = TokenCounts::new(&spec.sampling, &ids);
+        // Else there is nothing to wait for.
+        let shares = hashes.is_some();
         let (mut streams, mut submissions) = (Vec::new(), Vec::new());
         for (i, id) in ticket.ids.clone().enumerate() {
             let mut sampling = spec.sampling.clone();
@@ -191,8 +193,8 @@ impl Engine {
                 counts: counts.clone(),
                 stopping: spec.stopping.clone(),
                 withheld: withheld.clone(),
-                follows: (i > 0).then_some(ticket.ids.start),
-                followers: if i == 0 { id + 1..ticket.ids.end } else { 0..0 },
+                follows: (i > 0 && shares).then_some(ticket.ids.start),
+                followers: if i == 0 && shares { id + 1..ticket.ids.end } else { 0..0 },
                 logprobs: spec.logprobs,
                 decoder: self.text.decoder(),
                 hold_back: HoldBack::new(patterns.clone()),

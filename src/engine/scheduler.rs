@@ -92,7 +92,7 @@ struct Entry {
     hashes: Option<PrefixHashes>,
     /// Blocks from the first on that can be found.
     published: usize,
-    /// Its turn had come before: it was set aside for its adapter, or has started already. It holds its adapter.
+    /// Its turn had come before: it was set aside for its adapter, or has started already. Its adapter is there, or was a moment ago.
     begun: bool,
 }
 
@@ -282,7 +282,8 @@ impl Scheduler {
     /// Starts waiting sequences, the least-served tenant's first: as many as keep the next step busy, and one of a tenant that has
     /// nothing running.
     fn admit(&mut self, ready: &mut dyn FnMut(u64) -> Readiness) {
-        // The last tenant that has to wait, of those looked at. Where nothing runs, all are looked at.
+        // The last tenant that has to wait, of those looked at: so many in a step, those behind them in the next. Where nothing runs, all are
+        // looked at.
         let mut passed = self.look_after.take().filter(|_| !self.running.is_empty());
         let mut later = 0;
         while let Some((turn, first)) = self.waiting.next_after(passed) {

@@ -351,11 +351,12 @@ impl Generation {
     /// Lets out what cannot begin a stop string any more; true at one. None ends within the first `min_tokens` tokens.
     fn send_open(&mut self) -> bool {
         let Open { text, early, tokens } = std::mem::take(&mut self.open);
-        let (early, rest) = text.split_at(early);
-        let mut released = self.hold_back.push_early(early, Vec::new());
-        let Released { text, tokens, matched } = self.hold_back.push(rest, tokens);
-        released.text += &text;
-        released.tokens.extend(tokens);
+        if early > 0 {
+            let released = self.hold_back.push_early(&text[..early], Vec::new());
+            self.send(released);
+        }
+        let released = self.hold_back.push(&text[early..], tokens);
+        let matched = released.matched;
         self.send(released);
         matched
     }

@@ -143,14 +143,10 @@ pub fn observe(scheduler: &Scheduler, sequences: usize) {
     // Of the whole process, the parity gate's included: what serves the base alone leaves it as it is.
     metrics::counter!("tenora_adapter_kernel_runs_total").absolute(shrinks());
     let blocks = scheduler.blocks();
-    for (name, value) in [
-        ("tenora_engine_sequences", sequences),
-        ("tenora_engine_waiting", scheduler.waiting()),
-        ("tenora_engine_running", scheduler.running()),
-        ("tenora_kv_blocks_used", blocks.used()),
-        ("tenora_kv_blocks_cached", blocks.idle()),
-        ("tenora_kv_blocks_total", blocks.total()),
-    ] {
-        metrics::gauge!(name).set(value as f64);
-    }
+    metrics::gauge!("tenora_engine_sequences").set(sequences as f64);
+    metrics::gauge!("tenora_engine_waiting").set(scheduler.waiting() as f64);
+    metrics::gauge!("tenora_engine_running").set(scheduler.running() as f64);
+    metrics::gauge!("tenora_kv_blocks_used").set(blocks.used() as f64);
+    metrics::gauge!("tenora_kv_blocks_cached").set(blocks.idle() as f64);
+    metrics::gauge!("tenora_kv_blocks_total").set(blocks.total() as f64);
 }

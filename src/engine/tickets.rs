@@ -209,10 +209,12 @@ impl Tickets {
             let message = format!("{tenant} has {held} sequences waiting or running and asks for {count} more");
             return Err(counts.refuse(tenant, count, "max_queued_per_tenant", message));
         }
-        let over = (counts.held + count).saturating_sub(counts.max_queued).min(count);
-        if over > 0 && !(queues && counts.victims(tenant, held + count, over).is_some()) {
+        // With what others have still to take, so that no two count on the same victims.
+        let excess = (counts.held + count).saturating_sub(counts.max_queued);
+        if excess > 0 && !(queues && counts.victims(tenant, held + count, excess).is_some()) {
             return Err(counts.refuse_full(tenant, count, held));
         }
+        let over = excess.min(count);
         let ids = counts.next_id..counts.next_id + count;
         counts.next_id = ids.end;
         counts.held += count;

@@ -2,11 +2,12 @@
 //! loaded before where it is not on the device. The loop itself never waits for a load: it is told when one has ended.
 //!
 //! What is loaded ahead of its time stays on the device while there is room, and nobody holds it there. Only a sequence whose turn had
-//! come, and that was set aside for the load, is kept its version until it starts or is gone: else another load could take the room again
-//! before it is looked at, and it would never start.
+//! come, and that was set aside for the load, is kept its version for a while: else another load could take the room again before it is
+//! looked at, and it would never start.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak, mpsc};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
@@ -14,11 +15,15 @@ use crate::engine::run::Message;
 use crate::error::Result;
 use crate::hub::{Attempt, Claim, Hub, Lease, VersionRow};
 
-/// Versions loaded, or kept for sequences that were set aside, at once.
-const MOST_WARM: usize = 8;
+/// Versions loaded at once.
+const MOST_LOADS: usize = 8;
 
-/// As many of them may be there when another is loaded ahead of its time: the rest is for sequences whose turn it is.
-const MOST_WARM_AHEAD: usize = 4;
+/// As many of them may be under way when another is loaded ahead of its time: the rest is for sequences whose turn it is.
+const MOST_LOADS_AHEAD: usize = 4;
+
+/// How long a version is kept for sequences that were set aside for it. They start at once where there is room for them; those that others
+/// pass meanwhile hold no memory, and load it again.
+const KEPT: Duration = Duration::from_secs(10);
 
 /// Versions that are loaded, or are kept for sequences that were set aside.
 #[derive(Debug)]
@@ -36,8 +41,8 @@ pub struct Warm {
 
 #[derive(Debug)]
 struct Version {
-    /// `None` while it loads.
-    lease: Option<Lease>,
+    /// `None` while it loads; then since when it is kept.
+    lease: Option<(Lease, Instant)>,
     /// The sequences that were set aside for it and have not started.
     sequences: Vec<u64>,
 }
@@ -59,14 +64,15 @@ impl Warm {
 
     /// Leases a version for a sequence whose turn it is, or begins to load it.
     pub fn lease(&mut self, id: u64, row: &Arc<VersionRow>) -> Wanted {
+        self.versions.retain(|_, version| version.lease.as_ref().is_none_or(|(_, since)| since.elapsed() < KEPT));
         if let Some(version) = self.versions.get_mut(&row.uid) {
-            if let Some(lease) = &version.lease {
+            if let Some((lease, _)) = &version.lease {
                 return Wanted::Lease(lease.clone());
             }
             version.sequences.push(id);
             return Wanted::Loading;
         }
-        if self.versions.len() >= MOST_WARM && !self.hub.is_resident(&row.uid) {
+        if self.loads() >= MOST_LOADS && !self.hub.is_resident(&row.uid) {
             return Wanted::Later;
         }
         match self.hub.try_lease(row) {
@@ -82,7 +88,7 @@ impl Warm {
     /// Loads the version of a sequence that starts soon, where there is room for one more.
     pub fn prefetch(&mut self, id: u64, row: &Arc<VersionRow>) {
         let there = self.versions.contains_key(&row.uid) || self.hub.is_resident(&row.uid);
-        if there || self.versions.len() >= MOST_WARM_AHEAD || self.prefetched.contains(&id) {
+        if there || self.loads() >= MOST_LOADS_AHEAD || self.prefetched.contains(&id) {
             return;
         }
         if let Attempt::Cold(claim) = self.hub.try_lease(row) {
@@ -109,7 +115,7 @@ impl Warm {
             Ok(lease) => {
                 // One that nobody waits for yet is let go of, and stays on the device while there is room.
                 if !sequences.is_empty() {
-                    version.lease = Some(lease);
+                    version.lease = Some((lease, Instant::now()));
                     self.versions.insert(uid.to_owned(), version);
                 }
                 (sequences, Ok(()))
@@ -122,6 +128,11 @@ impl Warm {
     pub fn clear(&mut self) {
         self.versions.clear();
         self.prefetched.clear();
+    }
+
+    /// Versions that load.
+    fn loads(&self) -> usize {
+        self.versions.values().filter(|version| version.lease.is_none()).count()
     }
 
     fn load(&mut self, row: &Arc<VersionRow>, claim: Claim, sequences: Vec<u64>) {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
-use crate::adapter::{CONVERSION, Lora, PackedLora};
+use crate::adapter::{Lora, PackedLora};
 use crate::error::{Error, Result};
 use crate::hub::budget::Reservation;
 use crate::hub::residents::{PendingVersion, Resident};
@@ -46,8 +46,8 @@ fn check_plain_rank(rank: u32, max_rank: u64) -> Result<()> {
         return Ok(());
     }
     let message = format!(
-        "is {rank}: an adapter that began as a part of the base takes twice its rank, over the limit max_rank of {max_rank}; {CONVERSION}, or ask \
-         the operator for a higher limit"
+        "is {rank}: an adapter that holds a part of the base takes twice its rank, over the limit max_rank of {max_rank}; ask the operator for a \
+         higher limit, or train with a lower rank"
     );
     Err(Error::invalid_because("RANK_TOO_LARGE", "r", message))
 }
@@ -70,12 +70,12 @@ impl Hub {
             let checked = new.package.check(&shape, max_rank)?;
             let plain = match checked.initialisation {
                 Some(initialisation) if new.job.is_none() => {
-                    check_plain_rank(checked.rank, max_rank)?;
                     gate.plain_form(&new.package.read(&shape, max_rank)?, initialisation)?
                 }
                 _ => None,
             };
             let Some(plain) = plain else { return Ok((new, checked.memory_bytes, max_rank, checked.digest)) };
+            check_plain_rank(checked.rank, max_rank)?;
             new.package = Package::from_lora(&plain, &shape)?;
             new.note = Some(CONVERTED.to_owned());
             let checked = new.package.check(&shape, max_rank)?;

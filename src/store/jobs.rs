@@ -197,8 +197,9 @@ impl Store {
                     log_state(&name, job.state, &JobEnd::default());
                     return Ok(Some((Tenant::proven(name.tenant), job)));
                 }
-                Err(error) => {
-                    let end = JobEnd { version: None, error: Some(error.to_string()) };
+                Err(_) => {
+                    let why = "its stored spec cannot be read by this build of the server; run the build that wrote it, and resume the job";
+                    let end = JobEnd { version: None, error: Some(why.to_owned()) };
                     set_state(&mut tx, &name, JobState::Interrupted, &end).await?;
                 }
             }

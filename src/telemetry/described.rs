@@ -3,7 +3,7 @@
 use metrics::{describe_counter, describe_gauge, describe_histogram};
 
 /// Every metric and its meaning. `_total` are counters, `_seconds` histograms, all others gauges.
-pub const METRICS: [(&str, &str); 26] = [
+pub const METRICS: [(&str, &str); 32] = [
     ("tenora_calls_total", "Calls that have ended, by method and gRPC code."),
     ("tenora_call_seconds", "Time from a call's beginning to the end of its answer, by method."),
     ("tenora_calls_under_way", "Calls whose answer has not ended."),
@@ -27,6 +27,12 @@ pub const METRICS: [(&str, &str); 26] = [
         "tenora_preemptions_total",
         "Sequences that gave their KV blocks to others and wait again; by tenant where that is asked for.",
     ),
+    ("tenora_engine_sequences", "Sequences that the engine has, whatever they do."),
+    ("tenora_engine_waiting", "Sequences that wait to start."),
+    ("tenora_engine_running", "Sequences that run."),
+    ("tenora_kv_blocks_used", "KV blocks that sequences hold."),
+    ("tenora_kv_blocks_cached", "KV blocks that nobody holds and that can be found again."),
+    ("tenora_kv_blocks_total", "KV blocks in all (limit kv_cache_bytes)."),
     ("tenora_engine_steps_total", "Steps of the engine."),
     ("tenora_engine_rows_total", "Rows that the engine has computed: tokens of prompts and of answers."),
     ("tenora_prefix_cache_asked_tokens_total", "Tokens of prompts that were looked for in the prefix cache."),

@@ -14,6 +14,10 @@ pub fn read(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
         return Err(format!("has both {name:?} and {answer:?}; keep the one that is to be learnt"));
     }
     let list = message::list(name, value)?;
+    let of_assistant = || list.iter().filter(|weighted| weighted.message.role == "assistant");
+    if of_assistant().any(|one| one.flagged) && !of_assistant().all(|one| one.weight.is_some()) {
+        return Err("has assistant messages with a flag that they are learnt and others without; give each one a \"weight\" of 0 or 1".into());
+    }
     let learn: Vec<bool> = list.iter().map(learnt).collect();
     let messages: Vec<ChatMessage> = list.into_iter().map(|weighted| weighted.message).collect();
     for name in fields.present(names::asked()) {
@@ -25,8 +29,9 @@ pub fn read(fields: &Fields<'_>) -> Result<(Chat, Shape), Reason> {
         }
     }
     check_no_history(fields)?;
-    check_context(fields, &messages, "chat")?;
-    Ok((whole(fields, messages, learn)?, shape(value)))
+    let chat = whole(fields, messages, learn)?;
+    check_context(fields, &chat.messages, "chat")?;
+    Ok((chat, shape(value)))
 }
 
 /// Makes the record of its messages and which of them are learnt: puts the record's system message first, and refuses what is rendered
@@ -80,21 +85,19 @@ pub fn check_no_history(fields: &Fields<'_>) -> Result<(), Reason> {
     }
 }
 
-/// Refuses what the question is about where the messages before the answer do not have it: the answer would be learnt without. `beside`:
-/// what a person would put it into.
+/// Refuses what the question is about where the messages before the answer do not have it: the answer would be learnt without. A single word (but
+/// by the name of context), a number or a setting is no such thing, and is counted as other fields are. `beside`: what a person would put it into.
 pub fn check_context(fields: &Fields<'_>, messages: &[ChatMessage], beside: &str) -> Result<(), Reason> {
-    // A short text may stand there by chance.
-    const SHORTEST: usize = 16;
-    let holds =
-        |text: &str| messages.iter().any(|message| message.role != "assistant" && message.content.contains(text));
-    let is_there =
-        |value: &Value| value.as_str().is_some_and(|text| text.trim().len() >= SHORTEST && holds(text.trim()));
-    let is_lost = |value: &Value| match value {
-        Value::Bool(_) | Value::Number(_) => false,
-        Value::Array(list) => !list.iter().all(is_there),
-        other => !is_there(other),
+    let holds = |text: &str| {
+        messages.iter().any(|message| message.role != "assistant" && message.content.contains(text.trim()))
     };
-    let Some((name, value)) = fields.said().find(|(name, value)| names::is_context(name) && is_lost(value)) else {
+    let is_lost = |name: &str, value: &Value| match value {
+        Value::String(text) => (name == "context" || text.trim().contains(char::is_whitespace)) && !holds(text),
+        Value::Array(_) | Value::Object(_) => !texts_within(value).into_iter().all(holds),
+        _ => false,
+    };
+    let Some((name, value)) = fields.said().find(|(name, value)| names::is_context(name) && is_lost(name, value))
+    else {
         return Ok(());
     };
     let input = match value.is_string() && beside == "prompt" {
@@ -104,4 +107,14 @@ pub fn check_context(fields: &Fields<'_>, messages: &[ChatMessage], beside: &str
     Err(format!(
         "has {name:?} beside its {beside}, where it would be lost; {input}put it into the {beside} where that lacks it, or remove it"
     ))
+}
+
+/// All texts in a list or an object.
+fn texts_within(value: &Value) -> Vec<&str> {
+    match value {
+        Value::String(text) => vec![text],
+        Value::Array(list) => list.iter().flat_map(texts_within).collect(),
+        Value::Object(map) => map.values().flat_map(texts_within).collect(),
+        _ => Vec::new(),
+    }
 }

@@ -15,6 +15,8 @@ pub struct Weighted {
     pub message: ChatMessage,
     /// OpenAI's: whether an assistant's message is learnt.
     pub weight: Option<bool>,
+    /// Whether a flag of another name says so.
+    pub flagged: bool,
 }
 
 /// Fields that identify a message and mean nothing.
@@ -156,7 +158,8 @@ fn one(path: &str, value: &Value) -> Result<Weighted, Reason> {
         Some(Value::String(name)) => Some(name.clone()),
         Some(other) => return Err(format!("{path}.name must be a string, not {}", kind_of(other))),
     };
-    Ok(Weighted { message: ChatMessage { role: role.to_owned(), content, name }, weight })
+    let flagged = flagged.is_some();
+    Ok(Weighted { message: ChatMessage { role: role.to_owned(), content, name }, weight, flagged })
 }
 
 /// The names of a message's role and content.

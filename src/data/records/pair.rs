@@ -25,16 +25,12 @@ pub fn read(fields: &Fields<'_>) -> Result<Option<(Chat, Shape)>, Reason> {
     let answer = answer_list(answer, answer_value)?;
     let shape = prompt.shape;
     let (mut messages, mut learn) = (prompt.messages, prompt.learn);
-    chat::check_context(fields, &messages, "prompt")?;
-    if prompt.is_text && begins_with(&messages[0].content, &answer) {
-        return Err("has an answer that begins with its whole prompt, which would be learnt with it; give what comes after the prompt, or, where \
-                    the answer is to repeat it, give the record as \"messages\""
-            .into());
-    }
     let rest = after_prompt(&mut messages, &mut learn, prompt.is_text, answer)?;
     learn.extend(rest.iter().map(chat::learnt));
     messages.extend(rest.into_iter().map(|weighted| weighted.message));
-    Ok(Some((chat::whole(fields, messages, learn)?, shape)))
+    let chat = chat::whole(fields, messages, learn)?;
+    chat::check_context(fields, &chat.messages, "prompt")?;
+    Ok(Some((chat, shape)))
 }
 
 /// What comes before the answer.
@@ -125,7 +121,7 @@ pub fn answer_list(name: &str, value: &Value) -> Result<Vec<Weighted>, Reason> {
     match value {
         Value::String(text) => {
             message::check_text(name, text)?;
-            Ok(vec![Weighted { message: ChatMessage::new("assistant", text), weight: None }])
+            Ok(vec![Weighted { message: ChatMessage::new("assistant", text), weight: None, flagged: false }])
         }
         Value::Array(_) | Value::Object(_) => message::list(name, value),
         other => Err(format!("{name:?} must be a string or a list of messages, not {}", kind_of(other))),

@@ -60,8 +60,13 @@ pub fn check(fields: &Fields<'_>, messages: &[&ChatMessage]) -> Result<(), Reaso
             return Err(format!("has \"text\" beside its chat that is {kind}; remove it, or make it part of the chat"));
         }
     };
-    let mut rest = text.as_str();
-    for piece in pieces(fields, messages) {
+    let pieces = pieces(fields, messages);
+    let has_system = messages.first().is_some_and(|first| first.role == "system");
+    let mut rest = match pieces.first() {
+        Some(first) if !has_system => after_own_system(text, first),
+        _ => text.as_str(),
+    };
+    for piece in pieces {
         // A text need not show the system message.
         let is_system = messages.first().is_some_and(|first| first.role == "system" && first.content.trim() == piece);
         match skip_to(rest, Some(piece)) {
@@ -100,6 +105,24 @@ fn pieces<'m, 'a: 'm>(fields: &Fields<'a>, messages: &[&'m ChatMessage]) -> Vec<
     pieces.into_iter().map(str::trim).filter(|piece| !piece.is_empty()).collect()
 }
 
+/// The text behind the system message that the template itself gives to a chat without one; all of it where there is none.
+fn after_own_system<'t>(text: &'t str, first: &str) -> &'t str {
+    let mut rest = text;
+    loop {
+        rest = rest.trim_start();
+        let mark = MARKS.iter().find_map(|mark| rest.strip_prefix(mark));
+        let Some(after) = mark.or_else(|| control_token(rest)) else { break };
+        if text[..text.len() - after.len()].ends_with("<<SYS>>") {
+            return text.find(first).map_or(text, |at| &text[at..]);
+        }
+        rest = after;
+    }
+    match rest.get(..6).is_some_and(|word| word.eq_ignore_ascii_case("system")) {
+        true => text.find(first).map_or(text, |at| &text[at..]),
+        false => text,
+    }
+}
+
 /// Passes over a template's words up to a piece, or to the end; gives what follows the piece, or, as an error, what is no template's.
 fn skip_to<'t>(mut text: &'t str, piece: Option<&str>) -> Result<&'t str, &'t str> {
     loop {
@@ -114,7 +137,8 @@ fn skip_to<'t>(mut text: &'t str, piece: Option<&str>) -> Result<&'t str, &'t st
         text = match known {
             Some(known) => &text[known.len()..],
             None if first.is_whitespace() => &text[first.len_utf8()..],
-            None if text.starts_with("<|") => control_token(text).ok_or(text)?,
+            None if text.starts_with("<|") || text.starts_with("<｜") => control_token(text).ok_or(text)?,
+            None if text.starts_with("<think>") => no_thoughts(text).ok_or(text)?,
             None if first.is_ascii_punctuation() && !matches!(first, '<' | '[') => &text[1..],
             None => word(text).ok_or(text)?,
         };
@@ -126,10 +150,19 @@ fn ends_a_word(piece: &str, after: &str) -> bool {
     !(piece.ends_with(|c: char| c.is_ascii_alphanumeric()) && after.starts_with(|c: char| c.is_ascii_alphanumeric()))
 }
 
-/// What follows a token such as `<|im_start|>`.
+/// What follows a token such as `<|im_start|>`, or `<｜User｜>` in DeepSeek's wide bars.
 fn control_token(text: &str) -> Option<&str> {
-    let end = text.find("|>").filter(|end| *end <= MARK_BYTES && !text[..*end].contains(char::is_whitespace))?;
-    Some(&text[end + 2..])
+    let (rest, end) = match text.strip_prefix("<|") {
+        Some(rest) => (rest, "|>"),
+        None => (text.strip_prefix("<｜")?, "｜>"),
+    };
+    let (name, after) = rest.split_once(end)?;
+    (name.len() <= MARK_BYTES && !name.contains(char::is_whitespace)).then_some(after)
+}
+
+/// What follows a pair of marks for thoughts with nothing between, as Qwen's template writes it.
+fn no_thoughts(text: &str) -> Option<&str> {
+    text.strip_prefix("<think>")?.trim_start().strip_prefix("</think>")
 }
 
 /// What follows a template's word.

@@ -203,7 +203,8 @@ pub fn says_learnt(lower: &str, value: &Value) -> Option<bool> {
     };
     match lower {
         "train" | "training" | "trainable" | "learn" | "learnt" | "learnable" => Some(flag),
-        "mask" | "masked" => Some(!flag),
+        // A "mask" of 1 is what is learnt to some and what is not to others.
+        "masked" => Some(!flag),
         _ => None,
     }
 }
@@ -324,6 +325,8 @@ pub fn is_media(lower: &str, value: &Value) -> bool {
                 | "bytes"
                 | "data"
                 | "base64"
+                | "b64"
+                | "content"
                 | "list"
         )
     };

@@ -225,9 +225,14 @@ const CHATS: &[(&str, &str, &str)] = &[
         "if it is text, give the record as \"messages\"",
     ),
     (
-        "an answer that begins with its prompt",
-        r#"{"prompt":"Once upon a time, there was","completion":"Once upon a time, there was a king."}"#,
-        "begins with its whole prompt",
+        "a flag on one of two answers",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"user","content":"c"},{"role":"assistant","content":"d","train":true}]}"#,
+        "with a flag that they are learnt and others without",
+    ),
+    (
+        "a mask of 0, which is the opposite to some",
+        r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","mask":0}]}"#,
+        "messages[1].mask says which part",
     ),
     ("a chat with nothing in it", r#"{"id":"x","conversations":[]}"#, "has \"conversations\", but nothing is in it"),
     ("a prompt with nothing in it", r#"{"prompt":"","completion":"b"}"#, "has \"prompt\", but nothing is in it"),

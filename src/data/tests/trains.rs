@@ -97,6 +97,31 @@ const CHATS: &[(&str, &str, &str)] = &[
     ("Gemini's system instruction", SYSTEM, r#"{"systemInstruction":"Be kind.","prompt":"Why?","completion":"So."}"#),
     ("sys_prompt", SYSTEM, r#"{"sys_prompt":"Be kind.","prompt":"Why?","completion":"So."}"#),
     (
+        "a chat with its rendered text, and the template's own system message and empty thoughts",
+        PLAIN,
+        r#"{"prompt":"Why?","completion":"So.","text":"<|im_start|>system\nYou are a helpful model.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nSo.<|im_end|>\n"}"#,
+    ),
+    (
+        "a chat with its text as DeepSeek renders it",
+        PLAIN,
+        r#"{"prompt":"Why?","completion":"So.","text":"<｜begin▁of▁sentence｜><｜User｜>Why?<｜Assistant｜>So.<｜end▁of▁sentence｜>"}"#,
+    ),
+    (
+        "an answer that is its prompt, mended",
+        r#"{"messages":[{"role":"user","content":"hello how are you today"},{"role":"assistant","content":"hello how are you today?"}]}"#,
+        r#"{"input":"hello how are you today","output":"hello how are you today?"}"#,
+    ),
+    (
+        "choices that the prompt has, and words about the record",
+        r#"{"prompt":"Is it Yes or No?","completion":"Yes"}"#,
+        r#"{"prompt":"Is it Yes or No?","completion":"Yes","choices":["Yes","No"],"document":"manual.pdf","options":{"temperature":0.2},"context":[1,2]}"#,
+    ),
+    (
+        "a document that the system message has",
+        r#"{"system":"The sea is salty by its rocks.","prompt":"Why?","completion":"So."}"#,
+        r#"{"system":"The sea is salty by its rocks.","document":"The sea is salty by its rocks.","prompt":"Why?","completion":"So."}"#,
+    ),
+    (
         "a context that the prompt has",
         r#"{"prompt":"The sea is salty by its rocks. Why?","completion":"So."}"#,
         r#"{"prompt":"The sea is salty by its rocks. Why?","context":"The sea is salty by its rocks.","completion":"So."}"#,
