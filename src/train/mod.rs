@@ -177,7 +177,7 @@ impl Trainer {
         spawn_uncancellable(async move { trainer.run_cancel(&job).await }).await
     }
 
-    /// Deletes a job that has ended or is interrupted; see [`Store::delete_job`]. Whoever watches it is told that it is gone.
+    /// Deletes a job that has ended or is interrupted; see [`crate::store::Store::delete_job`]. Whoever watches it is told that it is gone.
     pub async fn delete(&self, tenant: &Tenant, job: &JobName) -> Result<()> {
         tenant.check_owns(&job.tenant)?;
         let (inner, job) = (self.inner.clone(), job.clone());
