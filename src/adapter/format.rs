@@ -10,7 +10,7 @@ use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::adapter::packed::layer_bytes;
+use crate::adapter::packed::adapter_bytes;
 use crate::adapter::selection::module_name;
 use crate::adapter::settings::{Initialisation, Selected, Settings};
 use crate::adapter::tensors::{self, Tensors, tensor_name, values};
@@ -188,7 +188,7 @@ impl Package {
     pub fn check(&self, shape: &BaseShape, max_rank: u64) -> Result<CheckedPackage> {
         let Fitted { settings, selected, .. } = Fitted::new(self, shape, max_rank)?;
         Ok(CheckedPackage {
-            memory_bytes: selected.iter().map(|of| layer_bytes(of.rank as usize, shape.dims(of.site.target))).sum(),
+            memory_bytes: adapter_bytes(selected.iter().map(|of| (of.site, of.rank as usize)), shape),
             rank: selected.iter().map(|of| of.rank).max().unwrap_or_default(),
             initialisation: settings.initialisation,
             digest: self.digest_of(&settings)?,

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::adapter::packed::layer_bytes;
+use crate::adapter::packed::adapter_bytes;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::random::{Purpose, Stream};
@@ -97,8 +97,7 @@ impl LoraSpec {
 impl LoraSpec {
     /// Bytes that it takes where it serves.
     pub fn memory_bytes(&self, shape: &BaseShape) -> Result<u64> {
-        let of_site = |site: &Site| layer_bytes(self.rank as usize, shape.dims(site.target));
-        Ok(self.sites(shape)?.iter().map(of_site).sum())
+        Ok(adapter_bytes(self.sites(shape)?.into_iter().map(|site| (site, self.rank as usize)), shape))
     }
 }
 

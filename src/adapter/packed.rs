@@ -75,14 +75,19 @@ fn lengths(rank: usize, (inputs, outputs): (usize, usize)) -> [usize; 2] {
     [inputs * rank, outputs.next_multiple_of(OUT_TILE) * rank]
 }
 
+/// Bytes that an adapter of these sites, each with its rank, takes when it is packed.
+pub(super) fn adapter_bytes(sites: impl Iterator<Item = (Site, usize)>, shape: &BaseShape) -> u64 {
+    sites.map(|(site, rank)| layer_bytes(rank, shape.dims(site.target))).sum()
+}
+
 /// Bytes that a layer of this rank takes when it is packed.
-pub(super) fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
+fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
     lengths(rank, dims).iter().map(|len| 2 * len.next_multiple_of(ALIGN) as u64).sum()
 }
 
 /// Bytes that an adapter takes in a form of so many times its rank.
 fn form_bytes(lora: &Lora, shape: &BaseShape, times: usize) -> u64 {
-    lora.layers.iter().map(|(site, layer)| layer_bytes(times * layer.rank, shape.dims(site.target))).sum()
+    adapter_bytes(lora.layers.iter().map(|(site, layer)| (*site, times * layer.rank)), shape)
 }
 
 /// The place of a site among all of a base.

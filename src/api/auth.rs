@@ -62,8 +62,6 @@ pub struct Auth {
     lookups: Arc<Semaphore>,
     /// The lookups that wait or are under way, by the address that began each.
     in_line: Places<IpAddr>,
-    /// The same by the key's id.
-    under_way: Arc<Mutex<HashMap<String, Lookup>>>,
 }
 
 /// What the store says of a key, for all who wait for it; an error where the lookup has panicked.
@@ -74,6 +72,8 @@ type Lookup = Shared<BoxFuture<'static, Result<Result<Option<KeyRow>>, ()>>>;
 struct Remembered {
     /// Keys that were found sound, by id.
     keys: HashMap<String, KeyRow>,
+    /// Lookups that wait or are under way, by the key's id.
+    lookups: HashMap<String, Lookup>,
     /// Counts what was forgotten: an answer that was on its way meanwhile is not remembered.
     forgotten: u64,
     /// The tenants that are being deleted, each with how many calls do so.
@@ -81,8 +81,16 @@ struct Remembered {
 }
 
 impl Remembered {
+    // Who comes after something was forgotten asks anew.
+    fn forget_key(&mut self, id: &str) {
+        self.forgotten += 1;
+        self.keys.remove(id);
+        self.lookups.remove(id);
+    }
+
     fn forget_tenant(&mut self, tenant: &TenantId) {
         self.forgotten += 1;
+        self.lookups.clear();
         self.keys.retain(|_, key| !matches!(&key.owner, KeyOwner::Tenant(id, _) if id == tenant));
     }
 }
@@ -97,7 +105,6 @@ pub struct Leaving {
 
 impl Drop for Leaving {
     fn drop(&mut self) {
-        lock(&self.auth.under_way).clear();
         let mut remembered = self.auth.remembered();
         // What was found sound meanwhile may be gone.
         remembered.forget_tenant(&self.tenant);
@@ -116,7 +123,7 @@ impl Auth {
         let most = ("max_keyless_calls", limits.max_keyless_calls);
         let in_line = Places::new("calls whose key is looked up", most, most, RETRY_AFTER);
         let (remembered, lookups) = (Arc::default(), Arc::new(Semaphore::new(LOOKUPS)));
-        Self { store, insecure, remembered, lookups, in_line, under_way: Arc::default() }
+        Self { store, insecure, remembered, lookups, in_line }
     }
 
     /// The owner of the bearer key in the `authorization` header of a call from this address. One text for every wrong key.
@@ -145,11 +152,15 @@ impl Auth {
     /// The key of this id, where its secret has this hash and it is not revoked.
     async fn find(&self, id: &str, given: &[u8; 32], address: IpAddr) -> Result<Option<KeyRow>> {
         let is_sound = |key: &KeyRow| bool::from(key.hash.ct_eq(given)) && key.revoked.is_none();
-        if let Some(key) = self.remembered().keys.get(id) {
-            return Ok(Some(key.clone()).filter(is_sound));
-        }
-        let Ok(found) = self.look_up(id, address)?.await else {
-            lock(&self.under_way).remove(id);
+        let lookup = {
+            let mut remembered = self.remembered();
+            if let Some(key) = remembered.keys.get(id) {
+                return Ok(Some(key.clone()).filter(is_sound));
+            }
+            self.look_up(&mut remembered, id, address)?
+        };
+        let Ok(found) = lookup.await else {
+            self.remembered().lookups.remove(id);
             return Err(Error::internal("a lookup of a key has ended"));
         };
         Ok(found?.filter(is_sound))
@@ -157,21 +168,20 @@ impl Auth {
 
     /// The lookup of a key that is under way, or a new one. One call of an address takes a place for it, whoever else waits for the same; it
     /// goes on where they all go away, and its place goes with it.
-    fn look_up(&self, id: &str, address: IpAddr) -> Result<Lookup> {
-        let mut under_way = lock(&self.under_way);
-        if let Some(lookup) = under_way.get(id) {
+    fn look_up(&self, remembered: &mut Remembered, id: &str, address: IpAddr) -> Result<Lookup> {
+        if let Some(lookup) = remembered.lookups.get(id) {
             return Ok(lookup.clone());
         }
         let place = self.in_line.take_for(&address)?;
         let (this, key) = (self.clone(), id.to_owned());
         let work = tokio::spawn(async move {
             let found = this.ask_store(&key).await;
-            lock(&this.under_way).remove(&key);
+            this.remembered().lookups.remove(&key);
             drop(place);
             found
         });
         let lookup = work.map_err(drop).boxed().shared();
-        under_way.insert(id.to_owned(), lookup.clone());
+        remembered.lookups.insert(id.to_owned(), lookup.clone());
         Ok(lookup)
     }
 
@@ -198,16 +208,11 @@ impl Auth {
 
     /// A key is being revoked, or has been.
     pub fn forget_key(&self, id: &str) {
-        // Who comes from now on asks anew.
-        lock(&self.under_way).remove(id);
-        let mut remembered = self.remembered();
-        remembered.forgotten += 1;
-        remembered.keys.remove(id);
+        self.remembered().forget_key(id);
     }
 
     /// A tenant has another weight.
     pub fn forget_tenant(&self, tenant: &TenantId) {
-        lock(&self.under_way).clear();
         self.remembered().forget_tenant(tenant);
     }
 
@@ -215,7 +220,6 @@ impl Auth {
     /// for it, until the deletion has ended.
     pub async fn begin_deleting(&self, owner: &TenantId) -> Result<(Tenant, Leaving)> {
         let row = self.store.get_tenant(owner).await?;
-        lock(&self.under_way).clear();
         let mut remembered = self.remembered();
         *remembered.leaving.entry(owner.clone()).or_default() += 1;
         remembered.forget_tenant(owner);

@@ -106,10 +106,9 @@ impl Measured {
             let Some(message) = self.partial.get(at..at + end) else { break };
             at += end;
             let decoded = match compressed {
-                0 => decoded_bytes(&message[HEAD..], self.rules.factor, DEPTH),
+                0 => message_bytes(&message[HEAD..], self.rules.factor)?,
                 _ => inflated_bytes(&message[HEAD..], self.rules)?,
             };
-            let decoded = decoded.map_err(|_| status::malformed("its bytes are no protobuf message"))?;
             if self.rules.whole_within.is_some() && !self.messages.is_empty() {
                 return Err(status::malformed("the method takes one message, and more have come"));
             }
@@ -161,7 +160,7 @@ impl Measured {
 }
 
 /// The request did not come in time.
-pub fn too_slow(within: Duration) -> Error {
+fn too_slow(within: Duration) -> Error {
     let seconds = within.as_secs();
     let message = format!("the request did not arrive within {seconds} s; send it without a pause and end it");
     Error::Exhausted { limit: "request_seconds", message, retry_after: None }
@@ -181,15 +180,19 @@ impl http_body::Body for Measured {
     }
 }
 
-/// Returns what a gzip message takes at most when it is decompressed and decoded; as [`decoded_bytes`] where it holds no message. It is
-/// decompressed to look at it, within the limit.
-fn inflated_bytes(message: &[u8], rules: Rules) -> Result<Result<u64, u64>, Status> {
+/// Returns what a message takes at most when it is decoded.
+fn message_bytes(message: &[u8], factor: u64) -> Result<u64, Status> {
+    decoded_bytes(message, factor, DEPTH).map_err(|_| status::malformed("its bytes are no protobuf message"))
+}
+
+/// Returns what a gzip message takes at most when it is decompressed and decoded. It is decompressed to look at it, within the limit.
+fn inflated_bytes(message: &[u8], rules: Rules) -> Result<u64, Status> {
     let mut plain = Vec::new();
     let most = rules.most.1;
     let read = flate2::read::GzDecoder::new(message).take(most.saturating_add(1)).read_to_end(&mut plain);
     match read {
         Ok(_) if plain.len() as u64 > most => Err(status::too_large(rules.most, plain.len() as u64)),
-        Ok(_) => Ok(decoded_bytes(&plain, rules.factor, DEPTH).map(|decoded| plain.len() as u64 + decoded)),
+        Ok(_) => Ok(plain.len() as u64 + message_bytes(&plain, rules.factor)?),
         Err(error) => Err(status::malformed(&format!("it is no gzip: {error}"))),
     }
 }

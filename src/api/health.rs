@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use http_body::{Frame, SizeHint};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
+use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Bytes, Service as _, http};
 use tonic::service::Routes;
-use tonic::{Code, Status};
 
 use super::bodies::HEAD;
 use super::connections::address_of;
@@ -81,9 +81,9 @@ impl Health {
                 Ok(response) => response,
                 Err(status) => return Ok(Status::into_http(status)),
             };
-            Ok(match Status::from_header_map(response.headers()) {
-                Some(status) if status.code() != Code::Ok => status::with_details(status).into_http(),
-                _ => response.map(|body| {
+            Ok(match status::refusal(response.headers()) {
+                Some(refusal) => refusal.into_http(),
+                None => response.map(|body| {
                     // An answer that is not taken keeps its place no longer than a question that does not come.
                     let end = Instant::now() + QUESTION_TIME;
                     let end = if lasts { deadline } else { Some(deadline.map_or(end, |deadline| deadline.min(end))) };

@@ -10,7 +10,7 @@ use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::hub::{BaseShape, CONFIG_FILE, MAX_CONFIG_BYTES, Package, TENSORS_FILE, check_beginning, most_file_bytes};
 use crate::store::Store;
-use crate::work::block_holding;
+use crate::work::blocking;
 
 /// What an import takes for each byte of its files: these, and what they become, as it is trained and as it is served, the latter perhaps in
 /// twice the bits.
@@ -103,8 +103,7 @@ impl PeftUpload {
         self.spilled = Some(file.clone());
         let folder = self.store.blobs().folder().to_owned();
         let write = move || (&*file).write_all(&part).map_err(Error::at(folder));
-        block_holding((), write).await?;
-        Ok(())
+        blocking(write).await
     }
 
     /// Returns the files, once all pieces have come.
@@ -156,7 +155,7 @@ impl Files {
             tensors.extend_from_slice(&tail);
             Ok(tensors)
         };
-        let (tensors, _) = block_holding((), read).await?;
+        let tensors = blocking(read).await?;
         Ok(Package { config, tensors })
     }
 }

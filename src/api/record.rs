@@ -97,8 +97,10 @@ impl Record {
         fault: Fault,
         deadline: Option<Instant>,
     ) -> http::Response<Body> {
+        if let Some(refusal) = status::refusal(response.headers()) {
+            return self.refused(refusal);
+        }
         match Status::from_header_map(response.headers()) {
-            Some(status) if status.code() != Code::Ok => self.refused(status::with_details(status)),
             Some(_) => {
                 self.code = Code::Ok;
                 response

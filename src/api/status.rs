@@ -98,7 +98,12 @@ pub fn trailers(status: &Status) -> Frame<Bytes> {
 /// A message that is none of the method's.
 pub fn malformed(why: &str) -> Status {
     let text = shortened(&format!("the message cannot be read: {why}"));
-    Status::with_error_details(Code::InvalidArgument, text, info("MALFORMED_MESSAGE", []))
+    plain(Code::InvalidArgument, "MALFORMED_MESSAGE", text)
+}
+
+/// The refusal that an answer's headers alone are, in full; `None` where the answer goes on, or has ended well.
+pub fn refusal(headers: &HeaderMap) -> Option<Status> {
+    Status::from_header_map(headers).filter(|status| status.code() != Code::Ok).map(with_details)
 }
 
 /// Gives statuses that tonic made (an unknown method, a message over the limit, one that does not decode) their `ErrorInfo`. What tonic

@@ -78,11 +78,11 @@ fn find(given: &Path) -> Result<PathBuf> {
     if is_adapter(given) {
         return Ok(given.to_owned());
     }
-    let within = folders(given)?;
-    let mut found: Vec<PathBuf> = within.iter().filter(|folder| is_adapter(folder)).cloned().collect();
+    let (mut found, others): (Vec<PathBuf>, Vec<PathBuf>) =
+        folders(given)?.into_iter().partition(|folder| is_adapter(folder));
     // `checkpoint-200/adapter_model`, as older scripts save it; the snapshots of a hub's cache.
     if found.iter().all(|folder| is_checkpoint(folder)) {
-        let deeper = within.iter().filter(|folder| !is_adapter(folder)).filter_map(|folder| folders(folder).ok());
+        let deeper = others.iter().filter_map(|folder| folders(folder).ok());
         found.extend(deeper.flatten().filter(|folder| is_adapter(folder)));
     }
     let (mut checkpoints, named): (Vec<PathBuf>, Vec<PathBuf>) =
@@ -108,8 +108,8 @@ fn is_checkpoint(folder: &Path) -> bool {
 }
 
 fn step_of(folder: &Path) -> Option<u64> {
-    let last_two = folder.components().rev().take(2);
-    last_two.filter_map(|part| part.as_os_str().to_str()?.strip_prefix("checkpoint-")?.parse().ok()).next()
+    let mut last_two = folder.components().rev().take(2);
+    last_two.find_map(|part| part.as_os_str().to_str()?.strip_prefix("checkpoint-")?.parse().ok())
 }
 
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {

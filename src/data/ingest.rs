@@ -234,6 +234,7 @@ impl Checker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::tests::store;
     use crate::data::{Numbered, stored};
 
     const GOOD: &str = r#"{"prompt":"p","completion":"é"}"#;
@@ -293,14 +294,6 @@ mod tests {
         checker.push(format!("{{\"messages\":[{user},{turn},{turn}]}}\n").as_bytes()).unwrap();
         let error = checker.finish().unwrap_err();
         assert!(matches!(error, Error::Exhausted { limit: "max_chat_messages", .. }));
-    }
-
-    async fn store() -> (tempfile::TempDir, Store, Tenant) {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).await.unwrap();
-        let tenant = Tenant::proven("tenants/one".parse().unwrap());
-        store.create_tenant(tenant.id(), "", 1, "").await.unwrap();
-        (folder, store, tenant)
     }
 
     async fn begin(store: &Store, tenant: &Tenant, id: &str, request_id: &str, validate_only: bool) -> Result<Upload> {

@@ -10,18 +10,12 @@ const LIST_BYTES: usize = 1500;
 const REASON_BYTES: usize = 70;
 
 /// The first of many lines, with what is said of each, and how many there are.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Noted<T> {
     /// Line, and what is said of it.
     pub first: Vec<(u64, T)>,
     /// How many there are.
     pub count: u64,
-}
-
-impl<T> Default for Noted<T> {
-    fn default() -> Self {
-        Self { first: Vec::new(), count: 0 }
-    }
 }
 
 impl<T> Noted<T> {

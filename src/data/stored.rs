@@ -146,7 +146,7 @@ pub async fn delete_dataset(store: &Store, tenant: &Tenant, name: &DatasetName) 
 mod tests {
     use super::*;
     use crate::config::Limits;
-    use crate::data::tests::gzip;
+    use crate::data::tests::{gzip, store};
     use crate::data::{Length, Upload, encode};
     use crate::request::TooLong;
 
@@ -156,14 +156,6 @@ mod tests {
         let mut upload = Upload::begin(store, &Text::tiny(), &limits, tenant, name, kind, "", false).await.unwrap();
         upload.write(file).await.unwrap();
         upload.finish().await.unwrap().0
-    }
-
-    async fn store() -> (tempfile::TempDir, Store, Tenant) {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path()).await.unwrap();
-        let tenant = Tenant::proven("tenants/one".parse().unwrap());
-        store.create_tenant(tenant.id(), "", 1, "").await.unwrap();
-        (folder, store, tenant)
     }
 
     #[tokio::test]

@@ -1,9 +1,8 @@
 //! Prompts to ids: small ones at once, large ones a few at a time on threads of their own.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::Arc;
 
-use tokio::sync::{Mutex as AsyncMutex, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 
 use crate::engine::Engine;
 use crate::engine::check::text_bytes;
@@ -11,7 +10,7 @@ use crate::engine::tickets::Ticket;
 use crate::error::{Error, Result};
 use crate::ids::TenantId;
 use crate::request::Prompt;
-use crate::sync::lock;
+use crate::sync::ByName;
 use crate::text::Text;
 use crate::work::block_holding;
 
@@ -28,7 +27,7 @@ const AT_ONCE: usize = 2;
 pub struct LargeEncodes {
     places: Arc<Semaphore>,
     /// Each tenant's own line, while somebody stands in it.
-    lines: Arc<Mutex<HashMap<TenantId, Weak<AsyncMutex<()>>>>>,
+    lines: Arc<ByName<TenantId, Mutex<()>>>,
 }
 
 impl Default for LargeEncodes {
@@ -40,20 +39,9 @@ impl Default for LargeEncodes {
 impl LargeEncodes {
     /// Waits for a place; it is given back on drop.
     async fn acquire(&self, tenant: &TenantId) -> Result<OwnedSemaphorePermit> {
-        let line = self.line_of(tenant);
+        let line = self.lines.of(tenant);
         let _first = line.lock().await;
         Arc::clone(&self.places).acquire_owned().await.map_err(Error::internal)
-    }
-
-    fn line_of(&self, tenant: &TenantId) -> Arc<AsyncMutex<()>> {
-        let mut lines = lock(&self.lines);
-        if let Some(line) = lines.get(tenant).and_then(Weak::upgrade) {
-            return line;
-        }
-        lines.retain(|_, line| line.strong_count() > 0);
-        let line = Arc::default();
-        lines.insert(tenant.clone(), Arc::downgrade(&line));
-        line
     }
 }
 
@@ -104,6 +92,6 @@ mod tests {
         assert!(of_b.as_mut().now_or_never().is_some());
         drop((of_a, of_b));
         drop(encodes.acquire(&a).await.unwrap());
-        assert_eq!(lock(&encodes.lines).len(), 1, "lines in which nobody stands are gone");
+        assert_eq!(encodes.lines.remembered(), 1, "lines in which nobody stands are gone");
     }
 }

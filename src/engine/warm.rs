@@ -87,8 +87,8 @@ impl Warm {
 
     /// Loads the version of a sequence that starts soon, where there is room for one more.
     pub fn prefetch(&mut self, id: u64, row: &Arc<VersionRow>) {
-        let there = self.versions.contains_key(&row.uid) || self.hub.is_resident(&row.uid);
-        if there || self.loads() >= MOST_LOADS_AHEAD || self.prefetched.contains(&id) {
+        let known = self.prefetched.contains(&id) || self.versions.contains_key(&row.uid);
+        if known || self.loads() >= MOST_LOADS_AHEAD || self.hub.is_resident(&row.uid) {
             return;
         }
         if let Attempt::Cold(claim) = self.hub.try_lease(row) {

@@ -66,20 +66,21 @@ impl Hub {
         let max_rank = if new.job.is_some() { u64::MAX } else { self.limits.max_rank };
         let shape = Arc::clone(&self.shape);
         let (gate, mut new) = (Arc::clone(&self.gate), new);
-        let (new, bytes, max_rank, digest) = blocking(move || {
-            let checked = new.package.check(&shape, max_rank)?;
+        let (new, bytes, digest) = blocking(move || {
+            let mut checked = new.package.check(&shape, max_rank)?;
             let plain = match checked.initialisation {
                 Some(initialisation) if new.job.is_none() => {
                     gate.plain_form(&new.package.read(&shape, max_rank)?, initialisation)?
                 }
                 _ => None,
             };
-            let Some(plain) = plain else { return Ok((new, checked.memory_bytes, max_rank, checked.digest)) };
-            check_plain_rank(checked.rank, max_rank)?;
-            new.package = Package::from_lora(&plain, &shape)?;
-            new.note = Some(CONVERTED.to_owned());
-            let checked = new.package.check(&shape, max_rank)?;
-            Ok((new, checked.memory_bytes, max_rank, checked.digest))
+            if let Some(plain) = plain {
+                check_plain_rank(checked.rank, max_rank)?;
+                new.package = Package::from_lora(&plain, &shape)?;
+                new.note = Some(CONVERTED.to_owned());
+                checked = new.package.check(&shape, max_rank)?;
+            }
+            Ok((new, checked.memory_bytes, checked.digest))
         })
         .await?;
         // Before it waits for room: a retry needs none.

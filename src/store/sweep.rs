@@ -47,13 +47,13 @@ impl Store {
     pub(super) async fn sweep(&self, data_dir: &Path, options: &Options) -> Result<()> {
         let owned = self.owned_blobs().await?;
         let found = walk(data_dir.join("blobs")).await?;
-        let orphans: BTreeSet<_> = found.blobs.iter().filter(|blob| !is_owned(blob, &owned)).cloned().collect();
         // Of tenants that were deleted, whose ids are never given again: those are no sign of a wrong catalogue, however many.
-        let deleted = self.deleted_tenants().await?;
+        let deleted = self.tenant_ids("SELECT tenant FROM deleted_tenants").await?;
         let is_left = |blob: &String| blob.split('/').next().is_some_and(|tenant| deleted.contains(tenant));
-        let (left, orphans): (BTreeSet<_>, BTreeSet<_>) = orphans.into_iter().partition(is_left);
+        let orphans = found.blobs.iter().filter(|blob| !is_owned(blob, &owned)).cloned();
+        let (left, orphans): (BTreeSet<_>, BTreeSet<_>) = orphans.partition(is_left);
         if !options.adopt_orphans {
-            let strangers: BTreeSet<_> = &tenants_of(&orphans) - &self.tenants_now().await?;
+            let strangers: BTreeSet<_> = &tenants_of(&orphans) - &self.tenant_ids("SELECT tenant FROM tenants").await?;
             if !strangers.is_empty() {
                 return Err(unknown(data_dir, &strangers));
             }
@@ -77,16 +77,9 @@ impl Store {
         Ok(())
     }
 
-    /// Every tenant that there is.
-    async fn tenants_now(&self) -> Result<BTreeSet<String>> {
-        let ids = sqlx::query_scalar("SELECT tenant FROM tenants");
-        Ok(ids.fetch_all(self.pool()).await?.into_iter().collect())
-    }
-
-    /// Every tenant that there was.
-    async fn deleted_tenants(&self) -> Result<BTreeSet<String>> {
-        let ids = sqlx::query_scalar("SELECT tenant FROM deleted_tenants");
-        Ok(ids.fetch_all(self.pool()).await?.into_iter().collect())
+    /// The tenants that a query gives.
+    async fn tenant_ids(&self, query: &'static str) -> Result<BTreeSet<String>> {
+        Ok(sqlx::query_scalar(query).fetch_all(self.pool()).await?.into_iter().collect())
     }
 
     /// Every blob that a row owns.

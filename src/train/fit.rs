@@ -204,11 +204,10 @@ impl<'a> Run<'a> {
         let lora = TracedLora::trainable(inputs.start)?;
         let vars: Vec<Var> = lora.vars().iter().map(|(_, _, var)| var.clone()).collect();
         let schedule = Schedule::new(recipe, inputs.train.len());
-        let seed = (!recipe.sequential).then_some(recipe.seed);
         Ok(Self {
             inputs,
             schedule,
-            batches: Batches::new(inputs.train.len(), schedule.batch, seed),
+            batches: schedule.batches(recipe, inputs.train.len()),
             train: objective(inputs.objective, inputs.train)?,
             validation: objective(inputs.objective, inputs.validation)?,
             optimizer: AdamW::new(recipe.into(), vars.clone())?,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::adapter::{BaseShape, Lora};
 use crate::config::Limits;
-use crate::data::{self, Batches, Encoded, Examples, Length, Split};
+use crate::data::{self, Encoded, Examples, Length, Split};
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::hub::Hub;
@@ -235,16 +235,11 @@ fn evaluated_tokens(train: &Examples, validation: &Examples, recipe: &Hyperparam
         Examples::Sft(_) => 0,
         Examples::Dpo(_) => {
             let lengths = lengths(train);
-            let seen = batches(lengths.len(), recipe, schedule).seen_in(schedule.total_steps.into());
+            let seen = schedule.batches(recipe, lengths.len()).seen_in(schedule.total_steps.into());
             seen.into_iter().map(|pair| lengths[pair]).sum::<u64>() + validation
         }
     };
     validation.saturating_mul(evaluations).saturating_add(reference)
-}
-
-/// Which records each step of a run sees.
-fn batches(records: usize, recipe: &Hyperparameters, schedule: &Schedule) -> Batches {
-    Batches::new(records, schedule.batch, (!recipe.sequential).then_some(recipe.seed))
 }
 
 /// Ids that a run sees, counted each time that it does.
@@ -252,7 +247,7 @@ fn tokens_of_all_steps(train: &Examples, recipe: &Hyperparameters, schedule: &Sc
     let lengths = lengths(train);
     let (epochs, rest) =
         (schedule.total_steps / schedule.steps_per_epoch, schedule.total_steps % schedule.steps_per_epoch);
-    let mut batches = batches(lengths.len(), recipe, schedule);
+    let mut batches = schedule.batches(recipe, lengths.len());
     let first = u64::from(epochs) * u64::from(schedule.steps_per_epoch);
     let last_epoch = (first..first + u64::from(rest)).flat_map(|step| batches.of_step(step));
     let of_last_epoch: u64 = last_epoch.map(|record| lengths[record]).sum();

@@ -1,7 +1,8 @@
-//! The learning rate of each step, and how many steps there are.
+//! The learning rate of each step, what it sees, and how many steps there are.
 
 use std::f64::consts::PI;
 
+use crate::data::Batches;
 use crate::request::{Hyperparameters, LrSchedule};
 
 /// Share of all steps that warm up where the recipe does not say.
@@ -37,6 +38,11 @@ impl Schedule {
         let eval_every = recipe.eval_steps.unwrap_or(steps_per_epoch).max(1);
         let (peak, decay) = (recipe.learning_rate, recipe.schedule);
         Self { total_steps, warmup_steps, batch, steps_per_epoch, eval_every, peak, decay }
+    }
+
+    /// Which of so many records each step sees.
+    pub fn batches(&self, recipe: &Hyperparameters, records: usize) -> Batches {
+        Batches::new(records, self.batch, (!recipe.sequential).then_some(recipe.seed))
     }
 
     /// The learning rate of the step `step`, counted from 0: a line from 0 over the warm-up, then the decay, which would reach 0

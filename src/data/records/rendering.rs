@@ -61,17 +61,16 @@ pub fn check(fields: &Fields<'_>, messages: &[&ChatMessage]) -> Result<(), Reaso
         }
     };
     let pieces = pieces(fields, messages);
-    let has_system = messages.first().is_some_and(|first| first.role == "system");
+    let system = messages.first().filter(|first| first.role == "system").map(|first| first.content.trim());
     let mut rest = match pieces.first() {
-        Some(first) if !has_system => after_own_system(text, first),
+        Some(first) if system.is_none() => after_own_system(text, first),
         _ => text.as_str(),
     };
     for piece in pieces {
-        // A text need not show the system message.
-        let is_system = messages.first().is_some_and(|first| first.role == "system" && first.content.trim() == piece);
         match skip_to(rest, Some(piece)) {
             Ok(after) => rest = after,
-            Err(_) if is_system => {}
+            // A text need not show the system message.
+            Err(_) if system == Some(piece) => {}
             Err(extra) if text.contains(piece) => return Err(more(extra)),
             Err(_) => {
                 return Err(
@@ -107,20 +106,12 @@ fn pieces<'m, 'a: 'm>(fields: &Fields<'a>, messages: &[&'m ChatMessage]) -> Vec<
 
 /// The text behind the system message that the template itself gives to a chat without one; all of it where there is none.
 fn after_own_system<'t>(text: &'t str, first: &str) -> &'t str {
-    let mut rest = text;
-    loop {
-        rest = rest.trim_start();
-        let mark = MARKS.iter().find_map(|mark| rest.strip_prefix(mark));
-        let Some(after) = mark.or_else(|| control_token(rest)) else { break };
-        if text[..text.len() - after.len()].ends_with("<<SYS>>") {
-            return text.find(first).map_or(text, |at| &text[at..]);
-        }
-        rest = after;
+    let mut rest = text.trim_start();
+    while !(rest.starts_with("<<SYS>>") || rest.get(..6).is_some_and(|word| word.eq_ignore_ascii_case("system"))) {
+        let Some(after) = mark(rest) else { return text };
+        rest = after.trim_start();
     }
-    match rest.get(..6).is_some_and(|word| word.eq_ignore_ascii_case("system")) {
-        true => text.find(first).map_or(text, |at| &text[at..]),
-        false => text,
-    }
+    text.find(first).map_or(text, |at| &text[at..])
 }
 
 /// Passes over a template's words up to a piece, or to the end; gives what follows the piece, or, as an error, what is no template's.
@@ -133,12 +124,10 @@ fn skip_to<'t>(mut text: &'t str, piece: Option<&str>) -> Result<&'t str, &'t st
         let Some(first) = text.chars().next() else {
             return if piece.is_none() { Ok(text) } else { Err(text) };
         };
-        let known = SENTENCES.iter().chain(&MARKS).find(|known| text.starts_with(**known));
-        text = match known {
-            Some(known) => &text[known.len()..],
+        let sentence = SENTENCES.iter().find_map(|sentence| text.strip_prefix(sentence));
+        text = match sentence.or_else(|| mark(text)).or_else(|| no_thoughts(text)) {
+            Some(after) => after,
             None if first.is_whitespace() => &text[first.len_utf8()..],
-            None if text.starts_with("<|") || text.starts_with("<｜") => control_token(text).ok_or(text)?,
-            None if text.starts_with("<think>") => no_thoughts(text).ok_or(text)?,
             None if first.is_ascii_punctuation() && !matches!(first, '<' | '[') => &text[1..],
             None => word(text).ok_or(text)?,
         };
@@ -148,6 +137,11 @@ fn skip_to<'t>(mut text: &'t str, piece: Option<&str>) -> Result<&'t str, &'t st
 /// Whether a piece is not the beginning of a longer word.
 fn ends_a_word(piece: &str, after: &str) -> bool {
     !(piece.ends_with(|c: char| c.is_ascii_alphanumeric()) && after.starts_with(|c: char| c.is_ascii_alphanumeric()))
+}
+
+/// What follows a template's mark.
+fn mark(text: &str) -> Option<&str> {
+    MARKS.iter().find_map(|mark| text.strip_prefix(mark)).or_else(|| control_token(text))
 }
 
 /// What follows a token such as `<|im_start|>`, or `<｜User｜>` in DeepSeek's wide bars.

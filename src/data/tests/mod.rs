@@ -10,11 +10,21 @@ use std::io::Write as _;
 use super::records::Record;
 use super::{Findings, Reader, Sink};
 use crate::error::Result;
-use crate::store::DatasetKind;
+use crate::ids::Tenant;
+use crate::store::{DatasetKind, Store};
 use crate::text::{Conversation, Text};
 
 /// The sequences that training would see, the format, and what was ignored.
 type Seen = (Vec<Conversation>, String, Vec<(String, u64)>);
+
+/// A store in a folder of its own, with one tenant.
+pub async fn store() -> (tempfile::TempDir, Store, Tenant) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path()).await.unwrap();
+    let tenant = Tenant::proven("tenants/one".parse().unwrap());
+    store.create_tenant(tenant.id(), "", 1, "").await.unwrap();
+    (folder, store, tenant)
+}
 
 /// Reads a whole file.
 pub fn read_all(mut reader: Reader, bytes: &[u8], sink: Sink<'_>) -> Result<Findings> {
