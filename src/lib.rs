@@ -29,6 +29,8 @@
 //! # }
 //! ```
 
+#![forbid(unsafe_code)]
+
 pub mod adapter;
 pub mod api;
 pub mod app;
@@ -41,7 +43,6 @@ pub mod engine;
 pub mod error;
 pub mod hub;
 pub mod ids;
-pub mod kernels;
 pub mod memory;
 pub mod model;
 pub mod process;
@@ -55,3 +56,9 @@ pub mod text;
 pub mod train;
 pub mod weights;
 pub mod work;
+
+pub use tenora_kernels as kernels;
+
+#[cfg(test)]
+#[global_allocator]
+static COUNTING: kernels::testing::Counting = kernels::testing::Counting;

@@ -44,7 +44,11 @@ impl DeviceWeights {
             Ok(DeviceBlock {
                 attn_norm: vector(&block.attn_norm)?,
                 ffn_norm: vector(&block.ffn_norm)?,
-                linears: block.linears.iter().map(|matrix| DeviceMatrix::new(matrix, device)).collect::<Result<_>>()?,
+                linears: block
+                    .linears
+                    .iter()
+                    .map(|matrix| Ok(DeviceMatrix::new(matrix, device)?))
+                    .collect::<Result<_>>()?,
             })
         });
         let head = DeviceMatrix::new(weights.head(), device)?;
@@ -98,7 +102,7 @@ impl TensorExec {
         let layers = 0..model.config().layers;
         Ok(Self {
             kernels: tensors::open(&weights.device, shape)?,
-            kv: layers.map(|_| KvLayer::new(shape, layout.blocks, &weights.device)).collect::<Result<_>>()?,
+            kv: layers.map(|_| Ok(KvLayer::new(shape, layout.blocks, &weights.device)?)).collect::<Result<_>>()?,
             adapters: Adapters::default(),
             plan: Plan::default(),
             logits: Vec::new(),
@@ -174,7 +178,7 @@ impl Adapters {
 fn upload(lora: &PackedLora, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
     let layers = 0..model.shape().layers;
     let sites = layers.flat_map(|layer| Target::ALL.map(|target| lora.layer(Site { layer, target })));
-    kernels.adapter(&sites.collect::<Vec<_>>())
+    Ok(kernels.adapter(&sites.collect::<Vec<_>>())?)
 }
 
 /// One batch going through the model.
@@ -191,7 +195,7 @@ impl TensorPass<'_> {
     fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
         let (layer, target) = (site.layer as usize, site.target as usize);
         let y = self.kernels.matmul(x, &self.weights.blocks[layer].linears[target])?;
-        self.kernels.lora(x, y, layer * Target::ALL.len() + target, self.plan)
+        Ok(self.kernels.lora(x, y, layer * Target::ALL.len() + target, self.plan)?)
     }
 }
 
@@ -199,11 +203,11 @@ impl Ops for TensorPass<'_> {
     type Rows = Tensor;
 
     fn embed(&mut self) -> Result<Tensor> {
-        self.kernels.embed(&self.weights.embedding, self.plan)
+        Ok(self.kernels.embed(&self.weights.embedding, self.plan)?)
     }
 
     fn norm(&mut self, x: &Tensor, norm: Norm) -> Result<Tensor> {
-        self.kernels.rms_norm(x, self.weights.norm(norm), self.model.config().rms_eps)
+        Ok(self.kernels.rms_norm(x, self.weights.norm(norm), self.model.config().rms_eps)?)
     }
 
     fn qkv(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 3]> {
@@ -214,7 +218,7 @@ impl Ops for TensorPass<'_> {
     fn attention(&mut self, layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
         let kv = &self.kv[layer];
         let q = self.kernels.rotate_and_store((q, &k, &v), &self.weights.rope, kv, self.plan)?;
-        self.kernels.attention(&q, kv, self.plan)
+        Ok(self.kernels.attention(&q, kv, self.plan)?)
     }
 
     fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
@@ -223,11 +227,11 @@ impl Ops for TensorPass<'_> {
     }
 
     fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
-        self.kernels.swiglu(gate, &up)
+        Ok(self.kernels.swiglu(gate, &up)?)
     }
 
     fn residual_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
-        self.kernels.add(x, &self.linear(&y, site)?)
+        Ok(self.kernels.add(x, &self.linear(&y, site)?)?)
     }
 
     fn select(&mut self, x: Tensor) -> Result<Tensor> {
@@ -235,7 +239,7 @@ impl Ops for TensorPass<'_> {
             // No device launches a kernel on nothing; nobody reads this row.
             return Ok(x.narrow(0, 0, 1)?);
         }
-        self.kernels.select(&x, self.plan)
+        Ok(self.kernels.select(&x, self.plan)?)
     }
 }
 

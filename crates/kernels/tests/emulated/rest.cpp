@@ -19,7 +19,7 @@ namespace sampling {
 
 static float half_at(const uint8_t* from) { return __half2float(*reinterpret_cast<const __half*>(from)); }
 
-// Values of a block as src/kernels/blocks.rs says; `head`: bytes before the integers.
+// Values of a block as src/blocks.rs says; `head`: bytes before the integers.
 template <typename Format>
 void plain_values(const uint8_t* block, float* to) {
     constexpr int head = Format::BYTES % 16 == 4 ? 4 : 2;

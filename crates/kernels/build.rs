@@ -1,28 +1,17 @@
-//! Compiles the protos without protoc, and for the feature `cuda` the kernels with nvcc, to machine code of one GPU generation.
+//! Compiles the kernels for a GPU with nvcc, for the feature `cuda`, to machine code of one GPU generation.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Sources in `src/kernels/cuda`, each to a module of its own.
+/// Sources in `src/cuda`, each to a module of its own.
 const KERNELS: [&str; 5] = ["attention", "lora", "matmul", "rows", "sampling"];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let out = PathBuf::from(std::env::var("OUT_DIR")?);
-    compile_protos(&out)?;
+    println!("cargo:rerun-if-changed=build.rs");
     if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
-        compile_kernels(&out)?;
+        compile_kernels(&PathBuf::from(std::env::var("OUT_DIR")?))?;
     }
-    Ok(())
-}
-
-fn compile_protos(out: &Path) -> Result<(), Box<dyn Error>> {
-    let protos = ["common", "base", "generation", "adapters", "datasets", "training", "safety", "tenants"]
-        .map(|name| format!("proto/tenora/v1/{name}.proto"));
-    println!("cargo:rerun-if-changed=proto");
-    let descriptors = protox::compile(protos, ["proto"])?;
-    std::fs::write(out.join("descriptors.bin"), prost::Message::encode_to_vec(&descriptors))?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
     Ok(())
 }
 
@@ -31,7 +20,7 @@ fn compile_kernels(out: &Path) -> Result<(), Box<dyn Error>> {
     for variable in ["NVCC", "CUDA_HOME", "CUDA_COMPUTE_CAP"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
-    println!("cargo:rerun-if-changed=src/kernels/cuda");
+    println!("cargo:rerun-if-changed=src/cuda");
     let in_home = |home| Path::new(&home).join("bin/nvcc");
     let nvcc = std::env::var_os("NVCC").map(PathBuf::from).or_else(|| std::env::var_os("CUDA_HOME").map(in_home));
     let nvcc = nvcc.unwrap_or_else(|| "nvcc".into());
@@ -41,11 +30,11 @@ fn compile_kernels(out: &Path) -> Result<(), Box<dyn Error>> {
         let status = Command::new(&nvcc)
             .args(["-cubin", "-O3", "-std=c++17", &format!("-arch=sm_{capability}"), "-o"])
             .arg(out.join(name).with_extension("cubin"))
-            .arg(Path::new("src/kernels/cuda").join(name).with_extension("cu"))
+            .arg(Path::new("src/cuda").join(name).with_extension("cu"))
             .status()
             .map_err(|e| format!("cannot run {}: {e}; scripts/build-cuda brings a compiler", nvcc.display()))?;
         if !status.success() {
-            return Err(format!("{} cannot compile src/kernels/cuda/{name}.cu", nvcc.display()).into());
+            return Err(format!("{} cannot compile src/cuda/{name}.cu", nvcc.display()).into());
         }
     }
     Ok(())

@@ -484,7 +484,7 @@ fn add_values<S: Simd, const N: usize, const U: usize, const D: usize>(
 mod tests {
     use super::super::simd::f16_value;
     use super::*;
-    use crate::kernels::testing::sinusoid;
+    use crate::testing::sinusoid;
     use proptest::prelude::*;
 
     /// A sequence in a cache of its own, its blocks in an order of their own.

@@ -12,11 +12,10 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 
 use super::simd::prefetch;
-use crate::sync::lock;
 
 /// How often a helper looks for the next region before it goes to sleep: some 50 microseconds.
 const SPINS: u32 = 2000;
@@ -161,7 +160,8 @@ impl Team {
     /// before this one is done, and waits for those. Allocates nothing. Panics where one did.
     fn run(&self, begin: impl FnOnce(), f: &(dyn Fn(usize) + Sync)) {
         let state = &*self.state;
-        let _turn = lock(&self.turn);
+        // What it guards is whole between any two statements, also where a region has panicked.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         begin();
         // SAFETY: the lifetime is taken off the reference; no helper follows it after this function, which lets none in
         // once it is done itself, and waits for those inside.

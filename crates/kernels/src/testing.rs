@@ -23,6 +23,15 @@ pub fn random_matrix(qtype: QType, rows: usize, cols: usize, seed: u64) -> Vec<u
     data
 }
 
+/// A number that looks random, of a seed and a place.
+pub fn hash(seed: u32, at: u32) -> u32 {
+    // SplitMix64's finaliser.
+    let mut x = (u64::from(seed) << 32 | u64::from(at)).wrapping_add(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x = (x ^ x >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    (x ^ x >> 31) as u32
+}
+
 /// Smooth values in [-3, 3].
 pub fn sinusoid(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|i| ((i as f32 + (seed % 100) as f32) * 0.7).sin() * 3.0).collect()
@@ -37,10 +46,9 @@ pub fn allocations() -> u64 {
     ALLOCATIONS.get()
 }
 
-struct Counting;
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
+/// The system's allocator, which counts; a test's program makes it its `#[global_allocator]`.
+#[derive(Debug)]
+pub struct Counting;
 
 // SAFETY: everything is the system's; counting allocates nothing, and a thread that is ending counts no more.
 unsafe impl GlobalAlloc for Counting {

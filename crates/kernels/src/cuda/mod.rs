@@ -62,7 +62,7 @@ impl FromStr for Matmul {
         match name {
             "exact" => Ok(Self::Exact),
             "int8" => Ok(Self::Int8),
-            _ => Err(Error::invalid(MATMUL_VARIABLE, format!("{name:?} is neither exact nor int8"))),
+            _ => Err(Error::Unavailable(format!("{MATMUL_VARIABLE} is {name:?}, neither exact nor int8"))),
         }
     }
 }
@@ -206,7 +206,7 @@ impl Kernels {
                 "has {} heads of {} over {} KV heads; a GPU serves heads of 64 and 128, in equal groups; take --device cpu",
                 shape.heads, shape.head_dim, shape.kv_heads
             );
-            return Err(Error::invalid_because("UNSUPPORTED_BASE", "base", message));
+            return Err(Error::UnsupportedBase(message));
         }
         prepare(device)?;
         let multiply = match std::env::var(MATMUL_VARIABLE) {

@@ -5,12 +5,12 @@
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use tenora::kernels::blocks::{BLOCK, QType};
-use tenora::kernels::cpu::{
+use tenora_kernels::blocks::{BLOCK, QType};
+use tenora_kernels::cpu::{
     Adapters, GROUP_ROWS, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team, attention,
     linear, prepare,
 };
-use tenora::kernels::packed::PackedMatrix;
+use tenora_kernels::packed::PackedMatrix;
 
 const WIDTH: usize = 576;
 const FFN: usize = 1536;

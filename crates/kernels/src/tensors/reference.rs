@@ -4,9 +4,9 @@
 use candle_core::{D, DType, Device, Tensor};
 
 use super::{Best, DeviceLora, DeviceMatrix, KvLayer, OUT_TILE, Plan, Rope, SitePlace, TensorKernels};
+use crate::cpu::LoraPair;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::LoraPair;
-use crate::kernels::log_sum_exp;
+use crate::log_sum_exp;
 
 /// The largest finite half-precision number.
 const LARGEST_HALF: f32 = 65504.0;

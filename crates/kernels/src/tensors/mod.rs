@@ -1,6 +1,6 @@
 //! What serves on a device of candle's: the operations of a forward pass over tensors, in two forms that give the same
 //! numbers but for rounding. [`mod@reference`] is plain candle, on any device, and says what each operation means;
-//! `kernels::cuda` has a kernel of its own for each. One contract test holds the second to the first wherever there is
+//! `cuda` has a kernel of its own for each. One contract test holds the second to the first wherever there is
 //! a GPU.
 //!
 //! A batch goes to the device as one [`Plan`]: positions, places in the cache, sequences, adapters. Nothing else of it

@@ -1,4 +1,4 @@
-//! The CUDA kernels without a GPU: compiled for the CPU over an emulation of a block's threads (`tests/kernels`), and
+//! The CUDA kernels without a GPU: compiled for the CPU over an emulation of a block's threads (`tests/emulated`), and
 //! held to sums in double precision, to the same bits in any batch, and to memory that holds no numbers where nothing
 //! was written. Needs a C++ compiler: without one the tests say that they were skipped, and fail where `CI` is set.
 
@@ -13,9 +13,9 @@ fn check(name: &str) {
     let program = folder.path().join(name);
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let compiled = Command::new(&compiler)
-        .args(["-std=c++20", "-O1", "-ffp-contract=off", "-Itests/kernels", "-Isrc/kernels/cuda", "-o"])
+        .args(["-std=c++20", "-O1", "-ffp-contract=off", "-Itests/emulated", "-Isrc/cuda", "-o"])
         .arg(&program)
-        .arg(Path::new("tests/kernels").join(name).with_extension("cpp"))
+        .arg(Path::new("tests/emulated").join(name).with_extension("cpp"))
         .status();
     match compiled {
         Err(error) => return skip(&format!("no C++ compiler ({compiler}: {error}); CXX names one")),

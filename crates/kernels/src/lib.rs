@@ -1,13 +1,15 @@
 //! Arithmetic: quantised matmul, attention, batched adapters. `unsafe` lives here and nowhere else.
 
+#![expect(unsafe_code, reason = "instructions of processors, and memory that threads share")]
+
 pub mod blocks;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod error;
 pub mod gemm;
 pub mod packed;
 pub mod tensors;
-#[cfg(test)]
 pub mod testing;
 
 pub use cpu::{argmax, log_sum_exp};

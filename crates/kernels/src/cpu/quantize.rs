@@ -7,7 +7,7 @@
 //! for an adapter that is served otherwise than it was trained (`docs/LOG.md`).
 
 use super::simd::{LANES, Level, Simd, dispatch};
-use crate::kernels::blocks::BLOCK;
+use crate::blocks::BLOCK;
 
 /// The largest quantised value: a high byte of at most 112, to which a quant of four bits can be added within a byte.
 const LARGEST: f32 = 112.0 * 128.0;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::Shared;
 use super::ahead::Prefetcher;
 use super::simd::{LANES, Level, Simd, dispatch, sum_pairwise};
-use crate::kernels::packed::TILE_ROWS;
+use crate::packed::TILE_ROWS;
 
 /// Most rows of a group.
 pub const GROUP_ROWS: usize = 4;
@@ -250,7 +250,7 @@ fn expanded<S: Simd>(s: S, b: &[[u16; LANES]], shrunk: &[f32], mut sum: S::F) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::sinusoid;
+    use crate::testing::sinusoid;
     use half::bf16;
     use proptest::prelude::*;
 

@@ -3,8 +3,8 @@
 
 use super::quantize::{PanelBlock, Shift};
 use super::simd::{f16_value, unrolled};
-use crate::kernels::blocks::BLOCK;
-use crate::kernels::packed::TILE_ROWS;
+use crate::blocks::BLOCK;
+use crate::packed::TILE_ROWS;
 
 /// Vectors of quants in a block: four columns each.
 const FOURS: usize = BLOCK / 4;
@@ -129,7 +129,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{BLOCK, FOURS, MicroKernel, PanelBlock, Shift, unrolled};
-    use crate::kernels::cpu::simd::{Avx2, Avx512};
+    use crate::cpu::simd::{Avx2, Avx512};
 
     /// Where x's bytes `4 g..4 g + 4` begin, as one integer.
     #[inline(always)]

@@ -73,7 +73,7 @@ pub fn load(device: &CudaDevice, code: &[u8], names: &[&str]) -> Result<Vec<Cuda
             "the kernels were compiled for compute capability {} ({e}); build again with the GPU's own in CUDA_COMPUTE_CAP",
             env!("TENORA_COMPUTE_CAP")
         );
-        Error::precondition("DEVICE_UNAVAILABLE", "cuda", message)
+        Error::Unavailable(message)
     })?;
     names.iter().map(|name| Ok(module.load_function(name).w()?)).collect()
 }

@@ -7,7 +7,7 @@
 
 use std::sync::OnceLock;
 
-use crate::kernels::blocks::BLOCK;
+use crate::blocks::BLOCK;
 
 /// What the machine can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,7 +61,7 @@ macro_rules! multiversion {
             fn portable($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
-                use $crate::kernels::cpu::simd::Level;
+                use $crate::cpu::simd::Level;
                 #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     portable($($arg),*)
@@ -89,7 +89,7 @@ macro_rules! dispatch {
     ($level:expr, $kernel:path, $($arg:ident: $ty:ty),* $(,)?) => {{
         #[cfg(target_arch = "x86_64")]
         {
-            use $crate::kernels::cpu::simd::{Avx2, Avx512, Level};
+            use $crate::cpu::simd::{Avx2, Avx512, Level};
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
             fn avx512($($arg: $ty),*) {
                 // SAFETY: this function is called where the machine has what it uses.
@@ -105,13 +105,13 @@ macro_rules! dispatch {
                 Level::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 Level::Avx2 => unsafe { avx2($($arg),*) },
-                Level::Portable => $kernel($crate::kernels::cpu::simd::Portable, $($arg),*),
+                Level::Portable => $kernel($crate::cpu::simd::Portable, $($arg),*),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
             let _ = $level;
-            $kernel($crate::kernels::cpu::simd::Portable, $($arg),*)
+            $kernel($crate::cpu::simd::Portable, $($arg),*)
         }
     }};
 }
@@ -231,7 +231,7 @@ pub(super) use x86::{Avx2, Avx512};
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{LANES, LARGEST_HALF, MAGNITUDE, Simd, Split};
-    use crate::kernels::blocks::BLOCK;
+    use crate::blocks::BLOCK;
     use std::arch::x86_64::*;
 
     /// Proof of AVX2, FMA and F16C.

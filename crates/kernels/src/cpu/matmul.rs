@@ -13,8 +13,8 @@ use super::quantize::{PANEL, QuantizedRows};
 use super::simd::{Avx2, Avx512};
 use super::simd::{Level, unrolled};
 use super::team::Team;
-use crate::kernels::blocks::{BLOCK, QType};
-use crate::kernels::packed::{PackedMatrix, TILE_ROWS, tile_bytes};
+use crate::blocks::{BLOCK, QType};
+use crate::packed::{PackedMatrix, TILE_ROWS, tile_bytes};
 
 /// Rows of activations that pass over a strip while it lies in the cache, before the next strip's turn.
 const ROW_BLOCK: usize = 64;
@@ -334,7 +334,7 @@ fn run_strip<F: Format>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::testing::{random_matrix, sinusoid};
+    use crate::testing::{random_matrix, sinusoid};
     use proptest::prelude::*;
 
     fn product(level: Level, w: &PackedMatrix, x: &QuantizedRows) -> Vec<f32> {
