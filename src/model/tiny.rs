@@ -1,7 +1,7 @@
-//! The weights of the tests' model: random blocks of both kernels' formats.
+//! The weights of the tests' model: random blocks of two formats.
 
 use crate::ids::Digest;
-use crate::kernels::blocks::{BLOCK, QType};
+use crate::kernels::format::QType;
 use crate::kernels::packed::PackedMatrix;
 use crate::random::philox4x32;
 use crate::request::Target;
@@ -22,14 +22,14 @@ pub(super) fn weights(seed: u64, vocab: usize) -> Weights {
         rms_eps: 1e-5,
     };
     let mut random = Random { seed, counter: 0 };
-    let embedding = random.matrix(QType::Q8_0, vocab, config.width);
+    let embedding = random.matrix(QType::Q8_0, vocab, config.width, |unit| vec![0.0136 * unit]);
     let blocks = (0..config.layers)
         .map(|_| Block {
             attn_norm: random.near_one(config.width),
             ffn_norm: random.near_one(config.width),
             linears: Target::ALL.map(|target| {
                 let (cols, rows) = config.dims(target);
-                random.matrix(QType::Q4_1, rows, cols)
+                random.matrix(QType::Q4_1, rows, cols, |unit| vec![0.22 * unit, -7.5 * (0.22 * unit)])
             }),
         })
         .collect();
@@ -52,26 +52,16 @@ impl Random {
         (0..len).map(|_| 0.75 + (self.next() % 512) as f32 / 1024.0).collect()
     }
 
-    /// Values of about unit variance over the square root of `cols`.
-    fn matrix(&mut self, qtype: QType, rows: usize, cols: usize) -> PackedMatrix {
+    /// Values of about `unit`, which varies a little around one over the square root of `cols`: `scales(unit)` are the numbers
+    /// that a block begins with.
+    fn matrix(&mut self, qtype: QType, rows: usize, cols: usize, scales: impl Fn(f32) -> Vec<f32>) -> PackedMatrix {
         let spread = 1.0 / (cols as f32).sqrt();
         let mut data = Vec::with_capacity(rows * qtype.row_bytes(cols));
-        for _ in 0..rows * cols / BLOCK {
+        for _ in 0..rows * cols / qtype.block_values() {
             let jitter = 0.75 + (self.next() % 512) as f32 / 1024.0;
-            let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
-            let packed = match qtype {
-                QType::Q4_1 => {
-                    let d = spread * jitter * 0.22;
-                    data.extend(half(d));
-                    data.extend(half(-7.5 * d));
-                    BLOCK / 2
-                }
-                _ => {
-                    data.extend(half(spread * jitter * 0.0136));
-                    BLOCK
-                }
-            };
-            data.extend((0..packed).map(|_| self.next() as u8));
+            let end = data.len() + qtype.block_bytes();
+            data.extend(scales(spread * jitter).iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()));
+            data.extend((data.len()..end).map(|_| self.next() as u8));
         }
         PackedMatrix::pack(qtype, rows, cols, &data)
     }
