@@ -63,7 +63,7 @@ impl Executor for Exec {
             self.logits = Vec::new();
         }
         self.logits.resize(rows * head.rows(), 0.0);
-        let layer = Linear { matrix: head, y: &mut self.logits, accumulate: false };
+        let layer = Linear { matrix: head, y: &mut self.logits, bias: None, accumulate: false };
         // The next step begins anew.
         let [first, ..] = qkv_sites(0);
         let next = Next { matrices: [Some(self.model.matrix(first)), None, None, None], adapters: None };
@@ -242,7 +242,7 @@ impl ExecPass<'_> {
         let mut layers = sites.map(|site| {
             let matrix = model.matrix(site);
             let y = outs.next().map_or(&mut [][..], |y| resized(y, rows.count(), matrix.rows()));
-            Linear { matrix, y, accumulate }
+            Linear { matrix, y, bias: None, accumulate }
         });
         let (adapters, next_adapters) = (self.adapted.at(&sites), self.adapted.at(next));
         let adapters = adapters.as_ref().map(|adapters| (adapters, &shrunk[..]));
