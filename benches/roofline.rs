@@ -80,8 +80,9 @@ fn main() {
     let cpu = DeviceSpec::Cpu.open().expect("the CPU");
     let (model, _) = Model::load(&path, &cpu).expect("the base loads");
     let (config, shape, team) = (model.config(), model.shape(), Team::get());
-    let frozen: usize = shape.layers as usize * shape.dims.iter().map(|(from, to)| from * to).sum::<usize>();
-    let head = config.width * model.vocab_size();
+    let frozen: usize =
+        shape.layers as usize * shape.linears.iter().map(|linear| linear.inputs * linear.outputs).sum::<usize>();
+    let head = config.hidden_size * model.vocab_size();
     // Q4_1 has 5 bits a weight, Q8_0 8.5.
     let weights = |logits: bool| frozen as f64 * 5.0 / 8.0 + if logits { head as f64 * 8.5 / 8.0 } else { 0.0 };
 

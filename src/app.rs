@@ -103,6 +103,7 @@ async fn parts_of((model, text): Base, store: Store, config: &Config) -> Result<
     let guard = Guard::new(engine, store.clone(), &limits);
     let context_length = model.context_length();
     let (base_name, base_digest) = (model.shape().name.clone(), model.shape().digest);
+    let architecture = model.config().architecture;
     let trainer = Trainer::start(TrainingContext {
         store: store.clone(),
         hub: hub.clone(),
@@ -114,7 +115,20 @@ async fn parts_of((model, text): Base, store: Store, config: &Config) -> Result<
     })
     .await?;
     let places = api::WorkPlaces::new(&limits);
-    Ok(api::Parts { store, hub, guard, trainer, text, memory, places, base_name, base_digest, context_length, limits })
+    Ok(api::Parts {
+        store,
+        hub,
+        guard,
+        trainer,
+        text,
+        memory,
+        places,
+        base_name,
+        base_digest,
+        architecture,
+        context_length,
+        limits,
+    })
 }
 
 /// Serves parts, once they are there, until `shutdown`, then drains.

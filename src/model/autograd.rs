@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, S
 use rayon::prelude::*;
 
 use super::Model;
-use super::llama::Norm;
+use crate::arch::decoder::NormId;
 use crate::device::YieldPoint;
 use crate::kernels::cpu;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
@@ -37,7 +37,7 @@ pub(super) fn to_vec(tensor: &Tensor) -> Result<Vec<f32>> {
 /// x / rms(x) * weight. x: `[rows, width]`.
 pub(super) struct RmsNorm {
     pub model: Arc<Model>,
-    pub norm: Norm,
+    pub norm: NormId,
 }
 
 impl CustomOp1 for RmsNorm {
@@ -48,13 +48,13 @@ impl CustomOp1 for RmsNorm {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = slice(x, layout)?;
         let mut y = vec![0.0; x.len()];
-        cpu::rms_norm(x, self.model.norm(self.norm), self.model.config().rms_eps, &mut y);
+        cpu::rms_norm(x, self.model.norm(self.norm), self.model.config().norm_eps, &mut y);
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let weight = self.model.norm(self.norm);
-        let eps = self.model.config().rms_eps;
+        let eps = self.model.config().norm_eps;
         let (values, mut d) = (to_vec(x)?, to_vec(dy)?);
         d.par_chunks_exact_mut(weight.len()).zip(values.par_chunks_exact(weight.len())).for_each(|(d, x)| {
             let mean = |sum: f32| sum / x.len() as f32;

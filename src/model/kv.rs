@@ -1,8 +1,8 @@
 //! The paged KV cache of the CPU: blocks of positions in half precision, for every layer.
 
+use crate::arch::config::ModelConfig;
 use crate::kernels::cpu::{KvShape, KvView, KvViewMut};
 use crate::model::batch::KvLayout;
-use crate::weights::LlamaConfig;
 
 /// Keys (rotated) and values of all layers.
 #[derive(Debug)]
@@ -15,7 +15,7 @@ pub(super) struct KvCache {
 }
 
 impl KvCache {
-    pub fn new(config: &LlamaConfig, layout: KvLayout) -> Self {
+    pub fn new(config: &ModelConfig, layout: KvLayout) -> Self {
         let (kv_heads, head_dim) = (config.kv_heads, config.head_dim);
         let shape = KvShape { block_tokens: layout.block_tokens, kv_heads, head_dim };
         // The system hands out zeroed pages as they are first touched.

@@ -9,12 +9,11 @@ use rayon::prelude::*;
 
 use super::Model;
 use super::autograd::{PIECE_MACS, slice, to_vec};
-use crate::adapter::Site;
+use crate::arch::decoder::SiteId;
 use crate::device::YieldPoint;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
 use crate::kernels::packed::PackedMatrix;
 use crate::random::{Purpose, Stream};
-use crate::request::Target;
 use crate::sync::lock;
 
 /// Runs `f(first row, dequantised rows)` over pieces of `w` small enough that `rows` activations against one take about [`PIECE_MACS`].
@@ -33,7 +32,7 @@ fn pieces(w: &PackedMatrix, rows: usize, compute: &YieldPoint, mut f: impl FnMut
 /// `y = x W^T` at a site. x: `[rows, in]`, y: `[rows, out]`.
 pub(super) struct FrozenLinear {
     pub model: Arc<Model>,
-    pub site: Site,
+    pub site: SiteId,
     pub compute: YieldPoint,
 }
 
@@ -96,9 +95,9 @@ pub struct Dropout {
 
 impl Dropout {
     /// x times 0 or 1 / (1 - rate), element by element.
-    fn apply(&self, site: Site, x: &mut [f32]) {
+    fn apply(&self, site: SiteId, x: &mut [f32]) {
         let stream = Stream::new(self.seed, Purpose::Dropout);
-        let place = (self.step << 16) + u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
+        let place = (self.step << 16) + site as u64;
         let keep = 1.0 / (1.0 - self.rate);
         x.par_iter_mut().with_min_len(4096).enumerate().for_each(|(i, x)| {
             *x *= if stream.uniform(place, i as u32) < self.rate { 0.0 } else { keep };
@@ -306,7 +305,8 @@ mod tests {
     #[test]
     fn an_adapted_layer_is_the_sum_of_its_parts() {
         let (model, _) = Model::tiny(1);
-        let site = Site { layer: 1, target: Target::DownProj };
+        // The last layer's down_proj.
+        let site = model.decoder().sites.len() - 1;
         let (inputs, outputs, rank, rows) = (96, 64, 3, 10);
         let sinusoid = |shape: (usize, usize), step: f32| {
             let values: Vec<f32> = (0..shape.0 * shape.1).map(|i| (i as f32 * step).sin()).collect();

@@ -1,5 +1,5 @@
-//! The base model: one architecture ([`llama`]) over its executors: [`traced`] for training and reference, [`exec`] for serving on the
-//! CPU, [`tensors`] for serving on a GPU.
+//! The base model: its decoder's steps ([`crate::arch::decoder`]) over its executors: [`traced`] for training and reference, [`exec`] for
+//! serving on the CPU, [`tensors`] for serving on a GPU.
 
 mod autograd;
 pub mod batch;
@@ -7,27 +7,29 @@ mod exec;
 mod initial;
 mod kv;
 mod linear;
-pub mod llama;
 pub mod parity;
+mod rope;
 mod tensors;
 mod tiny;
 pub mod traced;
+mod values;
 
 use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
 
-use crate::adapter::{BaseShape, Site};
+use crate::adapter::{BaseShape, LinearShape, Site};
+use crate::arch::config::ModelConfig;
+use crate::arch::decoder::{Decoder, NormId, SiteId};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM};
 use crate::kernels::packed::PackedMatrix;
-use crate::request::Target;
 use crate::text::{Text, Vocabulary};
-use crate::weights::{LlamaConfig, Weights};
+use crate::weights::Weights;
 use batch::{Executor, KvLayout, Readout, SequenceChunk};
 use exec::Exec;
-use llama::Norm;
+use rope::RopeTable;
 use tensors::{DeviceWeights, TensorExec};
 
 /// The frozen base. Shared as `Arc<Model>`; training and serving read the same bytes, which a GPU has a copy of.
@@ -41,7 +43,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a GGUF file of the llama architecture and its tokenizer, to be served on `device`.
+    /// Loads a GGUF file and its tokenizer, to be served on `device`.
     pub fn load(path: &Path, device: &Device) -> Result<(Arc<Self>, Arc<Text>)> {
         Self::proven(Weights::load(path)?, device)
     }
@@ -102,9 +104,9 @@ impl Model {
             name: config.name.clone(),
             digest: weights.digest,
             layers: config.layers as u32,
-            dims: Target::ALL.map(|target| config.dims(target)),
+            linears: weights.decoder.block_sites().iter().map(LinearShape::from).collect(),
         };
-        let rope = RopeTable::new(config);
+        let rope = RopeTable::new(&config.rope, config.context_length);
         let on_device = match device {
             Device::Cpu => None,
             device => Some(DeviceWeights::new(&weights, &rope, device)?),
@@ -131,18 +133,23 @@ impl Model {
     }
 
     /// Returns the dimensions and constants of the architecture.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &ModelConfig {
         &self.weights.config
+    }
+
+    /// Returns the steps, and what the linear layers and norms are.
+    pub fn decoder(&self) -> &Decoder {
+        &self.weights.decoder
     }
 
     /// Returns how many tokens there are.
     pub fn vocab_size(&self) -> usize {
-        self.config().vocab
+        self.config().vocab_size
     }
 
     /// Tokens.
     pub fn context_length(&self) -> usize {
-        self.config().context
+        self.config().context_length
     }
 
     /// Bytes of the KV cache for one token.
@@ -152,51 +159,27 @@ impl Model {
     }
 
     /// `[out, in]`.
-    fn matrix(&self, site: Site) -> &PackedMatrix {
-        &self.weights.blocks[site.layer as usize].linears[site.target as usize]
+    fn matrix(&self, site: SiteId) -> &PackedMatrix {
+        &self.weights.linears[site]
     }
 
-    /// `[vocab, width]`.
+    /// The name of a linear layer.
+    fn site(&self, site: SiteId) -> Site {
+        self.weights.decoder.sites[site].site
+    }
+
+    /// `[vocab_size, hidden_size]`.
     fn head(&self) -> &PackedMatrix {
         self.weights.head()
     }
 
-    /// The exact embedding of an id, `[width]`.
+    /// The exact embedding of an id, `[hidden_size]`.
     fn embed(&self, id: u32, out: &mut [f32]) {
         self.weights.embedding.dequantize(id as usize, out);
     }
 
-    fn norm(&self, norm: Norm) -> &[f32] {
-        match norm {
-            Norm::Attention(layer) => &self.weights.blocks[layer].attn_norm,
-            Norm::Ffn(layer) => &self.weights.blocks[layer].ffn_norm,
-            Norm::Final => &self.weights.final_norm,
-        }
-    }
-}
-
-/// Cosines and sines of every position's angles, as Hugging Face computes them in float32.
-#[derive(Debug)]
-struct RopeTable {
-    half: usize,
-    /// `[context, half]` each.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-}
-
-impl RopeTable {
-    fn new(config: &LlamaConfig) -> Self {
-        let half = config.head_dim / 2;
-        let frequency = |i: usize| 1.0 / config.rope_base.powf(2.0 * i as f32 / config.head_dim as f32);
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
-        let angles = (0..config.context).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
-        let (cos, sin) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
-        Self { half, cos, sin }
-    }
-
-    fn at(&self, position: usize) -> (&[f32], &[f32]) {
-        let range = position * self.half..(position + 1) * self.half;
-        (&self.cos[range.clone()], &self.sin[range])
+    fn norm(&self, norm: NormId) -> &[f32] {
+        &self.weights.norms[norm]
     }
 }
 

@@ -5,33 +5,27 @@ use std::sync::{Arc, Weak};
 
 use candle_core::{Device, Tensor};
 
-use super::RopeTable;
 use super::batch::{Best, Executor, KvLayout, SequenceChunk};
-use super::llama::{self, Norm, Ops};
-use crate::adapter::{PackedLora, Site};
-use crate::error::Result;
+use super::rope::RopeTable;
+use crate::adapter::PackedLora;
+use crate::arch::config::ModelConfig;
+use crate::arch::decoder::{NormId, SiteId, Step, StepExecutor};
+use crate::error::{Error, Result};
 use crate::kernels::tensors::{self, DeviceLora, DeviceMatrix, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels};
 use crate::model::Model;
-use crate::request::Target;
-use crate::weights::{LlamaConfig, Weights};
+use crate::model::values::Values;
+use crate::weights::Weights;
 
 /// The frozen base on a device: its quantised bytes as they are, norms and angles beside them.
 #[derive(Debug)]
 pub(super) struct DeviceWeights {
     device: Device,
     embedding: DeviceMatrix,
-    blocks: Vec<DeviceBlock>,
-    final_norm: Tensor,
+    /// By the decoder's numbers.
+    linears: Vec<DeviceMatrix>,
+    norms: Vec<Tensor>,
     head: DeviceMatrix,
     rope: Rope,
-}
-
-#[derive(Debug)]
-struct DeviceBlock {
-    attn_norm: Tensor,
-    ffn_norm: Tensor,
-    /// In the order of `Target::ALL`.
-    linears: Vec<DeviceMatrix>,
 }
 
 impl DeviceWeights {
@@ -40,43 +34,26 @@ impl DeviceWeights {
         tensors::open(device, head_shape(&weights.config, KvLayout { block_tokens: 1, blocks: 1 }))?;
         let vector = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
         let table = |values: &[f32]| Tensor::from_slice(values, (values.len() / rope.half, rope.half), device);
-        let blocks = weights.blocks.iter().map(|block| {
-            Ok(DeviceBlock {
-                attn_norm: vector(&block.attn_norm)?,
-                ffn_norm: vector(&block.ffn_norm)?,
-                linears: block
-                    .linears
-                    .iter()
-                    .map(|matrix| Ok(DeviceMatrix::new(matrix, device)?))
-                    .collect::<Result<_>>()?,
-            })
-        });
+        let linears = weights.linears.iter().map(|matrix| Ok(DeviceMatrix::new(matrix, device)?));
+        let norms = weights.norms.iter().map(|norm| Ok(vector(norm)?));
         let head = DeviceMatrix::new(weights.head(), device)?;
         let embedding = match weights.head {
             None => head.clone(),
             Some(_) => DeviceMatrix::new(&weights.embedding, device)?,
         };
         Ok(Arc::new(Self {
-            blocks: blocks.collect::<Result<_>>()?,
-            final_norm: vector(&weights.final_norm)?,
+            linears: linears.collect::<Result<_>>()?,
+            norms: norms.collect::<Result<_>>()?,
             rope: Rope { cos: table(&rope.cos)?, sin: table(&rope.sin)? },
             device: device.clone(),
             embedding,
             head,
         }))
     }
-
-    fn norm(&self, norm: Norm) -> &Tensor {
-        match norm {
-            Norm::Attention(layer) => &self.blocks[layer].attn_norm,
-            Norm::Ffn(layer) => &self.blocks[layer].ffn_norm,
-            Norm::Final => &self.final_norm,
-        }
-    }
 }
 
-fn head_shape(config: &LlamaConfig, layout: KvLayout) -> HeadShape {
-    let LlamaConfig { heads, kv_heads, head_dim, .. } = *config;
+fn head_shape(config: &ModelConfig, layout: KvLayout) -> HeadShape {
+    let ModelConfig { heads, kv_heads, head_dim, .. } = *config;
     HeadShape { heads, kv_heads, head_dim, block_tokens: layout.block_tokens }
 }
 
@@ -130,8 +107,10 @@ impl TensorExec {
         self.plan.fill(rows, self.shape);
         self.kernels.upload(&self.plan)?;
         let Self { model, weights, kernels, kv, plan, .. } = self;
-        let mut pass = TensorPass { model, weights, kernels: &**kernels, kv, plan };
-        let hidden = llama::hidden(model, &mut pass)?;
+        let values = Values::default();
+        let mut pass = TensorPass { model, weights, kernels: &**kernels, kv, plan, values };
+        pass.run(&model.decoder().steps)?;
+        let hidden = pass.values.x.take()?;
         if plan.wanted() == 0 {
             return Ok(None);
         }
@@ -176,8 +155,7 @@ impl Adapters {
 
 /// Brings an adapter to the device as it is served.
 fn upload(lora: &PackedLora, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
-    let layers = 0..model.shape().layers;
-    let sites = layers.flat_map(|layer| Target::ALL.map(|target| lora.layer(Site { layer, target })));
+    let sites = (0..model.decoder().sites.len()).map(|site| lora.pair(site));
     Ok(kernels.adapter(&sites.collect::<Vec<_>>())?)
 }
 
@@ -188,58 +166,68 @@ struct TensorPass<'a> {
     kernels: &'a dyn TensorKernels,
     kv: &'a [KvLayer],
     plan: &'a Plan,
+    values: Values,
 }
 
 impl TensorPass<'_> {
     /// The frozen layer, and on top each row's adapter.
-    fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let (layer, target) = (site.layer as usize, site.target as usize);
-        let y = self.kernels.matmul(x, &self.weights.blocks[layer].linears[target])?;
-        Ok(self.kernels.lora(x, y, layer * Target::ALL.len() + target, self.plan)?)
-    }
-}
-
-impl Ops for TensorPass<'_> {
-    type Rows = Tensor;
-
-    fn embed(&mut self) -> Result<Tensor> {
-        Ok(self.kernels.embed(&self.weights.embedding, self.plan)?)
+    fn linear(&self, x: &Tensor, site: SiteId) -> Result<Tensor> {
+        let y = self.kernels.matmul(x, &self.weights.linears[site])?;
+        Ok(self.kernels.lora(x, y, site, self.plan)?)
     }
 
-    fn norm(&mut self, x: &Tensor, norm: Norm) -> Result<Tensor> {
-        Ok(self.kernels.rms_norm(x, self.weights.norm(norm), self.model.config().rms_eps)?)
+    fn norm(&self, x: &Tensor, norm: NormId) -> Result<Tensor> {
+        Ok(self.kernels.rms_norm(x, &self.weights.norms[norm], self.model.config().norm_eps)?)
     }
 
-    fn qkv(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 3]> {
-        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
-        Ok([linear(Target::QProj)?, linear(Target::KProj)?, linear(Target::VProj)?])
-    }
-
-    fn attention(&mut self, layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
+    fn attend(&self, layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
         let kv = &self.kv[layer];
         let q = self.kernels.rotate_and_store((q, &k, &v), &self.weights.rope, kv, self.plan)?;
         Ok(self.kernels.attention(&q, kv, self.plan)?)
     }
 
-    fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
-        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
-        Ok([linear(Target::GateProj)?, linear(Target::UpProj)?])
-    }
-
-    fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
-        Ok(self.kernels.swiglu(gate, &up)?)
-    }
-
-    fn residual_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
-        Ok(self.kernels.add(x, &self.linear(&y, site)?)?)
-    }
-
-    fn select(&mut self, x: Tensor) -> Result<Tensor> {
+    fn select(&self, x: &Tensor) -> Result<Tensor> {
         if self.plan.wanted() == 0 {
             // No device launches a kernel on nothing; nobody reads this row.
             return Ok(x.narrow(0, 0, 1)?);
         }
-        Ok(self.kernels.select(&x, self.plan)?)
+        Ok(self.kernels.select(x, self.plan)?)
+    }
+}
+
+impl StepExecutor for TensorPass<'_> {
+    type Error = Error;
+
+    fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
+        match step {
+            Step::Embed => self.values.x.put(self.kernels.embed(&self.weights.embedding, self.plan)?),
+            Step::Project { norm, sites, .. } => {
+                let input = self.norm(self.values.x.get()?, *norm)?;
+                let outputs = sites.clone().map(|site| self.linear(&input, site));
+                self.values.put_projected(outputs.collect::<Result<_>>()?);
+            }
+            Step::Attend { layer } => {
+                let qkv = self.values.take_projected()?;
+                self.values.y.put(self.attend(*layer, qkv)?);
+            }
+            Step::Gate => {
+                let [gate, up] = self.values.take_projected()?;
+                self.values.y.put(self.kernels.swiglu(gate, &up)?);
+            }
+            Step::Output { site } => {
+                let (x, y) = (self.values.x.take()?, self.values.y.take()?);
+                self.values.x.put(self.kernels.add(x, &self.linear(&y, *site)?)?);
+            }
+            Step::Select => {
+                let x = self.values.x.take()?;
+                self.values.x.put(self.select(&x)?);
+            }
+            Step::Finish { norm } => {
+                let x = self.values.x.take()?;
+                self.values.x.put(self.norm(&x, *norm)?);
+            }
+        }
+        Ok(())
     }
 }
 

@@ -1,40 +1,50 @@
 //! The weights of the tests' model: random blocks of both kernels' formats.
 
+use crate::arch::ARCHITECTURES;
+use crate::arch::config::{ModelConfig, RopeConfig};
+use crate::arch::decoder::Decoder;
 use crate::ids::Digest;
 use crate::kernels::blocks::{BLOCK, QType};
 use crate::kernels::packed::PackedMatrix;
 use crate::random::philox4x32;
-use crate::request::Target;
-use crate::weights::{Block, LlamaConfig, Weights};
+use crate::weights::Weights;
 
-pub(super) fn weights(seed: u64, vocab: usize) -> Weights {
-    let config = LlamaConfig {
+pub(super) fn weights(seed: u64, vocab_size: usize) -> Weights {
+    let config = ModelConfig {
         name: "tiny".into(),
+        architecture: ARCHITECTURES[0].name,
         layers: 2,
-        width: 64,
+        hidden_size: 64,
         heads: 4,
         kv_heads: 2,
         head_dim: 16,
-        ffn: 96,
-        vocab,
-        context: 256,
-        rope_base: 10_000.0,
-        rms_eps: 1e-5,
+        intermediate_size: 96,
+        vocab_size,
+        context_length: 256,
+        rope: RopeConfig { base: 10_000.0, dims: 16 },
+        norm_eps: 1e-5,
     };
+    let decoder = Decoder::new(&config);
     let mut random = Random { seed, counter: 0 };
-    let embedding = random.matrix(QType::Q8_0, vocab, config.width);
-    let blocks = (0..config.layers)
-        .map(|_| Block {
-            attn_norm: random.near_one(config.width),
-            ffn_norm: random.near_one(config.width),
-            linears: Target::ALL.map(|target| {
-                let (cols, rows) = config.dims(target);
-                random.matrix(QType::Q4_1, rows, cols)
-            }),
-        })
-        .collect();
-    let final_norm = random.near_one(config.width);
-    Weights { digest: Digest::of(&seed.to_le_bytes()), embedding, blocks, final_norm, head: None, config }
+    let embedding = random.matrix(QType::Q8_0, vocab_size, config.hidden_size);
+    let mut weights = Weights {
+        digest: Digest::of(&seed.to_le_bytes()),
+        embedding,
+        linears: Vec::new(),
+        norms: Vec::new(),
+        head: None,
+        decoder,
+        config,
+    };
+    for layer in 0..weights.config.layers {
+        // A block's norms before its matrices, so that a seed stands for the same model in all versions.
+        let norms = weights.decoder.norms.iter().filter(|norm| norm.layer == Some(layer));
+        weights.norms.extend(norms.map(|norm| random.near_one(norm.width)));
+        let sites = weights.decoder.sites.iter().filter(|site| site.site.layer as usize == layer);
+        weights.linears.extend(sites.map(|site| random.matrix(QType::Q4_1, site.outputs, site.inputs)));
+    }
+    weights.norms.push(random.near_one(weights.config.hidden_size));
+    weights
 }
 
 struct Random {

@@ -7,14 +7,15 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 
 use crate::adapter::{Lora, LoraLayer, Site};
+use crate::arch::decoder::{NormId, SiteId, Step, StepExecutor};
 use crate::device::{TrainPermit, YieldPoint};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::autograd::{Attention, RmsNorm, Rope, SwiGlu, to_vec};
 pub use crate::model::linear::Dropout;
 use crate::model::linear::{AdaptedLinear, FrozenLinear, TokenLogprobs};
-use crate::model::llama::{self, Norm, Ops};
-use crate::request::{LoraSpec, Target};
+use crate::model::values::Values;
+use crate::request::LoraSpec;
 use crate::sync::lock;
 
 /// A LoRA as candle tensors: `Var`s where it is trained.
@@ -173,9 +174,17 @@ impl Model {
         let selected: Vec<u32> = wanted.iter().map(|&(sequence, i)| (rows[sequence].start + i) as u32).collect();
         let positions = sequences.iter().flat_map(|ids| 0..ids.len()).collect();
         let ids = sequences.concat();
-        let mut ops =
-            TracedPass { model: self, pass, ids, positions: Arc::new(positions), sequences: Arc::new(rows), selected };
-        llama::hidden(self, &mut ops)
+        let mut traced = TracedPass {
+            model: self,
+            pass,
+            ids,
+            positions: Arc::new(positions),
+            sequences: Arc::new(rows),
+            selected,
+            values: Values::default(),
+        };
+        traced.run(&self.decoder().steps)?;
+        traced.values.x.take()
     }
 }
 
@@ -187,28 +196,21 @@ struct TracedPass<'a> {
     positions: Arc<Vec<usize>>,
     sequences: Arc<Vec<Range<usize>>>,
     selected: Vec<u32>,
+    values: Values,
 }
 
 impl TracedPass<'_> {
-    fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let frozen = FrozenLinear { model: self.model.clone(), site, compute: self.pass.compute() };
-        let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&site)) else {
+    fn linear(&self, x: &Tensor, id: SiteId) -> Result<Tensor> {
+        let frozen = FrozenLinear { model: self.model.clone(), site: id, compute: self.pass.compute() };
+        let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&self.model.site(id))) else {
             return Ok(x.apply_op1(frozen)?);
         };
         let dropout = self.pass.dropout.filter(|dropout| dropout.rate > 0.0);
         Ok(x.apply_op3(&layer.a, &layer.b, AdaptedLinear { frozen, scale: layer.scale, dropout })?)
     }
 
-    fn rope(&self, x: Tensor) -> Result<Tensor> {
-        Ok(x.apply_op1(Rope { model: self.model.clone(), positions: self.positions.clone() })?)
-    }
-}
-
-impl Ops for TracedPass<'_> {
-    type Rows = Tensor;
-
-    fn embed(&mut self) -> Result<Tensor> {
-        let width = self.model.config().width;
+    fn embed(&self) -> Result<Tensor> {
+        let width = self.model.config().hidden_size;
         let mut x = vec![0.0; self.ids.len() * width];
         for (out, id) in x.chunks_exact_mut(width).zip(&self.ids) {
             self.model.embed(*id, out);
@@ -216,16 +218,15 @@ impl Ops for TracedPass<'_> {
         Ok(Tensor::from_vec(x, (self.ids.len(), width), &Device::Cpu)?)
     }
 
-    fn norm(&mut self, x: &Tensor, norm: Norm) -> Result<Tensor> {
+    fn norm(&self, x: &Tensor, norm: NormId) -> Result<Tensor> {
         Ok(x.apply_op1(RmsNorm { model: self.model.clone(), norm })?)
     }
 
-    fn qkv(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 3]> {
-        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
-        Ok([linear(Target::QProj)?, linear(Target::KProj)?, linear(Target::VProj)?])
+    fn rope(&self, x: Tensor) -> Result<Tensor> {
+        Ok(x.apply_op1(Rope { model: self.model.clone(), positions: self.positions.clone() })?)
     }
 
-    fn attention(&mut self, _layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
+    fn attend(&self, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
         let config = self.model.config();
         let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
         let (sequences, compute) = (self.sequences.clone(), self.pass.compute());
@@ -233,21 +234,44 @@ impl Ops for TracedPass<'_> {
         Ok(self.rope(q)?.apply_op3(&self.rope(k)?, &v, op)?)
     }
 
-    fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
-        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
-        Ok([linear(Target::GateProj)?, linear(Target::UpProj)?])
-    }
-
-    fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
-        Ok(gate.apply_op2(&up, SwiGlu)?)
-    }
-
-    fn residual_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
-        Ok((x + self.linear(&y, site)?)?)
-    }
-
-    fn select(&mut self, x: Tensor) -> Result<Tensor> {
+    fn select(&self, x: &Tensor) -> Result<Tensor> {
         let rows = Tensor::from_slice(&self.selected, self.selected.len(), &Device::Cpu)?;
         Ok(x.index_select(&rows, 0)?)
+    }
+}
+
+impl StepExecutor for TracedPass<'_> {
+    type Error = Error;
+
+    fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
+        match step {
+            Step::Embed => self.values.x.put(self.embed()?),
+            Step::Project { norm, sites, .. } => {
+                let input = self.norm(self.values.x.get()?, *norm)?;
+                let outputs = sites.clone().map(|site| self.linear(&input, site));
+                self.values.put_projected(outputs.collect::<Result<_>>()?);
+            }
+            Step::Attend { .. } => {
+                let qkv = self.values.take_projected()?;
+                self.values.y.put(self.attend(qkv)?);
+            }
+            Step::Gate => {
+                let [gate, up] = self.values.take_projected()?;
+                self.values.y.put(gate.apply_op2(&up, SwiGlu)?);
+            }
+            Step::Output { site } => {
+                let (x, y) = (self.values.x.take()?, self.values.y.take()?);
+                self.values.x.put((x + self.linear(&y, *site)?)?);
+            }
+            Step::Select => {
+                let x = self.values.x.take()?;
+                self.values.x.put(self.select(&x)?);
+            }
+            Step::Finish { norm } => {
+                let x = self.values.x.take()?;
+                self.values.x.put(self.norm(&x, *norm)?);
+            }
+        }
+        Ok(())
     }
 }

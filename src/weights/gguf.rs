@@ -1,4 +1,4 @@
-//! Reads a GGUF file of the llama architecture, fail-closed.
+//! Reads a GGUF file, fail-closed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -7,8 +7,12 @@ use std::path::Path;
 
 use half::f16;
 
-use super::header::{Header, TensorInfo, Value};
-use super::{Block, LlamaConfig, Weights};
+use super::Weights;
+use super::header::{Header, TensorInfo};
+use super::metadata::Metadata;
+use crate::arch::config::ModelConfig;
+use crate::arch::decoder::{Decoder, NormKind, NormSpec, Site, SiteSpec};
+use crate::arch::{Architecture, unsupported};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::kernels::blocks::{BLOCK, QType};
@@ -18,13 +22,6 @@ use crate::text::Vocabulary;
 
 /// GGUF token types that are control tokens or defined by the user.
 const CONTROL_TYPES: [i64; 2] = [3, 4];
-
-/// Most tokens of a context: the angles of all positions are held in memory.
-const MAX_CONTEXT: usize = 1 << 20;
-
-fn unsupported(field: impl Into<String>, message: impl Into<String>) -> Error {
-    Error::invalid_because("UNSUPPORTED_BASE", field, message)
-}
 
 /// What cannot be read of a base's file; [`load`] adds the path.
 pub(super) fn unreadable(error: std::io::Error) -> Error {
@@ -48,50 +45,53 @@ pub(super) fn load(path: &Path) -> Result<(Weights, Vocabulary)> {
 /// Reads a base of this name and digest.
 pub(super) fn read(mut file: impl Read + Seek, name: String, digest: Digest) -> Result<(Weights, Vocabulary)> {
     let header = Header::read(&mut file)?;
-    let metadata = Metadata(&header.metadata);
-    let config = config(&metadata, name)?;
+    let metadata = Metadata::new(&header.metadata)?;
     let vocabulary = vocabulary(&metadata)?;
+    let config = ModelConfig::read(metadata.architecture, &metadata, name, vocabulary.tokens.len())?;
+    let decoder = Decoder::new(&config);
     let mut tensors = Tensors { names: header.tensors.keys().cloned().collect(), infos: &header.tensors, file };
-    let embedding = tensors.matrix("token_embd.weight", config.vocab, config.width)?;
-    let mut blocks = Vec::new();
-    for layer in 0..config.layers {
-        blocks.push(block(&mut tensors, &config, layer)?);
-    }
-    let final_norm = tensors.vector("output_norm.weight", config.width)?;
+    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+    let embedding = tensors.matrix("token_embd.weight", vocab, hidden)?;
+    let linears = decoder.sites.iter().map(|site| tensors.linear(site, &config, metadata.architecture));
+    let linears = linears.collect::<Result<_>>()?;
+    let norms = decoder.norms.iter().map(|norm| tensors.vector(&norm_name(norm), norm.width));
+    let norms = norms.collect::<Result<_>>()?;
     let head = match tensors.names.contains("output.weight") {
-        true => Some(tensors.matrix("output.weight", config.vocab, config.width)?),
+        true => Some(tensors.matrix("output.weight", vocab, hidden)?),
         false => None,
     };
     if let Some(name) = tensors.names.first() {
         return Err(unsupported(name, "is a tensor that this architecture does not have"));
     }
-    Ok((Weights { config, digest, embedding, blocks, final_norm, head }, vocabulary))
+    Ok((Weights { config, decoder, digest, embedding, linears, norms, head }, vocabulary))
 }
 
-fn block(tensors: &mut Tensors<'_, impl Read + Seek>, config: &LlamaConfig, layer: usize) -> Result<Block> {
-    let mut linear = |target: Target| -> Result<PackedMatrix> {
-        let (cols, rows) = config.dims(target);
-        let (name, heads) = match target {
-            Target::QProj => ("attn_q", config.heads),
-            Target::KProj => ("attn_k", config.kv_heads),
-            Target::VProj => ("attn_v", 0),
-            Target::OProj => ("attn_output", 0),
-            Target::GateProj => ("ffn_gate", 0),
-            Target::UpProj => ("ffn_up", 0),
-            Target::DownProj => ("ffn_down", 0),
-        };
-        let mut tensor = tensors.matrix_bytes(&format!("blk.{layer}.{name}.weight"), rows, cols)?;
-        if heads > 0 {
-            tensor.data = restored_row_order(&tensor, rows, cols, heads);
-        }
-        Ok(PackedMatrix::pack(tensor.qtype, rows, cols, &tensor.data))
+/// What GGUF calls a linear layer of a block.
+fn linear_name(target: Target) -> &'static str {
+    match target {
+        Target::QProj => "attn_q",
+        Target::KProj => "attn_k",
+        Target::VProj => "attn_v",
+        Target::QkvProj => "attn_qkv",
+        Target::OProj => "attn_output",
+        Target::GateProj => "ffn_gate",
+        // One that is gate and up in one has up's name.
+        Target::UpProj | Target::GateUpProj => "ffn_up",
+        Target::DownProj => "ffn_down",
+    }
+}
+
+/// What GGUF calls a norm's weights.
+fn norm_name(norm: &NormSpec) -> String {
+    let kind = match norm.kind {
+        NormKind::Attention => "attn_norm",
+        NormKind::FeedForward => "ffn_norm",
+        NormKind::Final => "output_norm",
     };
-    let [q, k, v, o, gate, up, down] = Target::ALL.map(&mut linear);
-    Ok(Block {
-        linears: [q?, k?, v?, o?, gate?, up?, down?],
-        attn_norm: tensors.vector(&format!("blk.{layer}.attn_norm.weight"), config.width)?,
-        ffn_norm: tensors.vector(&format!("blk.{layer}.ffn_norm.weight"), config.width)?,
-    })
+    match norm.layer {
+        Some(layer) => format!("blk.{layer}.{kind}.weight"),
+        None => format!("{kind}.weight"),
+    }
 }
 
 /// GGUF holds the rows of q and k for interleaved RoPE: row 2j + p of a head is Hugging Face's row p * half + j. Whole rows move,
@@ -166,6 +166,22 @@ impl<R: Read + Seek> Tensors<'_, R> {
         Ok(Tensor { qtype, data })
     }
 
+    /// The matrix of a linear layer, in Hugging Face's order of rows.
+    fn linear(&mut self, spec: &SiteSpec, config: &ModelConfig, architecture: &Architecture) -> Result<PackedMatrix> {
+        let Site { layer, target } = spec.site;
+        let name = format!("blk.{layer}.{}.weight", linear_name(target));
+        let mut tensor = self.matrix_bytes(&name, spec.outputs, spec.inputs)?;
+        let heads = match target {
+            Target::QProj if architecture.interleaved => config.heads,
+            Target::KProj if architecture.interleaved => config.kv_heads,
+            _ => 0,
+        };
+        if heads > 0 {
+            tensor.data = restored_row_order(&tensor, spec.outputs, spec.inputs, heads);
+        }
+        Ok(PackedMatrix::pack(tensor.qtype, spec.outputs, spec.inputs, &tensor.data))
+    }
+
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix> {
         let tensor = self.matrix_bytes(name, rows, cols)?;
         Ok(PackedMatrix::pack(tensor.qtype, rows, cols, &tensor.data))
@@ -188,90 +204,6 @@ fn broken_block(qtype: QType, data: &[u8]) -> Option<usize> {
     let halves = if qtype == QType::Q4_1 { 2 } else { 1 };
     let finite = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).is_finite();
     data.chunks_exact(qtype.row_bytes(BLOCK)).position(|block| !block[..2 * halves].chunks_exact(2).all(finite))
-}
-
-/// Metadata with its keys in the errors.
-struct Metadata<'a>(&'a BTreeMap<String, Value>);
-
-impl Metadata<'_> {
-    fn get(&self, key: &str) -> Result<&Value> {
-        self.0.get(key).ok_or_else(|| unsupported(key, "is missing from the file's metadata"))
-    }
-
-    fn integer(&self, key: &str) -> Result<usize> {
-        let value = match self.get(key)? {
-            Value::Integer(value) => usize::try_from(*value).ok(),
-            _ => None,
-        };
-        value.filter(|v| *v < 1 << 31).ok_or_else(|| unsupported(key, "is not a sane number"))
-    }
-
-    /// A number over 0.
-    fn positive(&self, key: &str) -> Result<f32> {
-        match self.get(key)? {
-            Value::Float(value) if (*value as f32).is_finite() && *value as f32 > 0.0 => Ok(*value as f32),
-            other => Err(unsupported(key, format!("is {other:?}; must be a number over 0"))),
-        }
-    }
-
-    fn text(&self, key: &str) -> Result<&str> {
-        match self.get(key)? {
-            Value::Text(text) => std::str::from_utf8(text).map_err(|_| unsupported(key, "is no UTF-8")),
-            _ => Err(unsupported(key, "is not a text")),
-        }
-    }
-
-    fn texts(&self, key: &str) -> Result<Vec<String>> {
-        self.get(key)?.texts().ok_or_else(|| unsupported(key, "is not a list of texts in UTF-8"))
-    }
-
-    fn integers(&self, key: &str) -> Result<Vec<i64>> {
-        self.get(key)?.integers().ok_or_else(|| unsupported(key, "is not a list of whole numbers"))
-    }
-}
-
-fn config(metadata: &Metadata<'_>, name: String) -> Result<LlamaConfig> {
-    let architecture = metadata.text("general.architecture")?;
-    if architecture != "llama" {
-        return Err(unsupported("general.architecture", format!("is {architecture:?}; this version runs \"llama\"")));
-    }
-    if metadata.0.contains_key("llama.rope.scaling.type") {
-        match metadata.text("llama.rope.scaling.type")? {
-            "none" => {}
-            kind => {
-                let message = format!("is {kind:?}; scaled RoPE is not supported");
-                return Err(unsupported("llama.rope.scaling.type", message));
-            }
-        }
-    }
-    let heads = metadata.integer("llama.attention.head_count")?;
-    let width = metadata.integer("llama.embedding_length")?;
-    let config = LlamaConfig {
-        name,
-        layers: metadata.integer("llama.block_count")?,
-        width,
-        heads,
-        kv_heads: metadata.integer("llama.attention.head_count_kv")?,
-        head_dim: metadata.integer("llama.rope.dimension_count")?,
-        ffn: metadata.integer("llama.feed_forward_length")?,
-        vocab: metadata.texts("tokenizer.ggml.tokens")?.len(),
-        context: metadata.integer("llama.context_length")?,
-        rope_base: metadata.positive("llama.rope.freq_base")?,
-        rms_eps: metadata.positive("llama.attention.layer_norm_rms_epsilon")?,
-    };
-    let sane =
-        [config.layers, width, heads, config.kv_heads, config.ffn, config.vocab, config.context].iter().all(|n| *n > 0)
-            && heads.is_multiple_of(config.kv_heads)
-            && config.head_dim.is_multiple_of(8)
-            && config.head_dim > 0;
-    if !sane {
-        return Err(unsupported("llama.*", format!("the numbers do not fit together: {config:?}")));
-    }
-    if config.context > MAX_CONTEXT {
-        let message = format!("is {}; contexts of up to {MAX_CONTEXT} tokens are served", config.context);
-        return Err(unsupported("llama.context_length", message));
-    }
-    Ok(config)
 }
 
 fn vocabulary(metadata: &Metadata<'_>) -> Result<Vocabulary> {
@@ -298,7 +230,7 @@ fn vocabulary(metadata: &Metadata<'_>) -> Result<Vocabulary> {
         let message = format!("is {end_of_turn}, and there are {} tokens", tokens.len());
         return Err(unsupported("tokenizer.ggml.eos_token_id", message));
     }
-    let bos = match metadata.0.contains_key("tokenizer.ggml.bos_token_id") {
+    let bos = match metadata.has("tokenizer.ggml.bos_token_id") {
         true => Some(metadata.integer("tokenizer.ggml.bos_token_id")?),
         false => None,
     };

@@ -1,0 +1,43 @@
+//! Architectures as data: what a base's settings say ([`config`]), which steps its decoder takes over which linear layers and norms
+//! ([`decoder`]), and one file for each architecture that says in what it differs from the others. Nothing here computes.
+
+pub mod config;
+pub mod decoder;
+mod llama;
+pub mod settings;
+
+use crate::error::{Error, Result};
+use config::ModelConfig;
+use settings::Settings;
+
+/// One architecture.
+#[derive(Debug)]
+pub struct Architecture {
+    /// What a GGUF file calls it, in `general.architecture`; its other keys begin with it.
+    pub name: &'static str,
+    /// Whether a GGUF file holds the rows of q and k for a rotation of neighbours: row 2 j + p of a head is Hugging Face's row p * half + j.
+    pub interleaved: bool,
+    /// Says what is its own, over what all architectures say alike.
+    pub configure: fn(&mut ModelConfig, &dyn Settings) -> Result<()>,
+}
+
+/// All that are served and trained.
+pub const ARCHITECTURES: [&Architecture; 1] = [&llama::LLAMA];
+
+impl Architecture {
+    /// Returns the architecture of a GGUF file's name for it.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_BASE, which lists those that are served.
+    pub fn named(name: &str) -> Result<&'static Self> {
+        ARCHITECTURES.into_iter().find(|known| known.name == name).ok_or_else(|| {
+            let known = ARCHITECTURES.map(|known| known.name).join(", ");
+            unsupported("general.architecture", format!("is {name:?}; this version runs {known}"))
+        })
+    }
+}
+
+/// A refusal of a base that names the setting or tensor.
+pub fn unsupported(field: impl Into<String>, message: impl Into<String>) -> Error {
+    Error::invalid_because("UNSUPPORTED_BASE", field, message)
+}
