@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use crate::adapter::{PackedLora, Site, packed};
 use crate::error::Result;
-use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team};
+use crate::kernels::cpu::{
+    self, Adapters, GROUP_ROWS, HeadPrep, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team,
+};
+use crate::kernels::spec::{Activation, AttentionSpec};
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout, SequenceChunk, reused};
 use crate::model::kv::KvCache;
@@ -311,9 +314,11 @@ impl Ops for ExecPass<'_> {
         let (width, tile) = (config.heads * config.head_dim, |i| rows.tile(i));
         let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk } = &mut *self.buffers;
         let kv = self.kv.layer_mut(layer);
-        cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), kv, |position| rope.at(position));
+        let prep = HeadPrep { angles: Some(&|position| rope.at(position)), ..HeadPrep::default() };
+        cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), kv, prep);
+        let spec = AttentionSpec::causal(config.heads, config.head_dim);
         let input = resized(input, rows.count(), width);
-        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), config.heads, input);
+        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), spec, input);
         let adapters = self.adapted.at(&sites(layer, [Target::OProj]));
         let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
         cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
@@ -330,7 +335,7 @@ impl Ops for ExecPass<'_> {
     fn swiglu(&mut self, layer: usize, _: [(); 2]) -> Result<()> {
         let width = self.model.config().ffn;
         let Buffers { outs: Outs { gate, up, .. }, quantized, shrunk, .. } = &mut *self.buffers;
-        let gated = |row: usize, gate: &mut [f32]| cpu::swiglu_row(gate, &up[row * width..][..width]);
+        let gated = |row: usize, gate: &mut [f32]| cpu::gated_row(Activation::Silu, gate, &up[row * width..][..width]);
         let adapters = self.adapted.at(&sites(layer, [Target::DownProj]));
         let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
         cpu::prepare(self.team, &self.rows.groups, (gate, width), quantized, adapters, gated);

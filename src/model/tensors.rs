@@ -10,7 +10,10 @@ use super::batch::{Best, Executor, KvLayout, SequenceChunk};
 use super::llama::{self, Norm, Ops};
 use crate::adapter::{PackedLora, Site};
 use crate::error::Result;
-use crate::kernels::tensors::{self, DeviceLora, DeviceMatrix, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels};
+use crate::kernels::spec::{Activation, AttentionSpec};
+use crate::kernels::tensors::{
+    self, DeviceLora, DeviceMatrix, HeadPrep, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels,
+};
 use crate::model::Model;
 use crate::request::Target;
 use crate::weights::{LlamaConfig, Weights};
@@ -216,9 +219,11 @@ impl Ops for TensorPass<'_> {
     }
 
     fn attention(&mut self, layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
-        let kv = &self.kv[layer];
-        let q = self.kernels.rotate_and_store((q, &k, &v), &self.weights.rope, kv, self.plan)?;
-        Ok(self.kernels.attention(&q, kv, self.plan)?)
+        let (kv, config) = (&self.kv[layer], self.model.config());
+        let prep = HeadPrep { rope: Some(&self.weights.rope), ..HeadPrep::default() };
+        let q = self.kernels.rotate_and_store((q, &k, &v), prep, kv, self.plan)?;
+        let spec = AttentionSpec::causal(config.heads, config.head_dim);
+        Ok(self.kernels.attention(&q, &spec, kv, self.plan)?)
     }
 
     fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
@@ -227,7 +232,7 @@ impl Ops for TensorPass<'_> {
     }
 
     fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
-        Ok(self.kernels.swiglu(gate, &up)?)
+        Ok(self.kernels.gated(Activation::Silu, gate, &up)?)
     }
 
     fn residual_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {

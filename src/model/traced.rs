@@ -9,8 +9,9 @@ use candle_core::{Device, Tensor, Var};
 use crate::adapter::{Lora, LoraLayer, Site};
 use crate::device::{TrainPermit, YieldPoint};
 use crate::error::{Error, Result};
+use crate::kernels::spec::{Activation, AttentionSpec};
 use crate::model::Model;
-use crate::model::autograd::{Attention, RmsNorm, Rope, SwiGlu, to_vec};
+use crate::model::autograd::{Attention, Gated, RmsNorm, Rope, to_vec};
 pub use crate::model::linear::Dropout;
 use crate::model::linear::{AdaptedLinear, FrozenLinear, TokenLogprobs};
 use crate::model::llama::{self, Norm, Ops};
@@ -200,7 +201,9 @@ impl TracedPass<'_> {
     }
 
     fn rope(&self, x: Tensor) -> Result<Tensor> {
-        Ok(x.apply_op1(Rope { model: self.model.clone(), positions: self.positions.clone() })?)
+        let head_dim = self.model.config().head_dim;
+        let (model, positions) = (self.model.clone(), self.positions.clone());
+        Ok(x.apply_op1(Rope { model, head_dim, positions, factors: None })?)
     }
 }
 
@@ -229,7 +232,8 @@ impl Ops for TracedPass<'_> {
         let config = self.model.config();
         let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
         let (sequences, compute) = (self.sequences.clone(), self.pass.compute());
-        let op = Attention { heads, kv_heads, head_dim, sequences, compute };
+        let spec = AttentionSpec::causal(heads, head_dim);
+        let op = Attention { spec, kv_heads, head_dim, sequences, compute };
         Ok(self.rope(q)?.apply_op3(&self.rope(k)?, &v, op)?)
     }
 
@@ -239,7 +243,7 @@ impl Ops for TracedPass<'_> {
     }
 
     fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
-        Ok(gate.apply_op2(&up, SwiGlu)?)
+        Ok(gate.apply_op2(&up, Gated(Activation::Silu))?)
     }
 
     fn residual_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
