@@ -137,7 +137,7 @@ fn main() {
         let read = step.sequences * (step.before + step.rows);
         let bytes = weights(true) + read as f64 * model.kv_bytes_per_token() as f64;
         let products = (rows * frozen + step.sequences * head) as f64;
-        let attention = (seen * config.layers * config.heads * config.head_dim * 2) as f64;
+        let attention = (seen * config.layers.len() * config.qkv_widths()[0] * 2) as f64;
         println!(
             "| {} | {:.2} ms | {:.0} | {:.0} MB | {:.2} G | {:.1} | {:.0} % | {:.1} | {:.0} % |",
             step.name,

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use crate::arch::config::ModelConfig;
+use crate::arch::config::{AttentionConfig, LayerConfig, ModelConfig, Temperature};
+use crate::kernels::spec::{Activation, AttentionSpec};
 use crate::request::Target;
 
 /// A linear layer's number: its place in [`Decoder::sites`].
@@ -48,8 +49,16 @@ pub struct NormSpec {
 pub enum NormKind {
     /// Before attention.
     Attention,
+    /// Of each head of queries.
+    Query,
+    /// Of each head of keys.
+    Key,
+    /// Of what attention gives.
+    PostAttention,
     /// Before the feed-forward network.
     FeedForward,
+    /// Of what the feed-forward network gives.
+    PostFeedForward,
     /// Before the head.
     Final,
 }
@@ -57,37 +66,42 @@ pub enum NormKind {
 /// The half of a block that a projection begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
-    /// The sites are q, k and v.
+    /// Of q, k and v.
     Attention,
-    /// The sites are gate and up.
+    /// Of gate and up.
     FeedForward,
 }
 
 /// A step. `x` is the residual stream, `[rows, hidden_size]`; `y` what goes into the next output layer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
-    /// x = the embeddings of the rows' ids.
-    Embed,
-    /// The sites' outputs, of norm(x).
+    /// x = scale * the embeddings of the rows' ids.
+    Embed {
+        /// What they are multiplied with.
+        scale: f32,
+    },
+    /// q, k and v, or gate and up: the sites' outputs, of norm(x).
     Project {
         /// The norm of their input.
         norm: NormId,
-        /// The layers that share the input.
+        /// The layers that share the input: one for each output, or one for all, whose outputs lie side by side.
         sites: Range<SiteId>,
-        /// What they are.
+        /// What comes out.
         part: Part,
     },
     /// y = causal attention of the turned q over the sequence's turned k and v, this batch's included.
-    Attend {
-        /// The transformer block, whose keys and values are kept.
-        layer: usize,
+    Attend(Attend),
+    /// y = activation(gate) * up.
+    Gate {
+        /// What the gate goes through.
+        activation: Activation,
     },
-    /// y = silu(gate) * up.
-    Gate,
     /// x += the site's output, of y.
     Output {
         /// The linear layer.
         site: SiteId,
+        /// What becomes of the output before it is added.
+        merge: Merge,
     },
     /// Only the wanted rows of x go on.
     Select,
@@ -96,6 +110,32 @@ pub enum Step {
         /// The norm before the head.
         norm: NormId,
     },
+}
+
+/// What a block's attention does.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Attend {
+    /// The transformer block, whose keys and values are kept.
+    pub layer: usize,
+    /// The scores.
+    pub spec: AttentionSpec,
+    /// Norms of each head of q and of k, before they turn.
+    pub norms: Option<[NormId; 2]>,
+    /// By which of [`ModelConfig::ropes`] q and k turn.
+    pub rope: Option<usize>,
+    /// What q is multiplied with after it has turned.
+    pub temperature: Option<Temperature>,
+}
+
+/// How an output layer's result goes into the residual stream.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Merge {
+    /// As it is.
+    Add,
+    /// Multiplied.
+    Scaled(f32),
+    /// Normed.
+    Normed(NormId),
 }
 
 /// A decoder-only transformer.
@@ -120,7 +160,7 @@ impl Step {
     pub fn sites(&self) -> Range<SiteId> {
         match self {
             Self::Project { sites, .. } => sites.clone(),
-            Self::Output { site } => *site..site + 1,
+            Self::Output { site, .. } => *site..site + 1,
             _ => 0..0,
         }
     }
@@ -134,28 +174,44 @@ pub fn next_sites(steps: &[Step]) -> Range<SiteId> {
 impl Decoder {
     /// Lays out the decoder of a base.
     pub fn new(config: &ModelConfig) -> Self {
-        let mut decoder = Self { steps: vec![Step::Embed], sites: Vec::new(), norms: Vec::new() };
-        for layer in 0..config.layers {
-            decoder.block(config, layer);
+        let embed = Step::Embed { scale: config.embedding_scale };
+        let mut decoder = Self { steps: vec![embed], sites: Vec::new(), norms: Vec::new() };
+        for layer in 0..config.layers.len() {
+            decoder.attention(config, layer);
+            decoder.feed_forward(config, layer);
         }
         let norm = decoder.norm(None, NormKind::Final, config.hidden_size);
         decoder.steps.extend([Step::Select, Step::Finish { norm }]);
         decoder
     }
 
-    fn block(&mut self, config: &ModelConfig, layer: usize) {
-        let hidden = config.hidden_size;
-        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let norm = self.norm(Some(layer), NormKind::Attention, hidden);
-        let sites = [(Target::QProj, q), (Target::KProj, kv), (Target::VProj, kv)];
-        self.project(layer, norm, &sites, hidden, Part::Attention);
-        self.steps.push(Step::Attend { layer });
-        self.output(layer, Target::OProj, (q, hidden));
-        let norm = self.norm(Some(layer), NormKind::FeedForward, hidden);
-        let sites = [Target::GateProj, Target::UpProj].map(|target| (target, config.intermediate_size));
-        self.project(layer, norm, &sites, hidden, Part::FeedForward);
-        self.steps.push(Step::Gate);
-        self.output(layer, Target::DownProj, (config.intermediate_size, hidden));
+    fn attention(&mut self, config: &ModelConfig, layer: usize) {
+        let norm = self.norm(Some(layer), NormKind::Attention, config.hidden_size);
+        let [q, k, v] = config.qkv_widths();
+        let sites: &[_] = match config.fused_projections {
+            true => &[(Target::QkvProj, q + k + v)],
+            false => &[(Target::QProj, q), (Target::KProj, k), (Target::VProj, v)],
+        };
+        self.project(layer, norm, sites, config.hidden_size, Part::Attention);
+        let AttentionConfig { heads, head_dim, scale, softcap, qk_norm, temperature, .. } = config.attention;
+        let LayerConfig { rope, window } = config.layers[layer];
+        let norms =
+            qk_norm.then(|| [NormKind::Query, NormKind::Key].map(|kind| self.norm(Some(layer), kind, head_dim)));
+        let spec = AttentionSpec { heads, scale, softcap, window };
+        self.steps.push(Step::Attend(Attend { layer, spec, norms, rope, temperature }));
+        self.output(config, layer, Target::OProj, q, NormKind::PostAttention);
+    }
+
+    fn feed_forward(&mut self, config: &ModelConfig, layer: usize) {
+        let width = config.intermediate_size;
+        let norm = self.norm(Some(layer), NormKind::FeedForward, config.hidden_size);
+        let sites: &[_] = match config.fused_projections {
+            true => &[(Target::GateUpProj, 2 * width)],
+            false => &[(Target::GateProj, width), (Target::UpProj, width)],
+        };
+        self.project(layer, norm, sites, config.hidden_size, Part::FeedForward);
+        self.steps.push(Step::Gate { activation: config.activation });
+        self.output(config, layer, Target::DownProj, width, NormKind::PostFeedForward);
     }
 
     fn project(&mut self, layer: usize, norm: NormId, sites: &[(Target, usize)], inputs: usize, part: Part) {
@@ -164,9 +220,14 @@ impl Decoder {
         self.steps.push(Step::Project { norm, sites: first..self.sites.len(), part });
     }
 
-    fn output(&mut self, layer: usize, target: Target, (inputs, outputs): (usize, usize)) {
-        self.steps.push(Step::Output { site: self.sites.len() });
-        self.sites.push(SiteSpec::new(layer, target, inputs, outputs));
+    fn output(&mut self, config: &ModelConfig, layer: usize, target: Target, inputs: usize, post_norm: NormKind) {
+        let merge = match (config.post_norms, config.residual_scale) {
+            (true, _) => Merge::Normed(self.norm(Some(layer), post_norm, config.hidden_size)),
+            (false, 1.0) => Merge::Add,
+            (false, scale) => Merge::Scaled(scale),
+        };
+        self.steps.push(Step::Output { site: self.sites.len(), merge });
+        self.sites.push(SiteSpec::new(layer, target, inputs, config.hidden_size));
     }
 
     fn norm(&mut self, layer: Option<usize>, kind: NormKind, width: usize) -> NormId {

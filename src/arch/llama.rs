@@ -3,4 +3,5 @@
 use crate::arch::Architecture;
 
 /// As all architectures, with nothing of its own.
-pub const LLAMA: Architecture = Architecture { name: "llama", interleaved: true, configure: |_, _| Ok(()) };
+pub const LLAMA: Architecture =
+    Architecture { name: "llama", interleaved: true, biased: &[], configure: |_, _| Ok(()) };

@@ -3,10 +3,18 @@
 
 pub mod config;
 pub mod decoder;
+mod gemma;
+mod granite;
 mod llama;
+mod mistral;
+mod phi;
+mod qwen;
+pub mod rope;
 pub mod settings;
+mod smollm;
 
 use crate::error::{Error, Result};
+use crate::request::Target;
 use config::ModelConfig;
 use settings::Settings;
 
@@ -17,12 +25,24 @@ pub struct Architecture {
     pub name: &'static str,
     /// Whether a GGUF file holds the rows of q and k for a rotation of neighbours: row 2 j + p of a head is Hugging Face's row p * half + j.
     pub interleaved: bool,
+    /// Linear layers that must have a bias. Any other may.
+    pub biased: &'static [Target],
     /// Says what is its own, over what all architectures say alike.
     pub configure: fn(&mut ModelConfig, &dyn Settings) -> Result<()>,
 }
 
 /// All that are served and trained.
-pub const ARCHITECTURES: [&Architecture; 1] = [&llama::LLAMA];
+pub const ARCHITECTURES: [&Architecture; 9] = [
+    &llama::LLAMA,
+    &qwen::QWEN2,
+    &qwen::QWEN3,
+    &gemma::GEMMA2,
+    &gemma::GEMMA3,
+    &phi::PHI3,
+    &smollm::SMOLLM3,
+    &granite::GRANITE,
+    &mistral::MISTRAL3,
+];
 
 impl Architecture {
     /// Returns the architecture of a GGUF file's name for it.

@@ -10,6 +10,25 @@ pub struct Key {
     pub gguf: &'static str,
 }
 
+/// Which blocks have something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Pattern {
+    /// All but every so manieth.
+    Period(usize),
+    /// Said for each.
+    Each(Vec<bool>),
+}
+
+impl Pattern {
+    /// Returns whether a block has it.
+    pub fn has(&self, layer: usize) -> bool {
+        match self {
+            Self::Period(period) => *period > 0 && layer % period < period - 1,
+            Self::Each(flags) => flags.get(layer).copied().unwrap_or_default(),
+        }
+    }
+}
+
 /// A base's settings.
 pub trait Settings {
     /// Returns what the source calls the key, for errors.
@@ -26,6 +45,12 @@ pub trait Settings {
     /// # Errors
     /// UNSUPPORTED_BASE where it is something else.
     fn number(&self, key: Key) -> Result<Option<f32>>;
+
+    /// Returns a list of yes and no, or one for each block as a number that says how often; `None` where the source does not have the key.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_BASE where it is something else.
+    fn pattern(&self, key: Key) -> Result<Option<Pattern>>;
 
     /// Returns a text; `None` where the source does not have the key.
     ///
@@ -92,6 +117,26 @@ keys! {
     NUM_KV_HEADS: "attention.head_count_kv";
     /// Values of a head.
     HEAD_DIM: "attention.key_length";
+    /// Values of a head of values.
+    VALUE_DIM: "attention.value_length";
+    /// What the products of queries and keys are multiplied with.
+    ATTENTION_SCALE: "attention.scale";
+    /// The cap of attention's scores.
+    ATTENTION_SOFTCAP: "attn_logit_softcapping";
+    /// How much queries grow with their position.
+    ATTENTION_TEMPERATURE: "attention.temperature_scale";
+    /// Positions that a windowed block's queries see.
+    SLIDING_WINDOW: "attention.sliding_window";
+    /// Which blocks have a window.
+    SLIDING_WINDOW_PATTERN: "attention.sliding_window_pattern";
+    /// What embeddings are multiplied with.
+    EMBEDDING_SCALE: "embedding_scale";
+    /// What is added to the residual stream is multiplied with.
+    RESIDUAL_SCALE: "residual_scale";
+    /// What logits are divided by.
+    LOGIT_SCALE: "logit_scale";
+    /// The cap of logits.
+    LOGIT_SOFTCAP: "final_logit_softcapping";
     /// Tokens.
     CONTEXT_LENGTH: "context_length";
     /// What the norms add to the mean square.
@@ -100,6 +145,20 @@ keys! {
     ROPE_BASE: "rope.freq_base";
     /// Values of a head that turn.
     ROPE_DIMS: "rope.dimension_count";
+    /// The base of the frequencies in blocks with a window.
+    ROPE_BASE_WINDOWED: "rope.freq_base_swa";
     /// `none`, `linear`, `yarn` or `longrope`.
     ROPE_SCALING: "rope.scaling.type";
+    /// What frequencies are divided by.
+    ROPE_FACTOR: "rope.scaling.factor";
+    /// What cosines and sines are multiplied with.
+    ROPE_ATTENTION_FACTOR: "rope.scaling.attn_factor";
+    /// Tokens that the base was trained on before its context was made longer.
+    ROPE_ORIGINAL_CONTEXT: "rope.scaling.original_context_length";
+    /// Turns above which YaRN keeps a frequency.
+    YARN_BETA_FAST: "rope.scaling.yarn_beta_fast";
+    /// Turns below which YaRN divides a frequency.
+    YARN_BETA_SLOW: "rope.scaling.yarn_beta_slow";
+    /// How much of YaRN's temperature is taken out again.
+    YARN_LOG_MULTIPLIER: "rope.scaling.yarn_log_multiplier";
 }

@@ -8,9 +8,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::adapter::PackedLora;
-use crate::arch::decoder::{NormId, Part, SiteId, Step, StepExecutor, next_sites};
+use crate::arch::decoder::{Attend, Merge, NormId, Part, SiteId, Step, StepExecutor, next_sites};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team};
+use crate::kernels::cpu::{
+    self, Adapters, GROUP_ROWS, HeadNorms, HeadPrep, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team,
+};
+use crate::kernels::spec::Activation;
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout, SequenceChunk, reused};
 use crate::model::kv::KvCache;
@@ -63,11 +66,12 @@ impl Executor for Exec {
             self.logits = Vec::new();
         }
         self.logits.resize(rows * head.rows(), 0.0);
-        let layer = Linear { matrix: head, y: &mut self.logits, accumulate: false };
+        let layer = Linear { matrix: head, bias: None, y: &mut self.logits, accumulate: false };
         // The next step begins anew.
         let first = next_sites(&self.model.decoder().steps).start;
         let next = Next { matrices: [Some(self.model.matrix(first)), None, None, None], adapters: None };
         cpu::linear(Team::get(), &self.buffers.quantized, &mut [layer], None, next);
+        self.model.config().logits.apply(&mut self.logits);
         Ok(&self.logits)
     }
 }
@@ -172,6 +176,10 @@ struct Outs {
     v: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+    /// What comes out of one layer and stands for several of the above, side by side.
+    fused: Vec<f32>,
+    /// What is not added to x as it is.
+    branch: Vec<f32>,
 }
 
 /// One batch going through the model.
@@ -226,8 +234,9 @@ impl ExecPass<'_> {
         let Buffers { outs: buffers, quantized, shrunk, .. } = &mut *self.buffers;
         let mut of_sites = sites.clone();
         let mut layers = outs(buffers).map(|y| {
-            let matrix = model.matrix(of_sites.next().unwrap_or(sites.start));
-            Linear { matrix, y: resized(y, rows.count(), matrix.rows()), accumulate }
+            let site = of_sites.next().unwrap_or(sites.start);
+            let matrix = model.matrix(site);
+            Linear { matrix, bias: model.bias(site), y: resized(y, rows.count(), matrix.rows()), accumulate }
         });
         let (adapters, next_adapters) = (self.adapted.at(sites), self.adapted.at(next.clone()));
         let adapters = adapters.as_ref().map(|adapters| (adapters, &shrunk[..]));
@@ -239,11 +248,11 @@ impl ExecPass<'_> {
         cpu::linear(self.team, quantized, &mut layers, adapters, next);
     }
 
-    fn embed(&mut self) {
+    fn embed(&mut self, scale: f32) {
         let width = self.model.config().hidden_size;
         let x = resized(&mut self.buffers.outs.x, self.rows.count(), width);
         for (x, id) in x.chunks_exact_mut(width).zip(&self.rows.ids) {
-            self.model.embed(*id, x);
+            self.model.embed(*id, scale, x);
         }
     }
 
@@ -259,29 +268,71 @@ impl ExecPass<'_> {
         cpu::prepare(self.team, groups, (input, width), quantized, adapters, normed);
     }
 
+    /// Projects x, normed, to q, k and v or to gate and up.
+    fn project(&mut self, norm: NormId, sites: Range<SiteId>, part: Part, next: Range<SiteId>) {
+        self.norm(norm, &self.rows.groups, sites.clone());
+        match (sites.len(), part) {
+            (1, _) => {
+                self.linear(sites, next, false, |outs| [&mut outs.fused]);
+                let Outs { q, k, v, gate, up, fused, .. } = &mut self.buffers.outs;
+                let widths = self.model.config().widths(part);
+                match part {
+                    Part::Attention => split(fused, &widths, &mut [q, k, v]),
+                    Part::FeedForward => split(fused, &widths, &mut [gate, up]),
+                }
+            }
+            (_, Part::Attention) => self.linear(sites, next, false, |o| [&mut o.q, &mut o.k, &mut o.v]),
+            (_, Part::FeedForward) => self.linear(sites, next, false, |o| [&mut o.gate, &mut o.up]),
+        }
+    }
+
     /// Gives y, prepared for the next sites.
-    fn attend(&mut self, layer: usize, next: Range<SiteId>) {
+    fn attend(&mut self, attend: &Attend, next: Range<SiteId>) {
         // Everything is read back after rounding, this chunk's rows included: so a chunk's borders change no bit.
-        let (config, rows, rope) = (self.model.config(), self.rows, &self.model.rope);
-        let (width, tile) = (config.heads * config.head_dim, |i| rows.tile(i));
+        let (model, rows) = (self.model, self.rows);
+        let (width, tile) = (model.config().qkv_widths()[0], |i| rows.tile(i));
         let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk } = &mut *self.buffers;
-        let kv = self.kv.layer_mut(layer);
-        cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), kv, |position| rope.at(position));
+        let eps = model.config().norm_eps;
+        let angles = attend.rope.map(|rope| move |position| model.ropes[rope].at(position));
+        let factor = attend.temperature.map(|by| move |position| by.at(position));
+        let prep = HeadPrep {
+            norms: attend.norms.map(|[q, k]| HeadNorms { q: model.norm(q), k: model.norm(k), eps }),
+            angles: angles.as_ref().map(|angles| angles as _),
+            q_factor: factor.as_ref().map(|factor| factor as _),
+        };
+        cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), self.kv.layer_mut(attend.layer), prep);
         let input = resized(input, rows.count(), width);
-        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), config.heads, input);
+        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(attend.layer), attend.spec, input);
         let adapters = self.adapted.at(next);
         let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
         cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
     }
 
     /// Gives y, prepared for the next sites.
-    fn gate(&mut self, next: Range<SiteId>) {
+    fn gate(&mut self, activation: Activation, next: Range<SiteId>) {
         let width = self.model.config().intermediate_size;
         let Buffers { outs: Outs { gate, up, .. }, quantized, shrunk, .. } = &mut *self.buffers;
-        let gated = |row: usize, gate: &mut [f32]| cpu::swiglu_row(gate, &up[row * width..][..width]);
+        let gated = |row: usize, gate: &mut [f32]| cpu::gated_row(activation, gate, &up[row * width..][..width]);
         let adapters = self.adapted.at(next);
         let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
         cpu::prepare(self.team, &self.rows.groups, (gate, width), quantized, adapters, gated);
+    }
+
+    /// Adds the output layer of y to x.
+    fn output(&mut self, site: SiteId, merge: Merge, next: Range<SiteId>) {
+        let sites = site..site + 1;
+        if merge == Merge::Add {
+            return self.linear(sites, next, true, |outs| [&mut outs.x]);
+        }
+        self.linear(sites, next, false, |outs| [&mut outs.branch]);
+        let Outs { x, branch, .. } = &mut self.buffers.outs;
+        match merge {
+            Merge::Add => {}
+            Merge::Scaled(scale) => x.iter_mut().zip(branch).for_each(|(x, y)| *x += scale * *y),
+            Merge::Normed(norm) => {
+                cpu::add_rms_norm(self.team, x, branch, self.model.norm(norm), self.model.config().norm_eps);
+            }
+        }
     }
 
     fn select(&mut self) {
@@ -290,6 +341,19 @@ impl ExecPass<'_> {
             x.copy_within(from * width..(from + 1) * width, to * width);
         }
         x.truncate(kept.len() * width);
+    }
+}
+
+/// Puts columns that lie side by side each into a buffer of its own.
+fn split(from: &[f32], widths: &[usize], to: &mut [&mut Vec<f32>]) {
+    let all: usize = widths.iter().sum();
+    to.iter_mut().for_each(|to| to.clear());
+    for mut row in from.chunks_exact(all) {
+        for (to, width) in to.iter_mut().zip(widths) {
+            let (part, rest) = row.split_at(*width);
+            to.extend_from_slice(part);
+            row = rest;
+        }
     }
 }
 
@@ -307,17 +371,11 @@ impl StepExecutor for ExecPass<'_> {
         let rows = self.rows;
         let next = next_sites(next);
         match step {
-            Step::Embed => self.embed(),
-            Step::Project { norm, sites, part } => {
-                self.norm(*norm, &rows.groups, sites.clone());
-                match part {
-                    Part::Attention => self.linear(sites.clone(), next, false, |o| [&mut o.q, &mut o.k, &mut o.v]),
-                    Part::FeedForward => self.linear(sites.clone(), next, false, |o| [&mut o.gate, &mut o.up]),
-                }
-            }
-            Step::Attend { layer } => self.attend(*layer, next),
-            Step::Gate => self.gate(next),
-            Step::Output { site } => self.linear(*site..site + 1, next, true, |o| [&mut o.x]),
+            Step::Embed { scale } => self.embed(*scale),
+            Step::Project { norm, sites, part } => self.project(*norm, sites.clone(), *part, next),
+            Step::Attend(attend) => self.attend(attend, next),
+            Step::Gate { activation } => self.gate(*activation, next),
+            Step::Output { site, merge } => self.output(*site, *merge, next),
             Step::Select => self.select(),
             Step::Finish { norm } => self.norm(*norm, &rows.kept_groups, 0..0),
         }

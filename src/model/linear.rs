@@ -29,7 +29,7 @@ fn pieces(w: &PackedMatrix, rows: usize, compute: &YieldPoint, mut f: impl FnMut
     }
 }
 
-/// `y = x W^T` at a site. x: `[rows, in]`, y: `[rows, out]`.
+/// `y = x W^T + b` at a site. x: `[rows, in]`, y: `[rows, out]`.
 pub(super) struct FrozenLinear {
     pub model: Arc<Model>,
     pub site: SiteId,
@@ -49,6 +49,9 @@ impl FrozenLinear {
                 true,
             );
         });
+        if let Some(bias) = self.model.bias(self.site) {
+            y.chunks_exact_mut(bias.len()).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
+        }
         y
     }
 
@@ -235,6 +238,7 @@ impl TokenLogprobs {
             logits.resize(rows * count, 0.0);
             let out = Out { data: &mut logits, stride: count, accumulate: false };
             mul_nt(out, Mat::dense(x, head.cols()), weights, true);
+            self.model.config().logits.apply(&mut logits);
             f(from, &mut logits, weights);
         });
     }
@@ -276,17 +280,21 @@ impl CustomOp1 for TokenLogprobs {
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let (values, dy) = (to_vec(x)?, to_vec(dy)?);
         let (rows, width) = x.dims2()?;
-        let lse = lock(&self.log_sum_exp);
+        let (lse, config) = (lock(&self.log_sum_exp), self.model.config().logits);
         let mut dx = vec![0.0; values.len()];
         self.logits(&values, |from, logits, weights| {
             let count = logits.len() / rows;
             let of_row = logits.par_chunks_exact_mut(count).zip(&*lse).zip(self.targets.par_iter().zip(&dy));
             of_row.for_each(|((logits, lse), (target, dy))| {
+                let before = (!config.is_plain()).then(|| logits.to_vec());
                 for logit in logits.iter_mut() {
                     *logit = -dy * (*logit - lse).exp();
                 }
                 if let Some(logit) = (*target as usize).checked_sub(from).and_then(|i| logits.get_mut(i)) {
                     *logit += dy;
+                }
+                if let Some(before) = before {
+                    config.backward(&before, logits);
                 }
             });
             let dlogits = Mat::dense(logits, count);

@@ -7,6 +7,7 @@ mod exec;
 mod initial;
 mod kv;
 mod linear;
+mod logits;
 pub mod parity;
 mod rope;
 mod tensors;
@@ -20,8 +21,9 @@ use std::sync::Arc;
 use candle_core::Device;
 
 use crate::adapter::{BaseShape, LinearShape, Site};
-use crate::arch::config::ModelConfig;
+use crate::arch::config::{AttentionConfig, ModelConfig};
 use crate::arch::decoder::{Decoder, NormId, SiteId};
+use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM};
 use crate::kernels::packed::PackedMatrix;
@@ -37,7 +39,8 @@ use tensors::{DeviceWeights, TensorExec};
 pub struct Model {
     weights: Weights,
     shape: BaseShape,
-    rope: RopeTable,
+    /// In the order of [`ModelConfig::ropes`].
+    ropes: Vec<RopeTable>,
     /// `None` where the CPU serves.
     on_device: Option<Arc<DeviceWeights>>,
 }
@@ -85,33 +88,30 @@ impl Model {
 
     fn new(weights: Weights, device: &Device) -> Result<Arc<Self>> {
         let config = &weights.config;
-        if config.head_dim > MAX_HEAD_DIM || !config.head_dim.is_multiple_of(HEAD_DIM_STEP) {
-            return Err(Error::invalid_because(
-                "UNSUPPORTED_BASE",
-                "llama.rope.dimension_count",
-                format!("is {}; heads of up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_STEP} are served", config.head_dim),
-            ));
+        let AttentionConfig { heads, kv_heads, head_dim, .. } = config.attention;
+        if head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(HEAD_DIM_STEP) {
+            let message = format!(
+                "has heads of {head_dim} values; heads of up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_STEP} are served"
+            );
+            return Err(unsupported(&config.name, message));
         }
-        let group = config.heads / config.kv_heads;
+        let group = heads / kv_heads;
         if group > MAX_GROUP {
-            return Err(Error::invalid_because(
-                "UNSUPPORTED_BASE",
-                "llama.attention.head_count_kv",
-                format!("gives {group} heads to a KV head; up to {MAX_GROUP} are served"),
-            ));
+            let message = format!("gives {group} heads to a KV head; up to {MAX_GROUP} are served");
+            return Err(unsupported(&config.name, message));
         }
         let shape = BaseShape {
             name: config.name.clone(),
             digest: weights.digest,
-            layers: config.layers as u32,
+            layers: config.layers.len() as u32,
             linears: weights.decoder.block_sites().iter().map(LinearShape::from).collect(),
         };
-        let rope = RopeTable::new(&config.rope, config.context_length);
+        let ropes: Vec<_> = config.ropes.iter().map(|rope| RopeTable::new(rope, config.context_length)).collect();
         let on_device = match device {
             Device::Cpu => None,
-            device => Some(DeviceWeights::new(&weights, &rope, device)?),
+            device => Some(DeviceWeights::new(&weights, &ropes, device)?),
         };
-        Ok(Arc::new(Self { shape, rope, on_device, weights }))
+        Ok(Arc::new(Self { shape, ropes, on_device, weights }))
     }
 
     /// Returns whether the model serves on the CPU, where it is trained too.
@@ -154,13 +154,18 @@ impl Model {
 
     /// Bytes of the KV cache for one token.
     pub fn kv_bytes_per_token(&self) -> u64 {
-        let config = self.config();
-        (2 * config.layers * config.kv_heads * config.head_dim * size_of::<u16>()) as u64
+        let [_, k, v] = self.config().qkv_widths();
+        (self.config().layers.len() * (k + v) * size_of::<u16>()) as u64
     }
 
     /// `[out, in]`.
     fn matrix(&self, site: SiteId) -> &PackedMatrix {
-        &self.weights.linears[site]
+        &self.weights.linears[site].matrix
+    }
+
+    /// `[out]`.
+    fn bias(&self, site: SiteId) -> Option<&[f32]> {
+        self.weights.linears[site].bias.as_deref()
     }
 
     /// The name of a linear layer.
@@ -173,9 +178,12 @@ impl Model {
         self.weights.head()
     }
 
-    /// The exact embedding of an id, `[hidden_size]`.
-    fn embed(&self, id: u32, out: &mut [f32]) {
+    /// The exact embedding of an id times `scale`, `[hidden_size]`.
+    fn embed(&self, id: u32, scale: f32, out: &mut [f32]) {
         self.weights.embedding.dequantize(id as usize, out);
+        if scale != 1.0 {
+            out.iter_mut().for_each(|x| *x *= scale);
+        }
     }
 
     fn norm(&self, norm: NormId) -> &[f32] {

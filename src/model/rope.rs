@@ -1,28 +1,55 @@
-//! The angles by which queries and keys turn.
+//! The angles by which queries and keys turn, computed as positions come.
 
-use crate::arch::config::RopeConfig;
+use std::sync::OnceLock;
 
-/// Cosines and sines of every position's angles, as Hugging Face computes them in float32.
+use crate::arch::rope::RopeConfig;
+
+/// Positions that are computed together.
+const PIECE: usize = 512;
+
+/// Cosines and sines of positions' angles, as Hugging Face computes them in float32.
 #[derive(Debug)]
 pub(super) struct RopeTable {
-    pub(super) half: usize,
-    /// `[context, half]` each.
-    pub(super) cos: Vec<f32>,
-    pub(super) sin: Vec<f32>,
+    /// `[dims / 2]`.
+    frequencies: Vec<f32>,
+    attention_factor: f32,
+    /// Of [`PIECE`] positions each, as soon as one of them is asked for.
+    pieces: Vec<OnceLock<Angles>>,
+}
+
+/// `[positions, dims / 2]` each.
+#[derive(Debug, Default)]
+pub(super) struct Angles {
+    pub cos: Vec<f32>,
+    pub sin: Vec<f32>,
 }
 
 impl RopeTable {
+    /// A table for contexts of up to `context` tokens.
     pub fn new(config: &RopeConfig, context: usize) -> Self {
-        let half = config.dims / 2;
-        let frequency = |i: usize| 1.0 / config.base.powf(2.0 * i as f32 / config.dims as f32);
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
-        let angles = (0..context).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
-        let (cos, sin) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
-        Self { half, cos, sin }
+        let pieces = (0..context.div_ceil(PIECE)).map(|_| OnceLock::new()).collect();
+        Self { frequencies: config.frequencies(context), attention_factor: config.attention_factor, pieces }
     }
 
+    /// The cosines and sines of a position, which must lie in the context.
     pub fn at(&self, position: usize) -> (&[f32], &[f32]) {
-        let range = position * self.half..(position + 1) * self.half;
-        (&self.cos[range.clone()], &self.sin[range])
+        let first = position / PIECE * PIECE;
+        let angles = self.pieces[position / PIECE].get_or_init(|| self.angles(first..first + PIECE));
+        let half = self.frequencies.len();
+        let range = (position - first) * half..(position - first + 1) * half;
+        (&angles.cos[range.clone()], &angles.sin[range])
+    }
+
+    /// The angles of positions in a row.
+    pub fn angles(&self, positions: std::ops::Range<usize>) -> Angles {
+        let turned = positions.flat_map(|position| self.frequencies.iter().map(move |f| position as f32 * f));
+        let (cos, sin) =
+            turned.map(|angle| (angle.cos() * self.attention_factor, angle.sin() * self.attention_factor)).unzip();
+        Angles { cos, sin }
+    }
+
+    /// Half of the values of a head that turn.
+    pub fn half(&self) -> usize {
+        self.frequencies.len()
     }
 }

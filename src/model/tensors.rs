@@ -8,10 +8,12 @@ use candle_core::{Device, Tensor};
 use super::batch::{Best, Executor, KvLayout, SequenceChunk};
 use super::rope::RopeTable;
 use crate::adapter::PackedLora;
-use crate::arch::config::ModelConfig;
-use crate::arch::decoder::{NormId, SiteId, Step, StepExecutor};
+use crate::arch::config::{AttentionConfig, LogitConfig, ModelConfig, Temperature};
+use crate::arch::decoder::{Attend, Merge, NormId, SiteId, Step, StepExecutor};
 use crate::error::{Error, Result};
-use crate::kernels::tensors::{self, DeviceLora, DeviceMatrix, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels};
+use crate::kernels::tensors::{
+    self, DeviceLora, DeviceMatrix, HeadNorms, HeadPrep, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels,
+};
 use crate::model::Model;
 use crate::model::values::Values;
 use crate::weights::Weights;
@@ -22,19 +24,31 @@ pub(super) struct DeviceWeights {
     device: Device,
     embedding: DeviceMatrix,
     /// By the decoder's numbers.
-    linears: Vec<DeviceMatrix>,
+    linears: Vec<(DeviceMatrix, Option<Tensor>)>,
     norms: Vec<Tensor>,
     head: DeviceMatrix,
-    rope: Rope,
+    /// By the base's numbers.
+    ropes: Vec<Rope>,
+    /// What queries are multiplied with at each position.
+    q_factors: Option<Tensor>,
 }
 
 impl DeviceWeights {
-    pub fn new(weights: &Weights, rope: &RopeTable, device: &Device) -> Result<Arc<Self>> {
+    pub fn new(weights: &Weights, ropes: &[RopeTable], device: &Device) -> Result<Arc<Self>> {
         // A base or a GPU that the kernels do not fit fails now, not with the first request.
         tensors::open(device, head_shape(&weights.config, KvLayout { block_tokens: 1, blocks: 1 }))?;
         let vector = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
-        let table = |values: &[f32]| Tensor::from_slice(values, (values.len() / rope.half, rope.half), device);
-        let linears = weights.linears.iter().map(|matrix| Ok(DeviceMatrix::new(matrix, device)?));
+        let context = weights.config.context_length;
+        let rope = |rope: &RopeTable| -> Result<Rope> {
+            let angles = rope.angles(0..context);
+            let table = |values: Vec<f32>| Tensor::from_vec(values, (context, rope.half()), device);
+            Ok(Rope { cos: table(angles.cos)?, sin: table(angles.sin)? })
+        };
+        let factors = |by: Temperature| vector(&(0..context).map(|position| by.at(position)).collect::<Vec<_>>());
+        let linears = weights.linears.iter().map(|linear| {
+            let bias = linear.bias.as_deref().map(vector).transpose()?;
+            Ok((DeviceMatrix::new(&linear.matrix, device)?, bias))
+        });
         let norms = weights.norms.iter().map(|norm| Ok(vector(norm)?));
         let head = DeviceMatrix::new(weights.head(), device)?;
         let embedding = match weights.head {
@@ -44,7 +58,8 @@ impl DeviceWeights {
         Ok(Arc::new(Self {
             linears: linears.collect::<Result<_>>()?,
             norms: norms.collect::<Result<_>>()?,
-            rope: Rope { cos: table(&rope.cos)?, sin: table(&rope.sin)? },
+            ropes: ropes.iter().map(rope).collect::<Result<_>>()?,
+            q_factors: weights.config.attention.temperature.map(factors).transpose()?,
             device: device.clone(),
             embedding,
             head,
@@ -53,7 +68,7 @@ impl DeviceWeights {
 }
 
 fn head_shape(config: &ModelConfig, layout: KvLayout) -> HeadShape {
-    let ModelConfig { heads, kv_heads, head_dim, .. } = *config;
+    let AttentionConfig { heads, kv_heads, head_dim, .. } = config.attention;
     HeadShape { heads, kv_heads, head_dim, block_tokens: layout.block_tokens }
 }
 
@@ -76,7 +91,7 @@ impl TensorExec {
     pub fn new(model: Arc<Model>, weights: Arc<DeviceWeights>, layout: KvLayout) -> Result<Self> {
         layout.check()?;
         let shape = head_shape(model.config(), layout);
-        let layers = 0..model.config().layers;
+        let layers = 0..model.config().layers.len();
         Ok(Self {
             kernels: tensors::open(&weights.device, shape)?,
             kv: layers.map(|_| Ok(KvLayer::new(shape, layout.blocks, &weights.device)?)).collect::<Result<_>>()?,
@@ -114,7 +129,13 @@ impl TensorExec {
         if plan.wanted() == 0 {
             return Ok(None);
         }
-        Ok(Some(kernels.matmul(&hidden, &weights.head)?))
+        let products = kernels.matmul(&hidden, &weights.head)?;
+        let LogitConfig { scale, softcap } = model.config().logits;
+        let logits = if scale == 1.0 { products } else { (products * f64::from(scale))? };
+        Ok(Some(match softcap {
+            None => logits,
+            Some(cap) => ((logits / f64::from(cap))?.tanh()? * f64::from(cap))?,
+        }))
     }
 }
 
@@ -172,7 +193,11 @@ struct TensorPass<'a> {
 impl TensorPass<'_> {
     /// The frozen layer, and on top each row's adapter.
     fn linear(&self, x: &Tensor, site: SiteId) -> Result<Tensor> {
-        let y = self.kernels.matmul(x, &self.weights.linears[site])?;
+        let (matrix, bias) = &self.weights.linears[site];
+        let mut y = self.kernels.matmul(x, matrix)?;
+        if let Some(bias) = bias {
+            y = y.broadcast_add(bias)?;
+        }
         Ok(self.kernels.lora(x, y, site, self.plan)?)
     }
 
@@ -180,10 +205,24 @@ impl TensorPass<'_> {
         Ok(self.kernels.rms_norm(x, &self.weights.norms[norm], self.model.config().norm_eps)?)
     }
 
-    fn attend(&self, layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
-        let kv = &self.kv[layer];
-        let q = self.kernels.rotate_and_store((q, &k, &v), &self.weights.rope, kv, self.plan)?;
-        Ok(self.kernels.attention(&q, kv, self.plan)?)
+    fn attend(&self, attend: &Attend, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
+        let (kv, weights, eps) = (&self.kv[attend.layer], self.weights, self.model.config().norm_eps);
+        let prep = HeadPrep {
+            norms: attend.norms.map(|[q, k]| HeadNorms { q: &weights.norms[q], k: &weights.norms[k], eps }),
+            rope: attend.rope.map(|rope| &weights.ropes[rope]),
+            q_factors: attend.temperature.and(weights.q_factors.as_ref()),
+        };
+        let q = self.kernels.rotate_and_store((q, &k, &v), prep, kv, self.plan)?;
+        Ok(self.kernels.attention(&q, &attend.spec, kv, self.plan)?)
+    }
+
+    fn merge(&self, x: Tensor, y: Tensor, merge: Merge) -> Result<Tensor> {
+        let y = match merge {
+            Merge::Add => y,
+            Merge::Scaled(scale) => (y * f64::from(scale))?,
+            Merge::Normed(norm) => self.norm(&y, norm)?,
+        };
+        Ok(self.kernels.add(x, &y)?)
     }
 
     fn select(&self, x: &Tensor) -> Result<Tensor> {
@@ -200,23 +239,27 @@ impl StepExecutor for TensorPass<'_> {
 
     fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
         match step {
-            Step::Embed => self.values.x.put(self.kernels.embed(&self.weights.embedding, self.plan)?),
-            Step::Project { norm, sites, .. } => {
+            Step::Embed { scale } => {
+                let x = self.kernels.embed(&self.weights.embedding, self.plan)?;
+                self.values.x.put(if *scale == 1.0 { x } else { (x * f64::from(*scale))? });
+            }
+            Step::Project { norm, sites, part } => {
                 let input = self.norm(self.values.x.get()?, *norm)?;
                 let outputs = sites.clone().map(|site| self.linear(&input, site));
-                self.values.put_projected(outputs.collect::<Result<_>>()?);
+                self.values.put_projected(outputs.collect::<Result<_>>()?, &self.model.config().widths(*part))?;
             }
-            Step::Attend { layer } => {
+            Step::Attend(attend) => {
                 let qkv = self.values.take_projected()?;
-                self.values.y.put(self.attend(*layer, qkv)?);
+                self.values.y.put(self.attend(attend, qkv)?);
             }
-            Step::Gate => {
+            Step::Gate { activation } => {
                 let [gate, up] = self.values.take_projected()?;
-                self.values.y.put(self.kernels.swiglu(gate, &up)?);
+                self.values.y.put(self.kernels.gated(*activation, gate, &up)?);
             }
-            Step::Output { site } => {
+            Step::Output { site, merge } => {
                 let (x, y) = (self.values.x.take()?, self.values.y.take()?);
-                self.values.x.put(self.kernels.add(x, &self.linear(&y, *site)?)?);
+                let y = self.linear(&y, *site)?;
+                self.values.x.put(self.merge(x, y, *merge)?);
             }
             Step::Select => {
                 let x = self.values.x.take()?;
@@ -241,7 +284,7 @@ mod tests {
     use crate::request::LoraSpec;
 
     fn on_the_cpu(model: &Arc<Model>, layout: KvLayout) -> TensorExec {
-        let weights = DeviceWeights::new(&model.weights, &model.rope, &Device::Cpu).unwrap();
+        let weights = DeviceWeights::new(&model.weights, &model.ropes, &Device::Cpu).unwrap();
         TensorExec::new(model.clone(), weights, layout).unwrap()
     }
 

@@ -1,28 +1,42 @@
 //! The weights of the tests' model: random blocks of both kernels' formats.
 
 use crate::arch::ARCHITECTURES;
-use crate::arch::config::{ModelConfig, RopeConfig};
-use crate::arch::decoder::Decoder;
+use crate::arch::config::{AttentionConfig, LayerConfig, LogitConfig, ModelConfig};
+use crate::arch::decoder::{Decoder, SiteSpec};
+use crate::arch::rope::{RopeConfig, RopeScaling};
 use crate::ids::Digest;
 use crate::kernels::blocks::{BLOCK, QType};
 use crate::kernels::packed::PackedMatrix;
+use crate::kernels::spec::Activation;
 use crate::random::philox4x32;
-use crate::weights::Weights;
+use crate::weights::{LinearWeights, Weights};
 
 pub(super) fn weights(seed: u64, vocab_size: usize) -> Weights {
     let config = ModelConfig {
         name: "tiny".into(),
         architecture: ARCHITECTURES[0].name,
-        layers: 2,
         hidden_size: 64,
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 16,
         intermediate_size: 96,
         vocab_size,
         context_length: 256,
-        rope: RopeConfig { base: 10_000.0, dims: 16 },
         norm_eps: 1e-5,
+        activation: Activation::Silu,
+        attention: AttentionConfig {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            scale: 0.25,
+            softcap: None,
+            qk_norm: false,
+            temperature: None,
+        },
+        post_norms: false,
+        fused_projections: false,
+        embedding_scale: 1.0,
+        residual_scale: 1.0,
+        logits: LogitConfig { scale: 1.0, softcap: None },
+        ropes: vec![RopeConfig { base: 10_000.0, dims: 16, scaling: RopeScaling::None, attention_factor: 1.0 }],
+        layers: vec![LayerConfig { rope: Some(0), window: None }; 2],
     };
     let decoder = Decoder::new(&config);
     let mut random = Random { seed, counter: 0 };
@@ -36,12 +50,14 @@ pub(super) fn weights(seed: u64, vocab_size: usize) -> Weights {
         decoder,
         config,
     };
-    for layer in 0..weights.config.layers {
+    for layer in 0..weights.config.layers.len() {
         // A block's norms before its matrices, so that a seed stands for the same model in all versions.
         let norms = weights.decoder.norms.iter().filter(|norm| norm.layer == Some(layer));
         weights.norms.extend(norms.map(|norm| random.near_one(norm.width)));
         let sites = weights.decoder.sites.iter().filter(|site| site.site.layer as usize == layer);
-        weights.linears.extend(sites.map(|site| random.matrix(QType::Q4_1, site.outputs, site.inputs)));
+        let matrix = |site: &SiteSpec| random.matrix(QType::Q4_1, site.outputs, site.inputs);
+        let linears = sites.map(matrix).map(|matrix| LinearWeights { matrix, bias: None });
+        weights.linears.extend(linears);
     }
     weights.norms.push(random.near_one(weights.config.hidden_size));
     weights

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 
 use crate::adapter::{Lora, LoraLayer, Site};
-use crate::arch::decoder::{NormId, SiteId, Step, StepExecutor};
+use crate::arch::config::AttentionConfig;
+use crate::arch::decoder::{Attend, Merge, NormId, SiteId, Step, StepExecutor};
 use crate::device::{TrainPermit, YieldPoint};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::autograd::{Attention, RmsNorm, Rope, SwiGlu, to_vec};
+use crate::model::autograd::{Attention, Gated, RmsNorm, Rope, to_vec};
 pub use crate::model::linear::Dropout;
 use crate::model::linear::{AdaptedLinear, FrozenLinear, TokenLogprobs};
 use crate::model::values::Values;
@@ -150,7 +151,10 @@ impl Model {
         let head = self.head();
         let mut dense = vec![0.0; head.rows() * head.cols()];
         head.dequantize(0, &mut dense);
-        Ok(hidden.matmul(&Tensor::from_vec(dense, (head.rows(), head.cols()), &Device::Cpu)?.t()?)?)
+        let products = hidden.matmul(&Tensor::from_vec(dense, (head.rows(), head.cols()), &Device::Cpu)?.t()?)?;
+        let mut logits = to_vec(&products)?;
+        self.config().logits.apply(&mut logits);
+        Ok(Tensor::from_vec(logits, products.shape(), &Device::Cpu)?)
     }
 
     fn traced_hidden(
@@ -209,11 +213,11 @@ impl TracedPass<'_> {
         Ok(x.apply_op3(&layer.a, &layer.b, AdaptedLinear { frozen, scale: layer.scale, dropout })?)
     }
 
-    fn embed(&self) -> Result<Tensor> {
+    fn embed(&self, scale: f32) -> Result<Tensor> {
         let width = self.model.config().hidden_size;
         let mut x = vec![0.0; self.ids.len() * width];
         for (out, id) in x.chunks_exact_mut(width).zip(&self.ids) {
-            self.model.embed(*id, out);
+            self.model.embed(*id, scale, out);
         }
         Ok(Tensor::from_vec(x, (self.ids.len(), width), &Device::Cpu)?)
     }
@@ -222,16 +226,41 @@ impl TracedPass<'_> {
         Ok(x.apply_op1(RmsNorm { model: self.model.clone(), norm })?)
     }
 
-    fn rope(&self, x: Tensor) -> Result<Tensor> {
-        Ok(x.apply_op1(Rope { model: self.model.clone(), positions: self.positions.clone() })?)
+    /// Prepares heads of q or k; `factors` are of rows.
+    fn prepare(
+        &self,
+        x: Tensor,
+        norm: Option<NormId>,
+        rope: Option<usize>,
+        factors: Option<Vec<f32>>,
+    ) -> Result<Tensor> {
+        let x = match norm {
+            Some(norm) => self.norm(&x, norm)?,
+            None => x,
+        };
+        if rope.is_none() && factors.is_none() {
+            return Ok(x);
+        }
+        let (model, positions) = (self.model.clone(), self.positions.clone());
+        let head_dim = model.config().attention.head_dim;
+        Ok(x.apply_op1(Rope { model, rope, head_dim, positions, factors: factors.map(Arc::new) })?)
     }
 
-    fn attend(&self, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
-        let config = self.model.config();
-        let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
+    fn attend(&self, attend: &Attend, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
+        let AttentionConfig { kv_heads, head_dim, .. } = self.model.config().attention;
+        let [q_norm, k_norm] = attend.norms.map_or([None; 2], |norms| norms.map(Some));
+        let factors = attend.temperature.map(|by| self.positions.iter().map(|position| by.at(*position)).collect());
+        let (q, k) = (self.prepare(q, q_norm, attend.rope, factors)?, self.prepare(k, k_norm, attend.rope, None)?);
         let (sequences, compute) = (self.sequences.clone(), self.pass.compute());
-        let op = Attention { heads, kv_heads, head_dim, sequences, compute };
-        Ok(self.rope(q)?.apply_op3(&self.rope(k)?, &v, op)?)
+        Ok(q.apply_op3(&k, &v, Attention { spec: attend.spec, kv_heads, head_dim, sequences, compute })?)
+    }
+
+    fn merge(&self, x: Tensor, y: Tensor, merge: Merge) -> Result<Tensor> {
+        Ok(match merge {
+            Merge::Add => (x + y)?,
+            Merge::Scaled(scale) => (x + (y * f64::from(scale))?)?,
+            Merge::Normed(norm) => (x + self.norm(&y, norm)?)?,
+        })
     }
 
     fn select(&self, x: &Tensor) -> Result<Tensor> {
@@ -245,23 +274,24 @@ impl StepExecutor for TracedPass<'_> {
 
     fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
         match step {
-            Step::Embed => self.values.x.put(self.embed()?),
-            Step::Project { norm, sites, .. } => {
+            Step::Embed { scale } => self.values.x.put(self.embed(*scale)?),
+            Step::Project { norm, sites, part } => {
                 let input = self.norm(self.values.x.get()?, *norm)?;
                 let outputs = sites.clone().map(|site| self.linear(&input, site));
-                self.values.put_projected(outputs.collect::<Result<_>>()?);
+                self.values.put_projected(outputs.collect::<Result<_>>()?, &self.model.config().widths(*part))?;
             }
-            Step::Attend { .. } => {
+            Step::Attend(attend) => {
                 let qkv = self.values.take_projected()?;
-                self.values.y.put(self.attend(qkv)?);
+                self.values.y.put(self.attend(attend, qkv)?);
             }
-            Step::Gate => {
+            Step::Gate { activation } => {
                 let [gate, up] = self.values.take_projected()?;
-                self.values.y.put(gate.apply_op2(&up, SwiGlu)?);
+                self.values.y.put(gate.apply_op2(&up, Gated(*activation))?);
             }
-            Step::Output { site } => {
+            Step::Output { site, merge } => {
                 let (x, y) = (self.values.x.take()?, self.values.y.take()?);
-                self.values.x.put((x + self.linear(&y, *site)?)?);
+                let y = self.linear(&y, *site)?;
+                self.values.x.put(self.merge(x, y, *merge)?);
             }
             Step::Select => {
                 let x = self.values.x.take()?;

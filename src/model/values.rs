@@ -37,9 +37,18 @@ impl Value {
 }
 
 impl Values {
-    /// Leaves what was projected: q, k, v or gate, up.
-    pub fn put_projected(&mut self, values: Vec<Tensor>) {
+    /// Leaves what was projected: q, k, v or gate, up, of these widths; or one tensor with all of them side by side.
+    pub fn put_projected(&mut self, values: Vec<Tensor>, widths: &[usize]) -> Result<()> {
         self.projected = values;
+        if let [all] = &self.projected[..] {
+            let ends = widths.iter().scan(0, |end, width| {
+                *end += width;
+                Some(*end)
+            });
+            let parts = ends.zip(widths).map(|(end, width)| Ok(all.narrow(1, end - width, *width)?.contiguous()?));
+            self.projected = parts.collect::<Result<_>>()?;
+        }
+        Ok(())
     }
 
     pub fn take_projected<const N: usize>(&mut self) -> Result<[Tensor; N]> {

@@ -7,11 +7,13 @@ use std::path::Path;
 
 use half::f16;
 
-use super::Weights;
 use super::header::{Header, TensorInfo};
 use super::metadata::Metadata;
+use super::{LinearWeights, Weights};
 use crate::arch::config::ModelConfig;
 use crate::arch::decoder::{Decoder, NormKind, NormSpec, Site, SiteSpec};
+use crate::arch::rope::{RopeConfig, RopeScaling};
+use crate::arch::settings::{ROPE_ORIGINAL_CONTEXT, Settings};
 use crate::arch::{Architecture, unsupported};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
@@ -47,9 +49,13 @@ pub(super) fn read(mut file: impl Read + Seek, name: String, digest: Digest) -> 
     let header = Header::read(&mut file)?;
     let metadata = Metadata::new(&header.metadata)?;
     let vocabulary = vocabulary(&metadata)?;
-    let config = ModelConfig::read(metadata.architecture, &metadata, name, vocabulary.tokens.len())?;
+    let mut config = ModelConfig::read(metadata.architecture, &metadata, name, vocabulary.tokens.len())?;
     let decoder = Decoder::new(&config);
     let mut tensors = Tensors { names: header.tensors.keys().cloned().collect(), infos: &header.tensors, file };
+    let original_context = Settings::integer(&metadata, ROPE_ORIGINAL_CONTEXT)?.unwrap_or(config.context_length);
+    for rope in &mut config.ropes {
+        tensors.rope_factors(rope, original_context)?;
+    }
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
     let embedding = tensors.matrix("token_embd.weight", vocab, hidden)?;
     let linears = decoder.sites.iter().map(|site| tensors.linear(site, &config, metadata.architecture));
@@ -85,7 +91,11 @@ fn linear_name(target: Target) -> &'static str {
 fn norm_name(norm: &NormSpec) -> String {
     let kind = match norm.kind {
         NormKind::Attention => "attn_norm",
+        NormKind::Query => "attn_q_norm",
+        NormKind::Key => "attn_k_norm",
+        NormKind::PostAttention => "post_attention_norm",
         NormKind::FeedForward => "ffn_norm",
+        NormKind::PostFeedForward => "post_ffw_norm",
         NormKind::Final => "output_norm",
     };
     match norm.layer {
@@ -94,20 +104,17 @@ fn norm_name(norm: &NormSpec) -> String {
     }
 }
 
-/// GGUF holds the rows of q and k for interleaved RoPE: row 2j + p of a head is Hugging Face's row p * half + j. Whole rows move,
-/// so no value changes, and adapters need no inverse.
-fn restored_row_order(tensor: &Tensor, rows: usize, cols: usize, heads: usize) -> Vec<u8> {
-    let bytes = tensor.qtype.row_bytes(cols);
+/// GGUF holds the rows of q and k for interleaved RoPE: row 2j + p of a head is Hugging Face's row p * half + j. Gives the file's rows in
+/// Hugging Face's order. Whole rows move, so no value changes, and adapters need no inverse.
+fn hf_rows(rows: usize, heads: usize) -> impl Iterator<Item = usize> {
     let head_rows = rows / heads;
     let half = head_rows / 2;
-    let mut restored = Vec::with_capacity(tensor.data.len());
-    for head in 0..heads {
-        for row in 0..head_rows {
-            let from = head * head_rows + 2 * (row % half) + row / half;
-            restored.extend_from_slice(&tensor.data[from * bytes..][..bytes]);
-        }
-    }
-    restored
+    (0..rows).map(move |row| row / head_rows * head_rows + 2 * (row % head_rows % half) + row % head_rows / half)
+}
+
+fn restored_row_order(tensor: &Tensor, rows: usize, cols: usize, heads: usize) -> Vec<u8> {
+    let bytes = tensor.qtype.row_bytes(cols);
+    hf_rows(rows, heads).flat_map(|row| &tensor.data[row * bytes..][..bytes]).copied().collect()
 }
 
 /// A tensor's bytes as the file has them.
@@ -166,20 +173,47 @@ impl<R: Read + Seek> Tensors<'_, R> {
         Ok(Tensor { qtype, data })
     }
 
-    /// The matrix of a linear layer, in Hugging Face's order of rows.
-    fn linear(&mut self, spec: &SiteSpec, config: &ModelConfig, architecture: &Architecture) -> Result<PackedMatrix> {
+    /// The tensors of a linear layer, in Hugging Face's order of rows.
+    fn linear(&mut self, spec: &SiteSpec, config: &ModelConfig, architecture: &Architecture) -> Result<LinearWeights> {
         let Site { layer, target } = spec.site;
-        let name = format!("blk.{layer}.{}.weight", linear_name(target));
-        let mut tensor = self.matrix_bytes(&name, spec.outputs, spec.inputs)?;
+        let name = |what: &str| format!("blk.{layer}.{}.{what}", linear_name(target));
+        let mut tensor = self.matrix_bytes(&name("weight"), spec.outputs, spec.inputs)?;
+        let mut bias = None;
+        if architecture.biased.contains(&target) || self.names.contains(&name("bias")) {
+            bias = Some(self.vector(&name("bias"), spec.outputs)?);
+        }
         let heads = match target {
-            Target::QProj if architecture.interleaved => config.heads,
-            Target::KProj if architecture.interleaved => config.kv_heads,
+            Target::QProj if architecture.interleaved => config.attention.heads,
+            Target::KProj if architecture.interleaved => config.attention.kv_heads,
             _ => 0,
         };
         if heads > 0 {
             tensor.data = restored_row_order(&tensor, spec.outputs, spec.inputs, heads);
+            bias = bias.map(|bias| hf_rows(spec.outputs, heads).map(|row| bias[row]).collect());
         }
-        Ok(PackedMatrix::pack(tensor.qtype, spec.outputs, spec.inputs, &tensor.data))
+        let matrix = PackedMatrix::pack(tensor.qtype, spec.outputs, spec.inputs, &tensor.data);
+        Ok(LinearWeights { matrix, bias })
+    }
+
+    /// Reads the factors of frequencies, where the file has some.
+    fn rope_factors(&mut self, rope: &mut RopeConfig, context: usize) -> Result<()> {
+        let half = rope.dims / 2;
+        let mut factors = |name: &str| -> Result<Option<Vec<f32>>> {
+            let read = self.names.contains(name).then(|| self.vector(name, half)).transpose()?;
+            match read.as_ref().is_some_and(|factors| factors.iter().any(|factor| *factor <= 0.0)) {
+                true => Err(unsupported(name, "holds a factor that is not over 0: the file is damaged")),
+                false => Ok(read),
+            }
+        };
+        let all = factors("rope_freqs.weight")?;
+        match (factors("rope_factors_short.weight")?, factors("rope_factors_long.weight")?) {
+            (Some(short), Some(long)) => {
+                rope.scaling = RopeScaling::LongRope { short, long, original_context: context };
+            }
+            (None, None) => rope.scaling = all.map_or(rope.scaling.clone(), RopeScaling::Factors),
+            _ => return Err(unsupported("rope_factors", "has only one of short and long: the file is damaged")),
+        }
+        Ok(())
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix> {

@@ -178,6 +178,14 @@ impl Value {
         values.collect()
     }
 
+    /// The values of a list of yes and no, also where they are whole numbers.
+    pub(super) fn flags(&self) -> Option<Vec<bool>> {
+        match self {
+            Self::List(Kind::Bool, _, data) => Some(data.iter().map(|byte| *byte != 0).collect()),
+            _ => self.integers().map(|values| values.into_iter().map(|value| value != 0).collect()),
+        }
+    }
+
     /// The values of a list of texts.
     pub(super) fn texts(&self) -> Option<Vec<String>> {
         let Self::List(Kind::Text, count, data) = self else { return None };

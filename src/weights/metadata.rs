@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::header::Value;
-use crate::arch::settings::{Key, Settings};
+use crate::arch::settings::{Key, Pattern, Settings};
 use crate::arch::{ARCHITECTURES, Architecture, unsupported};
 use crate::error::Result;
 
@@ -68,8 +68,19 @@ impl Settings for Metadata<'_> {
         let name = self.name(key);
         match self.entries.get(&name) {
             None => Ok(None),
+            Some(Value::Integer(value)) => Ok(Some(*value as f32)),
             Some(Value::Float(value)) if (*value as f32).is_finite() => Ok(Some(*value as f32)),
             Some(other) => Err(unsupported(name, format!("is {other:?}; must be a number"))),
+        }
+    }
+
+    fn pattern(&self, key: Key) -> Result<Option<Pattern>> {
+        let name = self.name(key);
+        let Some(value) = self.entries.get(&name) else { return Ok(None) };
+        match (value, value.flags()) {
+            (Value::Integer(period), _) if *period >= 0 => Ok(Some(Pattern::Period(*period as usize))),
+            (_, Some(flags)) => Ok(Some(Pattern::Each(flags))),
+            _ => Err(unsupported(name, "is no number and no list of yes and no")),
         }
     }
 

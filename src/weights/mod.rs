@@ -17,6 +17,15 @@ use crate::ids::Digest;
 use crate::kernels::packed::PackedMatrix;
 use crate::text::Vocabulary;
 
+/// A linear layer's tensors.
+#[derive(Debug)]
+pub struct LinearWeights {
+    /// `[out, in]`.
+    pub matrix: PackedMatrix,
+    /// `[out]`.
+    pub bias: Option<Vec<f32>>,
+}
+
 /// All of a base's tensors.
 #[derive(Debug)]
 pub struct Weights {
@@ -28,8 +37,8 @@ pub struct Weights {
     pub digest: Digest,
     /// `[vocab_size, hidden_size]`.
     pub embedding: PackedMatrix,
-    /// `[out, in]` of each of the decoder's sites.
-    pub linears: Vec<PackedMatrix>,
+    /// Of each of the decoder's sites.
+    pub linears: Vec<LinearWeights>,
     /// The weights of each of the decoder's norms.
     pub norms: Vec<Vec<f32>>,
     /// `[vocab_size, hidden_size]`; `None` where the head is the embedding.

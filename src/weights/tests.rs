@@ -19,7 +19,7 @@ fn refusal(file: &[u8]) -> String {
 #[test]
 fn a_sound_file_is_read() {
     let (weights, vocabulary) = Weights::from_bytes(&File::tiny().bytes()).unwrap();
-    assert_eq!((weights.config.layers, weights.config.hidden_size, weights.config.vocab_size), (1, 32, 258));
+    assert_eq!((weights.config.layers.len(), weights.config.hidden_size, weights.config.vocab_size), (1, 32, 258));
     assert_eq!(vocabulary.control, [256, 257]);
     Text::new(vocabulary).unwrap();
     let second = File { version: 2, ..File::tiny() };
@@ -85,9 +85,9 @@ fn lies() -> Vec<(File, &'static str)> {
         (u32_of("llama.embedding_length", 64), "token_embd.weight"),
         (u32_of("llama.attention.head_count", 0), "llama.attention.head_count: is 0"),
         (u32_of("llama.attention.head_count_kv", 0), "llama.attention.head_count_kv: is 0"),
-        (u32_of("llama.attention.head_count", 1 << 30), "attn_q"),
-        (u32_of("llama.rope.dimension_count", 1 << 30), "attn_q"),
-        (u32_of("llama.rope.dimension_count", 12), "is 12, of which 12 turn"),
+        (u32_of("llama.attention.head_count", 1 << 30), "llama.attention.key_length: is 0"),
+        (u32_of("llama.rope.dimension_count", 1 << 30), "llama.rope.dimension_count: is 1073741824"),
+        (u32_of("llama.rope.dimension_count", 11), "llama.rope.dimension_count: is 11"),
         (u32_of("tokenizer.ggml.eos_token_id", 258), "eos_token_id"),
         (float("llama.rope.freq_base", f32::NAN), "freq_base"),
         (float("llama.rope.freq_base", 0.0), "freq_base"),

@@ -9,6 +9,7 @@ pub mod cuda;
 pub mod error;
 pub mod gemm;
 pub mod packed;
+pub mod spec;
 pub mod tensors;
 pub mod testing;
 

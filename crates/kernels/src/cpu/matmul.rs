@@ -23,6 +23,8 @@ const ROW_BLOCK: usize = 64;
 pub struct Linear<'a> {
     /// The frozen weights.
     pub matrix: &'a PackedMatrix,
+    /// Added to each row's outputs, `[matrix.rows()]`.
+    pub bias: Option<&'a [f32]>,
     /// `[rows, matrix.rows()]`.
     pub y: &'a mut [f32],
     /// Adds to `y` in place of overwriting it.
@@ -93,6 +95,10 @@ fn linear_at(
             }
         }
     });
+    for Linear { bias, y, .. } in layers {
+        let Some(bias) = bias else { continue };
+        y.chunks_exact_mut(bias.len()).for_each(|y| y.iter_mut().zip(*bias).for_each(|(y, bias)| *y += bias));
+    }
 }
 
 /// Most layers of one call.
@@ -343,7 +349,7 @@ mod tests {
             level,
             Team::get(),
             x,
-            &mut [Linear { matrix: w, y: &mut y, accumulate: false }],
+            &mut [Linear { matrix: w, bias: None, y: &mut y, accumulate: false }],
             None,
             Next::default(),
         );
@@ -392,8 +398,8 @@ mod tests {
             let mut ys = [vec![2.0; rows * first], vec![0.0; rows * second]];
             let [a, b] = &mut ys;
             linear(Team::get(), &q, &mut [
-                Linear { matrix: &matrices[0], y: a, accumulate: true },
-                Linear { matrix: &matrices[1], y: b, accumulate: false },
+                Linear { matrix: &matrices[0], bias: None, y: a, accumulate: true },
+                Linear { matrix: &matrices[1], bias: None, y: b, accumulate: false },
             ], None, Next::default());
             let alone = matrices.each_ref().map(|w| product(Level::best(), w, &q));
             prop_assert_eq!(&ys[1], &alone[1]);
