@@ -8,6 +8,7 @@ use std::path::Path;
 use half::f16;
 
 use super::header::{Header, TensorInfo, Value};
+use super::vocabulary::vocabulary;
 use super::{Block, LlamaConfig, Weights};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
@@ -15,9 +16,6 @@ use crate::kernels::blocks::{BLOCK, QType};
 use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::Vocabulary;
-
-/// GGUF token types that are control tokens or defined by the user.
-const CONTROL_TYPES: [i64; 2] = [3, 4];
 
 /// Most tokens of a context: the angles of all positions are held in memory.
 const MAX_CONTEXT: usize = 1 << 20;
@@ -50,7 +48,7 @@ pub(super) fn read(mut file: impl Read + Seek, name: String, digest: Digest) -> 
     let header = Header::read(&mut file)?;
     let metadata = Metadata(&header.metadata);
     let config = config(&metadata, name)?;
-    let vocabulary = vocabulary(&metadata)?;
+    let vocabulary = vocabulary(&header.metadata)?;
     let mut tensors = Tensors { names: header.tensors.keys().cloned().collect(), infos: &header.tensors, file };
     let embedding = tensors.matrix("token_embd.weight", config.vocab, config.width)?;
     let mut blocks = Vec::new();
@@ -224,10 +222,6 @@ impl Metadata<'_> {
     fn texts(&self, key: &str) -> Result<Vec<String>> {
         self.get(key)?.texts().ok_or_else(|| unsupported(key, "is not a list of texts in UTF-8"))
     }
-
-    fn integers(&self, key: &str) -> Result<Vec<i64>> {
-        self.get(key)?.integers().ok_or_else(|| unsupported(key, "is not a list of whole numbers"))
-    }
 }
 
 fn config(metadata: &Metadata<'_>, name: String) -> Result<LlamaConfig> {
@@ -272,50 +266,4 @@ fn config(metadata: &Metadata<'_>, name: String) -> Result<LlamaConfig> {
         return Err(unsupported("llama.context_length", message));
     }
     Ok(config)
-}
-
-fn vocabulary(metadata: &Metadata<'_>) -> Result<Vocabulary> {
-    let model = metadata.text("tokenizer.ggml.model")?;
-    if model != "gpt2" {
-        return Err(unsupported(
-            "tokenizer.ggml.model",
-            format!("is {model:?}; byte-level BPE (\"gpt2\") can be read"),
-        ));
-    }
-    let (tokens, types) = (metadata.texts("tokenizer.ggml.tokens")?, metadata.integers("tokenizer.ggml.token_type")?);
-    if types.len() != tokens.len() {
-        let message = format!("has {} entries, and tokenizer.ggml.tokens {}", types.len(), tokens.len());
-        return Err(unsupported("tokenizer.ggml.token_type", message));
-    }
-    let control = types.iter().enumerate().filter(|(_, kind)| CONTROL_TYPES.contains(kind)).map(|(id, _)| id as u32);
-    let control: Vec<u32> = control.collect();
-    // One without a text would be found between any two characters.
-    if let Some(id) = control.iter().find(|id| tokens[**id as usize].is_empty()) {
-        return Err(unsupported("tokenizer.ggml.tokens", format!("has a control token without a text, {id}")));
-    }
-    let end_of_turn = metadata.integer("tokenizer.ggml.eos_token_id")?;
-    if end_of_turn >= tokens.len() {
-        let message = format!("is {end_of_turn}, and there are {} tokens", tokens.len());
-        return Err(unsupported("tokenizer.ggml.eos_token_id", message));
-    }
-    let bos = match metadata.0.contains_key("tokenizer.ggml.bos_token_id") {
-        true => Some(metadata.integer("tokenizer.ggml.bos_token_id")?),
-        false => None,
-    };
-    if let Some(id) = bos.filter(|id| *id >= tokens.len()) {
-        let message = format!("is {id}, and there are {} tokens", tokens.len());
-        return Err(unsupported("tokenizer.ggml.bos_token_id", message));
-    }
-    let pair = |merge: &String| merge.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned()));
-    let merges = metadata.texts("tokenizer.ggml.merges")?;
-    let merges = merges.iter().map(pair).collect::<Option<_>>();
-    Ok(Vocabulary {
-        control,
-        tokens,
-        merges: merges.ok_or_else(|| unsupported("tokenizer.ggml.merges", "holds an entry that is no pair"))?,
-        pre: metadata.text("tokenizer.ggml.pre")?.to_owned(),
-        end_of_turn: end_of_turn as u32,
-        bos: bos.map(|id| id as u32),
-        chat_template: metadata.text("tokenizer.chat_template")?.to_owned(),
-    })
 }

@@ -6,7 +6,9 @@ mod header;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod vocabulary;
 
+use std::io::{Read, Seek};
 use std::path::Path;
 
 use crate::error::Result;
@@ -54,6 +56,14 @@ impl LlamaConfig {
             Target::DownProj => (self.ffn, self.width),
         }
     }
+}
+
+/// Reads the vocabulary of a GGUF file from its header, whatever tensors there are.
+///
+/// # Errors
+/// BASE_UNREADABLE, UNSUPPORTED_BASE or UNSUPPORTED_TOKENIZER where it cannot be read or is not known.
+pub fn read_vocabulary(file: &mut (impl Read + Seek)) -> Result<Vocabulary> {
+    vocabulary::vocabulary(&header::Header::read(file)?.metadata)
 }
 
 /// One layer's tensors.
