@@ -182,13 +182,5 @@ fn chat() -> [ChatMessage; 2] {
 }
 
 fn tiny_vocabulary() -> Vocabulary {
-    Vocabulary {
-        tokens: Vec::new(),
-        merges: Vec::new(),
-        control: vec![256, 257],
-        pre: "smollm".into(),
-        end_of_turn: 257,
-        bos: None,
-        chat_template: String::new(),
-    }
+    Vocabulary { tokens: Vec::new(), control: vec![256, 257], pre: "smollm".into(), eos: 257, ..Vocabulary::default() }
 }

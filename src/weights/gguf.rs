@@ -9,6 +9,7 @@ use half::f16;
 
 use super::header::{Header, TensorInfo};
 use super::metadata::Metadata;
+use super::vocabulary::vocabulary;
 use super::{LinearWeights, Weights};
 use crate::arch::config::ModelConfig;
 use crate::arch::decoder::{Decoder, NormKind, NormSpec, Site, SiteSpec};
@@ -21,9 +22,6 @@ use crate::kernels::blocks::{BLOCK, QType};
 use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::Vocabulary;
-
-/// GGUF token types that are control tokens or defined by the user.
-const CONTROL_TYPES: [i64; 2] = [3, 4];
 
 /// What cannot be read of a base's file; [`load`] adds the path.
 pub(super) fn unreadable(error: std::io::Error) -> Error {
@@ -48,7 +46,7 @@ pub(super) fn load(path: &Path) -> Result<(Weights, Vocabulary)> {
 pub(super) fn read(mut file: impl Read + Seek, name: String, digest: Digest) -> Result<(Weights, Vocabulary)> {
     let header = Header::read(&mut file)?;
     let metadata = Metadata::new(&header.metadata)?;
-    let vocabulary = vocabulary(&metadata)?;
+    let vocabulary = vocabulary(&header.metadata)?;
     let mut config = ModelConfig::read(metadata.architecture, &metadata, name, vocabulary.tokens.len())?;
     let decoder = Decoder::new(&config);
     let mut tensors = Tensors { names: header.tensors.keys().cloned().collect(), infos: &header.tensors, file };
@@ -238,50 +236,4 @@ fn broken_block(qtype: QType, data: &[u8]) -> Option<usize> {
     let halves = if qtype == QType::Q4_1 { 2 } else { 1 };
     let finite = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).is_finite();
     data.chunks_exact(qtype.row_bytes(BLOCK)).position(|block| !block[..2 * halves].chunks_exact(2).all(finite))
-}
-
-fn vocabulary(metadata: &Metadata<'_>) -> Result<Vocabulary> {
-    let model = metadata.text("tokenizer.ggml.model")?;
-    if model != "gpt2" {
-        return Err(unsupported(
-            "tokenizer.ggml.model",
-            format!("is {model:?}; byte-level BPE (\"gpt2\") can be read"),
-        ));
-    }
-    let (tokens, types) = (metadata.texts("tokenizer.ggml.tokens")?, metadata.integers("tokenizer.ggml.token_type")?);
-    if types.len() != tokens.len() {
-        let message = format!("has {} entries, and tokenizer.ggml.tokens {}", types.len(), tokens.len());
-        return Err(unsupported("tokenizer.ggml.token_type", message));
-    }
-    let control = types.iter().enumerate().filter(|(_, kind)| CONTROL_TYPES.contains(kind)).map(|(id, _)| id as u32);
-    let control: Vec<u32> = control.collect();
-    // One without a text would be found between any two characters.
-    if let Some(id) = control.iter().find(|id| tokens[**id as usize].is_empty()) {
-        return Err(unsupported("tokenizer.ggml.tokens", format!("has a control token without a text, {id}")));
-    }
-    let end_of_turn = metadata.integer("tokenizer.ggml.eos_token_id")?;
-    if end_of_turn >= tokens.len() {
-        let message = format!("is {end_of_turn}, and there are {} tokens", tokens.len());
-        return Err(unsupported("tokenizer.ggml.eos_token_id", message));
-    }
-    let bos = match metadata.has("tokenizer.ggml.bos_token_id") {
-        true => Some(metadata.integer("tokenizer.ggml.bos_token_id")?),
-        false => None,
-    };
-    if let Some(id) = bos.filter(|id| *id >= tokens.len()) {
-        let message = format!("is {id}, and there are {} tokens", tokens.len());
-        return Err(unsupported("tokenizer.ggml.bos_token_id", message));
-    }
-    let pair = |merge: &String| merge.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned()));
-    let merges = metadata.texts("tokenizer.ggml.merges")?;
-    let merges = merges.iter().map(pair).collect::<Option<_>>();
-    Ok(Vocabulary {
-        control,
-        tokens,
-        merges: merges.ok_or_else(|| unsupported("tokenizer.ggml.merges", "holds an entry that is no pair"))?,
-        pre: metadata.text("tokenizer.ggml.pre")?.to_owned(),
-        end_of_turn: end_of_turn as u32,
-        bos: bos.map(|id| id as u32),
-        chat_template: metadata.text("tokenizer.chat_template")?.to_owned(),
-    })
 }

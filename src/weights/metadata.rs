@@ -44,14 +44,6 @@ impl<'a> Metadata<'a> {
             _ => Err(unsupported(key, "is not a text")),
         }
     }
-
-    pub(super) fn texts(&self, key: &str) -> Result<Vec<String>> {
-        self.get(key)?.texts().ok_or_else(|| unsupported(key, "is not a list of texts in UTF-8"))
-    }
-
-    pub(super) fn integers(&self, key: &str) -> Result<Vec<i64>> {
-        self.get(key)?.integers().ok_or_else(|| unsupported(key, "is not a list of whole numbers"))
-    }
 }
 
 impl Settings for Metadata<'_> {

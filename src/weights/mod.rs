@@ -7,7 +7,9 @@ mod metadata;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod vocabulary;
 
+use std::io::{Read, Seek};
 use std::path::Path;
 
 use crate::arch::config::ModelConfig;
@@ -16,6 +18,14 @@ use crate::error::Result;
 use crate::ids::Digest;
 use crate::kernels::packed::PackedMatrix;
 use crate::text::Vocabulary;
+
+/// Reads the vocabulary of a GGUF file from its header, whatever tensors there are.
+///
+/// # Errors
+/// BASE_UNREADABLE, UNSUPPORTED_BASE or UNSUPPORTED_TOKENIZER where it cannot be read or is not known.
+pub fn read_vocabulary(file: &mut (impl Read + Seek)) -> Result<Vocabulary> {
+    vocabulary::vocabulary(&header::Header::read(file)?.metadata)
+}
 
 /// A linear layer's tensors.
 #[derive(Debug)]
