@@ -1,11 +1,11 @@
-//! The weights of the tests' model: random blocks of both kernels' formats.
+//! The weights of the tests' model: random blocks of two formats.
 
 use crate::arch::ARCHITECTURES;
 use crate::arch::config::{AttentionConfig, LayerConfig, LogitConfig, ModelConfig};
 use crate::arch::decoder::{Decoder, SiteSpec};
 use crate::arch::rope::{RopeConfig, RopeScaling};
 use crate::ids::Digest;
-use crate::kernels::blocks::{BLOCK, QType};
+use crate::kernels::format::QType;
 use crate::kernels::packed::PackedMatrix;
 use crate::kernels::spec::Activation;
 use crate::random::philox4x32;
@@ -40,7 +40,7 @@ pub(super) fn weights(seed: u64, vocab_size: usize) -> Weights {
     };
     let decoder = Decoder::new(&config);
     let mut random = Random { seed, counter: 0 };
-    let embedding = random.matrix(QType::Q8_0, vocab_size, config.hidden_size);
+    let embedding = random.matrix(QType::Q8_0, vocab_size, config.hidden_size, |unit| vec![0.0136 * unit]);
     let mut weights = Weights {
         digest: Digest::of(&seed.to_le_bytes()),
         embedding,
@@ -55,7 +55,10 @@ pub(super) fn weights(seed: u64, vocab_size: usize) -> Weights {
         let norms = weights.decoder.norms.iter().filter(|norm| norm.layer == Some(layer));
         weights.norms.extend(norms.map(|norm| random.near_one(norm.width)));
         let sites = weights.decoder.sites.iter().filter(|site| site.site.layer as usize == layer);
-        let matrix = |site: &SiteSpec| random.matrix(QType::Q4_1, site.outputs, site.inputs);
+        let matrix = |site: &SiteSpec| {
+            let scales = |unit: f32| vec![0.22 * unit, -7.5 * (0.22 * unit)];
+            random.matrix(QType::Q4_1, site.outputs, site.inputs, scales)
+        };
         let linears = sites.map(matrix).map(|matrix| LinearWeights { matrix, bias: None });
         weights.linears.extend(linears);
     }
@@ -78,26 +81,16 @@ impl Random {
         (0..len).map(|_| 0.75 + (self.next() % 512) as f32 / 1024.0).collect()
     }
 
-    /// Values of about unit variance over the square root of `cols`.
-    fn matrix(&mut self, qtype: QType, rows: usize, cols: usize) -> PackedMatrix {
+    /// Values of about `unit`, which varies a little around one over the square root of `cols`: `scales(unit)` are the numbers
+    /// that a block begins with.
+    fn matrix(&mut self, qtype: QType, rows: usize, cols: usize, scales: impl Fn(f32) -> Vec<f32>) -> PackedMatrix {
         let spread = 1.0 / (cols as f32).sqrt();
         let mut data = Vec::with_capacity(rows * qtype.row_bytes(cols));
-        for _ in 0..rows * cols / BLOCK {
+        for _ in 0..rows * cols / qtype.block_values() {
             let jitter = 0.75 + (self.next() % 512) as f32 / 1024.0;
-            let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
-            let packed = match qtype {
-                QType::Q4_1 => {
-                    let d = spread * jitter * 0.22;
-                    data.extend(half(d));
-                    data.extend(half(-7.5 * d));
-                    BLOCK / 2
-                }
-                _ => {
-                    data.extend(half(spread * jitter * 0.0136));
-                    BLOCK
-                }
-            };
-            data.extend((0..packed).map(|_| self.next() as u8));
+            let end = data.len() + qtype.block_bytes();
+            data.extend(scales(spread * jitter).iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()));
+            data.extend((data.len()..end).map(|_| self.next() as u8));
         }
         PackedMatrix::pack(qtype, rows, cols, &data)
     }

@@ -5,8 +5,6 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use half::f16;
-
 use super::header::{Header, TensorInfo};
 use super::metadata::Metadata;
 use super::vocabulary::vocabulary;
@@ -18,7 +16,7 @@ use crate::arch::settings::{ROPE_ORIGINAL_CONTEXT, Settings};
 use crate::arch::{Architecture, unsupported};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
-use crate::kernels::blocks::{BLOCK, QType};
+use crate::kernels::format::QType;
 use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::Vocabulary;
@@ -150,22 +148,19 @@ impl<R: Read + Seek> Tensors<'_, R> {
 
     fn matrix_bytes(&mut self, name: &str, rows: usize, cols: usize) -> Result<Tensor> {
         let (storage, data) = self.take(name, (rows, cols))?;
-        let qtype = match storage {
-            "Q4_0" => QType::Q4_0,
-            "Q4_1" => QType::Q4_1,
-            "Q8_0" => QType::Q8_0,
-            other => {
-                return Err(unsupported(
-                    name,
-                    format!("is stored as {other}; Q4_0, Q4_1 and Q8_0 matrices are served"),
-                ));
-            }
+        let Some(qtype) = QType::ALL.iter().copied().find(|qtype| qtype.name() == storage) else {
+            return Err(unsupported(name, format!("is stored as {storage}; {} are served", served())));
         };
-        if let Some(block) = broken_block(qtype, &data) {
-            let row = block * BLOCK / cols;
+        if !qtype.fits(cols) {
+            let message =
+                format!("has rows of {cols} values; as {storage} it must be a multiple of {}", qtype.block_values());
+            return Err(unsupported(name, message));
+        }
+        if let Some(block) = qtype.broken_block(&data) {
+            let row = block * qtype.block_values() / cols;
             return Err(unsupported(
                 name,
-                format!("has a scale that is not a number, in row {row}: the file is damaged"),
+                format!("has a scale or a value that is not a number, in row {row}: the file is damaged"),
             ));
         }
         Ok(Tensor { qtype, data })
@@ -231,9 +226,7 @@ impl<R: Read + Seek> Tensors<'_, R> {
     }
 }
 
-/// The first block whose scale or minimum is not a finite number.
-fn broken_block(qtype: QType, data: &[u8]) -> Option<usize> {
-    let halves = if qtype == QType::Q4_1 { 2 } else { 1 };
-    let finite = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).is_finite();
-    data.chunks_exact(qtype.row_bytes(BLOCK)).position(|block| !block[..2 * halves].chunks_exact(2).all(finite))
+/// The formats of matrices that are served, by name.
+fn served() -> String {
+    QType::ALL.iter().map(|qtype| qtype.name()).collect::<Vec<_>>().join(", ")
 }

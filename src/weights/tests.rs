@@ -58,6 +58,14 @@ fn lies() -> Vec<(File, &'static str)> {
     let matrix = "blk.0.ffn_up.weight";
     let scale =
         |bits: u16| tiny().tensor(matrix, |tensor| tensor.3[34 * 5..34 * 5 + 2].copy_from_slice(&bits.to_le_bytes()));
+    // 64 rows of 32 values in other blocks.
+    let stored_as =
+        |kind: u32, bytes: usize| tiny().tensor(matrix, |tensor| (tensor.2, tensor.3) = (kind, vec![0; 64 * bytes]));
+    let halves = |last: f16| {
+        let values = [f16::ONE].repeat(64 * 32 - 1).into_iter().chain([last]);
+        let data = values.flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        tiny().tensor(matrix, |tensor| (tensor.2, tensor.3) = (1, data))
+    };
     vec![
         (File { version: 9, ..tiny() }, "version 9"),
         (File { version: 3_u32.swap_bytes(), ..tiny() }, "big-endian"),
@@ -120,6 +128,11 @@ fn lies() -> Vec<(File, &'static str)> {
         (tiny().set("note", LIST, list(U32, 1 << 62, [])), "note says that it has"),
         (tiny().set("general.architecture", TEXT, text("mamba")), "general.architecture"),
         (tiny().tensor(matrix, |tensor| tensor.2 = 4), "type 4"),
+        (stored_as(39, 17), "is stored as MXFP4; F32, F16, BF16, Q4_0"),
+        (stored_as(15, 292), matrix),
+        (tiny().tensor("blk.0.ffn_down.weight", |tensor| tensor.1 = vec![72, 32]), "blk.0.ffn_down.weight"),
+        (halves(f16::NAN), "not a number, in row 63"),
+        (halves(f16::INFINITY), "not a number, in row 63"),
         (tiny().tensor(matrix, |tensor| tensor.2 = 14), matrix),
         (tiny().tensor(matrix, |tensor| tensor.1 = vec![32, u64::MAX]), matrix),
         (tiny().tensor(matrix, |tensor| tensor.1 = vec![0, 64]), matrix),

@@ -5,11 +5,11 @@
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use tenora_kernels::blocks::{BLOCK, QType};
 use tenora_kernels::cpu::{
     Adapters, GROUP_ROWS, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team, attention,
     linear, prepare,
 };
+use tenora_kernels::format::{BLOCK, QType};
 use tenora_kernels::packed::PackedMatrix;
 use tenora_kernels::spec::AttentionSpec;
 
@@ -40,7 +40,7 @@ fn groups(rows: usize, adapter: impl Fn(usize) -> Option<usize>) -> Vec<RowGroup
 /// y = x W^T, rows at a time; a throughput of one element is one multiply-add.
 fn matmul(c: &mut Criterion) {
     let team = Team::get();
-    for qtype in [QType::Q4_0, QType::Q4_1, QType::Q8_0] {
+    for qtype in QType::ALL.iter().copied() {
         let matrices: Vec<_> = (0..MATRICES).map(|_| matrix(qtype)).collect();
         let mut group = c.benchmark_group(format!("matmul {qtype:?} {WIDTH}x{FFN}"));
         group.sample_size(10).measurement_time(Duration::from_secs(2));

@@ -2,11 +2,11 @@
 
 #![expect(unsafe_code, reason = "instructions of processors, and memory that threads share")]
 
-pub mod blocks;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod error;
+pub mod format;
 pub mod gemm;
 pub mod packed;
 pub mod spec;

@@ -53,7 +53,7 @@ impl Prefetcher {
 }
 
 /// Some slices, to be fetched part by part.
-pub(super) struct PrefetchPlan<'a> {
+pub(crate) struct PrefetchPlan<'a> {
     slices: &'a [Lines],
     /// Lines of the first slice that have been fetched.
     done: usize,

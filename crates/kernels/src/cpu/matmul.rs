@@ -3,18 +3,15 @@
 //! beside it.
 
 use super::Shared;
-use super::ahead::{PrefetchPlan, Prefetcher};
-#[cfg(target_arch = "x86_64")]
-use super::lanes::{Avx2Maddubs, Avx512Vnni};
-use super::lanes::{MicroKernel, Plain};
+use super::ahead::Prefetcher;
+use super::lanes::MicroKernel;
 use super::lora::{Adapters, expand, expand_reads, shrink_reads};
+use super::products::run_strip;
 use super::quantize::{PANEL, QuantizedRows};
-#[cfg(target_arch = "x86_64")]
-use super::simd::{Avx2, Avx512};
-use super::simd::{Level, unrolled};
+use super::simd::Level;
 use super::team::Team;
-use crate::blocks::{BLOCK, QType};
-use crate::packed::{PackedMatrix, TILE_ROWS, tile_bytes};
+use crate::format::{BLOCK, TILE_ROWS, with_format};
+use crate::packed::PackedMatrix;
 
 /// Rows of activations that pass over a strip while it lies in the cache, before the next strip's turn.
 const ROW_BLOCK: usize = 64;
@@ -154,11 +151,8 @@ impl Job<'_, '_> {
         let steps = rows.len().div_ceil(PANEL) * x.cols() / BLOCK;
         let ahead = ahead.parts(steps);
         let out = Outputs { y: self.y, width: self.matrix.rows(), strip, accumulate: self.accumulate };
-        match self.matrix.qtype() {
-            QType::Q4_0 => run_strip::<Q4_0>(level, self.matrix, x, rows.clone(), ahead, out),
-            QType::Q4_1 => run_strip::<Q4_1>(level, self.matrix, x, rows.clone(), ahead, out),
-            QType::Q8_0 => run_strip::<Q8_0>(level, self.matrix, x, rows.clone(), ahead, out),
-        }
+        let tiles = self.matrix.strip(strip);
+        with_format!(self.matrix.qtype(), F => run_strip::<F>(level, tiles, x, rows.clone(), ahead, out));
         if let Some((adapters, shrunk)) = self.adapted {
             // SAFETY: this task alone touches this strip of `y`.
             unsafe { expand(level, adapters, shrunk, strip, rows, (self.y, self.matrix.rows())) };
@@ -168,7 +162,7 @@ impl Job<'_, '_> {
 
 /// Where the 16 outputs of a strip go.
 #[derive(Clone, Copy)]
-struct Outputs {
+pub(super) struct Outputs {
     y: Shared,
     width: usize,
     strip: usize,
@@ -178,7 +172,7 @@ struct Outputs {
 impl Outputs {
     /// Puts the outputs of the strip from `at` on for a row.
     #[inline(always)]
-    fn put<L: MicroKernel>(self, l: L, row: usize, at: usize, values: L::Float) {
+    pub fn put<L: MicroKernel>(self, l: L, row: usize, at: usize, values: L::Float) {
         let column = self.strip * TILE_ROWS + at;
         let n = L::ROWS.min(self.width.saturating_sub(column));
         if n == 0 {
@@ -197,149 +191,10 @@ impl Outputs {
     }
 }
 
-/// A block format: 32 weights `d * q + m`, q from 0.
-trait Format {
-    const QTYPE: QType;
-    /// Where the quants begin in a tile.
-    const QUANTS: usize;
-    /// Whether q has four bits, else eight.
-    const NIBBLES: bool;
-    /// m in multiples of d, where the format keeps no m.
-    const OFFSET: Option<f32>;
-}
-
-struct Q4_0;
-struct Q4_1;
-struct Q8_0;
-
-impl Format for Q4_0 {
-    const QTYPE: QType = QType::Q4_0;
-    const QUANTS: usize = 2 * TILE_ROWS;
-    const NIBBLES: bool = true;
-    const OFFSET: Option<f32> = Some(-8.0);
-}
-
-impl Format for Q4_1 {
-    const QTYPE: QType = QType::Q4_1;
-    const QUANTS: usize = 4 * TILE_ROWS;
-    const NIBBLES: bool = true;
-    const OFFSET: Option<f32> = None;
-}
-
-impl Format for Q8_0 {
-    const QTYPE: QType = QType::Q8_0;
-    const QUANTS: usize = 2 * TILE_ROWS;
-    const NIBBLES: bool = false;
-    const OFFSET: Option<f32> = Some(-128.0);
-}
-
-/// All outputs of a strip for rows of activations, in groups.
-#[inline(always)]
-fn strip<L: MicroKernel, F: Format>(
-    l: L,
-    w: &PackedMatrix,
-    x: &QuantizedRows,
-    rows: std::ops::Range<usize>,
-    mut ahead: PrefetchPlan<'_>,
-    out: Outputs,
-) {
-    let tiles = w.strip(out.strip);
-    let mut row = rows.start;
-    macro_rules! groups {
-        ($($n:literal by $p:literal)*) => {
-            $({
-                const N: usize = $n;
-                while N <= L::GROUP && row + N <= rows.end {
-                    group::<L, F, N, $p>(l, tiles, &mut ahead, x, row, out);
-                    row += N;
-                }
-            })*
-        };
-    }
-    groups!(8 by 4 4 by 4 2 by 2 1 by 1);
-}
-
-/// A strip times the N rows from `row` on, which lie in one panel; the products of P of them are summed side by side.
-#[inline(always)]
-fn group<L: MicroKernel, F: Format, const N: usize, const P: usize>(
-    l: L,
-    tiles: &[u8],
-    ahead: &mut PrefetchPlan<'_>,
-    x: &QuantizedRows,
-    row: usize,
-    out: Outputs,
-) {
-    let (panel, first) = (x.panel(row / PANEL), row % PANEL);
-    assert!(first + N <= PANEL, "the rows lie in one panel");
-    for at in (0..TILE_ROWS).step_by(L::ROWS) {
-        let mut sums = [l.zero(); N];
-        for (b, block) in panel.iter().enumerate() {
-            let tile = &tiles[b * tile_bytes(F::QTYPE)..][..tile_bytes(F::QTYPE)];
-            ahead.fetch();
-            let d = l.load_f16(&tile[2 * at..]);
-            let m = match F::OFFSET {
-                Some(offset) => l.scale(d, offset),
-                None => l.load_f16(&tile[2 * (TILE_ROWS + at)..]),
-            };
-            let quants = &tile[F::QUANTS..];
-            let w = if F::NIBBLES { l.nibbles::<P>(quants, 4 * at) } else { l.bytes(quants, 4 * at) };
-            unrolled!(part in N by P => {
-                let from = first + part;
-                let t: [L::Int; P] =
-                    if F::NIBBLES { l.dot_nibbles(&w, block, from) } else { l.dot_bytes(&w, block, from) };
-                unrolled!(r in P => {
-                    let sum = l.mul_add(m, block.sum[from + r], sums[part + r]);
-                    sums[part + r] = l.add_product(t[r], block.shift[from + r], d, sum);
-                });
-            });
-        }
-        unrolled!(r in N => {
-            out.put(l, row + r, at, l.scale(sums[r], x.unit(row + r)));
-        });
-    }
-}
-
-fn run_strip<F: Format>(
-    level: Level,
-    w: &PackedMatrix,
-    x: &QuantizedRows,
-    rows: std::ops::Range<usize>,
-    ahead: PrefetchPlan<'_>,
-    out: Outputs,
-) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        type Rows = std::ops::Range<usize>;
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-        fn avx512<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: PrefetchPlan<'_>, out: Outputs) {
-            // SAFETY: this function is called where the machine has what it uses.
-            let proof = unsafe { Avx512::new() };
-            strip::<_, F>(Avx512Vnni::new(proof), w, x, rows, ahead, out);
-        }
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2<F: Format>(w: &PackedMatrix, x: &QuantizedRows, rows: Rows, ahead: PrefetchPlan<'_>, out: Outputs) {
-            // SAFETY: this function is called where the machine has what it uses.
-            let proof = unsafe { Avx2::new() };
-            strip::<_, F>(Avx2Maddubs::new(proof), w, x, rows, ahead, out);
-        }
-        match level {
-            // SAFETY: nobody has a level that the machine lacks.
-            Level::Avx512 => unsafe { avx512::<F>(w, x, rows, ahead, out) },
-            // SAFETY: as above.
-            Level::Avx2 => unsafe { avx2::<F>(w, x, rows, ahead, out) },
-            Level::Portable => strip::<_, F>(Plain, w, x, rows, ahead, out),
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = level;
-        strip::<_, F>(Plain, w, x, rows, ahead, out);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::QType;
     use crate::testing::{random_matrix, sinusoid};
     use proptest::prelude::*;
 
@@ -363,10 +218,10 @@ mod tests {
         /// of the quantised activations with the dequantised weights.
         #[test]
         fn agrees_with_dequantised_weights(
-            qtype in prop::sample::select(vec![QType::Q4_0, QType::Q4_1, QType::Q8_0]),
-            rows in 1usize..20, out in 1usize..40, blocks in 1usize..6, outlier in any::<bool>(), seed in any::<u64>(),
+            qtype in prop::sample::select(QType::ALL),
+            rows in 1usize..20, out in 1usize..40, blocks in 1usize..4, outlier in any::<bool>(), seed in any::<u64>(),
         ) {
-            let cols = blocks * BLOCK;
+            let cols = blocks * qtype.block_values();
             let w = PackedMatrix::pack(qtype, out, cols, &random_matrix(qtype, out, cols, seed));
             let mut x = sinusoid(rows * cols, seed);
             if outlier {

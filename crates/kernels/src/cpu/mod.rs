@@ -6,11 +6,12 @@
 mod ahead;
 mod attention;
 mod kv;
-mod lanes;
+pub(crate) mod lanes;
 mod lora;
 mod matmul;
 mod peak;
 mod prepare;
+pub(crate) mod products;
 mod quantize;
 mod rows;
 mod simd;

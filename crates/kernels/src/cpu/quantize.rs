@@ -7,7 +7,7 @@
 //! for an adapter that is served otherwise than it was trained (`docs/LOG.md`).
 
 use super::simd::{LANES, Level, Simd, dispatch};
-use crate::blocks::BLOCK;
+use crate::format::BLOCK;
 
 /// The largest quantised value: a high byte of at most 112, to which a quant of four bits can be added within a byte.
 const LARGEST: f32 = 112.0 * 128.0;
@@ -24,25 +24,53 @@ pub(super) const PANEL: usize = 8;
 /// A block of 32 columns of a panel's rows, as the matmul reads them: one stream of memory for all of its rows.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct PanelBlock {
-    /// Of each row the high bytes and the low ones.
+pub(crate) struct PanelBlock {
+    /// Of each row the high bytes and the low ones, which have no sign.
     pub quants: [[[i8; BLOCK]; 2]; PANEL],
     pub shift: [Shift; PANEL],
     /// The sum of the block's values, in the row's unit.
     pub sum: [f32; PANEL],
+    /// The sum of the first half's.
+    pub first_sum: [f32; PANEL],
     /// See [`Split::pairs`](super::simd::Split::pairs).
     pub pairs: [i32; PANEL],
 }
 
 /// A power of two, as what is to be added to a float's bits for a multiplication by it: the exponent in its place.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Shift(pub u32);
+pub(crate) struct Shift(pub u32);
+
+impl Shift {
+    /// The power of two.
+    #[inline(always)]
+    pub fn factor(self) -> f32 {
+        f32::from_bits((127 << EXPONENT) + self.0)
+    }
+}
 
 /// Where a float's exponent begins.
 const EXPONENT: u32 = 23;
 
-const EMPTY: PanelBlock =
-    PanelBlock { quants: [[[0; BLOCK]; 2]; PANEL], shift: [Shift(0); PANEL], sum: [0.0; PANEL], pairs: [0; PANEL] };
+impl PanelBlock {
+    /// A row's values, before the shift.
+    #[inline(always)]
+    pub fn values(&self, row: usize) -> [f32; BLOCK] {
+        let [high, low] = &self.quants[row];
+        let mut values = [0.0; BLOCK];
+        for ((value, high), low) in values.iter_mut().zip(high).zip(low) {
+            *value = (128 * i32::from(*high) + i32::from(*low)) as f32;
+        }
+        values
+    }
+}
+
+const EMPTY: PanelBlock = PanelBlock {
+    quants: [[[0; BLOCK]; 2]; PANEL],
+    shift: [Shift(0); PANEL],
+    sum: [0.0; PANEL],
+    first_sum: [0.0; PANEL],
+    pairs: [0; PANEL],
+};
 
 /// Quantised rows `[rows, cols]`, in panels of 8 rows, the last one filled up.
 #[derive(Debug, Default)]
@@ -159,6 +187,7 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
             let split = s.split(x, by, high, low);
             (*block).shift[to.row] = Shift(shift << EXPONENT);
             (*block).sum[to.row] = (split.sum << shift) as f32;
+            (*block).first_sum[to.row] = (split.first_sum << shift) as f32;
             (*block).pairs[to.row] = split.pairs;
         }
     }
@@ -201,7 +230,9 @@ mod tests {
             // SAFETY: the rows are alive and written one by one.
             [1, PANEL + 1].into_iter().for_each(|row| unsafe { writer.write_at(level, row, x) });
             let row = |row: usize| {
-                let own = |block: &PanelBlock| (block.quants[1], block.shift[1], block.sum[1], block.pairs[1]);
+                let own = |block: &PanelBlock| {
+                    (block.quants[1], block.shift[1], block.sum[1], block.first_sum[1], block.pairs[1])
+                };
                 // The quants of a row whose unit is not a number are anything.
                 let unit = q.unit(row);
                 (!unit.is_nan()).then(|| (unit, q.panel(row / PANEL).iter().map(own).collect::<Vec<_>>()))

@@ -7,7 +7,7 @@
 
 use std::sync::OnceLock;
 
-use crate::blocks::BLOCK;
+use crate::format::BLOCK;
 
 /// What the machine can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -152,7 +152,7 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn max_abs(self, largest: Self::F, x: [Self::F; 2]) -> Self::F;
     /// The bits of the largest lane; none has a sign.
     fn largest(self, x: Self::F) -> u32;
-    /// Integers q = round(x * by), ties to even, as `128 * high + low` with low in [-64, 63]. |x * by| is at most 127 *
+    /// Integers q = round(x * by), ties to even, as `128 * high + low` with low in [0, 127]. |x * by| is at most 127 *
     /// 128; where it is not a number q is anything.
     fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split;
 }
@@ -162,6 +162,8 @@ pub(super) trait Simd: Copy + Send + Sync {
 pub(super) struct Split {
     /// The sum of q.
     pub sum: i32,
+    /// The sum of the first 16.
+    pub first_sum: i32,
     /// What is too much in a block's product where the high bytes are multiplied in pairs and 128 is added to the
     /// quants of columns 16 to 31 (see [`super::lanes`]), negative: -128 (sum of high\[i\] * high\[i + 16\] + sum of
     /// q\[i + 16\]), i below 16.
@@ -216,12 +218,13 @@ impl Simd for Portable {
     #[inline(always)]
     fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split {
         let q = x.map(|x| x.map(|x| (x * by).round_ties_even() as i32));
-        let upper = q.map(|q| q.map(|q| (q + 64) >> 7));
+        let upper = q.map(|q| q.map(|q| q >> 7));
         for (i, (q, upper)) in q.as_flattened().iter().zip(upper.as_flattened()).enumerate() {
             (high[i], low[i]) = (*upper as i8, (q - (upper << 7)) as i8);
         }
         let pairs: i32 = (0..LANES).map(|i| upper[0][i] * upper[1][i] + q[1][i]).sum();
-        Split { sum: q.as_flattened().iter().sum(), pairs: -128 * pairs }
+        let [first_sum, second] = q.map(|q| q.iter().sum::<i32>());
+        Split { sum: first_sum + second, first_sum, pairs: -128 * pairs }
     }
 }
 
@@ -231,7 +234,7 @@ pub(super) use x86::{Avx2, Avx512};
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{LANES, LARGEST_HALF, MAGNITUDE, Simd, Split};
-    use crate::blocks::BLOCK;
+    use crate::format::BLOCK;
     use std::arch::x86_64::*;
 
     /// Proof of AVX2, FMA and F16C.
@@ -347,12 +350,12 @@ mod x86 {
         fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split {
             // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
-                let (by, half) = (_mm256_set1_ps(by), _mm256_set1_epi32(64));
-                let (mut highs, mut lows, mut qs) = ([half; 4], [half; 4], [half; 4]);
+                let (by, seven) = (_mm256_set1_ps(by), _mm256_set1_epi32(127));
+                let (mut highs, mut lows, mut qs) = ([seven; 4], [seven; 4], [seven; 4]);
                 for (i, x) in [x[0][0], x[0][1], x[1][0], x[1][1]].into_iter().enumerate() {
                     let q = _mm256_cvtps_epi32(_mm256_mul_ps(x, by));
-                    highs[i] = _mm256_srai_epi32::<7>(_mm256_add_epi32(q, half));
-                    lows[i] = _mm256_sub_epi32(q, _mm256_slli_epi32::<7>(highs[i]));
+                    highs[i] = _mm256_srai_epi32::<7>(q);
+                    lows[i] = _mm256_and_si256(q, seven);
                     qs[i] = q;
                 }
                 for (parts, out) in [(highs, high), (lows, low)] {
@@ -362,24 +365,25 @@ mod x86 {
                     let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
                     _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_permutevar8x32_epi32(bytes, order));
                 }
-                let second = _mm256_add_epi32(qs[2], qs[3]);
-                let sum = _mm256_add_epi32(_mm256_add_epi32(qs[0], qs[1]), second);
+                let (first, second) = (_mm256_add_epi32(qs[0], qs[1]), _mm256_add_epi32(qs[2], qs[3]));
                 let (one, two) = (_mm256_mullo_epi32(highs[0], highs[2]), _mm256_mullo_epi32(highs[1], highs[3]));
-                split(sum, _mm256_add_epi32(_mm256_add_epi32(one, two), second))
+                split([first, second], _mm256_add_epi32(one, two))
             }
         }
     }
 
-    /// From the lanes' sums of q, and of what [`Split::pairs`] is -128 times.
+    /// From the lanes' sums of each half's q, and of the products of high bytes (see [`Split::pairs`]).
     #[inline(always)]
-    unsafe fn split(sum: __m256i, pairs: __m256i) -> Split {
+    unsafe fn split([first, second]: [__m256i; 2], products: __m256i) -> Split {
         // SAFETY: the caller has AVX2.
         unsafe {
-            // Both at once: their lanes taken in turn.
-            let both = _mm256_add_epi32(_mm256_unpacklo_epi32(sum, pairs), _mm256_unpackhi_epi32(sum, pairs));
-            let both = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both));
-            let both = _mm_add_epi32(both, _mm_shuffle_epi32::<0b01_00_11_10>(both));
-            Split { sum: _mm_cvtsi128_si32(both), pairs: _mm_extract_epi32::<1>(both).wrapping_mul(-128) }
+            // All at once: each 128 bits have two lanes of either half, then one of all three.
+            let sums = _mm256_hadd_epi32(first, second);
+            let all = _mm256_hadd_epi32(sums, _mm256_hadd_epi32(products, products));
+            let all = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256::<1>(all));
+            let (first_sum, second) = (_mm_cvtsi128_si32(all), _mm_extract_epi32::<1>(all));
+            let pairs = (_mm_extract_epi32::<2>(all) + second).wrapping_mul(-128);
+            Split { sum: first_sum + second, first_sum, pairs }
         }
     }
 
@@ -458,18 +462,18 @@ mod x86 {
         fn split(self, x: [Self::F; 2], by: f32, high: &mut [i8; BLOCK], low: &mut [i8; BLOCK]) -> Split {
             // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
-                let (by, half) = (_mm512_set1_ps(by), _mm512_set1_epi32(64));
-                let (mut qs, mut uppers) = ([half; 2], [half; 2]);
+                let (by, seven) = (_mm512_set1_ps(by), _mm512_set1_epi32(127));
+                let (mut qs, mut uppers) = ([seven; 2], [seven; 2]);
                 for (i, x) in x.into_iter().enumerate() {
                     let q = _mm512_cvtps_epi32(_mm512_mul_ps(x, by));
-                    let upper = _mm512_srai_epi32::<7>(_mm512_add_epi32(q, half));
-                    let lower = _mm512_sub_epi32(q, _mm512_slli_epi32::<7>(upper));
+                    let upper = _mm512_srai_epi32::<7>(q);
+                    let lower = _mm512_and_si512(q, seven);
                     _mm_storeu_si128(high.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(upper));
                     _mm_storeu_si128(low.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi8(lower));
                     (qs[i], uppers[i]) = (q, upper);
                 }
-                let pairs = _mm512_add_epi32(_mm512_mullo_epi32(uppers[0], uppers[1]), qs[1]);
-                split(halves_added(_mm512_add_epi32(qs[0], qs[1])), halves_added(pairs))
+                let products = _mm512_mullo_epi32(uppers[0], uppers[1]);
+                split(qs.map(|q| halves_added(q)), halves_added(products))
             }
         }
     }

@@ -15,8 +15,8 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 
 use self::launch::{Arg, Grid, address, int, launch, load, output, pointer, prepare, start_of};
-use super::blocks::QType;
 use super::cpu::LoraPair;
+use super::format::QType;
 use super::spec::{Activation, AttentionSpec};
 use super::tensors::{
     AttentionTask, Best, DeviceLora, DeviceMatrix, HeadPrep, HeadShape, KvLayer, LORA_ROWS, Places, Plan, TensorKernels,
@@ -92,7 +92,7 @@ struct Functions {
     lora_shrink: CudaFunction,
     lora_expand: CudaFunction,
     best: CudaFunction,
-    formats: [Format; 3],
+    formats: Vec<Format>,
 }
 
 /// What reads one block format.
@@ -154,16 +154,13 @@ impl Functions {
             some(load(device, code!("attention"), &names.each_ref().map(String::as_str))?)?;
         let [lora_shrink, lora_expand] = some(load(device, code!("lora"), &["lora_shrink", "lora_expand"])?)?;
         let [best] = some(load(device, code!("sampling"), &["best"])?)?;
-        let names = ["q4_0", "q4_1", "q8_0"]
-            .map(|format| ["matmul_few", "matmul_many", "embed"].map(|kernel| format!("{kernel}_{format}")));
-        let names: Vec<&str> = names.iter().flatten().map(String::as_str).collect();
-        let [few_0, many_0, embed_0, few_1, many_1, embed_1, few_8, many_8, embed_8] =
-            some(load(device, code!("matmul"), &names)?)?;
-        let formats = [
-            Format { qtype: QType::Q4_0, few: few_0, many: many_0, embed: embed_0 },
-            Format { qtype: QType::Q4_1, few: few_1, many: many_1, embed: embed_1 },
-            Format { qtype: QType::Q8_0, few: few_8, many: many_8, embed: embed_8 },
-        ];
+        let mut formats = Vec::new();
+        for qtype in QType::ALL.iter().copied().filter(|qtype| qtype.has_cuda_kernels()) {
+            let format = qtype.name().to_lowercase();
+            let names = ["matmul_few", "matmul_many", "embed"].map(|kernel| format!("{kernel}_{format}"));
+            let [few, many, embed] = some(load(device, code!("matmul"), &names.each_ref().map(String::as_str))?)?;
+            formats.push(Format { qtype, few, many, embed });
+        }
         for function in [&attention_short, &attention_long] {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(attribute, tile_bytes(dim) as i32).w()?;

@@ -18,8 +18,8 @@ use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module as _, Tensor};
 use half::bf16;
 
-use super::blocks::QType;
 use super::cpu::LoraPair;
+use super::format::QType;
 use super::packed::PackedMatrix;
 use super::spec::{Activation, AttentionSpec};
 use crate::error::{Error, Result};
@@ -91,7 +91,7 @@ pub struct Best {
     pub logprob: f32,
 }
 
-/// A frozen matrix `[rows, cols]` on a device: the file's bytes as they are.
+/// A frozen matrix `[rows, cols]` on a device: the file's bytes as they are, or float32 where candle lacks the format.
 #[derive(Debug, Clone)]
 pub struct DeviceMatrix {
     /// The format of its blocks.
@@ -106,13 +106,27 @@ pub struct DeviceMatrix {
 impl DeviceMatrix {
     /// In the file's order. Not through `QTensor::quantize`, which on CUDA leaves what follows a last row that is no
     /// multiple of 256 uninitialised.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedBase`] where the device has no kernels for the matrix's format.
     pub fn new(matrix: &PackedMatrix, device: &Device) -> Result<Self> {
-        let dtype = match matrix.qtype() {
-            QType::Q4_0 => GgmlDType::Q4_0,
-            QType::Q4_1 => GgmlDType::Q4_1,
-            QType::Q8_0 => GgmlDType::Q8_0,
+        if device.is_cuda() && !matrix.qtype().has_cuda_kernels() {
+            let served: Vec<_> = QType::ALL.iter().filter(|q| q.has_cuda_kernels()).map(|q| q.name()).collect();
+            return Err(Error::UnsupportedBase(format!(
+                "has matrices in {}; a GPU serves {}; take --device cpu",
+                matrix.qtype().name(),
+                served.join(", ")
+            )));
+        }
+        let (data, dtype) = match matrix.qtype().candle() {
+            Some(dtype) => (matrix.unpack(), dtype),
+            None => {
+                let mut values = vec![0.0; matrix.rows() * matrix.cols()];
+                matrix.dequantize(0, &mut values);
+                (values.iter().flat_map(|x| x.to_le_bytes()).collect(), GgmlDType::F32)
+            }
         };
-        let storage = QStorage::from_data(matrix.unpack().into(), device, dtype)?;
+        let storage = QStorage::from_data(data.into(), device, dtype)?;
         let tensor = Arc::new(QTensor::new(storage, (matrix.rows(), matrix.cols()))?);
         Ok(Self { qtype: matrix.qtype(), rows: matrix.rows(), cols: matrix.cols(), tensor })
     }

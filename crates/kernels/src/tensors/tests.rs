@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::reference::Reference;
 use super::*;
-use crate::testing::hash;
+use crate::testing::{hash, random_matrix};
 
 const SHAPE: HeadShape = HeadShape { heads: 9, kv_heads: 3, head_dim: 64, block_tokens: 16 };
 
@@ -50,22 +50,6 @@ fn assert_close(name: &str, x: &[Vec<f32>], y: &[Vec<f32>], most: f64) {
     assert!(difference <= most, "{name}: {difference:.2e}, at most {most:.0e}");
 }
 
-/// A matrix of random blocks.
-fn matrix_bytes(qtype: QType, rows: usize, cols: usize, seed: u32) -> Vec<u8> {
-    let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
-    let mut data = Vec::new();
-    for block in 0..rows * cols / 32 {
-        let words: Vec<u32> = (0..8).map(|i| hash(seed, 8 * block as u32 + i)).collect();
-        data.extend(half(0.01 + (words[0] % 64) as f32 / 4096.0));
-        if qtype == QType::Q4_1 {
-            data.extend(half(-0.1));
-        }
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        data.extend(&bytes[..if qtype == QType::Q8_0 { 32 } else { 16 }]);
-    }
-    data
-}
-
 fn plan<'a>(batch: impl Iterator<Item = Rows<'a>> + Clone, shape: HeadShape) -> Plan {
     let mut plan = Plan::default();
     plan.fill(batch, shape);
@@ -87,7 +71,7 @@ fn dequantized(qtype: QType, cols: usize, bytes: &[u8]) -> Vec<f32> {
 fn frozen_matrices() {
     for (name, mut kernels) in devices(SHAPE) {
         for (qtype, cols, out) in [(QType::Q4_0, 576, 40), (QType::Q4_1, 576, 200), (QType::Q8_0, 1536, 65)] {
-            let bytes = matrix_bytes(qtype, out, cols, 1);
+            let bytes = random_matrix(qtype, out, cols, 1);
             let packed = PackedMatrix::pack(qtype, out, cols, &bytes);
             let matrix = DeviceMatrix::new(&packed, kernels.device()).unwrap();
             let exact = dequantized(qtype, cols, &bytes);
@@ -122,7 +106,7 @@ fn candle_multiplies_odd_widths_rightly() {
     let Ok(device) = DeviceSpec::Cuda(0).open() else {
         return println!("cuda:0 is skipped");
     };
-    let bytes = matrix_bytes(QType::Q4_1, 200, 576, 1);
+    let bytes = random_matrix(QType::Q4_1, 200, 576, 1);
     let matrix = DeviceMatrix::new(&PackedMatrix::pack(QType::Q4_1, 200, 576, &bytes), &device).unwrap();
     let exact = dequantized(QType::Q4_1, 576, &bytes);
     let weights = Tensor::from_vec(exact, (200, 576), &Device::Cpu).unwrap();
