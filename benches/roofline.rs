@@ -78,7 +78,7 @@ fn main() {
     device::init_pool(std::env::var("THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(2));
     let path = tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base");
     let cpu = DeviceSpec::Cpu.open().expect("the CPU");
-    let (model, _) = Model::load(&path, &cpu).expect("the base loads");
+    let (model, _) = Model::load(&path, &cpu, None).expect("the base loads");
     let (config, shape, team) = (model.config(), model.shape(), Team::get());
     let frozen: usize =
         shape.layers as usize * shape.linears.iter().map(|linear| linear.inputs * linear.outputs).sum::<usize>();

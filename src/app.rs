@@ -72,7 +72,8 @@ async fn load_and_serve(
     bootstrap_operator_key(&store, config.rotate_operator_key, show).await?;
     let path = config.base.clone();
     let parts = async {
-        let base = blocking(move || Model::load(&path, &device)).await?;
+        let context = config.context;
+        let base = blocking(move || Model::load(&path, &device, context)).await?;
         assemble(base, store.clone(), &config).await
     };
     let ready = || {
@@ -263,6 +264,7 @@ mod tests {
             data_dir: "data".into(),
             base: "base.gguf".into(),
             base_name: None,
+            context: None,
             device: DeviceSpec::Cpu,
             threads: 1,
             metrics_listen: None,

@@ -4,7 +4,7 @@ use crate::arch::decoder::Part;
 use crate::arch::rope::RopeConfig;
 use crate::arch::settings::{self as keys, Settings};
 use crate::arch::{Architecture, unsupported};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::spec::Activation;
 
 /// Most tokens of a context.
@@ -178,6 +178,24 @@ impl ModelConfig {
             Part::Attention => self.qkv_widths().into(),
             Part::FeedForward => vec![self.intermediate_size; 2],
         }
+    }
+
+    /// Takes the context that is asked for, in tokens; without one what the base was trained for, which of a base with two sets of frequencies
+    /// (LongRoPE) is its original context: the others are taken for longer contexts alone, and answer short prompts differently.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_BASE where more is asked for than the base was trained for.
+    pub fn take_context(&mut self, asked: Option<usize>) -> Result<()> {
+        let original = self.ropes.iter().filter_map(|rope| rope.scaling.short_context()).min();
+        let most = self.context_length;
+        match asked {
+            Some(asked) if asked > most || asked == 0 => {
+                let message = format!("is {asked}; must be from 1 to {most} tokens, what this base was trained for");
+                return Err(Error::invalid_because("UNSUPPORTED_BASE", "context", message));
+            }
+            asked => self.context_length = asked.unwrap_or(original.unwrap_or(most).min(most)),
+        }
+        Ok(())
     }
 
     /// Gives a window of so many tokens to the blocks that `windowed` names; 0 is none.

@@ -51,6 +51,16 @@ pub enum RopeScaling {
     },
 }
 
+impl RopeScaling {
+    /// Returns up to which context, in tokens, the first of two sets of frequencies is for; `None` where there is one.
+    pub fn short_context(&self) -> Option<usize> {
+        match self {
+            Self::LongRope { original_context, .. } => Some(*original_context),
+            _ => None,
+        }
+    }
+}
+
 /// YaRN's turns where the settings say none.
 const BETAS: (f32, f32) = (32.0, 1.0);
 

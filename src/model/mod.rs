@@ -46,9 +46,12 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a GGUF file and its tokenizer, to be served on `device`.
-    pub fn load(path: &Path, device: &Device) -> Result<(Arc<Self>, Arc<Text>)> {
-        Self::proven(Weights::load(path)?, device)
+    /// Loads a GGUF file and its tokenizer, to be served on `device` with a context of so many tokens (see
+    /// [`ModelConfig::take_context`]).
+    pub fn load(path: &Path, device: &Device, context: Option<usize>) -> Result<(Arc<Self>, Arc<Text>)> {
+        let (mut weights, vocabulary) = Weights::load(path)?;
+        weights.config.take_context(context)?;
+        Self::proven((weights, vocabulary), device)
     }
 
     /// Puts a base together and takes a step with it.
