@@ -34,6 +34,7 @@
 pub mod adapter;
 pub mod api;
 pub mod app;
+pub mod arch;
 pub mod bases;
 pub mod cli;
 pub mod config;

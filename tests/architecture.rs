@@ -34,7 +34,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("engine", &["model", "adapter", "hub", "kernels"]),
     ("train", &["model", "adapter", "data", "hub", "store"]),
     ("safety", &["engine", "store"]),
-    ("api", &["safety", "train", "data", "hub", "store"]),
+    ("api", &["safety", "train", "data", "hub", "store", "adapter"]),
     ("api::client", &["api"]),
     ("cli", &["api::client", "api"]),
 ];

@@ -196,7 +196,7 @@ impl Engine {
                 follows: (i > 0 && shares).then_some(ticket.ids.start),
                 followers: if i == 0 && shares { id + 1..ticket.ids.end } else { 0..0 },
                 logprobs: spec.logprobs,
-                decoder: self.text.decoder(),
+                decoder: self.text.decoder_after(&ids),
                 hold_back: HoldBack::new(patterns.clone()),
                 open: Default::default(),
                 answer,

@@ -59,7 +59,7 @@ impl Template {
         openers.sort_unstable();
         openers.dedup();
         let bos = vocabulary.bos.and_then(name).cloned();
-        let eos = name(vocabulary.end_of_turn).cloned().unwrap_or_default();
+        let eos = name(vocabulary.eos).cloned().unwrap_or_default();
         let digest = Digest::of(vocabulary.chat_template.as_bytes());
         let environments = FUEL.map(|(_, fuel)| {
             let mut fuelled = environment.clone();
@@ -81,6 +81,17 @@ impl Template {
             Err(Error::Invalid { message, .. }) => refuse(format!("does not render a chat of one message: {message}")),
             Err(other) => Err(other),
         }
+    }
+
+    /// Which of these ids the template writes first after an answer's text; `None` where it writes none there.
+    pub fn end_of_turn(&self, ends: &[u32], tokens: &[String]) -> Option<u32> {
+        const ANSWER: &str = "yes";
+        let chat = [ChatMessage::new("user", "hello"), ChatMessage::new("assistant", ANSWER)];
+        let rendered = self.render_marked(&chat, false).ok()?;
+        let (_, after) = rendered.rsplit_once(ANSWER)?;
+        let after = after.trim_start();
+        let mut written = ends.iter().copied().filter(|id| after.starts_with(tokens[*id as usize].as_str()));
+        written.next()
     }
 
     pub fn digest(&self) -> Digest {

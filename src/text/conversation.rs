@@ -48,8 +48,9 @@ impl Text {
     fn turn_by_turn(&self, messages: &[ChatMessage], learn: &dyn Fn(usize) -> bool) -> Result<Conversation> {
         let mut conversation = Conversation::default();
         let (mut done, mut rendered) = (String::new(), 0);
+        let template = self.template()?;
         for (i, message) in messages.iter().enumerate().filter(|(_, m)| m.role == "assistant") {
-            let prompt = self.template.render_marked(&messages[..i], true)?;
+            let prompt = template.render_marked(&messages[..i], true)?;
             rendered += prompt.len();
             if rendered > RENDERED_BYTES {
                 return Err(Error::invalid_because(
@@ -60,17 +61,17 @@ impl Text {
             }
             conversation.extend(self.encode_marked(rest(&prompt, &done)?)?, false);
             self.answer(&mut conversation, &message.content, learn(i))?;
-            done = prompt + &self.template.mark(&message.content) + self.tokenizer.token(self.end_of_turn);
+            done = prompt + &template.mark(&message.content) + self.tokenizer.token(self.end_of_turn);
         }
         if messages.last().is_none_or(|m| m.role != "assistant") {
-            let whole = self.template.render_marked(messages, false)?;
+            let whole = template.render_marked(messages, false)?;
             conversation.extend(self.encode_marked(rest(&whole, &done)?)?, false);
         }
         Ok(conversation)
     }
 
     fn answer(&self, conversation: &mut Conversation, content: &str, learn: bool) -> Result<()> {
-        conversation.extend(self.encode_plain(content)?, learn);
+        conversation.extend(self.encode_after(&conversation.ids, content)?, learn);
         conversation.extend([self.end_of_turn], learn);
         Ok(())
     }
@@ -86,15 +87,16 @@ impl Text {
         if turns.len() <= FEW_TURNS || turns[0] == 0 || messages.iter().any(holds_marks) {
             return Ok(None);
         }
+        let template = self.template()?;
         let wrap = |_: usize, text: String| format!("{BEGIN}{text}{END}");
-        let Ok(marked) = self.template.render(messages, false, &wrap) else { return Ok(None) };
-        let Ok(plain) = self.template.render_marked(messages, false) else { return Ok(None) };
+        let Ok(marked) = template.render(messages, false, &wrap) else { return Ok(None) };
+        let Ok(plain) = template.render_marked(messages, false) else { return Ok(None) };
         let Some((pieces, after)) = self.pieces(&marked, &plain, messages) else { return Ok(None) };
         if marked.replace([BEGIN, END], "") != plain {
             return Ok(None);
         }
         for turn in [0, turns.len() / 2, turns.len() - 1] {
-            let prompt = self.template.render_marked(&messages[..turns[turn]], true);
+            let prompt = template.render_marked(&messages[..turns[turn]], true);
             if prompt.ok().as_deref() != plain.get(..pieces[turn].answer_at) {
                 return Ok(None);
             }
@@ -112,7 +114,7 @@ impl Text {
 
     /// The text of the plain rendering before each answer, and that after the last. `None` where a message does not stand there as it is.
     fn pieces<'t>(&self, marked: &str, plain: &'t str, messages: &[ChatMessage]) -> Option<(Vec<Piece<'t>>, &'t str)> {
-        let end = self.tokenizer.token(self.end_of_turn);
+        let (template, end) = (self.template.as_ref()?, self.tokenizer.token(self.end_of_turn));
         let mut rest = marked;
         // Bytes of the plain rendering: so far, and to the end of the last answer's turn.
         let (mut at, mut from) = (0, 0);
@@ -120,7 +122,7 @@ impl Text {
         for message in messages {
             let (before, inside) = rest.split_once(BEGIN)?;
             let (text, after) = inside.split_once(END)?;
-            if before.contains(END) || text != self.template.mark(&message.content) {
+            if before.contains(END) || text != template.mark(&message.content) {
                 return None;
             }
             at += before.len();

@@ -10,17 +10,21 @@ pub struct Decoder {
     text: Arc<Text>,
     /// The first bytes of a character that is not complete; at most 3.
     pending: Vec<u8>,
+    /// Whether a space that comes first is the vocabulary's, not the text's.
+    leads: bool,
 }
 
 impl Decoder {
-    pub(super) fn new(text: Arc<Text>) -> Self {
-        Self { text, pending: Vec::new() }
+    pub(super) fn new(text: Arc<Text>, leads: bool) -> Self {
+        Self { text, pending: Vec::new(), leads }
     }
 
     /// The text that this id completes; empty while a character is incomplete. Control tokens give no text. Bytes that can't be
     /// UTF-8 become U+FFFD.
     pub fn push(&mut self, id: u32) -> String {
-        self.pending.extend_from_slice(self.text.token_bytes(id));
+        let bytes = self.text.token_bytes(id);
+        self.pending.extend_from_slice(bytes.strip_prefix(b" ").filter(|_| self.leads).unwrap_or(bytes));
+        self.leads &= bytes.is_empty();
         let mut out = String::new();
         let mut chunks = self.pending.utf8_chunks().peekable();
         let mut keep = 0;

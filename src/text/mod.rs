@@ -16,7 +16,7 @@ use std::sync::Arc;
 pub use conversation::Conversation;
 pub use decoder::Decoder;
 pub use markup::Markup;
-pub use tokenizer::Vocabulary;
+pub use tokenizer::{TokenizerModel, Vocabulary, adds_bos, is_marker, names_control, names_end};
 
 use crate::error::{Error, Result};
 use crate::ids::Digest;
@@ -29,33 +29,42 @@ use tokenizer::Tokenizer;
 #[derive(Debug)]
 pub struct Text {
     tokenizer: Tokenizer,
-    template: Template,
+    /// `None` where the base has none.
+    template: Option<Template>,
     markers: Markers,
     end_of_turn: u32,
     ends: Vec<u32>,
+    bos: Option<u32>,
+    eos: u32,
+    /// What raw text begins with.
+    begin: Option<u32>,
     longest_token: usize,
 }
 
 /// What the role of a message can be.
 pub const ROLES: [&str; 3] = ["system", "user", "assistant"];
 
-/// Control tokens that end an answer, in the vocabularies of the supported families.
-const END_TOKENS: [&str; 4] = ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>"];
-
 impl Text {
     /// The tokenizer and template of a vocabulary; an unknown pre-tokenizer or a template that does not parse is an error, never a default.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_TOKENIZER where the vocabulary is not known or contradicts itself; INVALID_ARGUMENT for a template that is of no use.
     pub fn new(vocabulary: Vocabulary) -> Result<Arc<Self>> {
-        let end_of_turn = vocabulary.end_of_turn;
-        if end_of_turn as usize >= vocabulary.tokens.len() {
-            return Err(Error::invalid("tokenizer.ggml.eos_token_id", "is outside the vocabulary"));
-        }
-        let template = Template::new(&vocabulary)?;
-        let ends: Vec<u32> = (0..vocabulary.tokens.len() as u32)
-            .filter(|&id| id == end_of_turn || END_TOKENS.contains(&vocabulary.tokens[id as usize].as_str()))
-            .collect();
+        vocabulary.check()?;
+        let mut ends: Vec<u32> = vocabulary.ends.iter().copied().chain([vocabulary.eos]).collect();
+        ends.sort_unstable();
+        ends.dedup();
+        let template = match vocabulary.chat_template.is_empty() {
+            true => None,
+            false => Some(Template::new(&vocabulary)?),
+        };
+        let written = template.as_ref().and_then(|template| template.end_of_turn(&ends, &vocabulary.tokens));
+        let (bos, eos) = (vocabulary.bos, vocabulary.eos);
+        let begin = bos.filter(|_| vocabulary.add_bos);
         let markers = Markers::new(&vocabulary, &ends)?;
         let tokenizer = Tokenizer::new(vocabulary)?;
-        Ok(Arc::new(Self { longest_token: tokenizer.longest_token(), tokenizer, template, markers, end_of_turn, ends }))
+        let (longest_token, end_of_turn) = (tokenizer.longest_token(), written.unwrap_or(eos));
+        Ok(Arc::new(Self { longest_token, tokenizer, template, markers, end_of_turn, ends, bos, eos, begin }))
     }
 
     /// A byte-level toy vocabulary: ids 0..256 are bytes, 256 is `<|im_start|>`, 257 `<|im_end|>` (the end of a turn). For tests.
@@ -65,14 +74,33 @@ impl Text {
         Self::new(vocabulary).expect("the tiny vocabulary is valid")
     }
 
-    /// Raw text; control tokens in it are recognised.
+    /// Raw text, after BOS where the base asks for it; control tokens in it are recognised.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode(text)
+        let mut ids = self.tokenizer.encode_with(text, Cow::Borrowed)?;
+        if let Some(bos) = self.begin.filter(|bos| ids.first() != Some(bos)) {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
     }
 
     /// Text in which nothing is a control token: an answer, a message.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode_plain(text)
+        self.tokenizer.encode_plain(text, None)
+    }
+
+    /// As [`Text::encode_plain`], for a text that goes on from these ids.
+    pub fn encode_after(&self, before: &[u32], text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode_plain(text, before.last().copied())
+    }
+
+    fn template(&self) -> Result<&Template> {
+        self.template.as_ref().ok_or_else(|| {
+            Error::invalid_because(
+                "NO_CHAT_TEMPLATE",
+                "chat",
+                "this base has no chat template: give text or token ids, or serve a base that was made for chats",
+            )
+        })
     }
 
     /// Whether a message's text looks as if it had been rendered already.
@@ -82,12 +110,12 @@ impl Text {
 
     /// The template's rendering, for people; [`Text::encode_chat`] is what the model sees.
     pub fn render_chat(&self, messages: &[ChatMessage], generation_prompt: bool) -> Result<String> {
-        Ok(chat::unmark(&self.template.render_marked(messages, generation_prompt)?))
+        Ok(chat::unmark(&self.template()?.render_marked(messages, generation_prompt)?))
     }
 
     /// The ids of a chat, with the generation prompt appended where an answer is wanted.
     pub fn encode_chat(&self, messages: &[ChatMessage], generation_prompt: bool) -> Result<Vec<u32>> {
-        self.encode_marked(&self.template.render_marked(messages, generation_prompt)?)
+        self.encode_marked(&self.template()?.render_marked(messages, generation_prompt)?)
     }
 
     /// Control tokens of the template are recognised; those in marked content are broken by its marks.
@@ -144,8 +172,8 @@ impl Text {
         if last.content.trim().is_empty() {
             return refuse("needs a last message with text; leave that message out to have the answer begun");
         }
-        let whole = self.template.render_marked(messages, false)?;
-        let marked = self.template.mark(&last.content);
+        let whole = self.template()?.render_marked(messages, false)?;
+        let marked = self.template()?.mark(&last.content);
         let Some(at) = whole.rfind(marked.trim()) else {
             return refuse("can't be done: this base's chat template does not show the last message as it is");
         };
@@ -154,7 +182,7 @@ impl Text {
         let begin = if whole[..at].ends_with(lead) { at - lead.len() } else { at };
         let kept = if whole[at..].starts_with(marked.trim_start()) { marked.trim_start() } else { marked.trim() };
         let mut ids = self.encode_marked(&whole[..begin])?;
-        ids.extend(self.encode_plain(&chat::unmark(&whole[begin..at + kept.len()]))?);
+        ids.extend(self.encode_after(&ids, &chat::unmark(&whole[begin..at + kept.len()]))?);
         Ok(ids)
     }
 
@@ -198,19 +226,44 @@ impl Text {
     pub fn decode(&self, ids: &[u32], skip_control: bool) -> Result<String> {
         self.check_ids(ids)?;
         let mut bytes = Vec::new();
+        let mut leads = self.tokenizer.adds_space(None);
         for id in ids {
             match self.is_control(*id) {
                 true if skip_control => {}
                 true => bytes.extend_from_slice(self.tokenizer.token(*id).as_bytes()),
-                false => bytes.extend_from_slice(self.token_bytes(*id)),
+                false => {
+                    let text = self.token_bytes(*id);
+                    bytes.extend_from_slice(text.strip_prefix(b" ").filter(|_| leads).unwrap_or(text));
+                    leads = false;
+                }
             }
         }
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// The id that ends a turn (`<|im_end|>`).
+    /// The id that ends a turn, as the template writes it (`<|im_end|>`).
     pub fn end_of_turn(&self) -> u32 {
         self.end_of_turn
+    }
+
+    /// Returns the id that begins a text, where the base has one.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// Returns the id that the base's file says ends a text.
+    pub fn eos(&self) -> u32 {
+        self.eos
+    }
+
+    /// Returns whether raw text is given [`Text::bos`] before it.
+    pub fn adds_bos(&self) -> bool {
+        self.begin.is_some()
+    }
+
+    /// Returns whether there is a chat template.
+    pub fn has_template(&self) -> bool {
+        self.template.is_some()
     }
 
     /// Returns how many tokens there are.
@@ -225,17 +278,22 @@ impl Text {
 
     /// Returns the digest of the chat template's text.
     pub fn template_digest(&self) -> Digest {
-        self.template.digest()
+        self.template.as_ref().map_or_else(|| Digest::of(b""), Template::digest)
     }
 
-    /// Returns the chat template's source.
+    /// Returns the chat template's source; empty where there is none.
     pub fn template_source(&self) -> String {
-        self.template.source()
+        self.template.as_ref().map_or_else(String::new, Template::source)
     }
 
     /// Turns ids into text piece by piece.
     pub fn decoder(self: &Arc<Self>) -> Decoder {
-        Decoder::new(self.clone())
+        self.decoder_after(&[])
+    }
+
+    /// As [`Text::decoder`], for ids that go on from these.
+    pub fn decoder_after(self: &Arc<Self>, before: &[u32]) -> Decoder {
+        Decoder::new(self.clone(), self.tokenizer.adds_space(before.last().copied()))
     }
 }
 

@@ -168,6 +168,27 @@ impl Value {
         values.collect()
     }
 
+    /// The values of a list of yes and no, also where they are whole numbers.
+    pub(super) fn flags(&self) -> Option<Vec<bool>> {
+        match self {
+            Self::List(Kind::Bool, _, data) => Some(data.iter().map(|byte| *byte != 0).collect()),
+            _ => self.integers().map(|values| values.into_iter().map(|value| value != 0).collect()),
+        }
+    }
+
+    /// The values of a list of numbers.
+    pub(super) fn numbers(&self) -> Option<Vec<f32>> {
+        let Self::List(kind @ (Kind::Float { bytes } | Kind::Integer { bytes, .. }), _, data) = self else {
+            return None;
+        };
+        let values = data.chunks_exact(*bytes).map(|bytes| match kind.value(bytes) {
+            Self::Float(value) => Some(value as f32),
+            Self::Integer(value) => Some(value as f32),
+            _ => None,
+        });
+        values.collect()
+    }
+
     /// The values of a list of texts.
     pub(super) fn texts(&self) -> Option<Vec<String>> {
         let Self::List(Kind::Text, count, data) = self else { return None };

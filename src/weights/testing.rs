@@ -55,7 +55,7 @@ impl File {
             ("llama.rope.dimension_count", 16),
             ("llama.feed_forward_length", 64),
             ("llama.context_length", 64),
-            ("tokenizer.ggml.eos_token_id", vocabulary.end_of_turn),
+            ("tokenizer.ggml.eos_token_id", vocabulary.eos),
         ];
         let texts = [
             ("general.architecture", "llama"),

@@ -19,7 +19,7 @@ fn refusal(file: &[u8]) -> String {
 #[test]
 fn a_sound_file_is_read() {
     let (weights, vocabulary) = Weights::from_bytes(&File::tiny().bytes()).unwrap();
-    assert_eq!((weights.config.layers, weights.config.width, weights.config.vocab), (1, 32, 258));
+    assert_eq!((weights.config.layers.len(), weights.config.hidden_size, weights.config.vocab_size), (1, 32, 258));
     assert_eq!(vocabulary.control, [256, 257]);
     Text::new(vocabulary).unwrap();
     let second = File { version: 2, ..File::tiny() };
@@ -86,16 +86,16 @@ fn lies() -> Vec<(File, &'static str)> {
         (offsets(|at| at[10] += 64), "output_norm.weight"),
         (offsets(|at| at[10] = u64::MAX - 31), "beyond"),
         (u32_of("llama.context_length", u32::MAX / 2), "llama.context_length"),
-        (u32_of("llama.context_length", 0), "numbers do not fit"),
+        (u32_of("llama.context_length", 0), "llama.context_length: is 0"),
         (u32_of("llama.block_count", 2), "blk.1.attn_q.weight"),
-        (u32_of("llama.block_count", u32::MAX / 2), "blk.1.attn_q.weight"),
+        (u32_of("llama.block_count", u32::MAX / 2), "llama.block_count: is 2147483647"),
         (u32_of("llama.block_count", u32::MAX), "llama.block_count"),
         (u32_of("llama.embedding_length", 64), "token_embd.weight"),
-        (u32_of("llama.attention.head_count", 0), "numbers do not fit"),
-        (u32_of("llama.attention.head_count_kv", 0), "numbers do not fit"),
-        (u32_of("llama.attention.head_count", 1 << 30), "attn_q"),
-        (u32_of("llama.rope.dimension_count", 1 << 30), "attn_q"),
-        (u32_of("llama.rope.dimension_count", 12), "numbers do not fit"),
+        (u32_of("llama.attention.head_count", 0), "llama.attention.head_count: is 0"),
+        (u32_of("llama.attention.head_count_kv", 0), "llama.attention.head_count_kv: is 0"),
+        (u32_of("llama.attention.head_count", 1 << 30), "llama.attention.key_length: is 0"),
+        (u32_of("llama.rope.dimension_count", 1 << 30), "llama.rope.dimension_count: is 1073741824"),
+        (u32_of("llama.rope.dimension_count", 11), "llama.rope.dimension_count: is 11"),
         (u32_of("tokenizer.ggml.eos_token_id", 258), "eos_token_id"),
         (float("llama.rope.freq_base", f32::NAN), "freq_base"),
         (float("llama.rope.freq_base", 0.0), "freq_base"),

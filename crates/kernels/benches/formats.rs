@@ -56,7 +56,7 @@ fn pass(team: &Team, matrices: &[PackedMatrix], q: &QuantizedRows, y: &mut [f32]
     let y = &mut y[..q.rows() * ROWS];
     seconds(|| {
         for (matrix, next) in matrices.iter().zip(matrices.iter().cycle().skip(1)) {
-            let layer = Linear { matrix, y, bias: None, accumulate: false };
+            let layer = Linear { matrix, bias: None, y, accumulate: false };
             let next = Next { matrices: [Some(next), None, None, None], adapters: None };
             linear(team, q, &mut [layer], None, next);
         }

@@ -11,6 +11,7 @@ use tenora_kernels::cpu::{
 };
 use tenora_kernels::format::QType;
 use tenora_kernels::packed::PackedMatrix;
+use tenora_kernels::spec::AttentionSpec;
 use tenora_kernels::testing::random_matrix;
 
 const WIDTH: usize = 576;
@@ -46,7 +47,7 @@ fn matmul(c: &mut Criterion) {
             group.bench_with_input(BenchmarkId::from_parameter(rows), &rows, |b, _| {
                 b.iter(|| {
                     for matrix in &matrices {
-                        let layer = Linear { matrix, y: &mut y, bias: None, accumulate: false };
+                        let layer = Linear { bias: None, matrix, y: &mut y, accumulate: false };
                         linear(team, &q, &mut [layer], None, Next::default());
                     }
                 });
@@ -85,7 +86,7 @@ fn adapters(c: &mut Criterion) {
                     linear(
                         team,
                         &q,
-                        &mut [Linear { matrix, y: &mut y, bias: None, accumulate: false }],
+                        &mut [Linear { bias: None, matrix, y: &mut y, accumulate: false }],
                         expanding,
                         Next::default(),
                     );
@@ -99,6 +100,7 @@ fn adapters(c: &mut Criterion) {
 fn attend(c: &mut Criterion) {
     const HEADS: usize = 9;
     let team = Team::get();
+    let spec = AttentionSpec::causal(HEADS, 64);
     let shape = KvShape { block_tokens: 16, kv_heads: 3, head_dim: 64 };
     let blocks: Vec<u32> = (0..64).collect();
     let (keys, values) = (vec![0x2C00; 64 * shape.block_len()], vec![0x3400; 64 * shape.block_len()]);
@@ -114,7 +116,7 @@ fn attend(c: &mut Criterion) {
         group.throughput(Throughput::Elements(macs as u64));
         group.bench_function(format!("{rows} rows from {position}"), |b| {
             let kv = KvView { shape, keys: &keys, values: &values };
-            b.iter(|| attention(team, rows.div_ceil(GROUP_ROWS), tile, &q, kv, HEADS, &mut out));
+            b.iter(|| attention(team, rows.div_ceil(GROUP_ROWS), tile, &q, kv, spec, &mut out));
         });
     }
 }

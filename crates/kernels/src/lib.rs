@@ -9,6 +9,7 @@ pub mod error;
 pub mod format;
 pub mod gemm;
 pub mod packed;
+pub mod spec;
 pub mod tensors;
 pub mod testing;
 

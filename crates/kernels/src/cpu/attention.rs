@@ -5,11 +5,14 @@
 //! is summed over the head's dimensions in order: a row's bits do not depend on the blocks it lies in, the chunk it
 //! came with, or the rows beside it.
 
+use std::ops::Range;
+
 use super::Shared;
+use super::kv::{KvView, RowTile};
 use super::lora::GROUP_ROWS;
-use super::rows::rotate;
-use super::simd::{LANES, Level, Simd, dispatch, exp, larger, max_pairwise, sum_pairwise, unrolled};
+use super::simd::{LANES, Level, Simd, dispatch, exp, larger, max_pairwise, sum_pairwise, tanh, unrolled};
 use super::team::Team;
+use crate::spec::AttentionSpec;
 
 /// Widest head the kernel's buffers hold.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -23,158 +26,18 @@ pub const MAX_GROUP: usize = 16;
 /// Positions between two looks at the running maximum.
 const SPAN: usize = 64;
 
-/// The shape of one layer's cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvShape {
-    /// Positions that a block holds.
-    pub block_tokens: usize,
-    /// Heads of keys and values.
-    pub kv_heads: usize,
-    /// A multiple of 16, at most [`MAX_HEAD_DIM`].
-    pub head_dim: usize,
-}
-
-impl KvShape {
-    /// Values of one block, keys or values.
-    pub fn block_len(&self) -> usize {
-        self.block_tokens * self.kv_heads * self.head_dim
-    }
-
-    /// Where a block's keys `[head_dim, block_tokens]` or values `[block_tokens, head_dim]` of a KV head begin.
-    #[inline(always)]
-    fn head(&self, block: u32, kv_head: usize) -> usize {
-        (block as usize * self.kv_heads + kv_head) * self.head_dim * self.block_tokens
-    }
-}
-
-/// One layer's cache: keys `[blocks, kv_heads, head_dim, block_tokens]`, values `[blocks, kv_heads, block_tokens,
-/// head_dim]`, bits of half-precision numbers.
-#[derive(Debug, Clone, Copy)]
-pub struct KvView<'a> {
-    /// How the blocks are laid out.
-    pub shape: KvShape,
-    /// All blocks' keys, in half precision.
-    pub keys: &'a [u16],
-    /// All blocks' values, in half precision.
-    pub values: &'a [u16],
-}
-
-/// As [`KvView`], to be written.
-#[derive(Debug)]
-pub struct KvViewMut<'a> {
-    /// How the blocks are laid out.
-    pub shape: KvShape,
-    /// All blocks' keys, in half precision.
-    pub keys: &'a mut [u16],
-    /// All blocks' values, in half precision.
-    pub values: &'a mut [u16],
-}
-
-/// Rows in a row of one sequence.
-#[derive(Debug, Clone, Copy)]
-pub struct RowTile<'a> {
-    /// Of the batch.
-    pub first: usize,
-    /// [`GROUP_ROWS`] at most.
-    pub count: usize,
-    /// Of the first row.
-    pub position: usize,
-    /// The sequence's KV blocks, in order.
-    pub blocks: &'a [u32],
-}
-
-/// Turns the heads of q and k by their rows' angles (RoPE, Su et al. 2021, in Hugging Face's half-split order), and
-/// puts k and v, rounded, in the cache. `q`: `[rows, heads * head_dim]`, `k`, `v`: `[rows, kv_heads * head_dim]`;
-/// `angles(position)`: its cosines and sines, `[head_dim / 2]` each.
-pub fn rope_and_store<'t>(
-    team: &Team,
-    tiles: usize,
-    tile: impl Fn(usize) -> RowTile<'t> + Sync,
-    (q, k, v): (&mut [f32], &mut [f32], &[f32]),
-    kv: KvViewMut<'_>,
-    angles: impl Fn(usize) -> (&'t [f32], &'t [f32]) + Sync,
-) {
-    let shape = kv.shape;
-    let k_width = shape.kv_heads * shape.head_dim;
-    let q_width = q.len() / (k.len() / k_width).max(1);
-    assert!(kv.keys.len() == kv.values.len() && k.len() == v.len(), "shapes fit");
-    let (q, k, len) = (Shared(q.as_mut_ptr()), Shared(k.as_mut_ptr()), kv.keys.len());
-    let (keys, values) = (SharedHalves(kv.keys.as_mut_ptr()), SharedHalves(kv.values.as_mut_ptr()));
-    team.each(tiles, |i| {
-        let tile = tile(i);
-        for r in 0..tile.count {
-            let (row, position) = (tile.first + r, tile.position + r);
-            let (cos, sin) = angles(position);
-            // SAFETY: the row is this tile's alone.
-            let (q, k) = unsafe { (q.part(row * q_width, q_width), k.part(row * k_width, k_width)) };
-            rotate(q, cos, sin);
-            rotate(k, cos, sin);
-            let (block, at) = (tile.blocks[position / shape.block_tokens], position % shape.block_tokens);
-            assert!((block as usize + 1) * shape.block_len() <= len, "the cache has the block");
-            let (k, v) = (&*k, &v[row * k_width..][..k_width]);
-            let place = Place { shape, block, at, keys: keys.get(), values: values.get() };
-            dispatch!(Level::best(), store, k: &[f32], v: &[f32], place: Place);
-        }
-    });
-}
-
-/// A position in the cache, which is the holder's alone.
-#[derive(Clone, Copy)]
-struct Place {
-    shape: KvShape,
-    block: u32,
-    at: usize,
-    keys: *mut u16,
-    values: *mut u16,
-}
-
-#[inline(always)]
-fn store<S: Simd>(s: S, k: &[f32], v: &[f32], to: Place) {
-    let KvShape { head_dim, block_tokens, .. } = to.shape;
-    let width = head_dim / LANES;
-    let parts = k.as_chunks::<LANES>().0.iter().zip(v.as_chunks::<LANES>().0);
-    for (i, (k, v)) in parts.enumerate() {
-        let (head, d) = (to.shape.head(to.block, i / width), i % width * LANES);
-        let (k, v) = (s.to_f16(s.load(k)), s.to_f16(s.load(v)));
-        // SAFETY: the places lie within the block, and are the holder's alone.
-        unsafe {
-            let (keys, values) =
-                (to.keys.add(head + d * block_tokens + to.at), to.values.add(head + to.at * head_dim + d));
-            for (j, k) in k.into_iter().enumerate() {
-                keys.add(j * block_tokens).write(k);
-            }
-            values.cast::<[u16; LANES]>().write_unaligned(v);
-        }
-    }
-}
-
-/// As [`Shared`], of half-precision bits.
-#[derive(Clone, Copy)]
-struct SharedHalves(*mut u16);
-
-// SAFETY: as of `Shared`.
-unsafe impl Send for SharedHalves {}
-// SAFETY: as of `Shared`.
-unsafe impl Sync for SharedHalves {}
-
-impl SharedHalves {
-    fn get(&self) -> *mut u16 {
-        self.0
-    }
-}
-
-/// out = softmax(q K^T / sqrt(head_dim)) V for each row, over the positions up to and including its own. `q`, `out`:
-/// `[rows, heads * head_dim]`.
+/// out = softmax(scores) V for each row, with the scores and over the positions that `spec` says. `q`, `out`: `[rows,
+/// heads * head_dim]`. What lies before the first position that a tile's first row sees is never read.
 pub fn attention<'t>(
     team: &Team,
     tiles: usize,
     tile: impl Fn(usize) -> RowTile<'t> + Sync,
     q: &[f32],
     kv: KvView<'_>,
-    heads: usize,
+    spec: AttentionSpec,
     out: &mut [f32],
 ) {
-    attention_at(Level::best(), team, tiles, tile, q, kv, heads, out);
+    attention_at(Level::best(), team, tiles, tile, q, kv, spec, out);
 }
 
 #[expect(clippy::too_many_arguments, reason = "the level is for tests")]
@@ -185,23 +48,25 @@ fn attention_at<'t>(
     tile: impl Fn(usize) -> RowTile<'t> + Sync,
     q: &[f32],
     kv: KvView<'_>,
-    heads: usize,
+    spec: AttentionSpec,
     out: &mut [f32],
 ) {
-    let shape = kv.shape;
+    let (shape, heads) = (kv.shape, spec.heads);
     let group = heads / shape.kv_heads;
     assert!(
         q.len() == out.len()
             && shape.head_dim.is_multiple_of(LANES)
             && shape.head_dim <= MAX_HEAD_DIM
-            && group <= MAX_GROUP,
+            && heads.is_multiple_of(shape.kv_heads)
+            && group <= MAX_GROUP
+            && spec.window != Some(0),
         "the model was checked for what the kernel can do"
     );
     let shared = Shared(out.as_mut_ptr());
     // The last rows of a sequence see the most: they go first, so that no thread is left with one at the end.
     team.each(tiles * shape.kv_heads, |task| {
         let (tile, kv_head) = (tile(tiles - 1 - task / shape.kv_heads), task % shape.kv_heads);
-        let task = &Task { tile, kv, kv_head, heads, group, out: shared, rows: q.len() / (heads * shape.head_dim) };
+        let task = &Task { tile, kv, kv_head, spec, group, out: shared, rows: q.len() / (heads * shape.head_dim) };
         dispatch!(level, attend, task: &Task<'_>, q: &[f32]);
     });
 }
@@ -211,7 +76,7 @@ struct Task<'a> {
     tile: RowTile<'a>,
     kv: KvView<'a>,
     kv_head: usize,
-    heads: usize,
+    spec: AttentionSpec,
     group: usize,
     out: Shared,
     rows: usize,
@@ -222,7 +87,7 @@ impl Task<'_> {
     #[inline(always)]
     fn at(&self, i: usize) -> usize {
         let (row, head) = (self.tile.first + i / self.group, self.kv_head * self.group + i % self.group);
-        (row * self.heads + head) * self.kv.shape.head_dim
+        (row * self.spec.heads + head) * self.kv.shape.head_dim
     }
 }
 
@@ -236,7 +101,7 @@ struct OnlineSoftmax {
 
 /// Queries that go through the positions together, of at most D dimensions.
 struct Run<const N: usize, const D: usize> {
-    /// Scaled by 1 / sqrt(head_dim).
+    /// Scaled.
     q: [[f32; D]; N],
     /// Of a span's positions; then what they weigh.
     scores: [[f32; SPAN]; N],
@@ -282,18 +147,21 @@ fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, tas
         running: [OnlineSoftmax { largest: f32::NEG_INFINITY, sum: 0.0 }; N],
         sums: [[0.0; D]; N],
     };
-    let scale = 1.0 / (dim as f32).sqrt();
+    let scale = task.spec.scale;
     for (j, to) in run.q.iter_mut().enumerate() {
         for (to, from) in to.iter_mut().zip(&q[task.at(i + j)..][..dim]) {
             *to = scale * from;
         }
     }
-    // The last of these queries sees the most positions.
-    let end = task.tile.position + (i + N - 1) / task.group + 1;
-    for start in (0..end).step_by(SPAN) {
+    // The last of these queries sees the latest position, the first one the earliest.
+    let position = |j: usize| task.tile.position + (i + j) / task.group;
+    let (first, end) = (task.spec.first_seen(position(0)), position(N - 1) + 1);
+    for start in (first / SPAN * SPAN..end).step_by(SPAN) {
         let here = SPAN.min(end - start);
         let units = here.div_ceil(LANES);
-        let mut unit = 0;
+        // What nobody sees is not read: it may be another sequence's by now.
+        let unseen = first.saturating_sub(start);
+        let mut unit = unseen / LANES;
         if task.kv.shape.block_tokens.is_multiple_of(LANES) {
             let keys = |unit: usize| keys_of(task, start + unit * LANES);
             while unit + U <= units {
@@ -307,15 +175,17 @@ fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, tas
         } else {
             let mut gathered = [0; MAX_HEAD_DIM * LANES];
             while unit < units {
-                score(s, dim, [gather_keys(task, start + unit * LANES, end, &mut gathered)], unit, &mut run);
+                score(s, dim, [gather_keys(task, start + unit * LANES, first..end, &mut gathered)], unit, &mut run);
                 unit += 1;
             }
         }
         for j in 0..N {
-            let seen = (task.tile.position + (i + j) / task.group + 1).saturating_sub(start).min(here);
+            let within = |position: usize| position.saturating_sub(start).min(here);
+            let seen = within(task.spec.first_seen(position(j)))..within(position(j) + 1);
             softmax_update(
                 &mut run.scores[j].as_chunks_mut().0[..units],
                 seen,
+                task.spec.softcap,
                 &mut run.running[j],
                 &mut run.sums[j][..dim],
             );
@@ -324,11 +194,11 @@ fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, tas
         // not a number: then the sequence fails as a whole.
         let mut part = 0;
         while part + U * LANES <= dim {
-            add_values::<S, N, U, D>(s, task, start..start + here, part, &mut run);
+            add_values::<S, N, U, D>(s, task, start + unseen..start + here, start, part, &mut run);
             part += U * LANES;
         }
         while part < dim {
-            add_values::<S, N, 1, D>(s, task, start..start + here, part, &mut run);
+            add_values::<S, N, 1, D>(s, task, start + unseen..start + here, start, part, &mut run);
             part += LANES;
         }
     }
@@ -358,12 +228,12 @@ fn keys_of<'a>(task: &Task<'a>, position: usize) -> Keys<'a> {
     Keys { bits: &task.kv.keys[at..][..(shape.head_dim - 1) * tokens + LANES], stride: tokens }
 }
 
-/// The same, put together from any blocks; what lies beyond `end` is anything.
+/// The same, put together from any blocks; what lies outside `seen` is anything.
 #[inline(always)]
-fn gather_keys<'a>(task: &Task<'_>, position: usize, end: usize, gathered: &'a mut [u16]) -> Keys<'a> {
+fn gather_keys<'a>(task: &Task<'_>, position: usize, seen: Range<usize>, gathered: &'a mut [u16]) -> Keys<'a> {
     let shape = task.kv.shape;
     let tokens = shape.block_tokens;
-    for lane in 0..LANES.min(end - position) {
+    for lane in seen.start.saturating_sub(position)..LANES.min(seen.end - position) {
         let (block, within) = (task.tile.blocks[(position + lane) / tokens], (position + lane) % tokens);
         let from = &task.kv.keys[shape.head(block, task.kv_head) + within..];
         for d in 0..shape.head_dim {
@@ -403,14 +273,27 @@ fn score<S: Simd, const N: usize, const U: usize, const D: usize>(
     });
 }
 
-/// Turns the first `seen` scores into weights relative to the running maximum, the others into zeros, and scales what
+/// Caps the scores, turns those that are `seen` into weights relative to the running maximum, the others into zeros, and scales what
 /// has been summed with an earlier maximum.
 #[inline(always)]
-fn softmax_update(scores: &mut [[f32; LANES]], seen: usize, running: &mut OnlineSoftmax, sums: &mut [f32]) {
-    scores.as_flattened_mut()[seen..].fill(f32::NEG_INFINITY);
-    if seen == 0 {
+fn softmax_update(
+    scores: &mut [[f32; LANES]],
+    seen: Range<usize>,
+    cap: Option<f32>,
+    running: &mut OnlineSoftmax,
+    sums: &mut [f32],
+) {
+    if seen.is_empty() {
         return scores.as_flattened_mut().fill(0.0);
     }
+    if let Some(cap) = cap {
+        let inverse = 1.0 / cap;
+        for score in scores.as_flattened_mut() {
+            *score = cap * tanh(*score * inverse);
+        }
+    }
+    scores.as_flattened_mut()[..seen.start].fill(f32::NEG_INFINITY);
+    scores.as_flattened_mut()[seen.end..].fill(f32::NEG_INFINITY);
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for chunk in &*scores {
         for i in 0..LANES {
@@ -435,12 +318,13 @@ fn softmax_update(scores: &mut [[f32; LANES]], seen: usize, running: &mut Online
     running.sum += sum_pairwise(total);
 }
 
-/// sums += weights * V over `positions` of one span, in U times 16 dimensions from `part` on.
+/// sums += weights * V over `positions` of the span that begins at `start`, in U times 16 dimensions from `part` on.
 #[inline(always)]
 fn add_values<S: Simd, const N: usize, const U: usize, const D: usize>(
     s: S,
     task: &Task<'_>,
-    positions: std::ops::Range<usize>,
+    positions: Range<usize>,
+    start: usize,
     part: usize,
     run: &mut Run<N, D>,
 ) {
@@ -452,11 +336,10 @@ fn add_values<S: Simd, const N: usize, const U: usize, const D: usize>(
             sums[j][u] = s.load(&run.sums[j].as_chunks().0[part / LANES + u]);
         });
     });
-    let mut t = 0;
-    while t < positions.len().min(SPAN) {
-        let position = positions.start + t;
+    let mut position = positions.start;
+    while position < positions.end {
         let (block, within) = (task.tile.blocks[position / tokens], position % tokens);
-        let count = (tokens - within).min(positions.len().min(SPAN) - t);
+        let count = (tokens - within).min(positions.end - position);
         let values = &task.kv.values[shape.head(block, task.kv_head) + within * dim..][..count * dim];
         for (r, values) in values.chunks_exact(dim).enumerate() {
             let mut value = [s.splat(0.0); U];
@@ -465,13 +348,13 @@ fn add_values<S: Simd, const N: usize, const U: usize, const D: usize>(
                 value[u] = s.load_f16(bits);
             });
             unrolled!(j in N => {
-                let weight = s.splat(run.scores[j][t + r]);
+                let weight = s.splat(run.scores[j][(position - start + r) % SPAN]);
                 unrolled!(u in U => {
                     sums[j][u] = s.mul_add(value[u], weight, sums[j][u]);
                 });
             });
         }
-        t += count;
+        position += count;
     }
     unrolled!(j in N => {
         unrolled!(u in U => {
@@ -482,6 +365,7 @@ fn add_values<S: Simd, const N: usize, const U: usize, const D: usize>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::kv::{HeadPrep, KvShape, KvViewMut, rope_and_store};
     use super::super::simd::f16_value;
     use super::*;
     use crate::testing::sinusoid;
@@ -490,7 +374,7 @@ mod tests {
     /// A sequence in a cache of its own, its blocks in an order of their own.
     struct Sequence {
         shape: KvShape,
-        heads: usize,
+        spec: AttentionSpec,
         blocks: Vec<u32>,
         keys: Vec<u16>,
         values: Vec<u16>,
@@ -498,7 +382,7 @@ mod tests {
         q: Vec<f32>,
     }
 
-    fn sequence(shape: KvShape, heads: usize, length: usize, reversed: bool, seed: u64) -> Sequence {
+    fn sequence(shape: KvShape, spec: AttentionSpec, length: usize, reversed: bool, seed: u64) -> Sequence {
         let count = length.div_ceil(shape.block_tokens);
         let mut blocks: Vec<u32> = (0..count as u32).collect();
         if reversed {
@@ -508,21 +392,22 @@ mod tests {
         let cache = || vec![0x7E00; count * shape.block_len()];
         let (mut keys, mut values) = (cache(), cache());
         let width = shape.kv_heads * shape.head_dim;
-        let mut q = sinusoid(length * heads * shape.head_dim, seed);
+        let mut q = sinusoid(length * spec.heads * shape.head_dim, seed);
         let (mut k, v) = (sinusoid(length * width, seed + 1), sinusoid(length * width, seed + 2));
         let angles: Vec<f32> = (0..length * shape.head_dim / 2).map(|i| (i as f32 * 0.37).sin()).collect();
         let half = shape.head_dim / 2;
         let at = |position: usize| (&angles[position * half..][..half], &angles[position * half..][..half]);
         let kv = KvViewMut { shape, keys: &mut keys, values: &mut values };
         let tile = |i: usize| RowTile { first: i, count: 1, position: i, blocks: &blocks };
-        rope_and_store(Team::get(), length, tile, (&mut q, &mut k, &v), kv, at);
-        Sequence { shape, heads, blocks, keys, values, q }
+        let prep = HeadPrep { angles: Some(&at), ..HeadPrep::default() };
+        rope_and_store(Team::get(), length, tile, (&mut q, &mut k, &v), kv, prep);
+        Sequence { shape, spec, blocks, keys, values, q }
     }
 
     impl Sequence {
         /// The rows from `from` on, in tiles of at most `tile` rows.
         fn attend(&self, level: Level, from: usize, tile: usize) -> Vec<f32> {
-            let width = self.heads * self.shape.head_dim;
+            let width = self.spec.heads * self.shape.head_dim;
             let rows = self.q.len() / width - from;
             let mut out = vec![0.0; rows * width];
             let tiles = |i: usize| RowTile {
@@ -533,29 +418,63 @@ mod tests {
             };
             let kv = KvView { shape: self.shape, keys: &self.keys, values: &self.values };
             let q = &self.q[from * width..];
-            attention_at(level, Team::get(), rows.div_ceil(tile), tiles, q, kv, self.heads, &mut out);
+            attention_at(level, Team::get(), rows.div_ceil(tile), tiles, q, kv, self.spec, &mut out);
             out
+        }
+
+        /// What other sequences may have written by now where no row from `from` on looks is not a number.
+        fn forget_before(mut self, from: usize) -> Self {
+            let KvShape { block_tokens, kv_heads, head_dim } = self.shape;
+            for t in 0..self.spec.first_seen(from) {
+                for head in 0..kv_heads {
+                    let (place, at) = (self.shape.head(self.blocks[t / block_tokens], head), t % block_tokens);
+                    (0..head_dim).for_each(|d| self.keys[place + d * block_tokens + at] = 0x7E00);
+                    self.values[place + at * head_dim..][..head_dim].fill(0x7E00);
+                }
+            }
+            self
         }
 
         /// One head of one row in double precision, straight from the definition.
         fn expected(&self, row: usize, head: usize) -> Vec<f64> {
             let KvShape { block_tokens, kv_heads, head_dim } = self.shape;
-            let place = |t: usize| self.shape.head(self.blocks[t / block_tokens], head / (self.heads / kv_heads));
+            let group = self.spec.heads / kv_heads;
+            let place = |t: usize| self.shape.head(self.blocks[t / block_tokens], head / group);
             let value = |bits: u16| f64::from(f16_value(bits));
-            let q = &self.q[(row * self.heads + head) * head_dim..][..head_dim];
+            let q = &self.q[(row * self.spec.heads + head) * head_dim..][..head_dim];
             let score = |t: usize| {
                 let key = |d: usize| value(self.keys[place(t) + d * block_tokens + t % block_tokens]);
-                (0..head_dim).map(|d| f64::from(q[d]) * key(d)).sum::<f64>() / (head_dim as f64).sqrt()
+                let product = (0..head_dim).map(|d| f64::from(q[d]) * key(d)).sum::<f64>();
+                let scaled = product * f64::from(self.spec.scale);
+                self.spec.softcap.map_or(scaled, |cap| f64::from(cap) * (scaled / f64::from(cap)).tanh())
             };
-            let scores: Vec<f64> = (0..=row).map(score).collect();
+            let first = self.spec.window.map_or(0, |window| (row + 1).saturating_sub(window));
+            let scores: Vec<f64> = (first..=row).map(score).collect();
             let largest = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
             let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
             let of = |d: usize| {
                 let v = |t: usize| value(self.values[place(t) + t % block_tokens * head_dim + d]);
-                weights.iter().enumerate().map(|(t, w)| w * v(t)).sum::<f64>() / weights.iter().sum::<f64>()
+                let sum = weights.iter().zip(first..).map(|(w, t)| w * v(t)).sum::<f64>();
+                sum / weights.iter().sum::<f64>()
             };
             (0..head_dim).map(of).collect()
         }
+    }
+
+    /// Every width and group that a base of ours has, with and without caps and windows.
+    fn specs() -> impl Strategy<Value = (KvShape, AttentionSpec)> {
+        let shapes = (
+            prop::sample::select(vec![1usize, 3, 4, 16, 24, 32]),
+            1usize..3,
+            prop::sample::select(vec![16usize, 32, 48, 64, 80, 96, 128, 256]),
+            prop::sample::select(vec![1usize, 2, 3, 4, 5, 7, 8, 16]),
+        );
+        let forms = (prop::option::of(2.0f32..20.0), prop::option::of(1usize..100), 0.4f32..4.0);
+        (shapes, forms).prop_map(|((block_tokens, kv_heads, head_dim, group), (softcap, window, scale))| {
+            let spec = AttentionSpec::causal(kv_heads * group, head_dim);
+            let spec = AttentionSpec { scale: scale / head_dim as f32, softcap, window, ..spec };
+            (KvShape { block_tokens, kv_heads, head_dim }, spec)
+        })
     }
 
     proptest! {
@@ -564,15 +483,12 @@ mod tests {
         /// Close to the definition; and the same bits in every form, chunk, tile and order of blocks.
         #[test]
         fn agrees_with_the_definition(
-            (kv_heads, group, dims) in (1usize..3, 1usize..5, 1usize..4),
-            block_tokens in prop::sample::select(vec![1usize, 3, 4, 16, 24, 32]),
+            (shape, spec) in specs(),
             length in 1usize..150, from in 0usize..150, tile in 1usize..=GROUP_ROWS, seed in 0u64..100,
         ) {
-            let shape = KvShape { block_tokens, kv_heads, head_dim: dims * HEAD_DIM_STEP };
-            let heads = kv_heads * group;
-            let own = sequence(shape, heads, length, false, seed);
+            let own = sequence(shape, spec, length, false, seed);
             let all = own.attend(Level::Portable, 0, 1);
-            for (row, out) in all.chunks_exact(heads * shape.head_dim).enumerate() {
+            for (row, out) in all.chunks_exact(spec.heads * shape.head_dim).enumerate() {
                 for (head, out) in out.chunks_exact(shape.head_dim).enumerate() {
                     for (got, want) in out.iter().zip(own.expected(row, head)) {
                         prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{} {}", got, want);
@@ -580,11 +496,13 @@ mod tests {
                 }
             }
             let from = from % length;
-            let part = &all[from * heads * shape.head_dim..];
+            let part = &all[from * spec.heads * shape.head_dim..];
+            let own = own.forget_before(from);
             let other = KvShape { block_tokens: 16, ..shape };
+            let other = sequence(other, spec, length, true, seed).forget_before(from);
             for level in Level::all() {
                 prop_assert_eq!(&own.attend(level, from, tile)[..], part, "{:?}", level);
-                prop_assert_eq!(&sequence(other, heads, length, true, seed).attend(level, from, tile)[..], part);
+                prop_assert_eq!(&other.attend(level, from, tile)[..], part);
             }
         }
     }

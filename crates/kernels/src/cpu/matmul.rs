@@ -20,10 +20,10 @@ const ROW_BLOCK: usize = 64;
 pub struct Linear<'a> {
     /// The frozen weights.
     pub matrix: &'a PackedMatrix,
+    /// Added to each row's products, `[matrix.rows()]`.
+    pub bias: Option<&'a [f32]>,
     /// `[rows, matrix.rows()]`.
     pub y: &'a mut [f32],
-    /// `[matrix.rows()]`, added to the product.
-    pub bias: Option<&'a [f32]>,
     /// Adds to `y` in place of overwriting it.
     pub accumulate: bool,
 }
@@ -211,7 +211,7 @@ mod tests {
             level,
             Team::get(),
             x,
-            &mut [Linear { matrix: w, y: &mut y, bias: None, accumulate: false }],
+            &mut [Linear { matrix: w, bias: None, y: &mut y, accumulate: false }],
             None,
             Next::default(),
         );
@@ -261,8 +261,8 @@ mod tests {
             let bias = sinusoid(second, seed);
             let [a, b] = &mut ys;
             linear(Team::get(), &q, &mut [
-                Linear { matrix: &matrices[0], y: a, bias: None, accumulate: true },
-                Linear { matrix: &matrices[1], y: b, bias: Some(&bias), accumulate: false },
+                Linear { matrix: &matrices[0], bias: None, y: a, accumulate: true },
+                Linear { matrix: &matrices[1], bias: Some(&bias), y: b, accumulate: false },
             ], None, Next::default());
             let alone = matrices.each_ref().map(|w| product(Level::best(), w, &q));
             let biased = alone[1].iter().zip(bias.iter().cycle()).map(|(y, bias)| y + bias).collect::<Vec<_>>();

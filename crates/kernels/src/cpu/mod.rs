@@ -5,6 +5,7 @@
 
 mod ahead;
 mod attention;
+mod kv;
 pub(crate) mod lanes;
 mod lora;
 mod matmul;
@@ -16,16 +17,16 @@ mod rows;
 mod simd;
 mod team;
 
-pub use attention::{
-    HEAD_DIM_STEP, KvShape, KvView, KvViewMut, MAX_GROUP, MAX_HEAD_DIM, RowTile, attention, rope_and_store,
-};
+pub use attention::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, attention};
+pub use kv::{HeadNorms, HeadPrep, KvShape, KvView, KvViewMut, RowTile, rope_and_store};
 pub use lora::{Adapters, GROUP_ROWS, LoraPair, RowGroup, shrinks};
 pub use matmul::{Linear, MAX_LAYERS, Next, linear};
 pub use peak::dot_products;
 pub use prepare::prepare;
 pub use quantize::QuantizedRows;
 pub use rows::{
-    argmax, log_sum_exp, rms_norm, rms_norm_row, rope, softmax, softmax_backward, swiglu, swiglu_backward, swiglu_row,
+    add_rms_norm, add_rms_norm_row, argmax, gated, gated_backward, gated_row, log_sum_exp, rms_norm, rms_norm_row,
+    rope, rope_backward, softcap, softcap_backward, softmax, softmax_backward,
 };
 pub use simd::{f16_bits, f16_value};
 pub use team::Team;

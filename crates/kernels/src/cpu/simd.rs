@@ -580,6 +580,12 @@ pub(super) fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { value }
 }
 
+/// tanh(x), to about 1e-7 of 1.
+#[inline(always)]
+pub(super) fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+}
+
 /// Says that this line will be read soon, where the machine listens.
 #[inline(always)]
 pub(super) fn prefetch(line: *const u8) {
@@ -622,6 +628,16 @@ mod tests {
         }
         assert_eq!(exp(-1000.0), 0.0);
         assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn tanh_is_close() {
+        for i in -2000..2000 {
+            let x = i as f32 * 0.04;
+            assert!((f64::from(tanh(x)) - f64::from(x).tanh()).abs() <= 3e-7, "{x}");
+        }
+        assert_eq!([tanh(f32::INFINITY), tanh(f32::NEG_INFINITY)], [1.0, -1.0]);
+        assert!(tanh(f32::NAN).is_nan());
     }
 
     #[test]

@@ -4,7 +4,8 @@
 // A sequence's queries of one KV head are numbered row by row: query m is head m % group of row m / group. A warp takes 16 of them and a
 // partition of 256 positions, aligned to the absolute position, in tiles of 64 keys; partitions are merged in their order. Short spans
 // (decoding) have a block a partition and merge afterwards (`combine`), long ones merge as they go: the same operations in the same
-// order, and no operation of the tensor cores mixes two queries. So a query's bits depend on its own sequence alone.
+// order, and no operation of the tensor cores mixes two queries. So a query's bits depend on its own sequence alone. What lies before a
+// window's first position is never read: it may be another sequence's by now.
 
 #include "common.cuh"
 
@@ -23,6 +24,17 @@ struct Task {
     uint32_t sequence;
     uint32_t first;  // query
     uint32_t partial;  // where its partitions begin among the partial results, for a split task
+};
+
+// How a layer attends. `scale`: of the products; with a cap they are what tanh takes, else exponents of 2. `cap`: what tanh(product) is
+// multiplied with to be an exponent of 2, 0 for none. `window`: how many positions a query sees, its own included.
+struct Form {
+    float scale;
+    float cap;
+    int window;
+
+    // The first position that a query sees.
+    __device__ int from(int position) const { return max(position - window + 1, 0); }
 };
 
 struct Cache {
@@ -81,15 +93,17 @@ struct Softmax {
 template <int DIM>
 constexpr int PITCH = DIM + 8;  // halves; the padding spreads a column over the banks
 
-// Starts to copy the keys and values of TILE positions; beyond `end` there are zeros, whatever the cache holds there.
+// Starts to copy the keys and values of TILE positions; before `start` and beyond `end` there are zeros, whatever the cache holds there.
 template <int DIM, int WARPS>
-__device__ void fetch(__half* keys, __half* values, const Cache& cache, int position, int end, int kv_heads, int kv_head) {
+__device__ void fetch(
+    __half* keys, __half* values, const Cache& cache, int position, int start, int end, int kv_heads, int kv_head
+) {
     constexpr int OWN = TILE / WARPS, PIECES = DIM / 8, AT_ONCE = WARP / PIECES;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     uint32_t slots[(OWN + WARP - 1) / WARP];
 #pragma unroll
     for (int i = 0; i < (OWN + WARP - 1) / WARP; ++i) {
-        const int p = min(position + warp * OWN + i * WARP + lane, end - 1);
+        const int p = min(max(position + warp * OWN + i * WARP + lane, start), end - 1);
         slots[i] = cache.blocks[p / cache.block_tokens] * cache.block_tokens + p % cache.block_tokens;
     }
 #pragma unroll
@@ -98,7 +112,7 @@ __device__ void fetch(__half* keys, __half* values, const Cache& cache, int posi
         const uint32_t slot = __shfl_sync(ALL_LANES, slots[i * AT_ONCE / WARP], own % WARP);
         const size_t place = (size_t(slot) * kv_heads + kv_head) * DIM + piece;
         const int key = warp * OWN + own;
-        const bool real = position + key < end;
+        const bool real = position + key >= start && position + key < end;
         copy_16_bytes(keys + key * PITCH<DIM> + piece, cache.keys + place, real);
         copy_16_bytes(values + key * PITCH<DIM> + piece, cache.values + place, real);
     }
@@ -107,7 +121,8 @@ __device__ void fetch(__half* keys, __half* values, const Cache& cache, int posi
 // Takes a tile of keys, the first at `position`, into a partition. `seen`: the positions of the lane's two queries, -1 for none.
 template <int DIM>
 __device__ void attend(
-    Softmax<DIM>& state, const uint32_t (&q)[DIM / 16][4], const __half* keys, const __half* values, int position, const int (&seen)[2]
+    Softmax<DIM>& state, const uint32_t (&q)[DIM / 16][4], const __half* keys, const __half* values, int position, const int (&seen)[2],
+    const Form& form
 ) {
     const int lane = threadIdx.x % WARP, quad = lane % 4;
     float scores[TILE / 8][4] = {};
@@ -126,7 +141,11 @@ __device__ void attend(
     for (int n = 0; n < TILE / 8; ++n) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            if (position + n * 8 + quad * 2 + j % 2 > seen[j / 2]) {
+            if (form.cap > 0.0f) {
+                scores[n][j] = form.cap * tanhf(scores[n][j]);
+            }
+            const int key = position + n * 8 + quad * 2 + j % 2;
+            if (key > seen[j / 2] || key < form.from(seen[j / 2])) {
                 scores[n][j] = -INFINITY;
             }
             top[j / 2] = fmaxf(top[j / 2], scores[n][j]);
@@ -178,7 +197,7 @@ __device__ void attend(
     }
 }
 
-// The warp's 16 queries, scaled so that scores are exponents of 2, in the order in which the tensor cores take them.
+// The warp's 16 queries, scaled, in the order in which the tensor cores take them.
 template <int DIM>
 __device__ void load_queries(
     uint32_t (&to)[DIM / 16][4], const float* q, const Sequence& sequence, const int (&query)[2], int queries, int group, int heads,
@@ -205,7 +224,7 @@ __device__ void load_queries(
 // partition's largest scores, sums and values to `out`, [partition of a task][KV head][16][DIM + 2]; else `out` is [rows][heads * DIM].
 template <int DIM, int WARPS, bool SPLIT>
 __device__ void attention(
-    const float* q, Cache cache, float* out, const Task* tasks, const Sequence* sequences, int heads, int kv_heads, float scale
+    const float* q, Cache cache, float* out, const Task* tasks, const Sequence* sequences, int heads, int kv_heads, Form form
 ) {
     DYNAMIC_SHARED(__half, tiles);  // [2 stages][keys, values][TILE][PITCH]
     constexpr int PLANE = TILE * PITCH<DIM>;
@@ -215,9 +234,11 @@ __device__ void attention(
     // Every query of the block sees less than this.
     const int last = min(int(task.first) + WARPS * QUERIES, queries) - 1;
     const int visible = sequence.start + last / group + 1;
-    const int begin = SPLIT ? blockIdx.z * PARTITION : 0;
+    // None of them sees what lies before.
+    const int start = form.from(sequence.start + task.first / group);
+    const int begin = SPLIT ? blockIdx.z * PARTITION : start / PARTITION * PARTITION;
     const int end = SPLIT ? min(begin + PARTITION, visible) : visible;
-    if (begin >= end) {
+    if (begin >= end || begin + PARTITION <= start) {
         return;
     }
     cache.blocks += sequence.table;
@@ -231,15 +252,15 @@ __device__ void attention(
         seen[i] = query[i] < queries ? int(sequence.start) + query[i] / group : -1;
     }
     uint32_t scaled[DIM / 16][4];
-    load_queries<DIM>(scaled, q, sequence, query, queries, group, heads, kv_head, scale);
+    load_queries<DIM>(scaled, q, sequence, query, queries, group, heads, kv_head, form.scale);
 
     Softmax<DIM> total, partition;
     total.clear();
     partition.clear();
     const auto fetch_tile = [&](int position, int stage) {
-        if (position < end) {
+        if (position < end && position + TILE > start) {
             __half* keys = tiles + stage * 2 * PLANE;
-            fetch<DIM, WARPS>(keys, keys + PLANE, cache, position, end, kv_heads, kv_head);
+            fetch<DIM, WARPS>(keys, keys + PLANE, cache, position, start, end, kv_heads, kv_head);
         }
         commit_copies();
     };
@@ -250,7 +271,9 @@ __device__ void attention(
         await_copies<1>();
         __syncthreads();
         const __half* keys = tiles + stage * 2 * PLANE;
-        attend<DIM>(partition, scaled, keys, keys + PLANE, position, seen);
+        if (position + TILE > start) {
+            attend<DIM>(partition, scaled, keys, keys + PLANE, position, seen, form);
+        }
         __syncthreads();  // before the stage is written again
         stage = 1 - stage;
         if (!SPLIT && ((position + TILE) % PARTITION == 0 || position + TILE >= end)) {
@@ -290,16 +313,18 @@ __device__ void attention(
 
 // Merges the partitions of split tasks as `attention` does those of long ones. grid: (tasks, KV heads, 16); a thread a dimension.
 template <int DIM>
-__device__ void combine(const float* partial, float* out, const Task* tasks, const Sequence* sequences, int heads, int kv_heads) {
+__device__ void combine(
+    const float* partial, float* out, const Task* tasks, const Sequence* sequences, int heads, int kv_heads, Form form
+) {
     const Task task = tasks[blockIdx.x];
     const Sequence sequence = sequences[task.sequence];
     const int kv_head = blockIdx.y, group = heads / kv_heads, query = task.first + blockIdx.z;
     if (query >= sequence.rows * group) {
         return;
     }
-    const int partitions = (sequence.start + query / group) / PARTITION + 1;
+    const int position = sequence.start + query / group;
     float top = -INFINITY, sum = 0.0f, value = 0.0f;
-    for (int i = 0; i < partitions; ++i) {
+    for (int i = form.from(position) / PARTITION; i <= position / PARTITION; ++i) {
         const float* next = partial + ((size_t(task.partial + i) * kv_heads + kv_head) * QUERIES + blockIdx.z) * (DIM + 2);
         const float larger = fmaxf(top, next[0]);
         const float before = weight_under(top, larger), weight = weight_under(next[0], larger);
@@ -314,16 +339,17 @@ __device__ void combine(const float* partial, float* out, const Task* tasks, con
 #define ATTENTION(name, dim, warps, split) \
     extern "C" __global__ void __launch_bounds__(warps * WARP) name( \
         const float* q, const __half* keys, const __half* values, const uint32_t* blocks, int block_tokens, float* out, \
-        const Task* tasks, const Sequence* sequences, int heads, int kv_heads, float scale \
+        const Task* tasks, const Sequence* sequences, int heads, int kv_heads, float scale, float cap, int window \
     ) { \
-        attention<dim, warps, split>(q, {keys, values, blocks, block_tokens}, out, tasks, sequences, heads, kv_heads, scale); \
+        const Cache cache{keys, values, blocks, block_tokens}; \
+        attention<dim, warps, split>(q, cache, out, tasks, sequences, heads, kv_heads, {scale, cap, window}); \
     }
 
 #define COMBINE(name, dim) \
     extern "C" __global__ void __launch_bounds__(dim) name( \
-        const float* partial, float* out, const Task* tasks, const Sequence* sequences, int heads, int kv_heads \
+        const float* partial, float* out, const Task* tasks, const Sequence* sequences, int heads, int kv_heads, int window \
     ) { \
-        combine<dim>(partial, out, tasks, sequences, heads, kv_heads); \
+        combine<dim>(partial, out, tasks, sequences, heads, kv_heads, {0.0f, 0.0f, window}); \
     }
 
 ATTENTION(attention_short_64, 64, 1, true)

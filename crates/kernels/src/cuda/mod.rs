@@ -17,8 +17,9 @@ use half::{bf16, f16};
 use self::launch::{Arg, Grid, address, int, launch, load, output, pointer, prepare, start_of};
 use super::cpu::LoraPair;
 use super::format::QType;
+use super::spec::{Activation, AttentionSpec};
 use super::tensors::{
-    AttentionTask, Best, DeviceLora, DeviceMatrix, HeadShape, KvLayer, LORA_ROWS, Places, Plan, Rope, TensorKernels,
+    AttentionTask, Best, DeviceLora, DeviceMatrix, HeadPrep, HeadShape, KvLayer, LORA_ROWS, Places, Plan, TensorKernels,
 };
 use crate::error::{Error, Result};
 
@@ -81,6 +82,7 @@ pub struct Kernels {
 struct Functions {
     rms_norm: CudaFunction,
     swiglu: CudaFunction,
+    geglu: CudaFunction,
     add: CudaFunction,
     gather: CudaFunction,
     rotate_and_store: CudaFunction,
@@ -145,8 +147,8 @@ macro_rules! code {
 
 impl Functions {
     fn load(device: &CudaDevice, dim: usize) -> Result<Self> {
-        let names = ["rms_norm", "swiglu", "add", "gather", "rotate_and_store"];
-        let [rms_norm, swiglu, add, gather, rotate_and_store] = some(load(device, code!("rows"), &names)?)?;
+        let names = ["rms_norm", "swiglu", "geglu", "add", "gather", "rotate_and_store"];
+        let [rms_norm, swiglu, geglu, add, gather, rotate_and_store] = some(load(device, code!("rows"), &names)?)?;
         let names = [format!("attention_short_{dim}"), format!("attention_long_{dim}"), format!("combine_{dim}")];
         let [attention_short, attention_long, combine] =
             some(load(device, code!("attention"), &names.each_ref().map(String::as_str))?)?;
@@ -166,6 +168,7 @@ impl Functions {
         Ok(Self {
             rms_norm,
             swiglu,
+            geglu,
             add,
             gather,
             rotate_and_store,
@@ -250,9 +253,7 @@ impl Kernels {
         grid: Grid,
         out: &Tensor,
     ) -> Result<()> {
-        let shape = of.kv.shape;
-        // Scores are exponents of 2.
-        let scale = std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt();
+        let (shape, form) = (of.kv.shape, Form::new(of.spec)?);
         let tasks = self.batch.at(Part::AttentionTasks, first * size_of::<AttentionTask>() / size_of::<u32>());
         let args = [
             address::<f32>(of.q)?,
@@ -265,7 +266,9 @@ impl Kernels {
             self.batch.address(Part::Sequences),
             int(shape.heads)?,
             int(shape.kv_heads)?,
-            Arg::Float(scale),
+            Arg::Float(form.scale),
+            Arg::Float(form.cap),
+            form.window,
         ];
         // SAFETY: the plan's tasks, sequences and blocks stay within its rows and the cache, as its caller has checked;
         // `q` has those rows, and `out` is as large as the grid writes.
@@ -276,7 +279,30 @@ impl Kernels {
 /// What attention reads.
 struct Attention<'a> {
     q: &'a Tensor,
+    spec: &'a AttentionSpec,
     kv: &'a KvLayer,
+}
+
+/// A layer's attention as the kernels take it: scores are exponents of 2.
+struct Form {
+    /// Of the products: with a cap they are what tanh takes.
+    scale: f32,
+    /// What tanh of a product is multiplied with, 0 for none.
+    cap: f32,
+    window: Arg,
+}
+
+impl Form {
+    fn new(spec: &AttentionSpec) -> Result<Self> {
+        let (scale, cap) = match spec.softcap {
+            Some(cap) => (spec.scale / cap, cap * std::f32::consts::LOG2_E),
+            None => (spec.scale * std::f32::consts::LOG2_E, 0.0),
+        };
+        // A window that is wider than any context shows all.
+        let window = spec.window.map_or(i32::MAX, |window| i32::try_from(window).unwrap_or(i32::MAX));
+        check(window > 0, "attention")?;
+        Ok(Self { scale, cap, window: Arg::Int(window) })
+    }
 }
 
 impl TensorKernels for Kernels {
@@ -339,8 +365,12 @@ impl TensorKernels for Kernels {
         Ok(out)
     }
 
-    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        self.each(&self.functions.swiglu, gate, up)
+    fn gated(&self, activation: Activation, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        let function = match activation {
+            Activation::Silu => &self.functions.swiglu,
+            Activation::GeluTanh => &self.functions.geglu,
+        };
+        self.each(function, gate, up)
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
@@ -350,28 +380,42 @@ impl TensorKernels for Kernels {
     fn rotate_and_store(
         &self,
         (q, k, v): (Tensor, &Tensor, &Tensor),
-        rope: &Rope,
+        prep: HeadPrep<'_>,
         kv: &KvLayer,
         plan: &Plan,
     ) -> Result<Tensor> {
         let (shape, rows) = (kv.shape, plan.rows());
-        let (width, kv_width, half) =
-            (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.head_dim / 2);
-        let tables = [&rope.cos, &rope.sin].iter().all(|table| table.dims().get(1) == Some(&half));
+        let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let half = prep.rope.map_or(Ok(0), |rope| rope.cos.dim(1))?;
+        let tables = prep.rope.is_none_or(|rope| rope.cos.dims() == rope.sin.dims()) && 2 * half <= shape.head_dim;
         let fits = q.dims() == [rows, width] && k.dims() == [rows, kv_width] && v.dims() == [rows, kv_width];
         check(fits && tables, "rotate_and_store")?;
+        let (mut q, mut k) = (q, k.clone());
+        if let Some(norms) = prep.norms {
+            let normed = |x: &Tensor, weight: &Tensor| -> Result<Tensor> {
+                let heads = x.reshape((x.elem_count() / shape.head_dim, shape.head_dim))?;
+                Ok(self.rms_norm(&heads, weight, norms.eps)?.reshape(x.dims())?)
+            };
+            (q, k) = (normed(&q, norms.q)?, normed(&k, norms.k)?);
+        }
+        let [cos, sin] = match prep.rope {
+            Some(rope) => [address::<f32>(&rope.cos)?, address::<f32>(&rope.sin)?],
+            None => [Arg::Address(0); 2],
+        };
         let args = [
             address::<f32>(&q)?,
-            address::<f32>(k)?,
+            address::<f32>(&k)?,
             address::<f32>(v)?,
             address::<f16>(&kv.keys)?,
             address::<f16>(&kv.values)?,
-            address::<f32>(&rope.cos)?,
-            address::<f32>(&rope.sin)?,
+            cos,
+            sin,
+            prep.q_factors.map_or(Ok(Arg::Address(0)), address::<f32>)?,
             self.batch.address(Part::Positions),
             self.batch.address(Part::Slots),
             int(shape.heads)?,
             int(shape.kv_heads)?,
+            int(shape.head_dim)?,
             int(half)?,
         ];
         // SAFETY: positions lie within the tables and slots within the cache, as the plan's caller has checked; no two
@@ -380,11 +424,11 @@ impl TensorKernels for Kernels {
         Ok(q)
     }
 
-    fn attention(&self, q: &Tensor, kv: &KvLayer, plan: &Plan) -> Result<Tensor> {
+    fn attention(&self, q: &Tensor, spec: &AttentionSpec, kv: &KvLayer, plan: &Plan) -> Result<Tensor> {
         let (shape, [short, long]) = (kv.shape, plan.attention_tasks());
         let out = output(&self.device, (plan.rows(), shape.heads * shape.head_dim))?;
-        check(q.dims() == out.dims(), "attention")?;
-        let of = Attention { q, kv };
+        check(q.dims() == out.dims() && spec.heads == shape.heads, "attention")?;
+        let of = Attention { q, spec, kv };
         if short > 0 {
             let [all, most] = plan.partitions();
             let partial = output(&self.device, (all * shape.kv_heads * QUERIES, shape.head_dim + 2))?;
@@ -397,9 +441,10 @@ impl TensorKernels for Kernels {
                 self.batch.address(Part::Sequences),
                 int(shape.heads)?,
                 int(shape.kv_heads)?,
+                Form::new(spec)?.window,
             ];
             let grid = Grid::new([short, shape.kv_heads, QUERIES], shape.head_dim as u32);
-            // SAFETY: the kernel above has written every partition that this one reads, and `out` has the plan's rows.
+            // SAFETY: the kernel above has written every partition that this one reads, none before a window, and `out` has the plan's rows.
             unsafe { launch(&self.device, &self.functions.combine, grid, &args) }?;
         }
         let grid = Grid::new([long, shape.kv_heads, 1], 32 * LONG_WARPS);

@@ -21,6 +21,7 @@ use half::bf16;
 use super::cpu::LoraPair;
 use super::format::QType;
 use super::packed::PackedMatrix;
+use super::spec::{Activation, AttentionSpec};
 use crate::error::{Error, Result};
 
 pub use plan::{AttentionTask, LoraTask, Places, Plan, Rows, Sequence};
@@ -48,25 +49,25 @@ pub trait TensorKernels: Debug + Send + Sync {
     /// x / rms(x) * weight.
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor>;
 
-    /// silu(gate) * up.
-    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor>;
+    /// activation(gate) * up.
+    fn gated(&self, activation: Activation, gate: Tensor, up: &Tensor) -> Result<Tensor>;
 
     /// x + y.
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor>;
 
-    /// q and k turned by the rows' positions; k and v written to the rows' places in the cache, in half precision.
-    /// Gives the turned q.
+    /// The heads of q and k prepared for the rows' positions; k and v written to the rows' places in the cache, in half
+    /// precision. Gives the prepared q.
     fn rotate_and_store(
         &self,
         qkv: (Tensor, &Tensor, &Tensor),
-        rope: &Rope,
+        prep: HeadPrep<'_>,
         kv: &KvLayer,
         plan: &Plan,
     ) -> Result<Tensor>;
 
-    /// softmax(q K^T / sqrt(head_dim)) V of every row over the positions of its sequence up to its own, read from the
-    /// cache.
-    fn attention(&self, q: &Tensor, kv: &KvLayer, plan: &Plan) -> Result<Tensor>;
+    /// softmax(scores) V of every row, with the scores and over the positions of its sequence that `spec` says, read
+    /// from the cache.
+    fn attention(&self, q: &Tensor, spec: &AttentionSpec, kv: &KvLayer, plan: &Plan) -> Result<Tensor>;
 
     /// y + scale * B (A x) for the rows whose adapter has the site.
     fn lora(&self, x: &Tensor, y: Tensor, site: usize, plan: &Plan) -> Result<Tensor>;
@@ -141,13 +142,35 @@ impl DeviceMatrix {
     }
 }
 
-/// Cosines and sines of every position's angles, `[context, head_dim / 2]` each.
+/// Cosines and sines of every position's angles, by which the first `rotary_dim` values of each head turn.
 #[derive(Debug)]
 pub struct Rope {
-    /// The cosines, `[positions, head_dim / 2]`.
+    /// The cosines, `[positions, rotary_dim / 2]`.
     pub cos: Tensor,
-    /// The sines, `[positions, head_dim / 2]`.
+    /// The sines, `[positions, rotary_dim / 2]`.
     pub sin: Tensor,
+}
+
+/// What is done to the heads of q and k before they meet, in this order. Each may be left out.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct HeadPrep<'a> {
+    /// Norms of each head of q and of k.
+    pub norms: Option<HeadNorms<'a>>,
+    /// The angles by which both turn.
+    pub rope: Option<&'a Rope>,
+    /// What q is multiplied with at each position, `[positions]`.
+    pub q_factors: Option<&'a Tensor>,
+}
+
+/// RMS norms of heads: head / rms(head) * weight.
+#[derive(Debug, Clone, Copy)]
+pub struct HeadNorms<'a> {
+    /// Of q's heads, `[head_dim]`.
+    pub q: &'a Tensor,
+    /// Of k's heads, `[head_dim]`.
+    pub k: &'a Tensor,
+    /// Added to the mean of squares.
+    pub eps: f32,
 }
 
 /// One layer's cache: keys (turned) and values, `[blocks * block_tokens, kv_heads * head_dim]` in half precision.

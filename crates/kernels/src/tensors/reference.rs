@@ -3,10 +3,11 @@
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::{Best, DeviceLora, DeviceMatrix, KvLayer, OUT_TILE, Plan, Rope, SitePlace, TensorKernels};
+use super::{Best, DeviceLora, DeviceMatrix, HeadPrep, KvLayer, OUT_TILE, Plan, Rope, SitePlace, TensorKernels};
 use crate::cpu::LoraPair;
 use crate::error::{Error, Result};
 use crate::log_sum_exp;
+use crate::spec::{Activation, AttentionSpec};
 
 /// The largest finite half-precision number.
 const LARGEST_HALF: f32 = 65504.0;
@@ -50,8 +51,12 @@ impl TensorKernels for Reference {
         Ok(x.broadcast_div(&scale)?.broadcast_mul(weight)?)
     }
 
-    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        Ok((gate.silu()? * up)?)
+    fn gated(&self, activation: Activation, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        let gate = match activation {
+            Activation::Silu => gate.silu()?,
+            Activation::GeluTanh => gate.gelu()?,
+        };
+        Ok((gate * up)?)
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
@@ -61,29 +66,40 @@ impl TensorKernels for Reference {
     fn rotate_and_store(
         &self,
         (q, k, v): (Tensor, &Tensor, &Tensor),
-        rope: &Rope,
+        prep: HeadPrep<'_>,
         kv: &KvLayer,
         plan: &Plan,
     ) -> Result<Tensor> {
         let positions = self.integers(&plan.positions)?;
-        let angles = (rope.cos.index_select(&positions, 0)?, rope.sin.index_select(&positions, 0)?);
-        for (pool, x) in [(&kv.keys, &turned(k, &angles)?), (&kv.values, v)] {
+        let (mut q, mut k) = (q, k.clone());
+        if let Some(norms) = prep.norms {
+            q = normed_heads(self, &q, norms.q, norms.eps)?;
+            k = normed_heads(self, &k, norms.k, norms.eps)?;
+        }
+        if let Some(rope) = prep.rope {
+            (q, k) = (turned(&q, rope, &positions, kv)?, turned(&k, rope, &positions, kv)?);
+        }
+        if let Some(factors) = prep.q_factors {
+            q = q.broadcast_mul(&factors.index_select(&positions, 0)?.unsqueeze(1)?)?;
+        }
+        for (pool, x) in [(&kv.keys, &k), (&kv.values, v)] {
             let halves = x.clamp(-LARGEST_HALF, LARGEST_HALF)?.to_dtype(DType::F16)?;
             for (row, slot) in plan.slots.iter().enumerate() {
                 pool.slice_set(&halves.narrow(0, row, 1)?, 0, *slot as usize)?;
             }
         }
-        turned(&q, &angles)
+        Ok(q)
     }
 
-    fn attention(&self, q: &Tensor, kv: &KvLayer, plan: &Plan) -> Result<Tensor> {
+    fn attention(&self, q: &Tensor, spec: &AttentionSpec, kv: &KvLayer, plan: &Plan) -> Result<Tensor> {
         let (block_tokens, mut parts) = (kv.shape.block_tokens as u32, Vec::new());
         for of in &plan.sequences {
             let blocks = &plan.blocks[of.table as usize..];
             let slots = (0..of.start + of.rows)
                 .map(|position| blocks[(position / block_tokens) as usize] * block_tokens + position % block_tokens);
             let slots = self.integers(&slots.collect::<Vec<_>>())?;
-            parts.push(attend(&q.narrow(0, of.first_row as usize, of.rows as usize)?, kv, &slots, of.start)?);
+            let q = q.narrow(0, of.first_row as usize, of.rows as usize)?;
+            parts.push(attend(&q, spec, kv, &slots, of.start as usize)?);
         }
         Ok(Tensor::cat(&parts, 0)?)
     }
@@ -121,19 +137,27 @@ impl TensorKernels for Reference {
     }
 }
 
-/// Each head's halves, turned by the rows' angles (Hugging Face's order).
-fn turned(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
-    let ((rows, width), half) = (x.dims2()?, cos.dim(1)?);
-    let x = x.reshape((rows, width / (2 * half), 2 * half))?;
-    let (low, high) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+/// Each head, as wide as the weight, through the norm.
+fn normed_heads(of: &Reference, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    let (rows, width) = x.dims2()?;
+    let dim = weight.dim(0)?;
+    Ok(of.rms_norm(&x.reshape((rows * width / dim, dim))?, weight, eps)?.reshape((rows, width))?)
+}
+
+/// The first values of each head, turned by the rows' angles (Hugging Face's order).
+fn turned(x: &Tensor, rope: &Rope, positions: &Tensor, kv: &KvLayer) -> Result<Tensor> {
+    let (cos, sin) = (rope.cos.index_select(positions, 0)?, rope.sin.index_select(positions, 0)?);
+    let ((rows, width), half, dim) = (x.dims2()?, cos.dim(1)?, kv.shape.head_dim);
+    let x = x.reshape((rows, width / dim, dim))?;
+    let (low, high, rest) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?, x.narrow(2, 2 * half, dim - 2 * half)?);
     let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
     let turned_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
     let turned_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
-    Ok(Tensor::cat(&[turned_low, turned_high], 2)?.reshape((rows, width))?)
+    Ok(Tensor::cat(&[turned_low, turned_high, rest], 2)?.reshape((rows, width))?)
 }
 
 /// The attention of one sequence's new rows, the first at `start`; `slots`: where all its positions lie.
-fn attend(q: &Tensor, kv: &KvLayer, slots: &Tensor, start: u32) -> Result<Tensor> {
+fn attend(q: &Tensor, spec: &AttentionSpec, kv: &KvLayer, slots: &Tensor, start: usize) -> Result<Tensor> {
     let (shape, n, end) = (kv.shape, q.dim(0)?, slots.dim(0)?);
     let (kv_heads, group, dim) = (shape.kv_heads, shape.group(), shape.head_dim);
     // [kv_heads, end, dim]
@@ -144,9 +168,14 @@ fn attend(q: &Tensor, kv: &KvLayer, slots: &Tensor, start: u32) -> Result<Tensor
     let (keys, values) = (gather(&kv.keys)?, gather(&kv.values)?);
     let q = q.reshape((n, kv_heads, group, dim))?.permute((1, 2, 0, 3))?.contiguous()?;
     let q = q.reshape((kv_heads, group * n, dim))?;
-    let scores = (q.matmul(&keys.transpose(1, 2)?.contiguous()?)? * (1.0 / (dim as f64).sqrt()))?;
-    let unseen = |row: usize, at: usize| if at > start as usize + row { f32::NEG_INFINITY } else { 0.0 };
-    let mask: Vec<f32> = (0..n).flat_map(|row| (0..end).map(move |at| unseen(row, at))).collect();
+    let scores = (q.matmul(&keys.transpose(1, 2)?.contiguous()?)? * f64::from(spec.scale))?;
+    let scores = match spec.softcap.map(f64::from) {
+        Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+        None => scores,
+    };
+    let sees = |position: usize, at: usize| (spec.first_seen(position)..=position).contains(&at);
+    let term = |row: usize, at: usize| if sees(start + row, at) { 0.0 } else { f32::NEG_INFINITY };
+    let mask: Vec<f32> = (0..n).flat_map(|row| (0..end).map(move |at| term(row, at))).collect();
     let mask = Tensor::from_vec(mask, (n, end), q.device())?;
     let scores = scores.reshape((kv_heads, group, n, end))?.broadcast_add(&mask)?;
     let scores = scores.reshape((kv_heads, group * n, end))?;

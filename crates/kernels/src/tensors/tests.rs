@@ -135,35 +135,66 @@ fn row_by_row() {
         kernels.upload(&plan).unwrap();
         assert_eq!(rows(&kernels.select(&x, &plan).unwrap()), rows(&a)[3..]);
         let copy = |x: &Tensor| x.copy().unwrap();
-        let (got, want) = (kernels.swiglu(copy(&x), &y).unwrap(), reference.swiglu(copy(&a), &b).unwrap());
-        assert_close(name, &rows(&got), &rows(&want), 1e-5);
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let got = kernels.gated(activation, copy(&x), &y).unwrap();
+            let want = reference.gated(activation, copy(&a), &b).unwrap();
+            assert_close(name, &rows(&got), &rows(&want), 1e-5);
+            let mut ours = values(count * width, 1);
+            crate::cpu::gated(activation, &mut ours, &values(count * width, 2));
+            assert_close("the CPU's", &[ours], &[rows(&want).concat()], 1e-5);
+        }
         assert_eq!(rows(&kernels.add(copy(&x), &y).unwrap()), rows(&reference.add(copy(&a), &b).unwrap()));
     }
 }
 
+/// A form of attention, and whether heads are normed and q is scaled; the values of each head that turn.
+#[derive(Debug, Clone, Copy)]
+struct Form {
+    spec: AttentionSpec,
+    norms: bool,
+    rotary_dim: Option<usize>,
+}
+
+impl Form {
+    fn plain(shape: HeadShape) -> Self {
+        let spec = AttentionSpec::causal(shape.heads, shape.head_dim);
+        Self { spec, norms: false, rotary_dim: Some(shape.head_dim) }
+    }
+}
+
 /// Sequences of all lengths in one batch, over scattered blocks: short and long spans, one partition and several, heads
-/// of both widths in groups of all sizes.
+/// of both widths in groups of all sizes, in every form.
 #[test]
 fn attention_over_the_paged_cache() {
     for (heads, kv_heads, head_dim, block_tokens) in [(9, 3, 64, 16), (4, 4, 128, 5), (20, 1, 64, 32)] {
         let shape = HeadShape { heads, kv_heads, head_dim, block_tokens };
-        for (name, kernels) in devices(shape) {
-            let got = attended(kernels, shape, &[(0, 1), (0, 70), (300, 1), (250, 30), (511, 1)]);
+        let plain = Form::plain(shape);
+        let capped = AttentionSpec { scale: 0.2, softcap: Some(5.0), ..plain.spec };
+        let narrow = AttentionSpec { window: Some(100), ..plain.spec };
+        let forms = [
+            plain,
+            Form { spec: capped, norms: true, rotary_dim: Some(head_dim / 2) },
+            Form { spec: narrow, norms: false, rotary_dim: None },
+        ];
+        for ((name, _), form) in devices(shape).iter().flat_map(|device| forms.map(|form| (device, form))) {
+            let kernels = devices(shape).into_iter().find(|(of, _)| of == name).unwrap().1;
+            let got = attended(kernels, shape, form, &[(0, 1), (0, 70), (300, 1), (250, 30), (511, 1)]);
             let reference = Box::new(Reference::new(&Device::Cpu));
-            let want = attended(reference, shape, &[(0, 1), (0, 70), (300, 1), (250, 30), (511, 1)]);
+            let want = attended(reference, shape, form, &[(0, 1), (0, 70), (300, 1), (250, 30), (511, 1)]);
             for ((q, out), (want_q, want_out)) in got.iter().zip(&want) {
-                assert_close(&format!("{name} {shape:?} q"), q, want_q, 1e-5);
-                assert_close(&format!("{name} {shape:?}"), out, want_out, 3e-3);
+                assert_close(&format!("{name} {shape:?} {form:?} q"), q, want_q, 1e-5);
+                assert_close(&format!("{name} {shape:?} {form:?}"), out, want_out, 3e-3);
             }
         }
     }
 }
 
-/// Turned q and attention of each sequence, given as (start, new rows). What a sequence holds before `start` is
+/// Prepared q and attention of each sequence, given as (start, new rows). What a sequence holds before `start` is
 /// computed in a step of its own, and each sequence's values are a function of its place in the list.
 fn attended(
     mut kernels: Box<dyn TensorKernels>,
     shape: HeadShape,
+    form: Form,
     sequences: &[(usize, usize)],
 ) -> Vec<(Table, Table)> {
     let device = kernels.device().clone();
@@ -173,12 +204,19 @@ fn attended(
     };
     let tables: Vec<_> = (0..sequences.len()).map(blocks).collect();
     let kv = KvLayer::new(shape, (600 / shape.block_tokens + 1) * 8, &device).unwrap();
-    let half = shape.head_dim / 2;
+    let half = form.rotary_dim.unwrap_or(2) / 2;
     let angles = |f: fn(f32) -> f32| {
         let angle = |i: usize| f((i / half) as f32 * 0.3_f32.powi((i % half) as i32 % 8));
         tensor((0..1024 * half).map(angle).collect(), half, &device)
     };
     let rope = Rope { cos: angles(f32::cos), sin: angles(f32::sin) };
+    let vector = |len: usize, seed: u32| Tensor::from_vec(values(len, seed), len, &device).unwrap();
+    let (q_norm, k_norm, q_factors) = (vector(shape.head_dim, 1), vector(shape.head_dim, 2), vector(1024, 3));
+    let prep = HeadPrep {
+        norms: form.norms.then_some(HeadNorms { q: &q_norm, k: &k_norm, eps: 1e-5 }),
+        rope: form.rotary_dim.is_some().then_some(&rope),
+        q_factors: form.norms.then_some(&q_factors),
+    };
     let mut step = |spans: &[(usize, usize, usize)]| {
         let batch = spans.iter().map(|(sequence, start, count)| Rows {
             ids: &ids[..*count],
@@ -197,8 +235,8 @@ fn attended(
         };
         let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
         let (q, k, v) = (made(width, 100), made(kv_width, 200), made(kv_width, 300));
-        let q = kernels.rotate_and_store(((q * 3.0).unwrap(), &k, &v), &rope, &kv, &plan).unwrap();
-        (rows(&q), rows(&kernels.attention(&q, &kv, &plan).unwrap()))
+        let q = kernels.rotate_and_store(((q * 3.0).unwrap(), &k, &v), prep, &kv, &plan).unwrap();
+        (rows(&q), rows(&kernels.attention(&q, &form.spec, &kv, &plan).unwrap()))
     };
     for (sequence, (start, _)) in sequences.iter().enumerate().filter(|(_, (start, _))| *start > 0) {
         step(&[(sequence, 0, *start)]);
@@ -210,13 +248,58 @@ fn attended(
     sequences.iter().map(take).collect()
 }
 
+/// The reference against the CPU's serving kernels: q as it is prepared, what the cache holds, and what comes out.
+#[test]
+fn the_reference_and_the_serving_kernels_agree() {
+    use crate::cpu;
+    let shape = HeadShape { heads: 6, kv_heads: 2, head_dim: 32, block_tokens: 16 };
+    let spec = AttentionSpec { heads: 6, scale: 0.1, softcap: Some(3.0), window: Some(20) };
+    let (rows_of, blocks) = (50, [3, 0, 2, 1]);
+    let [mut q, mut k, v] = [(192, 1), (64, 2), (64, 3)].map(|(width, seed)| values(rows_of * width, seed));
+    let weights = [4, 5].map(|seed| values(32, seed));
+    let table: [Vec<f32>; 2] = [f32::cos, f32::sin].map(|f| (0..rows_of * 8).map(|i| f(i as f32 * 0.3)).collect());
+    let factors = values(rows_of, 6);
+    let device = Device::Cpu;
+    let (tensors, rope) = (
+        [(&q, 192), (&k, 64), (&v, 64)].map(|(x, width)| tensor(x.clone(), width, &device)),
+        Rope { cos: tensor(table[0].clone(), 8, &device), sin: tensor(table[1].clone(), 8, &device) },
+    );
+    let vector = |values: &[f32]| Tensor::from_slice(values, values.len(), &device).unwrap();
+    let (q_norm, k_norm, q_factors) = (vector(&weights[0]), vector(&weights[1]), vector(&factors));
+    let norms = Some(HeadNorms { q: &q_norm, k: &k_norm, eps: 1e-5 });
+    let prep = HeadPrep { norms, rope: Some(&rope), q_factors: Some(&q_factors) };
+    let (mut reference, kv) = (Reference::new(&device), KvLayer::new(shape, 4, &device).unwrap());
+    let batch = Rows { ids: &vec![0; rows_of], start: 0, blocks: &blocks, lora: None, wanted: 0 };
+    let plan = plan([batch].into_iter(), shape);
+    reference.upload(&plan).unwrap();
+    let [tq, tk, tv] = tensors;
+    let want_q = reference.rotate_and_store((tq, &tk, &tv), prep, &kv, &plan).unwrap();
+    let want = reference.attention(&want_q, &spec, &kv, &plan).unwrap();
+
+    let team = cpu::Team::get();
+    let cache = cpu::KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32 };
+    let (mut keys, mut cached) = (vec![0; 4 * cache.block_len()], vec![0; 4 * cache.block_len()]);
+    let angles = |position: usize| (&table[0][position * 8..][..8], &table[1][position * 8..][..8]);
+    let factor = |position: usize| factors[position];
+    let norms = Some(cpu::HeadNorms { q: &weights[0], k: &weights[1], eps: 1e-5 });
+    let prep = cpu::HeadPrep { norms, angles: Some(&angles), q_factor: Some(&factor) };
+    let tile = |i: usize| cpu::RowTile { first: 2 * i, count: 2, position: 2 * i, blocks: &blocks };
+    let kv = cpu::KvViewMut { shape: cache, keys: &mut keys, values: &mut cached };
+    cpu::rope_and_store(team, 25, tile, (&mut q, &mut k, &v), kv, prep);
+    let mut out = vec![0.0; q.len()];
+    let kv = cpu::KvView { shape: cache, keys: &keys, values: &cached };
+    cpu::attention(team, 25, tile, &q, kv, spec, &mut out);
+    assert_close("q", &[q], &[rows(&want_q).concat()], 1e-5);
+    assert_close("out", &[out], &[rows(&want).concat()], 1e-4);
+}
+
 /// A row's bits are the same in a long span, in a short one, and beside others.
 #[test]
 fn attention_does_not_depend_on_the_batch() {
     for (name, _) in devices(SHAPE).iter().filter(|(name, _)| *name != "cpu") {
         let of = |sequences: &[(usize, usize)]| {
             let kernels = devices(SHAPE).pop().unwrap().1;
-            attended(kernels, SHAPE, sequences).swap_remove(0).1
+            attended(kernels, SHAPE, Form::plain(SHAPE), sequences).swap_remove(0).1
         };
         let long = of(&[(0, 600)]);
         assert_eq!(of(&[(590, 10)]), long[590..], "{name}");

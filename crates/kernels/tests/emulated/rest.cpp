@@ -163,33 +163,56 @@ void norm() {
     expect_below(difference.relative(), 1e-6, "norm");
 }
 
-void rotation() {
+void gates() {
     Random random{4};
-    const int heads = 9, kv_heads = 3, half = 32, rows = 3, width = 2 * half * heads, kv_width = 2 * half * kv_heads;
+    const unsigned quads = 300;
+    std::vector<float> gate = random.values(4 * quads), up = random.values(4 * quads);
+    for (float& x : gate) x *= 8;
+    std::vector<float> silu = gate, gelu = gate;
+    const auto quad = [](std::vector<float>& x) { return reinterpret_cast<float4*>(x.data()); };
+    emulation::launch({2, 1, 1}, 256, [&] { rowwise::swiglu(quad(silu), quad(up), quads); });
+    emulation::launch({2, 1, 1}, 256, [&] { rowwise::geglu(quad(gelu), quad(up), quads); });
+    Difference of_silu, of_gelu;
+    for (unsigned i = 0; i < 4 * quads; ++i) {
+        const double x = gate[i];
+        of_silu.add(silu[i], x / (1 + std::exp(-x)) * up[i]);
+        of_gelu.add(gelu[i], 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))) * up[i]);
+    }
+    expect_below(of_silu.relative(), 1e-6, "silu(gate) * up");
+    expect_below(of_gelu.relative(), 1e-6, "gelu(gate) * up");
+}
+
+// `half`: half of what turns of a head.
+void rotation(int half, bool scaled, const char* what) {
+    Random random{4};
+    const int heads = 9, kv_heads = 3, dim = 64, rows = 3, width = dim * heads, kv_width = dim * kv_heads;
     std::vector<float> q = random.values(rows * width), k = random.values(rows * kv_width), v = random.values(rows * kv_width);
     v[0] = 1e6f;
     v[1] = NAN;
-    const std::vector<float> cos = random.values(100 * half), sin = random.values(100 * half), before = q;
+    const std::vector<float> cos = random.values(100 * half), sin = random.values(100 * half), factors = random.values(100), before = q;
     std::vector<__half> keys(50 * kv_width), values(50 * kv_width);
     const uint32_t positions[] = {5, 99, 0}, slots[] = {7, 49, 0};
     emulation::launch({rows, 1, 1}, 256, [&] {
-        rowwise::rotate_and_store(q.data(), k.data(), v.data(), keys.data(), values.data(), cos.data(), sin.data(), positions, slots, heads,
-                                  kv_heads, half);
+        rowwise::rotate_and_store(q.data(), k.data(), v.data(), keys.data(), values.data(), cos.data(), sin.data(),
+                                  scaled ? factors.data() : nullptr, positions, slots, heads, kv_heads, dim, half);
     });
     Difference turned, stored;
-    const auto turn = [&](const std::vector<float>& x, int row, int width, int i) {
-        const int angle = positions[row] * half + i % half, low = row * width + i / (2 * half) * 2 * half + i % half;
+    const auto turn = [&](const std::vector<float>& x, int row, int width, int i) -> double {
+        const int within = i % dim;
+        if (within >= 2 * half) return x[row * width + i];
+        const int angle = positions[row] * half + within % half, low = row * width + i / dim * dim + within % half;
         const double a = x[low], b = x[low + half], c = cos[angle], s = sin[angle];
-        return i % (2 * half) < half ? a * c - b * s : b * c + a * s;
+        return within < half ? a * c - b * s : b * c + a * s;
     };
     for (int row = 0; row < rows; ++row) {
-        for (int i = 0; i < width; ++i) turned.add(q[row * width + i], turn(before, row, width, i));
+        const double factor = scaled ? factors[positions[row]] : 1.0;
+        for (int i = 0; i < width; ++i) turned.add(q[row * width + i], factor * turn(before, row, width, i));
         for (int i = 0; i < kv_width; ++i) {
             stored.add(__half2float(keys[slots[row] * kv_width + i]), turn(k, row, kv_width, i));
             if (row > 0 || i > 1) stored.add(__half2float(values[slots[row] * kv_width + i]), v[row * kv_width + i]);
         }
     }
-    expect_below(turned.relative(), 1e-6, "turned q");
+    expect_below(turned.relative(), 1e-6, what);
     expect_below(stored.relative(), 1e-3, "keys and values as stored");
     const __half* first = &values[7 * kv_width];
     expect(__half2float(first[0]) == LARGEST_HALF && isnan(__half2float(first[1])), "what overflows is clamped, what is broken stays so");
@@ -219,7 +242,10 @@ int main() {
     batched_adapters(576, 200);
     batched_adapters(64, 33);
     norm();
-    rotation();
+    gates();
+    rotation(32, false, "turned q");
+    rotation(24, true, "q turned in part and scaled");
+    rotation(0, false, "q as it is");
     best_ids();
     return failures;
 }

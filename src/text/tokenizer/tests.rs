@@ -1,0 +1,3 @@
+//! Vocabularies beside llama.cpp's own ids.
+
+use super::*;
