@@ -75,6 +75,13 @@ impl Storage {
     }
 }
 
+impl Storage {
+    /// Bytes of a value, of formats of floats.
+    pub(super) fn value_bytes(self) -> u64 {
+        self.bytes / self.values
+    }
+}
+
 /// A tensor of the file. It lies within the file, and no other overlaps it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct TensorInfo {

@@ -1,7 +1,9 @@
-//! Frozen tensors of the base, from GGUF: the quantised values as they are, in the kernels' order and Hugging Face's order of rows.
+//! Frozen tensors of the base, from a GGUF file or a Hugging Face folder: the values as they are, in the kernels' order and Hugging Face's order
+//! of rows.
 
 mod gguf;
 mod header;
+mod hf;
 mod metadata;
 mod plan;
 mod stream;
@@ -59,13 +61,13 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Reads a GGUF file, once; `progress` hears how far it is. In memory are at most the packed matrices and a few pieces of the file.
+    /// Reads a GGUF file or a Hugging Face folder, once; `progress` hears how far it is. In memory are at most the packed matrices and a few pieces of the file.
     ///
     /// # Errors
     /// BASE_UNREADABLE, UNSUPPORTED_BASE or UNSUPPORTED_TOKENIZER for anything that is not known: an architecture, a tensor, a block format, a
     /// RoPE scaling.
     pub fn load(path: &Path, progress: &mut Progress<'_>) -> Result<(Self, Vocabulary)> {
-        gguf::load(path, progress)
+        if path.is_dir() { hf::load(path, progress) } else { gguf::load(path, progress) }
     }
 
     /// Reads a GGUF file from memory, as [`Weights::load`] does; for tests and fuzzing.

@@ -144,7 +144,10 @@ impl Planned {
 
     /// Rows that stay together.
     fn unit(&self) -> usize {
-        if self.heads > 0 { self.rows / self.heads } else { ROWS }
+        match self.heads {
+            0 => ROWS,
+            heads => (self.rows / heads).max(1),
+        }
     }
 
     /// Bytes of all pieces but the last one.
@@ -257,8 +260,7 @@ fn vector(planned: &Planned, next: &mut Next<'_>, give_back: &Sender<Arc<Vec<u8>
     }
     if planned.heads > 0 {
         let order: Vec<_> = restored_order(cols / planned.heads).collect();
-        values =
-            values.chunks_exact(order.len()).flat_map(|head| order.iter().map(|row| head[*row])).collect();
+        values = values.chunks_exact(order.len()).flat_map(|head| order.iter().map(|row| head[*row])).collect();
     }
     Ok(values)
 }
