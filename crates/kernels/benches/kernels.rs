@@ -9,9 +9,10 @@ use tenora_kernels::cpu::{
     Adapters, GROUP_ROWS, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team, attention,
     linear, prepare,
 };
-use tenora_kernels::format::{BLOCK, QType};
+use tenora_kernels::format::QType;
 use tenora_kernels::packed::PackedMatrix;
 use tenora_kernels::spec::AttentionSpec;
+use tenora_kernels::testing::random_matrix;
 
 const WIDTH: usize = 576;
 const FFN: usize = 1536;
@@ -24,13 +25,7 @@ fn sinusoid(len: usize) -> Vec<f32> {
 }
 
 fn matrix(qtype: QType) -> PackedMatrix {
-    let mut file = vec![0u8; FFN * qtype.row_bytes(WIDTH)];
-    for (i, block) in file.chunks_exact_mut(qtype.row_bytes(BLOCK)).enumerate() {
-        block.iter_mut().enumerate().for_each(|(j, byte)| *byte = (i * 31 + j * 7) as u8);
-        // d and m are small numbers.
-        block[..4].copy_from_slice(&[0x66, 0x2E, 0x66, 0x2E]);
-    }
-    PackedMatrix::pack(qtype, FFN, WIDTH, &file)
+    PackedMatrix::pack(qtype, FFN, WIDTH, &random_matrix(qtype, FFN, WIDTH, 1))
 }
 
 fn groups(rows: usize, adapter: impl Fn(usize) -> Option<usize>) -> Vec<RowGroup> {
@@ -40,7 +35,7 @@ fn groups(rows: usize, adapter: impl Fn(usize) -> Option<usize>) -> Vec<RowGroup
 /// y = x W^T, rows at a time; a throughput of one element is one multiply-add.
 fn matmul(c: &mut Criterion) {
     let team = Team::get();
-    for qtype in QType::ALL.iter().copied() {
+    for qtype in QType::ALL.iter().copied().filter(|qtype| qtype.fits(WIDTH)) {
         let matrices: Vec<_> = (0..MATRICES).map(|_| matrix(qtype)).collect();
         let mut group = c.benchmark_group(format!("matmul {qtype:?} {WIDTH}x{FFN}"));
         group.sample_size(10).measurement_time(Duration::from_secs(2));

@@ -158,7 +158,7 @@ fn strip<L: MicroKernel, F: BlockFormat>(
     x: &QuantizedRows,
     rows: Range<usize>,
     mut ahead: PrefetchPlan<'_>,
-    out: Outputs,
+    out: Outputs<'_>,
 ) {
     let mut row = rows.start;
     macro_rules! groups {
@@ -183,7 +183,7 @@ fn group<L: MicroKernel, F: BlockFormat, const N: usize, const P: usize>(
     ahead: &mut PrefetchPlan<'_>,
     x: &QuantizedRows,
     row: usize,
-    out: Outputs,
+    out: Outputs<'_>,
 ) {
     let of = Operands { tiles, panel: x.panel(row / PANEL), first: row % PANEL };
     assert!(of.first + N <= PANEL, "the rows lie in one panel");
@@ -202,19 +202,31 @@ pub(super) fn run_strip<F: BlockFormat>(
     x: &QuantizedRows,
     rows: Range<usize>,
     ahead: PrefetchPlan<'_>,
-    out: Outputs,
+    out: Outputs<'_>,
 ) {
     #[cfg(target_arch = "x86_64")]
     {
         type Rows = Range<usize>;
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-        fn avx512<F: BlockFormat>(tiles: &[u8], x: &QuantizedRows, rows: Rows, ahead: PrefetchPlan<'_>, out: Outputs) {
+        fn avx512<F: BlockFormat>(
+            tiles: &[u8],
+            x: &QuantizedRows,
+            rows: Rows,
+            ahead: PrefetchPlan<'_>,
+            out: Outputs<'_>,
+        ) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx512::new() };
             strip::<_, F>(Avx512Vnni::new(proof), tiles, x, rows, ahead, out);
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2<F: BlockFormat>(tiles: &[u8], x: &QuantizedRows, rows: Rows, ahead: PrefetchPlan<'_>, out: Outputs) {
+        fn avx2<F: BlockFormat>(
+            tiles: &[u8],
+            x: &QuantizedRows,
+            rows: Rows,
+            ahead: PrefetchPlan<'_>,
+            out: Outputs<'_>,
+        ) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx2::new() };
             strip::<_, F>(Avx2Maddubs::new(proof), tiles, x, rows, ahead, out);

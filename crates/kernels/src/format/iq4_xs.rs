@@ -27,7 +27,7 @@ fn unpacked(block: &[u8]) -> [i8; PARTS] {
     let high = u16::from_le_bytes([block[2], block[3]]);
     std::array::from_fn(|j| {
         let low = block[4 + j / 2] >> (j % 2 * 4) & 15;
-        (low | (high >> (2 * j) & 3) as u8 * 16) as i8 - 32
+        (low | ((high >> (2 * j) & 3) as u8) << 4) as i8 - 32
     })
 }
 

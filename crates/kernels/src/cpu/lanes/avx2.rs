@@ -29,10 +29,12 @@ impl Avx2Maddubs {
         // SAFETY: `self` proves the features.
         unsafe {
             let mut sum = _mm256_setzero_si256();
-            for from in vectors.clone().step_by(together) {
+            let (w, from) = (&w[vectors.start..vectors.end], vectors.start);
+            for (i, w) in w.chunks(together).enumerate() {
                 let mut part = _mm256_setzero_si256();
-                for g in from..vectors.end.min(from + together) {
-                    part = _mm256_add_epi16(part, _mm256_maddubs_epi16(w[g], _mm256_set1_epi32(four(x, g))));
+                for (g, w) in w.iter().enumerate() {
+                    let x = _mm256_set1_epi32(four(x, from + i * together + g));
+                    part = _mm256_add_epi16(part, _mm256_maddubs_epi16(*w, x));
                 }
                 sum = _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
             }
