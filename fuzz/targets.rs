@@ -182,11 +182,5 @@ fn chat() -> [ChatMessage; 2] {
 }
 
 fn tiny_vocabulary() -> Vocabulary {
-    Vocabulary {
-        tokens: Vec::new(),
-        control: vec![256, 257],
-        pre: "smollm".into(),
-        eos: 257,
-        ..Vocabulary::default()
-    }
+    Vocabulary { tokens: Vec::new(), control: vec![256, 257], pre: "smollm".into(), eos: 257, ..Vocabulary::default() }
 }

@@ -180,7 +180,9 @@ impl Value {
 
     /// The values of a list of numbers.
     pub(super) fn numbers(&self) -> Option<Vec<f32>> {
-        let Self::List(kind @ (Kind::Float { bytes } | Kind::Integer { bytes, .. }), _, data) = self else { return None };
+        let Self::List(kind @ (Kind::Float { bytes } | Kind::Integer { bytes, .. }), _, data) = self else {
+            return None;
+        };
         let values = data.chunks_exact(*bytes).map(|bytes| match kind.value(bytes) {
             Self::Float(value) => Some(value as f32),
             Self::Integer(value) => Some(value as f32),

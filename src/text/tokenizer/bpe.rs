@@ -82,7 +82,16 @@ impl Bpe {
         if pre.whole_words || pre.raw {
             words = symbols.ids.into_iter().filter_map(known).collect();
         }
-        Ok(Self { splitter: pre.splitter()?, whole_words: pre.whole_words, raw: pre.raw, bytes, chars, merges, words, spelled })
+        Ok(Self {
+            splitter: pre.splitter()?,
+            whole_words: pre.whole_words,
+            raw: pre.raw,
+            bytes,
+            chars,
+            merges,
+            words,
+            spelled,
+        })
     }
 
     /// Whether words are UTF-8, not GPT-2's byte alphabet.
@@ -117,7 +126,9 @@ impl Bpe {
             }
             symbols.clear();
             match self.raw {
-                true => symbols.extend(word.chars().map(|ch| self.chars.get(&ch).copied().unwrap_or(UNKNOWN | ch as u32))),
+                true => {
+                    symbols.extend(word.chars().map(|ch| self.chars.get(&ch).copied().unwrap_or(UNKNOWN | ch as u32)))
+                }
                 false => symbols.extend(word.bytes().map(|byte| self.bytes[byte as usize])),
             }
             self.merge(&mut symbols);
@@ -141,11 +152,18 @@ impl Bpe {
     }
 
     fn merge(&self, symbols: &mut Vec<u32>) {
-        if symbols.len() > SHORT {
-            return self.merge_long(symbols);
+        match symbols.len() > SHORT {
+            true => self.merge_long(symbols),
+            false => self.merge_short(symbols),
         }
+    }
+
+    /// Looks through all pairs for each merge.
+    pub(super) fn merge_short(&self, symbols: &mut Vec<u32>) {
         while let Some((_, at, merged)) = (1..symbols.len())
-            .filter_map(|i| self.merges.get(&(symbols[i - 1], symbols[i])).map(|(rank, merged)| (*rank, i - 1, *merged)))
+            .filter_map(|i| {
+                self.merges.get(&(symbols[i - 1], symbols[i])).map(|(rank, merged)| (*rank, i - 1, *merged))
+            })
             .min()
         {
             symbols[at] = merged;
@@ -153,15 +171,16 @@ impl Bpe {
         }
     }
 
-    /// As [`Bpe::merge`], in n log n.
-    fn merge_long(&self, symbols: &mut Vec<u32>) {
+    /// As [`Bpe::merge_short`], in n log n.
+    pub(super) fn merge_long(&self, symbols: &mut Vec<u32>) {
         let count = symbols.len();
         let mut before: Vec<usize> = (0..count).map(|i| i.wrapping_sub(1)).collect();
         let mut after: Vec<usize> = (1..=count).collect();
         let mut gone = vec![false; count];
         let mut heap = BinaryHeap::new();
         let look = |heap: &mut BinaryHeap<_>, symbols: &[u32], left: usize, right: usize| {
-            if left < count && right < count
+            if left < count
+                && right < count
                 && let Some((rank, merged)) = self.merges.get(&(symbols[left], symbols[right]))
             {
                 heap.push(Reverse((*rank, left, right, symbols[left], symbols[right], *merged)));

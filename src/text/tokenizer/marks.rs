@@ -24,8 +24,7 @@ const ENDS: [&str; 16] = [
 const ENDS_IF_CONTROL: [&str; 3] = ["</s>", "<eos>", "[EOS]"];
 
 /// Marks of a chat's or a text's form that no other rule of [`is_marker`] finds.
-const MARKS: [&str; 9] =
-    ["<start_of_turn>", "<s>", "</s>", "<bos>", "<eos>", "<unk>", "<pad>", "<sop>", "[gMASK]"];
+const MARKS: [&str; 9] = ["<start_of_turn>", "<s>", "</s>", "<bos>", "<eos>", "<unk>", "<pad>", "<sop>", "[gMASK]"];
 
 /// What messages hold as text although templates write it too: reasoning and calls of tools, which answers are trained on.
 const CONTENT_TAGS: [&str; 14] = [

@@ -92,18 +92,23 @@ impl Vocabulary {
         }
     }
 
-    /// Fails where an id is beyond the tokens, or a token that is looked for in texts has no text itself.
-    pub(super) fn check(&self) -> Result<()> {
+    /// Looks whether it fits together.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_TOKENIZER where an id is beyond the tokens, or a token that is looked for in texts has no text itself.
+    pub fn check(&self) -> Result<()> {
         let refuse = |message: String| Err(Error::invalid_because("UNSUPPORTED_TOKENIZER", "tokenizer", message));
         let lists = [&self.control, &self.user_defined, &self.bytes, &self.strips_after, &self.ends];
         let single = [Some(self.eos), self.bos, self.unknown, self.padding].into_iter().flatten();
-        if let Some(id) = lists.into_iter().flatten().copied().chain(single).find(|id| *id as usize >= self.tokens.len()) {
+        if let Some(id) =
+            lists.into_iter().flatten().copied().chain(single).find(|id| *id as usize >= self.tokens.len())
+        {
             return refuse(format!("names the token {id}, and there are {}", self.tokens.len()));
         }
         // One without a text would be found between any two characters.
         let empty = |id: &&u32| self.tokens[**id as usize].is_empty();
         if let Some(id) = self.control.iter().chain(&self.user_defined).find(empty) {
-            return refuse(format!("has a special token without a text, {id}"));
+            return refuse(format!("has a control token without a text, {id}"));
         }
         match self.model {
             TokenizerModel::SentencePiece if self.scores.len() != self.tokens.len() => {
@@ -205,10 +210,22 @@ impl Tokenizer {
         };
         let control = Finder::new(&vocabulary.control, &vocabulary.tokens)?;
         let user_defined = Finder::new(&vocabulary.user_defined, &vocabulary.tokens)?;
-        let (bytes, starts) = written(&vocabulary, &is_control, matches!(&model, Model::BytePairs(bpe) if !bpe.is_raw()));
+        let (bytes, starts) =
+            written(&vocabulary, &is_control, matches!(&model, Model::BytePairs(bpe) if !bpe.is_raw()));
         let add_space_prefix = vocabulary.add_space_prefix && vocabulary.model == TokenizerModel::SentencePiece;
         let Vocabulary { tokens, strips_after, composes, .. } = vocabulary;
-        Ok(Self { model, add_space_prefix, composes, tokens, bytes, starts, control, user_defined, is_control, strips_after })
+        Ok(Self {
+            model,
+            add_space_prefix,
+            composes,
+            tokens,
+            bytes,
+            starts,
+            control,
+            user_defined,
+            is_control,
+            strips_after,
+        })
     }
 
     /// Recognises control tokens in `text`; what lies between them is encoded plain, after `map`.
@@ -320,10 +337,12 @@ fn written(vocabulary: &Vocabulary, is_control: &[bool], byte_level: bool) -> (V
             _ if is_control[id] => {}
             Some(byte) => bytes.push(byte),
             None if as_is[id] => bytes.extend_from_slice(token.as_bytes()),
-            None if byte_level => match token.chars().map(|ch| byte_of.get(&ch).copied()).collect::<Option<Vec<u8>>>() {
-                Some(decoded) => bytes.extend(decoded),
-                None => bytes.extend_from_slice(token.as_bytes()),
-            },
+            None if byte_level => {
+                match token.chars().map(|ch| byte_of.get(&ch).copied()).collect::<Option<Vec<u8>>>() {
+                    Some(decoded) => bytes.extend(decoded),
+                    None => bytes.extend_from_slice(token.as_bytes()),
+                }
+            }
             None => bytes.extend_from_slice(token.replace(SPACE, " ").as_bytes()),
         }
         starts.push(bytes.len() as u32);

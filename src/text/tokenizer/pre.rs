@@ -74,7 +74,19 @@ const fn whole(names: &'static [&'static str], splits: &'static [&'static str], 
 
 const TABLE: [Pre; 24] = [
     row(
-        &["gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "mellum", "exaone4", "a.x-4.0"],
+        &[
+            "gpt-2",
+            "phi-2",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "granite-docling",
+            "gigachat",
+            "mellum",
+            "exaone4",
+            "a.x-4.0",
+        ],
         &[GPT2],
     ),
     // Every numeric character alone.
@@ -86,17 +98,17 @@ const TABLE: [Pre; 24] = [
     row(&["dbrx", "smaug-bpe", "chatglm-bpe"], &[LLAMA3]),
     whole(&["glm4", "glm5"], &[LLAMA3], false),
     whole(&["minicpm5"], &[r"\p{N}{1,3}", QWEN2], false),
-    row(&["qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2", "kormo", "f2llmv2"], &[QWEN2]),
+    row(
+        &["qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2", "kormo", "f2llmv2"],
+        &[QWEN2],
+    ),
     row(&["qwen35"], &[QWEN35]),
     whole(&["tekken"], &[TEKKEN], true),
     row(&["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], &[GPT4O]),
     row(&["tiny_aya", "cohere2moe"], &[r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O]),
     row(&["falcon"], &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"]),
     row(&["default"], &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
-    row(
-        &["deepseek-llm"],
-        &[r"[\r\n]", DEEPSEEK_LETTERS, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK, r"\p{N}+"],
-    ),
+    row(&["deepseek-llm"], &[r"[\r\n]", DEEPSEEK_LETTERS, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK, r"\p{N}+"]),
     row(&["deepseek-coder"], &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"]),
     row(&["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], &DEEPSEEK_V3),
     row(&["poro-chat", "bloom", "gpt3-finnish"], &[BLOOM]),
@@ -122,10 +134,7 @@ const TABLE: [Pre; 24] = [
             r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
         )],
     ),
-    row(
-        &["ufakzeka"],
-        &[r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
-    ),
+    row(&["ufakzeka"], &[r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]),
     row(&["laguna"], &[r"[^\n]+|[\n]+", QWEN2]),
     // The merges of a whole line: no word borders.
     Pre { names: &["gemma4"], splits: &[r"[^\n]+|[\n]+"], whole_words: false, adds_bos: true, raw: true },
@@ -141,7 +150,8 @@ impl Pre {
         ROWS.iter().find(|row| row.names.contains(&name)).ok_or_else(|| {
             let name: String = name.chars().take(80).collect();
             let known: Vec<&str> = TABLE.iter().flat_map(|row| row.names).copied().collect();
-            let message = format!("{name:?} is not one of {}; another pre-tokenizer would give wrong ids", known.join(", "));
+            let message =
+                format!("{name:?} is not one of {}; another pre-tokenizer would give wrong ids", known.join(", "));
             Error::invalid_because("UNSUPPORTED_TOKENIZER", "tokenizer.ggml.pre", message)
         })
     }
@@ -170,7 +180,9 @@ impl Splitter {
                 let mut from = 0;
                 for found in split.find_iter(piece) {
                     let found = found.map_err(|e| Error::invalid("text", format!("can't be split into words: {e}")))?;
-                    cut.extend([&piece[from..found.start()], found.as_str()].into_iter().filter(|part| !part.is_empty()));
+                    cut.extend(
+                        [&piece[from..found.start()], found.as_str()].into_iter().filter(|part| !part.is_empty()),
+                    );
                     from = found.end();
                 }
                 cut.extend(Some(&piece[from..]).filter(|part| !part.is_empty()));

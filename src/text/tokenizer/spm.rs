@@ -107,7 +107,8 @@ impl Spm {
             id: None,
         };
         let mut symbols: Vec<Symbol> = text.char_indices().enumerate().map(place).collect();
-        let mut heap: BinaryHeap<Pair> = (1..symbols.len()).filter_map(|i| self.pair(text, &symbols, i - 1, i)).collect();
+        let mut heap: BinaryHeap<Pair> =
+            (1..symbols.len()).filter_map(|i| self.pair(text, &symbols, i - 1, i)).collect();
         while let Some(pair) = heap.pop() {
             let (left, right) = (symbols[pair.left], symbols[pair.right]);
             if left.len == 0 || right.len == 0 || left.len + right.len != pair.bytes {
