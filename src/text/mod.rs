@@ -6,6 +6,7 @@
 mod chat;
 mod conversation;
 mod decoder;
+mod jinja;
 mod markup;
 pub mod matcher;
 mod tokenizer;

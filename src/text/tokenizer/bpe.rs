@@ -152,9 +152,14 @@ impl Bpe {
     }
 
     fn merge(&self, symbols: &mut Vec<u32>) {
-        if symbols.len() > SHORT {
-            return self.merge_long(symbols);
+        match symbols.len() > SHORT {
+            true => self.merge_long(symbols),
+            false => self.merge_short(symbols),
         }
+    }
+
+    /// Looks through all pairs for each merge.
+    pub(super) fn merge_short(&self, symbols: &mut Vec<u32>) {
         while let Some((_, at, merged)) = (1..symbols.len())
             .filter_map(|i| {
                 self.merges.get(&(symbols[i - 1], symbols[i])).map(|(rank, merged)| (*rank, i - 1, *merged))
@@ -166,8 +171,8 @@ impl Bpe {
         }
     }
 
-    /// As [`Bpe::merge`], in n log n.
-    fn merge_long(&self, symbols: &mut Vec<u32>) {
+    /// As [`Bpe::merge_short`], in n log n.
+    pub(super) fn merge_long(&self, symbols: &mut Vec<u32>) {
         let count = symbols.len();
         let mut before: Vec<usize> = (0..count).map(|i| i.wrapping_sub(1)).collect();
         let mut after: Vec<usize> = (1..=count).collect();

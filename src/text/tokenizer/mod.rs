@@ -92,8 +92,11 @@ impl Vocabulary {
         }
     }
 
-    /// Fails where an id is beyond the tokens, or a token that is looked for in texts has no text itself.
-    pub(super) fn check(&self) -> Result<()> {
+    /// Looks whether it fits together.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_TOKENIZER where an id is beyond the tokens, or a token that is looked for in texts has no text itself.
+    pub fn check(&self) -> Result<()> {
         let refuse = |message: String| Err(Error::invalid_because("UNSUPPORTED_TOKENIZER", "tokenizer", message));
         let lists = [&self.control, &self.user_defined, &self.bytes, &self.strips_after, &self.ends];
         let single = [Some(self.eos), self.bos, self.unknown, self.padding].into_iter().flatten();
@@ -105,7 +108,7 @@ impl Vocabulary {
         // One without a text would be found between any two characters.
         let empty = |id: &&u32| self.tokens[**id as usize].is_empty();
         if let Some(id) = self.control.iter().chain(&self.user_defined).find(empty) {
-            return refuse(format!("has a special token without a text, {id}"));
+            return refuse(format!("has a control token without a text, {id}"));
         }
         match self.model {
             TokenizerModel::SentencePiece if self.scores.len() != self.tokens.len() => {
