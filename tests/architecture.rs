@@ -25,9 +25,10 @@ const LEAVES: &[&str] = &[
 
 /// What each module may import besides the leaves. `api/client.rs` is a module of its own: the command line's half of the wire.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
-    ("weights", &["kernels"]),
-    ("adapter", &["kernels"]),
-    ("model", &["weights", "adapter", "kernels"]),
+    ("arch", &["kernels"]),
+    ("weights", &["arch", "kernels"]),
+    ("adapter", &["arch", "kernels"]),
+    ("model", &["arch", "weights", "adapter", "kernels"]),
     ("store", &[]),
     ("hub", &["adapter", "store"]),
     ("data", &["store"]),
@@ -36,7 +37,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("safety", &["engine", "store"]),
     ("api", &["safety", "train", "data", "hub", "store", "adapter"]),
     ("api::client", &["api"]),
-    ("cli", &["api::client", "api"]),
+    // `models inspect` looks at a base that no server has loaded.
+    ("cli", &["api::client", "api", "model", "weights"]),
 ];
 
 /// Modules that stay free of the runtime.
