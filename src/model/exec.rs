@@ -9,7 +9,8 @@ use std::sync::Arc;
 use crate::adapter::{PackedLora, Site, packed};
 use crate::error::Result;
 use crate::kernels::cpu::{
-    self, Adapters, GROUP_ROWS, HeadPrep, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team,
+    self, Adapters, AttentionScratch, GROUP_ROWS, HeadPrep, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile,
+    Team,
 };
 use crate::kernels::spec::{Activation, AttentionSpec};
 use crate::model::Model;
@@ -163,6 +164,7 @@ struct Buffers {
     /// The input of the next frozen layers, quantised; and shrunk by the adapters.
     quantized: QuantizedRows,
     shrunk: Vec<f32>,
+    attention: AttentionScratch,
 }
 
 /// What the frozen layers give.
@@ -292,7 +294,7 @@ impl Ops for ExecPass<'_> {
             }
             Norm::Final => (&[][..], &self.rows.kept_groups),
         };
-        let Buffers { outs: Outs { x, .. }, input, quantized, shrunk } = &mut *self.buffers;
+        let Buffers { outs: Outs { x, .. }, input, quantized, shrunk, .. } = &mut *self.buffers;
         let input = resized(input, x.len() / width, width);
         let normed = |row: usize, out: &mut [f32]| cpu::rms_norm_row(&x[row * width..][..width], weight, eps, out);
         let adapters = self.adapted.at(sites);
@@ -312,13 +314,13 @@ impl Ops for ExecPass<'_> {
         // Everything is read back after rounding, this chunk's rows included: so a chunk's borders change no bit.
         let (config, rows, rope) = (self.model.config(), self.rows, &self.model.rope);
         let (width, tile) = (config.heads * config.head_dim, |i| rows.tile(i));
-        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk } = &mut *self.buffers;
+        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk, attention } = &mut *self.buffers;
         let kv = self.kv.layer_mut(layer);
         let prep = HeadPrep { angles: Some(&|position| rope.at(position)), ..HeadPrep::default() };
         cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), kv, prep);
         let spec = AttentionSpec::causal(config.heads, config.head_dim);
         let input = resized(input, rows.count(), width);
-        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), spec, input);
+        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), spec, (attention, input));
         let adapters = self.adapted.at(&sites(layer, [Target::OProj]));
         let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
         cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});

@@ -7,8 +7,8 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tenora_kernels::blocks::{BLOCK, QType};
 use tenora_kernels::cpu::{
-    Adapters, GROUP_ROWS, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team, attention,
-    linear, prepare,
+    Adapters, AttentionScratch, GROUP_ROWS, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile,
+    Team, attention, linear, prepare,
 };
 use tenora_kernels::packed::PackedMatrix;
 use tenora_kernels::spec::AttentionSpec;
@@ -104,7 +104,7 @@ fn adapters(c: &mut Criterion) {
 /// Rows of one sequence that begin at a position; a throughput of one element is one multiply-add.
 fn attend(c: &mut Criterion) {
     const HEADS: usize = 9;
-    let team = Team::get();
+    let (team, mut scratch) = (Team::get(), AttentionScratch::default());
     let spec = AttentionSpec::causal(HEADS, 64);
     let shape = KvShape { block_tokens: 16, kv_heads: 3, head_dim: 64 };
     let blocks: Vec<u32> = (0..64).collect();
@@ -121,7 +121,7 @@ fn attend(c: &mut Criterion) {
         group.throughput(Throughput::Elements(macs as u64));
         group.bench_function(format!("{rows} rows from {position}"), |b| {
             let kv = KvView { shape, keys: &keys, values: &values };
-            b.iter(|| attention(team, rows.div_ceil(GROUP_ROWS), tile, &q, kv, spec, &mut out));
+            b.iter(|| attention(team, rows.div_ceil(GROUP_ROWS), tile, &q, kv, spec, (&mut scratch, &mut out)));
         });
     }
 }

@@ -391,7 +391,7 @@ mod x86 {
 
     impl Simd for Avx512 {
         type F = __m512;
-        const SUMS: usize = 12;
+        const SUMS: usize = 24;
 
         #[inline(always)]
         fn splat(self, x: f32) -> Self::F {
@@ -590,6 +590,19 @@ pub(super) fn prefetch(line: *const u8) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch reads nothing, wherever it points.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
+/// As [`prefetch`], into the second cache, which waits for more lines at a time than the first.
+#[inline(always)]
+pub(super) fn prefetch_far(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = line;

@@ -302,7 +302,8 @@ fn the_reference_and_the_serving_kernels_agree() {
     cpu::rope_and_store(team, 25, tile, (&mut q, &mut k, &v), kv, prep);
     let mut out = vec![0.0; q.len()];
     let kv = cpu::KvView { shape: cache, keys: &keys, values: &cached };
-    cpu::attention(team, 25, tile, &q, kv, spec, &mut out);
+    let mut scratch = cpu::AttentionScratch::default();
+    cpu::attention(team, 25, tile, &q, kv, spec, (&mut scratch, &mut out));
     assert_close("q", &[q], &[rows(&want_q).concat()], 1e-5);
     assert_close("out", &[out], &[rows(&want).concat()], 1e-4);
 }

@@ -1,0 +1,507 @@
+//! The inner loops of attention: some queries that share a KV head over the positions of a partition.
+
+use std::ops::Range;
+
+use super::Shared;
+use super::attention::{MAX_HEAD_DIM, Output, PARTITION, SPAN, Task, partitions};
+use super::kv::KvView;
+use super::simd::{LANES, Simd, exp, larger, max_pairwise, prefetch_far, sum_pairwise, tanh, unrolled};
+
+/// Most queries that go through the positions together.
+const MOST: usize = 12;
+
+/// A query's row in the buffers: padded, so that rows do not share the places of the cache.
+type Row = [f32; MAX_HEAD_DIM + LANES];
+
+/// Units of 16 positions of a span.
+const UNITS: usize = SPAN / LANES;
+
+/// A thread's buffers, kept between tasks: to clear them would cost time.
+pub(super) struct Space {
+    /// The queries, scaled.
+    q: [Row; MOST],
+    /// Of a span's positions; then what they weigh.
+    scores: [[f32; SPAN]; MOST],
+    /// Of the partition at hand.
+    part: Softmax,
+    /// Of all partitions so far.
+    total: Softmax,
+    /// Keys of 16 positions that lie in several blocks.
+    gathered: [u16; MAX_HEAD_DIM * LANES],
+}
+
+/// What online softmaxes know of some queries.
+struct Softmax {
+    running: [Running; MOST],
+    /// Of the weighed values, relative to the running maximum.
+    sums: [Row; MOST],
+}
+
+/// What an online softmax knows of one query's scores.
+#[derive(Clone, Copy)]
+struct Running {
+    largest: f32,
+    /// Of e^(score - largest).
+    sum: f32,
+}
+
+impl Running {
+    const NONE: Self = Self { largest: f32::NEG_INFINITY, sum: 0.0 };
+}
+
+impl Softmax {
+    const EMPTY: Self = Self { running: [Running::NONE; MOST], sums: [[0.0; MAX_HEAD_DIM + LANES]; MOST] };
+}
+
+impl Space {
+    pub const EMPTY: Self = Self {
+        q: [[0.0; MAX_HEAD_DIM + LANES]; MOST],
+        scores: [[0.0; SPAN]; MOST],
+        part: Softmax::EMPTY,
+        total: Softmax::EMPTY,
+        gathered: [0; MAX_HEAD_DIM * LANES],
+    };
+}
+
+/// A query's result over one partition, as it waits for the others: the largest score, the sum, and the weighed values.
+pub(super) struct Partial;
+
+impl Partial {
+    /// Its values.
+    #[inline(always)]
+    pub fn len(head_dim: usize) -> usize {
+        2 + head_dim
+    }
+}
+
+/// All queries of a task, as many side by side as the registers hold.
+#[inline(always)]
+pub(super) fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space) {
+    let queries = task.queries();
+    let mut i = 0;
+    macro_rules! runs {
+        ($($n:literal by $units:literal)*) => {
+            $(while $n * $units <= S::SUMS && queries - i >= $n {
+                attend_run::<S, $n, $units>(s, task, q, i, to, space);
+                i += $n;
+            })*
+        };
+    }
+    runs!(12 by 1 8 by 2 7 by 2 6 by 4 5 by 4 4 by 4 6 by 1 3 by 4 3 by 2 2 by 4 2 by 2 1 by 4);
+}
+
+/// Queries `i..i + N` over all their positions of the task, scores of `U * 16` positions at a time.
+#[inline(always)]
+fn attend_run<S: Simd, const N: usize, const U: usize>(
+    s: S,
+    task: &Task<'_>,
+    q: &[f32],
+    i: usize,
+    to: Output,
+    space: &mut Space,
+) {
+    let dim = task.kv.shape.head_dim;
+    for (j, to) in space.q[..N].iter_mut().enumerate() {
+        for (to, from) in to.iter_mut().zip(&q[task.at(i + j)..][..dim]) {
+            *to = task.spec.scale * from;
+        }
+    }
+    // The first of these queries sees the earliest position, the last one the latest.
+    let seen = task.seen(i).start..task.seen(i + N - 1).end;
+    let (all, only) = match to {
+        Output::Rows(_) => (partitions(&seen), None),
+        Output::Partials { partition, .. } => (partition..partition + 1, Some(partition)),
+    };
+    for partition in all {
+        let here = seen.start.max(partition * PARTITION)..seen.end.min((partition + 1) * PARTITION);
+        if here.is_empty() {
+            continue;
+        }
+        attend_partition::<S, N, U>(s, task, i, here, space);
+        if only.is_none() {
+            let Space { part, total, .. } = &mut *space;
+            for j in 0..N {
+                let own = partitions(&task.seen(i + j));
+                if partition == own.start {
+                    total.running[j] = part.running[j];
+                    let (to, from) = (parts(&mut total.sums[j], dim), part.sums[j].as_chunks().0);
+                    to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+                } else if own.contains(&partition) {
+                    take(&mut total.running[j], &mut total.sums[j][..dim], part.running[j], &part.sums[j][..dim]);
+                }
+            }
+        }
+    }
+    for j in 0..N {
+        match to {
+            Output::Rows(out) => {
+                // SAFETY: this task alone writes these heads of these rows, which lie in out.
+                let out = unsafe { out.part(task.at(i + j), dim) };
+                finish(space.total.running[j], &space.total.sums[j][..dim], out);
+            }
+            Output::Partials { partition, at, to } => {
+                if !partitions(&task.seen(i + j)).contains(&partition) {
+                    continue;
+                }
+                // SAFETY: this task alone writes this query's result of this partition, for which there is room.
+                let to = unsafe { to.part(at + task.partial(i + j, partition), Partial::len(dim)) };
+                (to[0], to[1]) = (space.part.running[j].largest, space.part.running[j].sum);
+                to[2..].copy_from_slice(&space.part.sums[j][..dim]);
+            }
+        }
+    }
+}
+
+/// Merges the partial results of a task's queries, which begin at `at`, in order, into their heads of their rows.
+#[inline(always)]
+pub(super) fn merge<S: Simd>(_: S, task: &Task<'_>, partials: Shared, at: usize, out: Shared) {
+    let dim = task.kv.shape.head_dim;
+    for i in 0..task.queries() {
+        // SAFETY: all partitions are done, so nobody else has these results any more; and who merges them alone writes
+        // these heads of these rows.
+        let (partial, out) = unsafe {
+            let partial = |partition| &*partials.part(at + task.partial(i, partition), Partial::len(dim));
+            (partial, out.part(task.at(i), dim))
+        };
+        let own = partitions(&task.seen(i));
+        let first = partial(own.start);
+        let mut running = Running { largest: first[0], sum: first[1] };
+        out.copy_from_slice(&first[2..]);
+        for partition in own.skip(1) {
+            let next = partial(partition);
+            take(&mut running, out, Running { largest: next[0], sum: next[1] }, &next[2..]);
+        }
+        let inverse = 1.0 / running.sum;
+        out.iter_mut().for_each(|out| *out *= inverse);
+    }
+}
+
+/// Takes what one partition gave after those before it.
+#[inline(always)]
+fn take(running: &mut Running, sums: &mut [f32], next: Running, next_sums: &[f32]) {
+    let largest = larger(running.largest, next.largest);
+    let (before, weight) = (exp(running.largest - largest), exp(next.largest - largest));
+    // What is not a number stays so.
+    running.sum = running.sum * before + next.sum * weight;
+    running.largest = largest;
+    let parts = sums.as_chunks_mut::<LANES>().0.iter_mut().zip(next_sums.as_chunks::<LANES>().0);
+    for (sum, next) in parts {
+        for i in 0..LANES {
+            sum[i] = sum[i] * before + next[i] * weight;
+        }
+    }
+}
+
+/// A row's values, 16 at a time: so small a loop needs no call.
+#[inline(always)]
+fn parts(row: &mut Row, dim: usize) -> &mut [[f32; LANES]] {
+    &mut row.as_chunks_mut().0[..dim / LANES]
+}
+
+#[inline(always)]
+fn finish(running: Running, sums: &[f32], out: &mut [f32]) {
+    let inverse = 1.0 / running.sum;
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = sum * inverse;
+    }
+}
+
+/// Queries `i..i + N` over those of the positions, all of one partition, that each of them sees.
+#[inline(always)]
+fn attend_partition<S: Simd, const N: usize, const U: usize>(
+    s: S,
+    task: &Task<'_>,
+    i: usize,
+    seen: Range<usize>,
+    space: &mut Space,
+) {
+    let dim = task.kv.shape.head_dim;
+    for j in 0..N {
+        space.part.running[j] = Running::NONE;
+        parts(&mut space.part.sums[j], dim).iter_mut().for_each(|sum| *sum = [0.0; LANES]);
+    }
+    let whole_units = task.kv.shape.block_tokens.is_multiple_of(LANES);
+    let mut stretches = [Stretch { first: std::ptr::null(), end: 0 }; SPAN];
+    for start in (seen.start / SPAN * SPAN..seen.end).step_by(SPAN) {
+        // What nobody sees is not read: it may be another sequence's by now.
+        let here = seen.start.max(start)..seen.end.min(start + SPAN);
+        let units = (here.end - start).div_ceil(LANES);
+        let stretches = value_stretches(task, start, here.clone(), &mut stretches);
+        let Space { q, scores, part: Softmax { running, sums }, gathered, .. } = &mut *space;
+        let ahead = match start + SPAN < seen.end {
+            // Many queries wait for no memory.
+            _ if N == MOST => Ahead::NONE,
+            true => Ahead::new(task.kv, (task.tile.blocks, task.kv_head), start + SPAN, seen.end),
+            false => task.following,
+        };
+        let mut unit = (here.start - start) / LANES;
+        while whole_units && unit + U <= units {
+            let keys = std::array::from_fn(|u| keys_of(task, start + (unit + u) * LANES));
+            score::<S, N, U>(s, dim, keys, unit, &ahead.keys, q, scores);
+            unit += U;
+        }
+        while unit < units {
+            let position = start + unit * LANES;
+            let keys =
+                if whole_units { keys_of(task, position) } else { gather_keys(task, position, here.clone(), gathered) };
+            score::<S, N, 1>(s, dim, [keys], unit, &ahead.keys, q, scores);
+            unit += 1;
+        }
+        let within = |positions: Range<usize>| {
+            positions.start.clamp(start, here.end) - start..positions.end.clamp(start, here.end) - start
+        };
+        for j in 0..N {
+            softmax_update(
+                &mut scores[j].as_chunks_mut().0[..units],
+                within(task.seen(i + j)),
+                task.spec.softcap,
+                &mut running[j],
+                &mut sums[j][..dim],
+            );
+        }
+        // What a query does not see has no weight, and what a later row of its tile wrote reaches it only where that is
+        // not a number: then the sequence fails as a whole.
+        let (first, mut part) = (here.start - start, 0);
+        while part + U * LANES <= dim {
+            add_values::<S, N, U>(s, (stretches, first, dim), part, &ahead.values, (scores, sums));
+            part += U * LANES;
+        }
+        while part < dim {
+            add_values::<S, N, 1>(s, (stretches, first, dim), part, &ahead.values, (scores, sums));
+            part += LANES;
+        }
+    }
+}
+
+/// Where the keys or values of a span's units begin. Null where there are none, or not in a row.
+type Units = [*const u8; UNITS];
+
+/// The span that is read next.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    keys: Units,
+    values: Units,
+}
+
+impl Ahead {
+    pub const NONE: Self = Self { keys: [std::ptr::null(); UNITS], values: [std::ptr::null(); UNITS] };
+
+    /// The span of a sequence that begins at `start`, up to `end`.
+    #[inline(always)]
+    pub fn new(kv: KvView<'_>, (blocks, kv_head): (&[u32], usize), start: usize, end: usize) -> Self {
+        let (shape, mut ahead) = (kv.shape, Self::NONE);
+        // In larger blocks the keys of 16 positions do not lie in a row.
+        if shape.block_tokens == LANES {
+            for (unit, position) in (start..end.min(start + SPAN)).step_by(LANES).enumerate() {
+                let at = shape.head(blocks[position / LANES], kv_head);
+                (ahead.keys[unit], ahead.values[unit]) =
+                    (kv.keys[at..].as_ptr().cast(), kv.values[at..].as_ptr().cast());
+            }
+        }
+        ahead
+    }
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Values of a span that lie in a row.
+#[derive(Clone, Copy)]
+struct Stretch {
+    first: *const u16,
+    /// Within the span, after those of the stretch before.
+    end: usize,
+}
+
+/// The values of the positions `seen` of the span from `start` on, block by block.
+#[inline(always)]
+fn value_stretches<'s>(
+    task: &Task<'_>,
+    start: usize,
+    seen: Range<usize>,
+    stretches: &'s mut [Stretch; SPAN],
+) -> &'s [Stretch] {
+    let (shape, values) = (task.kv.shape, task.kv.values);
+    let (mut position, mut count) = (seen.start, 0);
+    while position < seen.end {
+        let (block, within) = (task.tile.blocks[position / shape.block_tokens], position % shape.block_tokens);
+        let end = seen.end.min(position + shape.block_tokens - within);
+        let at = shape.head(block, task.kv_head) + within * shape.head_dim;
+        let first = values[at..][..(end - position) * shape.head_dim].as_ptr();
+        stretches[count] = Stretch { first, end: end - start };
+        (position, count) = (end, count + 1);
+    }
+    &stretches[..count]
+}
+
+/// The keys of 16 positions: `head_dim` vectors of 16, `stride` values apart.
+#[derive(Clone, Copy)]
+struct Keys {
+    first: *const u16,
+    stride: usize,
+}
+
+/// The keys of the positions from `position` on, where a block holds a multiple of 16.
+#[inline(always)]
+fn keys_of(task: &Task<'_>, position: usize) -> Keys {
+    let shape = task.kv.shape;
+    let tokens = shape.block_tokens;
+    let at = shape.head(task.tile.blocks[position / tokens], task.kv_head) + position % tokens;
+    Keys { first: task.kv.keys[at..][..(shape.head_dim - 1) * tokens + LANES].as_ptr(), stride: tokens }
+}
+
+/// The same, put together from any blocks; what lies outside `seen` is anything.
+#[inline(always)]
+fn gather_keys(task: &Task<'_>, position: usize, seen: Range<usize>, gathered: &mut [u16]) -> Keys {
+    let shape = task.kv.shape;
+    let tokens = shape.block_tokens;
+    for lane in seen.start.saturating_sub(position)..LANES.min(seen.end - position) {
+        let (block, within) = (task.tile.blocks[(position + lane) / tokens], (position + lane) % tokens);
+        let from = &task.kv.keys[shape.head(block, task.kv_head) + within..];
+        for d in 0..shape.head_dim {
+            gathered[d * LANES + lane] = from[d * tokens];
+        }
+    }
+    Keys { first: gathered[..shape.head_dim * LANES].as_ptr(), stride: LANES }
+}
+
+/// The products of N queries with U times 16 keys, into the units from `unit` on of their scores; meanwhile `ahead` is
+/// fetched. `dim` is even.
+#[inline(always)]
+fn score<S: Simd, const N: usize, const U: usize>(
+    s: S,
+    dim: usize,
+    keys: [Keys; U],
+    unit: usize,
+    ahead: &Units,
+    q: &[Row; MOST],
+    scores: &mut [[f32; SPAN]; MOST],
+) {
+    assert!(dim <= MAX_HEAD_DIM && unit + U <= UNITS, "the buffers hold it");
+    let mut sums = [[s.splat(0.0); U]; N];
+    let mut at = keys.map(|keys| keys.first);
+    for d in (0..dim).step_by(2) {
+        for odd in 0..2 {
+            let mut key = [s.splat(0.0); U];
+            unrolled!(u in U => {
+                // SAFETY: `keys` holds `dim` vectors of 16, as far apart.
+                key[u] = s.load_f16(unsafe { &*at[u].cast() });
+                at[u] = at[u].wrapping_add(keys[u].stride);
+            });
+            unrolled!(j in N => {
+                let q = s.splat(q[j][(d + odd) % MAX_HEAD_DIM]);
+                unrolled!(u in U => {
+                    sums[j][u] = s.mul_add(key[u], q, sums[j][u]);
+                });
+            });
+        }
+        if N < MOST {
+            // Two dimensions of 16 values fill a line.
+            unrolled!(u in U => {
+                prefetch_far(ahead[unit + u].wrapping_add(d / 2 * LINE));
+            });
+        }
+    }
+    unrolled!(j in N => {
+        unrolled!(u in U => {
+            s.store(sums[j][u], &mut scores[j].as_chunks_mut().0[unit + u]);
+        });
+    });
+}
+
+/// Caps the scores, turns those that are `seen` into weights relative to the running maximum, the others into zeros, and scales what
+/// has been summed with an earlier maximum.
+#[inline(always)]
+fn softmax_update(
+    scores: &mut [[f32; LANES]],
+    seen: Range<usize>,
+    cap: Option<f32>,
+    running: &mut Running,
+    sums: &mut [f32],
+) {
+    if seen.is_empty() {
+        return scores.as_flattened_mut().fill(0.0);
+    }
+    if let Some(cap) = cap {
+        let inverse = 1.0 / cap;
+        for score in scores.as_flattened_mut() {
+            *score = cap * tanh(*score * inverse);
+        }
+    }
+    scores.as_flattened_mut()[..seen.start].fill(f32::NEG_INFINITY);
+    scores.as_flattened_mut()[seen.end..].fill(f32::NEG_INFINITY);
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in &*scores {
+        for i in 0..LANES {
+            lanes[i] = larger(lanes[i], chunk[i]);
+        }
+    }
+    let largest = larger(running.largest, max_pairwise(lanes));
+    let mut total = [0.0f32; LANES];
+    for chunk in scores {
+        for i in 0..LANES {
+            chunk[i] = exp(chunk[i] - largest);
+            total[i] += chunk[i];
+        }
+    }
+    if largest > running.largest {
+        let shrink = exp(running.largest - largest);
+        sums.iter_mut().for_each(|x| *x *= shrink);
+        running.sum *= shrink;
+        running.largest = largest;
+    }
+    // What is not a number stays so.
+    running.sum += sum_pairwise(total);
+}
+
+/// sums += weights * V over the positions of a span that are seen, the first of which is `t`, in U times 16 of the `dim`
+/// dimensions from `part` on; meanwhile `ahead` is fetched.
+#[inline(always)]
+fn add_values<S: Simd, const N: usize, const U: usize>(
+    s: S,
+    (stretches, mut t, dim): (&[Stretch], usize, usize),
+    part: usize,
+    ahead: &Units,
+    (weights, all): (&[[f32; SPAN]; MOST], &mut [Row; MOST]),
+) {
+    assert!(part + U * LANES <= dim && dim <= MAX_HEAD_DIM, "the buffers hold it");
+    let mut sums = [[s.splat(0.0); U]; N];
+    unrolled!(j in N => {
+        unrolled!(u in U => {
+            sums[j][u] = s.load(&all[j].as_chunks().0[part / LANES + u]);
+        });
+    });
+    for stretch in stretches {
+        let mut row = stretch.first.wrapping_add(part);
+        let end = stretch.end.min(SPAN);
+        while t < end {
+            let mut value = [s.splat(0.0); U];
+            unrolled!(u in U => {
+                // SAFETY: the stretch holds a row of `dim` values for each of its positions, of which these are some.
+                value[u] = s.load_f16(unsafe { &*row.wrapping_add(u * LANES).cast() });
+            });
+            row = row.wrapping_add(dim);
+            unrolled!(j in N => {
+                let weight = s.splat(weights[j][t]);
+                unrolled!(u in U => {
+                    sums[j][u] = s.mul_add(value[u], weight, sums[j][u]);
+                });
+            });
+            if N < MOST {
+                // A part of the unit's values for each row and part of these.
+                let next = ahead[t / LANES].wrapping_add((part + t % LANES * U) * LANES * size_of::<u16>());
+                unrolled!(line in U => {
+                    if line % 2 == 0 {
+                        prefetch_far(next.wrapping_add(line / 2 * LINE));
+                    }
+                });
+            }
+            t += 1;
+        }
+    }
+    unrolled!(j in N => {
+        unrolled!(u in U => {
+            s.store(sums[j][u], &mut all[j].as_chunks_mut().0[part / LANES + u]);
+        });
+    });
+}
