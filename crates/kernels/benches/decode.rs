@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use tenora_kernels::cpu::{AttentionScratch, GROUP_ROWS, KvShape, KvView, RowTile, Team, attention};
+use tenora_kernels::cpu::{AttentionScratch, GROUP_ROWS, KvDtype, KvShape, KvView, RowTile, Team, attention};
 use tenora_kernels::spec::AttentionSpec;
 
 /// A base's attention.
@@ -73,10 +73,10 @@ fn of(mut times: Vec<f64>) -> (f64, f64) {
     (times[times.len() / 2], times[0])
 }
 
-fn measure(base: &Base, (rows, position): (usize, usize), rounds: usize) {
+fn measure(base: &Base, (rows, position): (usize, usize), dtype: KvDtype, rounds: usize) {
     let Base { name, layers, heads, kv_heads, head_dim } = *base;
     let team = Team::get();
-    let shape = KvShape { block_tokens: BLOCK_TOKENS, kv_heads, head_dim };
+    let shape = KvShape { block_tokens: BLOCK_TOKENS, kv_heads, head_dim, dtype };
     let spec = AttentionSpec::causal(heads, head_dim);
     let count = (position + rows).div_ceil(BLOCK_TOKENS);
     let blocks: Vec<u32> = (0..count as u32).collect();
@@ -108,7 +108,7 @@ fn measure(base: &Base, (rows, position): (usize, usize), rounds: usize) {
     let ((read, least_read), (pass, least)) = (of(reads), of(passes));
     let bytes = caches.iter().map(|cache| size_of_val(&cache[..])).sum::<usize>() as f64 / 1e9;
     println!(
-        "{name:13} {rows:3} rows from {position:4}: {:8.3} ms (least {:8.3}), {:5.1} GB/s ({:5.1}); plain read {:5.1} GB/s ({:5.1})",
+        "{name:13} {dtype:?} {rows:3} rows from {position:4}: {:8.3} ms (least {:8.3}), {:5.1} GB/s ({:5.1}); plain read {:5.1} GB/s ({:5.1})",
         pass * 1e3,
         least * 1e3,
         bytes / pass,
@@ -124,7 +124,8 @@ fn main() {
     println!("{} threads, medians of {rounds} (and the least)", Team::get().threads());
     for base in BASES.iter().filter(|base| base.name.contains(&wanted)) {
         for span in SPANS {
-            measure(base, span, rounds);
+            measure(base, span, KvDtype::F16, rounds);
         }
+        measure(base, SPANS[2], KvDtype::Int8, rounds);
     }
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tenora_kernels::blocks::{BLOCK, QType};
 use tenora_kernels::cpu::{
-    Adapters, AttentionScratch, GROUP_ROWS, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile,
-    Team, attention, linear, prepare,
+    Adapters, AttentionScratch, GROUP_ROWS, KvDtype, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup,
+    RowTile, Team, attention, linear, prepare,
 };
 use tenora_kernels::packed::PackedMatrix;
 use tenora_kernels::spec::AttentionSpec;
@@ -106,7 +106,7 @@ fn attend(c: &mut Criterion) {
     const HEADS: usize = 9;
     let (team, mut scratch) = (Team::get(), AttentionScratch::default());
     let spec = AttentionSpec::causal(HEADS, 64);
-    let shape = KvShape { block_tokens: 16, kv_heads: 3, head_dim: 64 };
+    let shape = KvShape { block_tokens: 16, kv_heads: 3, head_dim: 64, dtype: KvDtype::F16 };
     let blocks: Vec<u32> = (0..64).collect();
     let (keys, values) = (vec![0x2C00; 64 * shape.block_len()], vec![0x3400; 64 * shape.block_len()]);
     let mut group = c.benchmark_group("attention, 9 heads, 3 KV heads of 64");

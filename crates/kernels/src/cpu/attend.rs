@@ -4,8 +4,80 @@ use std::ops::Range;
 
 use super::Shared;
 use super::attention::{MAX_HEAD_DIM, Output, PARTITION, SPAN, Task, partitions};
-use super::kv::KvView;
-use super::simd::{LANES, Simd, exp, larger, max_pairwise, prefetch_far, sum_pairwise, tanh, unrolled};
+use super::kv::{KvShape, KvView, SCALE_BLOCK};
+use super::simd::{LANES, Simd, exp, f16_value, larger, max_pairwise, prefetch_far, sum_pairwise, tanh, unrolled};
+
+/// The numbers of a cache, as they are read.
+pub(super) trait Cells {
+    /// Bytes of one.
+    const BYTES: usize;
+
+    /// 16 of them.
+    ///
+    /// # Safety
+    /// They lie at `at`.
+    unsafe fn load<S: Simd>(s: S, at: *const u8, scale: S::F) -> S::F;
+
+    /// The scales of 16 positions, for the keys of one block of dimensions.
+    ///
+    /// # Safety
+    /// Where numbers have scales, these lie at `at`.
+    unsafe fn scales<S: Simd>(s: S, at: *const u16) -> S::F;
+
+    /// One position's scale.
+    ///
+    /// # Safety
+    /// As of [`Cells::scales`].
+    unsafe fn scale<S: Simd>(s: S, at: *const u16) -> S::F;
+}
+
+/// [`KvDtype::F16`], which has no scales.
+pub(super) struct Halves;
+
+impl Cells for Halves {
+    const BYTES: usize = size_of::<u16>();
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, at: *const u8, _: S::F) -> S::F {
+        // SAFETY: the caller vouches for it, and the cache is made of words.
+        s.load_f16(unsafe { &*at.cast() })
+    }
+
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(s: S, _: *const u16) -> S::F {
+        s.splat(1.0)
+    }
+
+    #[inline(always)]
+    unsafe fn scale<S: Simd>(s: S, _: *const u16) -> S::F {
+        s.splat(1.0)
+    }
+}
+
+/// [`KvDtype::Int8`].
+pub(super) struct Bytes;
+
+impl Cells for Bytes {
+    const BYTES: usize = size_of::<i8>();
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, at: *const u8, scale: S::F) -> S::F {
+        // SAFETY: the caller vouches for it.
+        s.mul_add(s.load_i8(unsafe { &*at.cast() }), scale, s.splat(0.0))
+    }
+
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(s: S, at: *const u16) -> S::F {
+        // SAFETY: the caller vouches for it.
+        s.load_f16(unsafe { &*at.cast() })
+    }
+
+    #[inline(always)]
+    unsafe fn scale<S: Simd>(s: S, at: *const u16) -> S::F {
+        // SAFETY: the caller vouches for it.
+        s.splat(f16_value(unsafe { at.read() }))
+    }
+}
 
 /// Most queries that go through the positions together.
 const MOST: usize = 12;
@@ -27,7 +99,17 @@ pub(super) struct Space {
     /// Of all partitions so far.
     total: Softmax,
     /// Keys of 16 positions that lie in several blocks.
-    gathered: [u16; MAX_HEAD_DIM * LANES],
+    gathered: Gathered,
+}
+
+/// Keys, of either kind, and their scales.
+struct Gathered {
+    words: [u16; MAX_HEAD_DIM * LANES],
+    scales: [u16; MAX_HEAD_DIM / SCALE_BLOCK * LANES],
+}
+
+impl Gathered {
+    const EMPTY: Self = Self { words: [0; MAX_HEAD_DIM * LANES], scales: [0; MAX_HEAD_DIM / SCALE_BLOCK * LANES] };
 }
 
 /// What online softmaxes know of some queries.
@@ -59,7 +141,7 @@ impl Space {
         scores: [[0.0; SPAN]; MOST],
         part: Softmax::EMPTY,
         total: Softmax::EMPTY,
-        gathered: [0; MAX_HEAD_DIM * LANES],
+        gathered: Gathered::EMPTY,
     };
 }
 
@@ -74,15 +156,27 @@ impl Partial {
     }
 }
 
+/// [`attend`] over half-precision numbers.
+#[inline(always)]
+pub(super) fn attend_halves<S: Simd>(s: S, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space) {
+    attend::<S, Halves>(s, task, q, to, space);
+}
+
+/// [`attend`] over bytes.
+#[inline(always)]
+pub(super) fn attend_bytes<S: Simd>(s: S, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space) {
+    attend::<S, Bytes>(s, task, q, to, space);
+}
+
 /// All queries of a task, as many side by side as the registers hold.
 #[inline(always)]
-pub(super) fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space) {
+fn attend<S: Simd, C: Cells>(s: S, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space) {
     let queries = task.queries();
     let mut i = 0;
     macro_rules! runs {
         ($($n:literal by $units:literal)*) => {
             $(while $n * $units <= S::SUMS && queries - i >= $n {
-                attend_run::<S, $n, $units>(s, task, q, i, to, space);
+                attend_run::<S, C, $n, $units>(s, task, q, i, to, space);
                 i += $n;
             })*
         };
@@ -92,7 +186,7 @@ pub(super) fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32], to: Output, spac
 
 /// Queries `i..i + N` over all their positions of the task, scores of `U * 16` positions at a time.
 #[inline(always)]
-fn attend_run<S: Simd, const N: usize, const U: usize>(
+fn attend_run<S: Simd, C: Cells, const N: usize, const U: usize>(
     s: S,
     task: &Task<'_>,
     q: &[f32],
@@ -117,7 +211,7 @@ fn attend_run<S: Simd, const N: usize, const U: usize>(
         if here.is_empty() {
             continue;
         }
-        attend_partition::<S, N, U>(s, task, i, here, space);
+        attend_partition::<S, C, N, U>(s, task, i, here, space);
         if only.is_none() {
             let Space { part, total, .. } = &mut *space;
             for j in 0..N {
@@ -208,7 +302,7 @@ fn finish(running: Running, sums: &[f32], out: &mut [f32]) {
 
 /// Queries `i..i + N` over those of the positions, all of one partition, that each of them sees.
 #[inline(always)]
-fn attend_partition<S: Simd, const N: usize, const U: usize>(
+fn attend_partition<S: Simd, C: Cells, const N: usize, const U: usize>(
     s: S,
     task: &Task<'_>,
     i: usize,
@@ -221,12 +315,12 @@ fn attend_partition<S: Simd, const N: usize, const U: usize>(
         parts(&mut space.part.sums[j], dim).iter_mut().for_each(|sum| *sum = [0.0; LANES]);
     }
     let whole_units = task.kv.shape.block_tokens.is_multiple_of(LANES);
-    let mut stretches = [Stretch { first: std::ptr::null(), end: 0 }; SPAN];
+    let mut stretches = [Stretch::NONE; SPAN];
     for start in (seen.start / SPAN * SPAN..seen.end).step_by(SPAN) {
         // What nobody sees is not read: it may be another sequence's by now.
         let here = seen.start.max(start)..seen.end.min(start + SPAN);
         let units = (here.end - start).div_ceil(LANES);
-        let stretches = value_stretches(task, start, here.clone(), &mut stretches);
+        let stretches = value_stretches::<C>(task, start, here.clone(), &mut stretches);
         let Space { q, scores, part: Softmax { running, sums }, gathered, .. } = &mut *space;
         let ahead = match start + SPAN < seen.end {
             // Many queries wait for no memory.
@@ -236,15 +330,18 @@ fn attend_partition<S: Simd, const N: usize, const U: usize>(
         };
         let mut unit = (here.start - start) / LANES;
         while whole_units && unit + U <= units {
-            let keys = std::array::from_fn(|u| keys_of(task, start + (unit + u) * LANES));
-            score::<S, N, U>(s, dim, keys, unit, &ahead.keys, q, scores);
+            let keys = std::array::from_fn(|u| keys_of::<C>(task, start + (unit + u) * LANES));
+            score::<S, C, N, U>(s, dim, keys, unit, &ahead.keys, q, scores);
             unit += U;
         }
         while unit < units {
             let position = start + unit * LANES;
-            let keys =
-                if whole_units { keys_of(task, position) } else { gather_keys(task, position, here.clone(), gathered) };
-            score::<S, N, 1>(s, dim, [keys], unit, &ahead.keys, q, scores);
+            let keys = if whole_units {
+                keys_of::<C>(task, position)
+            } else {
+                gather_keys::<C>(task, position, here.clone(), gathered)
+            };
+            score::<S, C, N, 1>(s, dim, [keys], unit, &ahead.keys, q, scores);
             unit += 1;
         }
         let within = |positions: Range<usize>| {
@@ -263,11 +360,11 @@ fn attend_partition<S: Simd, const N: usize, const U: usize>(
         // not a number: then the sequence fails as a whole.
         let (first, mut part) = (here.start - start, 0);
         while part + U * LANES <= dim {
-            add_values::<S, N, U>(s, (stretches, first, dim), part, &ahead.values, (scores, sums));
+            add_values::<S, C, N, U>(s, (stretches, first, task.kv.shape), part, &ahead.values, (scores, sums));
             part += U * LANES;
         }
         while part < dim {
-            add_values::<S, N, 1>(s, (stretches, first, dim), part, &ahead.values, (scores, sums));
+            add_values::<S, C, N, 1>(s, (stretches, first, task.kv.shape), part, &ahead.values, (scores, sums));
             part += LANES;
         }
     }
@@ -308,67 +405,100 @@ const LINE: usize = 64;
 /// Values of a span that lie in a row.
 #[derive(Clone, Copy)]
 struct Stretch {
-    first: *const u16,
+    first: *const u8,
+    /// Of the first position, for the first block of dimensions; the next block's lie `block_tokens` further.
+    scales: *const u16,
     /// Within the span, after those of the stretch before.
     end: usize,
 }
 
+impl Stretch {
+    const NONE: Self = Self { first: std::ptr::null(), scales: std::ptr::null(), end: 0 };
+}
+
 /// The values of the positions `seen` of the span from `start` on, block by block.
 #[inline(always)]
-fn value_stretches<'s>(
+fn value_stretches<'s, C: Cells>(
     task: &Task<'_>,
     start: usize,
     seen: Range<usize>,
     stretches: &'s mut [Stretch; SPAN],
 ) -> &'s [Stretch] {
-    let (shape, values) = (task.kv.shape, task.kv.values);
+    let shape = task.kv.shape;
     let (mut position, mut count) = (seen.start, 0);
     while position < seen.end {
         let (block, within) = (task.tile.blocks[position / shape.block_tokens], position % shape.block_tokens);
         let end = seen.end.min(position + shape.block_tokens - within);
-        let at = shape.head(block, task.kv_head) + within * shape.head_dim;
-        let first = values[at..][..(end - position) * shape.head_dim].as_ptr();
-        stretches[count] = Stretch { first, end: end - start };
+        let head = head_of(task.kv.values, task, block);
+        let first = head.wrapping_add(within * shape.head_dim * C::BYTES);
+        let scales = head.cast::<u16>().wrapping_add(shape.scales() + within);
+        stretches[count] = Stretch { first, scales, end: end - start };
         (position, count) = (end, count + 1);
     }
     &stretches[..count]
 }
 
-/// The keys of 16 positions: `head_dim` vectors of 16, `stride` values apart.
+/// Where a block's keys or values of the task's KV head begin. Panics where they do not lie in the cache.
+#[inline(always)]
+fn head_of(cells: &[u16], task: &Task<'_>, block: u32) -> *const u8 {
+    let shape = task.kv.shape;
+    let at = shape.head(block, task.kv_head);
+    cells[at..][..shape.block_len() / shape.kv_heads].as_ptr().cast()
+}
+
+/// The keys of 16 positions: `head_dim` vectors of 16, `stride` bytes apart, and for each block of dimensions their
+/// scales, `apart` words apart.
 #[derive(Clone, Copy)]
 struct Keys {
-    first: *const u16,
+    first: *const u8,
     stride: usize,
+    scales: *const u16,
+    apart: usize,
 }
 
 /// The keys of the positions from `position` on, where a block holds a multiple of 16.
 #[inline(always)]
-fn keys_of(task: &Task<'_>, position: usize) -> Keys {
+fn keys_of<C: Cells>(task: &Task<'_>, position: usize) -> Keys {
     let shape = task.kv.shape;
-    let tokens = shape.block_tokens;
-    let at = shape.head(task.tile.blocks[position / tokens], task.kv_head) + position % tokens;
-    Keys { first: task.kv.keys[at..][..(shape.head_dim - 1) * tokens + LANES].as_ptr(), stride: tokens }
+    let (tokens, within) = (shape.block_tokens, position % shape.block_tokens);
+    let head = head_of(task.kv.keys, task, task.tile.blocks[position / tokens]);
+    Keys {
+        first: head.wrapping_add(within * C::BYTES),
+        stride: tokens * C::BYTES,
+        scales: head.cast::<u16>().wrapping_add(shape.scales() + within),
+        apart: tokens,
+    }
 }
 
 /// The same, put together from any blocks; what lies outside `seen` is anything.
-#[inline(always)]
-fn gather_keys(task: &Task<'_>, position: usize, seen: Range<usize>, gathered: &mut [u16]) -> Keys {
+fn gather_keys<C: Cells>(task: &Task<'_>, position: usize, seen: Range<usize>, to: &mut Gathered) -> Keys {
     let shape = task.kv.shape;
     let tokens = shape.block_tokens;
+    let bytes = to.words.as_mut_ptr().cast::<u8>();
     for lane in seen.start.saturating_sub(position)..LANES.min(seen.end - position) {
         let (block, within) = (task.tile.blocks[(position + lane) / tokens], (position + lane) % tokens);
-        let from = &task.kv.keys[shape.head(block, task.kv_head) + within..];
-        for d in 0..shape.head_dim {
-            gathered[d * LANES + lane] = from[d * tokens];
+        let head = head_of(task.kv.keys, task, block);
+        for d in 0..shape.head_dim.min(MAX_HEAD_DIM) {
+            // SAFETY: the block holds the head's dimensions of its positions, and `to` as many of 16.
+            unsafe {
+                let from = head.add((d * tokens + within) * C::BYTES);
+                from.copy_to_nonoverlapping(bytes.add((d * LANES + lane) * C::BYTES), C::BYTES);
+            }
+        }
+        if C::BYTES == Bytes::BYTES {
+            let scales = &task.kv.keys[shape.head(block, task.kv_head) + shape.scales() + within..];
+            for block in 0..shape.head_dim.div_ceil(SCALE_BLOCK) {
+                to.scales[block * LANES + lane] = scales[block * tokens];
+            }
         }
     }
-    Keys { first: gathered[..shape.head_dim * LANES].as_ptr(), stride: LANES }
+    Keys { first: bytes, stride: LANES * C::BYTES, scales: to.scales.as_ptr(), apart: LANES }
 }
 
 /// The products of N queries with U times 16 keys, into the units from `unit` on of their scores; meanwhile `ahead` is
 /// fetched. `dim` is even.
 #[inline(always)]
-fn score<S: Simd, const N: usize, const U: usize>(
+fn score<S: Simd, C: Cells, const N: usize, const U: usize>(
     s: S,
     dim: usize,
     keys: [Keys; U],
@@ -380,26 +510,34 @@ fn score<S: Simd, const N: usize, const U: usize>(
     assert!(dim <= MAX_HEAD_DIM && unit + U <= UNITS, "the buffers hold it");
     let mut sums = [[s.splat(0.0); U]; N];
     let mut at = keys.map(|keys| keys.first);
-    for d in (0..dim).step_by(2) {
-        for odd in 0..2 {
-            let mut key = [s.splat(0.0); U];
-            unrolled!(u in U => {
-                // SAFETY: `keys` holds `dim` vectors of 16, as far apart.
-                key[u] = s.load_f16(unsafe { &*at[u].cast() });
-                at[u] = at[u].wrapping_add(keys[u].stride);
-            });
-            unrolled!(j in N => {
-                let q = s.splat(q[j][(d + odd) % MAX_HEAD_DIM]);
+    for block in (0..dim).step_by(SCALE_BLOCK) {
+        let mut scales = [s.splat(0.0); U];
+        unrolled!(u in U => {
+            // SAFETY: `keys` holds scales for each block of dimensions, where its numbers have any.
+            scales[u] = unsafe { C::scales(s, keys[u].scales.wrapping_add(block / SCALE_BLOCK * keys[u].apart)) };
+        });
+        for d in (block..dim.min(block + SCALE_BLOCK)).step_by(2) {
+            for odd in 0..2 {
+                let mut key = [s.splat(0.0); U];
                 unrolled!(u in U => {
-                    sums[j][u] = s.mul_add(key[u], q, sums[j][u]);
+                    // SAFETY: `keys` holds `dim` vectors of 16, as far apart.
+                    key[u] = unsafe { C::load(s, at[u], scales[u]) };
+                    at[u] = at[u].wrapping_add(keys[u].stride);
                 });
-            });
-        }
-        if N < MOST {
-            // Two dimensions of 16 values fill a line.
-            unrolled!(u in U => {
-                prefetch_far(ahead[unit + u].wrapping_add(d / 2 * LINE));
-            });
+                unrolled!(j in N => {
+                    let q = s.splat(q[j][(d + odd) % MAX_HEAD_DIM]);
+                    unrolled!(u in U => {
+                        sums[j][u] = s.mul_add(key[u], q, sums[j][u]);
+                    });
+                });
+            }
+            // What is as large as these two dimensions of the unit.
+            let fetched = d * LANES * C::BYTES;
+            if N < MOST && fetched % LINE == 0 {
+                unrolled!(u in U => {
+                    prefetch_far(ahead[unit + u].wrapping_add(fetched));
+                });
+            }
         }
     }
     unrolled!(j in N => {
@@ -457,13 +595,14 @@ fn softmax_update(
 /// sums += weights * V over the positions of a span that are seen, the first of which is `t`, in U times 16 of the `dim`
 /// dimensions from `part` on; meanwhile `ahead` is fetched.
 #[inline(always)]
-fn add_values<S: Simd, const N: usize, const U: usize>(
+fn add_values<S: Simd, C: Cells, const N: usize, const U: usize>(
     s: S,
-    (stretches, mut t, dim): (&[Stretch], usize, usize),
+    (stretches, mut t, shape): (&[Stretch], usize, KvShape),
     part: usize,
     ahead: &Units,
     (weights, all): (&[[f32; SPAN]; MOST], &mut [Row; MOST]),
 ) {
+    let dim = shape.head_dim;
     assert!(part + U * LANES <= dim && dim <= MAX_HEAD_DIM, "the buffers hold it");
     let mut sums = [[s.splat(0.0); U]; N];
     unrolled!(j in N => {
@@ -472,15 +611,18 @@ fn add_values<S: Simd, const N: usize, const U: usize>(
         });
     });
     for stretch in stretches {
-        let mut row = stretch.first.wrapping_add(part);
+        let mut row = stretch.first.wrapping_add(part * C::BYTES);
+        let mut scales = stretch.scales;
         let end = stretch.end.min(SPAN);
         while t < end {
             let mut value = [s.splat(0.0); U];
             unrolled!(u in U => {
-                // SAFETY: the stretch holds a row of `dim` values for each of its positions, of which these are some.
-                value[u] = s.load_f16(unsafe { &*row.wrapping_add(u * LANES).cast() });
+                let scale = scales.wrapping_add((part + u * LANES) / SCALE_BLOCK * shape.block_tokens);
+                // SAFETY: the stretch holds a row of `dim` values for each of its positions, of which these are some,
+                // and their scales, where numbers have any.
+                value[u] = unsafe { C::load(s, row.wrapping_add(u * LANES * C::BYTES), C::scale(s, scale)) };
             });
-            row = row.wrapping_add(dim);
+            (row, scales) = (row.wrapping_add(dim * C::BYTES), scales.wrapping_add(1));
             unrolled!(j in N => {
                 let weight = s.splat(weights[j][t]);
                 unrolled!(u in U => {
@@ -489,10 +631,10 @@ fn add_values<S: Simd, const N: usize, const U: usize>(
             });
             if N < MOST {
                 // A part of the unit's values for each row and part of these.
-                let next = ahead[t / LANES].wrapping_add((part + t % LANES * U) * LANES * size_of::<u16>());
+                let next = ahead[t / LANES].wrapping_add((part + t % LANES * U) * LANES * C::BYTES);
                 unrolled!(line in U => {
-                    if line % 2 == 0 {
-                        prefetch_far(next.wrapping_add(line / 2 * LINE));
+                    if line * LANES * C::BYTES % LINE == 0 {
+                        prefetch_far(next.wrapping_add(line * LANES * C::BYTES));
                     }
                 });
             }

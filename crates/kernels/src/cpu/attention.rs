@@ -12,8 +12,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::Shared;
-use super::attend::{Ahead, Partial, Space, attend, merge};
-use super::kv::{KvView, RowTile};
+use super::attend::{Ahead, Partial, Space, attend_bytes, attend_halves, merge};
+use super::kv::{KvDtype, KvView, RowTile};
 use super::lora::GROUP_ROWS;
 use super::simd::{LANES, Level, dispatch};
 use super::team::Team;
@@ -130,8 +130,13 @@ fn attention_at<'t>(
             None => Output::Rows(out),
             Some(split) => Output::Partials { partition: split.partition as usize, at: split.partials, to: partials },
         };
-        SPACE.with_borrow_mut(|space| {
-            dispatch!(level, attend, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space);
+        SPACE.with_borrow_mut(|space| match shape.dtype {
+            KvDtype::F16 => {
+                dispatch!(level, attend_halves, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space)
+            }
+            KvDtype::Int8 => {
+                dispatch!(level, attend_bytes, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space)
+            }
         });
         let Some(split) = split else { return };
         // Who computes the last partition merges all of them: it sees what the others wrote before they counted.
@@ -254,7 +259,7 @@ impl RowTile<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::kv::{HeadPrep, KvShape, KvViewMut, rope_and_store};
+    use super::super::kv::{HeadPrep, KvShape, KvViewMut, SCALE_BLOCK, rope_and_store};
     use super::super::simd::f16_value;
     use super::*;
     use crate::testing::sinusoid;
@@ -314,10 +319,17 @@ mod tests {
 
         /// What other sequences may have written by now where no row from `from` on looks is not a number.
         fn forget_before(mut self, from: usize) -> Self {
-            let KvShape { block_tokens, kv_heads, head_dim } = self.shape;
+            let KvShape { block_tokens, kv_heads, head_dim, dtype } = self.shape;
             for t in 0..self.spec.first_seen(from) {
                 for head in 0..kv_heads {
                     let (place, at) = (self.shape.head(self.blocks[t / block_tokens], head), t % block_tokens);
+                    if dtype == KvDtype::Int8 {
+                        let scales = (0..head_dim.div_ceil(SCALE_BLOCK)).map(|block| block * block_tokens + at);
+                        for scale in scales.map(|scale| place + self.shape.scales() + scale) {
+                            (self.keys[scale], self.values[scale]) = (0x7E00, 0x7E00);
+                        }
+                        continue;
+                    }
                     (0..head_dim).for_each(|d| self.keys[place + d * block_tokens + at] = 0x7E00);
                     self.values[place + at * head_dim..][..head_dim].fill(0x7E00);
                 }
@@ -327,13 +339,21 @@ mod tests {
 
         /// One head of one row in double precision, straight from the definition.
         fn expected(&self, row: usize, head: usize) -> Vec<f64> {
-            let KvShape { block_tokens, kv_heads, head_dim } = self.shape;
+            let KvShape { block_tokens, kv_heads, head_dim, .. } = self.shape;
             let group = self.spec.heads / kv_heads;
-            let place = |t: usize| self.shape.head(self.blocks[t / block_tokens], head / group);
-            let value = |bits: u16| f64::from(f16_value(bits));
+            let head_at = |t: usize| self.shape.head(self.blocks[t / block_tokens], head / group);
+            // Number i of a head, of dimension d, at position t.
+            let number = |cells: &[u16], t: usize, i: usize, d: usize| match self.shape.dtype {
+                KvDtype::F16 => f64::from(f16_value(cells[head_at(t) + i])),
+                KvDtype::Int8 => {
+                    let byte = cells[head_at(t) + i / 2].to_ne_bytes()[i % 2] as i8;
+                    let scale = self.shape.scales() + d / SCALE_BLOCK * block_tokens + t % block_tokens;
+                    f64::from(byte) * f64::from(f16_value(cells[head_at(t) + scale]))
+                }
+            };
             let q = &self.q[(row * self.spec.heads + head) * head_dim..][..head_dim];
             let score = |t: usize| {
-                let key = |d: usize| value(self.keys[place(t) + d * block_tokens + t % block_tokens]);
+                let key = |d: usize| number(&self.keys, t, d * block_tokens + t % block_tokens, d);
                 let product = (0..head_dim).map(|d| f64::from(q[d]) * key(d)).sum::<f64>();
                 let scaled = product * f64::from(self.spec.scale);
                 self.spec.softcap.map_or(scaled, |cap| f64::from(cap) * (scaled / f64::from(cap)).tanh())
@@ -343,7 +363,7 @@ mod tests {
             let largest = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
             let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
             let of = |d: usize| {
-                let v = |t: usize| value(self.values[place(t) + t % block_tokens * head_dim + d]);
+                let v = |t: usize| number(&self.values, t, t % block_tokens * head_dim + d, d);
                 let sum = weights.iter().zip(first..).map(|(w, t)| w * v(t)).sum::<f64>();
                 sum / weights.iter().sum::<f64>()
             };
@@ -359,11 +379,12 @@ mod tests {
             prop::sample::select(vec![16usize, 32, 48, 64, 80, 96, 128, 256]),
             prop::sample::select(vec![1usize, 2, 3, 4, 5, 7, 8, 16]),
         );
-        let forms = (prop::option::of(2.0f32..20.0), prop::option::of(1usize..100), 0.4f32..4.0);
-        (shapes, forms).prop_map(|((block_tokens, kv_heads, head_dim, group), (softcap, window, scale))| {
+        let dtypes = prop::sample::select(vec![KvDtype::F16, KvDtype::Int8]);
+        let forms = (prop::option::of(2.0f32..20.0), prop::option::of(1usize..100), 0.4f32..4.0, dtypes);
+        (shapes, forms).prop_map(|((block_tokens, kv_heads, head_dim, group), (softcap, window, scale, dtype))| {
             let spec = AttentionSpec::causal(kv_heads * group, head_dim);
             let spec = AttentionSpec { scale: scale / head_dim as f32, softcap, window, ..spec };
-            (KvShape { block_tokens, kv_heads, head_dim }, spec)
+            (KvShape { block_tokens, kv_heads, head_dim, dtype }, spec)
         })
     }
 
@@ -372,8 +393,10 @@ mod tests {
     #[test]
     fn partitions_do_not_depend_on_who_computes_them() {
         let length = 2 * PARTITION + 300;
-        for (group, window) in [(3, None), (7, Some(PARTITION + 100)), (16, Some(70))] {
-            let shape = KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32 };
+        for (group, window, dtype) in
+            [(3, None, KvDtype::F16), (7, Some(PARTITION + 100), KvDtype::Int8), (16, Some(70), KvDtype::F16)]
+        {
+            let shape = KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32, dtype };
             let spec = AttentionSpec { window, ..AttentionSpec::causal(2 * group, 32) };
             let own = sequence(shape, spec, length, true, 3);
             let width = spec.heads * shape.head_dim;

@@ -144,6 +144,8 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The values of half-precision bits.
     fn load_f16(self, bits: &[u16; LANES]) -> Self::F;
+    /// The values of bytes.
+    fn load_i8(self, bytes: &[i8; LANES]) -> Self::F;
     /// The nearest half-precision numbers' bits, saturating.
     fn to_f16(self, x: Self::F) -> [u16; LANES];
     /// The values of bfloat16 bits.
@@ -195,6 +197,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_f16(self, bits: &[u16; LANES]) -> Self::F {
         bits.map(f16_value)
+    }
+    #[inline(always)]
+    fn load_i8(self, bytes: &[i8; LANES]) -> Self::F {
+        bytes.map(f32::from)
     }
     #[inline(always)]
     fn to_f16(self, x: Self::F) -> [u16; LANES] {
@@ -293,6 +299,15 @@ mod x86 {
             unsafe {
                 let bits = bits.as_ptr().cast::<__m128i>();
                 [_mm256_cvtph_ps(_mm_loadu_si128(bits)), _mm256_cvtph_ps(_mm_loadu_si128(bits.add(1)))]
+            }
+        }
+        #[inline(always)]
+        fn load_i8(self, bytes: &[i8; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+            unsafe {
+                let bytes = _mm_loadu_si128(bytes.as_ptr().cast());
+                let wide = |half| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(half));
+                [wide(bytes), wide(_mm_srli_si128::<8>(bytes))]
             }
         }
         #[inline(always)]
@@ -417,6 +432,11 @@ mod x86 {
         fn load_f16(self, bits: &[u16; LANES]) -> Self::F {
             // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn load_i8(self, bytes: &[i8; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) }
         }
         #[inline(always)]
         fn to_f16(self, x: Self::F) -> [u16; LANES] {

@@ -291,7 +291,7 @@ fn the_reference_and_the_serving_kernels_agree() {
     let want = reference.attention(&want_q, &spec, &kv, &plan).unwrap();
 
     let team = cpu::Team::get();
-    let cache = cpu::KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32 };
+    let cache = cpu::KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32, dtype: cpu::KvDtype::F16 };
     let (mut keys, mut cached) = (vec![0; 4 * cache.block_len()], vec![0; 4 * cache.block_len()]);
     let angles = |position: usize| (&table[0][position * 8..][..8], &table[1][position * 8..][..8]);
     let factor = |position: usize| factors[position];
