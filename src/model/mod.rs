@@ -20,12 +20,12 @@ use candle_core::Device;
 
 use crate::adapter::{BaseShape, Site};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM};
+use crate::kernels::cpu::{HEAD_DIM_STEP, KvShape, MAX_GROUP, MAX_HEAD_DIM};
 use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::{Text, Vocabulary};
 use crate::weights::{LlamaConfig, Weights};
-use batch::{Executor, KvLayout, Readout, SequenceChunk};
+use batch::{Executor, KvDtype, KvLayout, Readout, SequenceChunk};
 use exec::Exec;
 use llama::Norm;
 use tensors::{DeviceWeights, TensorExec};
@@ -62,7 +62,7 @@ impl Model {
         let last = self.vocab_size() as u32 - 1;
         let ids = [0, last / 3, last / 2, last];
         let ids = &ids[..ids.len().min(self.context_length())];
-        let mut exec = self.executor(KvLayout { block_tokens: ids.len(), blocks: 1 })?;
+        let mut exec = self.executor(KvLayout { block_tokens: ids.len(), blocks: 1, dtype: KvDtype::F16 })?;
         let span = SequenceChunk { ids, start: 0, blocks: &[0], lora: None, logits: Readout::All };
         if exec.forward(&[span])?.iter().all(|logit| logit.is_finite()) {
             return Ok(());
@@ -146,9 +146,10 @@ impl Model {
     }
 
     /// Bytes of the KV cache for one token.
-    pub fn kv_bytes_per_token(&self) -> u64 {
-        let config = self.config();
-        (2 * config.layers * config.kv_heads * config.head_dim * size_of::<u16>()) as u64
+    pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> u64 {
+        let LlamaConfig { layers, kv_heads, head_dim, .. } = *self.config();
+        let of_layer = KvShape { block_tokens: 1, kv_heads, head_dim, dtype }.block_len() * size_of::<u16>();
+        (2 * layers * of_layer) as u64
     }
 
     /// `[out, in]`.

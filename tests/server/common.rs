@@ -274,6 +274,7 @@ pub fn config(data_dir: &std::path::Path) -> Config {
         base_name: None,
         device: DeviceSpec::Cpu,
         threads: 2,
+        kv_cache: tenora::config::KvCacheType::F16,
         metrics_listen: None,
         otlp_endpoint: None,
         insecure_no_auth: false,
