@@ -6,11 +6,11 @@ default:
 
 # Formats the code.
 fmt:
-    cargo fmt
+    cargo fmt --all
 
 # Formatting, lints and documentation, as CI checks them.
 lint:
-    cargo fmt --check
+    cargo fmt --all --check
     cargo clippy --all-targets --locked -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked
 

@@ -78,10 +78,11 @@ fn main() {
     device::init_pool(std::env::var("THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(2));
     let path = tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base");
     let cpu = DeviceSpec::Cpu.open().expect("the CPU");
-    let (model, _) = Model::load(&path, &cpu).expect("the base loads");
+    let (model, _) = Model::load(&path, &cpu, None).expect("the base loads");
     let (config, shape, team) = (model.config(), model.shape(), Team::get());
-    let frozen: usize = shape.layers as usize * shape.dims.iter().map(|(from, to)| from * to).sum::<usize>();
-    let head = config.width * model.vocab_size();
+    let frozen: usize =
+        shape.layers as usize * shape.linears.iter().map(|linear| linear.inputs * linear.outputs).sum::<usize>();
+    let head = config.hidden_size * model.vocab_size();
     // Q4_1 has 5 bits a weight, Q8_0 8.5.
     let weights = |logits: bool| frozen as f64 * 5.0 / 8.0 + if logits { head as f64 * 8.5 / 8.0 } else { 0.0 };
 
@@ -136,7 +137,7 @@ fn main() {
         let read = step.sequences * (step.before + step.rows);
         let bytes = weights(true) + read as f64 * model.kv_bytes_per_token() as f64;
         let products = (rows * frozen + step.sequences * head) as f64;
-        let attention = (seen * config.layers * config.heads * config.head_dim * 2) as f64;
+        let attention = (seen * config.layers.len() * config.qkv_widths()[0] * 2) as f64;
         println!(
             "| {} | {:.2} ms | {:.0} | {:.0} MB | {:.2} G | {:.1} | {:.0} % | {:.1} | {:.0} % |",
             step.name,

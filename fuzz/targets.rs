@@ -50,7 +50,7 @@ fn split(data: &[u8]) -> (&[u8], &[u8]) {
 pub fn gguf(data: &[u8]) -> bool {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     file.write_all(data).expect("a temporary file can be written");
-    let Ok((_, text)) = Model::load(file.path(), &candle_core::Device::Cpu) else { return false };
+    let Ok((_, text)) = Model::load(file.path(), &candle_core::Device::Cpu, None) else { return false };
     let _ = text.encode("What can be loaded can be used.");
     let _ = text.encode_chat(&chat(), true);
     true

@@ -72,7 +72,8 @@ async fn load_and_serve(
     bootstrap_operator_key(&store, config.rotate_operator_key, show).await?;
     let path = config.base.clone();
     let parts = async {
-        let base = blocking(move || Model::load(&path, &device)).await?;
+        let context = config.context;
+        let base = blocking(move || Model::load(&path, &device, context)).await?;
         assemble(base, store.clone(), &config).await
     };
     let ready = || {
@@ -103,6 +104,7 @@ async fn parts_of((model, text): Base, store: Store, config: &Config) -> Result<
     let guard = Guard::new(engine, store.clone(), &limits);
     let context_length = model.context_length();
     let (base_name, base_digest) = (model.shape().name.clone(), model.shape().digest);
+    let architecture = model.config().architecture;
     let trainer = Trainer::start(TrainingContext {
         store: store.clone(),
         hub: hub.clone(),
@@ -114,7 +116,20 @@ async fn parts_of((model, text): Base, store: Store, config: &Config) -> Result<
     })
     .await?;
     let places = api::WorkPlaces::new(&limits);
-    Ok(api::Parts { store, hub, guard, trainer, text, memory, places, base_name, base_digest, context_length, limits })
+    Ok(api::Parts {
+        store,
+        hub,
+        guard,
+        trainer,
+        text,
+        memory,
+        places,
+        base_name,
+        base_digest,
+        architecture,
+        context_length,
+        limits,
+    })
 }
 
 /// Serves parts, once they are there, until `shutdown`, then drains.
@@ -249,6 +264,7 @@ mod tests {
             data_dir: "data".into(),
             base: "base.gguf".into(),
             base_name: None,
+            context: None,
             device: DeviceSpec::Cpu,
             threads: 1,
             metrics_listen: None,

@@ -16,6 +16,8 @@ pub struct Config {
     pub base: PathBuf,
     /// What exports call the base, in a name that PEFT's tools can load; `None`: the file's.
     pub base_name: Option<String>,
+    /// Tokens; `None` is what the base was trained for.
+    pub context: Option<usize>,
     /// Where the base is served.
     pub device: DeviceSpec,
     /// Worker threads of the compute pool.

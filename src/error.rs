@@ -162,6 +162,18 @@ impl From<candle_core::Error> for Error {
     }
 }
 
+impl From<tenora_kernels::error::Error> for Error {
+    fn from(e: tenora_kernels::error::Error) -> Self {
+        use tenora_kernels::error::Error as Kernels;
+        match e {
+            Kernels::UnsupportedBase(message) => Self::invalid_because("UNSUPPORTED_BASE", "base", message),
+            Kernels::Unavailable(message) => Self::precondition("DEVICE_UNAVAILABLE", "cuda", message),
+            Kernels::Internal(message) => Self::Internal(message),
+            Kernels::Tensor(error) => error.into(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -29,9 +29,12 @@
 //! # }
 //! ```
 
+#![forbid(unsafe_code)]
+
 pub mod adapter;
 pub mod api;
 pub mod app;
+pub mod arch;
 pub mod bases;
 pub mod cli;
 pub mod config;
@@ -41,7 +44,6 @@ pub mod engine;
 pub mod error;
 pub mod hub;
 pub mod ids;
-pub mod kernels;
 pub mod memory;
 pub mod model;
 pub mod process;
@@ -55,3 +57,9 @@ pub mod text;
 pub mod train;
 pub mod weights;
 pub mod work;
+
+pub use tenora_kernels as kernels;
+
+#[cfg(test)]
+#[global_allocator]
+static COUNTING: kernels::testing::Counting = kernels::testing::Counting;

@@ -18,8 +18,11 @@ fn main() -> ExitCode {
     let command_line = cli::CommandLine::parse();
     if let Some(threads) = command_line.compute_threads() {
         // candle asks this variable, not the pool, how many pieces to cut its work into.
+        #[expect(unsafe_code, reason = "the environment is the C library's")]
         // SAFETY: this is the only thread so far, so nobody reads the environment meanwhile.
-        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+        unsafe {
+            std::env::set_var("RAYON_NUM_THREADS", threads.to_string())
+        };
         device::init_pool(threads);
     }
     let runtime = match tokio::runtime::Runtime::new() {

@@ -303,12 +303,33 @@ pub enum Target {
     UpProj,
     /// The output of the feed-forward network.
     DownProj,
+    /// Queries, keys and values in one.
+    QkvProj,
+    /// Gate and up in one.
+    GateUpProj,
 }
 
 impl Target {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 7] =
-        [Self::QProj, Self::KProj, Self::VProj, Self::OProj, Self::GateProj, Self::UpProj, Self::DownProj];
+    /// All that some architecture has. Which ones a base has, its shape says.
+    pub const ALL: [Self; 9] = [
+        Self::QProj,
+        Self::KProj,
+        Self::VProj,
+        Self::OProj,
+        Self::GateProj,
+        Self::UpProj,
+        Self::DownProj,
+        Self::QkvProj,
+        Self::GateUpProj,
+    ];
+
+    /// Returns the part of a transformer block that it is in, by PEFT's name.
+    pub fn block_part(self) -> &'static str {
+        match self {
+            Self::QProj | Self::KProj | Self::VProj | Self::OProj | Self::QkvProj => "self_attn",
+            Self::GateProj | Self::UpProj | Self::DownProj | Self::GateUpProj => "mlp",
+        }
+    }
 
     /// `q_proj` and so on.
     pub fn name(self) -> &'static str {
@@ -320,6 +341,8 @@ impl Target {
             Self::GateProj => "gate_proj",
             Self::UpProj => "up_proj",
             Self::DownProj => "down_proj",
+            Self::QkvProj => "qkv_proj",
+            Self::GateUpProj => "gate_up_proj",
         }
     }
 
@@ -338,7 +361,7 @@ pub struct LoraSpec {
     pub alpha: f32,
     /// The share of the inputs that are dropped in training.
     pub dropout: f32,
-    /// Sorted, not empty.
+    /// Sorted; empty is every linear layer that the base has.
     pub targets: Vec<Target>,
     /// Sorted; `None` is all.
     pub layers: Option<Vec<u32>>,
@@ -348,7 +371,7 @@ pub struct LoraSpec {
 
 impl Default for LoraSpec {
     fn default() -> Self {
-        Self { rank: 8, alpha: 16.0, dropout: 0.0, targets: Target::ALL.to_vec(), layers: None, use_rslora: false }
+        Self { rank: 8, alpha: 16.0, dropout: 0.0, targets: Vec::new(), layers: None, use_rslora: false }
     }
 }
 

@@ -2,6 +2,7 @@
 //! A panic, an input that takes too long and memory out of proportion to the input are faults. `TENORA_FUZZ_RUNS` says
 //! how many mutations a target gets; a failure names target and run, and the same run makes the same input again.
 
+#![expect(unsafe_code, reason = "an allocator that counts and refuses")]
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
 
 #[path = "../fuzz/targets.rs"]

@@ -52,7 +52,7 @@ fn base() -> &'static (Arc<Model>, Arc<Text>) {
         // Where there is a GPU, scripts/gpu-check says so.
         let device = std::env::var("TENORA_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
         let device = device.parse::<tenora::device::DeviceSpec>().expect("a device").open().expect("the device");
-        Model::load(&path, &device).expect("the default base loads")
+        Model::load(&path, &device, None).expect("the default base loads")
     };
     // On a thread of its own: it blocks, which a thread of the runtime must not.
     BASE.get_or_init(|| std::thread::spawn(load).join().expect("loaded"))

@@ -43,7 +43,7 @@ class Server(Process):
 
     def bench_command(self, *options):
         return [str(word) for word in (
-            BINARY, 'bench', '--json', '--server', self.url, '--tenant', TENANT, '--base', MODELS['Q4_1'],
+            BINARY, 'bench', '--json', '--server', self.url, '--tenant', TENANT,
             '--seed', random.randrange(1 << 31), *options)]
 
     def bench(self, *options):

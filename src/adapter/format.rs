@@ -72,10 +72,10 @@ impl<'a> Fitted<'a> {
         let mut found = Tensors::read(&package.tensors, shape)?;
         let selected = selected(&settings, &found, shape)?;
         if selected.is_empty() {
-            let linear = Target::ALL.map(Target::name).join(", ");
             let message = format!(
-                "selects no module of this base; its linear layers are {linear}: import the adapter on a server that runs the base it was \
-                 trained on"
+                "selects no module of this base; its linear layers are {}: import the adapter on a server that runs the base it was \
+                 trained on",
+                shape.target_names()
             );
             return Err(refuse("UNSUPPORTED_SETTING", "target_modules", message));
         }
@@ -113,7 +113,7 @@ fn pair<'a>(
     b: (String, TensorView<'a>),
     shape: &BaseShape,
 ) -> Result<[(String, TensorView<'a>); 2]> {
-    let (inputs, outputs) = shape.dims(site.target);
+    let (inputs, outputs) = shape.dims(site.target).unwrap_or_default();
     let rank = rank as usize;
     for ((name, view), want) in [(&a, [rank, inputs]), (&b, [outputs, rank])] {
         if view.shape().contains(&0) {
@@ -162,7 +162,7 @@ impl Package {
     pub fn from_lora(lora: &Lora, shape: &BaseShape) -> Result<Self> {
         let mut views = BTreeMap::new();
         for (site, layer) in &lora.layers {
-            let (inputs, outputs) = shape.dims(site.target);
+            let (inputs, outputs) = (layer.a.len() / layer.rank, layer.b.len() / layer.rank);
             views.insert(tensor_name(*site, "lora_A"), Floats { shape: vec![layer.rank, inputs], values: &layer.a });
             views.insert(tensor_name(*site, "lora_B"), Floats { shape: vec![outputs, layer.rank], values: &layer.b });
         }
@@ -288,7 +288,7 @@ mod tests {
 
     fn shape() -> BaseShape {
         let dims = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)];
-        BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 2, dims }
+        BaseShape::llama("base", Digest::of(b""), 2, dims)
     }
 
     /// What a job continues from is what it publishes, ranks and scales of single layers included.
@@ -298,7 +298,7 @@ mod tests {
         let spec = LoraSpec { rank: 4, targets: vec![Target::QProj, Target::DownProj], ..LoraSpec::default() };
         let mut lora = Lora::fresh(&spec, &shape, 1).unwrap();
         for (i, (site, layer)) in lora.layers.iter_mut().enumerate().skip(1) {
-            let (inputs, outputs) = shape.dims(site.target);
+            let (inputs, outputs) = shape.dims(site.target).unwrap();
             layer.rank = 2 + i;
             layer.alpha = 0.1 + i as f32;
             layer.scale = spec.scale(layer.alpha, layer.rank as u32);

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::adapter::packed::adapter_bytes;
+use crate::arch::decoder::{Site, SiteSpec};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::random::{Purpose, Stream};
@@ -18,24 +19,63 @@ pub struct BaseShape {
     pub digest: Digest,
     /// Transformer blocks.
     pub layers: u32,
-    /// (in, out) of each target, in the order of `Target::ALL`.
-    pub dims: [(usize, usize); 7],
+    /// The linear layers of a block, in the order in which they are computed; every block has the same.
+    pub linears: Vec<LinearShape>,
 }
 
-impl BaseShape {
-    /// (in, out) features of a target.
-    pub fn dims(&self, target: Target) -> (usize, usize) {
-        self.dims[target as usize]
+/// The shape of a linear layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Its name within the block.
+    pub target: Target,
+    /// Values that go in.
+    pub inputs: usize,
+    /// Values that come out.
+    pub outputs: usize,
+}
+
+impl From<&SiteSpec> for LinearShape {
+    fn from(spec: &SiteSpec) -> Self {
+        Self { target: spec.site.target, inputs: spec.inputs, outputs: spec.outputs }
     }
 }
 
-/// A linear layer of the base.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Site {
-    /// The block, from 0.
-    pub layer: u32,
-    /// The linear layer within the block.
-    pub target: Target,
+impl BaseShape {
+    /// A base whose blocks have the seven linear layers of llama's, of these (in, out); for tests.
+    pub fn llama(name: &str, digest: Digest, layers: u32, dims: [(usize, usize); 7]) -> Self {
+        use Target::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+        let targets = [QProj, KProj, VProj, OProj, GateProj, UpProj, DownProj];
+        let linears = targets.into_iter().zip(dims);
+        let linears = linears.map(|(target, (inputs, outputs))| LinearShape { target, inputs, outputs }).collect();
+        Self { name: name.to_owned(), digest, layers, linears }
+    }
+
+    /// Returns (in, out) of a linear layer; `None` where the base has none of that name.
+    pub fn dims(&self, target: Target) -> Option<(usize, usize)> {
+        let linear = self.linears.iter().find(|linear| linear.target == target)?;
+        Some((linear.inputs, linear.outputs))
+    }
+
+    /// Returns a site's number, counted through the blocks; `None` where the base does not have it.
+    pub fn index(&self, site: Site) -> Option<usize> {
+        let within = self.linears.iter().position(|linear| linear.target == site.target)?;
+        (site.layer < self.layers).then(|| site.layer as usize * self.linears.len() + within)
+    }
+
+    /// Returns the sites by their numbers.
+    pub fn sites(&self) -> impl Iterator<Item = Site> + '_ {
+        (0..self.layers).flat_map(|layer| self.targets().map(move |target| Site { layer, target }))
+    }
+
+    /// Returns the linear layers of a block.
+    pub fn targets(&self) -> impl Iterator<Item = Target> + '_ {
+        self.linears.iter().map(|linear| linear.target)
+    }
+
+    /// Returns the names of a block's linear layers, for people.
+    pub fn target_names(&self) -> String {
+        self.targets().map(Target::name).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// The pair of one site.
@@ -87,10 +127,25 @@ impl LoraSpec {
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::invalid("lora.dropout", "must be in [0, 1)"));
         }
-        if layers.is_empty() || self.targets.is_empty() {
+        if layers.is_empty() {
             return Err(Error::invalid("lora.target_modules", "selects no layer of the base"));
         }
-        Ok(layers.iter().flat_map(|&layer| self.targets.iter().map(move |&target| Site { layer, target })).collect())
+        let targets = self.targets_of(shape)?;
+        Ok(layers.iter().flat_map(|&layer| targets.iter().map(move |&target| Site { layer, target })).collect())
+    }
+
+    /// Returns the linear layers of a block that it adapts, sorted.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where the base has none of that name.
+    pub fn targets_of(&self, shape: &BaseShape) -> Result<Vec<Target>> {
+        if let Some(target) = self.targets.iter().find(|target| shape.dims(**target).is_none()) {
+            let message = format!("{} is no linear layer of this base; it has {}", target.name(), shape.target_names());
+            return Err(Error::invalid("lora.target_modules", message));
+        }
+        let mut targets = if self.targets.is_empty() { shape.targets().collect() } else { self.targets.clone() };
+        targets.sort_unstable();
+        Ok(targets)
     }
 }
 
@@ -107,9 +162,9 @@ impl Lora {
         let stream = Stream::new(seed, Purpose::Initialisation);
         let rank = spec.rank as usize;
         let layers = spec.sites(shape)?.into_iter().map(|site| {
-            let (inputs, outputs) = shape.dims(site.target);
+            let (inputs, outputs) = shape.dims(site.target).unwrap_or_default();
             let bound = 1.0 / (inputs as f32).sqrt();
-            let place = u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
+            let place = shape.index(site).unwrap_or_default() as u64;
             let a = (0..rank * inputs).map(|i| bound * (2.0 * stream.uniform(place, i as u32) - 1.0)).collect();
             let scale = spec.scale(spec.alpha, spec.rank);
             (site, LoraLayer { rank, alpha: spec.alpha, scale, a, b: vec![0.0; outputs * rank] })

@@ -8,6 +8,7 @@ mod selection;
 mod settings;
 mod tensors;
 
-pub use lora::{BaseShape, Lora, LoraLayer, Site};
+pub use crate::arch::decoder::Site;
+pub use lora::{BaseShape, LinearShape, Lora, LoraLayer};
 pub use packed::PackedLora;
 pub use settings::{CONVERSION, Initialisation};

@@ -16,10 +16,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::adapter::{BaseShape, Lora, LoraLayer, Site};
+use crate::arch::decoder::SiteId;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::LoraPair;
 use crate::kernels::packed::TILE_ROWS;
-use crate::request::Target;
 
 /// Outputs in a tile of B.
 const OUT_TILE: usize = TILE_ROWS;
@@ -30,7 +30,7 @@ const ALIGN: usize = 32;
 /// An adapter as it is served. Immutable; a clone shares the tensors.
 #[derive(Debug, Clone)]
 pub struct PackedLora {
-    /// By [`index`]; layers beyond the last adapted one are left out.
+    /// By [`BaseShape::index`]; layers beyond the last adapted one are left out.
     places: Arc<[Option<Place>]>,
     values: Arc<Values>,
     rank: usize,
@@ -77,7 +77,7 @@ fn lengths(rank: usize, (inputs, outputs): (usize, usize)) -> [usize; 2] {
 
 /// Bytes that an adapter of these sites, each with its rank, takes when it is packed.
 pub(super) fn adapter_bytes(sites: impl Iterator<Item = (Site, usize)>, shape: &BaseShape) -> u64 {
-    sites.map(|(site, rank)| layer_bytes(rank, shape.dims(site.target))).sum()
+    sites.map(|(site, rank)| layer_bytes(rank, shape.dims(site.target).unwrap_or_default())).sum()
 }
 
 /// Bytes that a layer of this rank takes when it is packed.
@@ -88,11 +88,6 @@ fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
 /// Bytes that an adapter takes in a form of so many times its rank.
 fn form_bytes(lora: &Lora, shape: &BaseShape, times: usize) -> u64 {
     adapter_bytes(lora.layers.iter().map(|(site, layer)| (*site, times * layer.rank)), shape)
-}
-
-/// The place of a site among all of a base.
-pub fn index(site: Site) -> usize {
-    site.layer as usize * Target::ALL.len() + site.target as usize
 }
 
 impl PackedLora {
@@ -109,11 +104,12 @@ impl PackedLora {
         form: impl Fn(&LoraLayer) -> Cow<'_, LoraLayer>,
     ) -> Result<Self> {
         let layers = lora.layers.iter().map(|(site, layer)| (*site, times * layer.rank, layer.scale));
-        let (places, len) = place(layers, shape);
+        let (places, len) = place(layers, shape).map_err(misfit)?;
         let mut values = Values::zeros(len);
         for (site, layer) in &lora.layers {
-            let Some(Some(place)) = places.get(index(*site)) else { return Err(misfit(*site)) };
-            pack(&form(layer), shape.dims(site.target), place, values.get_mut()).ok_or_else(|| misfit(*site))?;
+            let place = shape.index(*site).and_then(|at| places.get(at)?.as_ref());
+            let (Some(place), Some(dims)) = (place, shape.dims(site.target)) else { return Err(misfit(*site)) };
+            pack(&form(layer), dims, place, values.get_mut()).ok_or_else(|| misfit(*site))?;
         }
         Ok(Self::of(places, values))
     }
@@ -123,9 +119,9 @@ impl PackedLora {
         Self { places: places.into(), values: Arc::new(values), rank }
     }
 
-    /// What is to be added at a site; `None` where the base stays as it is.
-    pub fn layer(&self, site: Site) -> Option<LoraPair<'_>> {
-        let place = self.places.get(index(site))?.as_ref()?;
+    /// What is to be added at the site of this number; `None` where the base stays as it is.
+    pub fn pair(&self, site: SiteId) -> Option<LoraPair<'_>> {
+        let place = self.places.get(site)?.as_ref()?;
         let values = self.values.get();
         let (a, b) = (&values[place.a.clone()], &values[place.b.clone()]);
         Some(LoraPair { rank: place.rank, scale: place.scale, a, b })
@@ -156,12 +152,10 @@ impl PackedLora {
     }
 
     /// The rounded values in PEFT's order.
-    pub fn to_lora(&self) -> Lora {
+    pub fn to_lora(&self, shape: &BaseShape) -> Lora {
         let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-        let sites = (0..self.places.len())
-            .map(|at| Site { layer: (at / Target::ALL.len()) as u32, target: Target::ALL[at % Target::ALL.len()] });
-        let layers = sites.filter_map(|site| {
-            let LoraPair { rank, scale, a, b } = self.layer(site)?;
+        let layers = shape.sites().enumerate().filter_map(|(at, site)| {
+            let LoraPair { rank, scale, a, b } = self.pair(at)?;
             let a = a.iter().map(|bits| value(*bits)).collect();
             let of = |i: usize| (i / rank / OUT_TILE * rank + i % rank) * OUT_TILE + i / rank % OUT_TILE;
             let b = (0..b.len()).map(|i| value(b[of(i)])).collect();
@@ -193,25 +187,25 @@ fn misfit(site: Site) -> Error {
     Error::internal(format!("an adapter does not fit the base at {site:?}"))
 }
 
-/// Places for layers of (site, rank, scale), and the length of all.
+/// Places for layers of (site, rank, scale), and the length of all. Fails with a site that the base does not have.
 pub(super) fn place(
     layers: impl Iterator<Item = (Site, usize, f32)>,
     shape: &BaseShape,
-) -> (Vec<Option<Place>>, usize) {
+) -> Result<(Vec<Option<Place>>, usize), Site> {
     let (mut places, mut end) = (Vec::new(), 0);
     for (site, rank, scale) in layers {
-        let [a, b] = lengths(rank, shape.dims(site.target)).map(|len| {
+        let (Some(at), Some(dims)) = (shape.index(site), shape.dims(site.target)) else { return Err(site) };
+        let [a, b] = lengths(rank, dims).map(|len| {
             let start = end;
             end += len.next_multiple_of(ALIGN);
             start..start + len
         });
-        let at = index(site);
         if places.len() <= at {
             places.resize(at + 1, None);
         }
         places[at] = Some(Place { rank, scale, a, b });
     }
-    (places, end)
+    Ok((places, end))
 }
 
 /// Writes a layer into its place; `None` where it does not fit.
@@ -292,7 +286,7 @@ mod tests {
 
     fn shape() -> BaseShape {
         let dims = [(8, 8), (8, 20), (24, 4), (9, 17), (8, 16), (31, 33), (16, 8)];
-        BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 3, dims }
+        BaseShape::llama("base", Digest::of(b""), 3, dims)
     }
 
     /// Values of any kind, a function of the seed.
@@ -325,26 +319,27 @@ mod tests {
         fn packing_rounds_and_moves_and_no_more(sites in prop::collection::btree_map((0..3_u32, 0..7_usize), 1..20_usize, 1..8), seed: u64) {
             let shape = shape();
             let layer = |(i, (&(layer, target), &rank)): (usize, (&(u32, usize), &usize))| {
-                let site = Site { layer, target: Target::ALL[target] };
-                let (inputs, outputs) = shape.dims(site.target);
+                let site = Site { layer, target: shape.linears[target].target };
+                let (inputs, outputs) = shape.dims(site.target).unwrap();
                 let (a, b) = (values(rank * inputs, seed ^ i as u64), values(outputs * rank, !seed ^ i as u64));
                 (site, LoraLayer { rank, alpha: 1.0, scale: 0.3 + i as f32, a, b })
             };
             let layers: BTreeMap<_, _> = sites.iter().enumerate().map(layer).collect();
             let lora = Lora { spec: LoraSpec::default(), layers };
             let packed = PackedLora::new(&lora, &shape).unwrap();
-            for site in (0..4).flat_map(|layer| Target::ALL.map(|target| Site { layer, target })) {
-                let (Some(layer), Some(found)) = (lora.layers.get(&site), packed.layer(site)) else {
-                    prop_assert_eq!(lora.layers.contains_key(&site), packed.layer(site).is_some());
+            prop_assert!(packed.pair(shape.sites().count()).is_none());
+            for (id, site) in shape.sites().enumerate() {
+                let (Some(layer), Some(found)) = (lora.layers.get(&site), packed.pair(id)) else {
+                    prop_assert_eq!(lora.layers.contains_key(&site), packed.pair(id).is_some());
                     continue;
                 };
                 prop_assert_eq!((found.rank, found.scale), (layer.rank, layer.scale));
-                let (a, b, padding) = unpack(found, shape.dims(site.target).1);
+                let (a, b, padding) = unpack(found, shape.dims(site.target).unwrap().1);
                 prop_assert_eq!((a, b), (rounded(&layer.a), rounded(&layer.b)));
                 prop_assert!(padding.iter().all(|x| *x == 0));
                 prop_assert!([found.a, found.b].iter().all(|tensor| tensor.as_ptr().addr() % 64 == 0));
             }
-            let ranks = lora.layers.iter().map(|(site, layer)| (layer.rank, layer_bytes(layer.rank, shape.dims(site.target))));
+            let ranks = lora.layers.iter().map(|(site, layer)| (layer.rank, layer_bytes(layer.rank, shape.dims(site.target).unwrap())));
             let (ranks, bytes): (Vec<_>, Vec<_>) = ranks.unzip();
             prop_assert_eq!((packed.rank(), packed.byte_size()), (*ranks.iter().max().unwrap(), bytes.iter().sum::<u64>()));
         }
@@ -360,8 +355,8 @@ mod tests {
     #[test]
     fn twice_the_bits_keep_what_cancels() {
         let shape = shape();
-        let site = Site { layer: 1, target: Target::UpProj };
-        let (inputs, outputs) = shape.dims(site.target);
+        let site = Site { layer: 1, target: crate::request::Target::UpProj };
+        let (inputs, outputs) = shape.dims(site.target).unwrap();
         let wave = |i: usize, by: f32| (i as f32 * by).sin();
         // Two ranks that cancel but for a thousandth.
         let a = (0..2 * inputs).map(|i| wave(i % inputs, 0.7) * 5.0).collect::<Vec<_>>();
@@ -378,7 +373,7 @@ mod tests {
         };
         let wanted = product(&lora);
         let error = |packed: &PackedLora| {
-            let found = product(&packed.to_lora());
+            let found = product(&packed.to_lora(&shape));
             let size: f64 = wanted.iter().map(|x| x.abs()).sum();
             found.iter().zip(&wanted).map(|(x, y)| (x - y).abs()).sum::<f64>() / size
         };
@@ -388,7 +383,8 @@ mod tests {
         assert_eq!((plain.rank(), precise.rank()), (2, 6));
         for form in [plain, precise] {
             let again = PackedLora::of_size(&lora, &shape, form.byte_size()).unwrap();
-            assert_eq!(again.layer(site), form.layer(site), "it is made again as it was");
+            let id = shape.index(site).unwrap();
+            assert_eq!(again.pair(id), form.pair(id), "it is made again as it was");
         }
     }
 

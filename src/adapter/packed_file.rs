@@ -9,10 +9,9 @@ use std::io::{self, Read};
 
 use crc32fast::Hasher;
 
-use crate::adapter::packed::{Values, index, place};
+use crate::adapter::packed::{Values, place};
 use crate::adapter::{BaseShape, PackedLora, Site};
 use crate::ids::Digest;
-use crate::request::Target;
 
 /// Ends in the number of the format.
 const MAGIC: &[u8; 16] = b"tenora packed 01";
@@ -50,11 +49,11 @@ impl PackedLora {
         if magic != *MAGIC || of != digest.hex().as_bytes() {
             return Err(damaged("is of another format or another version"));
         }
-        let sites = shape.layers as usize * Target::ALL.len();
+        let sites = shape.layers as usize * shape.linears.len();
         let layers = (0..(file.number()? as usize).min(sites))
             .map(|_| Ok((site(file.number()?, shape)?, file.number()? as usize, f32::from_bits(file.number()?))))
             .collect::<io::Result<Vec<_>>>()?;
-        let (places, len) = place(layers.into_iter(), shape);
+        let (places, len) = place(layers.into_iter(), shape).map_err(|_| lacks())?;
         // Before anything is allocated for it.
         if 2 * len as u64 != bytes {
             return Err(damaged("does not fit the base"));
@@ -71,15 +70,13 @@ impl PackedLora {
     }
 }
 
-/// The site of an index of a file.
+/// The site of a number of a file.
 fn site(at: u32, shape: &BaseShape) -> io::Result<Site> {
-    let (layer, target) = (at as usize / Target::ALL.len(), at as usize % Target::ALL.len());
-    let site = Site { layer: layer as u32, target: Target::ALL[target] };
-    if site.layer < shape.layers && index(site) == at as usize {
-        Ok(site)
-    } else {
-        Err(damaged("names a layer that the base lacks"))
-    }
+    shape.sites().nth(at as usize).ok_or_else(lacks)
+}
+
+fn lacks() -> io::Error {
+    damaged("names a layer that the base lacks")
 }
 
 /// A file and the checksum of what has been read of it.
@@ -106,11 +103,11 @@ impl<R: Read> Checked<R> {
 mod tests {
     use super::*;
     use crate::adapter::Lora;
-    use crate::request::LoraSpec;
+    use crate::request::{LoraSpec, Target};
 
     fn adapter() -> (PackedLora, BaseShape) {
         let dims = [(8, 8), (8, 20), (24, 4), (9, 17), (8, 16), (31, 33), (16, 8)];
-        let shape = BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 2, dims };
+        let shape = BaseShape::llama("base", Digest::of(b""), 2, dims);
         let spec = LoraSpec { rank: 3, targets: vec![Target::QProj, Target::DownProj], ..LoraSpec::default() };
         (PackedLora::new(&Lora::fresh(&spec, &shape, 1).unwrap(), &shape).unwrap(), shape)
     }
@@ -121,8 +118,8 @@ mod tests {
         let file = packed.to_file(Digest::of(b"x"));
         let read = PackedLora::from_file(&file[..], Digest::of(b"x"), packed.byte_size(), &shape).unwrap();
         assert_eq!((read.rank(), read.byte_size()), (packed.rank(), packed.byte_size()));
-        for site in (0..2).flat_map(|layer| Target::ALL.map(|target| Site { layer, target })) {
-            assert_eq!(read.layer(site), packed.layer(site));
+        for site in 0..shape.sites().count() {
+            assert_eq!(read.pair(site), packed.pair(site));
         }
     }
 

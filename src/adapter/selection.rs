@@ -31,17 +31,17 @@ const MAX_STEPS: usize = 5_000;
 /// Most bytes of a compiled expression. All that a config may have take 16 MiB.
 const MAX_COMPILED_BYTES: usize = 256 << 10;
 
+/// What "all-linear" counts as where settings are compared, whatever the base has: digests have it in them.
+const ALL_LINEAR: [Target; 7] =
+    [Target::QProj, Target::KProj, Target::VProj, Target::OProj, Target::GateProj, Target::UpProj, Target::DownProj];
+
 /// Modules of the base that PEFT could adapt and that are never adapted here.
 const UNSERVED: [&str; 2] = ["lm_head", "embed_tokens"];
 
 /// What PEFT calls a module of the base: `model.layers.0.self_attn.q_proj`, or without the first part where the adapter was made on the
 /// model without its head.
 pub(super) fn module_name(root: &str, site: Site) -> String {
-    let part = match site.target {
-        Target::QProj | Target::KProj | Target::VProj | Target::OProj => "self_attn",
-        Target::GateProj | Target::UpProj | Target::DownProj => "mlp",
-    };
-    format!("{root}layers.{}.{part}.{}", site.layer, site.target.name())
+    format!("{root}layers.{}.{}.{}", site.layer, site.target.block_part(), site.target.name())
 }
 
 /// A regular expression of Python's, with bounds on what it may cost.
@@ -232,16 +232,15 @@ impl Selection {
     pub(super) fn sites(&self, root: &str, shape: &BaseShape) -> Result<Vec<Site>> {
         for unserved in [UNSERVED[0].to_owned(), format!("{root}{}", UNSERVED[1])] {
             if self.selects(&unserved)? {
-                let linear = Target::ALL.map(Target::name).join(", ");
                 let message = format!(
-                    "selects {unserved}, which is served as the base has it; train again with modules of {linear} only"
+                    "selects {unserved}, which is served as the base has it; train again with modules of {} only",
+                    shape.target_names()
                 );
                 return Err(refuse("UNSUPPORTED_SETTING", "target_modules", message));
             }
         }
-        let all = (0..shape.layers).flat_map(|layer| Target::ALL.map(|target| Site { layer, target }));
         let mut sites = Vec::new();
-        for site in all {
+        for site in shape.sites() {
             if self.selects(&module_name(root, site))? {
                 sites.push(site);
             }
@@ -263,7 +262,7 @@ fn says_nothing(value: &Value) -> bool {
 /// The targets of a list of their names, sorted.
 fn plain_targets(names: &Names) -> Option<Vec<Target>> {
     let mut targets = match names {
-        Names::AllLinear => Target::ALL.to_vec(),
+        Names::AllLinear => ALL_LINEAR.to_vec(),
         Names::List(names) => names.iter().map(|name| Target::from_name(name)).collect::<Option<Vec<_>>>()?,
         Names::Expression(_) => return None,
     };

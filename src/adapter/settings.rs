@@ -1,6 +1,8 @@
 //! What `adapter_config.json` says that changes the meaning of the tensors. Every setting is one of four: it is read, it says nothing about
 //! the tensors, it has the value that turns it off, or it is refused by name.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value, json};
 
 use crate::adapter::format::{CONFIG_FILE, MAX_CONFIG_BYTES, refuse};
@@ -172,19 +174,19 @@ impl Settings {
 
     /// How a fresh adapter would be shaped to have these sites; of what no such shape has, the targets and the layers that occur.
     pub(super) fn spec(&self, sites: &[Selected], shape: &BaseShape) -> LoraSpec {
-        let (targets, layers) = self.selection.plain().cloned().unwrap_or_else(|| {
-            let mut targets: Vec<Target> = sites.iter().map(|selected| selected.site.target).collect();
-            targets.sort_unstable();
-            targets.dedup();
-            let mut layers: Vec<u32> = sites.iter().map(|selected| selected.site.layer).collect();
-            layers.dedup();
-            (targets, (layers.len() < shape.layers as usize).then_some(layers))
-        });
+        let targets: BTreeSet<Target> = sites.iter().map(|selected| selected.site.target).collect();
+        let layers = match self.selection.plain() {
+            Some((_, layers)) => layers.clone(),
+            None => {
+                let layers: BTreeSet<u32> = sites.iter().map(|selected| selected.site.layer).collect();
+                (layers.len() < shape.layers as usize).then(|| layers.into_iter().collect())
+            }
+        };
         LoraSpec {
             rank: self.rank,
             alpha: self.alpha,
             dropout: self.dropout,
-            targets,
+            targets: targets.into_iter().collect(),
             layers,
             use_rslora: self.use_rslora,
         }

@@ -33,12 +33,12 @@ const SHOWN: usize = 200;
 /// Most bytes of a file's header: what an adapter of every linear layer of the base needs. What has more is no adapter of it, and is
 /// refused before it is read: a header takes many times its size in memory.
 fn most_header_bytes(shape: &BaseShape) -> u64 {
-    NOTES_BYTES + ENTRY_BYTES * 2 * u64::from(shape.layers) * Target::ALL.len() as u64
+    NOTES_BYTES + ENTRY_BYTES * 2 * u64::from(shape.layers) * shape.linears.len() as u64
 }
 
 /// Most bytes of a whole file for this base, at the rank `max_rank` in float32.
 pub fn most_file_bytes(shape: &BaseShape, max_rank: u64) -> u64 {
-    let values: u64 = shape.dims.iter().map(|(inputs, outputs)| (inputs + outputs) as u64).sum();
+    let values: u64 = shape.linears.iter().map(|linear| (linear.inputs + linear.outputs) as u64).sum();
     let tensors = values.saturating_mul(u64::from(shape.layers)).saturating_mul(4).saturating_mul(max_rank);
     tensors.saturating_add(most_header_bytes(shape)).saturating_add(LENGTH_BYTES as u64)
 }
@@ -169,7 +169,7 @@ impl Name {
         let which = ["lora_A", "lora_B"].iter().position(|w| *w == which)?;
         let site = Site { layer: layer.parse().ok()?, target: Target::from_name(target)? };
         // The whole name of the module, so that no other block and no other spelling of the number passes.
-        if site.layer >= shape.layers || module_name("", site) != format!("layers.{layer}.{block}.{target}") {
+        if shape.index(site).is_none() || module_name("", site) != format!("layers.{layer}.{block}.{target}") {
             return None;
         }
         let root = match *head {

@@ -8,6 +8,7 @@ use tonic::{Request, Response};
 use super::proto::base_service_server::BaseService;
 use super::shared::Shared;
 use super::{Answer, convert, proto as pb};
+use crate::adapter::LinearShape;
 use crate::error::{Error, Result};
 
 pub struct Base(pub Arc<Shared>);
@@ -34,6 +35,12 @@ impl BaseService for Base {
         self.0.auth.own_tenant(request.extensions())?;
         let parts = &self.0.parts;
         let limit = |(name, value, unit): (&str, u64, &str)| pb::Limit { name: name.into(), value, unit: unit.into() };
+        let shape = parts.hub.shape();
+        let linear = |linear: &LinearShape| pb::LinearLayer {
+            name: linear.target.name().to_owned(),
+            inputs: linear.inputs as u32,
+            outputs: linear.outputs as u32,
+        };
         Ok(Response::new(pb::Base {
             name: parts.base_name.clone(),
             digest: parts.base_digest.to_string(),
@@ -46,6 +53,9 @@ impl BaseService for Base {
             end_of_turn_token_id: parts.text.end_of_turn(),
             limits: parts.limits.values().into_iter().map(limit).collect(),
             server_version: env!("CARGO_PKG_VERSION").to_owned(),
+            architecture: parts.architecture.to_owned(),
+            layers: shape.layers,
+            linear_layers: shape.linears.iter().map(linear).collect(),
         }))
     }
 

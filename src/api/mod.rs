@@ -40,14 +40,7 @@ pub use server::serve;
 pub use shared::Parts;
 
 /// The messages and services of `tenora.v1`.
-#[expect(clippy::large_enum_variant, reason = "generated")]
-#[allow(clippy::allow_attributes_without_reason, rustdoc::invalid_html_tags, reason = "generated")]
-pub mod proto {
-    tonic::include_proto!("tenora.v1");
-
-    /// All files of the package, for reflection.
-    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
-}
+pub use tenora_proto as proto;
 
 /// Makes ring the process's TLS library. It is the only one that is linked, but rustls chooses by itself only as long as that is so.
 fn choose_tls_library() {

@@ -189,7 +189,7 @@ mod tests {
     }
 
     fn folder(store: &Store, max_adapter_bytes: u64) -> PeftUpload {
-        let shape = BaseShape { name: "base".into(), digest: Digest::of(b""), layers: 1, dims: [(8, 8); 7] };
+        let shape = BaseShape::llama("base", Digest::of(b""), 1, [(8, 8); 7]);
         PeftUpload::of(&Limits { max_adapter_bytes, max_rank: 4, ..Limits::default() }, &shape, store.clone())
     }
 

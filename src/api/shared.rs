@@ -35,6 +35,8 @@ pub struct Parts {
     pub base_name: String,
     /// Of the base's file.
     pub base_digest: Digest,
+    /// What the base's file calls its architecture.
+    pub architecture: &'static str,
     /// The bytes that requests, imports and reads may take together.
     pub memory: Arc<Memory>,
     /// The places for calls and for the work behind them.

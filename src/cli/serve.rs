@@ -33,6 +33,10 @@ pub(super) struct Args {
     /// What exports call the base, for PEFT's tools: a repository of the hub, or a path [default: where the base is from, if that is known]
     #[arg(long, env = "TENORA_BASE_NAME", value_name = "NAME")]
     base_name: Option<String>,
+    /// Tokens of the context, a prompt and its answer together [default: what the base was trained for; of bases with LongRoPE their original
+    /// context]
+    #[arg(long, env = "TENORA_CONTEXT", value_name = "N")]
+    context: Option<NonZeroUsize>,
     /// auto, cpu, or cuda:N.
     #[arg(long, env = "TENORA_DEVICE", default_value = "auto")]
     device: DeviceSpec,
@@ -112,6 +116,7 @@ impl Args {
             data_dir,
             base: models::fetch(&self.base).await?,
             base_name: self.base_name.clone().or_else(|| bases::model_name(&self.base)),
+            context: self.context.map(NonZeroUsize::get),
             device: self.device,
             threads: self.threads(),
             metrics_listen,

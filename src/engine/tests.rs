@@ -19,6 +19,7 @@ use crate::adapter::format::Package;
 use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
+use crate::kernels::testing::allocations;
 use crate::model::batch::SequenceChunk;
 use crate::request::{
     ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Stopping, Target, TokenOut,
@@ -388,9 +389,9 @@ fn a_steady_step_allocates_nothing() {
         for _ in 0..20 {
             state.schedule();
             assert!(state.plan.len() == 4 && state.plan.iter().all(|planned| planned.count == 1));
-            let before = crate::kernels::testing::allocations();
+            let before = allocations();
             let done = state.compute();
-            assert_eq!(crate::kernels::testing::allocations() - before, 0);
+            assert_eq!(allocations() - before, 0);
             state.commit(done);
         }
         drop(readers);

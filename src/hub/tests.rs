@@ -136,7 +136,7 @@ fn hub_with(store: &Store, gate: &Arc<FakeGate>, base: &[u8], change: impl FnOnc
 }
 
 fn shape(base: &[u8]) -> BaseShape {
-    BaseShape { name: "tiny".into(), digest: Digest::of(base), layers: 1, dims: [(4, 4); 7] }
+    BaseShape::llama("tiny", Digest::of(base), 1, [(4, 4); 7])
 }
 
 async fn add_tenant(store: &Store, id: &str) -> Tenant {
@@ -156,9 +156,8 @@ fn lora(units: usize, fill: f32) -> Lora {
 fn assert_serves(lease: &Lease, lora: &Lora) {
     let want = PackedLora::new(lora, &shape(b"base")).unwrap();
     assert_eq!(lease.packed().byte_size(), want.byte_size());
-    for target in Target::ALL {
-        let site = Site { layer: 0, target };
-        assert_eq!(lease.packed().layer(site), want.layer(site));
+    for site in 0..shape(b"base").linears.len() {
+        assert_eq!(lease.packed().pair(site), want.pair(site));
     }
 }
 

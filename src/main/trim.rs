@@ -16,8 +16,11 @@ pub fn give_memory_back() {
             std::thread::sleep(INTERVAL);
             let resident = resident_bytes().unwrap_or(0);
             if resident > kept + STEP {
+                #[expect(unsafe_code, reason = "a call of the C library")]
                 // SAFETY: it may be called at any time from any thread, and takes the allocator's own locks.
-                unsafe { libc::malloc_trim(0) };
+                unsafe {
+                    libc::malloc_trim(0)
+                };
                 kept = resident_bytes().unwrap_or(resident);
             }
             kept = kept.min(resident);

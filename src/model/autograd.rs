@@ -8,10 +8,12 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, S
 use rayon::prelude::*;
 
 use super::Model;
-use super::llama::Norm;
+use super::rope::RopeTable;
+use crate::arch::decoder::NormId;
 use crate::device::YieldPoint;
 use crate::kernels::cpu;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
+use crate::kernels::spec::{Activation, AttentionSpec};
 
 /// Multiply-adds between two offers to give way: a few milliseconds on a core.
 pub(super) const PIECE_MACS: usize = 1 << 28;
@@ -37,7 +39,7 @@ pub(super) fn to_vec(tensor: &Tensor) -> Result<Vec<f32>> {
 /// x / rms(x) * weight. x: `[rows, width]`.
 pub(super) struct RmsNorm {
     pub model: Arc<Model>,
-    pub norm: Norm,
+    pub norm: NormId,
 }
 
 impl CustomOp1 for RmsNorm {
@@ -48,13 +50,13 @@ impl CustomOp1 for RmsNorm {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = slice(x, layout)?;
         let mut y = vec![0.0; x.len()];
-        cpu::rms_norm(x, self.model.norm(self.norm), self.model.config().rms_eps, &mut y);
+        cpu::rms_norm(x, self.model.norm(self.norm), self.model.config().norm_eps, &mut y);
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let weight = self.model.norm(self.norm);
-        let eps = self.model.config().rms_eps;
+        let eps = self.model.config().norm_eps;
         let (values, mut d) = (to_vec(x)?, to_vec(dy)?);
         d.par_chunks_exact_mut(weight.len()).zip(values.par_chunks_exact(weight.len())).for_each(|(d, x)| {
             let mean = |sum: f32| sum / x.len() as f32;
@@ -68,10 +70,27 @@ impl CustomOp1 for RmsNorm {
     }
 }
 
-/// Rotates each row by its position's angles. x: `[rows, heads * head_dim]`.
+/// Rotates the first values of each head by its row's position's angles, and multiplies each row by a factor of its own, if there are
+/// any. x: `[rows, heads * head_dim]`.
 pub(super) struct Rope {
     pub model: Arc<Model>,
+    /// Which of the base's rotations; `None` where nothing turns.
+    pub rope: Option<usize>,
+    pub head_dim: usize,
     pub positions: Arc<Vec<usize>>,
+    pub factors: Option<Arc<Vec<f32>>>,
+}
+
+impl Rope {
+    fn table(&self) -> Option<&RopeTable> {
+        Some(&self.model.ropes[self.rope?])
+    }
+
+    fn scale(&self, x: &mut [f32], width: usize) {
+        for (row, factor) in x.chunks_exact_mut(width).zip(self.factors.iter().flat_map(|factors| factors.iter())) {
+            row.iter_mut().for_each(|x| *x *= factor);
+        }
+    }
 }
 
 impl CustomOp1 for Rope {
@@ -80,48 +99,41 @@ impl CustomOp1 for Rope {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut y = slice(x, layout)?.to_vec();
-        let table = &self.model.rope;
-        cpu::rope(&mut y, layout.dims()[1], table.half, |row| table.at(self.positions[row]));
+        let (mut y, width) = (slice(x, layout)?.to_vec(), layout.dims()[1]);
+        if let Some(table) = self.table() {
+            cpu::rope(&mut y, width, self.head_dim, |row| table.at(self.positions[row]));
+        }
+        self.scale(&mut y, width);
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let mut d = to_vec(dy)?;
-        let (width, half) = (x.dims()[1], self.model.rope.half);
-        // The inverse of a rotation turns the other way.
-        d.par_chunks_exact_mut(width).zip(&*self.positions).for_each(|(row, position)| {
-            let (cos, sin) = self.model.rope.at(*position);
-            for head in row.chunks_exact_mut(2 * half) {
-                let (low, high) = head.split_at_mut(half);
-                for i in 0..half {
-                    let (a, b) = (low[i], high[i]);
-                    low[i] = a * cos[i] + b * sin[i];
-                    high[i] = b * cos[i] - a * sin[i];
-                }
-            }
-        });
+        let (mut d, width) = (to_vec(dy)?, x.dims()[1]);
+        if let Some(table) = self.table() {
+            cpu::rope_backward(&mut d, width, self.head_dim, |row| table.at(self.positions[row]));
+        }
+        self.scale(&mut d, width);
         Tensor::from_vec(d, x.shape(), x.device()).map(Some)
     }
 }
 
-/// silu(gate) * up.
-pub(super) struct SwiGlu;
+/// activation(gate) * up.
+pub(super) struct Gated(pub Activation);
 
-impl CustomOp2 for SwiGlu {
+impl CustomOp2 for Gated {
     fn name(&self) -> &'static str {
-        "swiglu"
+        "gated"
     }
 
     fn cpu_fwd(&self, gate: &CpuStorage, l1: &Layout, up: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut y = slice(gate, l1)?.to_vec();
-        cpu::swiglu(&mut y, slice(up, l2)?);
+        cpu::gated(self.0, &mut y, slice(up, l2)?);
         Ok((CpuStorage::F32(y), l1.shape().clone()))
     }
 
     fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (mut g, mut u, d) = (to_vec(gate)?, to_vec(up)?, to_vec(dy)?);
-        cpu::swiglu_backward(&mut g, &mut u, &d);
+        cpu::gated_backward(self.0, &mut g, &mut u, &d);
         let tensor = |values| Tensor::from_vec(values, gate.shape(), gate.device()).map(Some);
         Ok((tensor(g)?, tensor(u)?))
     }
@@ -130,7 +142,7 @@ impl CustomOp2 for SwiGlu {
 /// Causal grouped-query attention within each sequence. q: `[rows, heads * head_dim]`, k and v: `[rows, kv_heads * head_dim]`.
 /// The backward recomputes the probabilities.
 pub(super) struct Attention {
-    pub heads: usize,
+    pub spec: AttentionSpec,
     pub kv_heads: usize,
     pub head_dim: usize,
     /// The rows of each sequence.
@@ -143,20 +155,20 @@ struct Task<'a> {
     op: &'a Attention,
     /// The first row of the sequence.
     start: usize,
-    /// Counted within the sequence. They see the positions before `queries.end`.
+    /// Counted within the sequence. They see nothing from `queries.end` on.
     queries: Range<usize>,
     kv_head: usize,
 }
 
 impl Task<'_> {
-    /// Positions that the last query sees.
-    fn seen(&self) -> usize {
-        self.queries.end
+    /// The positions that some query sees.
+    fn seen(&self) -> Range<usize> {
+        self.op.spec.first_seen(self.queries.start)..self.queries.end
     }
 
     /// Query heads of this task's KV head.
     fn query_heads(&self) -> Range<usize> {
-        let group = self.op.heads / self.op.kv_heads;
+        let group = self.op.spec.heads / self.op.kv_heads;
         self.kv_head * group..(self.kv_head + 1) * group
     }
 
@@ -167,46 +179,54 @@ impl Task<'_> {
     }
 
     fn query<'v>(&self, values: &'v [f32], head: usize) -> Mat<'v> {
-        self.head(values, self.queries.clone(), self.op.heads, head)
+        self.head(values, self.queries.clone(), self.op.spec.heads, head)
     }
 
     fn key<'v>(&self, values: &'v [f32]) -> Mat<'v> {
-        self.head(values, 0..self.seen(), self.op.kv_heads, self.kv_head)
+        self.head(values, self.seen(), self.op.kv_heads, self.kv_head)
     }
 
-    /// softmax(q K^T / sqrt(head_dim)) under the causal mask, `[queries, seen]`.
-    fn probabilities(&self, q: Mat<'_>, k: Mat<'_>) -> Vec<f32> {
-        let seen = self.seen();
-        let mut p = vec![0.0; self.queries.len() * seen];
-        mul_nt(Out { data: &mut p, stride: seen, accumulate: false }, q, k, false);
-        let scale = 1.0 / (self.op.head_dim as f32).sqrt();
-        for (query, row) in self.queries.clone().zip(p.chunks_exact_mut(seen)) {
-            let (seen, unseen) = row.split_at_mut(query + 1);
-            cpu::softmax(seen, scale);
-            unseen.fill(0.0);
+    /// softmax(scores) under the causal mask and the window, `[queries, seen]`; and the capped scores, where there is a cap.
+    fn probabilities(&self, q: Mat<'_>, k: Mat<'_>) -> (Vec<f32>, Option<Vec<f32>>) {
+        let (seen, AttentionSpec { mut scale, softcap, .. }) = (self.seen(), self.op.spec);
+        let mut p = vec![0.0; self.queries.len() * seen.len()];
+        mul_nt(Out { data: &mut p, stride: seen.len(), accumulate: false }, q, k, false);
+        let capped = softcap.map(|cap| {
+            p.iter_mut().for_each(|x| *x *= scale);
+            cpu::softcap(&mut p, cap);
+            scale = 1.0;
+            p.clone()
+        });
+        for (query, row) in self.queries.clone().zip(p.chunks_exact_mut(seen.len())) {
+            let (row, after) = row.split_at_mut(query + 1 - seen.start);
+            let (before, row) = row.split_at_mut(self.op.spec.first_seen(query) - seen.start);
+            cpu::softmax(row, scale);
+            [before, after].into_iter().for_each(|unseen| unseen.fill(0.0));
         }
-        p
+        (p, capped)
     }
 
     /// One query head's answers, `[queries, head_dim]`.
     fn forward(&self, q: Mat<'_>, k: Mat<'_>, v: Mat<'_>) -> Vec<f32> {
         let dim = self.op.head_dim;
         let mut out = vec![0.0; self.queries.len() * dim];
-        let p = self.probabilities(q, k);
-        mul(Out { data: &mut out, stride: dim, accumulate: false }, Mat::dense(&p, self.seen()), v, false);
+        let (p, _) = self.probabilities(q, k);
+        mul(Out { data: &mut out, stride: dim, accumulate: false }, Mat::dense(&p, self.seen().len()), v, false);
         out
     }
 
     /// The gradient of one query head, `[queries, head_dim]`; those of K and V, `[seen, head_dim]`, are added.
     fn backward(&self, q: Mat<'_>, k: Mat<'_>, v: Mat<'_>, d: Mat<'_>, dk: &mut [f32], dv: &mut [f32]) -> Vec<f32> {
-        let (seen, dim) = (self.seen(), self.op.head_dim);
-        let p = self.probabilities(q, k);
+        let (seen, dim) = (self.seen().len(), self.op.head_dim);
+        let (p, capped) = self.probabilities(q, k);
         mul_tn(Out { data: dv, stride: dim, accumulate: true }, Mat::dense(&p, seen), d, false);
         let mut ds = vec![0.0; p.len()];
         mul_nt(Out { data: &mut ds, stride: seen, accumulate: false }, d, v, false);
-        let scale = 1.0 / (dim as f32).sqrt();
         for (ds, p) in ds.chunks_exact_mut(seen).zip(p.chunks_exact(seen)) {
-            cpu::softmax_backward(p, ds, scale);
+            cpu::softmax_backward(p, ds, self.op.spec.scale);
+        }
+        if let (Some(capped), Some(cap)) = (capped, self.op.spec.softcap) {
+            cpu::softcap_backward(&capped, &mut ds, cap);
         }
         let mut dq = vec![0.0; self.queries.len() * dim];
         mul(Out { data: &mut dq, stride: dim, accumulate: false }, Mat::dense(&ds, seen), k, false);
@@ -225,12 +245,12 @@ impl Task<'_> {
 
     fn add_queries(&self, parts: &[Vec<f32>], values: &mut [f32]) {
         for (head, part) in self.query_heads().zip(parts) {
-            self.add(part, self.queries.clone(), values, self.op.heads, head);
+            self.add(part, self.queries.clone(), values, self.op.spec.heads, head);
         }
     }
 
     fn add_keys(&self, part: &[f32], values: &mut [f32]) {
-        self.add(part, 0..self.seen(), values, self.op.kv_heads, self.kv_head);
+        self.add(part, self.seen(), values, self.op.kv_heads, self.kv_head);
     }
 }
 
@@ -241,7 +261,7 @@ impl Attention {
     fn tasks(&self) -> Vec<Task<'_>> {
         let of_sequence = |rows: &Range<usize>| {
             // The backward has five products.
-            let macs_a_query = 5 * self.heads / self.kv_heads * rows.len() * self.head_dim;
+            let macs_a_query = 5 * self.spec.heads / self.kv_heads * rows.len() * self.head_dim;
             let most = (PIECE_MACS / 4 / macs_a_query.max(1)).max(1);
             let (start, len) = (rows.start, rows.len());
             let of_head = move |kv_head| {
@@ -259,7 +279,8 @@ impl Attention {
 
     /// Runs the tasks, about [`PIECE_MACS`] at a time, and takes their results in order.
     fn run<R: Send>(&self, work: impl Fn(&Task<'_>) -> R + Sync, mut take: impl FnMut(&Task<'_>, R)) {
-        let macs = |task: &Task<'_>| 5 * task.query_heads().len() * task.queries.len() * task.seen() * self.head_dim;
+        let macs =
+            |task: &Task<'_>| 5 * task.query_heads().len() * task.queries.len() * task.seen().len() * self.head_dim;
         let tasks = self.tasks();
         let mut rest = &tasks[..];
         while !rest.is_empty() {
@@ -313,7 +334,7 @@ impl CustomOp3 for Attention {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (qs, ks, vs, d) = (to_vec(q)?, to_vec(k)?, to_vec(v)?, to_vec(dy)?);
         let work = |task: &Task<'_>| -> TaskGradients {
-            let mut dk = vec![0.0; task.seen() * self.head_dim];
+            let mut dk = vec![0.0; task.seen().len() * self.head_dim];
             let mut dv = dk.clone();
             let head = |head| {
                 let (q, d) = (task.query(&qs, head), task.query(&d, head));
@@ -338,51 +359,107 @@ mod tests {
     use candle_core::{D, Device, Var};
 
     /// The same by candle's operations: a head at a time.
-    fn by_candle(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Range<usize>, dim: usize) -> Result<Tensor> {
-        let n = rows.len();
-        let mask = (0..n).flat_map(|i| (0..n).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 })).collect();
+    fn by_candle(q: &Tensor, k: &Tensor, v: &Tensor, rows: &Range<usize>, op: &Attention) -> Result<Tensor> {
+        let (n, dim, spec) = (rows.len(), op.head_dim, op.spec);
+        let sees = |i: usize, j: usize| j <= i && spec.window.is_none_or(|window| j + window > i);
+        let mask = (0..n).flat_map(|i| (0..n).map(move |j| if sees(i, j) { 0.0 } else { f32::NEG_INFINITY })).collect();
         let mask = Tensor::from_vec(mask, (n, n), &Device::Cpu)?;
-        let (heads, kv_heads) = (q.dims()[1] / dim, k.dims()[1] / dim);
         let of_head = |x: &Tensor, head: usize| x.narrow(0, rows.start, n)?.narrow(1, head * dim, dim)?.contiguous();
         let head = |head: usize| {
-            let kv_head = head / (heads / kv_heads);
-            let scores = (of_head(q, head)?.matmul(&of_head(k, kv_head)?.t()?)? / (dim as f64).sqrt())?;
+            let kv_head = head / (spec.heads / op.kv_heads);
+            let scores = (of_head(q, head)?.matmul(&of_head(k, kv_head)?.t()?)? * f64::from(spec.scale))?;
+            let scores = match spec.softcap.map(f64::from) {
+                Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+                None => scores,
+            };
             let p = (scores + &mask)?.exp()?;
             p.broadcast_div(&p.sum_keepdim(D::Minus1)?)?.matmul(&of_head(v, kv_head)?)
         };
-        Tensor::cat(&(0..heads).map(head).collect::<Result<Vec<_>>>()?, 1)
+        Tensor::cat(&(0..spec.heads).map(head).collect::<Result<Vec<_>>>()?, 1)
     }
 
-    /// Two sequences, one so long that its queries are cut into several tasks.
+    fn sinusoid(rows: usize, width: usize, step: f32) -> Var {
+        let values: Vec<f32> = (0..rows * width).map(|i| (i as f32 * step).sin()).collect();
+        Var::from_vec(values, (rows, width), &Device::Cpu).unwrap()
+    }
+
+    fn assert_close(a: &Tensor, b: &Tensor) {
+        let difference = (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference < 2e-4, "{difference}");
+    }
+
+    /// The same values, and the same gradients to every variable.
+    fn assert_same(ours: &Tensor, plain: &Tensor, vars: &[&Var]) {
+        assert_close(ours, plain);
+        let (rows, width) = ours.dims2().unwrap();
+        let weights = sinusoid(rows, width, 0.11);
+        let gradients = |y: &Tensor| (y * weights.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+        let (ours, plain) = (gradients(ours), gradients(plain));
+        for var in vars {
+            assert_close(ours.get(var).unwrap(), plain.get(var).unwrap());
+        }
+    }
+
+    /// Two sequences, one so long that its queries are cut into several tasks; with and without a cap and a window.
     #[test]
     fn attention_and_its_gradients_are_those_of_the_plain_form() {
         let (dim, sequences) = (8, vec![0..2000, 2000..2007]);
-        let op = Attention {
-            heads: 2,
-            kv_heads: 1,
-            head_dim: dim,
-            sequences: Arc::new(sequences.clone()),
-            compute: YieldPoint::default(),
-        };
-        assert!(op.tasks().len() > sequences.len());
-        let sinusoid = |width: usize, step: f32| {
-            let values: Vec<f32> = (0..2007 * width).map(|i| (i as f32 * step).sin()).collect();
-            Var::from_vec(values, (2007, width), &Device::Cpu).unwrap()
-        };
-        let (q, k, v) = (sinusoid(2 * dim, 0.37), sinusoid(dim, 0.61), sinusoid(dim, 1.3));
-        let weights = sinusoid(2 * dim, 0.11);
-        let ours = q.apply_op3(&k, &v, op).unwrap();
-        let parts: Vec<_> = sequences.iter().map(|rows| by_candle(&q, &k, &v, rows, dim).unwrap()).collect();
-        let plain = Tensor::cat(&parts, 0).unwrap();
-        let close = |a: &Tensor, b: &Tensor| {
-            let difference = (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-            assert!(difference < 2e-4, "{difference}");
-        };
-        close(&ours, &plain);
-        let gradients = |y: &Tensor| (y * weights.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
-        let (ours, plain) = (gradients(&ours), gradients(&plain));
-        for var in [&q, &k, &v] {
-            close(ours.get(var).unwrap(), plain.get(var).unwrap());
+        let plain = AttentionSpec::causal(2, dim);
+        let capped = AttentionSpec { scale: 0.6, softcap: Some(1.5), window: Some(300), ..plain };
+        for spec in [plain, AttentionSpec { window: Some(5), ..plain }, capped] {
+            let op = || Attention {
+                spec,
+                kv_heads: 1,
+                head_dim: dim,
+                sequences: Arc::new(sequences.clone()),
+                compute: YieldPoint::default(),
+            };
+            assert!(op().tasks().len() > sequences.len());
+            let (q, k, v) = (sinusoid(2007, 2 * dim, 0.37), sinusoid(2007, dim, 0.61), sinusoid(2007, dim, 1.3));
+            let ours = q.apply_op3(&k, &v, op()).unwrap();
+            let parts: Vec<_> = sequences.iter().map(|rows| by_candle(&q, &k, &v, rows, &op()).unwrap()).collect();
+            assert_same(&ours, &Tensor::cat(&parts, 0).unwrap(), &[&q, &k, &v]);
         }
+    }
+
+    #[test]
+    fn gates_and_their_gradients_are_those_of_the_plain_form() {
+        let (gate, up) = (sinusoid(30, 64, 0.37), sinusoid(30, 64, 0.61));
+        let wide = (gate.as_tensor() * 4.0).unwrap();
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let plain = match activation {
+                Activation::Silu => wide.silu(),
+                Activation::GeluTanh => wide.gelu(),
+            };
+            let plain = (plain.unwrap() * up.as_tensor()).unwrap();
+            assert_same(&wide.apply_op2(&up, Gated(activation)).unwrap(), &plain, &[&gate, &up]);
+        }
+    }
+
+    /// Heads wider than what turns, and a factor for each row.
+    #[test]
+    fn rotation_in_part_and_factors_and_their_gradients_are_those_of_the_plain_form() {
+        let (model, _) = Model::tiny(1);
+        let (half, head_dim) = (model.ropes[0].half(), 2 * model.ropes[0].half() + 8);
+        let positions = Arc::new((0..30).map(|i| i * 7).collect::<Vec<_>>());
+        let factors = Arc::new((0..30).map(|i| 0.5 + i as f32 * 0.1).collect::<Vec<_>>());
+        let x = sinusoid(30, 2 * head_dim, 0.37);
+        let table = |part: usize| {
+            let row = |position: &usize| [model.ropes[0].at(*position).0, model.ropes[0].at(*position).1][part];
+            Tensor::from_vec(positions.iter().flat_map(row).copied().collect(), (30, 1, half), &Device::Cpu).unwrap()
+        };
+        let plain = || -> Result<Tensor> {
+            let heads = x.reshape((30, 2, head_dim))?;
+            let (low, high) = (heads.narrow(2, 0, half)?, heads.narrow(2, half, half)?);
+            let (cos, sin) = (table(0), table(1));
+            let turned_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
+            let turned_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
+            let rest = heads.narrow(2, 2 * half, head_dim - 2 * half)?;
+            let turned = Tensor::cat(&[turned_low, turned_high, rest], 2)?.reshape((30, 2 * head_dim))?;
+            turned.broadcast_mul(&Tensor::from_vec(factors.to_vec(), (30, 1), &Device::Cpu)?)
+        };
+        let (model, positions, factors) = (model.clone(), positions.clone(), Some(factors.clone()));
+        let ours = x.apply_op1(Rope { model, rope: Some(0), head_dim, positions, factors }).unwrap();
+        assert_same(&ours, &plain().unwrap(), &[&x]);
     }
 }

@@ -4,16 +4,19 @@
 //! A step reuses all that earlier steps allocated. Each of its operations is one region of the team: the input of a frozen layer is made,
 //! quantised and shrunk in one pass over its rows, and its output is computed, expanded and added in one pass over the weights.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::adapter::{PackedLora, Site, packed};
-use crate::error::Result;
-use crate::kernels::cpu::{self, Adapters, GROUP_ROWS, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team};
+use crate::adapter::PackedLora;
+use crate::arch::decoder::{Attend, Merge, NormId, Part, SiteId, Step, StepExecutor, next_sites};
+use crate::error::{Error, Result};
+use crate::kernels::cpu::{
+    self, Adapters, GROUP_ROWS, HeadNorms, HeadPrep, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team,
+};
+use crate::kernels::spec::Activation;
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout, SequenceChunk, reused};
 use crate::model::kv::KvCache;
-use crate::model::llama::{self, Norm, Ops};
-use crate::request::Target;
 
 /// Rows of logits whose memory is kept between steps.
 const KEPT_LOGITS: usize = 64;
@@ -45,7 +48,7 @@ impl Executor for Exec {
         self.kv.layout().check_spans(&self.model, spans)?;
         self.rows.fill(spans);
         let mut pairs = reused(std::mem::take(&mut self.pairs));
-        self.rows.pairs(self.model.config().layers, &mut pairs);
+        self.rows.pairs(self.model.decoder().sites.len(), &mut pairs);
         let mut pass = ExecPass {
             model: &self.model,
             team: Team::get(),
@@ -54,7 +57,7 @@ impl Executor for Exec {
             kv: &mut self.kv,
             buffers: &mut self.buffers,
         };
-        let done = llama::hidden(&self.model, &mut pass);
+        let done = pass.run(&self.model.decoder().steps);
         self.pairs = reused(pairs);
         self.rows.adapters.clear();
         done?;
@@ -63,11 +66,12 @@ impl Executor for Exec {
             self.logits = Vec::new();
         }
         self.logits.resize(rows * head.rows(), 0.0);
-        let layer = Linear { matrix: head, y: &mut self.logits, accumulate: false };
+        let layer = Linear { matrix: head, bias: None, y: &mut self.logits, accumulate: false };
         // The next step begins anew.
-        let [first, ..] = qkv_sites(0);
+        let first = next_sites(&self.model.decoder().steps).start;
         let next = Next { matrices: [Some(self.model.matrix(first)), None, None, None], adapters: None };
         cpu::linear(Team::get(), &self.buffers.quantized, &mut [layer], None, next);
+        self.model.config().logits.apply(&mut self.logits);
         Ok(&self.logits)
     }
 }
@@ -172,6 +176,10 @@ struct Outs {
     v: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+    /// What comes out of one layer and stands for several of the above, side by side.
+    fused: Vec<f32>,
+    /// What is not added to x as it is.
+    branch: Vec<f32>,
 }
 
 /// One batch going through the model.
@@ -184,27 +192,14 @@ struct ExecPass<'a> {
     buffers: &'a mut Buffers,
 }
 
-fn sites<const N: usize>(layer: usize, targets: [Target; N]) -> [Site; N] {
-    targets.map(|target| Site { layer: layer as u32, target })
-}
-
-fn qkv_sites(layer: usize) -> [Site; 3] {
-    sites(layer, [Target::QProj, Target::KProj, Target::VProj])
-}
-
-fn gate_up_sites(layer: usize) -> [Site; 2] {
-    sites(layer, [Target::GateProj, Target::UpProj])
-}
-
 impl Rows {
     fn count(&self) -> usize {
         self.ids.len()
     }
 
-    /// What each adapter has at each site of the model, `[layers, targets, adapters]`.
-    fn pairs<'a>(&'a self, layers: usize, pairs: &mut Vec<Option<LoraPair<'a>>>) {
-        let sites = (0..layers).flat_map(|layer| sites(layer, Target::ALL));
-        pairs.extend(sites.flat_map(|site| self.adapters.iter().map(move |lora| lora.layer(site))));
+    /// What each adapter has at each site of the model, `[sites, adapters]`.
+    fn pairs<'a>(&'a self, sites: usize, pairs: &mut Vec<Option<LoraPair<'a>>>) {
+        pairs.extend((0..sites).flat_map(|site| self.adapters.iter().map(move |lora| lora.pair(site))));
     }
 }
 
@@ -218,10 +213,9 @@ struct Adapted<'a> {
 
 impl<'a> Adapted<'a> {
     /// What there is at sites in a row, if anything.
-    fn at(self, sites: &[Site]) -> Option<Adapters<'a>> {
-        let (first, count) = (sites.first()?, self.rows.adapters.len());
-        let at = packed::index(*first) * count;
-        let pairs = self.pairs.get(at..at + sites.len() * count).filter(|pairs| !pairs.is_empty())?;
+    fn at(self, sites: Range<SiteId>) -> Option<Adapters<'a>> {
+        let count = self.rows.adapters.len();
+        let pairs = self.pairs.get(sites.start * count..sites.end * count).filter(|pairs| !pairs.is_empty())?;
         Some(Adapters { groups: &self.rows.groups, pairs, count, rank: self.rows.rank })
     }
 }
@@ -231,27 +225,135 @@ impl ExecPass<'_> {
     /// next, none before the head.
     fn linear<const N: usize>(
         &mut self,
-        sites: [Site; N],
-        next: &[Site],
+        sites: Range<SiteId>,
+        next: Range<SiteId>,
         accumulate: bool,
         outs: impl FnOnce(&mut Outs) -> [&mut Vec<f32>; N],
     ) {
         let (model, rows) = (self.model, self.rows);
         let Buffers { outs: buffers, quantized, shrunk, .. } = &mut *self.buffers;
-        let mut outs = outs(buffers).into_iter();
-        let mut layers = sites.map(|site| {
+        let mut of_sites = sites.clone();
+        let mut layers = outs(buffers).map(|y| {
+            let site = of_sites.next().unwrap_or(sites.start);
             let matrix = model.matrix(site);
-            let y = outs.next().map_or(&mut [][..], |y| resized(y, rows.count(), matrix.rows()));
-            Linear { matrix, y, accumulate }
+            Linear { matrix, bias: model.bias(site), y: resized(y, rows.count(), matrix.rows()), accumulate }
         });
-        let (adapters, next_adapters) = (self.adapted.at(&sites), self.adapted.at(next));
+        let (adapters, next_adapters) = (self.adapted.at(sites), self.adapted.at(next.clone()));
         let adapters = adapters.as_ref().map(|adapters| (adapters, &shrunk[..]));
         let mut matrices = [Some(model.head()), None, None, None];
-        for (i, site) in next.iter().enumerate() {
-            matrices[i] = Some(model.matrix(*site));
+        for (i, site) in next.enumerate() {
+            matrices[i] = Some(model.matrix(site));
         }
         let next = Next { matrices, adapters: next_adapters.as_ref() };
         cpu::linear(self.team, quantized, &mut layers, adapters, next);
+    }
+
+    fn embed(&mut self, scale: f32) {
+        let width = self.model.config().hidden_size;
+        let x = resized(&mut self.buffers.outs.x, self.rows.count(), width);
+        for (x, id) in x.chunks_exact_mut(width).zip(&self.rows.ids) {
+            self.model.embed(*id, scale, x);
+        }
+    }
+
+    /// Norms x and prepares it for frozen layers.
+    fn norm(&mut self, norm: NormId, groups: &[RowGroup], sites: Range<SiteId>) {
+        let (width, eps) = (self.model.config().hidden_size, self.model.config().norm_eps);
+        let weight = self.model.norm(norm);
+        let Buffers { outs: Outs { x, .. }, input, quantized, shrunk } = &mut *self.buffers;
+        let input = resized(input, x.len() / width, width);
+        let normed = |row: usize, out: &mut [f32]| cpu::rms_norm_row(&x[row * width..][..width], weight, eps, out);
+        let adapters = self.adapted.at(sites);
+        let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
+        cpu::prepare(self.team, groups, (input, width), quantized, adapters, normed);
+    }
+
+    /// Projects x, normed, to q, k and v or to gate and up.
+    fn project(&mut self, norm: NormId, sites: Range<SiteId>, part: Part, next: Range<SiteId>) {
+        self.norm(norm, &self.rows.groups, sites.clone());
+        match (sites.len(), part) {
+            (1, _) => {
+                self.linear(sites, next, false, |outs| [&mut outs.fused]);
+                let Outs { q, k, v, gate, up, fused, .. } = &mut self.buffers.outs;
+                let widths = self.model.config().widths(part);
+                match part {
+                    Part::Attention => split(fused, &widths, &mut [q, k, v]),
+                    Part::FeedForward => split(fused, &widths, &mut [gate, up]),
+                }
+            }
+            (_, Part::Attention) => self.linear(sites, next, false, |o| [&mut o.q, &mut o.k, &mut o.v]),
+            (_, Part::FeedForward) => self.linear(sites, next, false, |o| [&mut o.gate, &mut o.up]),
+        }
+    }
+
+    /// Gives y, prepared for the next sites.
+    fn attend(&mut self, attend: &Attend, next: Range<SiteId>) {
+        // Everything is read back after rounding, this chunk's rows included: so a chunk's borders change no bit.
+        let (model, rows) = (self.model, self.rows);
+        let (width, tile) = (model.config().qkv_widths()[0], |i| rows.tile(i));
+        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk } = &mut *self.buffers;
+        let eps = model.config().norm_eps;
+        let angles = attend.rope.map(|rope| move |position| model.ropes[rope].at(position));
+        let factor = attend.temperature.map(|by| move |position| by.at(position));
+        let prep = HeadPrep {
+            norms: attend.norms.map(|[q, k]| HeadNorms { q: model.norm(q), k: model.norm(k), eps }),
+            angles: angles.as_ref().map(|angles| angles as _),
+            q_factor: factor.as_ref().map(|factor| factor as _),
+        };
+        cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), self.kv.layer_mut(attend.layer), prep);
+        let input = resized(input, rows.count(), width);
+        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(attend.layer), attend.spec, input);
+        let adapters = self.adapted.at(next);
+        let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
+        cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
+    }
+
+    /// Gives y, prepared for the next sites.
+    fn gate(&mut self, activation: Activation, next: Range<SiteId>) {
+        let width = self.model.config().intermediate_size;
+        let Buffers { outs: Outs { gate, up, .. }, quantized, shrunk, .. } = &mut *self.buffers;
+        let gated = |row: usize, gate: &mut [f32]| cpu::gated_row(activation, gate, &up[row * width..][..width]);
+        let adapters = self.adapted.at(next);
+        let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
+        cpu::prepare(self.team, &self.rows.groups, (gate, width), quantized, adapters, gated);
+    }
+
+    /// Adds the output layer of y to x.
+    fn output(&mut self, site: SiteId, merge: Merge, next: Range<SiteId>) {
+        let sites = site..site + 1;
+        if merge == Merge::Add {
+            return self.linear(sites, next, true, |outs| [&mut outs.x]);
+        }
+        self.linear(sites, next, false, |outs| [&mut outs.branch]);
+        let Outs { x, branch, .. } = &mut self.buffers.outs;
+        match merge {
+            Merge::Add => {}
+            Merge::Scaled(scale) => x.iter_mut().zip(branch).for_each(|(x, y)| *x += scale * *y),
+            Merge::Normed(norm) => {
+                cpu::add_rms_norm(self.team, x, branch, self.model.norm(norm), self.model.config().norm_eps);
+            }
+        }
+    }
+
+    fn select(&mut self) {
+        let (width, kept, x) = (self.model.config().hidden_size, &self.rows.kept, &mut self.buffers.outs.x);
+        for (to, from) in kept.iter().enumerate() {
+            x.copy_within(from * width..(from + 1) * width, to * width);
+        }
+        x.truncate(kept.len() * width);
+    }
+}
+
+/// Puts columns that lie side by side each into a buffer of its own.
+fn split(from: &[f32], widths: &[usize], to: &mut [&mut Vec<f32>]) {
+    let all: usize = widths.iter().sum();
+    to.iter_mut().for_each(|to| to.clear());
+    for mut row in from.chunks_exact(all) {
+        for (to, width) in to.iter_mut().zip(widths) {
+            let (part, rest) = row.split_at(*width);
+            to.extend_from_slice(part);
+            row = rest;
+        }
     }
 }
 
@@ -261,100 +363,22 @@ fn resized(buffer: &mut Vec<f32>, rows: usize, width: usize) -> &mut [f32] {
     buffer
 }
 
-impl Ops for ExecPass<'_> {
-    /// The buffers are the executor's, and each operation knows its own: what [`Ops::norm`], [`Ops::attention`] or [`Ops::swiglu`] made
-    /// last is prepared for the frozen layers that follow it.
-    type Rows = ();
+/// A step's input is what the step before it has prepared: normed, attended or gated, quantised, and shrunk by the adapters.
+impl StepExecutor for ExecPass<'_> {
+    type Error = Error;
 
-    fn embed(&mut self) -> Result<()> {
-        let width = self.model.config().width;
-        let x = resized(&mut self.buffers.outs.x, self.rows.count(), width);
-        for (x, id) in x.chunks_exact_mut(width).zip(&self.rows.ids) {
-            self.model.embed(*id, x);
+    fn take(&mut self, step: &Step, next: &[Step]) -> Result<()> {
+        let rows = self.rows;
+        let next = next_sites(next);
+        match step {
+            Step::Embed { scale } => self.embed(*scale),
+            Step::Project { norm, sites, part } => self.project(*norm, sites.clone(), *part, next),
+            Step::Attend(attend) => self.attend(attend, next),
+            Step::Gate { activation } => self.gate(*activation, next),
+            Step::Output { site, merge } => self.output(*site, *merge, next),
+            Step::Select => self.select(),
+            Step::Finish { norm } => self.norm(*norm, &rows.kept_groups, 0..0),
         }
-        Ok(())
-    }
-
-    fn norm(&mut self, (): &(), norm: Norm) -> Result<()> {
-        let (width, eps, weight) = (self.model.config().width, self.model.config().rms_eps, self.model.norm(norm));
-        let (qkv, gate_up);
-        let (sites, groups) = match norm {
-            Norm::Attention(layer) => {
-                qkv = qkv_sites(layer);
-                (&qkv[..], &self.rows.groups)
-            }
-            Norm::Ffn(layer) => {
-                gate_up = gate_up_sites(layer);
-                (&gate_up[..], &self.rows.groups)
-            }
-            Norm::Final => (&[][..], &self.rows.kept_groups),
-        };
-        let Buffers { outs: Outs { x, .. }, input, quantized, shrunk } = &mut *self.buffers;
-        let input = resized(input, x.len() / width, width);
-        let normed = |row: usize, out: &mut [f32]| cpu::rms_norm_row(&x[row * width..][..width], weight, eps, out);
-        let adapters = self.adapted.at(sites);
-        let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
-        cpu::prepare(self.team, groups, (input, width), quantized, adapters, normed);
-        Ok(())
-    }
-
-    fn qkv(&mut self, (): &(), layer: usize) -> Result<[(); 3]> {
-        self.linear(qkv_sites(layer), &sites(layer, [Target::OProj]), false, |outs| {
-            [&mut outs.q, &mut outs.k, &mut outs.v]
-        });
-        Ok([(); 3])
-    }
-
-    fn attention(&mut self, layer: usize, _: [(); 3]) -> Result<()> {
-        // Everything is read back after rounding, this chunk's rows included: so a chunk's borders change no bit.
-        let (config, rows, rope) = (self.model.config(), self.rows, &self.model.rope);
-        let (width, tile) = (config.heads * config.head_dim, |i| rows.tile(i));
-        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk } = &mut *self.buffers;
-        let kv = self.kv.layer_mut(layer);
-        cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), kv, |position| rope.at(position));
-        let input = resized(input, rows.count(), width);
-        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.layer(layer), config.heads, input);
-        let adapters = self.adapted.at(&sites(layer, [Target::OProj]));
-        let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
-        cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
-        Ok(())
-    }
-
-    fn gate_up(&mut self, (): &(), layer: usize) -> Result<[(); 2]> {
-        self.linear(gate_up_sites(layer), &sites(layer, [Target::DownProj]), false, |outs| {
-            [&mut outs.gate, &mut outs.up]
-        });
-        Ok([(); 2])
-    }
-
-    fn swiglu(&mut self, layer: usize, _: [(); 2]) -> Result<()> {
-        let width = self.model.config().ffn;
-        let Buffers { outs: Outs { gate, up, .. }, quantized, shrunk, .. } = &mut *self.buffers;
-        let gated = |row: usize, gate: &mut [f32]| cpu::swiglu_row(gate, &up[row * width..][..width]);
-        let adapters = self.adapted.at(&sites(layer, [Target::DownProj]));
-        let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
-        cpu::prepare(self.team, &self.rows.groups, (gate, width), quantized, adapters, gated);
-        Ok(())
-    }
-
-    fn residual_linear(&mut self, (): (), (): (), site: Site) -> Result<()> {
-        let layer = site.layer as usize;
-        let (gate_up, qkv) = (gate_up_sites(layer), qkv_sites(layer + 1));
-        let next = match site.target {
-            Target::DownProj if layer + 1 < self.model.config().layers => &qkv[..],
-            Target::DownProj => &[],
-            _ => &gate_up[..],
-        };
-        self.linear([site], next, true, |outs| [&mut outs.x]);
-        Ok(())
-    }
-
-    fn select(&mut self, (): ()) -> Result<()> {
-        let (width, kept, x) = (self.model.config().width, &self.rows.kept, &mut self.buffers.outs.x);
-        for (to, from) in kept.iter().enumerate() {
-            x.copy_within(from * width..(from + 1) * width, to * width);
-        }
-        x.truncate(kept.len() * width);
         Ok(())
     }
 }

@@ -7,6 +7,7 @@
 //! others, so they are looked at: where taking the part out makes the sum of all changes smaller, they hold it still.
 
 use crate::adapter::{CONVERSION, Initialisation, Lora, LoraLayer, Site};
+use crate::arch::decoder::SiteId;
 use crate::error::{Error, Result};
 use crate::kernels::gemm::{self, Mat, Out};
 use crate::model::Model;
@@ -45,9 +46,11 @@ pub(super) fn plain_form(
 ) -> Result<Option<Lora>> {
     let part_of = |(site, layer): (&Site, &LoraLayer)| {
         yield_to_serving();
-        (*site, part(model, *site, layer, initialisation, yield_to_serving))
+        let misfit = || Error::internal(format!("an adapter does not fit the base at {site:?}"));
+        let id = model.shape().index(*site).ok_or_else(misfit)?;
+        Ok((*site, part(model, id, layer, initialisation, yield_to_serving)))
     };
-    let parts: Vec<(Site, Part)> = lora.layers.iter().map(part_of).collect();
+    let parts: Vec<(Site, Part)> = lora.layers.iter().map(part_of).collect::<Result<_>>()?;
     // (The changes' product with the parts, the parts' square): |change - part|^2 < |change|^2 where the product is over half the square.
     let mut held = (0.0, 0.0);
     for (site, part) in &parts {
@@ -119,7 +122,7 @@ fn out(data: &mut [f32], stride: usize) -> Out<'_> {
 /// What the initialisation took out of a layer.
 fn part(
     model: &Model,
-    site: Site,
+    site: SiteId,
     layer: &LoraLayer,
     initialisation: Initialisation,
     yield_to_serving: &dyn Fn(),
@@ -361,7 +364,7 @@ mod tests {
     use crate::request::LoraSpec;
 
     fn dense(model: &Model, site: Site) -> (Vec<f32>, usize) {
-        let matrix = model.matrix(site);
+        let matrix = model.matrix(model.shape().index(site).unwrap());
         let mut w = vec![0.0; matrix.rows() * matrix.cols()];
         w.chunks_exact_mut(matrix.cols()).enumerate().for_each(|(row, to)| matrix.dequantize(row, to));
         (w, matrix.cols())
@@ -409,7 +412,8 @@ mod tests {
             let mut expected = Vec::new();
             for (site, layer) in &mut lora.layers {
                 let start = LoraLayer { b: vec![1.0; layer.b.len()], ..layer.clone() };
-                let Part { u, a, .. } = part(&model, *site, &start, initialisation, &|| {});
+                let Part { u, a, .. } =
+                    part(&model, model.shape().index(*site).unwrap(), &start, initialisation, &|| {});
                 let by = weight(layer, initialisation) / layer.scale;
                 let wave = |i: usize| 0.01 * (i as f32 * 0.37).sin();
                 let taken = LoraLayer { a: a.iter().map(|x| x * by).collect(), b: u.clone(), ..layer.clone() };
@@ -475,7 +479,8 @@ mod tests {
             .for_each(|l| l.b.iter_mut().enumerate().for_each(|(i, b)| *b = 0.1 * (i as f32 * 0.7).sin()));
         assert!(plain_form(&model, &lora, initialisation, &|| {}).unwrap().is_none());
         for (site, layer) in &mut lora.layers {
-            let Part { u, a, .. } = part(&model, *site, layer, Initialisation::Pissa, &|| {});
+            let Part { u, a, .. } =
+                part(&model, model.shape().index(*site).unwrap(), layer, Initialisation::Pissa, &|| {});
             (layer.a, layer.b) = (a, u);
         }
         let refused = plain_form(&model, &lora, initialisation, &|| {}).unwrap_err().to_string();

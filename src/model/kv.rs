@@ -1,8 +1,8 @@
 //! The paged KV cache of the CPU: blocks of positions in half precision, for every layer.
 
+use crate::arch::config::{AttentionConfig, ModelConfig};
 use crate::kernels::cpu::{KvShape, KvView, KvViewMut};
 use crate::model::batch::KvLayout;
-use crate::weights::LlamaConfig;
 
 /// Keys (rotated) and values of all layers.
 #[derive(Debug)]
@@ -15,11 +15,11 @@ pub(super) struct KvCache {
 }
 
 impl KvCache {
-    pub fn new(config: &LlamaConfig, layout: KvLayout) -> Self {
-        let (kv_heads, head_dim) = (config.kv_heads, config.head_dim);
+    pub fn new(config: &ModelConfig, layout: KvLayout) -> Self {
+        let AttentionConfig { kv_heads, head_dim, .. } = config.attention;
         let shape = KvShape { block_tokens: layout.block_tokens, kv_heads, head_dim };
         // The system hands out zeroed pages as they are first touched.
-        let layers = || (0..config.layers).map(|_| vec![0; layout.blocks * shape.block_len()]).collect();
+        let layers = || (0..config.layers.len()).map(|_| vec![0; layout.blocks * shape.block_len()]).collect();
         Self { layout, shape, keys: layers(), values: layers() }
     }
 

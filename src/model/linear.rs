@@ -9,12 +9,11 @@ use rayon::prelude::*;
 
 use super::Model;
 use super::autograd::{PIECE_MACS, slice, to_vec};
-use crate::adapter::Site;
+use crate::arch::decoder::SiteId;
 use crate::device::YieldPoint;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
 use crate::kernels::packed::PackedMatrix;
 use crate::random::{Purpose, Stream};
-use crate::request::Target;
 use crate::sync::lock;
 
 /// Runs `f(first row, dequantised rows)` over pieces of `w` small enough that `rows` activations against one take about [`PIECE_MACS`].
@@ -30,10 +29,10 @@ fn pieces(w: &PackedMatrix, rows: usize, compute: &YieldPoint, mut f: impl FnMut
     }
 }
 
-/// `y = x W^T` at a site. x: `[rows, in]`, y: `[rows, out]`.
+/// `y = x W^T + b` at a site. x: `[rows, in]`, y: `[rows, out]`.
 pub(super) struct FrozenLinear {
     pub model: Arc<Model>,
-    pub site: Site,
+    pub site: SiteId,
     pub compute: YieldPoint,
 }
 
@@ -50,6 +49,9 @@ impl FrozenLinear {
                 true,
             );
         });
+        if let Some(bias) = self.model.bias(self.site) {
+            y.chunks_exact_mut(bias.len()).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
+        }
         y
     }
 
@@ -96,9 +98,9 @@ pub struct Dropout {
 
 impl Dropout {
     /// x times 0 or 1 / (1 - rate), element by element.
-    fn apply(&self, site: Site, x: &mut [f32]) {
+    fn apply(&self, site: SiteId, x: &mut [f32]) {
         let stream = Stream::new(self.seed, Purpose::Dropout);
-        let place = (self.step << 16) + u64::from(site.layer) * Target::ALL.len() as u64 + site.target as u64;
+        let place = (self.step << 16) + site as u64;
         let keep = 1.0 / (1.0 - self.rate);
         x.par_iter_mut().with_min_len(4096).enumerate().for_each(|(i, x)| {
             *x *= if stream.uniform(place, i as u32) < self.rate { 0.0 } else { keep };
@@ -236,6 +238,7 @@ impl TokenLogprobs {
             logits.resize(rows * count, 0.0);
             let out = Out { data: &mut logits, stride: count, accumulate: false };
             mul_nt(out, Mat::dense(x, head.cols()), weights, true);
+            self.model.config().logits.apply(&mut logits);
             f(from, &mut logits, weights);
         });
     }
@@ -277,17 +280,21 @@ impl CustomOp1 for TokenLogprobs {
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let (values, dy) = (to_vec(x)?, to_vec(dy)?);
         let (rows, width) = x.dims2()?;
-        let lse = lock(&self.log_sum_exp);
+        let (lse, config) = (lock(&self.log_sum_exp), self.model.config().logits);
         let mut dx = vec![0.0; values.len()];
         self.logits(&values, |from, logits, weights| {
             let count = logits.len() / rows;
             let of_row = logits.par_chunks_exact_mut(count).zip(&*lse).zip(self.targets.par_iter().zip(&dy));
             of_row.for_each(|((logits, lse), (target, dy))| {
+                let before = (!config.is_plain()).then(|| logits.to_vec());
                 for logit in logits.iter_mut() {
                     *logit = -dy * (*logit - lse).exp();
                 }
                 if let Some(logit) = (*target as usize).checked_sub(from).and_then(|i| logits.get_mut(i)) {
                     *logit += dy;
+                }
+                if let Some(before) = before {
+                    config.backward(&before, logits);
                 }
             });
             let dlogits = Mat::dense(logits, count);
@@ -306,7 +313,8 @@ mod tests {
     #[test]
     fn an_adapted_layer_is_the_sum_of_its_parts() {
         let (model, _) = Model::tiny(1);
-        let site = Site { layer: 1, target: Target::DownProj };
+        // The last layer's down_proj.
+        let site = model.decoder().sites.len() - 1;
         let (inputs, outputs, rank, rows) = (96, 64, 3, 10);
         let sinusoid = |shape: (usize, usize), step: f32| {
             let values: Vec<f32> = (0..shape.0 * shape.1).map(|i| (i as f32 * step).sin()).collect();

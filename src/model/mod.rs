@@ -1,5 +1,5 @@
-//! The base model: one architecture ([`llama`]) over its executors: [`traced`] for training and reference, [`exec`] for serving on the
-//! CPU, [`tensors`] for serving on a GPU.
+//! The base model: its decoder's steps ([`crate::arch::decoder`]) over its executors: [`traced`] for training and reference, [`exec`] for
+//! serving on the CPU, [`tensors`] for serving on a GPU.
 
 mod autograd;
 pub mod batch;
@@ -7,27 +7,31 @@ mod exec;
 mod initial;
 mod kv;
 mod linear;
-pub mod llama;
+mod logits;
 pub mod parity;
+mod rope;
 mod tensors;
 mod tiny;
 pub mod traced;
+mod values;
 
 use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Device;
 
-use crate::adapter::{BaseShape, Site};
+use crate::adapter::{BaseShape, LinearShape, Site};
+use crate::arch::config::{AttentionConfig, ModelConfig};
+use crate::arch::decoder::{Decoder, NormId, SiteId};
+use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM};
 use crate::kernels::packed::PackedMatrix;
-use crate::request::Target;
 use crate::text::{Text, Vocabulary};
-use crate::weights::{LlamaConfig, Weights};
+use crate::weights::Weights;
 use batch::{Executor, KvLayout, Readout, SequenceChunk};
 use exec::Exec;
-use llama::Norm;
+use rope::RopeTable;
 use tensors::{DeviceWeights, TensorExec};
 
 /// The frozen base. Shared as `Arc<Model>`; training and serving read the same bytes, which a GPU has a copy of.
@@ -35,15 +39,19 @@ use tensors::{DeviceWeights, TensorExec};
 pub struct Model {
     weights: Weights,
     shape: BaseShape,
-    rope: RopeTable,
+    /// In the order of [`ModelConfig::ropes`].
+    ropes: Vec<RopeTable>,
     /// `None` where the CPU serves.
     on_device: Option<Arc<DeviceWeights>>,
 }
 
 impl Model {
-    /// Loads a GGUF file of the llama architecture and its tokenizer, to be served on `device`.
-    pub fn load(path: &Path, device: &Device) -> Result<(Arc<Self>, Arc<Text>)> {
-        Self::proven(Weights::load(path)?, device)
+    /// Loads a GGUF file and its tokenizer, to be served on `device` with a context of so many tokens (see
+    /// [`ModelConfig::take_context`]).
+    pub fn load(path: &Path, device: &Device, context: Option<usize>) -> Result<(Arc<Self>, Arc<Text>)> {
+        let (mut weights, vocabulary) = Weights::load(path)?;
+        weights.config.take_context(context)?;
+        Self::proven((weights, vocabulary), device)
     }
 
     /// Puts a base together and takes a step with it.
@@ -83,33 +91,30 @@ impl Model {
 
     fn new(weights: Weights, device: &Device) -> Result<Arc<Self>> {
         let config = &weights.config;
-        if config.head_dim > MAX_HEAD_DIM || !config.head_dim.is_multiple_of(HEAD_DIM_STEP) {
-            return Err(Error::invalid_because(
-                "UNSUPPORTED_BASE",
-                "llama.rope.dimension_count",
-                format!("is {}; heads of up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_STEP} are served", config.head_dim),
-            ));
+        let AttentionConfig { heads, kv_heads, head_dim, .. } = config.attention;
+        if head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(HEAD_DIM_STEP) {
+            let message = format!(
+                "has heads of {head_dim} values; heads of up to {MAX_HEAD_DIM} in steps of {HEAD_DIM_STEP} are served"
+            );
+            return Err(unsupported(&config.name, message));
         }
-        let group = config.heads / config.kv_heads;
+        let group = heads / kv_heads;
         if group > MAX_GROUP {
-            return Err(Error::invalid_because(
-                "UNSUPPORTED_BASE",
-                "llama.attention.head_count_kv",
-                format!("gives {group} heads to a KV head; up to {MAX_GROUP} are served"),
-            ));
+            let message = format!("gives {group} heads to a KV head; up to {MAX_GROUP} are served");
+            return Err(unsupported(&config.name, message));
         }
         let shape = BaseShape {
             name: config.name.clone(),
             digest: weights.digest,
-            layers: config.layers as u32,
-            dims: Target::ALL.map(|target| config.dims(target)),
+            layers: config.layers.len() as u32,
+            linears: weights.decoder.block_sites().iter().map(LinearShape::from).collect(),
         };
-        let rope = RopeTable::new(config);
+        let ropes: Vec<_> = config.ropes.iter().map(|rope| RopeTable::new(rope, config.context_length)).collect();
         let on_device = match device {
             Device::Cpu => None,
-            device => Some(DeviceWeights::new(&weights, &rope, device)?),
+            device => Some(DeviceWeights::new(&weights, &ropes, device)?),
         };
-        Ok(Arc::new(Self { shape, rope, on_device, weights }))
+        Ok(Arc::new(Self { shape, ropes, on_device, weights }))
     }
 
     /// Returns whether the model serves on the CPU, where it is trained too.
@@ -131,72 +136,61 @@ impl Model {
     }
 
     /// Returns the dimensions and constants of the architecture.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &ModelConfig {
         &self.weights.config
+    }
+
+    /// Returns the steps, and what the linear layers and norms are.
+    pub fn decoder(&self) -> &Decoder {
+        &self.weights.decoder
     }
 
     /// Returns how many tokens there are.
     pub fn vocab_size(&self) -> usize {
-        self.config().vocab
+        self.config().vocab_size
     }
 
     /// Tokens.
     pub fn context_length(&self) -> usize {
-        self.config().context
+        self.config().context_length
     }
 
     /// Bytes of the KV cache for one token.
     pub fn kv_bytes_per_token(&self) -> u64 {
-        let config = self.config();
-        (2 * config.layers * config.kv_heads * config.head_dim * size_of::<u16>()) as u64
+        let [_, k, v] = self.config().qkv_widths();
+        (self.config().layers.len() * (k + v) * size_of::<u16>()) as u64
     }
 
     /// `[out, in]`.
-    fn matrix(&self, site: Site) -> &PackedMatrix {
-        &self.weights.blocks[site.layer as usize].linears[site.target as usize]
+    fn matrix(&self, site: SiteId) -> &PackedMatrix {
+        &self.weights.linears[site].matrix
     }
 
-    /// `[vocab, width]`.
+    /// `[out]`.
+    fn bias(&self, site: SiteId) -> Option<&[f32]> {
+        self.weights.linears[site].bias.as_deref()
+    }
+
+    /// The name of a linear layer.
+    fn site(&self, site: SiteId) -> Site {
+        self.weights.decoder.sites[site].site
+    }
+
+    /// `[vocab_size, hidden_size]`.
     fn head(&self) -> &PackedMatrix {
         self.weights.head()
     }
 
-    /// The exact embedding of an id, `[width]`.
-    fn embed(&self, id: u32, out: &mut [f32]) {
+    /// The exact embedding of an id times `scale`, `[hidden_size]`.
+    fn embed(&self, id: u32, scale: f32, out: &mut [f32]) {
         self.weights.embedding.dequantize(id as usize, out);
-    }
-
-    fn norm(&self, norm: Norm) -> &[f32] {
-        match norm {
-            Norm::Attention(layer) => &self.weights.blocks[layer].attn_norm,
-            Norm::Ffn(layer) => &self.weights.blocks[layer].ffn_norm,
-            Norm::Final => &self.weights.final_norm,
+        if scale != 1.0 {
+            out.iter_mut().for_each(|x| *x *= scale);
         }
     }
-}
 
-/// Cosines and sines of every position's angles, as Hugging Face computes them in float32.
-#[derive(Debug)]
-struct RopeTable {
-    half: usize,
-    /// `[context, half]` each.
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-}
-
-impl RopeTable {
-    fn new(config: &LlamaConfig) -> Self {
-        let half = config.head_dim / 2;
-        let frequency = |i: usize| 1.0 / config.rope_base.powf(2.0 * i as f32 / config.head_dim as f32);
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
-        let angles = (0..config.context).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
-        let (cos, sin) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
-        Self { half, cos, sin }
-    }
-
-    fn at(&self, position: usize) -> (&[f32], &[f32]) {
-        let range = position * self.half..(position + 1) * self.half;
-        (&self.cos[range.clone()], &self.sin[range])
+    fn norm(&self, norm: NormId) -> &[f32] {
+        &self.weights.norms[norm]
     }
 }
 

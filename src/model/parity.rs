@@ -256,7 +256,7 @@ mod tests {
         let shape = parity.model.shape().clone();
         let (mut cancelling, mut small) = (lora.clone(), lora);
         for (i, (site, layer)) in cancelling.layers.iter_mut().enumerate() {
-            let ((inputs, outputs), rank) = (shape.dims(site.target), layer.rank);
+            let ((inputs, outputs), rank) = (shape.dims(site.target).unwrap(), layer.rank);
             let half = rank / 2;
             let wave = |at: usize, by: f32| ((at + 17 * i) as f32 * by).sin();
             let part = |at: usize| 0.04 * wave(at, 1.37);

@@ -5,74 +5,70 @@ use std::sync::{Arc, Weak};
 
 use candle_core::{Device, Tensor};
 
-use super::RopeTable;
 use super::batch::{Best, Executor, KvLayout, SequenceChunk};
-use super::llama::{self, Norm, Ops};
-use crate::adapter::{PackedLora, Site};
-use crate::error::Result;
-use crate::kernels::tensors::{self, DeviceLora, DeviceMatrix, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels};
+use super::rope::RopeTable;
+use crate::adapter::PackedLora;
+use crate::arch::config::{AttentionConfig, LogitConfig, ModelConfig, Temperature};
+use crate::arch::decoder::{Attend, Merge, NormId, SiteId, Step, StepExecutor};
+use crate::error::{Error, Result};
+use crate::kernels::tensors::{
+    self, DeviceLora, DeviceMatrix, HeadNorms, HeadPrep, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels,
+};
 use crate::model::Model;
-use crate::request::Target;
-use crate::weights::{LlamaConfig, Weights};
+use crate::model::values::Values;
+use crate::weights::Weights;
 
 /// The frozen base on a device: its quantised bytes as they are, norms and angles beside them.
 #[derive(Debug)]
 pub(super) struct DeviceWeights {
     device: Device,
     embedding: DeviceMatrix,
-    blocks: Vec<DeviceBlock>,
-    final_norm: Tensor,
+    /// By the decoder's numbers.
+    linears: Vec<(DeviceMatrix, Option<Tensor>)>,
+    norms: Vec<Tensor>,
     head: DeviceMatrix,
-    rope: Rope,
-}
-
-#[derive(Debug)]
-struct DeviceBlock {
-    attn_norm: Tensor,
-    ffn_norm: Tensor,
-    /// In the order of `Target::ALL`.
-    linears: Vec<DeviceMatrix>,
+    /// By the base's numbers.
+    ropes: Vec<Rope>,
+    /// What queries are multiplied with at each position.
+    q_factors: Option<Tensor>,
 }
 
 impl DeviceWeights {
-    pub fn new(weights: &Weights, rope: &RopeTable, device: &Device) -> Result<Arc<Self>> {
+    pub fn new(weights: &Weights, ropes: &[RopeTable], device: &Device) -> Result<Arc<Self>> {
         // A base or a GPU that the kernels do not fit fails now, not with the first request.
         tensors::open(device, head_shape(&weights.config, KvLayout { block_tokens: 1, blocks: 1 }))?;
         let vector = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
-        let table = |values: &[f32]| Tensor::from_slice(values, (values.len() / rope.half, rope.half), device);
-        let blocks = weights.blocks.iter().map(|block| {
-            Ok(DeviceBlock {
-                attn_norm: vector(&block.attn_norm)?,
-                ffn_norm: vector(&block.ffn_norm)?,
-                linears: block.linears.iter().map(|matrix| DeviceMatrix::new(matrix, device)).collect::<Result<_>>()?,
-            })
+        let context = weights.config.context_length;
+        let rope = |rope: &RopeTable| -> Result<Rope> {
+            let angles = rope.angles(0..context);
+            let table = |values: Vec<f32>| Tensor::from_vec(values, (context, rope.half()), device);
+            Ok(Rope { cos: table(angles.cos)?, sin: table(angles.sin)? })
+        };
+        let factors = |by: Temperature| vector(&(0..context).map(|position| by.at(position)).collect::<Vec<_>>());
+        let linears = weights.linears.iter().map(|linear| {
+            let bias = linear.bias.as_deref().map(vector).transpose()?;
+            Ok((DeviceMatrix::new(&linear.matrix, device)?, bias))
         });
+        let norms = weights.norms.iter().map(|norm| Ok(vector(norm)?));
         let head = DeviceMatrix::new(weights.head(), device)?;
         let embedding = match weights.head {
             None => head.clone(),
             Some(_) => DeviceMatrix::new(&weights.embedding, device)?,
         };
         Ok(Arc::new(Self {
-            blocks: blocks.collect::<Result<_>>()?,
-            final_norm: vector(&weights.final_norm)?,
-            rope: Rope { cos: table(&rope.cos)?, sin: table(&rope.sin)? },
+            linears: linears.collect::<Result<_>>()?,
+            norms: norms.collect::<Result<_>>()?,
+            ropes: ropes.iter().map(rope).collect::<Result<_>>()?,
+            q_factors: weights.config.attention.temperature.map(factors).transpose()?,
             device: device.clone(),
             embedding,
             head,
         }))
     }
-
-    fn norm(&self, norm: Norm) -> &Tensor {
-        match norm {
-            Norm::Attention(layer) => &self.blocks[layer].attn_norm,
-            Norm::Ffn(layer) => &self.blocks[layer].ffn_norm,
-            Norm::Final => &self.final_norm,
-        }
-    }
 }
 
-fn head_shape(config: &LlamaConfig, layout: KvLayout) -> HeadShape {
-    let LlamaConfig { heads, kv_heads, head_dim, .. } = *config;
+fn head_shape(config: &ModelConfig, layout: KvLayout) -> HeadShape {
+    let AttentionConfig { heads, kv_heads, head_dim, .. } = config.attention;
     HeadShape { heads, kv_heads, head_dim, block_tokens: layout.block_tokens }
 }
 
@@ -95,10 +91,10 @@ impl TensorExec {
     pub fn new(model: Arc<Model>, weights: Arc<DeviceWeights>, layout: KvLayout) -> Result<Self> {
         layout.check()?;
         let shape = head_shape(model.config(), layout);
-        let layers = 0..model.config().layers;
+        let layers = 0..model.config().layers.len();
         Ok(Self {
             kernels: tensors::open(&weights.device, shape)?,
-            kv: layers.map(|_| KvLayer::new(shape, layout.blocks, &weights.device)).collect::<Result<_>>()?,
+            kv: layers.map(|_| Ok(KvLayer::new(shape, layout.blocks, &weights.device)?)).collect::<Result<_>>()?,
             adapters: Adapters::default(),
             plan: Plan::default(),
             logits: Vec::new(),
@@ -126,12 +122,20 @@ impl TensorExec {
         self.plan.fill(rows, self.shape);
         self.kernels.upload(&self.plan)?;
         let Self { model, weights, kernels, kv, plan, .. } = self;
-        let mut pass = TensorPass { model, weights, kernels: &**kernels, kv, plan };
-        let hidden = llama::hidden(model, &mut pass)?;
+        let values = Values::default();
+        let mut pass = TensorPass { model, weights, kernels: &**kernels, kv, plan, values };
+        pass.run(&model.decoder().steps)?;
+        let hidden = pass.values.x.take()?;
         if plan.wanted() == 0 {
             return Ok(None);
         }
-        Ok(Some(kernels.matmul(&hidden, &weights.head)?))
+        let products = kernels.matmul(&hidden, &weights.head)?;
+        let LogitConfig { scale, softcap } = model.config().logits;
+        let logits = if scale == 1.0 { products } else { (products * f64::from(scale))? };
+        Ok(Some(match softcap {
+            None => logits,
+            Some(cap) => ((logits / f64::from(cap))?.tanh()? * f64::from(cap))?,
+        }))
     }
 }
 
@@ -172,9 +176,8 @@ impl Adapters {
 
 /// Brings an adapter to the device as it is served.
 fn upload(lora: &PackedLora, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
-    let layers = 0..model.shape().layers;
-    let sites = layers.flat_map(|layer| Target::ALL.map(|target| lora.layer(Site { layer, target })));
-    kernels.adapter(&sites.collect::<Vec<_>>())
+    let sites = (0..model.decoder().sites.len()).map(|site| lora.pair(site));
+    Ok(kernels.adapter(&sites.collect::<Vec<_>>())?)
 }
 
 /// One batch going through the model.
@@ -184,58 +187,90 @@ struct TensorPass<'a> {
     kernels: &'a dyn TensorKernels,
     kv: &'a [KvLayer],
     plan: &'a Plan,
+    values: Values,
 }
 
 impl TensorPass<'_> {
     /// The frozen layer, and on top each row's adapter.
-    fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let (layer, target) = (site.layer as usize, site.target as usize);
-        let y = self.kernels.matmul(x, &self.weights.blocks[layer].linears[target])?;
-        self.kernels.lora(x, y, layer * Target::ALL.len() + target, self.plan)
-    }
-}
-
-impl Ops for TensorPass<'_> {
-    type Rows = Tensor;
-
-    fn embed(&mut self) -> Result<Tensor> {
-        self.kernels.embed(&self.weights.embedding, self.plan)
+    fn linear(&self, x: &Tensor, site: SiteId) -> Result<Tensor> {
+        let (matrix, bias) = &self.weights.linears[site];
+        let mut y = self.kernels.matmul(x, matrix)?;
+        if let Some(bias) = bias {
+            y = y.broadcast_add(bias)?;
+        }
+        Ok(self.kernels.lora(x, y, site, self.plan)?)
     }
 
-    fn norm(&mut self, x: &Tensor, norm: Norm) -> Result<Tensor> {
-        self.kernels.rms_norm(x, self.weights.norm(norm), self.model.config().rms_eps)
+    fn norm(&self, x: &Tensor, norm: NormId) -> Result<Tensor> {
+        Ok(self.kernels.rms_norm(x, &self.weights.norms[norm], self.model.config().norm_eps)?)
     }
 
-    fn qkv(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 3]> {
-        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
-        Ok([linear(Target::QProj)?, linear(Target::KProj)?, linear(Target::VProj)?])
+    fn attend(&self, attend: &Attend, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
+        let (kv, weights, eps) = (&self.kv[attend.layer], self.weights, self.model.config().norm_eps);
+        let prep = HeadPrep {
+            norms: attend.norms.map(|[q, k]| HeadNorms { q: &weights.norms[q], k: &weights.norms[k], eps }),
+            rope: attend.rope.map(|rope| &weights.ropes[rope]),
+            q_factors: attend.temperature.and(weights.q_factors.as_ref()),
+        };
+        let q = self.kernels.rotate_and_store((q, &k, &v), prep, kv, self.plan)?;
+        Ok(self.kernels.attention(&q, &attend.spec, kv, self.plan)?)
     }
 
-    fn attention(&mut self, layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
-        let kv = &self.kv[layer];
-        let q = self.kernels.rotate_and_store((q, &k, &v), &self.weights.rope, kv, self.plan)?;
-        self.kernels.attention(&q, kv, self.plan)
+    fn merge(&self, x: Tensor, y: Tensor, merge: Merge) -> Result<Tensor> {
+        let y = match merge {
+            Merge::Add => y,
+            Merge::Scaled(scale) => (y * f64::from(scale))?,
+            Merge::Normed(norm) => self.norm(&y, norm)?,
+        };
+        Ok(self.kernels.add(x, &y)?)
     }
 
-    fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
-        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
-        Ok([linear(Target::GateProj)?, linear(Target::UpProj)?])
-    }
-
-    fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
-        self.kernels.swiglu(gate, &up)
-    }
-
-    fn residual_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
-        self.kernels.add(x, &self.linear(&y, site)?)
-    }
-
-    fn select(&mut self, x: Tensor) -> Result<Tensor> {
+    fn select(&self, x: &Tensor) -> Result<Tensor> {
         if self.plan.wanted() == 0 {
             // No device launches a kernel on nothing; nobody reads this row.
             return Ok(x.narrow(0, 0, 1)?);
         }
-        self.kernels.select(&x, self.plan)
+        Ok(self.kernels.select(x, self.plan)?)
+    }
+}
+
+impl StepExecutor for TensorPass<'_> {
+    type Error = Error;
+
+    fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
+        match step {
+            Step::Embed { scale } => {
+                let x = self.kernels.embed(&self.weights.embedding, self.plan)?;
+                self.values.x.put(if *scale == 1.0 { x } else { (x * f64::from(*scale))? });
+            }
+            Step::Project { norm, sites, part } => {
+                let input = self.norm(self.values.x.get()?, *norm)?;
+                let outputs = sites.clone().map(|site| self.linear(&input, site));
+                self.values.put_projected(outputs.collect::<Result<_>>()?, &self.model.config().widths(*part))?;
+            }
+            Step::Attend(attend) => {
+                let qkv = self.values.take_projected()?;
+                self.values.y.put(self.attend(attend, qkv)?);
+            }
+            Step::Gate { activation } => {
+                let [gate, up] = self.values.take_projected()?;
+                self.values.y.put(self.kernels.gated(*activation, gate, &up)?);
+            }
+            Step::Output { site, merge } => {
+                let (x, y) = (self.values.x.take()?, self.values.y.take()?);
+                let y = self.linear(&y, *site)?;
+                self.values.x.put(self.merge(x, y, *merge)?);
+            }
+            Step::Select => {
+                let x = self.values.x.take()?;
+                self.values.x.put(self.select(&x)?);
+            }
+            Step::Finish { norm } => {
+                let x = self.values.x.take()?;
+                self.values.x.put(self.norm(&x, *norm)?);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -249,7 +284,7 @@ mod tests {
     use crate::request::LoraSpec;
 
     fn on_the_cpu(model: &Arc<Model>, layout: KvLayout) -> TensorExec {
-        let weights = DeviceWeights::new(&model.weights, &model.rope, &Device::Cpu).unwrap();
+        let weights = DeviceWeights::new(&model.weights, &model.ropes, &Device::Cpu).unwrap();
         TensorExec::new(model.clone(), weights, layout).unwrap()
     }
 

@@ -7,14 +7,16 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 
 use crate::adapter::{Lora, LoraLayer, Site};
+use crate::arch::config::AttentionConfig;
+use crate::arch::decoder::{Attend, Merge, NormId, SiteId, Step, StepExecutor};
 use crate::device::{TrainPermit, YieldPoint};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::autograd::{Attention, RmsNorm, Rope, SwiGlu, to_vec};
+use crate::model::autograd::{Attention, Gated, RmsNorm, Rope, to_vec};
 pub use crate::model::linear::Dropout;
 use crate::model::linear::{AdaptedLinear, FrozenLinear, TokenLogprobs};
-use crate::model::llama::{self, Norm, Ops};
-use crate::request::{LoraSpec, Target};
+use crate::model::values::Values;
+use crate::request::LoraSpec;
 use crate::sync::lock;
 
 /// A LoRA as candle tensors: `Var`s where it is trained.
@@ -149,7 +151,10 @@ impl Model {
         let head = self.head();
         let mut dense = vec![0.0; head.rows() * head.cols()];
         head.dequantize(0, &mut dense);
-        Ok(hidden.matmul(&Tensor::from_vec(dense, (head.rows(), head.cols()), &Device::Cpu)?.t()?)?)
+        let products = hidden.matmul(&Tensor::from_vec(dense, (head.rows(), head.cols()), &Device::Cpu)?.t()?)?;
+        let mut logits = to_vec(&products)?;
+        self.config().logits.apply(&mut logits);
+        Ok(Tensor::from_vec(logits, products.shape(), &Device::Cpu)?)
     }
 
     fn traced_hidden(
@@ -173,9 +178,17 @@ impl Model {
         let selected: Vec<u32> = wanted.iter().map(|&(sequence, i)| (rows[sequence].start + i) as u32).collect();
         let positions = sequences.iter().flat_map(|ids| 0..ids.len()).collect();
         let ids = sequences.concat();
-        let mut ops =
-            TracedPass { model: self, pass, ids, positions: Arc::new(positions), sequences: Arc::new(rows), selected };
-        llama::hidden(self, &mut ops)
+        let mut traced = TracedPass {
+            model: self,
+            pass,
+            ids,
+            positions: Arc::new(positions),
+            sequences: Arc::new(rows),
+            selected,
+            values: Values::default(),
+        };
+        traced.run(&self.decoder().steps)?;
+        traced.values.x.take()
     }
 }
 
@@ -187,67 +200,108 @@ struct TracedPass<'a> {
     positions: Arc<Vec<usize>>,
     sequences: Arc<Vec<Range<usize>>>,
     selected: Vec<u32>,
+    values: Values,
 }
 
 impl TracedPass<'_> {
-    fn linear(&self, x: &Tensor, site: Site) -> Result<Tensor> {
-        let frozen = FrozenLinear { model: self.model.clone(), site, compute: self.pass.compute() };
-        let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&site)) else {
+    fn linear(&self, x: &Tensor, id: SiteId) -> Result<Tensor> {
+        let frozen = FrozenLinear { model: self.model.clone(), site: id, compute: self.pass.compute() };
+        let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&self.model.site(id))) else {
             return Ok(x.apply_op1(frozen)?);
         };
         let dropout = self.pass.dropout.filter(|dropout| dropout.rate > 0.0);
         Ok(x.apply_op3(&layer.a, &layer.b, AdaptedLinear { frozen, scale: layer.scale, dropout })?)
     }
 
-    fn rope(&self, x: Tensor) -> Result<Tensor> {
-        Ok(x.apply_op1(Rope { model: self.model.clone(), positions: self.positions.clone() })?)
-    }
-}
-
-impl Ops for TracedPass<'_> {
-    type Rows = Tensor;
-
-    fn embed(&mut self) -> Result<Tensor> {
-        let width = self.model.config().width;
+    fn embed(&self, scale: f32) -> Result<Tensor> {
+        let width = self.model.config().hidden_size;
         let mut x = vec![0.0; self.ids.len() * width];
         for (out, id) in x.chunks_exact_mut(width).zip(&self.ids) {
-            self.model.embed(*id, out);
+            self.model.embed(*id, scale, out);
         }
         Ok(Tensor::from_vec(x, (self.ids.len(), width), &Device::Cpu)?)
     }
 
-    fn norm(&mut self, x: &Tensor, norm: Norm) -> Result<Tensor> {
+    fn norm(&self, x: &Tensor, norm: NormId) -> Result<Tensor> {
         Ok(x.apply_op1(RmsNorm { model: self.model.clone(), norm })?)
     }
 
-    fn qkv(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 3]> {
-        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
-        Ok([linear(Target::QProj)?, linear(Target::KProj)?, linear(Target::VProj)?])
+    /// Prepares heads of q or k; `factors` are of rows.
+    fn prepare(
+        &self,
+        x: Tensor,
+        norm: Option<NormId>,
+        rope: Option<usize>,
+        factors: Option<Vec<f32>>,
+    ) -> Result<Tensor> {
+        let x = match norm {
+            Some(norm) => self.norm(&x, norm)?,
+            None => x,
+        };
+        if rope.is_none() && factors.is_none() {
+            return Ok(x);
+        }
+        let (model, positions) = (self.model.clone(), self.positions.clone());
+        let head_dim = model.config().attention.head_dim;
+        Ok(x.apply_op1(Rope { model, rope, head_dim, positions, factors: factors.map(Arc::new) })?)
     }
 
-    fn attention(&mut self, _layer: usize, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
-        let config = self.model.config();
-        let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
+    fn attend(&self, attend: &Attend, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
+        let AttentionConfig { kv_heads, head_dim, .. } = self.model.config().attention;
+        let [q_norm, k_norm] = attend.norms.map_or([None; 2], |norms| norms.map(Some));
+        let factors = attend.temperature.map(|by| self.positions.iter().map(|position| by.at(*position)).collect());
+        let (q, k) = (self.prepare(q, q_norm, attend.rope, factors)?, self.prepare(k, k_norm, attend.rope, None)?);
         let (sequences, compute) = (self.sequences.clone(), self.pass.compute());
-        let op = Attention { heads, kv_heads, head_dim, sequences, compute };
-        Ok(self.rope(q)?.apply_op3(&self.rope(k)?, &v, op)?)
+        Ok(q.apply_op3(&k, &v, Attention { spec: attend.spec, kv_heads, head_dim, sequences, compute })?)
     }
 
-    fn gate_up(&mut self, x: &Tensor, layer: usize) -> Result<[Tensor; 2]> {
-        let linear = |target| self.linear(x, Site { layer: layer as u32, target });
-        Ok([linear(Target::GateProj)?, linear(Target::UpProj)?])
+    fn merge(&self, x: Tensor, y: Tensor, merge: Merge) -> Result<Tensor> {
+        Ok(match merge {
+            Merge::Add => (x + y)?,
+            Merge::Scaled(scale) => (x + (y * f64::from(scale))?)?,
+            Merge::Normed(norm) => (x + self.norm(&y, norm)?)?,
+        })
     }
 
-    fn swiglu(&mut self, _layer: usize, [gate, up]: [Tensor; 2]) -> Result<Tensor> {
-        Ok(gate.apply_op2(&up, SwiGlu)?)
-    }
-
-    fn residual_linear(&mut self, x: Tensor, y: Tensor, site: Site) -> Result<Tensor> {
-        Ok((x + self.linear(&y, site)?)?)
-    }
-
-    fn select(&mut self, x: Tensor) -> Result<Tensor> {
+    fn select(&self, x: &Tensor) -> Result<Tensor> {
         let rows = Tensor::from_slice(&self.selected, self.selected.len(), &Device::Cpu)?;
         Ok(x.index_select(&rows, 0)?)
+    }
+}
+
+impl StepExecutor for TracedPass<'_> {
+    type Error = Error;
+
+    fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
+        match step {
+            Step::Embed { scale } => self.values.x.put(self.embed(*scale)?),
+            Step::Project { norm, sites, part } => {
+                let input = self.norm(self.values.x.get()?, *norm)?;
+                let outputs = sites.clone().map(|site| self.linear(&input, site));
+                self.values.put_projected(outputs.collect::<Result<_>>()?, &self.model.config().widths(*part))?;
+            }
+            Step::Attend(attend) => {
+                let qkv = self.values.take_projected()?;
+                self.values.y.put(self.attend(attend, qkv)?);
+            }
+            Step::Gate { activation } => {
+                let [gate, up] = self.values.take_projected()?;
+                self.values.y.put(gate.apply_op2(&up, Gated(*activation))?);
+            }
+            Step::Output { site, merge } => {
+                let (x, y) = (self.values.x.take()?, self.values.y.take()?);
+                let y = self.linear(&y, *site)?;
+                self.values.x.put(self.merge(x, y, *merge)?);
+            }
+            Step::Select => {
+                let x = self.values.x.take()?;
+                self.values.x.put(self.select(&x)?);
+            }
+            Step::Finish { norm } => {
+                let x = self.values.x.take()?;
+                self.values.x.put(self.norm(&x, *norm)?);
+            }
+        }
+        Ok(())
     }
 }

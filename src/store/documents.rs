@@ -121,7 +121,7 @@ macro_rules! words {
 
 words!(PublishWord, Publish, Auto Live VersionOnly);
 words!(TooLongWord, TooLong, Refuse Drop Truncate);
-words!(TargetWord, Target, QProj KProj VProj OProj GateProj UpProj DownProj);
+words!(TargetWord, Target, QProj KProj VProj OProj GateProj UpProj DownProj QkvProj GateUpProj);
 words!(ScheduleWord, LrSchedule, Cosine Linear Constant);
 words!(StateWord, JobState, Queued Running Pausing Paused Interrupted Succeeded Failed Cancelling Cancelled);
 

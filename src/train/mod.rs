@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
 use crate::ids::{JobName, Tenant};
-use crate::request::{JobEvent, JobSpec, JobState, TrainingData};
+use crate::request::{JobEvent, JobSpec, JobState, Start, TrainingData};
 use crate::store::{JobEnd, JobRow, NewJob, RequestKey, StoredEvent};
 use crate::sync::lock;
 use crate::train::fit::CancelToken;
@@ -153,13 +153,17 @@ impl Trainer {
     }
 
     /// Queues a job. The same request again, known by its id, gives the job it made; another one under the id is REQUEST_ID_REUSED.
-    pub async fn submit(&self, tenant: &Tenant, spec: JobSpec, request: &RequestKey) -> Result<JobRow> {
+    pub async fn submit(&self, tenant: &Tenant, mut spec: JobSpec, request: &RequestKey) -> Result<JobRow> {
         let context = &self.inner.context;
         tenant.check_owns(&spec.adapter.tenant)?;
         if let Some(row) = context.store.job_of_request(&spec.adapter, request).await? {
             return Ok(row);
         }
         let checked = context.check(tenant, &spec).await?;
+        // What was left to the base is said in the job.
+        if let Start::Fresh(lora) = &mut spec.start {
+            lora.targets = lora.targets_of(context.hub.shape())?;
+        }
         let name = JobName::new(tenant.id(), &new_id())?;
         context.check_disk()?;
         let job = NewJob { name, spec, total_steps: checked.total_steps };

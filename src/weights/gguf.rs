@@ -1,28 +1,25 @@
-//! Reads a GGUF file of the llama architecture, fail-closed.
+//! Reads a GGUF file, fail-closed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use half::f16;
-
-use super::header::{Header, TensorInfo, Value};
+use super::header::{Header, TensorInfo};
+use super::metadata::Metadata;
 use super::vocabulary::vocabulary;
-use super::{Block, LlamaConfig, Weights};
+use super::{LinearWeights, Weights};
+use crate::arch::config::ModelConfig;
+use crate::arch::decoder::{Decoder, NormKind, NormSpec, Site, SiteSpec};
+use crate::arch::rope::{RopeConfig, RopeScaling};
+use crate::arch::settings::{ROPE_ORIGINAL_CONTEXT, Settings};
+use crate::arch::{Architecture, unsupported};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
-use crate::kernels::blocks::{BLOCK, QType};
+use crate::kernels::format::QType;
 use crate::kernels::packed::PackedMatrix;
 use crate::request::Target;
 use crate::text::Vocabulary;
-
-/// Most tokens of a context: the angles of all positions are held in memory.
-const MAX_CONTEXT: usize = 1 << 20;
-
-fn unsupported(field: impl Into<String>, message: impl Into<String>) -> Error {
-    Error::invalid_because("UNSUPPORTED_BASE", field, message)
-}
 
 /// What cannot be read of a base's file; [`load`] adds the path.
 pub(super) fn unreadable(error: std::io::Error) -> Error {
@@ -46,66 +43,74 @@ pub(super) fn load(path: &Path) -> Result<(Weights, Vocabulary)> {
 /// Reads a base of this name and digest.
 pub(super) fn read(mut file: impl Read + Seek, name: String, digest: Digest) -> Result<(Weights, Vocabulary)> {
     let header = Header::read(&mut file)?;
-    let metadata = Metadata(&header.metadata);
-    let config = config(&metadata, name)?;
+    let metadata = Metadata::new(&header.metadata)?;
     let vocabulary = vocabulary(&header.metadata)?;
+    let mut config = ModelConfig::read(metadata.architecture, &metadata, name, vocabulary.tokens.len())?;
+    let decoder = Decoder::new(&config);
     let mut tensors = Tensors { names: header.tensors.keys().cloned().collect(), infos: &header.tensors, file };
-    let embedding = tensors.matrix("token_embd.weight", config.vocab, config.width)?;
-    let mut blocks = Vec::new();
-    for layer in 0..config.layers {
-        blocks.push(block(&mut tensors, &config, layer)?);
+    let original_context = Settings::integer(&metadata, ROPE_ORIGINAL_CONTEXT)?.unwrap_or(config.context_length);
+    for rope in &mut config.ropes {
+        tensors.rope_factors(rope, original_context)?;
     }
-    let final_norm = tensors.vector("output_norm.weight", config.width)?;
+    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+    let embedding = tensors.matrix("token_embd.weight", vocab, hidden)?;
+    let linears = decoder.sites.iter().map(|site| tensors.linear(site, &config, metadata.architecture));
+    let linears = linears.collect::<Result<_>>()?;
+    let norms = decoder.norms.iter().map(|norm| tensors.vector(&norm_name(norm), norm.width));
+    let norms = norms.collect::<Result<_>>()?;
     let head = match tensors.names.contains("output.weight") {
-        true => Some(tensors.matrix("output.weight", config.vocab, config.width)?),
+        true => Some(tensors.matrix("output.weight", vocab, hidden)?),
         false => None,
     };
     if let Some(name) = tensors.names.first() {
         return Err(unsupported(name, "is a tensor that this architecture does not have"));
     }
-    Ok((Weights { config, digest, embedding, blocks, final_norm, head }, vocabulary))
+    Ok((Weights { config, decoder, digest, embedding, linears, norms, head }, vocabulary))
 }
 
-fn block(tensors: &mut Tensors<'_, impl Read + Seek>, config: &LlamaConfig, layer: usize) -> Result<Block> {
-    let mut linear = |target: Target| -> Result<PackedMatrix> {
-        let (cols, rows) = config.dims(target);
-        let (name, heads) = match target {
-            Target::QProj => ("attn_q", config.heads),
-            Target::KProj => ("attn_k", config.kv_heads),
-            Target::VProj => ("attn_v", 0),
-            Target::OProj => ("attn_output", 0),
-            Target::GateProj => ("ffn_gate", 0),
-            Target::UpProj => ("ffn_up", 0),
-            Target::DownProj => ("ffn_down", 0),
-        };
-        let mut tensor = tensors.matrix_bytes(&format!("blk.{layer}.{name}.weight"), rows, cols)?;
-        if heads > 0 {
-            tensor.data = restored_row_order(&tensor, rows, cols, heads);
-        }
-        Ok(PackedMatrix::pack(tensor.qtype, rows, cols, &tensor.data))
+/// What GGUF calls a linear layer of a block.
+fn linear_name(target: Target) -> &'static str {
+    match target {
+        Target::QProj => "attn_q",
+        Target::KProj => "attn_k",
+        Target::VProj => "attn_v",
+        Target::QkvProj => "attn_qkv",
+        Target::OProj => "attn_output",
+        Target::GateProj => "ffn_gate",
+        // One that is gate and up in one has up's name.
+        Target::UpProj | Target::GateUpProj => "ffn_up",
+        Target::DownProj => "ffn_down",
+    }
+}
+
+/// What GGUF calls a norm's weights.
+fn norm_name(norm: &NormSpec) -> String {
+    let kind = match norm.kind {
+        NormKind::Attention => "attn_norm",
+        NormKind::Query => "attn_q_norm",
+        NormKind::Key => "attn_k_norm",
+        NormKind::PostAttention => "post_attention_norm",
+        NormKind::FeedForward => "ffn_norm",
+        NormKind::PostFeedForward => "post_ffw_norm",
+        NormKind::Final => "output_norm",
     };
-    let [q, k, v, o, gate, up, down] = Target::ALL.map(&mut linear);
-    Ok(Block {
-        linears: [q?, k?, v?, o?, gate?, up?, down?],
-        attn_norm: tensors.vector(&format!("blk.{layer}.attn_norm.weight"), config.width)?,
-        ffn_norm: tensors.vector(&format!("blk.{layer}.ffn_norm.weight"), config.width)?,
-    })
+    match norm.layer {
+        Some(layer) => format!("blk.{layer}.{kind}.weight"),
+        None => format!("{kind}.weight"),
+    }
 }
 
-/// GGUF holds the rows of q and k for interleaved RoPE: row 2j + p of a head is Hugging Face's row p * half + j. Whole rows move,
-/// so no value changes, and adapters need no inverse.
-fn restored_row_order(tensor: &Tensor, rows: usize, cols: usize, heads: usize) -> Vec<u8> {
-    let bytes = tensor.qtype.row_bytes(cols);
+/// GGUF holds the rows of q and k for interleaved RoPE: row 2j + p of a head is Hugging Face's row p * half + j. Gives the file's rows in
+/// Hugging Face's order. Whole rows move, so no value changes, and adapters need no inverse.
+fn hf_rows(rows: usize, heads: usize) -> impl Iterator<Item = usize> {
     let head_rows = rows / heads;
     let half = head_rows / 2;
-    let mut restored = Vec::with_capacity(tensor.data.len());
-    for head in 0..heads {
-        for row in 0..head_rows {
-            let from = head * head_rows + 2 * (row % half) + row / half;
-            restored.extend_from_slice(&tensor.data[from * bytes..][..bytes]);
-        }
-    }
-    restored
+    (0..rows).map(move |row| row / head_rows * head_rows + 2 * (row % head_rows % half) + row % head_rows / half)
+}
+
+fn restored_row_order(tensor: &Tensor, rows: usize, cols: usize, heads: usize) -> Vec<u8> {
+    let bytes = tensor.qtype.row_bytes(cols);
+    hf_rows(rows, heads).flat_map(|row| &tensor.data[row * bytes..][..bytes]).copied().collect()
 }
 
 /// A tensor's bytes as the file has them.
@@ -143,25 +148,65 @@ impl<R: Read + Seek> Tensors<'_, R> {
 
     fn matrix_bytes(&mut self, name: &str, rows: usize, cols: usize) -> Result<Tensor> {
         let (storage, data) = self.take(name, (rows, cols))?;
-        let qtype = match storage {
-            "Q4_0" => QType::Q4_0,
-            "Q4_1" => QType::Q4_1,
-            "Q8_0" => QType::Q8_0,
-            other => {
-                return Err(unsupported(
-                    name,
-                    format!("is stored as {other}; Q4_0, Q4_1 and Q8_0 matrices are served"),
-                ));
-            }
+        let Some(qtype) = QType::ALL.iter().copied().find(|qtype| qtype.name() == storage) else {
+            return Err(unsupported(name, format!("is stored as {storage}; {} are served", served())));
         };
-        if let Some(block) = broken_block(qtype, &data) {
-            let row = block * BLOCK / cols;
+        if !qtype.fits(cols) {
+            let message =
+                format!("has rows of {cols} values; as {storage} it must be a multiple of {}", qtype.block_values());
+            return Err(unsupported(name, message));
+        }
+        if let Some(block) = qtype.broken_block(&data) {
+            let row = block * qtype.block_values() / cols;
             return Err(unsupported(
                 name,
-                format!("has a scale that is not a number, in row {row}: the file is damaged"),
+                format!("has a scale or a value that is not a number, in row {row}: the file is damaged"),
             ));
         }
         Ok(Tensor { qtype, data })
+    }
+
+    /// The tensors of a linear layer, in Hugging Face's order of rows.
+    fn linear(&mut self, spec: &SiteSpec, config: &ModelConfig, architecture: &Architecture) -> Result<LinearWeights> {
+        let Site { layer, target } = spec.site;
+        let name = |what: &str| format!("blk.{layer}.{}.{what}", linear_name(target));
+        let mut tensor = self.matrix_bytes(&name("weight"), spec.outputs, spec.inputs)?;
+        let mut bias = None;
+        if architecture.biased.contains(&target) || self.names.contains(&name("bias")) {
+            bias = Some(self.vector(&name("bias"), spec.outputs)?);
+        }
+        let heads = match target {
+            Target::QProj if architecture.interleaved => config.attention.heads,
+            Target::KProj if architecture.interleaved => config.attention.kv_heads,
+            _ => 0,
+        };
+        if heads > 0 {
+            tensor.data = restored_row_order(&tensor, spec.outputs, spec.inputs, heads);
+            bias = bias.map(|bias| hf_rows(spec.outputs, heads).map(|row| bias[row]).collect());
+        }
+        let matrix = PackedMatrix::pack(tensor.qtype, spec.outputs, spec.inputs, &tensor.data);
+        Ok(LinearWeights { matrix, bias })
+    }
+
+    /// Reads the factors of frequencies, where the file has some.
+    fn rope_factors(&mut self, rope: &mut RopeConfig, context: usize) -> Result<()> {
+        let half = rope.dims / 2;
+        let mut factors = |name: &str| -> Result<Option<Vec<f32>>> {
+            let read = self.names.contains(name).then(|| self.vector(name, half)).transpose()?;
+            match read.as_ref().is_some_and(|factors| factors.iter().any(|factor| *factor <= 0.0)) {
+                true => Err(unsupported(name, "holds a factor that is not over 0: the file is damaged")),
+                false => Ok(read),
+            }
+        };
+        let all = factors("rope_freqs.weight")?;
+        match (factors("rope_factors_short.weight")?, factors("rope_factors_long.weight")?) {
+            (Some(short), Some(long)) => {
+                rope.scaling = RopeScaling::LongRope { short, long, original_context: context };
+            }
+            (None, None) => rope.scaling = all.map_or(rope.scaling.clone(), RopeScaling::Factors),
+            _ => return Err(unsupported("rope_factors", "has only one of short and long: the file is damaged")),
+        }
+        Ok(())
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Result<PackedMatrix> {
@@ -181,89 +226,7 @@ impl<R: Read + Seek> Tensors<'_, R> {
     }
 }
 
-/// The first block whose scale or minimum is not a finite number.
-fn broken_block(qtype: QType, data: &[u8]) -> Option<usize> {
-    let halves = if qtype == QType::Q4_1 { 2 } else { 1 };
-    let finite = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).is_finite();
-    data.chunks_exact(qtype.row_bytes(BLOCK)).position(|block| !block[..2 * halves].chunks_exact(2).all(finite))
-}
-
-/// Metadata with its keys in the errors.
-struct Metadata<'a>(&'a BTreeMap<String, Value>);
-
-impl Metadata<'_> {
-    fn get(&self, key: &str) -> Result<&Value> {
-        self.0.get(key).ok_or_else(|| unsupported(key, "is missing from the file's metadata"))
-    }
-
-    fn integer(&self, key: &str) -> Result<usize> {
-        let value = match self.get(key)? {
-            Value::Integer(value) => usize::try_from(*value).ok(),
-            _ => None,
-        };
-        value.filter(|v| *v < 1 << 31).ok_or_else(|| unsupported(key, "is not a sane number"))
-    }
-
-    /// A number over 0.
-    fn positive(&self, key: &str) -> Result<f32> {
-        match self.get(key)? {
-            Value::Float(value) if (*value as f32).is_finite() && *value as f32 > 0.0 => Ok(*value as f32),
-            other => Err(unsupported(key, format!("is {other:?}; must be a number over 0"))),
-        }
-    }
-
-    fn text(&self, key: &str) -> Result<&str> {
-        match self.get(key)? {
-            Value::Text(text) => std::str::from_utf8(text).map_err(|_| unsupported(key, "is no UTF-8")),
-            _ => Err(unsupported(key, "is not a text")),
-        }
-    }
-
-    fn texts(&self, key: &str) -> Result<Vec<String>> {
-        self.get(key)?.texts().ok_or_else(|| unsupported(key, "is not a list of texts in UTF-8"))
-    }
-}
-
-fn config(metadata: &Metadata<'_>, name: String) -> Result<LlamaConfig> {
-    let architecture = metadata.text("general.architecture")?;
-    if architecture != "llama" {
-        return Err(unsupported("general.architecture", format!("is {architecture:?}; this version runs \"llama\"")));
-    }
-    if metadata.0.contains_key("llama.rope.scaling.type") {
-        match metadata.text("llama.rope.scaling.type")? {
-            "none" => {}
-            kind => {
-                let message = format!("is {kind:?}; scaled RoPE is not supported");
-                return Err(unsupported("llama.rope.scaling.type", message));
-            }
-        }
-    }
-    let heads = metadata.integer("llama.attention.head_count")?;
-    let width = metadata.integer("llama.embedding_length")?;
-    let config = LlamaConfig {
-        name,
-        layers: metadata.integer("llama.block_count")?,
-        width,
-        heads,
-        kv_heads: metadata.integer("llama.attention.head_count_kv")?,
-        head_dim: metadata.integer("llama.rope.dimension_count")?,
-        ffn: metadata.integer("llama.feed_forward_length")?,
-        vocab: metadata.texts("tokenizer.ggml.tokens")?.len(),
-        context: metadata.integer("llama.context_length")?,
-        rope_base: metadata.positive("llama.rope.freq_base")?,
-        rms_eps: metadata.positive("llama.attention.layer_norm_rms_epsilon")?,
-    };
-    let sane =
-        [config.layers, width, heads, config.kv_heads, config.ffn, config.vocab, config.context].iter().all(|n| *n > 0)
-            && heads.is_multiple_of(config.kv_heads)
-            && config.head_dim.is_multiple_of(8)
-            && config.head_dim > 0;
-    if !sane {
-        return Err(unsupported("llama.*", format!("the numbers do not fit together: {config:?}")));
-    }
-    if config.context > MAX_CONTEXT {
-        let message = format!("is {}; contexts of up to {MAX_CONTEXT} tokens are served", config.context);
-        return Err(unsupported("llama.context_length", message));
-    }
-    Ok(config)
+/// The formats of matrices that are served, by name.
+fn served() -> String {
+    QType::ALL.iter().map(|qtype| qtype.name()).collect::<Vec<_>>().join(", ")
 }

@@ -9,6 +9,7 @@ use std::io::{Read, Seek, SeekFrom};
 
 use super::gguf::unreadable;
 use crate::error::{Error, Result};
+use crate::kernels::format::QType;
 
 /// Most bytes of a header. Vocabularies of 256,000 tokens take 10 MB.
 const MAX_HEADER_BYTES: u64 = 256 << 20;
@@ -36,37 +37,22 @@ pub(super) struct Storage {
     bytes: u64,
 }
 
-/// The types of a tensor, by their numbers in the file.
-const STORAGES: [(u32, &str, u64, u64); 38] = [
-    (0, "F32", 1, 4),
-    (1, "F16", 1, 2),
-    (2, "Q4_0", 32, 18),
-    (3, "Q4_1", 32, 20),
-    (6, "Q5_0", 32, 22),
-    (7, "Q5_1", 32, 24),
-    (8, "Q8_0", 32, 34),
+/// The types of tensors that are not served as matrices, by their numbers in the file; the others are in [`QType`].
+const OTHER_STORAGES: [(u32, &str, u64, u64); 23] = [
     (9, "Q8_1", 32, 36),
-    (10, "Q2_K", 256, 84),
-    (11, "Q3_K", 256, 110),
-    (12, "Q4_K", 256, 144),
-    (13, "Q5_K", 256, 176),
-    (14, "Q6_K", 256, 210),
     (15, "Q8_K", 256, 292),
     (16, "IQ2_XXS", 256, 66),
     (17, "IQ2_XS", 256, 74),
     (18, "IQ3_XXS", 256, 98),
     (19, "IQ1_S", 256, 50),
-    (20, "IQ4_NL", 32, 18),
     (21, "IQ3_S", 256, 110),
     (22, "IQ2_S", 256, 82),
-    (23, "IQ4_XS", 256, 136),
     (24, "I8", 1, 1),
     (25, "I16", 1, 2),
     (26, "I32", 1, 4),
     (27, "I64", 1, 8),
     (28, "F64", 1, 8),
     (29, "IQ1_M", 256, 56),
-    (30, "BF16", 1, 2),
     (31, "Q4_0_4_4", 32, 18),
     (32, "Q4_0_4_8", 32, 18),
     (33, "Q4_0_8_8", 32, 18),
@@ -80,7 +66,11 @@ const STORAGES: [(u32, &str, u64, u64); 38] = [
 
 impl Storage {
     fn of(number: u32) -> Option<Self> {
-        let found = STORAGES.iter().find(|(of, ..)| *of == number);
+        if let Some(qtype) = QType::of_number(number) {
+            let (values, bytes) = qtype.file_block();
+            return Some(Self { name: qtype.name(), values: values as u64, bytes: bytes as u64 });
+        }
+        let found = OTHER_STORAGES.iter().find(|(of, ..)| *of == number);
         found.map(|(_, name, values, bytes)| Self { name, values: *values, bytes: *bytes })
     }
 }
@@ -176,6 +166,14 @@ impl Value {
             _ => None,
         });
         values.collect()
+    }
+
+    /// The values of a list of yes and no, also where they are whole numbers.
+    pub(super) fn flags(&self) -> Option<Vec<bool>> {
+        match self {
+            Self::List(Kind::Bool, _, data) => Some(data.iter().map(|byte| *byte != 0).collect()),
+            _ => self.integers().map(|values| values.into_iter().map(|value| value != 0).collect()),
+        }
     }
 
     /// The values of a list of numbers.

@@ -19,7 +19,7 @@ fn refusal(file: &[u8]) -> String {
 #[test]
 fn a_sound_file_is_read() {
     let (weights, vocabulary) = Weights::from_bytes(&File::tiny().bytes()).unwrap();
-    assert_eq!((weights.config.layers, weights.config.width, weights.config.vocab), (1, 32, 258));
+    assert_eq!((weights.config.layers.len(), weights.config.hidden_size, weights.config.vocab_size), (1, 32, 258));
     assert_eq!(vocabulary.control, [256, 257]);
     Text::new(vocabulary).unwrap();
     let second = File { version: 2, ..File::tiny() };
@@ -58,6 +58,14 @@ fn lies() -> Vec<(File, &'static str)> {
     let matrix = "blk.0.ffn_up.weight";
     let scale =
         |bits: u16| tiny().tensor(matrix, |tensor| tensor.3[34 * 5..34 * 5 + 2].copy_from_slice(&bits.to_le_bytes()));
+    // 64 rows of 32 values in other blocks.
+    let stored_as =
+        |kind: u32, bytes: usize| tiny().tensor(matrix, |tensor| (tensor.2, tensor.3) = (kind, vec![0; 64 * bytes]));
+    let halves = |last: f16| {
+        let values = [f16::ONE].repeat(64 * 32 - 1).into_iter().chain([last]);
+        let data = values.flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        tiny().tensor(matrix, |tensor| (tensor.2, tensor.3) = (1, data))
+    };
     vec![
         (File { version: 9, ..tiny() }, "version 9"),
         (File { version: 3_u32.swap_bytes(), ..tiny() }, "big-endian"),
@@ -78,16 +86,16 @@ fn lies() -> Vec<(File, &'static str)> {
         (offsets(|at| at[10] += 64), "output_norm.weight"),
         (offsets(|at| at[10] = u64::MAX - 31), "beyond"),
         (u32_of("llama.context_length", u32::MAX / 2), "llama.context_length"),
-        (u32_of("llama.context_length", 0), "numbers do not fit"),
+        (u32_of("llama.context_length", 0), "llama.context_length: is 0"),
         (u32_of("llama.block_count", 2), "blk.1.attn_q.weight"),
-        (u32_of("llama.block_count", u32::MAX / 2), "blk.1.attn_q.weight"),
+        (u32_of("llama.block_count", u32::MAX / 2), "llama.block_count: is 2147483647"),
         (u32_of("llama.block_count", u32::MAX), "llama.block_count"),
         (u32_of("llama.embedding_length", 64), "token_embd.weight"),
-        (u32_of("llama.attention.head_count", 0), "numbers do not fit"),
-        (u32_of("llama.attention.head_count_kv", 0), "numbers do not fit"),
-        (u32_of("llama.attention.head_count", 1 << 30), "attn_q"),
-        (u32_of("llama.rope.dimension_count", 1 << 30), "attn_q"),
-        (u32_of("llama.rope.dimension_count", 12), "numbers do not fit"),
+        (u32_of("llama.attention.head_count", 0), "llama.attention.head_count: is 0"),
+        (u32_of("llama.attention.head_count_kv", 0), "llama.attention.head_count_kv: is 0"),
+        (u32_of("llama.attention.head_count", 1 << 30), "llama.attention.key_length: is 0"),
+        (u32_of("llama.rope.dimension_count", 1 << 30), "llama.rope.dimension_count: is 1073741824"),
+        (u32_of("llama.rope.dimension_count", 11), "llama.rope.dimension_count: is 11"),
         (u32_of("tokenizer.ggml.eos_token_id", 258), "eos_token_id"),
         (float("llama.rope.freq_base", f32::NAN), "freq_base"),
         (float("llama.rope.freq_base", 0.0), "freq_base"),
@@ -120,6 +128,11 @@ fn lies() -> Vec<(File, &'static str)> {
         (tiny().set("note", LIST, list(U32, 1 << 62, [])), "note says that it has"),
         (tiny().set("general.architecture", TEXT, text("mamba")), "general.architecture"),
         (tiny().tensor(matrix, |tensor| tensor.2 = 4), "type 4"),
+        (stored_as(39, 17), "is stored as MXFP4; F32, F16, BF16, Q4_0"),
+        (stored_as(15, 292), matrix),
+        (tiny().tensor("blk.0.ffn_down.weight", |tensor| tensor.1 = vec![72, 32]), "blk.0.ffn_down.weight"),
+        (halves(f16::NAN), "not a number, in row 63"),
+        (halves(f16::INFINITY), "not a number, in row 63"),
         (tiny().tensor(matrix, |tensor| tensor.2 = 14), matrix),
         (tiny().tensor(matrix, |tensor| tensor.1 = vec![32, u64::MAX]), matrix),
         (tiny().tensor(matrix, |tensor| tensor.1 = vec![0, 64]), matrix),

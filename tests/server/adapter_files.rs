@@ -50,7 +50,7 @@ fn values(len: usize, seed: usize) -> Vec<f32> {
 fn adapter(shape: &BaseShape, sites: impl Iterator<Item = (Site, u32, f32)>, rslora: bool) -> Lora {
     let spec = LoraSpec { rank: RANK, alpha: ALPHA, use_rslora: rslora, ..LoraSpec::default() };
     let layers = sites.map(|(site, rank, alpha)| {
-        let (inputs, outputs) = shape.dims(site.target);
+        let (inputs, outputs) = shape.dims(site.target).unwrap();
         let seed = site.layer as usize * 7 + site.target as usize;
         let (a, b) = (values(rank as usize * inputs, 2 * seed), values(outputs * rank as usize, 2 * seed + 1));
         (site, LoraLayer { rank: rank as usize, alpha, scale: spec.scale(alpha, rank), a, b })
@@ -79,7 +79,7 @@ impl Case {
     fn package(&self, shape: &BaseShape) -> Package {
         let mut tensors = BTreeMap::new();
         for (site, layer) in &self.lora.layers {
-            let (inputs, outputs) = shape.dims(site.target);
+            let (inputs, outputs) = shape.dims(site.target).unwrap();
             let mut put = |which, dims: [usize; 2], values: &[f32]| {
                 tensors.insert((self.rename)(&module(*site), which), (dims.to_vec(), encoded(values, self.dtype)));
             };
@@ -122,7 +122,7 @@ impl Table<'_> {
     }
 
     fn lora_of(&self, of: impl Fn(u32, Target) -> Option<(u32, f32)>, rslora: bool) -> Lora {
-        let sites = (0..self.shape.layers).flat_map(|layer| Target::ALL.map(|target| Site { layer, target }));
+        let sites = self.shape.sites();
         let sites = sites.filter_map(|site| of(site.layer, site.target).map(|(rank, alpha)| (site, rank, alpha)));
         adapter(self.shape, sites, rslora)
     }

@@ -38,8 +38,8 @@ fn with_setting(package: &Package, key: &str, value: Value) -> Package {
 
 fn of_another_base(shape: &BaseShape) -> Package {
     let mut other = shape.clone();
-    for dims in &mut other.dims {
-        *dims = (dims.0 * 2, dims.1 * 2);
+    for linear in &mut other.linears {
+        (linear.inputs, linear.outputs) = (linear.inputs * 2, linear.outputs * 2);
     }
     let lora = Lora::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, &other, 1).unwrap();
     Package::from_lora(&lora, &other).unwrap()
@@ -104,7 +104,7 @@ fn small_beside_its_factors(shape: &BaseShape, part: f32) -> Package {
     let spec = LoraSpec { rank: 4, alpha: 4.0, ..LoraSpec::default() };
     let mut lora = Lora::fresh(&spec, shape, 1).unwrap();
     for (i, (site, layer)) in lora.layers.iter_mut().enumerate() {
-        let (inputs, outputs) = shape.dims(site.target);
+        let (inputs, outputs) = shape.dims(site.target).unwrap();
         let wave = |at: usize, by: f32| ((at + 17 * i) as f32 * by).sin();
         let a = |rank: usize, at: usize| {
             3.0 * wave(at + 977 * (rank % 2), 0.71) + part * (rank / 2) as f32 * wave(at, 1.37)

@@ -79,11 +79,13 @@ fn lora_spec(message: &pb::LoraSpec) -> Result<LoraSpec> {
     })
 }
 
+/// Empty where every linear layer of the base is meant.
 fn targets(names: &[String]) -> Result<Vec<Target>> {
     let mut targets = BTreeSet::new();
+    let mut all = false;
     for (i, name) in names.iter().enumerate() {
         match (name.as_str(), Target::from_name(name)) {
-            ("all-linear", _) => targets.extend(Target::ALL),
+            ("all-linear", _) => all = true,
             (_, Some(target)) => drop(targets.insert(target)),
             (_, None) => {
                 let names = Target::ALL.map(Target::name).join(", ");
@@ -92,7 +94,7 @@ fn targets(names: &[String]) -> Result<Vec<Target>> {
             }
         }
     }
-    Ok(if targets.is_empty() { Target::ALL.to_vec() } else { targets.into_iter().collect() })
+    Ok(if all { Vec::new() } else { targets.into_iter().collect() })
 }
 
 fn hyperparameters(message: pb::Hyperparameters, objective: Objective) -> Result<Hyperparameters> {
@@ -332,8 +334,8 @@ mod tests {
 
     #[test]
     fn all_linear_is_all_seven() {
-        assert_eq!(targets(&["all-linear".into()]).unwrap(), Target::ALL);
-        assert_eq!(targets(&[]).unwrap(), Target::ALL);
+        assert_eq!(targets(&["all-linear".into(), "q_proj".into()]).unwrap(), []);
+        assert_eq!(targets(&[]).unwrap(), []);
         let error = targets(&["q_proj".into(), "lm_head".into()]).unwrap_err();
         assert!(matches!(error, Error::Invalid { field, .. } if field == "lora.target_modules[1]"));
     }

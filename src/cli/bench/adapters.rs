@@ -1,11 +1,7 @@
 //! The adapters that a load asks for: small random ones, imported once and found again by their names.
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::BufReader;
-use std::path::Path;
 
-use candle_core::quantized::gguf_file::Content;
 use futures::stream::{StreamExt as _, TryStreamExt as _, iter};
 use half::f16;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -16,7 +12,7 @@ use serde_json::json;
 use crate::api::client::{Client, proto};
 use crate::cli::adapters::upload;
 use crate::cli::connection::all_pages;
-use crate::cli::{Failure, Result, models, request_id};
+use crate::cli::{Failure, Result, request_id};
 use crate::random::{Purpose, Stream};
 use crate::request::Target;
 
@@ -30,7 +26,7 @@ const LARGEST_B: f32 = 0.02;
 #[derive(Debug, Clone)]
 pub(super) struct Kind {
     pub rank: u32,
-    /// Sorted, none twice.
+    /// Sorted, none twice; empty is every linear layer of the base.
     pub targets: Vec<Target>,
 }
 
@@ -38,7 +34,7 @@ impl Kind {
     /// `bench-r16-all`, `bench-r8-q-v`: what the names begin with, so that adapters of different kinds never mix.
     pub(super) fn prefix(&self) -> String {
         let short = |target: &Target| target.name().trim_end_matches("_proj");
-        let targets = match self.targets.len() == Target::ALL.len() {
+        let targets = match self.targets.is_empty() {
             true => "all".into(),
             false => self.targets.iter().map(short).collect::<Vec<_>>().join("-"),
         };
@@ -46,15 +42,14 @@ impl Kind {
     }
 }
 
-/// Full names of `count` adapters `PREFIX-0`, `PREFIX-1` and so on. Those that the tenant does not have are made first, for the base
-/// that `base` names.
+/// Full names of `count` adapters `PREFIX-0`, `PREFIX-1` and so on. Those that the tenant does not have are made first, for the server's
+/// base.
 pub(super) async fn ensure(
     client: &Client,
     parent: &str,
     prefix: &str,
     count: usize,
     kind: &Kind,
-    base: &str,
 ) -> Result<Vec<String>> {
     let ids: Vec<String> = (0..count).map(|index| format!("{prefix}-{index}")).collect();
     let names: Vec<String> = ids.iter().map(|id| format!("{parent}/adapters/{id}")).collect();
@@ -63,7 +58,7 @@ pub(super) async fn ensure(
     if missing.is_empty() {
         return Ok(names);
     }
-    let shape = Shape::read(&models::fetch(base).await?)?;
+    let base = client.get_base(proto::GetBaseRequest {}).await?;
     let bar = progress(missing.len());
     let import = async |index: usize| {
         let header = proto::ImportAdapterHeader {
@@ -73,7 +68,7 @@ pub(super) async fn ensure(
             validate_only: false,
             publish: proto::Publish::Live as i32,
         };
-        upload(client, header, files(kind, &shape, index as u64)?).await?;
+        upload(client, header, files(kind, &base, index as u64)?).await?;
         bar.inc(1);
         Ok::<_, Failure>(())
     };
@@ -104,47 +99,24 @@ fn progress(count: usize) -> ProgressBar {
     bar
 }
 
-/// What an adapter has to fit.
-#[derive(Debug, Clone, PartialEq)]
-struct Shape {
-    layers: usize,
-    /// Inputs and outputs of each linear layer of a block, in [`Target`]'s order.
-    dims: [(usize, usize); Target::ALL.len()],
-}
-
-impl Shape {
-    /// From the header of a GGUF file.
-    fn read(path: &Path) -> Result<Self> {
-        let unusable = |why: String| Failure::other(format!("{}: {why}", path.display()));
-        let file = File::open(path).map_err(Failure::at(path))?;
-        let content = Content::read(&mut BufReader::new(file)).map_err(|e| unusable(e.to_string()))?;
-        let dims = |name: &str| match content.tensor_infos.get(name).map(|info| info.shape.dims()) {
-            Some(&[outputs, inputs]) => Ok((inputs, outputs)),
-            _ => Err(unusable(format!("has no matrix {name}"))),
-        };
-        let mut shape = Self { layers: 0, dims: [(0, 0); Target::ALL.len()] };
-        for (target, dim) in Target::ALL.iter().zip(&mut shape.dims) {
-            *dim = dims(&format!("blk.0.{}.weight", gguf_name(*target)))?;
-        }
-        shape.layers = (0..).take_while(|layer| dims(&format!("blk.{layer}.attn_q.weight")).is_ok()).count();
-        Ok(shape)
+/// The linear layers that the adapters change, of those that the base has.
+fn linears(base: &proto::Base, kind: &Kind) -> Result<Vec<(Target, usize, usize)>> {
+    let known = base
+        .linear_layers
+        .iter()
+        .filter_map(|linear| Some((Target::from_name(&linear.name)?, linear.inputs as usize, linear.outputs as usize)));
+    let known: Vec<_> = known.collect();
+    if let Some(target) = kind.targets.iter().find(|target| known.iter().all(|(of, ..)| of != *target)) {
+        let names: Vec<_> = base.linear_layers.iter().map(|linear| linear.name.as_str()).collect();
+        let message = format!("the base has no {}; its linear layers are {}", target.name(), names.join(", "));
+        return Err(Failure::other(message));
     }
-}
-
-fn gguf_name(target: Target) -> &'static str {
-    match target {
-        Target::QProj => "attn_q",
-        Target::KProj => "attn_k",
-        Target::VProj => "attn_v",
-        Target::OProj => "attn_output",
-        Target::GateProj => "ffn_gate",
-        Target::UpProj => "ffn_up",
-        Target::DownProj => "ffn_down",
-    }
+    let wanted = |target: &Target| kind.targets.is_empty() || kind.targets.contains(target);
+    Ok(known.into_iter().filter(|(target, ..)| wanted(target)).collect())
 }
 
 /// The PEFT folder of an adapter: both factors uniform, A within PEFT's own bounds, in half precision.
-fn files(kind: &Kind, shape: &Shape, index: u64) -> Result<Vec<(String, Vec<u8>)>> {
+fn files(kind: &Kind, base: &proto::Base, index: u64) -> Result<Vec<(String, Vec<u8>)>> {
     let values = Stream::new(index, Purpose::Initialisation);
     let matrix = |tensor: u64, rows: usize, columns: usize, bound: f32| -> (Vec<usize>, Vec<u8>) {
         let value = |place| f16::from_f32(bound * (2.0 * values.uniform(tensor, place) - 1.0));
@@ -153,15 +125,14 @@ fn files(kind: &Kind, shape: &Shape, index: u64) -> Result<Vec<(String, Vec<u8>)
     };
     let rank = kind.rank as usize;
     let mut tensors = Vec::new();
-    for layer in 0..shape.layers {
-        for (target, &(inputs, outputs)) in Target::ALL.iter().zip(&shape.dims) {
-            if kind.targets.contains(target) {
-                let module = module_name(layer, *target);
-                let tensor = tensors.len() as u64;
-                let a = matrix(tensor, rank, inputs, (inputs as f32).powf(-0.5));
-                let b = matrix(tensor + 1, outputs, rank, LARGEST_B);
-                tensors.extend([(format!("{module}.lora_A.weight"), a), (format!("{module}.lora_B.weight"), b)]);
-            }
+    let linears = linears(base, kind)?;
+    for layer in 0..base.layers {
+        for &(target, inputs, outputs) in &linears {
+            let module = format!("base_model.model.model.layers.{layer}.{}.{}", target.block_part(), target.name());
+            let tensor = tensors.len() as u64;
+            let a = matrix(tensor, rank, inputs, (inputs as f32).powf(-0.5));
+            let b = matrix(tensor + 1, outputs, rank, LARGEST_B);
+            tensors.extend([(format!("{module}.lora_A.weight"), a), (format!("{module}.lora_B.weight"), b)]);
         }
     }
     let broken = |e: safetensors::SafeTensorError| Failure::other(format!("cannot make an adapter: {e}"));
@@ -172,7 +143,7 @@ fn files(kind: &Kind, shape: &Shape, index: u64) -> Result<Vec<(String, Vec<u8>)
     let tensors = safetensors::serialize(views, None).map_err(broken)?;
     let config = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "r": kind.rank, "lora_alpha": kind.rank,
-        "target_modules": kind.targets.iter().map(|target| target.name()).collect::<Vec<_>>(),
+        "target_modules": linears.iter().map(|(target, ..)| target.name()).collect::<Vec<_>>(),
     });
     Ok(vec![
         ("adapter_config.json".into(), config.to_string().into_bytes()),
@@ -180,20 +151,11 @@ fn files(kind: &Kind, shape: &Shape, index: u64) -> Result<Vec<(String, Vec<u8>)
     ])
 }
 
-/// PEFT's name of a linear layer.
-fn module_name(layer: usize, target: Target) -> String {
-    let part = match target {
-        Target::QProj | Target::KProj | Target::VProj | Target::OProj => "self_attn",
-        Target::GateProj | Target::UpProj | Target::DownProj => "mlp",
-    };
-    format!("base_model.model.model.layers.{layer}.{part}.{}", target.name())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::BaseShape;
     use crate::adapter::format::Package;
+    use crate::adapter::{BaseShape, LinearShape};
     use crate::ids::Digest;
 
     fn kind(targets: &[Target]) -> Kind {
@@ -201,13 +163,28 @@ mod tests {
     }
 
     /// Two layers, every matrix of its own shape.
-    fn shape() -> Shape {
-        Shape { layers: 2, dims: [(8, 8), (8, 4), (8, 4), (8, 8), (8, 12), (8, 12), (12, 8)] }
+    fn shape() -> BaseShape {
+        let dims = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 12), (8, 12), (12, 8)];
+        BaseShape::llama("b", Digest::of(b"b"), 2, dims)
+    }
+
+    fn base() -> proto::Base {
+        let linear = |linear: &LinearShape| proto::LinearLayer {
+            name: linear.target.name().to_owned(),
+            inputs: linear.inputs as u32,
+            outputs: linear.outputs as u32,
+        };
+        let shape = shape();
+        proto::Base {
+            layers: shape.layers,
+            linear_layers: shape.linears.iter().map(linear).collect(),
+            ..proto::Base::default()
+        }
     }
 
     #[test]
     fn kinds_have_names_of_their_own() {
-        assert_eq!(kind(&Target::ALL).prefix(), "bench-r4-all");
+        assert_eq!(kind(&[]).prefix(), "bench-r4-all");
         assert_eq!(kind(&[Target::QProj, Target::VProj]).prefix(), "bench-r4-q-v");
         assert_eq!(kind(&[Target::GateProj]).prefix(), "bench-r4-gate");
     }
@@ -215,11 +192,10 @@ mod tests {
     #[test]
     fn the_server_takes_what_is_made() {
         let kind = kind(&[Target::KProj, Target::DownProj]);
-        let base = BaseShape { name: "b".into(), digest: Digest::of(b"b"), layers: 2, dims: shape().dims };
         let read = |index| {
-            let files = files(&kind, &shape(), index).unwrap();
+            let files = files(&kind, &base(), index).unwrap();
             let [(_, config), (_, tensors)] = <[_; 2]>::try_from(files).unwrap();
-            Package { config, tensors }.read(&base, 8).unwrap()
+            Package { config, tensors }.read(&shape(), 8).unwrap()
         };
         let lora = read(0);
         assert_eq!(lora.layers.len(), 4);

@@ -15,7 +15,6 @@ use serde_json::{Value, json};
 use super::connection::Connection;
 use super::{Failure, Result};
 use crate::api::client::Client;
-use crate::bases;
 use crate::request::Target;
 use drive::{Extent, Pace, Round};
 use load::{Choice, Length, Load, Spread, Text};
@@ -109,15 +108,12 @@ struct AdapterArgs {
     /// Rank of adapters to be made.
     #[arg(long, default_value = "16", value_parser = clap::value_parser!(u32).range(1..))]
     rank: u32,
-    /// q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj [default: all]
+    /// The base's linear layers to adapt, such as q_proj,v_proj [default: all]
     #[arg(long, alias = "target-modules", value_delimiter = ',', value_name = "MODULE,...", value_parser = target)]
     targets: Vec<Target>,
     /// Take the adapters PREFIX-0, PREFIX-1, ... [default: from rank and targets, e.g. bench-r8-q-v]
     #[arg(long, value_name = "PREFIX")]
     adapter_prefix: Option<String>,
-    /// The server's base, as `tenora serve` takes it; the shapes of adapters to be made are read from its file.
-    #[arg(long, env = "TENORA_BASE", default_value = bases::DEFAULT)]
-    base: String,
 }
 
 fn positive(text: &str) -> Result<f64, String> {
@@ -178,9 +174,6 @@ impl Args {
             (_, None, Pace::Open { .. }) => 16,
         };
         let mut targets = self.adapters.targets.clone();
-        if targets.is_empty() {
-            targets = Target::ALL.into();
-        }
         targets.sort();
         targets.dedup();
         let kind = adapters::Kind { rank, targets };
@@ -189,7 +182,7 @@ impl Args {
             0 => Vec::new(),
             _ => {
                 let parent = self.connection.parent()?;
-                adapters::ensure(client, &parent, &prefix, count, &kind, &self.adapters.base).await?
+                adapters::ensure(client, &parent, &prefix, count, &kind).await?
             }
         };
         let RequestArgs { prompt_tokens: length, max_tokens, shared_prefix: shared, .. } = self.requests;

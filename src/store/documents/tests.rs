@@ -45,7 +45,7 @@ fn specs() -> [JobSpec; 2] {
         rank: 2,
         alpha: 4.0,
         dropout: 0.125,
-        targets: Target::ALL.to_vec(),
+        targets: Target::ALL[..7].to_vec(),
         layers: Some(vec![1]),
         use_rslora: true,
     };

@@ -1,0 +1,266 @@
+//! AVX2 with FMA and F16C.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::{MicroKernel, PanelBlock, Shift, four};
+use crate::cpu::simd::{Avx2, unrolled};
+use crate::format::{BLOCK, FOURS};
+
+/// AVX2: 8 lanes, 32 products an instruction, summed in pairs in int16. Holds the proof that the machine has it.
+#[derive(Clone, Copy)]
+pub struct Avx2Maddubs(Avx2);
+
+impl Avx2Maddubs {
+    /// Returns the form for a machine that is proved to have it.
+    #[inline(always)]
+    pub fn new(proof: Avx2) -> Self {
+        Self(proof)
+    }
+    /// The sum of products of quants up to `most` and bytes of a row, in int16 as far as these hold it: 16 products of
+    /// at most 15 * 127 are 30,480, 8 of 31 * 127, and 4 of 63 * 127.
+    #[inline(always)]
+    fn sum(self, w: &[__m256i; FOURS], most: u8, x: &[i8; BLOCK], vectors: Range<usize>) -> __m256i {
+        let together = match most {
+            0..16 => FOURS,
+            16..32 => FOURS / 2,
+            _ => FOURS / 4,
+        };
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let mut sum = _mm256_setzero_si256();
+            let (w, from) = (&w[vectors.start..vectors.end], vectors.start);
+            for (i, w) in w.chunks(together).enumerate() {
+                let mut part = _mm256_setzero_si256();
+                for (g, w) in w.iter().enumerate() {
+                    let x = _mm256_set1_epi32(four(x, from + i * together + g));
+                    part = _mm256_add_epi16(part, _mm256_maddubs_epi16(*w, x));
+                }
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
+            }
+            sum
+        }
+    }
+    /// The sum for quants of eight bits, as two nibbles.
+    #[inline(always)]
+    fn sum_of_bytes(self, w: &[__m256i; FOURS], x: &[i8; BLOCK]) -> __m256i {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            let (mut low, mut high) = (*w, *w);
+            for g in 0..FOURS {
+                low[g] = _mm256_and_si256(w[g], mask);
+                high[g] = _mm256_and_si256(_mm256_srli_epi16::<4>(w[g]), mask);
+            }
+            let (low, high) = (self.sum(&low, 15, x, 0..FOURS), self.sum(&high, 15, x, 0..FOURS));
+            _mm256_add_epi32(_mm256_slli_epi32::<4>(high), low)
+        }
+    }
+    /// 128 * high + low.
+    #[inline(always)]
+    fn join(self, high: __m256i, low: __m256i) -> __m256i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low) }
+    }
+}
+
+impl MicroKernel for Avx2Maddubs {
+    const ROWS: usize = 8;
+    const GROUP: usize = 4;
+    type Bytes = __m256i;
+    type Quants = [__m256i; FOURS];
+    type Int = __m256i;
+    type Float = __m256;
+
+    #[inline(always)]
+    fn zero(self) -> __m256 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_setzero_ps() }
+    }
+    #[inline(always)]
+    fn load_f16(self, bytes: &[u8]) -> __m256 {
+        // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(bytes[..16].as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, bytes: &[u8]) -> __m256 {
+        // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+        unsafe {
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(
+                bytes[..16].as_ptr().cast(),
+            ))))
+        }
+    }
+    #[inline(always)]
+    fn load_f32(self, bytes: &[u8]) -> __m256 {
+        // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+        unsafe { _mm256_loadu_ps(bytes[..32].as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn load_u8<const N: u32>(self, bytes: &[u8], mask: u8) -> __m256 {
+        // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes[..8].as_ptr().cast()));
+            let bytes = _mm256_srl_epi32(bytes, _mm_cvtsi32_si128(N as i32));
+            _mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(mask.into())))
+        }
+    }
+    #[inline(always)]
+    fn load_i8(self, bytes: &[u8]) -> __m256 {
+        // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes[..8].as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn scale(self, a: __m256, by: f32) -> __m256 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_mul_ps(a, _mm256_set1_ps(by)) }
+    }
+    #[inline(always)]
+    fn mul_add(self, a: __m256, b: f32, c: __m256) -> __m256 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_fmadd_ps(a, _mm256_set1_ps(b), c) }
+    }
+    #[inline(always)]
+    fn add_product(self, t: __m256i, shift: Shift, d: __m256, c: __m256) -> __m256 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let t = _mm256_castps_si256(_mm256_cvtepi32_ps(t));
+            let t = _mm256_add_epi32(t, _mm256_set1_epi32(shift.0 as i32));
+            _mm256_fmadd_ps(_mm256_castsi256_ps(t), d, c)
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32]) -> __m256 {
+        // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+        unsafe { _mm256_loadu_ps(from[..8].as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, a: __m256, out: &mut [f32]) {
+        // SAFETY: `self` proves the features, and what is written lies within the slice or array.
+        unsafe { _mm256_storeu_ps(out[..8].as_mut_ptr(), a) }
+    }
+    #[inline(always)]
+    fn load_bytes(self, from: &[u8]) -> __m256i {
+        // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+        unsafe { _mm256_loadu_si256(from[..32].as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn and(self, a: __m256i, mask: u8) -> __m256i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_and_si256(a, _mm256_set1_epi8(mask as i8)) }
+    }
+    #[inline(always)]
+    fn shift_right<const N: u32>(self, a: __m256i) -> __m256i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_srl_epi16(a, _mm_cvtsi32_si128(N as i32)) }
+    }
+    #[inline(always)]
+    fn or(self, a: __m256i, mask: u8) -> __m256i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_or_si256(a, _mm256_set1_epi8(mask as i8)) }
+    }
+    #[inline(always)]
+    fn or_bytes(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    fn shift_left<const N: u32>(self, a: __m256i) -> __m256i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_sll_epi16(a, _mm_cvtsi32_si128(N as i32)) }
+    }
+    #[inline(always)]
+    fn add_where(self, a: __m256i, bits: &[u8], by: u8) -> __m256i {
+        let Some(bits) = bits.first_chunk() else { return a };
+        let bits = u32::from_le_bytes(*bits);
+        // SAFETY: `self` proves the features.
+        unsafe {
+            // Every byte gets the byte that has its bit, and then keeps that bit alone.
+            let places = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+            let bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), places);
+            let own = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+            let set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, own), own);
+            _mm256_add_epi8(a, _mm256_and_si256(set, _mm256_set1_epi8(by as i8)))
+        }
+    }
+    #[inline(always)]
+    fn look_up(self, a: __m256i, table: &[u8; 16]) -> __m256i {
+        // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+        unsafe { _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), a) }
+    }
+    #[inline(always)]
+    fn ready_nibbles<const P: usize>(self, w: [__m256i; FOURS]) -> Self::Quants {
+        w
+    }
+    #[inline(always)]
+    fn ready_fives(self, w: [__m256i; FOURS]) -> Self::Quants {
+        w
+    }
+    #[inline(always)]
+    fn ready_bytes(self, w: [__m256i; FOURS]) -> Self::Quants {
+        w
+    }
+    #[inline(always)]
+    fn dot_nibbles<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [__m256i; P] {
+        self.dot_bytes(w, 15, x, first)
+    }
+    #[inline(always)]
+    fn dot_fives<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [__m256i; P] {
+        let mut sums = [w[0]; P];
+        // SAFETY: `self` proves the features.
+        unsafe {
+            unrolled!(r in P => {
+                let [h, l] = &x.quants[first + r];
+                let (mut high, mut low) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+                for (g, w) in w.iter().enumerate() {
+                    // 16 products of at most 16 * 112, and 16 of 16 * 127: 32,512.
+                    let signed = _mm256_sign_epi8(_mm256_set1_epi32(four(h, g)), *w);
+                    high = _mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_abs_epi8(*w), signed));
+                    low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_set1_epi32(four(l, g)), *w));
+                }
+                let one = _mm256_set1_epi16(1);
+                sums[r] = self.join(_mm256_madd_epi16(high, one), _mm256_madd_epi16(low, one));
+            });
+        }
+        sums
+    }
+    #[inline(always)]
+    fn dot_bytes<const P: usize>(self, w: &Self::Quants, most: u8, x: &PanelBlock, first: usize) -> [__m256i; P] {
+        let mut sums = [w[0]; P];
+        unrolled!(r in P => {
+            let [high, low] = &x.quants[first + r];
+            let (high, low) = match most {
+                64.. => (self.sum_of_bytes(w, high), self.sum_of_bytes(w, low)),
+                _ => (self.sum(w, most, high, 0..FOURS), self.sum(w, most, low, 0..FOURS)),
+            };
+            sums[r] = self.join(high, low);
+        });
+        sums
+    }
+    #[inline(always)]
+    fn dot_halves<const P: usize>(self, w: &Self::Quants, most: u8, x: &PanelBlock, first: usize) -> [[__m256i; 2]; P] {
+        let mut sums = [[w[0]; 2]; P];
+        unrolled!(r in P => {
+            let [high, low] = &x.quants[first + r];
+            let (one, two) = (0..FOURS / 2, FOURS / 2..FOURS);
+            sums[r][0] = self.join(self.sum(w, most, high, one.clone()), self.sum(w, most, low, one));
+            sums[r][1] = self.join(self.sum(w, most, high, two.clone()), self.sum(w, most, low, two));
+        });
+        sums
+    }
+}

@@ -1,0 +1,100 @@
+//! Blocks of quantised weights times rows of quantised activations in the registers of a kind of machine: the integers'
+//! products are summed exactly, so that every kind gives the same bits, by whatever way it comes to them.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod plain;
+
+use super::quantize::{PanelBlock, Shift};
+use crate::format::FOURS;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx2::Avx2Maddubs;
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::Avx512Vnni;
+pub(super) use plain::Plain;
+
+/// Some rows of a tile at a time, one a lane.
+pub(crate) trait MicroKernel: Copy {
+    /// Lanes; they divide [`crate::format::TILE_ROWS`].
+    const ROWS: usize;
+    /// Rows of activations that share the unpacking of a block.
+    const GROUP: usize;
+    /// Four columns' quants, a byte each.
+    type Bytes: Copy;
+    /// A block's quants, ready for their products.
+    type Quants: Copy;
+    type Int: Copy;
+    type Float: Copy;
+
+    fn zero(self) -> Self::Float;
+    /// The values of `ROWS` half-precision numbers.
+    fn load_f16(self, bytes: &[u8]) -> Self::Float;
+    /// The values of `ROWS` bfloat16 numbers.
+    fn load_bf16(self, bytes: &[u8]) -> Self::Float;
+    /// The values of `ROWS` float32 numbers.
+    fn load_f32(self, bytes: &[u8]) -> Self::Float;
+    /// The values of `ROWS` bytes without sign, each shifted right by N and masked.
+    fn load_u8<const N: u32>(self, bytes: &[u8], mask: u8) -> Self::Float;
+    /// The values of `ROWS` bytes with a sign.
+    fn load_i8(self, bytes: &[u8]) -> Self::Float;
+    fn scale(self, a: Self::Float, by: f32) -> Self::Float;
+    /// a * b + c, rounded once.
+    fn mul_add(self, a: Self::Float, b: f32, c: Self::Float) -> Self::Float;
+    /// (float(t) << shift) * d + c, the product and the sum rounded once together. The shift is added to the exponent,
+    /// which costs less than to shift t; the least of numbers that makes of a zero is lost in any sum.
+    fn add_product(self, t: Self::Int, shift: Shift, d: Self::Float, c: Self::Float) -> Self::Float;
+    fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    /// `ROWS` floats.
+    fn load(self, from: &[f32]) -> Self::Float;
+    fn store(self, a: Self::Float, out: &mut [f32]);
+
+    /// `ROWS * 4` bytes.
+    fn load_bytes(self, from: &[u8]) -> Self::Bytes;
+    /// Each byte's bits that the mask has.
+    fn and(self, a: Self::Bytes, mask: u8) -> Self::Bytes;
+    /// Each byte's bits and those of the mask.
+    fn or(self, a: Self::Bytes, mask: u8) -> Self::Bytes;
+    fn or_bytes(self, a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
+    /// Pairs of bytes shifted as one number: what comes from a neighbour is to be masked.
+    fn shift_right<const N: u32>(self, a: Self::Bytes) -> Self::Bytes;
+    /// As [`MicroKernel::shift_right`].
+    fn shift_left<const N: u32>(self, a: Self::Bytes) -> Self::Bytes;
+    /// `by` more, wrapping, where a byte's bit is set; `ROWS / 2` bytes of bits.
+    fn add_where(self, a: Self::Bytes, bits: &[u8], by: u8) -> Self::Bytes;
+    /// The table's entries for bytes below 16.
+    fn look_up(self, a: Self::Bytes, table: &[u8; 16]) -> Self::Bytes;
+
+    /// Quants of a block from 0 to 15, made ready for products with P rows.
+    fn ready_nibbles<const P: usize>(self, w: [Self::Bytes; FOURS]) -> Self::Quants;
+    /// Quants with a sign, from -16 to 15.
+    fn ready_fives(self, w: [Self::Bytes; FOURS]) -> Self::Quants;
+    /// Quants without sign.
+    fn ready_bytes(self, w: [Self::Bytes; FOURS]) -> Self::Quants;
+    /// The exact sums of a block's 32 products, for P rows of a panel from `first` on.
+    fn dot_nibbles<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P];
+    /// The same for quants from -16 to 15.
+    fn dot_fives<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P];
+    /// The same for quants up to `most`.
+    fn dot_bytes<const P: usize>(self, w: &Self::Quants, most: u8, x: &PanelBlock, first: usize) -> [Self::Int; P];
+    /// The same for columns 0 to 15 and 16 to 31 by themselves; `most` is below 64.
+    fn dot_halves<const P: usize>(
+        self,
+        w: &Self::Quants,
+        most: u8,
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[Self::Int; 2]; P];
+}
+
+/// Where x's bytes `4 g..4 g + 4` begin, as one integer.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn four(x: &[i8; crate::format::BLOCK], g: usize) -> i32 {
+    let [a, b, c, d] = x.as_chunks::<4>().0[g];
+    i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
+}

@@ -1,0 +1,274 @@
+//! Activations for the quantised matmul: each row by itself, in 15 bits as two bytes a value, with one unit for the row
+//! and a shift for each block of 32.
+//!
+//! A block's values are `unit * (128 * high + low) << shift`: a block without large values keeps finer steps than the
+//! row's largest would leave it, and the matmul still adds all of a row's blocks up in one unit. Not one byte a value:
+//! a few huge activations take the range of their block, and what that does to log-probabilities the parity gate takes
+//! for an adapter that is served otherwise than it was trained (`docs/LOG.md`).
+
+use super::simd::{LANES, Level, Simd, dispatch};
+use crate::format::BLOCK;
+
+/// The largest quantised value: a high byte of at most 112, to which a quant of four bits can be added within a byte.
+const LARGEST: f32 = 112.0 * 128.0;
+
+/// The largest shift, that of the row's largest values.
+const MAX_SHIFT: u32 = 4;
+
+/// Rows whose largest magnitude is less are taken for zeros: their unit's inverse would be no number.
+const SMALLEST: f32 = 1e-30;
+
+/// Rows of a panel.
+pub(super) const PANEL: usize = 8;
+
+/// A block of 32 columns of a panel's rows, as the matmul reads them: one stream of memory for all of its rows.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct PanelBlock {
+    /// Of each row the high bytes and the low ones, which have no sign.
+    pub quants: [[[i8; BLOCK]; 2]; PANEL],
+    pub shift: [Shift; PANEL],
+    /// The sum of the block's values, in the row's unit.
+    pub sum: [f32; PANEL],
+    /// The sum of the first half's.
+    pub first_sum: [f32; PANEL],
+    /// See [`Split::pairs`](super::simd::Split::pairs).
+    pub pairs: [i32; PANEL],
+}
+
+/// A power of two, as what is to be added to a float's bits for a multiplication by it: the exponent in its place.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Shift(pub u32);
+
+impl Shift {
+    /// The power of two.
+    #[inline(always)]
+    pub fn factor(self) -> f32 {
+        f32::from_bits((127 << EXPONENT) + self.0)
+    }
+}
+
+/// Where a float's exponent begins.
+const EXPONENT: u32 = 23;
+
+impl PanelBlock {
+    /// A row's values, before the shift.
+    #[inline(always)]
+    pub fn values(&self, row: usize) -> [f32; BLOCK] {
+        let [high, low] = &self.quants[row];
+        let mut values = [0.0; BLOCK];
+        for ((value, high), low) in values.iter_mut().zip(high).zip(low) {
+            *value = (128 * i32::from(*high) + i32::from(*low)) as f32;
+        }
+        values
+    }
+}
+
+const EMPTY: PanelBlock = PanelBlock {
+    quants: [[[0; BLOCK]; 2]; PANEL],
+    shift: [Shift(0); PANEL],
+    sum: [0.0; PANEL],
+    first_sum: [0.0; PANEL],
+    pairs: [0; PANEL],
+};
+
+/// Quantised rows `[rows, cols]`, in panels of 8 rows, the last one filled up.
+#[derive(Debug, Default)]
+pub struct QuantizedRows {
+    rows: usize,
+    blocks: usize,
+    /// `[panels, blocks]`.
+    panels: Vec<PanelBlock>,
+    /// Of each row.
+    units: Vec<f32>,
+}
+
+/// All rows, to be written by several threads, each its own.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowWriter {
+    rows: usize,
+    blocks: usize,
+    panels: *mut PanelBlock,
+    units: *mut f32,
+}
+
+// SAFETY: `write` is unsafe and asks that no two threads write the same row.
+unsafe impl Send for RowWriter {}
+// SAFETY: as above.
+unsafe impl Sync for RowWriter {}
+
+impl QuantizedRows {
+    /// Makes room for `rows` rows, reusing the buffers. `cols` is a multiple of 32.
+    pub(super) fn resize(&mut self, rows: usize, cols: usize) -> RowWriter {
+        let blocks = cols / BLOCK;
+        (self.rows, self.blocks) = (rows, blocks);
+        self.panels.resize(rows.div_ceil(PANEL) * blocks, EMPTY);
+        self.units.resize(rows, 0.0);
+        RowWriter { rows, blocks, panels: self.panels.as_mut_ptr(), units: self.units.as_mut_ptr() }
+    }
+
+    /// Returns how many rows there are.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Returns how many values a row has.
+    pub fn cols(&self) -> usize {
+        self.blocks * BLOCK
+    }
+
+    /// The blocks of rows `8 i..8 i + 8`.
+    #[inline(always)]
+    pub(super) fn panel(&self, i: usize) -> &[PanelBlock] {
+        &self.panels[i * self.blocks..][..self.blocks]
+    }
+
+    #[inline(always)]
+    pub(super) fn unit(&self, row: usize) -> f32 {
+        self.units[row]
+    }
+}
+
+impl RowWriter {
+    /// Quantises `x` as row `row`.
+    ///
+    /// # Safety
+    /// The rows this was made of are alive, and nobody else reads or writes this one.
+    pub unsafe fn write(&self, row: usize, x: &[f32]) {
+        // SAFETY: the caller vouches for it.
+        unsafe { self.write_at(Level::best(), row, x) };
+    }
+
+    /// # Safety
+    /// As of [`RowWriter::write`].
+    unsafe fn write_at(&self, level: Level, row: usize, x: &[f32]) {
+        assert!(row < self.rows && x.len() == self.blocks * BLOCK, "a row fits");
+        // SAFETY: the row lies within the panels and the units, which were made for `rows` rows, and is ours.
+        let to = unsafe {
+            Place {
+                blocks: self.panels.add(row / PANEL * self.blocks),
+                row: row % PANEL,
+                unit: &mut *self.units.add(row),
+            }
+        };
+        dispatch!(level, quantize, x: &[f32], to: Place<'_>);
+    }
+}
+
+/// Where a quantised row goes: a panel's blocks, of which this row alone is ours.
+struct Place<'a> {
+    blocks: *mut PanelBlock,
+    row: usize,
+    unit: &'a mut f32,
+}
+
+#[inline(always)]
+fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
+    let blocks = x.as_chunks::<BLOCK>().0;
+    let load = |x: &[f32; BLOCK]| [0, 1].map(|half| s.load(&x.as_chunks::<LANES>().0[half]));
+    let largest = blocks.iter().fold(s.splat(0.0), |largest, x| s.max_abs(largest, load(x)));
+    let largest = s.largest(largest);
+    let row = f32::from_bits(largest);
+    let inverse = if row >= SMALLEST { LARGEST / row } else { 0.0 };
+    // What is broken must not look like zeros.
+    *to.unit = if row.is_finite() { row / LARGEST / (1 << MAX_SHIFT) as f32 } else { f32::NAN };
+    for (b, x) in blocks.iter().enumerate() {
+        let x = load(x);
+        let own = s.largest(s.max_abs(s.splat(0.0), x));
+        // How often the block's largest value can be doubled within the row's: the difference of the exponents, less
+        // one where the mantissa is larger.
+        let finer = ((largest - own) >> EXPONENT).min(MAX_SHIFT);
+        let by = inverse * f32::from_bits((127 + finer) << EXPONENT);
+        let shift = MAX_SHIFT - finer;
+        // SAFETY: the panel has as many blocks as the row, and within them the row's places are ours.
+        unsafe {
+            let block = to.blocks.add(b);
+            let [high, low] = &mut (*block).quants[to.row];
+            let split = s.split(x, by, high, low);
+            (*block).shift[to.row] = Shift(shift << EXPONENT);
+            (*block).sum[to.row] = (split.sum << shift) as f32;
+            (*block).first_sum[to.row] = (split.first_sum << shift) as f32;
+            (*block).pairs[to.row] = split.pairs;
+        }
+    }
+}
+
+#[cfg(test)]
+impl QuantizedRows {
+    /// Quantises whole rows on this thread.
+    pub fn of(x: &[f32], cols: usize) -> Self {
+        let mut q = Self::default();
+        let writer = q.resize(x.len() / cols, cols);
+        // SAFETY: the rows are alive and written one by one.
+        x.chunks_exact(cols).enumerate().for_each(|(row, x)| unsafe { writer.write(row, x) });
+        q
+    }
+
+    /// The value that a place stands for.
+    pub fn value(&self, row: usize, col: usize) -> f64 {
+        let block = &self.panel(row / PANEL)[col / BLOCK];
+        let [high, low] = block.quants[row % PANEL].map(|part| i64::from(part[col % BLOCK]));
+        f64::from(self.unit(row)) * ((128 * high + low) << (block.shift[row % PANEL].0 >> EXPONENT)) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_forms_give_the_same_numbers() {
+        let mut sound: Vec<f32> = (0..320).map(|i| (i as f32 * 1.7).sin() * (i as f32 / 40.0).exp()).collect();
+        sound[130] = 1e-40;
+        sound[200..260].fill(0.0);
+        let mut broken = sound.clone();
+        (broken[3], broken[70]) = (f32::NAN, f32::INFINITY);
+        let tiny: Vec<f32> = sound.iter().map(|x| x * 1e-38).collect();
+        let quantized = |level, x: &[f32]| {
+            let mut q = QuantizedRows::default();
+            let writer = q.resize(PANEL + 2, 320);
+            // SAFETY: the rows are alive and written one by one.
+            [1, PANEL + 1].into_iter().for_each(|row| unsafe { writer.write_at(level, row, x) });
+            let row = |row: usize| {
+                let own = |block: &PanelBlock| {
+                    (block.quants[1], block.shift[1], block.sum[1], block.first_sum[1], block.pairs[1])
+                };
+                // The quants of a row whose unit is not a number are anything.
+                let unit = q.unit(row);
+                (!unit.is_nan()).then(|| (unit, q.panel(row / PANEL).iter().map(own).collect::<Vec<_>>()))
+            };
+            assert_eq!(row(1), row(PANEL + 1), "the same row wherever it lies");
+            row(1)
+        };
+        assert_eq!(quantized(Level::Portable, &broken), None);
+        for (level, x) in Level::all().flat_map(|level| [&sound, &broken, &tiny].map(|x| (level, x))) {
+            assert_eq!(quantized(level, x), quantized(Level::Portable, x), "{level:?}");
+        }
+    }
+
+    /// A block's step is at most twice what its own largest value would ask for, and never more than a sixteenth of the
+    /// row's.
+    #[test]
+    fn values_are_kept_to_half_a_step() {
+        let mut x: Vec<f32> = (0..128).map(|i| (i as f32 * 0.7).sin()).collect();
+        x[40] = -500.0;
+        x[96..].iter_mut().for_each(|x| *x *= 100.0);
+        let q = QuantizedRows::of(&x, 128);
+        for (col, value) in x.iter().enumerate() {
+            let own = x[col / BLOCK * BLOCK..][..BLOCK].iter().fold(0.0f32, |a, b| a.max(b.abs()));
+            let step = f64::from((own * 2.0).clamp(500.0 / 16.0, 500.0) / LARGEST);
+            assert!((q.value(0, col) - f64::from(*value)).abs() <= 0.51 * step, "{col}");
+        }
+    }
+
+    #[test]
+    fn what_is_broken_does_not_look_like_zeros() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = [1.0; 64];
+            x[3] = bad;
+            assert!(QuantizedRows::of(&x, 64).unit(0).is_nan());
+        }
+        let tiny = QuantizedRows::of(&[1e-31; 64], 64);
+        assert!((0..64).all(|col| tiny.value(0, col) == 0.0));
+    }
+}

@@ -1,0 +1,340 @@
+//! The block formats of GGUF that a base's matrices may have. Each has a file of its own, which says how the file's
+//! blocks lie in a tile and back, their exact values, and what the matmul's inner loop reads; the list of them is
+//! [`for_all_formats!`], the only place that names them all. To add a format: its file here, and its name in the list.
+//!
+//! A row is a run of blocks. All integers are little-endian; scales (`d`, `m`) are IEEE half precision.
+
+#![expect(non_camel_case_types, reason = "GGUF's names of the formats")]
+
+mod bfloat16;
+mod float16;
+mod float32;
+mod iq4_nl;
+mod iq4_xs;
+mod k_scales;
+mod layout;
+mod q2_k;
+mod q3_k;
+mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
+mod q8_0;
+
+use candle_core::quantized::GgmlDType;
+
+use crate::cpu::lanes::MicroKernel;
+use crate::cpu::products::Multiply;
+
+pub use bfloat16::BF16;
+pub use float16::F16;
+pub use float32::F32;
+pub use iq4_nl::IQ4_NL;
+pub use iq4_xs::IQ4_XS;
+pub use q2_k::Q2_K;
+pub use q3_k::Q3_K;
+pub use q4_0::Q4_0;
+pub use q4_1::Q4_1;
+pub use q4_k::Q4_K;
+pub use q5_0::Q5_0;
+pub use q5_1::Q5_1;
+pub use q5_k::Q5_K;
+pub use q6_k::Q6_K;
+pub use q8_0::Q8_0;
+
+/// Columns of which activations share a scale; the columns of every matrix are a multiple of it.
+pub const BLOCK: usize = 32;
+
+/// Rows of a tile.
+pub const TILE_ROWS: usize = 16;
+
+/// Vectors of quants in 32 columns of a tile: four columns each.
+pub(crate) const FOURS: usize = BLOCK / 4;
+
+/// The list of the formats: `for_all_formats!({macro} args)` calls `macro!{ args names... }`.
+macro_rules! for_all_formats {
+    ({$($do:tt)*} $args:tt) => {
+        $($do)*! {
+            $args F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS
+        }
+    };
+}
+
+/// How one format is stored and multiplied. A tile is [`TILE_ROWS`] rows by [`VALUES`](BlockFormat::VALUES) columns.
+pub(crate) trait BlockFormat: Sized {
+    /// GGUF's name of it.
+    const NAME: &'static str;
+    /// GGUF's number of it.
+    const NUMBER: u32;
+    /// Values of a block, a multiple of [`BLOCK`].
+    const VALUES: usize;
+    /// Values of a block as GGUF counts them; tensors that are not multiplied may have rows of as few.
+    const FILE_VALUES: usize = Self::VALUES;
+    /// Bytes of a block.
+    const BYTES: usize;
+    /// Bytes of a tile.
+    const TILE_BYTES: usize;
+    /// Where a block has the half-precision numbers that must be finite.
+    const HALVES: &'static [usize];
+    /// candle's name of it, where it has one.
+    const CANDLE: Option<GgmlDType> = None;
+    /// Whether the GPU's kernels read it.
+    const CUDA: bool = false;
+    /// What a tile's sums are made by.
+    type Kernel: Multiply<Self>;
+
+    /// Puts the block of row `r` into a tile, which has zeros in its place.
+    fn pack(block: &[u8], r: usize, tile: &mut [u8]);
+
+    /// Takes the block of row `r` out of a tile.
+    fn unpack(tile: &[u8], r: usize, block: &mut [u8]);
+
+    /// The exact values of a block.
+    fn dequantize(block: &[u8], out: &mut [f32]);
+
+    /// Whether all numbers of a block are finite.
+    fn is_sound(block: &[u8]) -> bool {
+        Self::HALVES.iter().all(|at| half_at(block, *at).is_finite())
+    }
+
+    /// Makes the numbers of a block of random bytes small ones; for tests.
+    fn tame(block: &mut [u8]) {
+        Self::HALVES.iter().for_each(|at| block[at + 1] = block[at + 1] & 0x83 | 0x24);
+    }
+}
+
+/// How quants of 32 columns are multiplied with activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Quants {
+    /// From 0 to 15.
+    Nibbles,
+    /// From -16 to 15.
+    Fives,
+    /// From 0 to so many.
+    UpTo(u8),
+}
+
+/// A format of blocks of integers with a scale for each 32 columns: `d * q + m`.
+pub(crate) trait Scaled: BlockFormat {
+    /// What the quants are.
+    const QUANTS: Quants;
+
+    /// The quants of columns `32 b..32 b + 32` of a tile, four columns a vector, of the rows from `at` on.
+    fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS];
+
+    /// What the same columns are multiplied by.
+    fn scale<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> Scale<L>;
+}
+
+/// What some rows' quants stand for: `d * q + m`.
+#[derive(Clone, Copy)]
+pub(crate) struct Scale<L: MicroKernel> {
+    pub d: L::Float,
+    /// `None` for zero.
+    pub m: Option<L::Float>,
+}
+
+/// A format of blocks of integers with a scale for each 16 columns: `d * q + m`.
+pub(crate) trait Halved: BlockFormat {
+    /// The largest quant; the least is 0.
+    const MOST: u8;
+
+    /// As [`Scaled::quants`].
+    fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS];
+
+    /// d and m of the first and the second 16 of the same columns.
+    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], [L::Float; 2]);
+}
+
+/// A format of floats.
+pub(crate) trait Float: BlockFormat {
+    /// The values of column `c` of a tile, of the rows from `at` on.
+    fn column<L: MicroKernel>(l: L, tile: &[u8], c: usize, at: usize) -> L::Float;
+}
+
+/// A half-precision number in a block.
+#[inline(always)]
+fn half_at(block: &[u8], at: usize) -> f32 {
+    half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// The enumeration of the formats and what is asked of a format that is known at run time only.
+macro_rules! define {
+    (() $($format:ident)*) => {
+        /// How a matrix's values are stored, by GGUF's names.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum QType {
+            $(
+                #[doc = concat!("GGUF's ", stringify!($format), ".")]
+                $format,
+            )*
+        }
+
+        impl QType {
+            /// All formats.
+            pub const ALL: &[Self] = &[$(Self::$format),*];
+        }
+    };
+}
+for_all_formats!({ define }());
+
+macro_rules! pick {
+    (($qtype:expr, $name:ident => $body:expr) $($format:ident)*) => {
+        match $qtype {
+            $($crate::format::QType::$format => {
+                type $name = $crate::format::$format;
+                $body
+            })*
+        }
+    };
+}
+pub(crate) use pick;
+
+/// `with_format!(qtype, F => body)`: the body with F the type of the format.
+macro_rules! with_format {
+    ($qtype:expr, $name:ident => $body:expr) => {
+        $crate::format::for_all_formats!({$crate::format::pick} ($qtype, $name => $body))
+    };
+}
+pub(crate) use {for_all_formats, with_format};
+
+impl QType {
+    /// Returns GGUF's name of it.
+    pub fn name(self) -> &'static str {
+        with_format!(self, F => F::NAME)
+    }
+
+    /// Returns GGUF's number of it.
+    pub fn number(self) -> u32 {
+        with_format!(self, F => F::NUMBER)
+    }
+
+    /// Returns the format of a number in GGUF, where it is served.
+    pub fn of_number(number: u32) -> Option<Self> {
+        Self::ALL.iter().copied().find(|qtype| qtype.number() == number)
+    }
+
+    /// Returns the values of a block.
+    pub fn block_values(self) -> usize {
+        with_format!(self, F => F::VALUES)
+    }
+
+    /// Returns the bytes of a block.
+    pub fn block_bytes(self) -> usize {
+        with_format!(self, F => F::BYTES)
+    }
+
+    /// Returns the values and the bytes of a block in a file.
+    pub fn file_block(self) -> (usize, usize) {
+        with_format!(self, F => (F::FILE_VALUES, F::BYTES / (F::VALUES / F::FILE_VALUES)))
+    }
+
+    /// Returns the bytes of a tile: [`TILE_ROWS`] rows by one block.
+    pub(crate) fn tile_bytes(self) -> usize {
+        with_format!(self, F => F::TILE_BYTES)
+    }
+
+    /// Returns candle's name of it, where it has one.
+    pub(crate) fn candle(self) -> Option<GgmlDType> {
+        with_format!(self, F => F::CANDLE)
+    }
+
+    /// Whether the GPU's kernels read it.
+    pub fn has_cuda_kernels(self) -> bool {
+        with_format!(self, F => F::CUDA)
+    }
+
+    /// Bytes of a row of `cols` values; `cols` is a multiple of [`QType::block_values`].
+    pub fn row_bytes(self, cols: usize) -> usize {
+        cols / self.block_values() * self.block_bytes()
+    }
+
+    /// Whether rows may have this many values.
+    pub fn fits(self, cols: usize) -> bool {
+        cols.is_multiple_of(self.block_values())
+    }
+
+    /// The exact values of one row: `row` holds `row_bytes(out.len())` bytes.
+    pub fn dequantize_row(self, row: &[u8], out: &mut [f32]) {
+        with_format!(self, F => {
+            for (block, out) in row.chunks_exact(F::BYTES).zip(out.chunks_exact_mut(F::VALUES)) {
+                F::dequantize(block, out);
+            }
+        });
+    }
+
+    /// The first of some blocks that has a number that is not finite.
+    pub fn broken_block(self, blocks: &[u8]) -> Option<usize> {
+        with_format!(self, F => blocks.chunks_exact(F::BYTES).position(|block| !F::is_sound(block)))
+    }
+
+    /// Makes the numbers of a block of random bytes small ones; for tests.
+    pub(crate) fn tame(self, block: &mut [u8]) {
+        with_format!(self, F => F::tame(block));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::random_matrix;
+
+    /// FNV-1a over the bits of the values of `random_matrix(format, 3, 1024, 11)`, which gguf-py 0.19.0 dequantised.
+    const VALUES: [(QType, u64); 15] = [
+        (QType::F32, 0xe510effea450376c),
+        (QType::F16, 0x31416faab279b325),
+        (QType::BF16, 0xb6d9900a3ac21325),
+        (QType::Q4_0, 0xc5307402215a4325),
+        (QType::Q4_1, 0x935961f850093725),
+        (QType::Q5_0, 0x5a6d39d884cff325),
+        (QType::Q5_1, 0x23e9d77ba6797625),
+        (QType::Q8_0, 0x1155231a3a6fb625),
+        (QType::Q2_K, 0x557ea88b05762aa5),
+        (QType::Q3_K, 0x48bf1372e36ae425),
+        (QType::Q4_K, 0x1c0c0a37d1ab8ec5),
+        (QType::Q5_K, 0x96afd0ae193058d5),
+        (QType::Q6_K, 0xd0577f9d94689d31),
+        (QType::IQ4_NL, 0xe9f03520d208c4e5),
+        (QType::IQ4_XS, 0xb5b15cd1f134ef87),
+    ];
+
+    #[test]
+    fn values_are_those_of_another_implementation() {
+        assert!(QType::ALL.iter().eq(VALUES.iter().map(|(qtype, _)| qtype)), "every format has its values here");
+        for (qtype, want) in VALUES {
+            let file = random_matrix(qtype, 3, 1024, 11);
+            let mut values = vec![0.0f32; 3 * 1024];
+            for (row, values) in file.chunks_exact(qtype.row_bytes(1024)).zip(values.chunks_exact_mut(1024)) {
+                qtype.dequantize_row(row, values);
+            }
+            let step = |hash: u64, x: &f32| (hash ^ u64::from(x.to_bits())).wrapping_mul(0x0100_0000_01b3);
+            assert_eq!(values.iter().fold(0xcbf2_9ce4_8422_2325, step), want, "{qtype:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_found() {
+        for qtype in QType::ALL.iter().copied() {
+            let sound = random_matrix(qtype, 1, 1024, 3);
+            assert_eq!(qtype.broken_block(&sound), None);
+            let last = sound.len() / qtype.block_bytes() - 1;
+            let at = with_format!(qtype, F => F::HALVES.last().copied().unwrap_or(F::BYTES - 2));
+            // The sign and the exponent, all ones.
+            let mut broken = sound.clone();
+            broken[last * qtype.block_bytes() + at..][..2].fill(0xFF);
+            assert_eq!(qtype.broken_block(&broken), Some(last), "{qtype:?}");
+        }
+    }
+
+    #[test]
+    fn tiles_are_hardly_larger_than_the_file() {
+        for qtype in QType::ALL {
+            let (tile, file) = (qtype.tile_bytes() as f64, (TILE_ROWS * qtype.block_bytes()) as f64);
+            assert!((file..=1.06 * file).contains(&tile), "{qtype:?}: {tile} of {file}");
+            assert_eq!(QType::of_number(qtype.number()), Some(*qtype));
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Q6_K: 256 values of `128 bytes of nibbles, 64 bytes of two bits, 16 int8 scales, d`: d * scale * (q - 32), a scale for
+//! each 16 values. Of each 128 values, byte i of the nibbles has value i and, high, value 64 + i; byte i of the two bits
+//! values i, 32 + i, 64 + i, 96 + i. In a tile the 16 rows' d, their scales of each 16 columns, the nibbles of each 32
+//! columns, then their two bits.
+
+use candle_core::quantized::GgmlDType;
+
+use super::layout::{self, NIBBLES, TWOS};
+use super::{BLOCK, BlockFormat, FOURS, Halved, TILE_ROWS, half_at};
+use crate::cpu::lanes::MicroKernel;
+use crate::cpu::products::TwoScales;
+
+/// The format.
+pub struct Q6_K;
+
+/// Blocks of 32 values.
+const PARTS: usize = 8;
+
+/// Where a block's two bits begin.
+const BLOCK_HIGH: usize = 128;
+
+/// Where its scales begin.
+const BLOCK_SCALES: usize = BLOCK_HIGH + 64;
+
+/// Where its d is.
+const BLOCK_D: usize = BLOCK_SCALES + 16;
+
+/// Where a tile's scales begin.
+const SCALES: usize = 2 * TILE_ROWS;
+
+/// Where its nibbles begin: at a line of memory.
+const LOW: usize = (SCALES + 2 * PARTS * TILE_ROWS).next_multiple_of(64);
+
+/// Where its two bits begin.
+const HIGH: usize = LOW + PARTS * NIBBLES;
+
+/// What quants are more than they stand for.
+const OFFSET: f32 = 32.0;
+
+/// Where the nibbles of values `32 b..32 b + 32` begin, and their shift.
+fn low_place(b: usize) -> (usize, usize) {
+    (b / 4 * 64 + b % 2 * BLOCK, b % 4 / 2 * 4)
+}
+
+/// As [`low_place`], of the two bits.
+fn high_place(b: usize) -> (usize, usize) {
+    (BLOCK_HIGH + b / 4 * BLOCK, b % 4 * 2)
+}
+
+fn quants(block: &[u8], b: usize) -> [u8; BLOCK] {
+    let ((low, shift), (high, high_shift)) = (low_place(b), high_place(b));
+    let (low, high) = (&block[low..][..BLOCK], &block[high..][..BLOCK]);
+    std::array::from_fn(|i| low[i] >> shift & 15 | (high[i] >> high_shift & 3) << 4)
+}
+
+impl BlockFormat for Q6_K {
+    const NAME: &'static str = "Q6_K";
+    const NUMBER: u32 = 14;
+    const VALUES: usize = 256;
+    const BYTES: usize = BLOCK_D + 2;
+    const TILE_BYTES: usize = HIGH + PARTS * TWOS;
+    const HALVES: &'static [usize] = &[BLOCK_D];
+    const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q6K);
+    type Kernel = TwoScales;
+
+    fn pack(block: &[u8], r: usize, tile: &mut [u8]) {
+        layout::put_half(tile, r, &block[BLOCK_D..][..2]);
+        for (i, scale) in block[BLOCK_SCALES..BLOCK_D].iter().enumerate() {
+            tile[SCALES + TILE_ROWS * i + r] = *scale;
+        }
+        for b in 0..PARTS {
+            let quants = quants(block, b);
+            layout::put_nibbles(&mut tile[LOW + NIBBLES * b..], r, &quants);
+            layout::put_twos(&mut tile[HIGH + TWOS * b..][..TWOS], r, &quants.map(|q| q >> 4));
+        }
+    }
+
+    fn unpack(tile: &[u8], r: usize, block: &mut [u8]) {
+        block.fill(0);
+        layout::get_half(tile, r, &mut block[BLOCK_D..][..2]);
+        for (i, scale) in block[BLOCK_SCALES..BLOCK_D].iter_mut().enumerate() {
+            *scale = tile[SCALES + TILE_ROWS * i + r];
+        }
+        for b in 0..PARTS {
+            let low = layout::get_nibbles(&tile[LOW + NIBBLES * b..], r);
+            let high = layout::get_twos(&tile[HIGH + TWOS * b..], r);
+            for ((at, shift), quants) in [(low_place(b), low), (high_place(b), high)] {
+                block[at..][..BLOCK].iter_mut().zip(quants).for_each(|(byte, q)| *byte |= q << shift);
+            }
+        }
+    }
+
+    fn dequantize(block: &[u8], out: &mut [f32]) {
+        let d = half_at(block, BLOCK_D);
+        for (b, out) in out.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+            let scales = [0, 1].map(|half| d * f32::from(block[BLOCK_SCALES + 2 * b + half] as i8));
+            for (i, (x, q)) in out.iter_mut().zip(quants(block, b)).enumerate() {
+                *x = scales[i / 16] * (f32::from(q) - OFFSET);
+            }
+        }
+    }
+}
+
+impl Halved for Q6_K {
+    const MOST: u8 = 63;
+
+    #[inline(always)]
+    fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS] {
+        layout::sixes(l, &tile[LOW + NIBBLES * b..], &tile[HIGH + TWOS * b..], at)
+    }
+
+    #[inline(always)]
+    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], [L::Float; 2]) {
+        let d = l.load_f16(&tile[2 * at..]);
+        let scales = &tile[SCALES + 2 * TILE_ROWS * b + at..];
+        let d = [l.mul(d, l.load_i8(scales)), l.mul(d, l.load_i8(&scales[TILE_ROWS..]))];
+        (d, [l.scale(d[0], -OFFSET), l.scale(d[1], -OFFSET)])
+    }
+}

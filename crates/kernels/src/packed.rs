@@ -1,0 +1,218 @@
+//! A frozen matrix in tile order: the only copy of the base's weights in host memory, packed once at load.
+//!
+//! A tile is [`TILE_ROWS`] rows by one block of columns. In place of each row's `d, m, quants` a tile holds the 16 d, the
+//! 16 m where the format has them, and the quants so that four neighbours of each of the 16 rows lie together, which is
+//! what the dot product instructions of CPUs take; each format's file says where (`format`). Tiles of the same rows
+//! follow one another: a strip. No value changes.
+
+use rayon::prelude::*;
+
+use super::format::{BlockFormat, QType, with_format};
+
+pub use super::format::TILE_ROWS;
+
+/// A cache line, which the quants of most formats are aligned to.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// A matrix `[rows, cols]` in tile order.
+#[derive(Debug)]
+pub struct PackedMatrix {
+    qtype: QType,
+    rows: usize,
+    cols: usize,
+    lines: Vec<Line>,
+}
+
+/// The most bytes of a block.
+const MAX_BLOCK: usize = 256;
+
+impl PackedMatrix {
+    /// `file`: rows of `qtype.row_bytes(cols)` bytes as GGUF has them. `cols` is a multiple of the block's values.
+    pub fn pack(qtype: QType, rows: usize, cols: usize, file: &[u8]) -> Self {
+        let mut packer = Packer::new(qtype, rows, cols);
+        packer.push(file);
+        packer.finish()
+    }
+
+    /// The rows as GGUF has them.
+    pub fn unpack(&self) -> Vec<u8> {
+        let row_bytes = self.qtype.row_bytes(self.cols);
+        let mut file = vec![0; self.rows * row_bytes];
+        for (row, out) in file.chunks_exact_mut(row_bytes).enumerate() {
+            let tiles = self.strip(row / TILE_ROWS);
+            with_format!(self.qtype, F => {
+                for (tile, block) in tiles.chunks_exact(F::TILE_BYTES).zip(out.chunks_exact_mut(F::BYTES)) {
+                    F::unpack(tile, row % TILE_ROWS, block);
+                }
+            });
+        }
+        file
+    }
+
+    /// The exact values of rows `from..from + out.len() / cols`.
+    pub fn dequantize(&self, from: usize, out: &mut [f32]) {
+        for (row, out) in (from..).zip(out.chunks_exact_mut(self.cols)) {
+            let tiles = self.strip(row / TILE_ROWS);
+            with_format!(self.qtype, F => dequantize_row::<F>(tiles, row % TILE_ROWS, out));
+        }
+    }
+
+    /// Returns the format of its blocks.
+    pub fn qtype(&self) -> QType {
+        self.qtype
+    }
+
+    /// Returns the outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Returns the inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Returns how many tiles of rows it has, the last one filled up.
+    pub fn strips(&self) -> usize {
+        self.rows.div_ceil(TILE_ROWS)
+    }
+
+    /// The tiles of rows `16 i..16 i + 16`.
+    pub fn strip(&self, i: usize) -> &[u8] {
+        &self.strips_from(i)[..self.strip_bytes()]
+    }
+
+    /// The tiles from row `16 i` on.
+    pub fn strips_from(&self, i: usize) -> &[u8] {
+        &self.bytes()[i * self.strip_bytes()..]
+    }
+
+    fn strip_bytes(&self) -> usize {
+        self.cols / self.qtype.block_values() * self.qtype.tile_bytes()
+    }
+
+    /// All tiles.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: a line is 64 bytes without padding, and bytes have no alignment.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), size_of_val(&*self.lines)) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above; any byte is a valid line.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), size_of_val(&*self.lines)) }
+    }
+}
+
+/// A matrix that is being packed, from rows that come piece by piece: what is in memory is the matrix and a piece.
+#[derive(Debug)]
+pub struct Packer {
+    matrix: PackedMatrix,
+    /// Rows that have come.
+    filled: usize,
+}
+
+/// The least bytes of a strip's rows that a thread takes at a time.
+const MIN_BYTES: usize = 1 << 16;
+
+impl Packer {
+    /// A matrix without rows yet. `cols` is a multiple of the block's values.
+    pub fn new(qtype: QType, rows: usize, cols: usize) -> Self {
+        assert!(qtype.fits(cols), "rows are whole blocks");
+        let bytes = rows.div_ceil(TILE_ROWS) * (cols / qtype.block_values()) * qtype.tile_bytes();
+        let lines = vec![Line([0; 64]); bytes.div_ceil(64)];
+        Self { matrix: PackedMatrix { qtype, rows, cols, lines }, filled: 0 }
+    }
+
+    /// Packs the rows that come next, any number of them, in the order of the file; on rayon's pool.
+    pub fn push(&mut self, rows: &[u8]) {
+        let (qtype, first) = (self.matrix.qtype, self.filled);
+        let row_bytes = qtype.row_bytes(self.matrix.cols);
+        let end = first + rows.len() / row_bytes;
+        assert!(rows.len().is_multiple_of(row_bytes) && end <= self.matrix.rows, "as many rows as the shape says");
+        let (strip_bytes, from) = (self.matrix.strip_bytes(), first / TILE_ROWS);
+        let strips = self.matrix.bytes_mut()[from * strip_bytes..].par_chunks_exact_mut(strip_bytes);
+        let strips = strips.take(end.div_ceil(TILE_ROWS) - from).enumerate();
+        strips.with_min_len(MIN_BYTES.div_ceil(strip_bytes)).for_each(|(i, strip)| {
+            let begin = (from + i) * TILE_ROWS;
+            for row in begin.max(first)..end.min(begin + TILE_ROWS) {
+                let file = &rows[(row - first) * row_bytes..][..row_bytes];
+                with_format!(qtype, F => pack_row::<F>(file, row - begin, strip));
+            }
+        });
+        self.filled = end;
+    }
+
+    /// The matrix, once all of its rows have come.
+    pub fn finish(self) -> PackedMatrix {
+        assert_eq!(self.filled, self.matrix.rows, "as many rows as the shape says");
+        self.matrix
+    }
+}
+
+/// Puts row `r` into a strip's tiles.
+fn pack_row<F: BlockFormat>(row: &[u8], r: usize, strip: &mut [u8]) {
+    for (block, tile) in row.chunks_exact(F::BYTES).zip(strip.chunks_exact_mut(F::TILE_BYTES)) {
+        F::pack(block, r, tile);
+    }
+}
+
+/// The values of row `r` of a strip's tiles.
+fn dequantize_row<F: BlockFormat>(strip: &[u8], r: usize, out: &mut [f32]) {
+    let mut block = [0; MAX_BLOCK];
+    let block = &mut block[..F::BYTES];
+    for (tile, out) in strip.chunks_exact(F::TILE_BYTES).zip(out.chunks_exact_mut(F::VALUES)) {
+        F::unpack(tile, r, block);
+        F::dequantize(block, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::random_matrix;
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn packing_changes_no_value(
+            qtype in prop::sample::select(QType::ALL),
+            rows in 1usize..40, blocks in 1usize..5, from in 0usize..40, seed in any::<u64>(),
+        ) {
+            let (cols, from) = (blocks * qtype.block_values(), from % rows);
+            let file = random_matrix(qtype, rows, cols, seed);
+            let packed = PackedMatrix::pack(qtype, rows, cols, &file);
+            prop_assert_eq!(packed.unpack(), file.clone());
+            let strips = file.len().next_multiple_of(16 * qtype.row_bytes(cols));
+            prop_assert!(packed.bytes().len() as f64 <= 1.06 * strips as f64 + 64.0, "{} of {strips} bytes", packed.bytes().len());
+            let (mut got, mut want) = (vec![0.0; (rows - from) * cols], vec![0.0; (rows - from) * cols]);
+            packed.dequantize(from, &mut got);
+            for (row, want) in file.chunks_exact(qtype.row_bytes(cols)).skip(from).zip(want.chunks_exact_mut(cols)) {
+                qtype.dequantize_row(row, want);
+            }
+            prop_assert_eq!(got, want);
+        }
+
+        #[test]
+        fn pieces_make_the_same_matrix(
+            qtype in prop::sample::select(QType::ALL), pieces in prop::collection::vec(0usize..40, 0..6), seed in any::<u64>(),
+        ) {
+            let (rows, cols) = (pieces.iter().sum(), qtype.block_values());
+            let file = random_matrix(qtype, rows, cols, seed);
+            let mut packer = Packer::new(qtype, rows, cols);
+            let mut rest = &file[..];
+            for piece in pieces {
+                let (now, later) = rest.split_at(piece * qtype.row_bytes(cols));
+                packer.push(now);
+                rest = later;
+            }
+            let whole = PackedMatrix::pack(qtype, rows, cols, &file);
+            let pieces = packer.finish();
+            prop_assert_eq!(pieces.bytes(), whole.bytes());
+            prop_assert_eq!(whole.unpack(), file);
+        }
+    }
+}

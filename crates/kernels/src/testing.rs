@@ -1,0 +1,67 @@
+//! What tests share: random matrices, and the count of a thread's allocations.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use super::format::QType;
+
+/// The bytes of a matrix of random blocks whose scales are small normal numbers.
+pub fn random_matrix(qtype: QType, rows: usize, cols: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as u8
+    };
+    let mut data: Vec<u8> = (0..rows * qtype.row_bytes(cols)).map(|_| next()).collect();
+    for block in data.chunks_exact_mut(qtype.block_bytes()) {
+        qtype.tame(block);
+    }
+    data
+}
+
+/// A number that looks random, of a seed and a place.
+pub fn hash(seed: u32, at: u32) -> u32 {
+    // SplitMix64's finaliser.
+    let mut x = (u64::from(seed) << 32 | u64::from(at)).wrapping_add(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ x >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x = (x ^ x >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    (x ^ x >> 31) as u32
+}
+
+/// Smooth values in [-3, 3].
+pub fn sinusoid(len: usize, seed: u64) -> Vec<f32> {
+    (0..len).map(|i| ((i as f32 + (seed % 100) as f32) * 0.7).sin() * 3.0).collect()
+}
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Allocations of this thread so far.
+pub fn allocations() -> u64 {
+    ALLOCATIONS.get()
+}
+
+/// The system's allocator, which counts; a test's program makes it its `#[global_allocator]`.
+#[derive(Debug)]
+pub struct Counting;
+
+// SAFETY: everything is the system's; counting allocates nothing, and a thread that is ending counts no more.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller keeps the rules of the trait.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(at, layout) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
+        // SAFETY: as above.
+        unsafe { System.realloc(at, layout, size) }
+    }
+}
