@@ -28,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::kernels::cpu::{HEAD_DIM_STEP, KvShape, MAX_GROUP, MAX_HEAD_DIM};
 use crate::kernels::packed::PackedMatrix;
 use crate::text::{Text, Vocabulary};
-use crate::weights::Weights;
+use crate::weights::{Progress, Weights};
 use batch::{Executor, KvDtype, KvLayout, Readout, SequenceChunk};
 use exec::Exec;
 use rope::RopeTable;
@@ -49,7 +49,17 @@ impl Model {
     /// Loads a GGUF file and its tokenizer, to be served on `device` with a context of so many tokens (see
     /// [`ModelConfig::take_context`]).
     pub fn load(path: &Path, device: &Device, context: Option<usize>) -> Result<(Arc<Self>, Arc<Text>)> {
-        let (mut weights, vocabulary) = Weights::load(path)?;
+        Self::load_watched(path, device, context, &mut |_, _| {})
+    }
+
+    /// As [`Model::load`]; `progress` hears how many bytes have been read, and of how many.
+    pub fn load_watched(
+        path: &Path,
+        device: &Device,
+        context: Option<usize>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(Arc<Self>, Arc<Text>)> {
+        let (mut weights, vocabulary) = Weights::load(path, progress)?;
         weights.config.take_context(context)?;
         Self::proven((weights, vocabulary), device)
     }

@@ -508,6 +508,9 @@ pub(super) fn call_method(meter: &Arc<Meter>, value: &Value, name: &str, given: 
             }
         }
         (Value::Float(value), "is_integer") => Ok(Value::Bool(value.fract() == 0.0)),
-        _ => Err(Failure::Error(format!("access to attribute '{name}' of '{}' object is {NOT_SAFE}.", value.type_name()))),
+        _ => Err(Failure::Error(format!(
+            "access to attribute '{name}' of '{}' object is {NOT_SAFE}.",
+            value.type_name()
+        ))),
     }
 }
