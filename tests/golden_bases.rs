@@ -20,7 +20,7 @@ use tenora::data::Examples;
 use tenora::device::Arbiter;
 use tenora::kernels::log_sum_exp;
 use tenora::model::Model;
-use tenora::model::batch::{KvLayout, Readout, SequenceChunk};
+use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 use tenora::model::traced::{ForwardOptions, TracedLora};
 use tenora::request::{Hyperparameters, JobEvent, LrSchedule, Objective};
 use tenora::text::{Conversation, Text};
@@ -131,7 +131,7 @@ impl Base {
     ) -> Vec<(Vec<f32>, Vec<f32>, Vec<f64>)> {
         let longest = scored.iter().map(|(_, scored)| scored.ids.len()).max().expect("sequences");
         let of_each = longest.div_ceil(16);
-        let layout = KvLayout { block_tokens: 16, blocks: of_each * scored.len() };
+        let layout = KvLayout { block_tokens: 16, blocks: of_each * scored.len(), dtype: KvDtype::F16 };
         let mut exec = self.model.executor(layout).expect("an executor");
         let tables: Vec<Vec<u32>> =
             (0..scored.len()).map(|i| (0..of_each).map(|b| (b * scored.len() + i) as u32).collect()).collect();

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::batch::KvDtype;
 use super::{Model, kv_bytes_per_token};
 use crate::error::{Error, Result};
 use crate::text::Text;
@@ -17,7 +18,7 @@ pub struct Inspection {
     pub longest_context: Option<usize>,
     /// The tokenizer and the chat template; `None` where they cannot be used.
     pub text: Option<Arc<Text>>,
-    /// Bytes of the KV cache for one token.
+    /// Bytes of the KV cache for one token, in half precision.
     pub kv_bytes_per_token: Option<u64>,
     /// Why it can't be served and trained on the CPU; empty where it can.
     pub problems: Vec<Error>,
@@ -42,6 +43,6 @@ pub fn inspect(path: &Path, context: Option<usize>) -> Result<Inspection> {
             None
         }
     });
-    let kv_bytes_per_token = outline.config.as_ref().map(kv_bytes_per_token);
+    let kv_bytes_per_token = outline.config.as_ref().map(|config| kv_bytes_per_token(config, KvDtype::F16));
     Ok(Inspection { outline, longest_context, text, kv_bytes_per_token, problems })
 }

@@ -26,11 +26,11 @@ use crate::arch::config::{AttentionConfig, ModelConfig};
 use crate::arch::decoder::{Decoder, NormId, SiteId};
 use crate::arch::unsupported;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM};
+use crate::kernels::cpu::{HEAD_DIM_STEP, KvShape, MAX_GROUP, MAX_HEAD_DIM};
 use crate::kernels::packed::PackedMatrix;
 use crate::text::{Text, Vocabulary};
 use crate::weights::{Progress, Weights};
-use batch::{Executor, KvLayout, Readout, SequenceChunk};
+use batch::{Executor, KvDtype, KvLayout, Readout, SequenceChunk};
 use exec::Exec;
 pub use inspect::{Inspection, inspect};
 use rope::RopeTable;
@@ -82,7 +82,7 @@ impl Model {
         let last = self.vocab_size() as u32 - 1;
         let ids = [0, last / 3, last / 2, last];
         let ids = &ids[..ids.len().min(self.context_length())];
-        let mut exec = self.executor(KvLayout { block_tokens: ids.len(), blocks: 1 })?;
+        let mut exec = self.executor(KvLayout { block_tokens: ids.len(), blocks: 1, dtype: KvDtype::F16 })?;
         let span = SequenceChunk { ids, start: 0, blocks: &[0], lora: None, logits: Readout::All };
         if exec.forward(&[span])?.iter().all(|logit| logit.is_finite()) {
             return Ok(());
@@ -175,8 +175,8 @@ impl Model {
     }
 
     /// Bytes of the KV cache for one token.
-    pub fn kv_bytes_per_token(&self) -> u64 {
-        kv_bytes_per_token(self.config())
+    pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> u64 {
+        kv_bytes_per_token(self.config(), dtype)
     }
 
     /// Returns the bytes that the base's tensors take in memory.
@@ -217,9 +217,10 @@ impl Model {
     }
 }
 
-fn kv_bytes_per_token(config: &ModelConfig) -> u64 {
-    let [_, k, v] = config.qkv_widths();
-    (config.layers.len() * (k + v) * size_of::<u16>()) as u64
+fn kv_bytes_per_token(config: &ModelConfig, dtype: KvDtype) -> u64 {
+    let AttentionConfig { kv_heads, head_dim, .. } = config.attention;
+    let of_layer = KvShape { block_tokens: 1, kv_heads, head_dim, dtype }.block_len() * size_of::<u16>();
+    (2 * config.layers.len() * of_layer) as u64
 }
 
 #[cfg(test)]

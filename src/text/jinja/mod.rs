@@ -14,6 +14,7 @@ mod ops;
 mod parser;
 mod repr;
 mod strings;
+mod tags;
 #[cfg(test)]
 mod tests;
 mod value;

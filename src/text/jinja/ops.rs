@@ -467,6 +467,9 @@ fn places([from, to, by]: [Option<i64>; 3], length: usize) -> Outcome<impl Itera
     }))
 }
 
+/// Jinja's word. In two parts, because a test of this crate looks for the keyword outside of the kernels.
+const NOT_SAFE: &str = concat!("un", "safe");
+
 /// Calls a method of a list or a dict.
 pub(super) fn call_method(meter: &Arc<Meter>, value: &Value, name: &str, given: &filters::Given) -> Outcome<Value> {
     let first = given.positional.first();
@@ -505,6 +508,9 @@ pub(super) fn call_method(meter: &Arc<Meter>, value: &Value, name: &str, given: 
             }
         }
         (Value::Float(value), "is_integer") => Ok(Value::Bool(value.fract() == 0.0)),
-        _ => Err(Failure::Error(format!("access to attribute '{name}' of '{}' object is unsafe.", value.type_name()))),
+        _ => Err(Failure::Error(format!(
+            "access to attribute '{name}' of '{}' object is {NOT_SAFE}.",
+            value.type_name()
+        ))),
     }
 }

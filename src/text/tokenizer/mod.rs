@@ -17,6 +17,7 @@ pub use marks::{is_marker, names_control, names_end};
 
 use crate::error::{Error, Result};
 use bpe::Bpe;
+pub(super) use pre::HF_RAW;
 use pre::Pre;
 use spm::Spm;
 
@@ -56,7 +57,7 @@ pub struct Vocabulary {
     pub pre: String,
     /// Whether text is brought into Unicode's composed form (NFC) first.
     pub composes: bool,
-    /// Whether a text begins with a space of its own; of SentencePiece.
+    /// Whether a text begins with a space of its own; of SentencePiece, and of byte pairs that write spaces as it does.
     pub add_space_prefix: bool,
     /// What the template calls `eos_token`.
     pub eos: u32,
@@ -212,7 +213,7 @@ impl Tokenizer {
         let user_defined = Finder::new(&vocabulary.user_defined, &vocabulary.tokens)?;
         let (bytes, starts) =
             written(&vocabulary, &is_control, matches!(&model, Model::BytePairs(bpe) if !bpe.is_raw()));
-        let add_space_prefix = vocabulary.add_space_prefix && vocabulary.model == TokenizerModel::SentencePiece;
+        let add_space_prefix = vocabulary.add_space_prefix && !matches!(&model, Model::BytePairs(bpe) if !bpe.is_raw());
         let Vocabulary { tokens, strips_after, composes, .. } = vocabulary;
         Ok(Self {
             model,
@@ -282,9 +283,10 @@ impl Tokenizer {
             }
             false => text,
         };
+        let prefixed = self.add_space_prefix && encoding.fresh;
         match &self.model {
-            Model::BytePairs(bpe) => bpe.encode(text, &mut encoding.ids)?,
-            Model::SentencePiece(spm) => spm.encode(text, self.add_space_prefix && encoding.fresh, &mut encoding.ids),
+            Model::BytePairs(bpe) => bpe.encode(text, prefixed, &mut encoding.ids)?,
+            Model::SentencePiece(spm) => spm.encode(text, prefixed, &mut encoding.ids),
         }
         (encoding.fresh, encoding.strips) = (false, false);
         Ok(())

@@ -136,6 +136,42 @@ fn a_folder_is_read_whole_or_in_shards_and_its_digest_covers_its_text() {
     assert!([after, templated, other].iter().all(|digest| *digest != before) && after != templated);
 }
 
+/// With its tokenizer, as a server loads it.
+#[test]
+fn a_folder_is_served_with_its_tokenizer() {
+    let mut pieces = tiny().set("vocab_size", json!(260));
+    let embedding = pieces.tensors.iter_mut().find(|tensor| tensor.0.contains("embed")).unwrap();
+    (embedding.1, embedding.2) = (vec![260, 32], (0..260 * 32).map(|i| (i % 29) as f32 / 64.0).collect());
+    let dir = pieces.write();
+    let vocabulary = Vocabulary::tiny();
+    let vocab: serde_json::Map<_, _> = (0..256).map(|id| (vocabulary.tokens[id].clone(), json!(id))).collect();
+    let tokenizer = |last: u32| {
+        let added = |id: u32, content: &str| json!({"id": id, "content": content, "special": true});
+        let file = json!({
+            "added_tokens": [added(256, "<|im_start|>"), added(last, "<|im_end|>")],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        });
+        std::fs::write(dir.path().join(TOKENIZER), file.to_string()).unwrap();
+    };
+    let config = json!({"eos_token": "<|im_end|>", "chat_template": vocabulary.chat_template}).to_string();
+    std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+    tokenizer(257);
+    let load = || crate::model::Model::load(dir.path(), &candle_core::Device::Cpu, None);
+    let (model, text) = load().unwrap();
+    assert_eq!((model.vocab_size(), text.vocab_size(), text.eos()), (260, 260, 257));
+    assert_eq!(text.encode("a<|im_end|>").unwrap(), [97, 257]);
+    let inspected = crate::model::inspect(dir.path(), Some(16)).unwrap();
+    assert!(inspected.problems.is_empty(), "{:?}", inspected.problems);
+    assert_eq!(inspected.outline.held_bytes, model.held_bytes());
+    tokenizer(260);
+    let refused = load().map(drop).unwrap_err().to_string();
+    assert!(refused.contains("the id 260, and the embedding has 260 rows"), "{refused}");
+    std::fs::remove_file(dir.path().join(TOKENIZER)).unwrap();
+    let refused = load().map(drop).unwrap_err().to_string();
+    assert!(refused.contains("tokenizer.json: is missing from the folder"), "{refused}");
+}
+
 #[test]
 fn settings_that_compute_something_else_are_refused_by_name() {
     let scaling = |value: Value| tiny().set("rope_scaling", value);

@@ -113,8 +113,8 @@ pub(crate) enum Quants {
     Nibbles,
     /// From -16 to 15.
     Fives,
-    /// From 0 to so many.
-    UpTo(u8),
+    /// Bytes that are 128 more than they stand for.
+    Bytes,
 }
 
 /// A format of blocks of integers with a scale for each 32 columns: `d * q + m`.
@@ -137,16 +137,16 @@ pub(crate) struct Scale<L: MicroKernel> {
     pub m: Option<L::Float>,
 }
 
-/// A format of blocks of integers with a scale for each 16 columns: `d * q + m`.
+/// A format of blocks of integers with a scale for each 16 columns: `d * q + m`, or `d * (q - 128)`.
 pub(crate) trait Halved: BlockFormat {
-    /// The largest quant; the least is 0.
-    const MOST: u8;
+    /// Quants lie in the highest bits of their bytes; so many are below them, zeros.
+    const SHIFT: u32;
 
     /// As [`Scaled::quants`].
     fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS];
 
-    /// d and m of the first and the second 16 of the same columns.
-    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], [L::Float; 2]);
+    /// d, and m where 128 is not what quants are too large by, of the first and the second 16 of the same columns.
+    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], Option<[L::Float; 2]>);
 }
 
 /// A format of floats.
