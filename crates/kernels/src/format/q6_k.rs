@@ -28,11 +28,11 @@ const BLOCK_D: usize = BLOCK_SCALES + 16;
 /// Where a tile's scales begin.
 const SCALES: usize = 2 * TILE_ROWS;
 
-/// Where its nibbles begin: at a line of memory.
-const LOW: usize = (SCALES + 2 * PARTS * TILE_ROWS).next_multiple_of(64);
+/// Where its quants begin: at a line of memory.
+const AT: usize = (SCALES + 2 * PARTS * TILE_ROWS).next_multiple_of(64);
 
-/// Where its two bits begin.
-const HIGH: usize = LOW + PARTS * NIBBLES;
+/// Bytes of 32 columns of a tile: nibbles, then two bits.
+const PART: usize = NIBBLES + TWOS;
 
 /// What quants are more than they stand for.
 const OFFSET: f32 = 32.0;
@@ -58,7 +58,7 @@ impl BlockFormat for Q6_K {
     const NUMBER: u32 = 14;
     const VALUES: usize = 256;
     const BYTES: usize = BLOCK_D + 2;
-    const TILE_BYTES: usize = HIGH + PARTS * TWOS;
+    const TILE_BYTES: usize = AT + PARTS * PART;
     const HALVES: &'static [usize] = &[BLOCK_D];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q6K);
     type Kernel = TwoScales;
@@ -68,10 +68,10 @@ impl BlockFormat for Q6_K {
         for (i, scale) in block[BLOCK_SCALES..BLOCK_D].iter().enumerate() {
             tile[SCALES + TILE_ROWS * i + r] = *scale;
         }
-        for b in 0..PARTS {
+        for (b, part) in tile[AT..].chunks_exact_mut(PART).enumerate() {
             let quants = quants(block, b);
-            layout::put_nibbles(&mut tile[LOW + NIBBLES * b..], r, &quants);
-            layout::put_twos(&mut tile[HIGH + TWOS * b..][..TWOS], r, &quants.map(|q| q >> 4));
+            layout::put_nibbles(part, r, &quants);
+            layout::put_twos(&mut part[NIBBLES..], r, &quants.map(|q| q >> 4));
         }
     }
 
@@ -81,9 +81,8 @@ impl BlockFormat for Q6_K {
         for (i, scale) in block[BLOCK_SCALES..BLOCK_D].iter_mut().enumerate() {
             *scale = tile[SCALES + TILE_ROWS * i + r];
         }
-        for b in 0..PARTS {
-            let low = layout::get_nibbles(&tile[LOW + NIBBLES * b..], r);
-            let high = layout::get_twos(&tile[HIGH + TWOS * b..], r);
+        for (b, part) in tile[AT..].chunks_exact(PART).enumerate() {
+            let (low, high) = (layout::get_nibbles(part, r), layout::get_twos(&part[NIBBLES..], r));
             for ((at, shift), quants) in [(low_place(b), low), (high_place(b), high)] {
                 block[at..][..BLOCK].iter_mut().zip(quants).for_each(|(byte, q)| *byte |= q << shift);
             }
@@ -106,7 +105,8 @@ impl Halved for Q6_K {
 
     #[inline(always)]
     fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS] {
-        layout::sixes(l, &tile[LOW + NIBBLES * b..], &tile[HIGH + TWOS * b..], at)
+        let part = &tile[AT + PART * b..];
+        layout::sixes(l, part, &part[NIBBLES..], at)
     }
 
     #[inline(always)]
