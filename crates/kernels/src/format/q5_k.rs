@@ -6,6 +6,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::layout::{self, BITS, NIBBLES};
 use super::q4_k::{nibbles, put_nibbles};
+use super::search;
 use super::{BLOCK, BlockFormat, FOURS, Quants, Scale, Scaled, k_scales};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
@@ -26,6 +27,16 @@ fn high(block: &[u8], b: usize) -> [u8; BLOCK] {
     std::array::from_fn(|i| block[BLOCK_HIGH + i] >> b & 1)
 }
 
+fn quantize(x: &[f32], block: &mut [u8]) {
+    let scales = k_scales::quantize(x, block, 31);
+    block[BLOCK_HIGH..].fill(0);
+    for (b, (x, scale)) in x.chunks_exact(BLOCK).zip(scales).enumerate() {
+        let quants: [u8; BLOCK] = search::quants(x, scale, 31);
+        put_nibbles(&mut block[BLOCK_LOW..], b, &quants.map(|q| q & 15));
+        block[BLOCK_HIGH..BLOCK_LOW].iter_mut().zip(quants).for_each(|(byte, q)| *byte |= q >> 4 << b);
+    }
+}
+
 impl BlockFormat for Q5_K {
     const NAME: &'static str = "Q5_K";
     const NUMBER: u32 = 13;
@@ -34,6 +45,7 @@ impl BlockFormat for Q5_K {
     const TILE_BYTES: usize = k_scales::QUANTS + k_scales::PARTS * PART;
     const HALVES: &'static [usize] = &[0, 2];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q5K);
+    const QUANTIZE: Option<fn(&[f32], &mut [u8])> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {
