@@ -3,8 +3,9 @@
 //! The map, bottom up; a module imports only what stands above it in this list, as `tests/architecture.rs` enforces.
 //!
 //! - leaves: [`error`], [`ids`], [`config`], [`telemetry`], [`device`], [`text`], [`request`], [`random`], [`process`], [`bases`], [`sync`], [`work`], [`memory`]
-//! - [`kernels`] quantised matmul, attention, batched adapters; [`weights`] GGUF to frozen tensors; [`adapter`] LoRA and PEFT files
-//! - [`model`] the architecture once, over two executors
+//! - [`kernels`] quantised matmul, attention, batched adapters; [`arch`] architectures as data; [`weights`] files to frozen tensors;
+//!   [`adapter`] LoRA and PEFT files
+//! - [`model`] a decoder's steps, interpreted by three executors
 //! - [`store`] the catalogue and the blobs; [`hub`] which versions are resident
 //! - [`data`] datasets; [`engine`] the loop that serves; [`train`] the loop that trains
 //! - [`safety`] the only door to the engine; [`api`] gRPC; [`cli`] the commands; [`app`] puts a server together

@@ -25,9 +25,10 @@ const LEAVES: &[&str] = &[
 
 /// What each module may import besides the leaves. `api/client.rs` is a module of its own: the command line's half of the wire.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
-    ("weights", &["kernels"]),
-    ("adapter", &["kernels"]),
-    ("model", &["weights", "adapter", "kernels"]),
+    ("arch", &["kernels"]),
+    ("weights", &["kernels", "arch"]),
+    ("adapter", &["kernels", "arch"]),
+    ("model", &["weights", "adapter", "arch", "kernels"]),
     ("store", &[]),
     ("hub", &["adapter", "store"]),
     ("data", &["store"]),
@@ -40,7 +41,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 ];
 
 /// Modules that stay free of the runtime.
-const NO_TOKIO: &[&str] = &["kernels", "weights", "adapter", "model"];
+const NO_TOKIO: &[&str] = &["kernels", "arch", "weights", "adapter", "model"];
 
 /// Where the sources are, and the module that a folder's files belong to; `src` has one for each folder in it.
 const PLACES: [(&str, Option<&str>); 3] =
@@ -222,6 +223,20 @@ fn metrics_are_described() {
         .map(|rest| rest.strip_prefix('"').and_then(|rest| rest.split('"').next()).expect("a name that is written out"))
         .collect();
     assert_eq!(made, described);
+}
+
+/// README's table of bases has a row for each architecture and names each block format, and no other.
+#[test]
+fn the_readme_lists_what_is_served() {
+    let readme = std::fs::read_to_string("README.md").expect("the page");
+    let (_, section) = readme.split_once("\n## Bases\n").expect("the section");
+    let section = section.split("\n## ").next().expect("its text");
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    let known: Vec<&str> = tenora::arch::ARCHITECTURES.iter().map(|architecture| architecture.name).collect();
+    assert_eq!(rows.collect::<Vec<_>>(), known);
+    let (_, formats) = section.split_once("mixed in one file as they come: ").expect("the formats");
+    let formats: BTreeSet<&str> = formats.split('.').next().expect("a list").split(", ").collect();
+    assert_eq!(formats, tenora::kernels::format::QType::ALL.iter().map(|qtype| qtype.name()).collect());
 }
 
 #[test]

@@ -29,14 +29,14 @@ use futures::Stream;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use crate::config::Limits;
+use crate::config::{KvCacheType, Limits};
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, VersionRow};
 use crate::ids::{AdapterRef, Digest, Tenant, TenantId};
 use crate::memory::Memory;
 use crate::model::Model;
-use crate::model::batch::{Executor, KvLayout};
+use crate::model::batch::{Executor, KvDtype, KvLayout};
 use crate::request::{GenerateEvent, GenerateSpec, Prompt, ScoreAnswer, ScoreSpec, Usage};
 use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
@@ -100,13 +100,19 @@ impl Engine {
         hub: Arc<Hub>,
         arbiter: Arc<Arbiter>,
         memory: Arc<Memory>,
+        kv: KvCacheType,
         limits: &Limits,
     ) -> Result<Self> {
+        let dtype = match kv {
+            KvCacheType::F16 => KvDtype::F16,
+            KvCacheType::Q8_0 => KvDtype::Int8,
+        };
         let block_tokens = limits.kv_block_tokens.clamp(1, 4096) as usize;
-        let block_bytes = model.kv_bytes_per_token() * block_tokens as u64;
+        let block_bytes = model.kv_bytes_per_token(dtype) * block_tokens as u64;
         // No more than all sequences at once could use at their longest.
         let useful = limits.max_running.saturating_mul(model.context_length().div_ceil(block_tokens) as u64);
-        let layout = KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize };
+        let layout =
+            KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize, dtype };
         let info = EngineInfo { base: model.shape().digest, context: model.context_length(), layout };
         let executor = model.executor(layout)?;
         Self::start_with(executor, info, text, hub, arbiter, memory, limits)

@@ -6,6 +6,7 @@ use crate::adapter::PackedLora;
 use crate::error::{Error, Result};
 use crate::model::Model;
 
+pub use crate::kernels::cpu::KvDtype;
 pub use crate::kernels::tensors::Best;
 
 /// Runs batches over a KV cache of its own.
@@ -28,6 +29,8 @@ pub struct KvLayout {
     pub block_tokens: usize,
     /// Blocks in all.
     pub blocks: usize,
+    /// How keys and values are held.
+    pub dtype: KvDtype,
 }
 
 /// Which rows of a span get logits.

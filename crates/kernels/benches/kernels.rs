@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tenora_kernels::cpu::{
-    Adapters, GROUP_ROWS, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team, attention,
-    linear, prepare,
+    Adapters, AttentionScratch, GROUP_ROWS, KvDtype, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup,
+    RowTile, Team, attention, linear, prepare,
 };
 use tenora_kernels::format::QType;
 use tenora_kernels::packed::PackedMatrix;
@@ -99,9 +99,9 @@ fn adapters(c: &mut Criterion) {
 /// Rows of one sequence that begin at a position; a throughput of one element is one multiply-add.
 fn attend(c: &mut Criterion) {
     const HEADS: usize = 9;
-    let team = Team::get();
+    let (team, mut scratch) = (Team::get(), AttentionScratch::default());
     let spec = AttentionSpec::causal(HEADS, 64);
-    let shape = KvShape { block_tokens: 16, kv_heads: 3, head_dim: 64 };
+    let shape = KvShape { block_tokens: 16, kv_heads: 3, head_dim: 64, dtype: KvDtype::F16 };
     let blocks: Vec<u32> = (0..64).collect();
     let (keys, values) = (vec![0x2C00; 64 * shape.block_len()], vec![0x3400; 64 * shape.block_len()]);
     let mut group = c.benchmark_group("attention, 9 heads, 3 KV heads of 64");
@@ -116,7 +116,7 @@ fn attend(c: &mut Criterion) {
         group.throughput(Throughput::Elements(macs as u64));
         group.bench_function(format!("{rows} rows from {position}"), |b| {
             let kv = KvView { shape, keys: &keys, values: &values };
-            b.iter(|| attention(team, rows.div_ceil(GROUP_ROWS), tile, &q, kv, spec, &mut out));
+            b.iter(|| attention(team, rows.div_ceil(GROUP_ROWS), tile, &q, kv, spec, (&mut scratch, &mut out)));
         });
     }
 }

@@ -277,7 +277,7 @@ fn the_reference_and_the_serving_kernels_agree() {
     let want = reference.attention(&want_q, &spec, &kv, &plan).unwrap();
 
     let team = cpu::Team::get();
-    let cache = cpu::KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32 };
+    let cache = cpu::KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32, dtype: cpu::KvDtype::F16 };
     let (mut keys, mut cached) = (vec![0; 4 * cache.block_len()], vec![0; 4 * cache.block_len()]);
     let angles = |position: usize| (&table[0][position * 8..][..8], &table[1][position * 8..][..8]);
     let factor = |position: usize| factors[position];
@@ -288,7 +288,8 @@ fn the_reference_and_the_serving_kernels_agree() {
     cpu::rope_and_store(team, 25, tile, (&mut q, &mut k, &v), kv, prep);
     let mut out = vec![0.0; q.len()];
     let kv = cpu::KvView { shape: cache, keys: &keys, values: &cached };
-    cpu::attention(team, 25, tile, &q, kv, spec, &mut out);
+    let mut scratch = cpu::AttentionScratch::default();
+    cpu::attention(team, 25, tile, &q, kv, spec, (&mut scratch, &mut out));
     assert_close("q", &[q], &[rows(&want_q).concat()], 1e-5);
     assert_close("out", &[out], &[rows(&want).concat()], 1e-4);
 }
