@@ -2,8 +2,8 @@
 //! scale and a minimum of six bits; their tiles begin with the rows' d and -dmin, then, of each 32 columns, the rows'
 //! scales and then their minima, a byte each.
 
-use super::layout;
 use super::{BLOCK, Scale, TILE_ROWS, half_at};
+use super::{layout, search};
 use crate::cpu::lanes::MicroKernel;
 
 /// Blocks of 32 values.
@@ -75,6 +75,32 @@ pub fn scales(block: &[u8]) -> [(f32, f32); PARTS] {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let [scales, minima] = unpacked(&block[SCALES..AFTER]);
     std::array::from_fn(|j| (d * f32::from(scales[j]), dmin * f32::from(minima[j])))
+}
+
+/// Chooses a block's scales for quants up to `most` and writes them. Gives d * scale and -dmin * minimum of each 32
+/// values.
+pub fn quantize(x: &[f32], block: &mut [u8], most: u8) -> [(f32, f32); PARTS] {
+    const LARGEST: f32 = 63.0;
+    let most = f32::from(most);
+    let mut fits = [(0.0, 0.0); PARTS];
+    for (fit, x) in fits.iter_mut().zip(x.chunks_exact(BLOCK)) {
+        *fit = search::scale_and_least(x, most, true);
+    }
+    let unit = |largest: f32| search::half(largest / LARGEST);
+    let d = unit(fits.iter().fold(0.0, |a, (d, _)| a.max(*d)));
+    let dmin = unit(fits.iter().fold(0.0, |a, (_, m)| a.max(-m)));
+    block[..2].copy_from_slice(&d.to_le_bytes());
+    block[2..SCALES].copy_from_slice(&dmin.to_le_bytes());
+    let (d, dmin) = (d.to_f32(), dmin.to_f32());
+    let mut own = [[0; PARTS]; 2];
+    for (j, (x, fit)) in x.chunks_exact(BLOCK).zip(fits).enumerate() {
+        // Where d is zero the quotient is not a number, which becomes zero, or beyond the range.
+        let near = (((fit.0 / d).round() as i32).clamp(0, 63), ((-fit.1 / dmin).round() as i32).clamp(0, 63));
+        let (scale, minimum) = search::multiples(x, (d, -dmin), near, [(0, 63); 2], most);
+        (own[0][j], own[1][j]) = (scale as u8, minimum as u8);
+    }
+    block[SCALES..AFTER].copy_from_slice(&packed(&own));
+    scales(block).map(|(d, m)| (d, -m))
 }
 
 /// The values of a block, of which `quants(b)` are those of values `32 b..32 b + 32`.

@@ -23,6 +23,7 @@ mod q5_1;
 mod q5_k;
 mod q6_k;
 mod q8_0;
+mod search;
 
 use candle_core::quantized::GgmlDType;
 
@@ -63,6 +64,9 @@ macro_rules! for_all_formats {
     };
 }
 
+/// Writes finite values as a block.
+pub(crate) type Quantizer = fn(&[f32], &mut [u8]);
+
 /// How one format is stored and multiplied. A tile is [`TILE_ROWS`] rows by [`VALUES`](BlockFormat::VALUES) columns.
 pub(crate) trait BlockFormat: Sized {
     /// GGUF's name of it.
@@ -83,6 +87,8 @@ pub(crate) trait BlockFormat: Sized {
     const CANDLE: Option<GgmlDType> = None;
     /// Whether the GPU's kernels read it.
     const CUDA: bool = false;
+    /// Quantises the values of a block, all finite; `None` where we do not write the format.
+    const QUANTIZE: Option<Quantizer> = None;
     /// What a tile's sums are made by.
     type Kernel: Multiply<Self>;
 
@@ -201,7 +207,59 @@ macro_rules! with_format {
 }
 pub(crate) use {for_all_formats, with_format};
 
+/// What quantising has cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Deviation {
+    /// The sum of the squared errors.
+    pub errors: f64,
+    /// The sum of the squared values.
+    pub squares: f64,
+}
+
+impl Deviation {
+    /// The errors' root mean square over the values'.
+    pub fn relative(self) -> f64 {
+        if self.squares > 0.0 { (self.errors / self.squares).sqrt() } else { 0.0 }
+    }
+}
+
+impl std::ops::Add for Deviation {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { errors: self.errors + other.errors, squares: self.squares + other.squares }
+    }
+}
+
+/// Quantises a row of finite values to `qtype`: `row.len()` fits it, and `out` holds `qtype.row_bytes(row.len())` bytes.
+/// `None` where we do not write the format (see [`QType::is_written`]).
+pub fn quantize(qtype: QType, row: &[f32], out: &mut [u8]) -> Option<Deviation> {
+    assert!(qtype.fits(row.len()) && out.len() == qtype.row_bytes(row.len()), "a row is whole blocks");
+    with_format!(qtype, F => {
+        let write = F::QUANTIZE?;
+        let (mut deviation, mut values) = (Deviation::default(), [0.0; MAX_VALUES]);
+        let values = &mut values[..F::VALUES];
+        for (row, block) in row.chunks_exact(F::VALUES).zip(out.chunks_exact_mut(F::BYTES)) {
+            write(row, block);
+            F::dequantize(block, values);
+            for (x, value) in row.iter().zip(&*values) {
+                deviation.errors += f64::from(value - x).powi(2);
+                deviation.squares += f64::from(*x).powi(2);
+            }
+        }
+        Some(deviation)
+    })
+}
+
+/// The most values of a block.
+const MAX_VALUES: usize = 256;
+
 impl QType {
+    /// Whether [`quantize`] writes the format.
+    pub fn is_written(self) -> bool {
+        with_format!(self, F => F::QUANTIZE.is_some())
+    }
+
     /// Returns GGUF's name of it.
     pub fn name(self) -> &'static str {
         with_format!(self, F => F::NAME)
@@ -335,6 +393,99 @@ mod tests {
             let (tile, file) = (qtype.tile_bytes() as f64, (TILE_ROWS * qtype.block_bytes()) as f64);
             assert!((file..=1.06 * file).contains(&tile), "{qtype:?}: {tile} of {file}");
             assert_eq!(QType::of_number(qtype.number()), Some(*qtype));
+        }
+    }
+
+    /// Values as weights have them: about normal, a few much larger.
+    fn weights(len: usize, seed: u32) -> Vec<f32> {
+        let uniform = |i: usize| crate::testing::hash(seed, i as u32) as f32 / 2.0f32.powi(32) - 0.5;
+        let normal = |i: usize| (0..12).map(|k| uniform(12 * i + k)).sum::<f32>();
+        (0..len).map(|i| 0.02 * normal(i) * if i % 97 == 5 { 4.0 } else { 1.0 }).collect()
+    }
+
+    fn quantized(qtype: QType, row: &[f32]) -> (Deviation, Vec<f32>) {
+        let (mut bytes, mut values) = (vec![0; qtype.row_bytes(row.len())], vec![0.0; row.len()]);
+        let deviation = quantize(qtype, row, &mut bytes).unwrap();
+        assert_eq!(qtype.broken_block(&bytes), None);
+        qtype.dequantize_row(&bytes, &mut values);
+        (deviation, values)
+    }
+
+    /// The largest relative error of each format that we write.
+    const ERRORS: [(QType, f64); 8] = [
+        (QType::Q4_0, 0.105),
+        (QType::Q4_1, 0.08),
+        (QType::Q5_0, 0.052),
+        (QType::Q5_1, 0.039),
+        (QType::Q8_0, 0.007),
+        (QType::Q4_K, 0.08),
+        (QType::Q5_K, 0.04),
+        (QType::Q6_K, 0.02),
+    ];
+
+    #[test]
+    fn quantised_rows_are_close() {
+        assert!(QType::ALL.iter().filter(|q| q.is_written()).eq(ERRORS.iter().map(|(qtype, _)| qtype)));
+        for (qtype, most) in ERRORS {
+            let row = weights(1 << 14, 3);
+            let (deviation, values) = quantized(qtype, &row);
+            let errors: f64 = row.iter().zip(&values).map(|(x, y)| f64::from(x - y).powi(2)).sum();
+            assert!((deviation.errors - errors).abs() <= 1e-9 * errors);
+            let error = deviation.relative();
+            assert!((0.5 * most..most).contains(&error), "{qtype:?}: {error}");
+            for constant in [0.0, 1e-30, 1e30, -3.0] {
+                quantized(qtype, &vec![constant; 256]);
+            }
+        }
+        assert_eq!(quantize(QType::IQ4_NL, &[0.0; 32], &mut [0; 18]), None);
+    }
+
+    #[test]
+    fn representable_rows_come_back() {
+        for (qtype, _) in ERRORS {
+            for seed in 0..20 {
+                let mut file = random_matrix(qtype, 1, 1024, seed);
+                file.chunks_exact_mut(qtype.block_bytes()).for_each(|block| extremes(qtype, block));
+                let mut row = vec![0.0; 1024];
+                qtype.dequantize_row(&file, &mut row);
+                let (deviation, values) = quantized(qtype, &row);
+                assert_eq!(values, row, "{qtype:?} {}", deviation.relative());
+            }
+        }
+    }
+
+    /// Gives a block of random bytes what shows its scales: the least and the largest quants, and the largest scales.
+    fn extremes(qtype: QType, block: &mut [u8]) {
+        let positive = |block: &mut [u8]| block[1] &= 0x7F;
+        match qtype {
+            QType::Q4_0 => block[2] = 0,
+            QType::Q5_0 => (block[2], block[6]) = (0, 0),
+            QType::Q8_0 => {
+                // -128 is not written.
+                block[2..].iter_mut().for_each(|q| *q = (*q).max(0x81).max(1));
+                block[2] = 127;
+            }
+            QType::Q4_1 => {
+                positive(block);
+                (block[4], block[5]) = (0, 0xFF);
+            }
+            QType::Q5_1 => {
+                positive(block);
+                block[4] = block[4] & 0xFC | 2;
+                (block[8], block[9]) = (block[8] & 0xF0, block[9] | 15);
+            }
+            QType::Q4_K | QType::Q5_K => {
+                positive(block);
+                positive(&mut block[2..]);
+                (block[4], block[8]) = (block[4] | 63, block[8] | 63);
+                let from = if qtype == QType::Q4_K { 16 } else { 48 };
+                (block[16], block[17]) = (0, 0xFF);
+                block[from..].chunks_exact_mut(32).for_each(|part| (part[0], part[1]) = (0, 0xFF));
+            }
+            _ => {
+                block[192] = 0x80;
+                block[..192].chunks_exact_mut(16).for_each(|part| part[0] = 0);
+            }
         }
     }
 }

@@ -32,11 +32,11 @@ const BLOCK_D: usize = BLOCK_SCALES + 12;
 /// Where a tile's scales begin.
 const SCALES: usize = 2 * TILE_ROWS;
 
-/// Where its two bits begin: at a line of memory.
-const LOW: usize = (SCALES + COUNT * TILE_ROWS).next_multiple_of(64);
+/// Where its quants begin: at a line of memory.
+const AT: usize = (SCALES + COUNT * TILE_ROWS).next_multiple_of(64);
 
-/// Where its third bits begin.
-const HIGH: usize = LOW + PARTS * TWOS;
+/// Bytes of 32 columns of a tile: two bits, then third bits.
+const PART: usize = TWOS + BITS;
 
 /// What quants are more than they stand for.
 const OFFSET: f32 = 4.0;
@@ -69,7 +69,7 @@ impl BlockFormat for Q3_K {
     const NUMBER: u32 = 11;
     const VALUES: usize = 256;
     const BYTES: usize = BLOCK_D + 2;
-    const TILE_BYTES: usize = HIGH + PARTS * BITS;
+    const TILE_BYTES: usize = AT + PARTS * PART;
     const HALVES: &'static [usize] = &[BLOCK_D];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q3K);
     type Kernel = TwoScales;
@@ -79,9 +79,10 @@ impl BlockFormat for Q3_K {
         for (i, scale) in unpacked(&block[BLOCK_SCALES..]).into_iter().enumerate() {
             tile[SCALES + TILE_ROWS * i + r] = scale as u8;
         }
-        for b in 0..PARTS {
-            layout::put_twos(&mut tile[LOW + TWOS * b..][..TWOS], r, &twos(&block[BLOCK_LOW..], b));
-            layout::put_bits(&mut tile[HIGH + BITS * b..][..BITS], r, &high(block, b));
+        for (b, part) in tile[AT..].chunks_exact_mut(PART).enumerate() {
+            let (low_part, high_part) = part.split_at_mut(TWOS);
+            layout::put_twos(low_part, r, &twos(&block[BLOCK_LOW..], b));
+            layout::put_bits(high_part, r, &high(block, b));
         }
     }
 
@@ -90,9 +91,9 @@ impl BlockFormat for Q3_K {
         layout::get_half(tile, r, &mut block[BLOCK_D..][..2]);
         let scales = std::array::from_fn(|i| tile[SCALES + TILE_ROWS * i + r] as i8);
         block[BLOCK_SCALES..BLOCK_D].copy_from_slice(&packed(&scales));
-        for b in 0..PARTS {
-            put_twos(&mut block[BLOCK_LOW..], b, &layout::get_twos(&tile[LOW + TWOS * b..], r));
-            for (byte, bit) in block.iter_mut().zip(layout::get_bits(&tile[HIGH + BITS * b..], r)) {
+        for (b, part) in tile[AT..].chunks_exact(PART).enumerate() {
+            put_twos(&mut block[BLOCK_LOW..], b, &layout::get_twos(part, r));
+            for (byte, bit) in block.iter_mut().zip(layout::get_bits(&part[TWOS..], r)) {
                 *byte |= bit << b;
             }
         }
@@ -115,7 +116,8 @@ impl Halved for Q3_K {
 
     #[inline(always)]
     fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS] {
-        layout::threes(l, &tile[LOW + TWOS * b..], &tile[HIGH + BITS * b..], at)
+        let part = &tile[AT + PART * b..];
+        layout::threes(l, part, &part[TWOS..], at)
     }
 
     #[inline(always)]

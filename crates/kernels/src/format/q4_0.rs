@@ -3,7 +3,8 @@
 use candle_core::quantized::GgmlDType;
 
 use super::layout::{self, NIBBLES};
-use super::{BlockFormat, FOURS, Quants, Scale, Scaled, TILE_ROWS, half_at};
+use super::search;
+use super::{BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, TILE_ROWS, half_at};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -12,6 +13,13 @@ pub struct Q4_0;
 
 /// Where a tile's nibbles begin.
 const AT: usize = 2 * TILE_ROWS;
+
+fn quantize(x: &[f32], block: &mut [u8]) {
+    let d = search::half(search::scale(x, 8.0));
+    block[..2].copy_from_slice(&d.to_le_bytes());
+    let d = d.to_f32();
+    block[2..].copy_from_slice(&layout::to_nibbles(&search::quants(x, (d, -8.0 * d), 15)));
+}
 
 impl BlockFormat for Q4_0 {
     const NAME: &'static str = "Q4_0";
@@ -22,6 +30,7 @@ impl BlockFormat for Q4_0 {
     const HALVES: &'static [usize] = &[0];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q4_0);
     const CUDA: bool = true;
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

@@ -3,7 +3,8 @@
 use candle_core::quantized::GgmlDType;
 
 use super::layout::{self, NIBBLES};
-use super::{BlockFormat, FOURS, Quants, Scale, Scaled, TILE_ROWS, half_at};
+use super::search;
+use super::{BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, TILE_ROWS, half_at};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -16,6 +17,14 @@ const M: usize = 2 * TILE_ROWS;
 /// Where its nibbles begin.
 const AT: usize = 2 * M;
 
+fn quantize(x: &[f32], block: &mut [u8]) {
+    let (d, m) = search::scale_and_least(x, 15.0, false);
+    let (d, m) = (search::half(d), search::half(m));
+    block[..2].copy_from_slice(&d.to_le_bytes());
+    block[2..4].copy_from_slice(&m.to_le_bytes());
+    block[4..].copy_from_slice(&layout::to_nibbles(&search::quants(x, (d.to_f32(), m.to_f32()), 15)));
+}
+
 impl BlockFormat for Q4_1 {
     const NAME: &'static str = "Q4_1";
     const NUMBER: u32 = 3;
@@ -25,6 +34,7 @@ impl BlockFormat for Q4_1 {
     const HALVES: &'static [usize] = &[0, 2];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q4_1);
     const CUDA: bool = true;
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

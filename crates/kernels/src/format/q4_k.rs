@@ -5,7 +5,8 @@
 use candle_core::quantized::GgmlDType;
 
 use super::layout::{self, NIBBLES};
-use super::{BLOCK, BlockFormat, FOURS, Quants, Scale, Scaled, k_scales};
+use super::search;
+use super::{BLOCK, BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, k_scales};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -25,6 +26,15 @@ pub(super) fn put_nibbles(bytes: &mut [u8], b: usize, quants: &[u8; BLOCK]) {
     }
 }
 
+fn quantize(x: &[f32], block: &mut [u8]) {
+    let scales = k_scales::quantize(x, block, 15);
+    let to = &mut block[k_scales::AFTER..];
+    to.fill(0);
+    for (b, (x, scale)) in x.chunks_exact(BLOCK).zip(scales).enumerate() {
+        put_nibbles(to, b, &search::quants(x, scale, 15));
+    }
+}
+
 impl BlockFormat for Q4_K {
     const NAME: &'static str = "Q4_K";
     const NUMBER: u32 = 12;
@@ -33,6 +43,7 @@ impl BlockFormat for Q4_K {
     const TILE_BYTES: usize = k_scales::QUANTS + k_scales::PARTS * NIBBLES;
     const HALVES: &'static [usize] = &[0, 2];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q4K);
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

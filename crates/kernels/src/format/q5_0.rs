@@ -4,7 +4,8 @@
 use candle_core::quantized::GgmlDType;
 
 use super::layout::{self, BITS, NIBBLES};
-use super::{BLOCK, BlockFormat, FOURS, Quants, Scale, Scaled, TILE_ROWS, half_at};
+use super::search;
+use super::{BLOCK, BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, TILE_ROWS, half_at};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -31,6 +32,13 @@ pub(super) fn put_quants(block: &mut [u8], at: usize, low: &[u8; BLOCK], high: &
     block[at + 4..].copy_from_slice(&layout::to_nibbles(low));
 }
 
+fn quantize(x: &[f32], block: &mut [u8]) {
+    let d = search::half(search::scale(x, 16.0));
+    block[..2].copy_from_slice(&d.to_le_bytes());
+    let quants = search::quants(x, (d.to_f32(), -16.0 * d.to_f32()), 31);
+    put_quants(block, 2, &quants, &quants.map(|q| q >> 4));
+}
+
 impl BlockFormat for Q5_0 {
     const NAME: &'static str = "Q5_0";
     const NUMBER: u32 = 6;
@@ -39,6 +47,7 @@ impl BlockFormat for Q5_0 {
     const TILE_BYTES: usize = HIGH + BITS;
     const HALVES: &'static [usize] = &[0];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q5_0);
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

@@ -5,7 +5,8 @@ use candle_core::quantized::GgmlDType;
 
 use super::layout::{self, BITS, NIBBLES};
 use super::q5_0::{put_quants, quants};
-use super::{BlockFormat, FOURS, Quants, Scale, Scaled, TILE_ROWS, half_at};
+use super::search;
+use super::{BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, TILE_ROWS, half_at};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -21,6 +22,15 @@ const AT: usize = 2 * M;
 /// Where its fifth bits begin.
 const HIGH: usize = AT + NIBBLES;
 
+fn quantize(x: &[f32], block: &mut [u8]) {
+    let (d, m) = search::scale_and_least(x, 31.0, false);
+    let (d, m) = (search::half(d), search::half(m));
+    block[..2].copy_from_slice(&d.to_le_bytes());
+    block[2..4].copy_from_slice(&m.to_le_bytes());
+    let quants = search::quants(x, (d.to_f32(), m.to_f32()), 31);
+    put_quants(block, 4, &quants, &quants.map(|q| q >> 4));
+}
+
 impl BlockFormat for Q5_1 {
     const NAME: &'static str = "Q5_1";
     const NUMBER: u32 = 7;
@@ -29,6 +39,7 @@ impl BlockFormat for Q5_1 {
     const TILE_BYTES: usize = HIGH + BITS;
     const HALVES: &'static [usize] = &[0, 2];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q5_1);
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

@@ -3,7 +3,8 @@
 use candle_core::quantized::GgmlDType;
 
 use super::layout;
-use super::{BlockFormat, FOURS, Quants, Scale, Scaled, TILE_ROWS, half_at};
+use super::search;
+use super::{BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, TILE_ROWS, half_at};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -16,6 +17,13 @@ const AT: usize = 2 * TILE_ROWS;
 /// Turns a byte with a sign into one that is 128 more, and back.
 const FLIP: u8 = 0x80;
 
+fn quantize(x: &[f32], block: &mut [u8]) {
+    let d = search::half(search::extreme(x).abs() / 127.0);
+    block[..2].copy_from_slice(&d.to_le_bytes());
+    let quants: [u8; 32] = search::quants(x, (d.to_f32(), -127.0 * d.to_f32()), 254);
+    block[2..].copy_from_slice(&quants.map(|q| q.wrapping_sub(127)));
+}
+
 impl BlockFormat for Q8_0 {
     const NAME: &'static str = "Q8_0";
     const NUMBER: u32 = 8;
@@ -25,6 +33,7 @@ impl BlockFormat for Q8_0 {
     const HALVES: &'static [usize] = &[0];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q8_0);
     const CUDA: bool = true;
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {
