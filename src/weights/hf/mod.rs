@@ -18,6 +18,7 @@ use super::Weights;
 use super::gguf::{name_of, naming};
 use super::header::TensorInfo;
 use super::plan::{Form, Plan, Slot, Sought};
+use super::quantise::Quantiser;
 use super::stream::{self, Progress};
 use crate::arch::config::ModelConfig;
 use crate::arch::decoder::{Decoder, NormKind, NormSpec, Site};
@@ -58,12 +59,16 @@ pub(super) struct Folder {
     read: BTreeMap<String, Digest>,
 }
 
-pub(super) fn load(path: &Path, progress: &mut Progress<'_>) -> Result<(Weights, Vocabulary)> {
+pub(super) fn load(
+    path: &Path,
+    quantiser: Option<&Quantiser>,
+    progress: &mut Progress<'_>,
+) -> Result<(Weights, Vocabulary)> {
     let mut read = || {
         let mut folder = Folder::open(path)?;
         let vocabulary = folder.vocabulary()?;
         folder.texts.clear();
-        Ok((folder.read(progress)?, vocabulary))
+        Ok((folder.read(quantiser, progress)?, vocabulary))
     };
     read().map_err(naming(path))
 }
@@ -146,7 +151,7 @@ impl Folder {
     }
 
     /// Reads the tensors.
-    pub(super) fn read(&mut self, progress: &mut Progress<'_>) -> Result<Weights> {
+    pub(super) fn read(&mut self, quantiser: Option<&Quantiser>, progress: &mut Progress<'_>) -> Result<Weights> {
         let config = self.model_config()?;
         let decoder = Decoder::new(&config);
         let plan = self.plan(&config, &decoder)?;
@@ -154,12 +159,13 @@ impl Folder {
             return Err(problem);
         }
         let mut files: Vec<_> = self.shards.iter().map(|(_, file, bytes)| (file, *bytes)).collect();
-        let (mut parts, digests) = stream::read(&mut files, &plan.tensors, progress)?;
+        let (mut parts, digests) = stream::read(&mut files, &plan.tensors, quantiser, progress)?;
         if self.config.architecture.adds_one_to_norms {
             parts.norms.iter_mut().flatten().flatten().for_each(|weight| *weight += 1.0);
         }
         let shards = self.shards.iter().map(|(name, ..)| name.clone()).zip(digests);
         let digest = digest_of(self.read.clone().into_iter().chain(shards).collect());
+        let digest = quantiser.map_or(digest, |quantiser| quantiser.end(digest));
         parts.into_weights(config, decoder, self.called()?, digest)
     }
 }

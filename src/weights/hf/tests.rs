@@ -172,6 +172,35 @@ fn a_folder_is_served_with_its_tokenizer() {
     assert!(refused.contains("tokenizer.json: is missing from the folder"), "{refused}");
 }
 
+/// Near the values, and what that has cost is what is said; vectors stay, and so do rows that are no blocks.
+#[test]
+fn a_folder_is_quantised_as_it_is_read() {
+    let pieces = tiny();
+    let (dir, plain) = (pieces.write(), pieces.read().unwrap());
+    let read = |name: &str| {
+        let quantiser = Quantiser::named(name).unwrap();
+        (Folder::open(dir.path()).unwrap().read(Some(&quantiser), &mut |_, _| {}).unwrap(), quantiser.error())
+    };
+    let (small, error) = read("q8_0");
+    let (mut errors, mut squares) = (0.0, 0.0);
+    let matrices = |weights: &Weights| {
+        let all = weights.linears.iter().map(|linear| &linear.matrix).chain([&weights.embedding]);
+        all.flat_map(values).collect::<Vec<f32>>()
+    };
+    for (got, want) in matrices(&small).into_iter().zip(matrices(&plain)) {
+        (errors, squares) = (errors + f64::from(got - want).powi(2), squares + f64::from(want).powi(2));
+    }
+    assert!(error > 0.0 && error < 0.01 && (error - (errors / squares).sqrt()).abs() < 1e-6, "{error}");
+    assert_eq!((small.embedding.qtype(), &small.norms), (QType::Q8_0, &plain.norms));
+    // Rows of 32 and 64 are no blocks of 256.
+    let (otherwise, _) = read("Q4_K");
+    assert_eq!(otherwise.embedding.qtype(), QType::Q8_0);
+    let digests = [plain.digest, small.digest, otherwise.digest, read("q4_0").0.digest];
+    assert!((0..4).all(|i| !digests[..i].contains(&digests[i])), "another base each");
+    let refused = Quantiser::named("q9").unwrap_err().to_string();
+    assert!(refused.contains("q8_0") && refused.contains("q4_k"), "{refused}");
+}
+
 #[test]
 fn settings_that_compute_something_else_are_refused_by_name() {
     let scaling = |value: Value| tiny().set("rope_scaling", value);
@@ -452,7 +481,7 @@ fn close(got: &[f32], want: &[f32]) -> bool {
 fn folders_are_what_the_files_of_the_same_weights_are() {
     let mut seen = BTreeSet::new();
     for file in golden() {
-        let (want, _) = gguf::load(&file, &mut |_, _| {}).unwrap();
+        let (want, _) = gguf::load(&file, None, &mut |_, _| {}).unwrap();
         let name = file.display();
         let got = folder_of(&file, &want).read().unwrap_or_else(|e| panic!("{name}: {e}"));
         seen.insert(want.config.architecture);
