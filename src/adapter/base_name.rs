@@ -93,7 +93,7 @@ fn model(name: &str) -> String {
         dotted.extend(word.split('.'));
     }
     let stays = |part: &&str| !part.is_empty() && !SUFFIXES.contains(part);
-    let kept = dotted.iter().rposition(|part| stays(part)).map_or(0, |last| last + 1);
+    let kept = dotted.iter().rposition(stays).map_or(0, |last| last + 1);
     let joined = dotted[..kept].join(".");
     if !joined.is_empty() {
         words.push(&joined);

@@ -269,8 +269,8 @@ fn vector(planned: &Planned, next: &mut Next<'_>, give_back: &Sender<Arc<Vec<u8>
     if matches!(planned.slot, Slot::Factors(_)) && values.iter().any(|factor| *factor <= 0.0) {
         return Err(unsupported(&planned.name, "holds a factor that is not over 0: the file is damaged"));
     }
-    if planned.heads > 0 {
-        let order: Vec<_> = restored_order(cols / planned.heads).collect();
+    if let Some(of_head) = cols.checked_div(planned.heads) {
+        let order: Vec<_> = restored_order(of_head).collect();
         values = values.chunks_exact(order.len()).flat_map(|head| order.iter().map(|row| head[*row])).collect();
     }
     Ok(values)

@@ -11,18 +11,20 @@ use crate::arch::rope::{RopeConfig, RopeScaling};
 use crate::weights::gguf;
 use crate::weights::header::Header;
 
+/// Name, shape, values.
+type Tensor = (String, Vec<usize>, Vec<f32>);
+
 /// A folder in pieces, each of which a test may change.
 #[derive(Clone)]
 struct Pieces {
     config: Value,
-    /// Name, shape, values.
-    tensors: Vec<(String, Vec<usize>, Vec<f32>)>,
+    tensors: Vec<Tensor>,
     dtype: &'static str,
     shards: usize,
 }
 
 /// A safetensors file of such tensors.
-fn safetensors(tensors: &[(String, Vec<usize>, Vec<f32>)], dtype: &str) -> Vec<u8> {
+fn safetensors(tensors: &[Tensor], dtype: &str) -> Vec<u8> {
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
     for (name, shape, values) in tensors {
         let from = data.len();
@@ -238,7 +240,7 @@ fn settings_that_compute_something_else_are_refused_by_name() {
 
 #[test]
 fn tensors_that_do_not_fit_are_refused_by_name() {
-    let change = |change: fn(&mut Vec<(String, Vec<usize>, Vec<f32>)>)| {
+    let change = |change: fn(&mut Vec<Tensor>)| {
         let mut pieces = tiny();
         change(&mut pieces.tensors);
         pieces.refusal()
