@@ -66,9 +66,22 @@ def matrix(cols, rows, kind):
     )
 
 
+TOKENS = alphabet() + ["he", "ll", "<|im_start|>", "<|im_end|>"]
+
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [1] * 258 + [3, 3],
+    "tokenizer.ggml.merges": ["h e", "l l"],
+    "tokenizer.ggml.eos_token_id": 259,
+    "tokenizer.chat_template": TEMPLATE,
+}
+
+
 def gguf(kind=3, **metadata):
     width, ffn = 32, 32
-    tokens = alphabet() + ["he", "ll", "<|im_start|>", "<|im_end|>"]
+    tokens = TOKENS
     values = {
         "general.architecture": "llama",
         "llama.block_count": 1,
@@ -80,14 +93,7 @@ def gguf(kind=3, **metadata):
         "llama.context_length": 64,
         "llama.rope.freq_base": 10000.0,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * 258 + [3, 3],
-        "tokenizer.ggml.merges": ["h e", "l l"],
-        "tokenizer.ggml.eos_token_id": 259,
-        "tokenizer.chat_template": TEMPLATE,
-    } | metadata
+    } | TOKENIZER | metadata
     floats = lambda n: (0, [n], b"".join(struct.pack("<f", 1.0) for _ in range(n)))
     blocks = lambda cols, rows, kind=kind: (kind, [cols, rows], matrix(cols, rows, kind))
     tensors = {
@@ -103,6 +109,10 @@ def gguf(kind=3, **metadata):
         "blk.0.ffn_up.weight": blocks(width, ffn),
         "blk.0.ffn_down.weight": blocks(ffn, width),
     }
+    return gguf_file(values, tensors)
+
+
+def gguf_file(values, tensors):
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values))
     head += b"".join(text(key) + gguf_value(value) for key, value in values.items())
     data = b""
@@ -262,3 +272,98 @@ put("protos", "chat", bytes([6]) + conversation)
 put("protos", "policy", request(7, (1, field(1, "tenants/t/safetyPolicy") + field(2, "phrase"))))
 put("protos", "name", request(8, (1, "tenants/t/adapters/a/versions/7")))
 put("protos", "text", bytes([9]) + "A name".encode())
+
+
+# Bases of other architectures, and one of other block formats. Last, so that what comes before has the numbers it had.
+
+FLOATS = lambda n: (0, [n], struct.pack(f"<{n}f", *[1.0] * n))
+
+# Type: values and bytes of a block, and where its half-precision numbers are.
+BLOCKS = {
+    1: (1, 2, [0]), 6: (32, 22, [0]), 7: (32, 24, [0, 2]), 8: (32, 34, [0]), 10: (256, 84, [80, 82]), 11: (256, 110, [108]),
+    12: (256, 144, [0, 2]), 13: (256, 176, [0, 2]), 14: (256, 210, [208]), 20: (32, 18, [0]), 23: (256, 136, [0]),
+}
+
+
+def blocks(cols, rows, kind):
+    values, size, halves = BLOCKS[kind]
+    data = bytearray()
+    for _ in range(cols * rows // values):
+        block = bytearray(RANDOM.randbytes(size))
+        for at in halves:
+            block[at : at + 2] = struct.pack("<e", RANDOM.uniform(-0.01, 0.01))
+        data += block
+    return (kind, [cols, rows], bytes(data))
+
+
+def other(architecture, tensors, width=32, heads=2, head_width=16, ffn=32, kinds=8, **metadata):
+    """One block; `kinds` of the seven matrices in their order, or of all."""
+    kinds = kinds if isinstance(kinds, list) else [kinds] * 8
+    of = lambda key: f"{architecture}.{key}"
+    values = {
+        "general.architecture": architecture, of("block_count"): 1, of("embedding_length"): width, of("attention.head_count"): heads,
+        of("attention.head_count_kv"): 1, of("attention.key_length"): head_width, of("feed_forward_length"): ffn, of("context_length"): 64,
+        of("attention.layer_norm_rms_epsilon"): 1e-5, **{of(key): value for key, value in metadata.items()},
+    }
+    q, kv = heads * head_width, head_width
+    block = {
+        "attn_norm": FLOATS(width), "ffn_norm": FLOATS(width), "attn_q": blocks(width, q, kinds[1]), "attn_k": blocks(width, kv, kinds[2]),
+        "attn_v": blocks(width, kv, kinds[3]), "attn_output": blocks(q, width, kinds[4]), "ffn_gate": blocks(width, ffn, kinds[5]),
+        "ffn_up": blocks(width, ffn, kinds[6]), "ffn_down": blocks(ffn, width, kinds[7]),
+    }
+    block |= tensors
+    named = {f"blk.0.{name}" + ("" if "." in name else ".weight"): value for name, value in block.items() if value}
+    named |= {"token_embd.weight": blocks(width, len(TOKENS), kinds[0]), "output_norm.weight": FLOATS(width)}
+    return values | TOKENIZER, named
+
+
+put("gguf", "formats", gguf_file(*other("llama", {}, width=256, heads=1, head_width=32, kinds=[10, 11, 12, 13, 6, 14, 23, 20])))
+put("gguf", "qwen2", gguf_file(*other("qwen2", {"attn_q.bias": FLOATS(32), "attn_k.bias": FLOATS(16), "attn_v.bias": FLOATS(16)}, kinds=7)))
+put("gguf", "gemma3", gguf_file(*other("gemma3", {
+    "attn_q_norm": FLOATS(16), "attn_k_norm": FLOATS(16), "post_attention_norm": FLOATS(32), "post_ffw_norm": FLOATS(32),
+}, **{"attention.sliding_window": 8, "attention.sliding_window_pattern": [1], "rope.freq_base_swa": 1e4, "final_logit_softcapping": 30.0})))
+VALUES, TENSORS = other("phi3", {
+    "attn_q": None, "attn_k": None, "attn_v": None, "ffn_gate": None, "attn_qkv": blocks(32, 64, 8), "ffn_up": blocks(32, 64, 8),
+}, **{"rope.dimension_count": 12, "rope.scaling.original_context_length": 32, "rope.scaling.attn_factor": 1.1})
+put("gguf", "phi3", gguf_file(VALUES, TENSORS | {f"rope_factors_{name}.weight": FLOATS(6) for name in ("short", "long")}))
+put("gguf", "granite", gguf_file(*other("granite", {}, kinds=1, ffn=16, **{
+    "embedding_scale": 12.0, "residual_scale": 0.2, "attention.scale": 0.1, "logit_scale": 8.0,
+    "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16,
+})))
+
+# Folders of Hugging Face's form: the configuration, then the tensors.
+
+
+def folder(dtype, biased=False, **settings):
+    config = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "num_hidden_layers": 1, "rms_norm_eps": 1e-5, "vocab_size": 40, "max_position_embeddings": 64, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "hidden_act": "silu",
+    } | settings
+    gemma = config["model_type"].startswith("gemma")
+    shapes = {
+        "self_attn.q_proj": [32, 32], "self_attn.k_proj": [16, 32], "self_attn.v_proj": [16, 32], "self_attn.o_proj": [32, 32],
+        "mlp.gate_proj": [32, 32], "mlp.up_proj": [32, 32], "mlp.down_proj": [32, 32], "input_layernorm": [32], "post_attention_layernorm": [32],
+    }
+    if gemma:
+        shapes |= {f"{name}_feedforward_layernorm": [32] for name in ("pre", "post")} | {f"self_attn.{n}_norm": [16] for n in "qk"}
+    names = {f"model.layers.0.{name}.weight": shape for name, shape in shapes.items()}
+    if biased:
+        names |= {f"model.layers.0.self_attn.{n}_proj.bias": [32 if n == "q" else 16] for n in "qkv"}
+    names |= {"model.embed_tokens.weight": [40, 32], "model.norm.weight": [32]}
+    def tensor(shape):
+        count = shape[0] * (shape[1] if len(shape) > 1 else 1)
+        floats = [RANDOM.uniform(-0.1, 0.1) for _ in range(count)]
+        if dtype == "BF16":
+            return (dtype, shape, b"".join(struct.pack("<f", x)[2:] for x in floats))
+        return (dtype, shape, struct.pack(f"<{count}" + {"F32": "f", "F16": "e"}[dtype], *floats))
+    return split(json.dumps(config), safetensors({name: tensor(shape) for name, shape in names.items()}))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+put("folder", "llama", folder("BF16", rope_scaling=LLAMA3))
+put("folder", "qwen2", folder("F16", biased=True, model_type="qwen2", rope_parameters=YARN | {"rope_theta": 1e6}))
+put("folder", "gemma3", folder("BF16", model_type="gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=8,
+    hidden_activation="gelu_pytorch_tanh", layer_types=["sliding_attention"], rope_local_base_freq=10000.0))
+put("folder", "untied", folder("F32", tie_word_embeddings=False)[:9000])

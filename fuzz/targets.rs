@@ -15,13 +15,15 @@ use tenora::request::ChatMessage;
 use tenora::store::DatasetKind;
 use tenora::text::matcher::{HoldBack, Patterns};
 use tenora::text::{Text, Vocabulary};
+use tenora::weights::{Outline, Weights};
 
 /// A reader of foreign bytes.
 pub type Target = fn(&[u8]) -> bool;
 
 /// All of them, with their names, which are those of the folders of `corpus/`.
-pub const ALL: [(&str, Target); 7] = [
+pub const ALL: [(&str, Target); 8] = [
     ("gguf", gguf),
+    ("folder", folder),
     ("safetensors_and_config", safetensors_and_config),
     ("packed_file", packed_file),
     ("jsonl", jsonl),
@@ -53,6 +55,21 @@ pub fn gguf(data: &[u8]) -> bool {
     let Ok((_, text)) = Model::load(file.path(), &candle_core::Device::Cpu, None) else { return false };
     let _ = text.encode("What can be loaded can be used.");
     let _ = text.encode_chat(&chat(), true);
+    true
+}
+
+/// A base as a folder: its configuration, then its tensors' file.
+pub fn folder(data: &[u8]) -> bool {
+    let (config, tensors) = split(data);
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let put = |name: &str, data: &[u8]| std::fs::write(dir.path().join(name), data).expect("a file can be written");
+    put("config.json", config);
+    put("model.safetensors", tensors);
+    let outline = Outline::read(dir.path());
+    let Ok(weights) = Weights::from_folder(dir.path()) else { return false };
+    let outline = outline.expect("what can be read has an outline");
+    assert!(outline.problems.len() <= 1, "only the tokenizer is missing: {:?}", outline.problems);
+    assert_eq!(outline.config.as_ref(), Some(&weights.config), "the outline says what is read");
     true
 }
 

@@ -4,7 +4,7 @@
 //! holds the whole server.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -25,6 +25,7 @@ use crate::model::parity::Parity;
 use crate::request::ParityReport;
 use crate::safety::Guard;
 use crate::store::{self, NewKey, Store};
+use crate::sync::lock;
 use crate::telemetry::{self, Serving, traces};
 use crate::text::Text;
 use crate::train::{Trainer, TrainingContext};
@@ -44,6 +45,13 @@ pub type Base = (Arc<Model>, Arc<Text>);
 pub enum Announcement {
     /// The first start has made it. Show it: nobody can read it again.
     OperatorKey(String),
+    /// The base is being read.
+    Loading {
+        /// Bytes that have been read.
+        done: u64,
+        /// Bytes that there are.
+        total: u64,
+    },
     /// Nothing that could fail at the start is left to do.
     Serving,
 }
@@ -61,24 +69,29 @@ pub fn run(
 async fn load_and_serve(
     config: Config,
     listener: TcpListener,
-    mut announce: Box<dyn FnMut(Announcement) + Send>,
+    announce: Box<dyn FnMut(Announcement) + Send>,
     shutdown: BoxFuture<'static, ()>,
 ) -> Result<()> {
     check_listener(&config, listener.local_addr().map_err(Error::internal)?)?;
     let device = config.device.open()?;
     let location = device.location();
     let store = Store::open_with(&config.data_dir, store_options(&config)).await?;
-    let show = |key| announce(Announcement::OperatorKey(key));
+    // Shared with the thread that reads the base.
+    let announce = Arc::new(Mutex::new(announce));
+    let say = |what| lock(&announce)(what);
+    let show = |key| say(Announcement::OperatorKey(key));
     bootstrap_operator_key(&store, config.rotate_operator_key, show).await?;
     let path = config.base.clone();
+    let loading = announce.clone();
     let parts = async {
         let context = config.context;
-        let base = blocking(move || Model::load(&path, &device, context)).await?;
+        let mut progress = move |done, total| lock(&loading)(Announcement::Loading { done, total });
+        let base = blocking(move || Model::load_watched(&path, &device, context, &mut progress)).await?;
         assemble(base, store.clone(), &config).await
     };
     let ready = || {
         tracing::info!(base = %config.base.display(), ?location, "serving");
-        announce(Announcement::Serving);
+        say(Announcement::Serving);
     };
     serve(&config, store.clone(), Box::pin(parts), Box::new(ready), listener, shutdown).await
 }
@@ -95,8 +108,10 @@ async fn parts_of((model, text): Base, store: Store, config: &Config) -> Result<
     let compute = Compute::new(model.serves_on_cpu(), limits.train_share_percent as f64 / 100.0);
     let gate = Arc::new(ParityGate(Parity::new(model.clone(), &text, compute.clone())?));
     let mut shape = model.shape().clone();
+    shape.names.strict = config.strict_base;
     if let Some(name) = &config.base_name {
         name.clone_into(&mut shape.name);
+        shape.names.names.insert(0, name.clone());
     }
     let hub = Hub::new(store.clone(), shape, text.template_digest(), gate, &limits);
     let memory = Memory::new(limits.max_request_memory_bytes);
@@ -272,6 +287,7 @@ mod tests {
             data_dir: "data".into(),
             base: "base.gguf".into(),
             base_name: None,
+            strict_base: false,
             context: None,
             device: DeviceSpec::Cpu,
             threads: 1,

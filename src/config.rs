@@ -17,6 +17,8 @@ pub struct Config {
     pub base: PathBuf,
     /// What exports call the base, in a name that PEFT's tools can load; `None`: the file's.
     pub base_name: Option<String>,
+    /// Refuses imported adapters whose files name another base.
+    pub strict_base: bool,
     /// Tokens; `None` is what the base was trained for.
     pub context: Option<usize>,
     /// Where the base is served.

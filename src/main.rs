@@ -48,7 +48,9 @@ async fn serve(config: Config, listen: SocketAddr) -> Result<()> {
     let listener = TcpListener::bind(listen).await.map_err(unusable)?;
     let scheme = if config.tls.is_some() { "https" } else { "http" };
     let address = listener.local_addr().map_err(Error::internal)?;
+    let mut loading = cli::Loading::default();
     let announce = move |what| match what {
+        Announcement::Loading { done, total } => loading.show(done, total),
         Announcement::OperatorKey(key) => println!("operator key (shown this once, keep it): {key}"),
         Announcement::Serving => println!("listening on {scheme}://{address}"),
     };

@@ -37,7 +37,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("safety", &["engine", "store"]),
     ("api", &["safety", "train", "data", "hub", "store", "adapter"]),
     ("api::client", &["api"]),
-    ("cli", &["api::client", "api"]),
+    // `models inspect` looks at a base that no server has loaded.
+    ("cli", &["api::client", "api", "model", "weights"]),
 ];
 
 /// Modules that stay free of the runtime.

@@ -39,7 +39,7 @@ pub struct Package {
 }
 
 /// What is known of files that fit the base, before their values are looked at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckedPackage {
     /// Bytes that the adapter takes where it serves.
     pub memory_bytes: u64,
@@ -47,6 +47,8 @@ pub struct CheckedPackage {
     pub rank: u32,
     /// How the adapter began, where that took a part out of the base.
     pub initialisation: Option<Initialisation>,
+    /// What its files call the base.
+    pub base: Option<String>,
     /// See [`Package::digest`].
     pub digest: Digest,
 }
@@ -191,6 +193,7 @@ impl Package {
             memory_bytes: adapter_bytes(selected.iter().map(|of| (of.site, of.rank as usize)), shape),
             rank: selected.iter().map(|of| of.rank).max().unwrap_or_default(),
             initialisation: settings.initialisation,
+            base: settings.base.clone(),
             digest: self.digest_of(&settings)?,
         })
     }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::adapter::BaseNames;
 use crate::adapter::packed::adapter_bytes;
 use crate::arch::decoder::{Site, SiteSpec};
 use crate::error::{Error, Result};
@@ -15,6 +16,8 @@ use crate::request::{LoraSpec, Target};
 pub struct BaseShape {
     /// For people, e.g. `SmolLM2-135M-Instruct.Q4_1`.
     pub name: String,
+    /// By which adapters may call it.
+    pub names: BaseNames,
     /// SHA-256 of the base's file.
     pub digest: Digest,
     /// Transformer blocks.
@@ -47,7 +50,7 @@ impl BaseShape {
         let targets = [QProj, KProj, VProj, OProj, GateProj, UpProj, DownProj];
         let linears = targets.into_iter().zip(dims);
         let linears = linears.map(|(target, (inputs, outputs))| LinearShape { target, inputs, outputs }).collect();
-        Self { name: name.to_owned(), digest, layers, linears }
+        Self { name: name.to_owned(), names: BaseNames::default(), digest, layers, linears }
     }
 
     /// Returns (in, out) of a linear layer; `None` where the base has none of that name.

@@ -99,6 +99,8 @@ pub(super) struct Settings {
     use_rslora: bool,
     /// `None` where the base stayed as it was.
     pub(super) initialisation: Option<Initialisation>,
+    /// What the base is called; it is no part of what the adapter is.
+    pub(super) base: Option<String>,
     selection: Selection,
     rank_pattern: Pattern,
     alpha_pattern: Pattern,
@@ -133,6 +135,7 @@ impl Settings {
             dropout: setting(&config, "lora_dropout", "a number in [0, 1)", dropout)?.unwrap_or(0.0) as f32,
             use_rslora: setting(&config, "use_rslora", "true or false", Value::as_bool)?.unwrap_or(false),
             initialisation,
+            base: config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
             selection: Selection::read(&config)?,
             rank_pattern: Pattern::read("rank_pattern", &config)?,
             alpha_pattern: Pattern::read("alpha_pattern", &config)?,

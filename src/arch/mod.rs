@@ -3,6 +3,7 @@
 
 pub mod config;
 pub mod decoder;
+mod describe;
 mod gemma;
 mod granite;
 mod llama;

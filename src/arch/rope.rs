@@ -52,6 +52,15 @@ pub enum RopeScaling {
 }
 
 impl RopeScaling {
+    /// Returns how many factors of frequencies there are.
+    pub fn factors(&self) -> usize {
+        match self {
+            Self::Factors(factors) => factors.len(),
+            Self::LongRope { short, long, .. } => short.len() + long.len(),
+            Self::None | Self::Linear { .. } | Self::Yarn { .. } => 0,
+        }
+    }
+
     /// Returns up to which context, in tokens, the first of two sets of frequencies is for; `None` where there is one.
     pub fn short_context(&self) -> Option<usize> {
         match self {

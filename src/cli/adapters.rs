@@ -174,7 +174,11 @@ async fn import(client: &Client, header: proto::ImportAdapterHeader, folder: &Pa
     if let Some(note) = read.note(folder) {
         eprintln!("{note}");
     }
-    upload(client, header, read.files).await
+    let version = upload(client, header, read.files).await?;
+    if !version.note.is_empty() {
+        eprintln!("warning: {}", version.note);
+    }
+    Ok(version)
 }
 
 /// Says on standard error whether requests for the adapter get this version, and the command that makes it so.

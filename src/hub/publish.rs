@@ -68,6 +68,11 @@ impl Hub {
         let (gate, mut new) = (Arc::clone(&self.gate), new);
         let (new, bytes, digest) = blocking(move || {
             let mut checked = new.package.check(&shape, max_rank)?;
+            // The base of a job is this one, whatever an adapter that it goes on with has called it.
+            let warning = match checked.base.take().filter(|_| new.job.is_none()) {
+                Some(base) => shape.names.warning(&base)?,
+                None => None,
+            };
             let plain = match checked.initialisation {
                 Some(initialisation) if new.job.is_none() => {
                     gate.plain_form(&new.package.read(&shape, max_rank)?, initialisation)?
@@ -79,6 +84,9 @@ impl Hub {
                 new.package = Package::from_lora(&plain, &shape)?;
                 new.note = Some(CONVERTED.to_owned());
                 checked = new.package.check(&shape, max_rank)?;
+            }
+            if let Some(warning) = warning {
+                new.note = Some(new.note.map_or(warning.clone(), |note| format!("{note}; {warning}")));
             }
             Ok((new, checked.memory_bytes, checked.digest))
         })

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use super::load::PACKED_FILE;
 use super::*;
-use crate::adapter::{Initialisation, LoraLayer, Site};
+use crate::adapter::{BaseNames, Initialisation, LoraLayer, Site};
 use crate::request::{LoraSpec, Target};
 
 /// Ranks of an adapter of one unit: they are packed without padding.
@@ -284,6 +284,37 @@ async fn no_effect_is_noted_for_an_import_and_an_error_for_a_job() {
     assert_eq!(reason(&refused), "NO_EFFECT");
     bench.assert_nothing_left().await;
     assert!(bench.publish("x", 1, 0.0).await.unwrap().parity.no_effect);
+}
+
+#[tokio::test]
+async fn imports_that_name_another_base_are_noted_or_refused() {
+    let bench = Bench::new(8).await;
+    let hub = |strict| {
+        let names = BaseNames { names: vec!["owner/Small-135M".into()], strict };
+        let gate: Arc<dyn PublishGate> = bench.gate.clone();
+        let shape = BaseShape { names, ..shape(b"base") };
+        Hub::new(bench.store.clone(), shape, Digest::of(b"template"), gate, &Limits::default())
+    };
+    let new = |base: &str| {
+        let mut new = bench.new_version("x", 1, 0.5);
+        new.package.name_base(base).unwrap();
+        new
+    };
+    for (base, noted) in [("someone/small-135m-GGUF", false), ("./out", false), ("other/Large-7B", true)] {
+        let row = hub(false).publish(&bench.tenant, new(base)).await.unwrap();
+        let note = row.note.unwrap_or_default();
+        assert_eq!(note.contains(base) && note.contains("owner/Small-135M"), noted, "{base}: {note}");
+        assert!(noted || note.is_empty(), "{note}");
+        let stored = bench.store.resolve(&row.name.to_string().parse().unwrap()).await.unwrap();
+        assert_eq!(stored.note.unwrap_or_default(), note);
+        let strict = hub(true).publish(&bench.tenant, new(base)).await;
+        match strict {
+            Err(Error::Invalid { reason, .. }) => assert!(noted && reason == "BASE_MISMATCH", "{reason}"),
+            other => assert!(!noted && other.is_ok(), "{other:?}"),
+        }
+    }
+    let trained = NewVersion { job: Some(JobName::new(bench.tenant.id(), "1").unwrap()), ..new("other/Large-7B") };
+    assert_eq!(hub(true).publish(&bench.tenant, trained).await.unwrap().note, None, "a job's base is the server's");
 }
 
 #[tokio::test]

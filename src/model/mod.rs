@@ -5,6 +5,7 @@ mod autograd;
 pub mod batch;
 mod exec;
 mod initial;
+mod inspect;
 mod kv;
 mod linear;
 mod logits;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use crate::adapter::{BaseShape, LinearShape, Site};
+use crate::adapter::{BaseNames, BaseShape, LinearShape, Site};
 use crate::arch::config::{AttentionConfig, ModelConfig};
 use crate::arch::decoder::{Decoder, NormId, SiteId};
 use crate::arch::unsupported;
@@ -31,6 +32,7 @@ use crate::text::{Text, Vocabulary};
 use crate::weights::{Progress, Weights};
 use batch::{Executor, KvDtype, KvLayout, Readout, SequenceChunk};
 use exec::Exec;
+pub use inspect::{Inspection, inspect};
 use rope::RopeTable;
 use tensors::{DeviceWeights, TensorExec};
 
@@ -99,8 +101,8 @@ impl Model {
         (model, text)
     }
 
-    fn new(weights: Weights, device: &Device) -> Result<Arc<Self>> {
-        let config = &weights.config;
+    /// Refuses a base whose heads the kernels do not take.
+    fn check(config: &ModelConfig) -> Result<()> {
         let AttentionConfig { heads, kv_heads, head_dim, .. } = config.attention;
         if head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(HEAD_DIM_STEP) {
             let message = format!(
@@ -113,8 +115,15 @@ impl Model {
             let message = format!("gives {group} heads to a KV head; up to {MAX_GROUP} are served");
             return Err(unsupported(&config.name, message));
         }
+        Ok(())
+    }
+
+    fn new(weights: Weights, device: &Device) -> Result<Arc<Self>> {
+        let config = &weights.config;
+        Self::check(config)?;
         let shape = BaseShape {
             name: config.name.clone(),
+            names: BaseNames { names: weights.called.clone(), strict: false },
             digest: weights.digest,
             layers: config.layers.len() as u32,
             linears: weights.decoder.block_sites().iter().map(LinearShape::from).collect(),
@@ -167,9 +176,12 @@ impl Model {
 
     /// Bytes of the KV cache for one token.
     pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> u64 {
-        let AttentionConfig { kv_heads, head_dim, .. } = self.config().attention;
-        let of_layer = KvShape { block_tokens: 1, kv_heads, head_dim, dtype }.block_len() * size_of::<u16>();
-        (2 * self.config().layers.len() * of_layer) as u64
+        kv_bytes_per_token(self.config(), dtype)
+    }
+
+    /// Returns the bytes that the base's tensors take in memory.
+    pub fn held_bytes(&self) -> u64 {
+        self.weights.held_bytes()
     }
 
     /// `[out, in]`.
@@ -203,6 +215,12 @@ impl Model {
     fn norm(&self, norm: NormId) -> &[f32] {
         &self.weights.norms[norm]
     }
+}
+
+fn kv_bytes_per_token(config: &ModelConfig, dtype: KvDtype) -> u64 {
+    let AttentionConfig { kv_heads, head_dim, .. } = config.attention;
+    let of_layer = KvShape { block_tokens: 1, kv_heads, head_dim, dtype }.block_len() * size_of::<u16>();
+    (2 * config.layers.len() * of_layer) as u64
 }
 
 #[cfg(test)]

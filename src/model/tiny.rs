@@ -42,6 +42,7 @@ pub(super) fn weights(seed: u64, vocab_size: usize) -> Weights {
     let mut random = Random { seed, counter: 0 };
     let embedding = random.matrix(QType::Q8_0, vocab_size, config.hidden_size, |unit| vec![0.0136 * unit]);
     let mut weights = Weights {
+        called: vec!["Tiny-1M".into()],
         digest: Digest::of(&seed.to_le_bytes()),
         embedding,
         linears: Vec::new(),

@@ -65,7 +65,7 @@ pub(super) fn read(
     let (mut parts, digests) = stream::read(&mut [(file, bytes)], &plan.tensors, progress)?;
     take_factors(&mut parts, &mut config, &metadata)?;
     let digest = digests.first().copied().unwrap_or_else(|| Digest::of(b""));
-    Ok((parts.into_weights(config, decoder, digest)?, vocabulary))
+    Ok((parts.into_weights(config, decoder, metadata.called(), digest)?, vocabulary))
 }
 
 /// Looks for a file's tensors.
@@ -90,6 +90,14 @@ fn take_factors(parts: &mut Parts, config: &mut ModelConfig, metadata: &Metadata
         _ => {}
     }
     Ok(())
+}
+
+/// Marks which factors a file has, whose values have not been read.
+pub(super) fn mark_factors(plan: &Plan, config: &mut ModelConfig, metadata: &Metadata<'_>) -> Result<()> {
+    let mut parts = Parts::default();
+    let factors = plan.tensors.iter().filter(|tensor| matches!(tensor.slot, Slot::Factors(_)));
+    factors.for_each(|tensor| parts.put_vector(tensor.slot, Vec::new()));
+    take_factors(&mut parts, config, metadata)
 }
 
 /// GGUF's names.
@@ -160,13 +168,20 @@ fn norm_name(norm: &NormSpec) -> String {
 
 impl Parts {
     /// A base of all of its parts.
-    pub(super) fn into_weights(self, config: ModelConfig, decoder: Decoder, digest: Digest) -> Result<Weights> {
+    pub(super) fn into_weights(
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        mut called: Vec<String>,
+        digest: Digest,
+    ) -> Result<Weights> {
+        called.push(config.name.clone());
         let lost = || Error::internal("a tensor that was planned has not been read");
         let Self { embedding, head, matrices, mut biases, norms, .. } = self;
         biases.resize(matrices.len(), None);
         let linear = |(matrix, bias): (Option<_>, _)| Ok(LinearWeights { matrix: matrix.ok_or_else(lost)?, bias });
         let linears = matrices.into_iter().zip(biases).map(linear).collect::<Result<_>>()?;
         let norms = norms.into_iter().map(|norm| norm.ok_or_else(lost)).collect::<Result<_>>()?;
-        Ok(Weights { config, decoder, digest, embedding: embedding.ok_or_else(lost)?, linears, norms, head })
+        Ok(Weights { config, decoder, called, digest, embedding: embedding.ok_or_else(lost)?, linears, norms, head })
     }
 }

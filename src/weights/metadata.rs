@@ -38,6 +38,14 @@ impl<'a> Metadata<'a> {
         value.filter(|v| *v < 1 << 31).ok_or_else(|| unsupported(key, "is not a sane number"))
     }
 
+    /// What the file calls the model: its title, and what that is made of.
+    pub(super) fn called(&self) -> Vec<String> {
+        let text = |key: &str| self.text(&format!("general.{key}")).ok().map(str::to_owned);
+        let parts = [text("basename"), text("size_label"), text("finetune")];
+        let parts = parts.into_iter().flatten().collect::<Vec<_>>().join("-");
+        text("name").into_iter().chain(Some(parts).filter(|parts| !parts.is_empty())).collect()
+    }
+
     pub(super) fn text(&self, key: &str) -> Result<&str> {
         match self.get(key)? {
             Value::Text(text) => std::str::from_utf8(text).map_err(|_| unsupported(key, "is no UTF-8")),

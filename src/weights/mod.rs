@@ -5,6 +5,7 @@ mod gguf;
 mod header;
 mod hf;
 mod metadata;
+mod outline;
 mod plan;
 mod stream;
 #[cfg(test)]
@@ -22,6 +23,7 @@ use crate::error::Result;
 use crate::ids::Digest;
 use crate::kernels::packed::PackedMatrix;
 use crate::text::Vocabulary;
+pub use outline::{FormatCount, Outline};
 pub use stream::Progress;
 
 /// Reads the vocabulary of a GGUF file from its header, whatever tensors there are.
@@ -48,7 +50,9 @@ pub struct Weights {
     pub config: ModelConfig,
     /// The steps, and what the linear layers and norms are.
     pub decoder: Decoder,
-    /// Of the file.
+    /// What its files call the model, and its file's name.
+    pub called: Vec<String>,
+    /// Of the file, or of a folder's files.
     pub digest: Digest,
     /// `[vocab_size, hidden_size]`.
     pub embedding: PackedMatrix,
@@ -76,6 +80,24 @@ impl Weights {
     /// BASE_UNREADABLE or UNSUPPORTED_BASE, for whatever bytes there are.
     pub fn from_bytes(file: &[u8]) -> Result<(Self, Vocabulary)> {
         gguf::read(std::io::Cursor::new(file), "base".to_owned(), &mut |_, _| {})
+    }
+
+    /// Reads the tensors of a Hugging Face folder, and not its tokenizer; for tests and fuzzing.
+    ///
+    /// # Errors
+    /// BASE_UNREADABLE or UNSUPPORTED_BASE, for whatever files there are.
+    pub fn from_folder(path: &Path) -> Result<Self> {
+        hf::Folder::open(path)?.read(&mut |_, _| {})
+    }
+
+    /// Returns the bytes that the tensors take in memory.
+    pub fn held_bytes(&self) -> u64 {
+        let linears = self.linears.iter().map(|linear| &linear.matrix);
+        let matrices = linears.chain([&self.embedding]).chain(&self.head).map(|matrix| matrix.bytes().len());
+        let biases = self.linears.iter().filter_map(|linear| linear.bias.as_ref());
+        let factors = self.config.ropes.iter().map(|rope| rope.scaling.factors());
+        let floats = self.norms.iter().chain(biases).map(Vec::len).chain(factors).sum::<usize>();
+        (matrices.sum::<usize>() + floats * size_of::<f32>()) as u64
     }
 
     /// Returns the output matrix: the file's own, or the embedding where it has none.

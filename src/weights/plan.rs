@@ -22,6 +22,13 @@ pub(super) enum Slot {
     Factors(FactorKind),
 }
 
+impl Slot {
+    /// Whether it is multiplied with, or looked up in.
+    pub(super) fn is_matrix(self) -> bool {
+        matches!(self, Self::Embedding | Self::Head | Self::Matrix(_))
+    }
+}
+
 /// Which contexts some factors of frequencies are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FactorKind {
@@ -145,7 +152,7 @@ impl Sought<'_> {
             return Err(unsupported(name, message));
         }
         let (storage, served) = (info.storage.name, QType::ALL.iter().copied());
-        if matches!(slot, Slot::Bias(_) | Slot::Norm(_) | Slot::Factors(_)) {
+        if !slot.is_matrix() {
             let formats = self.form.vector_formats();
             let found = formats.iter().copied().find(|qtype| qtype.name() == storage);
             let expected = || format!("is stored as {storage}; {} was expected", names(formats));

@@ -182,15 +182,12 @@ impl Assembly<'_, '_> {
                 (self.progress)(self.done.min(self.total), self.total);
                 Ok(Some(piece.bytes))
             };
-            match planned.slot {
-                Slot::Bias(_) | Slot::Norm(_) | Slot::Factors(_) => {
-                    let values = vector(planned, &mut next, give_back)?;
-                    self.parts.put_vector(planned.slot, values);
-                }
-                _ => {
-                    let matrix = matrix(planned, &mut next, give_back)?;
-                    self.parts.put_matrix(planned.slot, matrix);
-                }
+            if planned.slot.is_matrix() {
+                let matrix = matrix(planned, &mut next, give_back)?;
+                self.parts.put_matrix(planned.slot, matrix);
+            } else {
+                let values = vector(planned, &mut next, give_back)?;
+                self.parts.put_vector(planned.slot, values);
             }
         }
         Ok(())
@@ -296,7 +293,7 @@ impl Parts {
         }
     }
 
-    fn put_vector(&mut self, slot: Slot, values: Vec<f32>) {
+    pub(super) fn put_vector(&mut self, slot: Slot, values: Vec<f32>) {
         match slot {
             Slot::Bias(id) => put(&mut self.biases, id, values),
             Slot::Norm(id) => put(&mut self.norms, id, values),

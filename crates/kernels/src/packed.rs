@@ -59,6 +59,12 @@ impl PackedMatrix {
         }
     }
 
+    /// Returns the bytes that a matrix takes.
+    pub fn bytes_of(qtype: QType, rows: usize, cols: usize) -> usize {
+        let tiles = rows.div_ceil(TILE_ROWS) * (cols / qtype.block_values());
+        (tiles * qtype.tile_bytes()).next_multiple_of(size_of::<Line>())
+    }
+
     /// Returns the format of its blocks.
     pub fn qtype(&self) -> QType {
         self.qtype
@@ -120,8 +126,7 @@ impl Packer {
     /// A matrix without rows yet. `cols` is a multiple of the block's values.
     pub fn new(qtype: QType, rows: usize, cols: usize) -> Self {
         assert!(qtype.fits(cols), "rows are whole blocks");
-        let bytes = rows.div_ceil(TILE_ROWS) * (cols / qtype.block_values()) * qtype.tile_bytes();
-        let lines = vec![Line([0; 64]); bytes.div_ceil(64)];
+        let lines = vec![Line([0; 64]); PackedMatrix::bytes_of(qtype, rows, cols) / size_of::<Line>()];
         Self { matrix: PackedMatrix { qtype, rows, cols, lines }, filled: 0 }
     }
 

@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
 use tokio::process::{ChildStdout, Command};
 
 use crate::api::client::{Client, Target};
-use crate::cli::{Failure, Result};
+use crate::cli::{Failure, Result, models};
 use crate::process::Owned;
 
 /// Dropping it kills the process and removes the temporary folder.
@@ -45,7 +45,10 @@ impl Server {
             let client = server.client(&server.operator_key).await?;
             Ok(client.wait_until_serving().await?)
         };
-        ready.await.map_err(|failure| with_log(failure, &log))?;
+        let bar = models::waiting(format!("the server reads {}", base.display()));
+        let ready = ready.await.map_err(|failure| with_log(failure, &log));
+        bar.finish_and_clear();
+        ready?;
         server.load_time = start.elapsed();
         Ok(server)
     }

@@ -94,10 +94,24 @@ impl Folder {
     }
 
     /// What the folder says of its text.
-    fn vocabulary(&self) -> Result<Vocabulary> {
+    pub(super) fn vocabulary(&self) -> Result<Vocabulary> {
         let message =
             format!("{}: a folder's tokenizer.json cannot be read yet; give a GGUF file", self.path.display());
         Err(Error::invalid_because("UNSUPPORTED_TOKENIZER", "tokenizer.json", message))
+    }
+
+    /// What the folder calls the model.
+    pub(super) fn called(&self) -> Result<Vec<String>> {
+        Ok(self.config.word("_name_or_path")?.map(str::to_owned).into_iter().collect())
+    }
+
+    /// Of all files of tensors.
+    pub(super) fn bytes(&self) -> u64 {
+        self.shards.iter().map(|(.., bytes)| bytes).sum()
+    }
+
+    pub(super) fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
     }
 
     /// The numbers of the base.
@@ -132,7 +146,7 @@ impl Folder {
         }
         let shards = self.shards.iter().map(|(name, ..)| name.clone()).zip(digests);
         let digest = digest_of(self.read.clone().into_iter().chain(shards).collect());
-        parts.into_weights(config, decoder, digest)
+        parts.into_weights(config, decoder, self.called()?, digest)
     }
 }
 

