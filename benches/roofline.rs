@@ -13,7 +13,7 @@ use std::time::Instant;
 use tenora::device::{self, DeviceSpec};
 use tenora::kernels::cpu::{Team, dot_products};
 use tenora::model::Model;
-use tenora::model::batch::{KvLayout, Readout, SequenceChunk};
+use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 
 const ROUNDS: usize = 9;
 const BLOCK_TOKENS: usize = 16;
@@ -89,8 +89,9 @@ fn main() {
     let blocks_each = (PROMPT + BEFORE) / BLOCK_TOKENS;
     let tables: Vec<Vec<u32>> =
         (0..16).map(|s| (s * blocks_each as u32..(s + 1) * blocks_each as u32).collect()).collect();
-    let mut executor =
-        model.executor(KvLayout { block_tokens: BLOCK_TOKENS, blocks: 16 * blocks_each }).expect("a cache");
+    let mut executor = model
+        .executor(KvLayout { block_tokens: BLOCK_TOKENS, blocks: 16 * blocks_each, dtype: KvDtype::F16 })
+        .expect("a cache");
     let ids: Vec<u32> = (0..PROMPT as u32).map(|i| 1000 + i * 7919 % 40_000).collect();
     let mut run = |step: &Step| {
         let span = |s: usize| SequenceChunk {
@@ -135,7 +136,7 @@ fn main() {
         let rows = step.sequences * step.rows;
         let seen: usize = (0..step.rows).map(|row| step.before + row + 1).sum::<usize>() * step.sequences;
         let read = step.sequences * (step.before + step.rows);
-        let bytes = weights(true) + read as f64 * model.kv_bytes_per_token() as f64;
+        let bytes = weights(true) + read as f64 * model.kv_bytes_per_token(KvDtype::F16) as f64;
         let products = (rows * frozen + step.sequences * head) as f64;
         let attention = (seen * config.layers.len() * config.qkv_widths()[0] * 2) as f64;
         println!(

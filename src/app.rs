@@ -100,7 +100,15 @@ async fn parts_of((model, text): Base, store: Store, config: &Config) -> Result<
     }
     let hub = Hub::new(store.clone(), shape, text.template_digest(), gate, &limits);
     let memory = Memory::new(limits.max_request_memory_bytes);
-    let engine = Engine::start(model.clone(), text.clone(), hub.clone(), compute.serving, memory.clone(), &limits)?;
+    let engine = Engine::start(
+        model.clone(),
+        text.clone(),
+        hub.clone(),
+        compute.serving,
+        memory.clone(),
+        config.kv_cache,
+        &limits,
+    )?;
     let guard = Guard::new(engine, store.clone(), &limits);
     let context_length = model.context_length();
     let (base_name, base_digest) = (model.shape().name.clone(), model.shape().digest);
@@ -256,7 +264,7 @@ fn check_listener(config: &Config, addr: SocketAddr) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::TlsFiles;
+    use crate::config::{KvCacheType, TlsFiles};
     use crate::device::DeviceSpec;
 
     fn config() -> Config {
@@ -267,6 +275,7 @@ mod tests {
             context: None,
             device: DeviceSpec::Cpu,
             threads: 1,
+            kv_cache: KvCacheType::default(),
             metrics_listen: None,
             otlp_endpoint: None,
             insecure_no_auth: false,

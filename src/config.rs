@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use crate::device::DeviceSpec;
@@ -22,6 +23,8 @@ pub struct Config {
     pub device: DeviceSpec,
     /// Worker threads of the compute pool.
     pub threads: usize,
+    /// How the KV cache holds keys and values.
+    pub kv_cache: KvCacheType,
     /// Prometheus text format; `None` is off.
     pub metrics_listen: Option<SocketAddr>,
     /// OpenTelemetry collector that gets spans of calls, `http://HOST:4318`; `None` is off.
@@ -47,6 +50,27 @@ pub struct TlsFiles {
     pub cert: PathBuf,
     /// The certificate's private key, in PEM.
     pub key: PathBuf,
+}
+
+/// How the KV cache holds keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheType {
+    /// In half precision.
+    #[default]
+    F16,
+    /// In bytes, with a half-precision scale for each 32 dimensions: about half of the memory, on the CPU only.
+    Q8_0,
+}
+
+impl FromStr for KvCacheType {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "f16" => Ok(Self::F16),
+            "q8_0" => Ok(Self::Q8_0),
+            _ => Err(Error::invalid("kv_cache_dtype", format!("{name:?} is neither f16 nor q8_0"))),
+        }
+    }
 }
 
 /// A limit, for people.

@@ -21,7 +21,7 @@ use tenora::config::Limits;
 use tenora::data::{Examples, Pair};
 use tenora::device::Arbiter;
 use tenora::model::Model;
-use tenora::model::batch::{KvLayout, Readout, SequenceChunk};
+use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 use tenora::model::traced::{ForwardOptions, TracedLora};
 use tenora::request::metric::MARGINS;
 use tenora::request::{ChatMessage, Hyperparameters, JobEvent, LrSchedule, Objective};
@@ -91,7 +91,7 @@ fn entries(file: &Value) -> Vec<(&str, &Value)> {
 fn served_logits(ids: &[u32], lora: Option<&Lora>, chunk: usize) -> Vec<Vec<f32>> {
     let model = &base().0;
     let lora = lora.map(|lora| Arc::new(PackedLora::new(lora, model.shape()).expect("the adapter fits")));
-    let layout = KvLayout { block_tokens: 16, blocks: ids.len().div_ceil(16) };
+    let layout = KvLayout { block_tokens: 16, blocks: ids.len().div_ceil(16), dtype: KvDtype::F16 };
     let mut exec = model.executor(layout).expect("an executor");
     let blocks: Vec<u32> = (0..layout.blocks as u32).rev().collect();
     let mut rows = Vec::new();

@@ -20,7 +20,7 @@ use tenora::data::Examples;
 use tenora::device::Arbiter;
 use tenora::kernels::log_sum_exp;
 use tenora::model::Model;
-use tenora::model::batch::{KvLayout, Readout, SequenceChunk};
+use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 use tenora::model::traced::{ForwardOptions, TracedLora};
 use tenora::request::{Hyperparameters, JobEvent, LrSchedule, Objective};
 use tenora::text::{Conversation, Text};
@@ -57,9 +57,14 @@ struct Scored {
 }
 
 impl Base {
+    /// The base in the folder of its values.
     fn load(folder: &Path) -> Self {
-        let (model, text) = Model::load(&folder.join("base.gguf"), &candle_core::Device::Cpu, None)
-            .unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+        Self::load_from(&folder.join("base.gguf"), folder)
+    }
+
+    fn load_from(file: &Path, folder: &Path) -> Self {
+        let (model, text) =
+            Model::load(file, &candle_core::Device::Cpu, None).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
         let values = std::fs::read(folder.join("values.json")).expect("values.json");
         Self { model, text, values: serde_json::from_slice(&values).expect("values"), folder: folder.to_owned() }
     }
@@ -126,7 +131,7 @@ impl Base {
     ) -> Vec<(Vec<f32>, Vec<f32>, Vec<f64>)> {
         let longest = scored.iter().map(|(_, scored)| scored.ids.len()).max().expect("sequences");
         let of_each = longest.div_ceil(16);
-        let layout = KvLayout { block_tokens: 16, blocks: of_each * scored.len() };
+        let layout = KvLayout { block_tokens: 16, blocks: of_each * scored.len(), dtype: KvDtype::F16 };
         let mut exec = self.model.executor(layout).expect("an executor");
         let tables: Vec<Vec<u32>> =
             (0..scored.len()).map(|i| (0..of_each).map(|b| (b * scored.len() + i) as u32).collect()).collect();
@@ -240,6 +245,38 @@ fn every_base_gives_the_golden_values() {
         assert!(found.0 <= FLOAT_BOUND, "{name}: {} nats off on the float32 path", found.0);
         assert!(found.1 <= SERVING_BOUND, "{name}: {} nats off on the serving path", found.1);
         assert!(found.2 <= LOSS_BOUND, "{name}: losses {} off", found.2);
+    }
+}
+
+/// Where the real bases are, which `scripts/real-bases` fetches.
+fn real_bases() -> PathBuf {
+    let home = std::env::var_os("TENORA_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/tenora")));
+    home.expect("a home").join("real")
+}
+
+/// Real bases of other families, where they are in the cache; with `TENORA_REAL_BASES` set they are fetched first.
+#[test]
+fn real_bases_give_the_golden_values() {
+    let mut folders: Vec<_> =
+        std::fs::read_dir("tests/golden/real").expect("values").map(|e| e.unwrap().path()).collect();
+    folders.retain(|path| path.is_dir());
+    for folder in folders {
+        let name = folder.file_name().expect("a name").to_string_lossy().into_owned();
+        if std::env::var_os("TENORA_REAL_BASES").is_some_and(|set| !set.is_empty() && set != "0") {
+            let fetched = std::process::Command::new("scripts/real-bases").arg(&name).status().expect("python3");
+            assert!(fetched.success(), "{name} can be fetched");
+        }
+        let file = real_bases().join(format!("{name}.gguf"));
+        if !file.is_file() {
+            println!("{name}: skipped, not in the cache; TENORA_REAL_BASES=1 fetches it");
+            continue;
+        }
+        let base = Base::load_from(&file, &folder);
+        let found = (base.float_difference(), base.serving_difference());
+        println!("{name:36} float32 {:.1e}  serving {:.1e}", found.0, found.1);
+        assert!(found.0 <= FLOAT_BOUND, "{name}: {} nats off on the float32 path", found.0);
+        assert!(found.1 <= SERVING_BOUND, "{name}: {} nats off on the serving path", found.1);
     }
 }
 

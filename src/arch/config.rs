@@ -198,6 +198,17 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// Gives windows to the blocks that the settings give one, to all where they do not say which.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_BASE where a setting is none.
+    pub fn read_windows(&mut self, settings: &dyn Settings) -> Result<()> {
+        let window = settings.integer(keys::SLIDING_WINDOW)?.unwrap_or(0);
+        let pattern = settings.pattern(keys::SLIDING_WINDOW_PATTERN)?;
+        self.set_windows(window, |layer| pattern.as_ref().is_none_or(|pattern| pattern.has(layer)));
+        Ok(())
+    }
+
     /// Gives a window of so many tokens to the blocks that `windowed` names; 0 is none.
     pub fn set_windows(&mut self, window: usize, windowed: impl Fn(usize) -> bool) {
         for (i, layer) in self.layers.iter_mut().enumerate() {

@@ -10,6 +10,8 @@ use crate::kernels::spec::Activation;
 /// Caps on scores and logits, and a window in every other block.
 pub const GEMMA2: Architecture = Architecture {
     name: "gemma2",
+    model_types: &["gemma2"],
+    adds_one_to_norms: true,
     interleaved: false,
     biased: &[],
     configure: |config, settings| {
@@ -22,6 +24,8 @@ pub const GEMMA2: Architecture = Architecture {
 /// Norms of the heads of queries and keys, and a window in five of six blocks, which turn by frequencies of their own.
 pub const GEMMA3: Architecture = Architecture {
     name: "gemma3",
+    model_types: &["gemma3_text", "gemma3"],
+    adds_one_to_norms: true,
     interleaved: false,
     biased: &[],
     configure: |config, settings| {
@@ -48,7 +52,9 @@ fn common(config: &mut ModelConfig, settings: &dyn Settings, layers_of_largest: 
     config.post_norms = true;
     config.embedding_scale = (config.hidden_size as f32).sqrt();
     config.logits.softcap = settings.positive(keys::LOGIT_SOFTCAP)?;
-    if config.layers.len() == layers_of_largest {
+    if let Some(scalar) = settings.positive(keys::ATTENTION_SCALAR)? {
+        config.attention.scale = 1.0 / scalar.sqrt();
+    } else if config.layers.len() == layers_of_largest {
         config.attention.scale = 1.0 / ((config.hidden_size / config.attention.heads) as f32).sqrt();
     }
     Ok(())

@@ -6,6 +6,8 @@ use crate::arch::settings as keys;
 /// As Llama, with multipliers of embeddings, residuals, attention and logits.
 pub const GRANITE: Architecture = Architecture {
     name: "granite",
+    model_types: &["granite"],
+    adds_one_to_norms: false,
     interleaved: true,
     biased: &[],
     configure: |config, settings| {

@@ -2,6 +2,12 @@
 
 use crate::arch::Architecture;
 
-/// As all architectures, with nothing of its own.
-pub const LLAMA: Architecture =
-    Architecture { name: "llama", interleaved: true, biased: &[], configure: |_, _| Ok(()) };
+/// As all architectures, with nothing of its own but Mistral's windows.
+pub const LLAMA: Architecture = Architecture {
+    name: "llama",
+    model_types: &["llama", "mistral"],
+    adds_one_to_norms: false,
+    interleaved: true,
+    biased: &[],
+    configure: |config, settings| config.read_windows(settings),
+};

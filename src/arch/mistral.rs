@@ -7,6 +7,8 @@ use crate::arch::{Architecture, unsupported};
 /// As Llama, with YaRN and a temperature by position.
 pub const MISTRAL3: Architecture = Architecture {
     name: "mistral3",
+    model_types: &["ministral3", "mistral3"],
+    adds_one_to_norms: false,
     interleaved: true,
     biased: &[],
     configure: |config, settings| {

@@ -23,8 +23,12 @@ use settings::Settings;
 pub struct Architecture {
     /// What a GGUF file calls it, in `general.architecture`; its other keys begin with it.
     pub name: &'static str,
+    /// What Hugging Face's `config.json` calls it, in `model_type`.
+    pub model_types: &'static [&'static str],
     /// Whether a GGUF file holds the rows of q and k for a rotation of neighbours: row 2 j + p of a head is Hugging Face's row p * half + j.
     pub interleaved: bool,
+    /// Whether Hugging Face's tensors of norms are what is added to 1. GGUF's are the factors themselves.
+    pub adds_one_to_norms: bool,
     /// Linear layers that must have a bias. Any other may.
     pub biased: &'static [Target],
     /// Says what is its own, over what all architectures say alike.
@@ -53,6 +57,17 @@ impl Architecture {
         ARCHITECTURES.into_iter().find(|known| known.name == name).ok_or_else(|| {
             let known = ARCHITECTURES.map(|known| known.name).join(", ");
             unsupported("general.architecture", format!("is {name:?}; this version runs {known}"))
+        })
+    }
+
+    /// Returns the architecture of a `model_type` of Hugging Face's.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_BASE, which lists those that are served.
+    pub fn of_model_type(name: &str) -> Result<&'static Self> {
+        ARCHITECTURES.into_iter().find(|known| known.model_types.contains(&name)).ok_or_else(|| {
+            let known = ARCHITECTURES.map(|known| known.model_types.join(", ")).join(", ");
+            unsupported("model_type", format!("is {name:?}; this version runs {known}"))
         })
     }
 }

@@ -6,18 +6,22 @@ use crate::request::Target;
 /// Queries, keys and values have biases.
 pub const QWEN2: Architecture = Architecture {
     name: "qwen2",
+    model_types: &["qwen2"],
+    adds_one_to_norms: false,
     interleaved: false,
     biased: &[Target::QProj, Target::KProj, Target::VProj],
-    configure: |_, _| Ok(()),
+    configure: |config, settings| config.read_windows(settings),
 };
 
 /// The heads of queries and keys are normed.
 pub const QWEN3: Architecture = Architecture {
     name: "qwen3",
+    model_types: &["qwen3"],
+    adds_one_to_norms: false,
     interleaved: false,
     biased: &[],
-    configure: |config, _| {
+    configure: |config, settings| {
         config.attention.qk_norm = true;
-        Ok(())
+        config.read_windows(settings)
     },
 };

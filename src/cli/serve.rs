@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Failure, Result, models};
 use crate::bases;
-use crate::config::{Config, LimitInfo, Limits, TlsFiles};
+use crate::config::{Config, KvCacheType, LimitInfo, Limits, TlsFiles};
 use crate::device::DeviceSpec;
 
 /// Serve a base and its adapters.
@@ -43,6 +43,9 @@ pub(super) struct Args {
     /// Threads that compute [default: one per core]
     #[arg(long, env = "TENORA_THREADS", value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// How the KV cache holds keys and values: f16, or q8_0, which takes about half of the memory and is served on the CPU only.
+    #[arg(long, env = "TENORA_KV_CACHE_DTYPE", default_value = "f16", value_name = "TYPE")]
+    kv_cache_dtype: KvCacheType,
     /// Also serve Prometheus metrics here, in plain HTTP and without a key.
     #[arg(long, value_name = "HOST:PORT")]
     metrics_listen: Option<String>,
@@ -119,6 +122,7 @@ impl Args {
             context: self.context.map(NonZeroUsize::get),
             device: self.device,
             threads: self.threads(),
+            kv_cache: self.kv_cache_dtype,
             metrics_listen,
             otlp_endpoint: self.otlp_endpoint,
             insecure_no_auth: self.insecure_no_auth,

@@ -30,14 +30,14 @@ use futures::Stream;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use crate::config::Limits;
+use crate::config::{KvCacheType, Limits};
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::hub::{Hub, VersionRow};
 use crate::ids::{AdapterRef, Digest, Tenant, TenantId};
 use crate::memory::Memory;
 use crate::model::Model;
-use crate::model::batch::{Executor, KvLayout};
+use crate::model::batch::{Executor, KvDtype, KvLayout};
 use crate::request::{GenerateEvent, GenerateSpec, Prompt, ScoreAnswer, ScoreSpec, Usage};
 use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
@@ -103,15 +103,20 @@ impl Engine {
         hub: Arc<Hub>,
         arbiter: Arc<Arbiter>,
         memory: Arc<Memory>,
+        kv: KvCacheType,
         limits: &Limits,
     ) -> Result<Self> {
+        let dtype = match kv {
+            KvCacheType::F16 => KvDtype::F16,
+            KvCacheType::Q8_0 => KvDtype::Int8,
+        };
         let block_tokens = limits.kv_block_tokens.clamp(1, 4096) as usize;
         let (groups, context) = (model.kv_groups(), model.context_length());
         let paging = Paging::new(block_tokens, limits.max_step_rows as usize, groups.windows.clone());
         // No more than all sequences at once could use at their longest.
         let useful = limits.max_running.saturating_mul(paging.most(context) as u64);
-        let blocks = (limits.kv_cache_bytes / model.kv_page_bytes(&groups, block_tokens)).min(useful) as usize;
-        let layout = KvLayout { block_tokens, blocks };
+        let blocks = (limits.kv_cache_bytes / model.kv_page_bytes(&groups, block_tokens, dtype)).min(useful) as usize;
+        let layout = KvLayout { block_tokens, blocks, dtype };
         let info = EngineInfo { base: model.shape().digest, context, layout, paging };
         let executor = model.serving_executor(layout)?;
         Self::start_with(executor, info, text, hub, arbiter, memory, limits)

@@ -18,10 +18,11 @@ use super::answer::UnreadEvents;
 use super::*;
 use crate::adapter::format::Package;
 use crate::adapter::{Initialisation, Lora, PackedLora};
+use crate::config::KvCacheType;
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
 use crate::kernels::testing::allocations;
-use crate::model::batch::SequenceChunk;
+use crate::model::batch::{KvDtype, SequenceChunk};
 use crate::request::{
     ChatMessage, FinishReason, LoraSpec, ParityReport, Publish, Sampling, Stopping, Target, TokenOut,
 };
@@ -123,7 +124,7 @@ fn start_beside(
 ) -> Result<Engine> {
     let memory = Memory::new(limits.max_request_memory_bytes);
     let _runtime = runtime().enter();
-    Engine::start(model, text, hub, arbiter, memory, limits)
+    Engine::start(model, text, hub, arbiter, memory, KvCacheType::F16, limits)
 }
 
 fn engine(limits: &Limits) -> Engine {
@@ -195,7 +196,7 @@ async fn tokens(engine: &Engine, request: &Request) -> Vec<TokenOut> {
 
 /// Blocks of 8 tokens, enough for little more than the longest sequence; as many sequences as the rows of a step allow.
 fn tight(step_rows: u64, blocks: u64) -> Limits {
-    let bytes = world().model.kv_bytes_per_token() * 8 * blocks;
+    let bytes = world().model.kv_bytes_per_token(KvDtype::F16) * 8 * blocks;
     let max_running = step_rows - 1;
     Limits { kv_block_tokens: 8, kv_cache_bytes: bytes, max_step_rows: step_rows, max_running, ..Limits::default() }
 }
@@ -376,7 +377,7 @@ fn submit_with(
 fn a_steady_step_allocates_nothing() {
     run(async {
         let w = world();
-        let layout = KvLayout { block_tokens: 8, blocks: 64 };
+        let layout = KvLayout { block_tokens: 8, blocks: 64, dtype: KvDtype::F16 };
         let (mut state, bare) = bare_loop(layout, w.model.executor(layout).unwrap());
         let mut readers = Vec::new();
         for adapter in [None, Some("a0"), Some("a1"), None] {
@@ -406,7 +407,7 @@ fn a_steady_step_allocates_nothing() {
 #[test]
 fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
     run(async {
-        let layout = KvLayout { block_tokens: 8, blocks: 16 };
+        let layout = KvLayout { block_tokens: 8, blocks: 16, dtype: KvDtype::F16 };
         let faulty = Box::new(Faulty { steps: 3, logits: Vec::new() });
         let (mut state, bare) = bare_loop(layout, faulty);
         let readers: Vec<_> = (0..3).map(|_| submit(&bare, Adapter::Base, 5)).collect();
@@ -625,7 +626,7 @@ impl Executor for Faulty {
 fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
     run(async {
         let w = world();
-        let layout = KvLayout { block_tokens: 8, blocks: 16 };
+        let layout = KvLayout { block_tokens: 8, blocks: 16, dtype: KvDtype::F16 };
         let faulty = Box::new(Faulty { steps: 0, logits: Vec::new() });
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
         let info = EngineInfo { base: w.model.shape().digest, context: 100, layout, paging: one_group(layout) };

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::groups::first_read;
 
+pub use crate::kernels::cpu::KvDtype;
 pub use crate::kernels::tensors::Best;
 
 /// Runs batches over a KV cache of its own.
@@ -32,6 +33,8 @@ pub struct KvLayout {
     pub block_tokens: usize,
     /// Pages in all. Where all layers are one group, a block is a page.
     pub blocks: usize,
+    /// How keys and values are held.
+    pub dtype: KvDtype,
 }
 
 /// Which rows of a span get logits.

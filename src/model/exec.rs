@@ -11,7 +11,8 @@ use crate::adapter::PackedLora;
 use crate::arch::decoder::{Attend, Merge, NormId, Part, SiteId, Step, StepExecutor, next_sites};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{
-    self, Adapters, GROUP_ROWS, HeadNorms, HeadPrep, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team,
+    self, Adapters, AttentionScratch, GROUP_ROWS, HeadNorms, HeadPrep, Linear, LoraPair, Next, QuantizedRows, RowGroup,
+    RowTile, Team,
 };
 use crate::kernels::spec::Activation;
 use crate::model::Model;
@@ -171,6 +172,7 @@ struct Buffers {
     /// The input of the next frozen layers, quantised; and shrunk by the adapters.
     quantized: QuantizedRows,
     shrunk: Vec<f32>,
+    attention: AttentionScratch,
 }
 
 /// What the frozen layers give.
@@ -268,7 +270,7 @@ impl ExecPass<'_> {
     fn norm(&mut self, norm: NormId, groups: &[RowGroup], sites: Range<SiteId>) {
         let (width, eps) = (self.model.config().hidden_size, self.model.config().norm_eps);
         let weight = self.model.norm(norm);
-        let Buffers { outs: Outs { x, .. }, input, quantized, shrunk } = &mut *self.buffers;
+        let Buffers { outs: Outs { x, .. }, input, quantized, shrunk, .. } = &mut *self.buffers;
         let input = resized(input, x.len() / width, width);
         let normed = |row: usize, out: &mut [f32]| cpu::rms_norm_row(&x[row * width..][..width], weight, eps, out);
         let adapters = self.adapted.at(sites);
@@ -300,7 +302,7 @@ impl ExecPass<'_> {
         let (model, rows) = (self.model, self.rows);
         let KvPlace { group, slot } = self.groups.place(attend.layer);
         let (width, tile) = (model.config().qkv_widths()[0], |i| rows.tile(i, group));
-        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk } = &mut *self.buffers;
+        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk, attention } = &mut *self.buffers;
         let eps = model.config().norm_eps;
         let angles = attend.rope.map(|rope| move |position| model.ropes[rope].at(position));
         let factor = attend.temperature.map(|by| move |position| by.at(position));
@@ -311,7 +313,8 @@ impl ExecPass<'_> {
         };
         cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), self.kv.slot_mut(slot), prep);
         let input = resized(input, rows.count(), width);
-        cpu::attention(self.team, rows.tiles.len(), tile, q, self.kv.slot(slot), attend.spec, input);
+        let kv = self.kv.slot(slot);
+        cpu::attention(self.team, rows.tiles.len(), tile, q, kv, attend.spec, (attention, input));
         let adapters = self.adapted.at(next);
         let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
         cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
@@ -396,7 +399,7 @@ impl StepExecutor for ExecPass<'_> {
 mod tests {
     use super::*;
     use crate::adapter::Lora;
-    use crate::model::batch::Readout;
+    use crate::model::batch::{KvDtype, Readout};
     use crate::request::LoraSpec;
 
     /// Logits that look like some answer would be sent as one.
@@ -406,11 +409,40 @@ mod tests {
         let mut lora = Lora::fresh(&LoraSpec::default(), model.shape(), 5).unwrap();
         lora.layers.values_mut().for_each(|layer| layer.b.fill(1e38));
         let lora = Arc::new(PackedLora::new(&lora, model.shape()).unwrap());
-        let groups = model.kv_groups();
-        let mut exec = Exec::new(model, KvLayout { block_tokens: 4, blocks: 4 }, groups).unwrap();
+        let (groups, layout) = (model.kv_groups(), KvLayout { block_tokens: 4, blocks: 4, dtype: KvDtype::F16 });
+        let mut exec = Exec::new(model, layout, groups).unwrap();
         let span = |ids, start, lora| SequenceChunk { ids, start, blocks: &[2, 0], lora, logits: Readout::All };
         assert!(exec.forward(&[span(&[1, 2, 3], 0, Some(&lora))]).unwrap().iter().all(|x| x.is_nan()));
         assert!(exec.forward(&[span(&[4], 3, None)]).unwrap().iter().all(|x| x.is_nan()), "nor by a later row");
         assert!(exec.forward(&[span(&[1, 2, 3], 0, None)]).unwrap().iter().all(|x| x.is_finite()));
+    }
+
+    /// The log-probabilities of a sequence's next ids, read in chunks, or decoded one by one.
+    fn logprobs(model: &Arc<Model>, dtype: KvDtype, ids: &[u32], chunk: usize) -> Vec<f64> {
+        let layout = KvLayout { block_tokens: 16, blocks: ids.len().div_ceil(16), dtype };
+        let blocks: Vec<u32> = (0..layout.blocks as u32).rev().collect();
+        let mut exec = Exec::new(model.clone(), layout, model.kv_groups()).unwrap();
+        let mut all = Vec::new();
+        for (at, ids) in ids.chunks(chunk).enumerate() {
+            let span = SequenceChunk { ids, start: at * chunk, blocks: &blocks, lora: None, logits: Readout::All };
+            all.extend_from_slice(exec.forward(&[span]).unwrap());
+        }
+        let of_row = |(row, id): (&[f32], &u32)| f64::from(row[*id as usize]) - crate::kernels::log_sum_exp(row);
+        all.chunks_exact(model.vocab_size()).zip(&ids[1..]).map(of_row).collect()
+    }
+
+    /// A cache in bytes moves log-probabilities a little, and no more; and a chunk's borders change no bit of it.
+    #[test]
+    fn a_cache_in_bytes_moves_log_probabilities_little() {
+        let (model, _) = Model::tiny(1);
+        let ids: Vec<u32> = (0..200).map(|i| (i * 37 + 11) % 258).collect();
+        let halves = logprobs(&model, KvDtype::F16, &ids, 200);
+        let bytes = logprobs(&model, KvDtype::Int8, &ids, 200);
+        assert_eq!(bytes, logprobs(&model, KvDtype::Int8, &ids, 7));
+        let apart = halves.iter().zip(&bytes).map(|(a, b)| (a - b).abs());
+        let (mean, most) = (apart.clone().sum::<f64>() / halves.len() as f64, apart.fold(0.0, f64::max));
+        assert!(mean > 0.0 && mean < 0.01 && most < 0.05, "{mean} {most}");
+        assert_eq!(model.kv_bytes_per_token(KvDtype::F16), 2 * 2 * 2 * 16 * 2);
+        assert_eq!(model.kv_bytes_per_token(KvDtype::Int8), 2 * 2 * 2 * (16 + 2));
     }
 }

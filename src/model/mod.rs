@@ -26,11 +26,11 @@ use crate::arch::config::{AttentionConfig, ModelConfig};
 use crate::arch::decoder::{Decoder, NormId, SiteId};
 use crate::arch::unsupported;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM};
+use crate::kernels::cpu::{HEAD_DIM_STEP, KvShape, MAX_GROUP, MAX_HEAD_DIM};
 use crate::kernels::packed::PackedMatrix;
 use crate::text::{Text, Vocabulary};
-use crate::weights::Weights;
-use batch::{Executor, KvLayout, Readout, SequenceChunk};
+use crate::weights::{Progress, Weights};
+use batch::{Executor, KvDtype, KvLayout, Readout, SequenceChunk};
 use exec::Exec;
 use groups::KvGroups;
 use rope::RopeTable;
@@ -51,7 +51,17 @@ impl Model {
     /// Loads a GGUF file and its tokenizer, to be served on `device` with a context of so many tokens (see
     /// [`ModelConfig::take_context`]).
     pub fn load(path: &Path, device: &Device, context: Option<usize>) -> Result<(Arc<Self>, Arc<Text>)> {
-        let (mut weights, vocabulary) = Weights::load(path)?;
+        Self::load_watched(path, device, context, &mut |_, _| {})
+    }
+
+    /// As [`Model::load`]; `progress` hears how many bytes have been read, and of how many.
+    pub fn load_watched(
+        path: &Path,
+        device: &Device,
+        context: Option<usize>,
+        progress: &mut Progress<'_>,
+    ) -> Result<(Arc<Self>, Arc<Text>)> {
+        let (mut weights, vocabulary) = Weights::load(path, progress)?;
         weights.config.take_context(context)?;
         Self::proven((weights, vocabulary), device)
     }
@@ -72,7 +82,7 @@ impl Model {
         let last = self.vocab_size() as u32 - 1;
         let ids = [0, last / 3, last / 2, last];
         let ids = &ids[..ids.len().min(self.context_length())];
-        let mut exec = self.executor(KvLayout { block_tokens: ids.len(), blocks: 1 })?;
+        let mut exec = self.executor(KvLayout { block_tokens: ids.len(), blocks: 1, dtype: KvDtype::F16 })?;
         let span = SequenceChunk { ids, start: 0, blocks: &[0], lora: None, logits: Readout::All };
         if exec.forward(&[span])?.iter().all(|logit| logit.is_finite()) {
             return Ok(());
@@ -190,14 +200,16 @@ impl Model {
     }
 
     /// Bytes of a page of so many positions, in these groups.
-    pub fn kv_page_bytes(&self, groups: &KvGroups, block_tokens: usize) -> u64 {
-        self.kv_bytes_per_token() / self.config().layers.len() as u64 * (groups.layers_per_page * block_tokens) as u64
+    pub fn kv_page_bytes(&self, groups: &KvGroups, block_tokens: usize, dtype: KvDtype) -> u64 {
+        let of_layer = self.kv_bytes_per_token(dtype) / self.config().layers.len() as u64;
+        of_layer * (groups.layers_per_page * block_tokens) as u64
     }
 
     /// Bytes of the KV cache for one token, in all layers.
-    pub fn kv_bytes_per_token(&self) -> u64 {
-        let [_, k, v] = self.config().qkv_widths();
-        (self.config().layers.len() * (k + v) * size_of::<u16>()) as u64
+    pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> u64 {
+        let AttentionConfig { kv_heads, head_dim, .. } = self.config().attention;
+        let of_layer = KvShape { block_tokens: 1, kv_heads, head_dim, dtype }.block_len() * size_of::<u16>();
+        (2 * self.config().layers.len() * of_layer) as u64
     }
 
     /// `[out, in]`.

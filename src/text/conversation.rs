@@ -88,8 +88,8 @@ impl Text {
             return Ok(None);
         }
         let template = self.template()?;
-        let wrap = |_: usize, text: String| format!("{BEGIN}{text}{END}");
-        let Ok(marked) = template.render(messages, false, &wrap) else { return Ok(None) };
+        let (begin, end) = (BEGIN.to_string(), END.to_string());
+        let Ok(marked) = template.render(messages, false, (&begin, &end)) else { return Ok(None) };
         let Ok(plain) = template.render_marked(messages, false) else { return Ok(None) };
         let Some((pieces, after)) = self.pieces(&marked, &plain, messages) else { return Ok(None) };
         if marked.replace([BEGIN, END], "") != plain {

@@ -6,6 +6,8 @@
 mod chat;
 mod conversation;
 mod decoder;
+pub mod hf;
+mod jinja;
 mod markup;
 pub mod matcher;
 mod tokenizer;

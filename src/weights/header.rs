@@ -65,7 +65,7 @@ const OTHER_STORAGES: [(u32, &str, u64, u64); 23] = [
 ];
 
 impl Storage {
-    fn of(number: u32) -> Option<Self> {
+    pub(super) fn of(number: u32) -> Option<Self> {
         if let Some(qtype) = QType::of_number(number) {
             let (values, bytes) = qtype.file_block();
             return Some(Self { name: qtype.name(), values: values as u64, bytes: bytes as u64 });
@@ -75,12 +75,21 @@ impl Storage {
     }
 }
 
+impl Storage {
+    /// Bytes of a value, of formats of floats.
+    pub(super) fn value_bytes(self) -> u64 {
+        self.bytes / self.values
+    }
+}
+
 /// A tensor of the file. It lies within the file, and no other overlaps it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct TensorInfo {
     /// As in the file: the innermost first.
     pub(super) dims: Vec<u64>,
     pub(super) storage: Storage,
+    /// Which of the base's files it is in.
+    pub(super) file: usize,
     /// From the beginning of the file.
     pub(super) start: u64,
     pub(super) bytes: u64,
@@ -428,6 +437,6 @@ impl<R: Read> Reader<'_, R> {
             values.filter(|values| rows && *values > 0).and_then(|v| (v / storage.values).checked_mul(storage.bytes));
         let bytes = bytes
             .ok_or_else(|| broken(format!("the tensor {name} cannot have the shape {dims:?} as {}", storage.name)))?;
-        Ok((name, TensorInfo { dims, storage, start, bytes }))
+        Ok((name, TensorInfo { dims, storage, file: 0, start, bytes }))
     }
 }

@@ -1,8 +1,12 @@
-//! Frozen tensors of the base, from GGUF: the quantised values as they are, in the kernels' order and Hugging Face's order of rows.
+//! Frozen tensors of the base, from a GGUF file or a Hugging Face folder: the values as they are, in the kernels' order and Hugging Face's order
+//! of rows.
 
 mod gguf;
 mod header;
+mod hf;
 mod metadata;
+mod plan;
+mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -18,6 +22,7 @@ use crate::error::Result;
 use crate::ids::Digest;
 use crate::kernels::packed::PackedMatrix;
 use crate::text::Vocabulary;
+pub use stream::Progress;
 
 /// Reads the vocabulary of a GGUF file from its header, whatever tensors there are.
 ///
@@ -56,9 +61,13 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Reads a GGUF file. Fails on anything it does not know: an architecture, a tensor, a block format, a RoPE scaling.
-    pub fn load(path: &Path) -> Result<(Self, Vocabulary)> {
-        gguf::load(path)
+    /// Reads a GGUF file or a Hugging Face folder, once; `progress` hears how far it is. In memory are at most the packed matrices and a few pieces of the file.
+    ///
+    /// # Errors
+    /// BASE_UNREADABLE, UNSUPPORTED_BASE or UNSUPPORTED_TOKENIZER for anything that is not known: an architecture, a tensor, a block format, a
+    /// RoPE scaling.
+    pub fn load(path: &Path, progress: &mut Progress<'_>) -> Result<(Self, Vocabulary)> {
+        if path.is_dir() { hf::load(path, progress) } else { gguf::load(path, progress) }
     }
 
     /// Reads a GGUF file from memory, as [`Weights::load`] does; for tests and fuzzing.
@@ -66,7 +75,7 @@ impl Weights {
     /// # Errors
     /// BASE_UNREADABLE or UNSUPPORTED_BASE, for whatever bytes there are.
     pub fn from_bytes(file: &[u8]) -> Result<(Self, Vocabulary)> {
-        gguf::read(std::io::Cursor::new(file), "base".to_owned(), Digest::of(file))
+        gguf::read(std::io::Cursor::new(file), "base".to_owned(), &mut |_, _| {})
     }
 
     /// Returns the output matrix: the file's own, or the embedding where it has none.

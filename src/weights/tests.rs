@@ -22,6 +22,12 @@ fn a_sound_file_is_read() {
     assert_eq!((weights.config.layers.len(), weights.config.hidden_size, weights.config.vocab_size), (1, 32, 258));
     assert_eq!(vocabulary.control, [256, 257]);
     Text::new(vocabulary).unwrap();
+    let mut empty_control = crate::text::Vocabulary::tiny().tokens;
+    empty_control[256].clear();
+    let empty_control = list(TEXT, 258, empty_control.iter().map(|token| text(token)));
+    let empty_control = File::tiny().set("tokenizer.ggml.tokens", LIST, empty_control);
+    let (_, vocabulary) = Weights::from_bytes(&empty_control.bytes()).unwrap();
+    assert_eq!(vocabulary.control, [257], "one without a text would be found anywhere");
     let second = File { version: 2, ..File::tiny() };
     assert!(Weights::from_bytes(&second.bytes()).is_ok());
     let wide = File::tiny().set("general.alignment", U32, 8_u32.to_le_bytes().to_vec());
@@ -41,9 +47,6 @@ fn lies() -> Vec<(File, &'static str)> {
     let tiny = File::tiny;
     let float = |key: &str, value: f32| tiny().set(key, F32, value.to_le_bytes().to_vec());
     let types = |count: usize| list(5, count as u64, (0..count).map(|_| 1_i32.to_le_bytes().to_vec()));
-    let mut empty_control = crate::text::Vocabulary::tiny().tokens;
-    empty_control[256].clear();
-    let empty_control = list(TEXT, 258, empty_control.iter().map(|token| text(token)));
     let offsets = |change: fn(&mut Vec<u64>)| {
         let mut offsets = Vec::new();
         let mut at = 0;
@@ -101,7 +104,7 @@ fn lies() -> Vec<(File, &'static str)> {
         (float("llama.rope.freq_base", 0.0), "freq_base"),
         (float("llama.attention.layer_norm_rms_epsilon", f32::INFINITY), "epsilon"),
         (float("llama.attention.layer_norm_rms_epsilon", -1.0), "epsilon"),
-        (tiny().set("tokenizer.ggml.tokens", LIST, tokens(200, 200)), "token_type"),
+        (tiny().set("tokenizer.ggml.tokens", LIST, tokens(200, 200)), "eos_token_id: is 257, and there are 200"),
         (tiny().set("tokenizer.ggml.tokens", LIST, tokens(300, 300)), "token_type"),
         (
             tiny().set("tokenizer.ggml.tokens", LIST, tokens(300, 300)).set(
@@ -114,7 +117,6 @@ fn lies() -> Vec<(File, &'static str)> {
         (tiny().set("tokenizer.ggml.tokens", LIST, tokens(1 << 63, 3)), "tokenizer.ggml.tokens"),
         (tiny().set("tokenizer.ggml.tokens", LIST, tokens(4000, 258)), "file"),
         (tiny().set("tokenizer.ggml.tokens", U32, vec![1, 0, 0, 0]), "tokenizer.ggml.tokens"),
-        (tiny().set("tokenizer.ggml.tokens", LIST, empty_control), "control token without a text, 256"),
         (tiny().set("tokenizer.ggml.token_type", LIST, types(257)), "token_type"),
         (tiny().set("tokenizer.ggml.token_type", LIST, types(0)), "token_type"),
         (tiny().set("tokenizer.ggml.merges", LIST, list(TEXT, 1, [text("ab")])), "merges"),
@@ -165,6 +167,30 @@ fn files_that_lie_are_refused_by_name() {
     for other in [&b""[..], b"GGU", b"PK\x03\x04 a zip", b"version https://git-lfs.github.com/spec/v1"] {
         assert!(refusal(other).contains("fetch it again"), "{other:?}");
     }
+}
+
+/// Rows of heads that are restored, and pieces that end within a matrix: the bytes are those of the file, and so is the digest.
+#[test]
+fn a_file_is_read_once_in_pieces() {
+    let file = File::tiny();
+    let bytes = file.bytes();
+    let mut heard = Vec::new();
+    let read = gguf::read(std::io::Cursor::new(&bytes), "base".into(), &mut |done, total| heard.push((done, total)));
+    let (weights, _) = read.unwrap();
+    assert_eq!(weights.digest, crate::ids::Digest::of(&bytes));
+    assert!(heard.is_sorted() && heard.last() == Some(&(bytes.len() as u64, bytes.len() as u64)), "{heard:?}");
+    let tensor = |name: &str| &file.tensors.iter().find(|tensor| tensor.0 == name).unwrap().3;
+    let linear = |target| {
+        let at = weights.decoder.sites.iter().position(|site| site.site.target == target).unwrap();
+        weights.linears[at].matrix.unpack()
+    };
+    assert_eq!(linear(crate::request::Target::DownProj), *tensor("blk.0.ffn_down.weight"));
+    // Heads of 16 rows: 0, 2, .., 14, then 1, 3, .., 15.
+    let (q, got) = (tensor("blk.0.attn_q.weight"), linear(crate::request::Target::QProj));
+    let rows: Vec<_> = q.chunks_exact(34).collect();
+    let order = [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15];
+    let want: Vec<u8> = (0..2).flat_map(|head| order.map(|row| rows[16 * head + row])).flatten().copied().collect();
+    assert_eq!(got, want);
 }
 
 #[test]

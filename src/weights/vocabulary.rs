@@ -117,6 +117,7 @@ pub(super) fn vocabulary(metadata: &BTreeMap<String, Value>) -> Result<Vocabular
     let entries = Entries(metadata);
     let (model, mut pre) = model(&entries)?;
     let tokens = entries.texts("ggml.tokens")?;
+    let kinds = entries.kinds(tokens.len())?;
     let mut vocabulary = Vocabulary {
         model,
         chat_template: entries.text("chat_template")?.unwrap_or_default().to_owned(),
@@ -142,12 +143,13 @@ pub(super) fn vocabulary(metadata: &BTreeMap<String, Value>) -> Result<Vocabular
     let eos = entries.id("eos", tokens.len())?;
     vocabulary.eos =
         eos.ok_or_else(|| refused("tokenizer.ggml.eos_token_id", "is missing from the file's metadata"))?;
-    sort_kinds(&mut vocabulary, &entries.kinds(tokens.len())?, &tokens);
+    sort_kinds(&mut vocabulary, &kinds, &tokens);
     for name in ["eot", "eom"] {
         vocabulary.ends.extend(entries.id(name, tokens.len())?);
     }
     vocabulary.strips_after = strips_after(metadata, &vocabulary, &tokens);
     vocabulary.tokens = tokens;
+    vocabulary.check()?;
     Ok(vocabulary)
 }
 
@@ -171,12 +173,12 @@ fn model(entries: &Entries<'_>) -> Result<(TokenizerModel, String)> {
 /// Sorts the tokens by what they are: control, found as they are written, bytes; and those that end an answer.
 fn sort_kinds(vocabulary: &mut Vocabulary, kinds: &[i64], tokens: &[String]) {
     for ((id, token), kind) in (0_u32..).zip(tokens).zip(kinds) {
-        let special = matches!(*kind, kind::CONTROL | kind::UNKNOWN) && !token.is_empty();
+        let special = matches!(*kind, kind::CONTROL | kind::UNKNOWN);
         let marker = *kind == kind::USER_DEFINED && is_marker(token, &vocabulary.chat_template);
         let control = special || marker || names_control(token);
         match *kind {
             _ if control => vocabulary.control.push(id),
-            kind::USER_DEFINED if !token.is_empty() => vocabulary.user_defined.push(id),
+            kind::USER_DEFINED => vocabulary.user_defined.push(id),
             kind::BYTE => vocabulary.bytes.push(id),
             _ => {}
         }

@@ -275,6 +275,7 @@ pub fn config(data_dir: &std::path::Path) -> Config {
         context: None,
         device: DeviceSpec::Cpu,
         threads: 2,
+        kv_cache: tenora::config::KvCacheType::F16,
         metrics_listen: None,
         otlp_endpoint: None,
         insecure_no_auth: false,

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tenora_kernels::cpu::{
-    Adapters, GROUP_ROWS, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup, RowTile, Team, attention,
-    linear, prepare,
+    Adapters, AttentionScratch, GROUP_ROWS, KvDtype, KvShape, KvView, Linear, LoraPair, Next, QuantizedRows, RowGroup,
+    RowTile, Team, attention, linear, prepare,
 };
-use tenora_kernels::format::{BLOCK, QType};
+use tenora_kernels::format::QType;
 use tenora_kernels::packed::PackedMatrix;
 use tenora_kernels::spec::AttentionSpec;
+use tenora_kernels::testing::random_matrix;
 
 const WIDTH: usize = 576;
 const FFN: usize = 1536;
@@ -24,13 +25,7 @@ fn sinusoid(len: usize) -> Vec<f32> {
 }
 
 fn matrix(qtype: QType) -> PackedMatrix {
-    let mut file = vec![0u8; FFN * qtype.row_bytes(WIDTH)];
-    for (i, block) in file.chunks_exact_mut(qtype.row_bytes(BLOCK)).enumerate() {
-        block.iter_mut().enumerate().for_each(|(j, byte)| *byte = (i * 31 + j * 7) as u8);
-        // d and m are small numbers.
-        block[..4].copy_from_slice(&[0x66, 0x2E, 0x66, 0x2E]);
-    }
-    PackedMatrix::pack(qtype, FFN, WIDTH, &file)
+    PackedMatrix::pack(qtype, FFN, WIDTH, &random_matrix(qtype, FFN, WIDTH, 1))
 }
 
 fn groups(rows: usize, adapter: impl Fn(usize) -> Option<usize>) -> Vec<RowGroup> {
@@ -40,7 +35,7 @@ fn groups(rows: usize, adapter: impl Fn(usize) -> Option<usize>) -> Vec<RowGroup
 /// y = x W^T, rows at a time; a throughput of one element is one multiply-add.
 fn matmul(c: &mut Criterion) {
     let team = Team::get();
-    for qtype in QType::ALL.iter().copied() {
+    for qtype in QType::ALL.iter().copied().filter(|qtype| qtype.fits(WIDTH)) {
         let matrices: Vec<_> = (0..MATRICES).map(|_| matrix(qtype)).collect();
         let mut group = c.benchmark_group(format!("matmul {qtype:?} {WIDTH}x{FFN}"));
         group.sample_size(10).measurement_time(Duration::from_secs(2));
@@ -104,9 +99,9 @@ fn adapters(c: &mut Criterion) {
 /// Rows of one sequence that begin at a position; a throughput of one element is one multiply-add.
 fn attend(c: &mut Criterion) {
     const HEADS: usize = 9;
-    let team = Team::get();
+    let (team, mut scratch) = (Team::get(), AttentionScratch::default());
     let spec = AttentionSpec::causal(HEADS, 64);
-    let shape = KvShape { block_tokens: 16, kv_heads: 3, head_dim: 64 };
+    let shape = KvShape { block_tokens: 16, kv_heads: 3, head_dim: 64, dtype: KvDtype::F16 };
     let blocks: Vec<u32> = (0..64).collect();
     let (keys, values) = (vec![0x2C00; 64 * shape.block_len()], vec![0x3400; 64 * shape.block_len()]);
     let mut group = c.benchmark_group("attention, 9 heads, 3 KV heads of 64");
@@ -121,7 +116,7 @@ fn attend(c: &mut Criterion) {
         group.throughput(Throughput::Elements(macs as u64));
         group.bench_function(format!("{rows} rows from {position}"), |b| {
             let kv = KvView { shape, keys: &keys, values: &values };
-            b.iter(|| attention(team, rows.div_ceil(GROUP_ROWS), tile, &q, kv, spec, &mut out));
+            b.iter(|| attention(team, rows.div_ceil(GROUP_ROWS), tile, &q, kv, spec, (&mut scratch, &mut out)));
         });
     }
 }

@@ -5,6 +5,8 @@
 //! what the dot product instructions of CPUs take; each format's file says where (`format`). Tiles of the same rows
 //! follow one another: a strip. No value changes.
 
+use rayon::prelude::*;
+
 use super::format::{BlockFormat, QType, with_format};
 
 pub use super::format::TILE_ROWS;
@@ -29,16 +31,9 @@ const MAX_BLOCK: usize = 256;
 impl PackedMatrix {
     /// `file`: rows of `qtype.row_bytes(cols)` bytes as GGUF has them. `cols` is a multiple of the block's values.
     pub fn pack(qtype: QType, rows: usize, cols: usize, file: &[u8]) -> Self {
-        assert_eq!(file.len(), rows * qtype.row_bytes(cols), "a matrix has as many bytes as its shape says");
-        let strip_bytes = cols / qtype.block_values() * qtype.tile_bytes();
-        let bytes = rows.div_ceil(TILE_ROWS) * strip_bytes;
-        let mut packed = Self { qtype, rows, cols, lines: vec![Line([0; 64]); bytes.div_ceil(64)] };
-        let data = packed.bytes_mut();
-        for (row, file) in file.chunks_exact(qtype.row_bytes(cols)).enumerate() {
-            let (strip, r) = (row / TILE_ROWS, row % TILE_ROWS);
-            with_format!(qtype, F => pack_row::<F>(file, r, &mut data[strip * strip_bytes..][..strip_bytes]));
-        }
-        packed
+        let mut packer = Packer::new(qtype, rows, cols);
+        packer.push(file);
+        packer.finish()
     }
 
     /// The rows as GGUF has them.
@@ -110,6 +105,52 @@ impl PackedMatrix {
     }
 }
 
+/// A matrix that is being packed, from rows that come piece by piece: what is in memory is the matrix and a piece.
+#[derive(Debug)]
+pub struct Packer {
+    matrix: PackedMatrix,
+    /// Rows that have come.
+    filled: usize,
+}
+
+/// The least bytes of a strip's rows that a thread takes at a time.
+const MIN_BYTES: usize = 1 << 16;
+
+impl Packer {
+    /// A matrix without rows yet. `cols` is a multiple of the block's values.
+    pub fn new(qtype: QType, rows: usize, cols: usize) -> Self {
+        assert!(qtype.fits(cols), "rows are whole blocks");
+        let bytes = rows.div_ceil(TILE_ROWS) * (cols / qtype.block_values()) * qtype.tile_bytes();
+        let lines = vec![Line([0; 64]); bytes.div_ceil(64)];
+        Self { matrix: PackedMatrix { qtype, rows, cols, lines }, filled: 0 }
+    }
+
+    /// Packs the rows that come next, any number of them, in the order of the file; on rayon's pool.
+    pub fn push(&mut self, rows: &[u8]) {
+        let (qtype, first) = (self.matrix.qtype, self.filled);
+        let row_bytes = qtype.row_bytes(self.matrix.cols);
+        let end = first + rows.len() / row_bytes;
+        assert!(rows.len().is_multiple_of(row_bytes) && end <= self.matrix.rows, "as many rows as the shape says");
+        let (strip_bytes, from) = (self.matrix.strip_bytes(), first / TILE_ROWS);
+        let strips = self.matrix.bytes_mut()[from * strip_bytes..].par_chunks_exact_mut(strip_bytes);
+        let strips = strips.take(end.div_ceil(TILE_ROWS) - from).enumerate();
+        strips.with_min_len(MIN_BYTES.div_ceil(strip_bytes)).for_each(|(i, strip)| {
+            let begin = (from + i) * TILE_ROWS;
+            for row in begin.max(first)..end.min(begin + TILE_ROWS) {
+                let file = &rows[(row - first) * row_bytes..][..row_bytes];
+                with_format!(qtype, F => pack_row::<F>(file, row - begin, strip));
+            }
+        });
+        self.filled = end;
+    }
+
+    /// The matrix, once all of its rows have come.
+    pub fn finish(self) -> PackedMatrix {
+        assert_eq!(self.filled, self.matrix.rows, "as many rows as the shape says");
+        self.matrix
+    }
+}
+
 /// Puts row `r` into a strip's tiles.
 fn pack_row<F: BlockFormat>(row: &[u8], r: usize, strip: &mut [u8]) {
     for (block, tile) in row.chunks_exact(F::BYTES).zip(strip.chunks_exact_mut(F::TILE_BYTES)) {
@@ -153,6 +194,25 @@ mod tests {
                 qtype.dequantize_row(row, want);
             }
             prop_assert_eq!(got, want);
+        }
+
+        #[test]
+        fn pieces_make_the_same_matrix(
+            qtype in prop::sample::select(QType::ALL), pieces in prop::collection::vec(0usize..40, 0..6), seed in any::<u64>(),
+        ) {
+            let (rows, cols) = (pieces.iter().sum(), qtype.block_values());
+            let file = random_matrix(qtype, rows, cols, seed);
+            let mut packer = Packer::new(qtype, rows, cols);
+            let mut rest = &file[..];
+            for piece in pieces {
+                let (now, later) = rest.split_at(piece * qtype.row_bytes(cols));
+                packer.push(now);
+                rest = later;
+            }
+            let whole = PackedMatrix::pack(qtype, rows, cols, &file);
+            let pieces = packer.finish();
+            prop_assert_eq!(pieces.bytes(), whole.bytes());
+            prop_assert_eq!(whole.unpack(), file);
         }
     }
 }

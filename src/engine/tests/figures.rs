@@ -40,7 +40,7 @@ fn a_prompt_is_counted_when_all_of_it_is_computed() {
     let counters = Counters::default();
     metrics::with_local_recorder(&counters, || {
         let w = world();
-        let layout = KvLayout { block_tokens: 8, blocks: 40 };
+        let layout = KvLayout { block_tokens: 8, blocks: 40, dtype: KvDtype::F16 };
         let executor = w.model.executor(layout).unwrap();
         // A prompt of 20 tokens takes three steps of 8 rows.
         let (mut state, bare) = bare_loop_beside(w.hub.clone(), &tight(8, 40), layout, executor);

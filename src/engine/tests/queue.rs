@@ -74,7 +74,7 @@ fn a_version_that_is_deleted_before_its_request_starts_is_named() {
 fn several_answers_keep_their_places_while_the_first_computes_the_prompt() {
     run(async {
         let w = world();
-        let layout = KvLayout { block_tokens: 8, blocks: 40 };
+        let layout = KvLayout { block_tokens: 8, blocks: 40, dtype: KvDtype::F16 };
         let executor = w.model.executor(layout).unwrap();
         // A place for one, whose prompt takes several steps.
         let limits = Limits { max_step_rows: 8, ..tight(2, 40) };
@@ -220,7 +220,7 @@ fn unread_answers_of_all_are_bounded_together() {
         let engine = {
             let _runtime = runtime().enter();
             let (model, text, hub) = (w.model.clone(), w.text.clone(), w.hub.clone());
-            Engine::start(model, text, hub, arbiter.clone(), memory.clone(), &limits).unwrap()
+            Engine::start(model, text, hub, arbiter.clone(), memory.clone(), KvCacheType::F16, &limits).unwrap()
         };
         // All have begun before any takes memory for what nobody reads.
         let nothing_runs = arbiter.train();

@@ -21,7 +21,7 @@ impl Executor for Counting {
 fn what_was_computed_before_is_not_computed_again() {
     run(async {
         let w = world();
-        let layout = KvLayout { block_tokens: 8, blocks: 60 };
+        let layout = KvLayout { block_tokens: 8, blocks: 60, dtype: KvDtype::F16 };
         let rows = Arc::new(AtomicUsize::new(0));
         let counting = Box::new(Counting { model: w.model.executor(layout).unwrap(), rows: rows.clone() });
         let info = EngineInfo {

@@ -28,7 +28,7 @@ async fn cold(places: u64, cache_bytes: impl Fn(u64, u64) -> u64, limits: Limits
     let limits = Limits { adapter_cache_bytes, adapter_host_bytes: 0, ..limits };
     let (shape, digest) = (w.model.shape().clone(), w.text.template_digest());
     let hub = Hub::new(w.store.clone(), shape, digest, Arc::new(PassingGate), &limits);
-    let layout = KvLayout { block_tokens: 8, blocks: 40 };
+    let layout = KvLayout { block_tokens: 8, blocks: 40, dtype: KvDtype::F16 };
     let executor = w.model.executor(layout).unwrap();
     let (state, bare) = bare_loop_beside(hub.clone(), &tight(places + 1, 40), layout, executor);
     Cold { hub, rows, state, bare }

@@ -22,7 +22,7 @@ fn giving_back(limits: &Limits) -> Engine {
 /// Keeps everything: all layers are one group.
 fn keeping() -> Engine {
     let w = windowed_world();
-    let layout = KvLayout { block_tokens: 16, blocks: 64 };
+    let layout = KvLayout { block_tokens: 16, blocks: 64, dtype: KvDtype::F16 };
     let info = EngineInfo {
         base: w.model.shape().digest,
         context: w.model.context_length(),
@@ -39,7 +39,7 @@ fn keeping() -> Engine {
 /// As [`tight`]: so many pages of 8 tokens.
 fn tight_pages(step_rows: u64, pages: u64) -> Limits {
     let model = &windowed_world().model;
-    let kv_cache_bytes = model.kv_page_bytes(&model.kv_groups(), 8) * pages;
+    let kv_cache_bytes = model.kv_page_bytes(&model.kv_groups(), 8, KvDtype::F16) * pages;
     Limits { kv_cache_bytes, ..tight(step_rows, 1) }
 }
 
@@ -115,7 +115,7 @@ fn what_was_given_back_is_found_again_and_gives_the_same_bits() {
 fn a_long_answer_holds_what_its_windows_show_and_its_steps_allocate_nothing() {
     run_windowed(async {
         let w = windowed_world();
-        let layout = KvLayout { block_tokens: 8, blocks: 200 };
+        let layout = KvLayout { block_tokens: 8, blocks: 200, dtype: KvDtype::F16 };
         let executor = w.model.serving_executor(layout).unwrap();
         let (mut state, bare) = bare_loop(layout, executor);
         let KvGroups { windows, layers_per_page, .. } = w.model.kv_groups();

@@ -17,6 +17,8 @@ pub(super) struct Bpe {
     splitter: Splitter,
     whole_words: bool,
     raw: bool,
+    /// A run of newlines is one token, where there is one of its length.
+    newline_runs: bool,
     /// What each byte begins as: a symbol of the byte alphabet, or a byte token of a raw vocabulary.
     bytes: Vec<u32>,
     /// What each character of a raw vocabulary begins as.
@@ -79,13 +81,14 @@ impl Bpe {
         };
         let known = |(text, id): (String, u32)| (id < vocabulary.tokens.len() as u32).then_some((text, id));
         let mut words = HashMap::new();
-        if pre.whole_words || pre.raw {
+        if pre.whole_words || pre.newline_runs {
             words = symbols.ids.into_iter().filter_map(known).collect();
         }
         Ok(Self {
             splitter: pre.splitter()?,
             whole_words: pre.whole_words,
             raw: pre.raw,
+            newline_runs: pre.newline_runs,
             bytes,
             chars,
             merges,
@@ -99,20 +102,19 @@ impl Bpe {
         self.raw
     }
 
-    /// The ids of a text in which nothing is a control token.
-    pub fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<()> {
+    /// The ids of a text in which nothing is a control token; `prefixed` puts a space before a raw one.
+    pub fn encode(&self, text: &str, prefixed: bool, ids: &mut Vec<u32>) -> Result<()> {
         let spaced;
         let mut text = text;
-        if self.raw && text.contains(' ') {
-            spaced = text.replace(' ', SPACE);
+        if self.raw && (prefixed || text.contains(' ')) {
+            spaced = format!("{}{}", if prefixed { SPACE } else { "" }, text.replace(' ', SPACE));
             text = &spaced;
         }
         let alphabet = byte_alphabet();
         let mut symbols = Vec::new();
         let mut written = String::new();
         for word in self.splitter.words(text)? {
-            // A run of newlines is one token in a raw vocabulary, where there is one of its length.
-            let whole = self.whole_words || (self.raw && word.starts_with('\n'));
+            let whole = self.whole_words || (self.newline_runs && word.starts_with('\n'));
             if whole {
                 written.clear();
                 match self.raw {
@@ -152,9 +154,14 @@ impl Bpe {
     }
 
     fn merge(&self, symbols: &mut Vec<u32>) {
-        if symbols.len() > SHORT {
-            return self.merge_long(symbols);
+        match symbols.len() > SHORT {
+            true => self.merge_long(symbols),
+            false => self.merge_short(symbols),
         }
+    }
+
+    /// Looks through all pairs for each merge.
+    pub(super) fn merge_short(&self, symbols: &mut Vec<u32>) {
         while let Some((_, at, merged)) = (1..symbols.len())
             .filter_map(|i| {
                 self.merges.get(&(symbols[i - 1], symbols[i])).map(|(rank, merged)| (*rank, i - 1, *merged))
@@ -166,8 +173,8 @@ impl Bpe {
         }
     }
 
-    /// As [`Bpe::merge`], in n log n.
-    fn merge_long(&self, symbols: &mut Vec<u32>) {
+    /// As [`Bpe::merge_short`], in n log n.
+    pub(super) fn merge_long(&self, symbols: &mut Vec<u32>) {
         let count = symbols.len();
         let mut before: Vec<usize> = (0..count).map(|i| i.wrapping_sub(1)).collect();
         let mut after: Vec<usize> = (1..=count).collect();

@@ -17,6 +17,7 @@ pub use marks::{is_marker, names_control, names_end};
 
 use crate::error::{Error, Result};
 use bpe::Bpe;
+pub(super) use pre::HF_RAW;
 use pre::Pre;
 use spm::Spm;
 
@@ -56,7 +57,7 @@ pub struct Vocabulary {
     pub pre: String,
     /// Whether text is brought into Unicode's composed form (NFC) first.
     pub composes: bool,
-    /// Whether a text begins with a space of its own; of SentencePiece.
+    /// Whether a text begins with a space of its own; of SentencePiece, and of byte pairs that write spaces as it does.
     pub add_space_prefix: bool,
     /// What the template calls `eos_token`.
     pub eos: u32,
@@ -92,8 +93,11 @@ impl Vocabulary {
         }
     }
 
-    /// Fails where an id is beyond the tokens, or a token that is looked for in texts has no text itself.
-    pub(super) fn check(&self) -> Result<()> {
+    /// Looks whether it fits together.
+    ///
+    /// # Errors
+    /// UNSUPPORTED_TOKENIZER where an id is beyond the tokens, or a token that is looked for in texts has no text itself.
+    pub fn check(&self) -> Result<()> {
         let refuse = |message: String| Err(Error::invalid_because("UNSUPPORTED_TOKENIZER", "tokenizer", message));
         let lists = [&self.control, &self.user_defined, &self.bytes, &self.strips_after, &self.ends];
         let single = [Some(self.eos), self.bos, self.unknown, self.padding].into_iter().flatten();
@@ -105,7 +109,7 @@ impl Vocabulary {
         // One without a text would be found between any two characters.
         let empty = |id: &&u32| self.tokens[**id as usize].is_empty();
         if let Some(id) = self.control.iter().chain(&self.user_defined).find(empty) {
-            return refuse(format!("has a special token without a text, {id}"));
+            return refuse(format!("has a control token without a text, {id}"));
         }
         match self.model {
             TokenizerModel::SentencePiece if self.scores.len() != self.tokens.len() => {
@@ -209,7 +213,7 @@ impl Tokenizer {
         let user_defined = Finder::new(&vocabulary.user_defined, &vocabulary.tokens)?;
         let (bytes, starts) =
             written(&vocabulary, &is_control, matches!(&model, Model::BytePairs(bpe) if !bpe.is_raw()));
-        let add_space_prefix = vocabulary.add_space_prefix && vocabulary.model == TokenizerModel::SentencePiece;
+        let add_space_prefix = vocabulary.add_space_prefix && !matches!(&model, Model::BytePairs(bpe) if !bpe.is_raw());
         let Vocabulary { tokens, strips_after, composes, .. } = vocabulary;
         Ok(Self {
             model,
@@ -279,9 +283,10 @@ impl Tokenizer {
             }
             false => text,
         };
+        let prefixed = self.add_space_prefix && encoding.fresh;
         match &self.model {
-            Model::BytePairs(bpe) => bpe.encode(text, &mut encoding.ids)?,
-            Model::SentencePiece(spm) => spm.encode(text, self.add_space_prefix && encoding.fresh, &mut encoding.ids),
+            Model::BytePairs(bpe) => bpe.encode(text, prefixed, &mut encoding.ids)?,
+            Model::SentencePiece(spm) => spm.encode(text, prefixed, &mut encoding.ids),
         }
         (encoding.fresh, encoding.strips) = (false, false);
         Ok(())

@@ -19,7 +19,12 @@ pub(super) struct Pre {
     pub adds_bos: bool,
     /// Words are UTF-8 with spaces written as U+2581 and single bytes as tokens `<0xNN>`, not in GPT-2's byte alphabet.
     pub raw: bool,
+    /// A run of newlines is one token, where there is one of its length.
+    pub newline_runs: bool,
 }
+
+/// Merges over the whole text, as Hugging Face's files have SentencePiece's vocabularies. No GGUF file says this.
+pub(in crate::text) const HF_RAW: &str = "hf-raw";
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 const LLAMA3: &str = concat!(
@@ -64,15 +69,15 @@ const BLOOM: &str = r" ?[^(\s|.,!?…。，、।۔،)]+";
 
 /// A row of byte-level words that says nothing of BOS.
 const fn row(names: &'static [&'static str], splits: &'static [&'static str]) -> Pre {
-    Pre { names, splits, whole_words: false, adds_bos: false, raw: false }
+    Pre { names, splits, whole_words: false, adds_bos: false, raw: false, newline_runs: false }
 }
 
 /// A row whose words need no merges where they are tokens.
 const fn whole(names: &'static [&'static str], splits: &'static [&'static str], adds_bos: bool) -> Pre {
-    Pre { names, splits, whole_words: true, adds_bos, raw: false }
+    Pre { names, splits, whole_words: true, adds_bos, raw: false, newline_runs: false }
 }
 
-const TABLE: [Pre; 24] = [
+const TABLE: [Pre; 25] = [
     row(
         &[
             "gpt-2",
@@ -137,7 +142,15 @@ const TABLE: [Pre; 24] = [
     row(&["ufakzeka"], &[r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]),
     row(&["laguna"], &[r"[^\n]+|[\n]+", QWEN2]),
     // The merges of a whole line: no word borders.
-    Pre { names: &["gemma4"], splits: &[r"[^\n]+|[\n]+"], whole_words: false, adds_bos: true, raw: true },
+    Pre {
+        names: &["gemma4"],
+        splits: &[r"[^\n]+|[\n]+"],
+        whole_words: false,
+        adds_bos: true,
+        raw: true,
+        newline_runs: true,
+    },
+    Pre { names: &[HF_RAW], splits: &[], whole_words: false, adds_bos: false, raw: true, newline_runs: false },
 ];
 
 impl Pre {

@@ -1,16 +1,21 @@
 //! Causal grouped-query attention with online softmax (Milakov & Gimelshein 2018; FlashAttention's order of work, Dao
-//! et al. 2022) over paged keys and values in half precision.
+//! et al. 2022) over paged keys and values.
 //!
-//! Positions are taken in spans of [`SPAN`] aligned to the absolute position, within a span in order, and every score
-//! is summed over the head's dimensions in order: a row's bits do not depend on the blocks it lies in, the chunk it
-//! came with, or the rows beside it.
+//! A query takes its positions in partitions of [`PARTITION`] and these in spans of [`SPAN`], both aligned to the absolute
+//! position, within a span in order; partitions are merged in their order, and every score is summed over the head's
+//! dimensions in order. So a row's bits do not depend on the blocks it lies in, the chunk it came with, the rows beside
+//! it, or the threads: few queries have their partitions computed side by side, many take them one after the other, by
+//! the same operations.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::Shared;
-use super::kv::{KvView, RowTile};
+use super::attend::{Ahead, Partial, Space, attend_bytes, attend_halves, merge};
+use super::kv::{KvDtype, KvView, RowTile};
 use super::lora::GROUP_ROWS;
-use super::simd::{LANES, Level, Simd, dispatch, exp, larger, max_pairwise, sum_pairwise, tanh, unrolled};
+use super::simd::{LANES, Level, dispatch};
 use super::team::Team;
 use crate::spec::AttentionSpec;
 
@@ -23,8 +28,56 @@ pub const HEAD_DIM_STEP: usize = LANES;
 /// Most heads that share a KV head.
 pub const MAX_GROUP: usize = 16;
 
+/// Positions whose softmax is computed by itself, then merged with those before.
+pub(super) const PARTITION: usize = 512;
+
 /// Positions between two looks at the running maximum.
-const SPAN: usize = 64;
+pub(super) const SPAN: usize = 64;
+
+/// Tasks a thread, where there are no more the partitions of all rows are computed side by side.
+const FEW_TASKS: usize = 8;
+
+/// What attention needs beside its result. It keeps its memory from step to step.
+#[derive(Debug, Default)]
+pub struct AttentionScratch {
+    pieces: Vec<Piece>,
+    /// Partial results, `[query of a split tile, partition]`, see [`Partial`].
+    partials: Vec<f32>,
+    /// How many partitions of a split tile's KV head are yet to be computed.
+    left: Vec<AtomicU32>,
+}
+
+/// What a thread takes at a time: a tile's queries of one KV head, over all their positions or over one partition.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    tile: u32,
+    kv_head: u32,
+    /// Of a split tile.
+    split: Option<Split>,
+}
+
+impl Piece {
+    /// The first span that it reads.
+    fn begins<'t>(&self, tile: impl Fn(usize) -> RowTile<'t>, kv: KvView<'_>, spec: &AttentionSpec) -> Ahead {
+        let tile = tile(self.tile as usize);
+        let first =
+            self.split.map_or(0, |split| split.partition as usize * PARTITION).max(spec.first_seen(tile.position));
+        let (start, end) = (first / SPAN * SPAN, tile.position + tile.count);
+        // Where a window begins within a span its first blocks may be gone; a span later is soon enough.
+        let start = if start < first { start + SPAN } else { start };
+        Ahead::new(kv, (tile.blocks, self.kv_head as usize), start, end)
+    }
+}
+
+/// One partition of a split tile.
+#[derive(Debug, Clone, Copy)]
+struct Split {
+    partition: u32,
+    /// Which of [`AttentionScratch::left`] counts it.
+    counter: u32,
+    /// Where the tile's partial results of this KV head begin.
+    partials: usize,
+}
 
 /// out = softmax(scores) V for each row, with the scores and over the positions that `spec` says. `q`, `out`: `[rows,
 /// heads * head_dim]`. What lies before the first position that a tile's first row sees is never read.
@@ -35,7 +88,7 @@ pub fn attention<'t>(
     q: &[f32],
     kv: KvView<'_>,
     spec: AttentionSpec,
-    out: &mut [f32],
+    out: (&mut AttentionScratch, &mut [f32]),
 ) {
     attention_at(Level::best(), team, tiles, tile, q, kv, spec, out);
 }
@@ -45,11 +98,11 @@ fn attention_at<'t>(
     level: Level,
     team: &Team,
     tiles: usize,
-    tile: impl Fn(usize) -> RowTile<'t> + Sync,
+    tiles_of: impl Fn(usize) -> RowTile<'t> + Sync,
     q: &[f32],
     kv: KvView<'_>,
     spec: AttentionSpec,
-    out: &mut [f32],
+    (scratch, out): (&mut AttentionScratch, &mut [f32]),
 ) {
     let (shape, heads) = (kv.shape, spec.heads);
     let group = heads / shape.kv_heads;
@@ -62,310 +115,151 @@ fn attention_at<'t>(
             && spec.window != Some(0),
         "the model was checked for what the kernel can do"
     );
-    let shared = Shared(out.as_mut_ptr());
-    // The last rows of a sequence see the most: they go first, so that no thread is left with one at the end.
-    team.each(tiles * shape.kv_heads, |task| {
-        let (tile, kv_head) = (tile(tiles - 1 - task / shape.kv_heads), task % shape.kv_heads);
-        let task = &Task { tile, kv, kv_head, spec, group, out: shared, rows: q.len() / (heads * shape.head_dim) };
-        dispatch!(level, attend, task: &Task<'_>, q: &[f32]);
+    let few = tiles * shape.kv_heads <= FEW_TASKS * team.threads();
+    scratch.plan((0..tiles).map(&tiles_of), few, group, &spec, kv);
+    let AttentionScratch { pieces, partials, left } = scratch;
+    let (out, partials, left) = (Shared(out.as_mut_ptr()), Shared(partials.as_mut_ptr()), &*left);
+    let rows = q.len() / (heads * shape.head_dim);
+    team.each(pieces.len(), |i| {
+        let Piece { tile: number, kv_head, split } = pieces[i];
+        let tile = tiles_of(number as usize);
+        assert!(tile.count <= GROUP_ROWS && tile.first + tile.count <= rows, "a tile fits");
+        let following = pieces.get(i + 1).map_or(Ahead::NONE, |next| next.begins(&tiles_of, kv, &spec));
+        let task = &Task { tile, kv, kv_head: kv_head as usize, spec, group, following };
+        let to = match split {
+            None => Output::Rows(out),
+            Some(split) => Output::Partials { partition: split.partition as usize, at: split.partials, to: partials },
+        };
+        SPACE.with_borrow_mut(|space| match shape.dtype {
+            KvDtype::F16 => {
+                dispatch!(level, attend_halves, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space)
+            }
+            KvDtype::Int8 => {
+                dispatch!(level, attend_bytes, task: &Task<'_>, q: &[f32], to: Output, space: &mut Space)
+            }
+        });
+        let Some(split) = split else { return };
+        // Who computes the last partition merges all of them: it sees what the others wrote before they counted.
+        if left[split.counter as usize].fetch_sub(1, Ordering::AcqRel) == 1 {
+            let at = split.partials;
+            dispatch!(level, merge, task: &Task<'_>, partials: Shared, at: usize, out: Shared);
+        }
     });
+}
+
+thread_local! {
+    static SPACE: RefCell<Space> = const { RefCell::new(Space::EMPTY) };
+}
+
+impl AttentionScratch {
+    /// Cuts the tiles into pieces. The last rows of a sequence see the most: they go first, so that no thread is left with
+    /// one at the end.
+    fn plan<'t>(
+        &mut self,
+        tiles: impl DoubleEndedIterator<Item = RowTile<'t>> + ExactSizeIterator,
+        few: bool,
+        group: usize,
+        spec: &AttentionSpec,
+        kv: KvView<'_>,
+    ) {
+        self.pieces.clear();
+        let (kv_heads, mut counters, mut partials) = (kv.shape.kv_heads as u32, 0, 0);
+        for (tile, of) in tiles.enumerate().rev() {
+            let tile = tile as u32;
+            let partitions = of.partitions(spec);
+            // What goes through its positions once is better cut than left to one thread.
+            if partitions.len() == 1 || !(few || of.count * group <= MAX_GROUP) {
+                self.pieces.extend((0..kv_heads).map(|kv_head| Piece { tile, kv_head, split: None }));
+                continue;
+            }
+            let len = of.count * group * partitions.len() * Partial::len(kv.shape.head_dim);
+            for partition in partitions.clone() {
+                self.pieces.extend((0..kv_heads).map(|kv_head| {
+                    let counter = counters as u32 + kv_head;
+                    let split =
+                        Split { partition: partition as u32, counter, partials: partials + len * kv_head as usize };
+                    Piece { tile, kv_head, split: Some(split) }
+                }));
+            }
+            counters += kv_heads as usize;
+            partials += len * kv_heads as usize;
+            if self.left.len() < counters {
+                self.left.resize_with(counters, AtomicU32::default);
+            }
+            let left = &mut self.left[counters - kv_heads as usize..counters];
+            left.iter_mut().for_each(|left| *left.get_mut() = partitions.len() as u32);
+        }
+        if self.partials.len() < partials {
+            self.partials.resize(partials, 0.0);
+        }
+    }
 }
 
 /// The queries of a tile's rows that share a KV head.
-struct Task<'a> {
-    tile: RowTile<'a>,
-    kv: KvView<'a>,
-    kv_head: usize,
-    spec: AttentionSpec,
-    group: usize,
-    out: Shared,
-    rows: usize,
+pub(super) struct Task<'a> {
+    pub tile: RowTile<'a>,
+    pub kv: KvView<'a>,
+    pub kv_head: usize,
+    pub spec: AttentionSpec,
+    pub group: usize,
+    /// What the thread most likely reads next.
+    pub following: Ahead,
+}
+
+/// Where a task's results go.
+#[derive(Clone, Copy)]
+pub(super) enum Output {
+    /// To the queries' heads of their rows: the task has all their positions.
+    Rows(Shared),
+    /// To the partial results of the task's queries, which begin at `at`: the task has one partition.
+    Partials { partition: usize, at: usize, to: Shared },
 }
 
 impl Task<'_> {
-    /// Where query i's head begins in q and in out: rows first, then heads.
+    /// Queries of the task: rows first, then heads.
     #[inline(always)]
-    fn at(&self, i: usize) -> usize {
+    pub fn queries(&self) -> usize {
+        self.tile.count * self.group
+    }
+
+    /// Where query i's head begins in q and in out.
+    #[inline(always)]
+    pub fn at(&self, i: usize) -> usize {
         let (row, head) = (self.tile.first + i / self.group, self.kv_head * self.group + i % self.group);
         (row * self.spec.heads + head) * self.kv.shape.head_dim
     }
+
+    /// The positions that query i sees.
+    #[inline(always)]
+    pub fn seen(&self, i: usize) -> Range<usize> {
+        let position = self.tile.position + i / self.group;
+        self.spec.first_seen(position)..position + 1
+    }
+
+    /// The values of query i's partial result of a partition.
+    #[inline(always)]
+    pub fn partial(&self, i: usize, partition: usize) -> usize {
+        let partitions = self.tile.partitions(&self.spec);
+        (i * partitions.len() + partition - partitions.start) * Partial::len(self.kv.shape.head_dim)
+    }
 }
 
-/// What an online softmax knows of one query.
-#[derive(Clone, Copy)]
-struct OnlineSoftmax {
-    largest: f32,
-    /// Of e^(score - largest).
-    sum: f32,
-}
-
-/// Queries that go through the positions together, of at most D dimensions.
-struct Run<const N: usize, const D: usize> {
-    /// Scaled.
-    q: [[f32; D]; N],
-    /// Of a span's positions; then what they weigh.
-    scores: [[f32; SPAN]; N],
-    running: [OnlineSoftmax; N],
-    /// Of the weighed values, relative to the running maximum.
-    sums: [[f32; D]; N],
-}
-
+/// The partitions that have some of these positions.
 #[inline(always)]
-fn attend<S: Simd>(s: S, task: &Task<'_>, q: &[f32]) {
-    let queries = task.tile.count * task.group;
-    assert!(task.tile.count <= GROUP_ROWS && task.tile.first + task.tile.count <= task.rows, "a tile fits");
-    // Small buffers for small heads: to clear them costs time.
-    match task.kv.shape.head_dim {
-        0..=64 => attend_all::<S, 64>(s, task, q, queries),
-        65..=128 => attend_all::<S, 128>(s, task, q, queries),
-        _ => attend_all::<S, MAX_HEAD_DIM>(s, task, q, queries),
-    }
+pub(super) fn partitions(positions: &Range<usize>) -> Range<usize> {
+    positions.start / PARTITION..positions.end.div_ceil(PARTITION)
 }
 
-#[inline(always)]
-fn attend_all<S: Simd, const D: usize>(s: S, task: &Task<'_>, q: &[f32], queries: usize) {
-    let mut i = 0;
-    macro_rules! runs {
-        ($($n:literal by $units:literal)*) => {
-            $(while $n * $units <= S::SUMS && queries - i >= $n {
-                attend_run::<S, $n, $units, D>(s, task, q, i);
-                i += $n;
-            })*
-        };
+impl RowTile<'_> {
+    /// The partitions that some of its rows see.
+    fn partitions(&self, spec: &AttentionSpec) -> Range<usize> {
+        partitions(&(spec.first_seen(self.position)..self.position + self.count))
     }
-    // As many sums side by side as the registers hold.
-    runs!(12 by 1 6 by 2 6 by 1 3 by 4 3 by 2 1 by 4);
-}
-
-/// Queries `i..i + N` over all their positions, scores of `U * 16` positions at a time.
-#[inline(always)]
-fn attend_run<S: Simd, const N: usize, const U: usize, const D: usize>(s: S, task: &Task<'_>, q: &[f32], i: usize) {
-    let dim = task.kv.shape.head_dim;
-    let mut run = Run {
-        q: [[0.0; D]; N],
-        scores: [[0.0; SPAN]; N],
-        running: [OnlineSoftmax { largest: f32::NEG_INFINITY, sum: 0.0 }; N],
-        sums: [[0.0; D]; N],
-    };
-    let scale = task.spec.scale;
-    for (j, to) in run.q.iter_mut().enumerate() {
-        for (to, from) in to.iter_mut().zip(&q[task.at(i + j)..][..dim]) {
-            *to = scale * from;
-        }
-    }
-    // The last of these queries sees the latest position, the first one the earliest.
-    let position = |j: usize| task.tile.position + (i + j) / task.group;
-    let (first, end) = (task.spec.first_seen(position(0)), position(N - 1) + 1);
-    for start in (first / SPAN * SPAN..end).step_by(SPAN) {
-        let here = SPAN.min(end - start);
-        let units = here.div_ceil(LANES);
-        // What nobody sees is not read: it may be another sequence's by now.
-        let unseen = first.saturating_sub(start);
-        let mut unit = unseen / LANES;
-        if task.kv.shape.block_tokens.is_multiple_of(LANES) {
-            let keys = |unit: usize| keys_of(task, start + unit * LANES);
-            while unit + U <= units {
-                score::<S, N, U, D>(s, dim, std::array::from_fn(|u| keys(unit + u)), unit, &mut run);
-                unit += U;
-            }
-            while unit < units {
-                score(s, dim, [keys(unit)], unit, &mut run);
-                unit += 1;
-            }
-        } else {
-            let mut gathered = [0; MAX_HEAD_DIM * LANES];
-            while unit < units {
-                score(s, dim, [gather_keys(task, start + unit * LANES, first..end, &mut gathered)], unit, &mut run);
-                unit += 1;
-            }
-        }
-        for j in 0..N {
-            let within = |position: usize| position.saturating_sub(start).min(here);
-            let seen = within(task.spec.first_seen(position(j)))..within(position(j) + 1);
-            softmax_update(
-                &mut run.scores[j].as_chunks_mut().0[..units],
-                seen,
-                task.spec.softcap,
-                &mut run.running[j],
-                &mut run.sums[j][..dim],
-            );
-        }
-        // What a query does not see has no weight, and what a later row of its tile wrote reaches it only where that is
-        // not a number: then the sequence fails as a whole.
-        let mut part = 0;
-        while part + U * LANES <= dim {
-            add_values::<S, N, U, D>(s, task, start + unseen..start + here, start, part, &mut run);
-            part += U * LANES;
-        }
-        while part < dim {
-            add_values::<S, N, 1, D>(s, task, start + unseen..start + here, start, part, &mut run);
-            part += LANES;
-        }
-    }
-    for j in 0..N {
-        let inverse = 1.0 / run.running[j].sum;
-        // SAFETY: this task alone writes these heads of these rows, which lie in out.
-        let out = unsafe { task.out.part(task.at(i + j), dim) };
-        for (out, sum) in out.iter_mut().zip(&run.sums[j]) {
-            *out = sum * inverse;
-        }
-    }
-}
-
-/// The keys of 16 positions: `head_dim` vectors `stride` apart.
-#[derive(Clone, Copy, Default)]
-struct Keys<'a> {
-    bits: &'a [u16],
-    stride: usize,
-}
-
-/// The keys of the positions from `position` on, where a block holds a multiple of 16.
-#[inline(always)]
-fn keys_of<'a>(task: &Task<'a>, position: usize) -> Keys<'a> {
-    let shape = task.kv.shape;
-    let tokens = shape.block_tokens;
-    let at = shape.head(task.tile.blocks[position / tokens], task.kv_head) + position % tokens;
-    Keys { bits: &task.kv.keys[at..][..(shape.head_dim - 1) * tokens + LANES], stride: tokens }
-}
-
-/// The same, put together from any blocks; what lies outside `seen` is anything.
-#[inline(always)]
-fn gather_keys<'a>(task: &Task<'_>, position: usize, seen: Range<usize>, gathered: &'a mut [u16]) -> Keys<'a> {
-    let shape = task.kv.shape;
-    let tokens = shape.block_tokens;
-    for lane in seen.start.saturating_sub(position)..LANES.min(seen.end - position) {
-        let (block, within) = (task.tile.blocks[(position + lane) / tokens], (position + lane) % tokens);
-        let from = &task.kv.keys[shape.head(block, task.kv_head) + within..];
-        for d in 0..shape.head_dim {
-            gathered[d * LANES + lane] = from[d * tokens];
-        }
-    }
-    Keys { bits: &gathered[..shape.head_dim * LANES], stride: LANES }
-}
-
-/// The products of all queries with U times 16 keys, into the units from `unit` on of their scores.
-#[inline(always)]
-fn score<S: Simd, const N: usize, const U: usize, const D: usize>(
-    s: S,
-    dim: usize,
-    keys: [Keys<'_>; U],
-    unit: usize,
-    run: &mut Run<N, D>,
-) {
-    let mut sums = [[s.splat(0.0); U]; N];
-    for d in 0..dim.min(D) {
-        let mut key = [s.splat(0.0); U];
-        unrolled!(u in U => {
-            let Some(bits) = keys[u].bits[d * keys[u].stride..].first_chunk() else { break };
-            key[u] = s.load_f16(bits);
-        });
-        unrolled!(j in N => {
-            let q = s.splat(run.q[j][d]);
-            unrolled!(u in U => {
-                sums[j][u] = s.mul_add(key[u], q, sums[j][u]);
-            });
-        });
-    }
-    unrolled!(j in N => {
-        unrolled!(u in U => {
-            s.store(sums[j][u], &mut run.scores[j].as_chunks_mut().0[unit + u]);
-        });
-    });
-}
-
-/// Caps the scores, turns those that are `seen` into weights relative to the running maximum, the others into zeros, and scales what
-/// has been summed with an earlier maximum.
-#[inline(always)]
-fn softmax_update(
-    scores: &mut [[f32; LANES]],
-    seen: Range<usize>,
-    cap: Option<f32>,
-    running: &mut OnlineSoftmax,
-    sums: &mut [f32],
-) {
-    if seen.is_empty() {
-        return scores.as_flattened_mut().fill(0.0);
-    }
-    if let Some(cap) = cap {
-        let inverse = 1.0 / cap;
-        for score in scores.as_flattened_mut() {
-            *score = cap * tanh(*score * inverse);
-        }
-    }
-    scores.as_flattened_mut()[..seen.start].fill(f32::NEG_INFINITY);
-    scores.as_flattened_mut()[seen.end..].fill(f32::NEG_INFINITY);
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in &*scores {
-        for i in 0..LANES {
-            lanes[i] = larger(lanes[i], chunk[i]);
-        }
-    }
-    let largest = larger(running.largest, max_pairwise(lanes));
-    let mut total = [0.0f32; LANES];
-    for chunk in scores {
-        for i in 0..LANES {
-            chunk[i] = exp(chunk[i] - largest);
-            total[i] += chunk[i];
-        }
-    }
-    if largest > running.largest {
-        let shrink = exp(running.largest - largest);
-        sums.iter_mut().for_each(|x| *x *= shrink);
-        running.sum *= shrink;
-        running.largest = largest;
-    }
-    // What is not a number stays so.
-    running.sum += sum_pairwise(total);
-}
-
-/// sums += weights * V over `positions` of the span that begins at `start`, in U times 16 dimensions from `part` on.
-#[inline(always)]
-fn add_values<S: Simd, const N: usize, const U: usize, const D: usize>(
-    s: S,
-    task: &Task<'_>,
-    positions: Range<usize>,
-    start: usize,
-    part: usize,
-    run: &mut Run<N, D>,
-) {
-    let shape = task.kv.shape;
-    let (dim, tokens) = (shape.head_dim, shape.block_tokens);
-    let mut sums = [[s.splat(0.0); U]; N];
-    unrolled!(j in N => {
-        unrolled!(u in U => {
-            sums[j][u] = s.load(&run.sums[j].as_chunks().0[part / LANES + u]);
-        });
-    });
-    let mut position = positions.start;
-    while position < positions.end {
-        let (block, within) = (task.tile.blocks[position / tokens], position % tokens);
-        let count = (tokens - within).min(positions.end - position);
-        let values = &task.kv.values[shape.head(block, task.kv_head) + within * dim..][..count * dim];
-        for (r, values) in values.chunks_exact(dim).enumerate() {
-            let mut value = [s.splat(0.0); U];
-            unrolled!(u in U => {
-                let Some(bits) = values[part + u * LANES..].first_chunk() else { break };
-                value[u] = s.load_f16(bits);
-            });
-            unrolled!(j in N => {
-                let weight = s.splat(run.scores[j][(position - start + r) % SPAN]);
-                unrolled!(u in U => {
-                    sums[j][u] = s.mul_add(value[u], weight, sums[j][u]);
-                });
-            });
-        }
-        position += count;
-    }
-    unrolled!(j in N => {
-        unrolled!(u in U => {
-            s.store(sums[j][u], &mut run.sums[j].as_chunks_mut().0[part / LANES + u]);
-        });
-    });
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::kv::{HeadPrep, KvShape, KvViewMut, rope_and_store};
+    use super::super::kv::{HeadPrep, KvShape, KvViewMut, SCALE_BLOCK, rope_and_store};
     use super::super::simd::f16_value;
     use super::*;
     use crate::testing::sinusoid;
@@ -418,16 +312,24 @@ mod tests {
             };
             let kv = KvView { shape: self.shape, keys: &self.keys, values: &self.values };
             let q = &self.q[from * width..];
-            attention_at(level, Team::get(), rows.div_ceil(tile), tiles, q, kv, self.spec, &mut out);
+            let out_and_scratch = (&mut AttentionScratch::default(), &mut out[..]);
+            attention_at(level, Team::get(), rows.div_ceil(tile), tiles, q, kv, self.spec, out_and_scratch);
             out
         }
 
         /// What other sequences may have written by now where no row from `from` on looks is not a number.
         fn forget_before(mut self, from: usize) -> Self {
-            let KvShape { block_tokens, kv_heads, head_dim } = self.shape;
+            let KvShape { block_tokens, kv_heads, head_dim, dtype } = self.shape;
             for t in 0..self.spec.first_seen(from) {
                 for head in 0..kv_heads {
                     let (place, at) = (self.shape.head(self.blocks[t / block_tokens], head), t % block_tokens);
+                    if dtype == KvDtype::Int8 {
+                        let scales = (0..head_dim.div_ceil(SCALE_BLOCK)).map(|block| block * block_tokens + at);
+                        for scale in scales.map(|scale| place + self.shape.scales() + scale) {
+                            (self.keys[scale], self.values[scale]) = (0x7E00, 0x7E00);
+                        }
+                        continue;
+                    }
                     (0..head_dim).for_each(|d| self.keys[place + d * block_tokens + at] = 0x7E00);
                     self.values[place + at * head_dim..][..head_dim].fill(0x7E00);
                 }
@@ -437,13 +339,21 @@ mod tests {
 
         /// One head of one row in double precision, straight from the definition.
         fn expected(&self, row: usize, head: usize) -> Vec<f64> {
-            let KvShape { block_tokens, kv_heads, head_dim } = self.shape;
+            let KvShape { block_tokens, kv_heads, head_dim, .. } = self.shape;
             let group = self.spec.heads / kv_heads;
-            let place = |t: usize| self.shape.head(self.blocks[t / block_tokens], head / group);
-            let value = |bits: u16| f64::from(f16_value(bits));
+            let head_at = |t: usize| self.shape.head(self.blocks[t / block_tokens], head / group);
+            // Number i of a head, of dimension d, at position t.
+            let number = |cells: &[u16], t: usize, i: usize, d: usize| match self.shape.dtype {
+                KvDtype::F16 => f64::from(f16_value(cells[head_at(t) + i])),
+                KvDtype::Int8 => {
+                    let byte = cells[head_at(t) + i / 2].to_ne_bytes()[i % 2] as i8;
+                    let scale = self.shape.scales() + d / SCALE_BLOCK * block_tokens + t % block_tokens;
+                    f64::from(byte) * f64::from(f16_value(cells[head_at(t) + scale]))
+                }
+            };
             let q = &self.q[(row * self.spec.heads + head) * head_dim..][..head_dim];
             let score = |t: usize| {
-                let key = |d: usize| value(self.keys[place(t) + d * block_tokens + t % block_tokens]);
+                let key = |d: usize| number(&self.keys, t, d * block_tokens + t % block_tokens, d);
                 let product = (0..head_dim).map(|d| f64::from(q[d]) * key(d)).sum::<f64>();
                 let scaled = product * f64::from(self.spec.scale);
                 self.spec.softcap.map_or(scaled, |cap| f64::from(cap) * (scaled / f64::from(cap)).tanh())
@@ -453,7 +363,7 @@ mod tests {
             let largest = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
             let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
             let of = |d: usize| {
-                let v = |t: usize| value(self.values[place(t) + t % block_tokens * head_dim + d]);
+                let v = |t: usize| number(&self.values, t, t % block_tokens * head_dim + d, d);
                 let sum = weights.iter().zip(first..).map(|(w, t)| w * v(t)).sum::<f64>();
                 sum / weights.iter().sum::<f64>()
             };
@@ -469,12 +379,52 @@ mod tests {
             prop::sample::select(vec![16usize, 32, 48, 64, 80, 96, 128, 256]),
             prop::sample::select(vec![1usize, 2, 3, 4, 5, 7, 8, 16]),
         );
-        let forms = (prop::option::of(2.0f32..20.0), prop::option::of(1usize..100), 0.4f32..4.0);
-        (shapes, forms).prop_map(|((block_tokens, kv_heads, head_dim, group), (softcap, window, scale))| {
+        let dtypes = prop::sample::select(vec![KvDtype::F16, KvDtype::Int8]);
+        let forms = (prop::option::of(2.0f32..20.0), prop::option::of(1usize..100), 0.4f32..4.0, dtypes);
+        (shapes, forms).prop_map(|((block_tokens, kv_heads, head_dim, group), (softcap, window, scale, dtype))| {
             let spec = AttentionSpec::causal(kv_heads * group, head_dim);
             let spec = AttentionSpec { scale: scale / head_dim as f32, softcap, window, ..spec };
-            (KvShape { block_tokens, kv_heads, head_dim }, spec)
+            (KvShape { block_tokens, kv_heads, head_dim, dtype }, spec)
         })
+    }
+
+    /// A row deep in a sequence has the same bits decoded alone, its partitions side by side, as within a long prompt and
+    /// beside others; with a window that begins within a partition too. And they are close to the definition.
+    #[test]
+    fn partitions_do_not_depend_on_who_computes_them() {
+        let length = 2 * PARTITION + 300;
+        for (group, window, dtype) in
+            [(3, None, KvDtype::F16), (7, Some(PARTITION + 100), KvDtype::Int8), (16, Some(70), KvDtype::F16)]
+        {
+            let shape = KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32, dtype };
+            let spec = AttentionSpec { window, ..AttentionSpec::causal(2 * group, 32) };
+            let own = sequence(shape, spec, length, true, 3);
+            let width = spec.heads * shape.head_dim;
+            let of_prompt = own.attend(Level::best(), 0, GROUP_ROWS);
+            for row in [length - 1, 2 * PARTITION, 2 * PARTITION - 1, PARTITION + 1] {
+                let whole = &of_prompt[row * width..][..width];
+                let (mut q, mut out) = (own.q[row * width..][..width].to_vec(), vec![0.0; width]);
+                let blocks = &own.blocks;
+                let kv = KvView { shape, keys: &own.keys, values: &own.values };
+                let mut scratch = AttentionScratch::default();
+                let tile = |_| RowTile { first: 0, count: 1, position: row, blocks };
+                attention(Team::get(), 1, tile, &q, kv, spec, (&mut scratch, &mut out));
+                assert_eq!(out, whole, "{group} {window:?} {row}");
+                assert!(scratch.pieces.len() >= 2 * window.map_or(row / PARTITION + 1, |w| w.div_ceil(PARTITION)));
+                // Beside a row at the beginning, again from the same memory.
+                q.splice(0..0, own.q[5 * width..][..width].iter().copied());
+                let mut both = vec![0.0; 2 * width];
+                let tile = |i: usize| RowTile { first: i, count: 1, position: [5, row][i], blocks };
+                attention(Team::get(), 2, tile, &q, kv, spec, (&mut scratch, &mut both));
+                assert_eq!(&both[width..], whole);
+                assert_eq!(both[..width], of_prompt[5 * width..][..width]);
+                for (head, got) in whole.chunks_exact(32).enumerate() {
+                    for (got, want) in got.iter().zip(own.expected(row, head)) {
+                        assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{got} {want}");
+                    }
+                }
+            }
+        }
     }
 
     proptest! {

@@ -4,8 +4,21 @@ use std::fmt;
 
 use super::Shared;
 use super::rows::{norm_heads, rotate};
-use super::simd::{LANES, Level, Simd, dispatch};
+use super::simd::{LANES, Level, Simd, dispatch, f16_bits, f16_value};
 use super::team::Team;
+
+/// How a cache holds its numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum KvDtype {
+    /// Half precision.
+    #[default]
+    F16,
+    /// Bytes, with one half-precision scale for each [`SCALE_BLOCK`] dimensions of a head's position.
+    Int8,
+}
+
+/// Dimensions of a head that share a scale in [`KvDtype::Int8`]; the last of a head may be fewer.
+pub(super) const SCALE_BLOCK: usize = 32;
 
 /// The shape of one layer's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,30 +29,49 @@ pub struct KvShape {
     pub kv_heads: usize,
     /// A multiple of 16, at most [`super::MAX_HEAD_DIM`].
     pub head_dim: usize,
+    /// How its numbers are held.
+    pub dtype: KvDtype,
 }
 
 impl KvShape {
-    /// Values of one block, keys or values.
+    /// Words of 16 bits of one block, keys or values.
     pub fn block_len(&self) -> usize {
-        self.block_tokens * self.kv_heads * self.head_dim
+        self.kv_heads * self.head_len()
+    }
+
+    /// Words of one KV head of a block, keys or values.
+    #[inline(always)]
+    fn head_len(&self) -> usize {
+        let scales = self.head_dim.div_ceil(SCALE_BLOCK);
+        match self.dtype {
+            KvDtype::F16 => self.head_dim * self.block_tokens,
+            KvDtype::Int8 => (self.head_dim / 2 + scales) * self.block_tokens,
+        }
     }
 
     /// Where a block's keys `[head_dim, block_tokens]` or values `[block_tokens, head_dim]` of a KV head begin.
     #[inline(always)]
     pub(super) fn head(&self, block: u32, kv_head: usize) -> usize {
-        (block as usize * self.kv_heads + kv_head) * self.head_dim * self.block_tokens
+        (block as usize * self.kv_heads + kv_head) * self.head_len()
+    }
+
+    /// Where the scales of a head's keys or values, `[head_dim / 32, block_tokens]`, begin after the head.
+    #[inline(always)]
+    pub(super) fn scales(&self) -> usize {
+        self.head_dim / 2 * self.block_tokens
     }
 }
 
-/// One layer's cache: keys `[blocks, kv_heads, head_dim, block_tokens]`, values `[blocks, kv_heads, block_tokens,
-/// head_dim]`, bits of half-precision numbers.
+/// One layer's cache: of each block and KV head keys `[head_dim, block_tokens]` and values `[block_tokens, head_dim]`,
+/// bits of half-precision numbers; or bytes, two in a word, and after these the bits of their scales, `[head_dim / 32,
+/// block_tokens]`.
 #[derive(Debug, Clone, Copy)]
 pub struct KvView<'a> {
     /// How the blocks are laid out.
     pub shape: KvShape,
-    /// All blocks' keys, in half precision.
+    /// All blocks' keys.
     pub keys: &'a [u16],
-    /// All blocks' values, in half precision.
+    /// All blocks' values.
     pub values: &'a [u16],
 }
 
@@ -48,9 +80,9 @@ pub struct KvView<'a> {
 pub struct KvViewMut<'a> {
     /// How the blocks are laid out.
     pub shape: KvShape,
-    /// All blocks' keys, in half precision.
+    /// All blocks' keys.
     pub keys: &'a mut [u16],
-    /// All blocks' values, in half precision.
+    /// All blocks' values.
     pub values: &'a mut [u16],
 }
 
@@ -150,7 +182,10 @@ pub fn rope_and_store<'t>(
             assert!((block as usize + 1) * shape.block_len() <= len, "the cache has the block");
             let (k, v) = (&*k, &v[row * k_width..][..k_width]);
             let place = Place { shape, block, at, keys: keys.get(), values: values.get() };
-            dispatch!(level, store, k: &[f32], v: &[f32], place: Place);
+            match shape.dtype {
+                KvDtype::F16 => dispatch!(level, store, k: &[f32], v: &[f32], place: Place),
+                KvDtype::Int8 => store_bytes(k, v, place),
+            }
         }
     });
 }
@@ -185,6 +220,46 @@ fn store<S: Simd>(s: S, k: &[f32], v: &[f32], to: Place) {
     }
 }
 
+/// As [`store`], in bytes.
+fn store_bytes(k: &[f32], v: &[f32], to: Place) {
+    let KvShape { head_dim, block_tokens, .. } = to.shape;
+    for (kv_head, (k, v)) in k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim)).enumerate() {
+        let head = to.shape.head(to.block, kv_head);
+        for (block, (k, v)) in k.chunks(SCALE_BLOCK).zip(v.chunks(SCALE_BLOCK)).enumerate() {
+            let ([k_bytes, v_bytes], [k_scale, v_scale]) = {
+                let ((k, k_scale), (v, v_scale)) = (quantized(k), quantized(v));
+                ([k, v], [k_scale, v_scale])
+            };
+            let scale = head + to.shape.scales() + block * block_tokens + to.at;
+            // SAFETY: the places lie within the block, and are the holder's alone.
+            unsafe {
+                to.keys.add(scale).write(k_scale);
+                to.values.add(scale).write(v_scale);
+                let (keys, values) = (to.keys.add(head).cast::<i8>(), to.values.add(head).cast::<i8>());
+                for (j, d) in (block * SCALE_BLOCK..block * SCALE_BLOCK + k.len()).enumerate() {
+                    keys.add(d * block_tokens + to.at).write(k_bytes[j]);
+                    values.add(to.at * head_dim + d).write(v_bytes[j]);
+                }
+            }
+        }
+    }
+}
+
+/// Values as bytes q and the bits of their half-precision scale: q times the scale is nearest to the value. The scale is
+/// not a number where a value is not finite.
+fn quantized(x: &[f32]) -> ([i8; SCALE_BLOCK], u16) {
+    // As integers what is not a number is larger than infinity, and infinity than all numbers.
+    let largest = f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.abs().to_bits())));
+    let scale = if largest.is_finite() { f16_bits(largest / 127.0) } else { f16_bits(f32::NAN) };
+    let (unit, mut bytes) = (f16_value(scale), [0; SCALE_BLOCK]);
+    if unit > 0.0 {
+        for (byte, x) in bytes.iter_mut().zip(x) {
+            *byte = (x / unit).round_ties_even().clamp(-127.0, 127.0) as i8;
+        }
+    }
+    (bytes, scale)
+}
+
 /// As [`Shared`], of half-precision bits.
 #[derive(Clone, Copy)]
 struct SharedHalves(*mut u16);
@@ -202,14 +277,13 @@ impl SharedHalves {
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::f16_value;
     use super::*;
     use crate::testing::sinusoid;
 
     /// Norms first, then the rotation of a part of each head, then the factor; k and v lie where their position does.
     #[test]
     fn heads_are_normed_then_turned_then_scaled() {
-        let shape = KvShape { block_tokens: 4, kv_heads: 2, head_dim: 32 };
+        let shape = KvShape { block_tokens: 4, kv_heads: 2, head_dim: 32, dtype: KvDtype::F16 };
         let (heads, rotary, rows) = (6, 16, 3);
         let (q, k, v) = (sinusoid(rows * heads * 32, 1), sinusoid(rows * 64, 2), sinusoid(rows * 64, 3));
         let (q_weight, k_weight) = (sinusoid(32, 4), sinusoid(32, 5));
@@ -256,5 +330,25 @@ mod tests {
         let kv = KvViewMut { shape, keys: &mut keys, values: &mut values };
         rope_and_store(Team::get(), 1, tile, (&mut q, &mut k, &v), kv, HeadPrep::default());
         assert_eq!((q, k), (before, k_before), "a layer that neither norms nor turns");
+    }
+
+    /// Within half a unit of what was stored, which is a 127th of the largest beside it; what is broken stays broken.
+    #[test]
+    fn bytes_are_near_what_they_stand_for() {
+        let mut x = sinusoid(SCALE_BLOCK, 3);
+        x[5] = 80.0;
+        let (bytes, scale) = quantized(&x);
+        assert_eq!(bytes[5], 127);
+        for (byte, x) in bytes.iter().zip(&x) {
+            let unit = f16_value(scale);
+            assert!((f32::from(*byte) * unit - x).abs() <= 0.5001 * unit + 0.001 * x.abs(), "{byte} {x}");
+        }
+        assert_eq!(quantized(&[0.0; 16]), ([0; SCALE_BLOCK], 0));
+        assert_eq!(quantized(&[1e-12; 16]), ([0; SCALE_BLOCK], 0), "what is less than any half is nothing");
+        let tiny = quantized(&[1e-5, -1e-5]);
+        assert!(tiny.0[0] > 0 && tiny.0[1] == -tiny.0[0]);
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(f16_value(quantized(&[1.0, broken]).1).is_nan());
+        }
     }
 }

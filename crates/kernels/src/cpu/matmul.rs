@@ -20,7 +20,7 @@ const ROW_BLOCK: usize = 64;
 pub struct Linear<'a> {
     /// The frozen weights.
     pub matrix: &'a PackedMatrix,
-    /// Added to each row's outputs, `[matrix.rows()]`.
+    /// Added to each row's products, `[matrix.rows()]`.
     pub bias: Option<&'a [f32]>,
     /// `[rows, matrix.rows()]`.
     pub y: &'a mut [f32],
@@ -64,6 +64,7 @@ fn linear_at(
     }
     for layer in &*layers {
         assert_eq!((layer.matrix.cols(), layer.y.len()), (x.cols(), x.rows() * layer.matrix.rows()), "shapes fit");
+        assert!(layer.bias.is_none_or(|bias| bias.len() == layer.matrix.rows()), "each output has its bias");
     }
     let total: usize = layers.iter().map(|layer| layer.matrix.strips()).sum();
     let piece = strips_of_a_piece(team, total);
@@ -74,7 +75,7 @@ fn linear_at(
             (adapters, (i, &shrunk[i * len..][..len]))
         });
         let y = Shared(layer.y.as_mut_ptr());
-        Some(Job { matrix: layer.matrix, y, accumulate: layer.accumulate, adapted })
+        Some(Job { matrix: layer.matrix, y, bias: layer.bias, accumulate: layer.accumulate, adapted })
     });
     fetch_when_idle(team, next.matrices);
     team.each(total.div_ceil(piece), |i| {
@@ -92,10 +93,6 @@ fn linear_at(
             }
         }
     });
-    for Linear { bias, y, .. } in layers {
-        let Some(bias) = bias else { continue };
-        y.chunks_exact_mut(bias.len()).for_each(|y| y.iter_mut().zip(*bias).for_each(|(y, bias)| *y += bias));
-    }
 }
 
 /// Most layers of one call.
@@ -134,6 +131,7 @@ fn find<T>(layers: impl Iterator<Item = T>, matrix: impl Fn(&T) -> &PackedMatrix
 struct Job<'a, 'p> {
     matrix: &'a PackedMatrix,
     y: Shared,
+    bias: Option<&'a [f32]>,
     accumulate: bool,
     adapted: Option<(&'a Adapters<'p>, (usize, &'a [f32]))>,
 }
@@ -150,7 +148,7 @@ impl Job<'_, '_> {
         }
         let steps = rows.len().div_ceil(PANEL) * x.cols() / BLOCK;
         let ahead = ahead.parts(steps);
-        let out = Outputs { y: self.y, width: self.matrix.rows(), strip, accumulate: self.accumulate };
+        let out = Outputs { y: self.y, width: self.matrix.rows(), strip, bias: self.bias, accumulate: self.accumulate };
         let tiles = self.matrix.strip(strip);
         with_format!(self.matrix.qtype(), F => run_strip::<F>(level, tiles, x, rows.clone(), ahead, out));
         if let Some((adapters, shrunk)) = self.adapted {
@@ -162,14 +160,15 @@ impl Job<'_, '_> {
 
 /// Where the 16 outputs of a strip go.
 #[derive(Clone, Copy)]
-pub(super) struct Outputs {
+pub(super) struct Outputs<'a> {
     y: Shared,
     width: usize,
     strip: usize,
+    bias: Option<&'a [f32]>,
     accumulate: bool,
 }
 
-impl Outputs {
+impl Outputs<'_> {
     /// Puts the outputs of the strip from `at` on for a row.
     #[inline(always)]
     pub fn put<L: MicroKernel>(self, l: L, row: usize, at: usize, values: L::Float) {
@@ -181,11 +180,19 @@ impl Outputs {
         // SAFETY: the strip is this task's alone, and (row, column..column + n) lies in y.
         let y = unsafe { self.y.part(row * self.width + column, n) };
         if n == L::ROWS {
+            let values = match self.bias {
+                Some(bias) => l.add(values, l.load(&bias[column..])),
+                None => values,
+            };
             return l.store(if self.accumulate { l.add(l.load(y), values) } else { values }, y);
         }
         let mut whole = [0.0; TILE_ROWS];
         l.store(values, &mut whole[..L::ROWS]);
-        for (y, value) in y.iter_mut().zip(whole) {
+        for (i, y) in y.iter_mut().enumerate() {
+            let value = match self.bias {
+                Some(bias) => whole[i] + bias[column + i],
+                None => whole[i],
+            };
             *y = if self.accumulate { *y + value } else { value };
         }
     }
@@ -245,19 +252,21 @@ mod tests {
             }
         }
 
-        /// Several layers of one input in one call, on top of what is there.
+        /// Several layers of one input in one call, on top of what is there or with a bias.
         #[test]
         fn layers_share_an_input(rows in 1usize..6, first in 1usize..70, second in 1usize..40, seed in any::<u64>()) {
             let matrices = [first, second].map(|out| PackedMatrix::pack(QType::Q4_1, out, 64, &random_matrix(QType::Q4_1, out, 64, seed)));
             let q = QuantizedRows::of(&sinusoid(rows * 64, seed), 64);
             let mut ys = [vec![2.0; rows * first], vec![0.0; rows * second]];
+            let bias = sinusoid(second, seed);
             let [a, b] = &mut ys;
             linear(Team::get(), &q, &mut [
                 Linear { matrix: &matrices[0], bias: None, y: a, accumulate: true },
-                Linear { matrix: &matrices[1], bias: None, y: b, accumulate: false },
+                Linear { matrix: &matrices[1], bias: Some(&bias), y: b, accumulate: false },
             ], None, Next::default());
             let alone = matrices.each_ref().map(|w| product(Level::best(), w, &q));
-            prop_assert_eq!(&ys[1], &alone[1]);
+            let biased = alone[1].iter().zip(bias.iter().cycle()).map(|(y, bias)| y + bias).collect::<Vec<_>>();
+            prop_assert_eq!(&ys[1], &biased);
             prop_assert!(ys[0].iter().zip(&alone[0]).all(|(y, alone)| *y == 2.0 + alone));
         }
     }

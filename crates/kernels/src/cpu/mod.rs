@@ -4,6 +4,7 @@
 //! where written so.
 
 mod ahead;
+mod attend;
 mod attention;
 mod kv;
 pub(crate) mod lanes;
@@ -17,8 +18,8 @@ mod rows;
 mod simd;
 mod team;
 
-pub use attention::{HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, attention};
-pub use kv::{HeadNorms, HeadPrep, KvShape, KvView, KvViewMut, RowTile, rope_and_store};
+pub use attention::{AttentionScratch, HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, attention};
+pub use kv::{HeadNorms, HeadPrep, KvDtype, KvShape, KvView, KvViewMut, RowTile, rope_and_store};
 pub use lora::{Adapters, GROUP_ROWS, LoraPair, RowGroup, shrinks};
 pub use matmul::{Linear, MAX_LAYERS, Next, linear};
 pub use peak::dot_products;

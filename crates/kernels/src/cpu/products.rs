@@ -55,14 +55,14 @@ impl<F: Scaled> Multiply<F> for OneScale {
                 let w = match F::QUANTS {
                     Quants::Nibbles => l.ready_nibbles::<P>(quants),
                     Quants::Fives => l.ready_fives(quants),
-                    Quants::UpTo(_) => l.ready_bytes(quants),
+                    Quants::Bytes => l.ready_bytes(quants),
                 };
                 unrolled!(part in N by P => {
                     let from = of.first + part;
                     let t: [L::Int; P] = match F::QUANTS {
                         Quants::Nibbles => l.dot_nibbles(&w, block, from),
                         Quants::Fives => l.dot_fives(&w, block, from),
-                        Quants::UpTo(most) => l.dot_bytes(&w, most, block, from),
+                        Quants::Bytes => l.dot_bytes(&w, block, from),
                     };
                     unrolled!(r in P => {
                         let mut sum = sums[part + r];
@@ -94,17 +94,18 @@ impl<F: Halved> Multiply<F> for TwoScales {
             for (b, block) in blocks.iter().enumerate() {
                 ahead.fetch();
                 let (d, m) = F::scales(l, tile, b, at);
-                let w = l.ready_bytes(F::quants(l, tile, b, at));
-                // m0 first + m1 (sum - first), where sums of halves are not kept.
-                let difference = l.sub(m[0], m[1]);
+                let w = l.ready_halves(F::quants(l, tile, b, at), F::SHIFT);
                 unrolled!(part in N by P => {
                     let from = of.first + part;
-                    let t: [_; P] = l.dot_halves(&w, F::MOST, block, from);
+                    let t: [_; P] = l.dot_halves(&w, F::SHIFT, m.is_none(), block, from);
                     unrolled!(r in P => {
-                        let shift = block.shift[from + r];
-                        let sum = l.mul_add(difference, block.first_sum[from + r], sums[part + r]);
-                        let sum = l.mul_add(m[1], block.sum[from + r], sum);
-                        let sum = l.add_product(t[r][0], shift, d[0], sum);
+                        let (shift, mut sum) = (block.shift[from + r], sums[part + r]);
+                        if let Some(m) = m {
+                            // m0 first + m1 (sum - first).
+                            sum = l.mul_add(l.sub(m[0], m[1]), block.first_sum[from + r], sum);
+                            sum = l.mul_add(m[1], block.sum[from + r], sum);
+                        }
+                        sum = l.add_product(t[r][0], shift, d[0], sum);
                         sums[part + r] = l.add_product(t[r][1], shift, d[1], sum);
                     });
                 });
@@ -158,7 +159,7 @@ fn strip<L: MicroKernel, F: BlockFormat>(
     x: &QuantizedRows,
     rows: Range<usize>,
     mut ahead: PrefetchPlan<'_>,
-    out: Outputs,
+    out: Outputs<'_>,
 ) {
     let mut row = rows.start;
     macro_rules! groups {
@@ -183,7 +184,7 @@ fn group<L: MicroKernel, F: BlockFormat, const N: usize, const P: usize>(
     ahead: &mut PrefetchPlan<'_>,
     x: &QuantizedRows,
     row: usize,
-    out: Outputs,
+    out: Outputs<'_>,
 ) {
     let of = Operands { tiles, panel: x.panel(row / PANEL), first: row % PANEL };
     assert!(of.first + N <= PANEL, "the rows lie in one panel");
@@ -202,19 +203,31 @@ pub(super) fn run_strip<F: BlockFormat>(
     x: &QuantizedRows,
     rows: Range<usize>,
     ahead: PrefetchPlan<'_>,
-    out: Outputs,
+    out: Outputs<'_>,
 ) {
     #[cfg(target_arch = "x86_64")]
     {
         type Rows = Range<usize>;
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-        fn avx512<F: BlockFormat>(tiles: &[u8], x: &QuantizedRows, rows: Rows, ahead: PrefetchPlan<'_>, out: Outputs) {
+        fn avx512<F: BlockFormat>(
+            tiles: &[u8],
+            x: &QuantizedRows,
+            rows: Rows,
+            ahead: PrefetchPlan<'_>,
+            out: Outputs<'_>,
+        ) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx512::new() };
             strip::<_, F>(Avx512Vnni::new(proof), tiles, x, rows, ahead, out);
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2<F: BlockFormat>(tiles: &[u8], x: &QuantizedRows, rows: Rows, ahead: PrefetchPlan<'_>, out: Outputs) {
+        fn avx2<F: BlockFormat>(
+            tiles: &[u8],
+            x: &QuantizedRows,
+            rows: Rows,
+            ahead: PrefetchPlan<'_>,
+            out: Outputs<'_>,
+        ) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx2::new() };
             strip::<_, F>(Avx2Maddubs::new(proof), tiles, x, rows, ahead, out);

@@ -23,7 +23,7 @@ pub(super) const PANEL: usize = 8;
 
 /// A block of 32 columns of a panel's rows, as the matmul reads them: one stream of memory for all of its rows.
 #[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
+#[repr(C, align(32))]
 pub(crate) struct PanelBlock {
     /// Of each row the high bytes and the low ones, which have no sign.
     pub quants: [[[i8; BLOCK]; 2]; PANEL],
@@ -32,6 +32,10 @@ pub(crate) struct PanelBlock {
     pub sum: [f32; PANEL],
     /// The sum of the first half's.
     pub first_sum: [f32; PANEL],
+    /// The sum of the block's values and those of its halves, before the shift, negative: what a product with quants
+    /// that are 128 too large has too much, in high bytes.
+    pub less: [i32; PANEL],
+    pub half_less: [[i32; PANEL]; 2],
     /// See [`Split::pairs`](super::simd::Split::pairs).
     pub pairs: [i32; PANEL],
 }
@@ -69,6 +73,8 @@ const EMPTY: PanelBlock = PanelBlock {
     shift: [Shift(0); PANEL],
     sum: [0.0; PANEL],
     first_sum: [0.0; PANEL],
+    less: [0; PANEL],
+    half_less: [[0; PANEL]; 2],
     pairs: [0; PANEL],
 };
 
@@ -188,6 +194,9 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
             (*block).shift[to.row] = Shift(shift << EXPONENT);
             (*block).sum[to.row] = (split.sum << shift) as f32;
             (*block).first_sum[to.row] = (split.first_sum << shift) as f32;
+            (*block).less[to.row] = -split.sum;
+            (*block).half_less[0][to.row] = -split.first_sum;
+            (*block).half_less[1][to.row] = split.first_sum - split.sum;
             (*block).pairs[to.row] = split.pairs;
         }
     }
@@ -231,7 +240,8 @@ mod tests {
             [1, PANEL + 1].into_iter().for_each(|row| unsafe { writer.write_at(level, row, x) });
             let row = |row: usize| {
                 let own = |block: &PanelBlock| {
-                    (block.quants[1], block.shift[1], block.sum[1], block.first_sum[1], block.pairs[1])
+                    let sums = (block.sum[1], block.first_sum[1], block.less[1], block.half_less.map(|half| half[1]));
+                    (block.quants[1], block.shift[1], sums, block.pairs[1])
                 };
                 // The quants of a row whose unit is not a number are anything.
                 let unit = q.unit(row);

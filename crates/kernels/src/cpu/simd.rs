@@ -144,6 +144,8 @@ pub(super) trait Simd: Copy + Send + Sync {
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The values of half-precision bits.
     fn load_f16(self, bits: &[u16; LANES]) -> Self::F;
+    /// The values of bytes.
+    fn load_i8(self, bytes: &[i8; LANES]) -> Self::F;
     /// The nearest half-precision numbers' bits, saturating.
     fn to_f16(self, x: Self::F) -> [u16; LANES];
     /// The values of bfloat16 bits.
@@ -197,6 +199,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn load_f16(self, bits: &[u16; LANES]) -> Self::F {
         bits.map(f16_value)
+    }
+    #[inline(always)]
+    fn load_i8(self, bytes: &[i8; LANES]) -> Self::F {
+        bytes.map(f32::from)
     }
     #[inline(always)]
     fn to_f16(self, x: Self::F) -> [u16; LANES] {
@@ -299,6 +305,15 @@ mod x86 {
             }
         }
         #[inline(always)]
+        fn load_i8(self, bytes: &[i8; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+            unsafe {
+                let bytes = _mm_loadu_si128(bytes.as_ptr().cast());
+                let wide = |half| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(half));
+                [wide(bytes), wide(_mm_srli_si128::<8>(bytes))]
+            }
+        }
+        #[inline(always)]
         fn to_f16(self, x: Self::F) -> [u16; LANES] {
             // SAFETY: `self` proves the features, and what is written lies within the slice or array.
             unsafe {
@@ -395,7 +410,7 @@ mod x86 {
 
     impl Simd for Avx512 {
         type F = __m512;
-        const SUMS: usize = 12;
+        const SUMS: usize = 24;
 
         #[inline(always)]
         fn splat(self, x: f32) -> Self::F {
@@ -421,6 +436,11 @@ mod x86 {
         fn load_f16(self, bits: &[u16; LANES]) -> Self::F {
             // SAFETY: `self` proves the features, and what is read lies within the slice or array.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(bits.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn load_i8(self, bytes: &[i8; LANES]) -> Self::F {
+            // SAFETY: `self` proves the features, and what is read lies within the slice or array.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) }
         }
         #[inline(always)]
         fn to_f16(self, x: Self::F) -> [u16; LANES] {
@@ -594,6 +614,19 @@ pub(super) fn prefetch(line: *const u8) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch reads nothing, wherever it points.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
+/// As [`prefetch`], into the second cache, which waits for more lines at a time than the first.
+#[inline(always)]
+pub(super) fn prefetch_far(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = line;

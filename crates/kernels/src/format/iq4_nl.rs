@@ -11,10 +11,7 @@ pub struct IQ4_NL;
 /// What nibbles stand for.
 pub(super) const TABLE: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// What is added to the table for the matmul, whose quants have no sign.
-pub(super) const OFFSET: f32 = 128.0;
-
-/// The table, 128 more.
+/// The table, 128 more, as the matmul takes it.
 pub(super) const UNSIGNED: [u8; 16] = {
     let mut table = [0; 16];
     let mut i = 0;
@@ -54,7 +51,7 @@ impl BlockFormat for IQ4_NL {
 }
 
 impl Scaled for IQ4_NL {
-    const QUANTS: Quants = Quants::UpTo(255);
+    const QUANTS: Quants = Quants::Bytes;
 
     #[inline(always)]
     fn quants<L: MicroKernel>(l: L, tile: &[u8], _: usize, at: usize) -> [L::Bytes; FOURS] {
@@ -63,7 +60,6 @@ impl Scaled for IQ4_NL {
 
     #[inline(always)]
     fn scale<L: MicroKernel>(l: L, tile: &[u8], _: usize, at: usize) -> Scale<L> {
-        let d = l.load_f16(&tile[2 * at..]);
-        Scale { d, m: Some(l.scale(d, -OFFSET)) }
+        Scale { d: l.load_f16(&tile[2 * at..]), m: None }
     }
 }

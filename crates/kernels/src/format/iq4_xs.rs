@@ -2,7 +2,7 @@
 //! the nibble names. A scale for each 32 values: four bits in the bytes, two in the 16 bits. In a tile the 16 rows' d,
 //! their scales (less 32) of each 32 columns, then the nibbles of each 32.
 
-use super::iq4_nl::{OFFSET, TABLE, UNSIGNED};
+use super::iq4_nl::{TABLE, UNSIGNED};
 use super::layout::{self, NIBBLES};
 use super::{BLOCK, BlockFormat, FOURS, Quants, Scale, Scaled, TILE_ROWS, half_at};
 use crate::cpu::lanes::MicroKernel;
@@ -27,7 +27,7 @@ fn unpacked(block: &[u8]) -> [i8; PARTS] {
     let high = u16::from_le_bytes([block[2], block[3]]);
     std::array::from_fn(|j| {
         let low = block[4 + j / 2] >> (j % 2 * 4) & 15;
-        (low | (high >> (2 * j) & 3) as u8 * 16) as i8 - 32
+        (low | ((high >> (2 * j) & 3) as u8) << 4) as i8 - 32
     })
 }
 
@@ -80,7 +80,7 @@ impl BlockFormat for IQ4_XS {
 }
 
 impl Scaled for IQ4_XS {
-    const QUANTS: Quants = Quants::UpTo(255);
+    const QUANTS: Quants = Quants::Bytes;
 
     #[inline(always)]
     fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS] {
@@ -90,6 +90,6 @@ impl Scaled for IQ4_XS {
     #[inline(always)]
     fn scale<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> Scale<L> {
         let d = l.mul(l.load_f16(&tile[2 * at..]), l.load_i8(&tile[SCALES + TILE_ROWS * b + at..]));
-        Scale { d, m: Some(l.scale(d, -OFFSET)) }
+        Scale { d, m: None }
     }
 }

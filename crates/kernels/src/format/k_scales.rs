@@ -89,8 +89,8 @@ pub fn dequantize(block: &[u8], out: &mut [f32], quants: impl Fn(usize) -> [u8; 
 /// What columns `32 b..32 b + 32` of a tile are multiplied by.
 #[inline(always)]
 pub fn scale<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> Scale<L> {
-    let scale = l.load_u8::<0>(&tile[TILE_SCALES + TILE_ROWS * b + at..], 63);
-    let minimum = l.load_u8::<0>(&tile[TILE_MINIMA + TILE_ROWS * b + at..], 63);
+    let scale = l.load_u8::<0>(&tile[TILE_SCALES + TILE_ROWS * b + at..], 0xFF);
+    let minimum = l.load_u8::<0>(&tile[TILE_MINIMA + TILE_ROWS * b + at..], 0xFF);
     let d = l.mul(l.load_f16(&tile[2 * at..]), scale);
     Scale { d, m: Some(l.mul(l.load_f16(&tile[DMIN + 2 * at..]), minimum)) }
 }

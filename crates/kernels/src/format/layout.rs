@@ -136,49 +136,61 @@ fn bits_of(tile: &[u8], g: usize, at: usize) -> &[u8] {
     &tile[TILE_ROWS / 2 * g + at / 2..]
 }
 
-/// Quants of five bits, less 16: nibbles and, from `high` on, fifth bits.
+/// Quants of five bits, less 16: nibbles and, from `high` on, fifth bits. As [`MicroKernel::ready_fives`] takes them.
 #[inline(always)]
 pub fn fives<L: MicroKernel>(l: L, tile: &[u8], high: &[u8], at: usize) -> [L::Bytes; FOURS] {
     let mut quants = nibbles(l, tile, at);
     for (g, quants) in quants.iter_mut().enumerate() {
-        *quants = l.add_where(l.or(*quants, 0xF0), bits_of(high, g, at), 16);
+        let least = if g < FOURS / 2 { 0xF0 } else { 0xF0 ^ L::SECOND };
+        *quants = l.add_where(l.or(*quants, least), bits_of(high, g, at), 16);
     }
     quants
 }
 
-/// Quants of two bits.
+/// Quants of two bits, in the highest of their bytes.
 #[inline(always)]
 pub fn twos<L: MicroKernel>(l: L, tile: &[u8], at: usize) -> [L::Bytes; FOURS] {
     let mut quants = [l.load_bytes(&tile[4 * at..]); FOURS];
     for p in 0..2 {
         let four = l.load_bytes(&tile[COLUMNS * p + 4 * at..]);
-        quants[4 * p] = l.and(four, 3);
-        quants[4 * p + 1] = l.and(l.shift_right::<2>(four), 3);
-        quants[4 * p + 2] = l.and(l.shift_right::<4>(four), 3);
-        quants[4 * p + 3] = l.and(l.shift_right::<6>(four), 3);
+        let places = [l.shift_left::<6>(four), l.shift_left::<4>(four), l.shift_left::<2>(four), four];
+        for k in 0..4 {
+            quants[4 * p + k] = l.and(places[k], 0b1100_0000);
+        }
     }
     quants
 }
 
-/// Quants of three bits: two, and from `high` on the third.
+/// Quants of three bits, in the highest of their bytes: two, and from `high` on the third.
 #[inline(always)]
 pub fn threes<L: MicroKernel>(l: L, tile: &[u8], high: &[u8], at: usize) -> [L::Bytes; FOURS] {
-    let mut quants = twos(l, tile, at);
-    for (g, quants) in quants.iter_mut().enumerate() {
-        *quants = l.add_where(*quants, bits_of(high, g, at), 4);
+    let mut quants = [l.load_bytes(&tile[4 * at..]); FOURS];
+    for p in 0..2 {
+        let four = l.load_bytes(&tile[COLUMNS * p + 4 * at..]);
+        let places =
+            [l.shift_left::<5>(four), l.shift_left::<3>(four), l.shift_left::<1>(four), l.shift_right::<1>(four)];
+        for k in 0..4 {
+            let low = l.and(places[k], 0b0110_0000);
+            quants[4 * p + k] = l.add_where(low, bits_of(high, 4 * p + k, at), 0b1000_0000);
+        }
     }
     quants
 }
 
-/// Quants of six bits: nibbles, and from `high` on the two above.
+/// Quants of six bits, in the highest of their bytes: nibbles, and from `high` on the two above.
 #[inline(always)]
 pub fn sixes<L: MicroKernel>(l: L, tile: &[u8], high: &[u8], at: usize) -> [L::Bytes; FOURS] {
-    let mut quants = nibbles(l, tile, at);
+    let mut quants = [l.load_bytes(&tile[4 * at..]); FOURS];
+    for c in 0..FOURS / 2 {
+        let both = l.load_bytes(&tile[COLUMNS * c + 4 * at..]);
+        quants[c] = l.and(l.shift_left::<2>(both), 0b0011_1100);
+        quants[FOURS / 2 + c] = l.and(l.shift_right::<2>(both), 0b0011_1100);
+    }
     for p in 0..2 {
         let four = l.load_bytes(&high[COLUMNS * p + 4 * at..]);
-        let above = [l.shift_left::<4>(four), l.shift_left::<2>(four), four, l.shift_right::<2>(four)];
+        let places = [l.shift_left::<6>(four), l.shift_left::<4>(four), l.shift_left::<2>(four), four];
         for k in 0..4 {
-            quants[4 * p + k] = l.or_bytes(quants[4 * p + k], l.and(above[k], 0x30));
+            quants[4 * p + k] = l.or_bytes(quants[4 * p + k], l.and(places[k], 0b1100_0000));
         }
     }
     quants

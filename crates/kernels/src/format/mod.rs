@@ -113,8 +113,8 @@ pub(crate) enum Quants {
     Nibbles,
     /// From -16 to 15.
     Fives,
-    /// From 0 to so many.
-    UpTo(u8),
+    /// Bytes that are 128 more than they stand for.
+    Bytes,
 }
 
 /// A format of blocks of integers with a scale for each 32 columns: `d * q + m`.
@@ -137,16 +137,16 @@ pub(crate) struct Scale<L: MicroKernel> {
     pub m: Option<L::Float>,
 }
 
-/// A format of blocks of integers with a scale for each 16 columns: `d * q + m`.
+/// A format of blocks of integers with a scale for each 16 columns: `d * q + m`, or `d * (q - 128)`.
 pub(crate) trait Halved: BlockFormat {
-    /// The largest quant; the least is 0.
-    const MOST: u8;
+    /// Quants lie in the highest bits of their bytes; so many are below them, zeros.
+    const SHIFT: u32;
 
     /// As [`Scaled::quants`].
     fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS];
 
-    /// d and m of the first and the second 16 of the same columns.
-    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], [L::Float; 2]);
+    /// d, and m where 128 is not what quants are too large by, of the first and the second 16 of the same columns.
+    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], Option<[L::Float; 2]>);
 }
 
 /// A format of floats.
@@ -274,5 +274,67 @@ impl QType {
     /// Makes the numbers of a block of random bytes small ones; for tests.
     pub(crate) fn tame(self, block: &mut [u8]) {
         with_format!(self, F => F::tame(block));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::random_matrix;
+
+    /// FNV-1a over the bits of the values of `random_matrix(format, 3, 1024, 11)`, which gguf-py 0.19.0 dequantised.
+    const VALUES: [(QType, u64); 15] = [
+        (QType::F32, 0xe510effea450376c),
+        (QType::F16, 0x31416faab279b325),
+        (QType::BF16, 0xb6d9900a3ac21325),
+        (QType::Q4_0, 0xc5307402215a4325),
+        (QType::Q4_1, 0x935961f850093725),
+        (QType::Q5_0, 0x5a6d39d884cff325),
+        (QType::Q5_1, 0x23e9d77ba6797625),
+        (QType::Q8_0, 0x1155231a3a6fb625),
+        (QType::Q2_K, 0x557ea88b05762aa5),
+        (QType::Q3_K, 0x48bf1372e36ae425),
+        (QType::Q4_K, 0x1c0c0a37d1ab8ec5),
+        (QType::Q5_K, 0x96afd0ae193058d5),
+        (QType::Q6_K, 0xd0577f9d94689d31),
+        (QType::IQ4_NL, 0xe9f03520d208c4e5),
+        (QType::IQ4_XS, 0xb5b15cd1f134ef87),
+    ];
+
+    #[test]
+    fn values_are_those_of_another_implementation() {
+        assert!(QType::ALL.iter().eq(VALUES.iter().map(|(qtype, _)| qtype)), "every format has its values here");
+        for (qtype, want) in VALUES {
+            let file = random_matrix(qtype, 3, 1024, 11);
+            let mut values = vec![0.0f32; 3 * 1024];
+            for (row, values) in file.chunks_exact(qtype.row_bytes(1024)).zip(values.chunks_exact_mut(1024)) {
+                qtype.dequantize_row(row, values);
+            }
+            let step = |hash: u64, x: &f32| (hash ^ u64::from(x.to_bits())).wrapping_mul(0x0100_0000_01b3);
+            assert_eq!(values.iter().fold(0xcbf2_9ce4_8422_2325, step), want, "{qtype:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_found() {
+        for qtype in QType::ALL.iter().copied() {
+            let sound = random_matrix(qtype, 1, 1024, 3);
+            assert_eq!(qtype.broken_block(&sound), None);
+            let last = sound.len() / qtype.block_bytes() - 1;
+            let at = with_format!(qtype, F => F::HALVES.last().copied().unwrap_or(F::BYTES - 2));
+            // The sign and the exponent, all ones.
+            let mut broken = sound.clone();
+            broken[last * qtype.block_bytes() + at..][..2].fill(0xFF);
+            assert_eq!(qtype.broken_block(&broken), Some(last), "{qtype:?}");
+        }
+    }
+
+    #[test]
+    fn tiles_are_hardly_larger_than_the_file() {
+        for qtype in QType::ALL {
+            let (tile, file) = (qtype.tile_bytes() as f64, (TILE_ROWS * qtype.block_bytes()) as f64);
+            assert!((file..=1.06 * file).contains(&tile), "{qtype:?}: {tile} of {file}");
+            assert_eq!(QType::of_number(qtype.number()), Some(*qtype));
+        }
     }
 }

@@ -96,7 +96,7 @@ impl BlockFormat for Q2_K {
 }
 
 impl Halved for Q2_K {
-    const MOST: u8 = 3;
+    const SHIFT: u32 = 6;
 
     #[inline(always)]
     fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS] {
@@ -104,11 +104,11 @@ impl Halved for Q2_K {
     }
 
     #[inline(always)]
-    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], [L::Float; 2]) {
-        let (d, dmin) = (l.load_f16(&tile[2 * at..]), l.load_f16(&tile[DMIN + 2 * at..]));
+    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], Option<[L::Float; 2]>) {
+        let (d, dmin) = (l.scale(l.load_f16(&tile[2 * at..]), 1.0 / 64.0), l.load_f16(&tile[DMIN + 2 * at..]));
         let first = &tile[SCALES + 2 * TILE_ROWS * b + at..];
         let second = &first[TILE_ROWS..];
         let scales = [l.mul(d, l.load_u8::<0>(first, 15)), l.mul(d, l.load_u8::<0>(second, 15))];
-        (scales, [l.mul(dmin, l.load_u8::<4>(first, 15)), l.mul(dmin, l.load_u8::<4>(second, 15))])
+        (scales, Some([l.mul(dmin, l.load_u8::<4>(first, 15)), l.mul(dmin, l.load_u8::<4>(second, 15))]))
     }
 }

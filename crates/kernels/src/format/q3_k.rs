@@ -111,7 +111,7 @@ impl BlockFormat for Q3_K {
 }
 
 impl Halved for Q3_K {
-    const MOST: u8 = 7;
+    const SHIFT: u32 = 5;
 
     #[inline(always)]
     fn quants<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> [L::Bytes; FOURS] {
@@ -119,10 +119,9 @@ impl Halved for Q3_K {
     }
 
     #[inline(always)]
-    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], [L::Float; 2]) {
-        let d = l.load_f16(&tile[2 * at..]);
+    fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], Option<[L::Float; 2]>) {
+        let d = l.scale(l.load_f16(&tile[2 * at..]), 1.0 / 32.0);
         let scales = &tile[SCALES + 2 * TILE_ROWS * b + at..];
-        let d = [l.mul(d, l.load_i8(scales)), l.mul(d, l.load_i8(&scales[TILE_ROWS..]))];
-        (d, [l.scale(d[0], -OFFSET), l.scale(d[1], -OFFSET)])
+        ([l.mul(d, l.load_i8(scales)), l.mul(d, l.load_i8(&scales[TILE_ROWS..]))], None)
     }
 }

@@ -21,7 +21,7 @@ const HIGH: usize = AT + NIBBLES;
 pub(super) fn quants(block: &[u8], at: usize) -> [u8; BLOCK] {
     let high = u32::from_le_bytes(std::array::from_fn(|i| block[at + i]));
     let low = layout::of_nibbles(&std::array::from_fn(|i| block[at + 4 + i]));
-    std::array::from_fn(|i| low[i] | (high >> i & 1) as u8 * 16)
+    std::array::from_fn(|i| low[i] | ((high >> i & 1) as u8) << 4)
 }
 
 /// Puts them there.

@@ -48,7 +48,7 @@ impl BlockFormat for Q8_0 {
 }
 
 impl Scaled for Q8_0 {
-    const QUANTS: Quants = Quants::UpTo(255);
+    const QUANTS: Quants = Quants::Bytes;
 
     #[inline(always)]
     fn quants<L: MicroKernel>(l: L, tile: &[u8], _: usize, at: usize) -> [L::Bytes; FOURS] {
@@ -57,7 +57,6 @@ impl Scaled for Q8_0 {
 
     #[inline(always)]
     fn scale<L: MicroKernel>(l: L, tile: &[u8], _: usize, at: usize) -> Scale<L> {
-        let d = l.load_f16(&tile[2 * at..]);
-        Scale { d, m: Some(l.scale(d, -128.0)) }
+        Scale { d: l.load_f16(&tile[2 * at..]), m: None }
     }
 }

@@ -70,7 +70,9 @@ fn dequantized(qtype: QType, cols: usize, bytes: &[u8]) -> Vec<f32> {
 #[test]
 fn frozen_matrices() {
     for (name, mut kernels) in devices(SHAPE) {
-        for (qtype, cols, out) in [(QType::Q4_0, 576, 40), (QType::Q4_1, 576, 200), (QType::Q8_0, 1536, 65)] {
+        let served = QType::ALL.iter().copied().filter(|qtype| name == "cpu" || qtype.has_cuda_kernels());
+        for (i, qtype) in served.enumerate() {
+            let (cols, out) = (if qtype.fits(576) { 576 } else { 1536 }, [40, 200, 65][i % 3]);
             let bytes = random_matrix(qtype, out, cols, 1);
             let packed = PackedMatrix::pack(qtype, out, cols, &bytes);
             let matrix = DeviceMatrix::new(&packed, kernels.device()).unwrap();
@@ -275,7 +277,7 @@ fn the_reference_and_the_serving_kernels_agree() {
     let want = reference.attention(&want_q, &spec, &kv, &plan).unwrap();
 
     let team = cpu::Team::get();
-    let cache = cpu::KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32 };
+    let cache = cpu::KvShape { block_tokens: 16, kv_heads: 2, head_dim: 32, dtype: cpu::KvDtype::F16 };
     let (mut keys, mut cached) = (vec![0; 4 * cache.block_len()], vec![0; 4 * cache.block_len()]);
     let angles = |position: usize| (&table[0][position * 8..][..8], &table[1][position * 8..][..8]);
     let factor = |position: usize| factors[position];
@@ -286,7 +288,8 @@ fn the_reference_and_the_serving_kernels_agree() {
     cpu::rope_and_store(team, 25, tile, (&mut q, &mut k, &v), kv, prep);
     let mut out = vec![0.0; q.len()];
     let kv = cpu::KvView { shape: cache, keys: &keys, values: &cached };
-    cpu::attention(team, 25, tile, &q, kv, spec, &mut out);
+    let mut scratch = cpu::AttentionScratch::default();
+    cpu::attention(team, 25, tile, &q, kv, spec, (&mut scratch, &mut out));
     assert_close("q", &[q], &[rows(&want_q).concat()], 1e-5);
     assert_close("out", &[out], &[rows(&want).concat()], 1e-4);
 }

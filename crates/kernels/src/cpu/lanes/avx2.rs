@@ -29,10 +29,12 @@ impl Avx2Maddubs {
         // SAFETY: `self` proves the features.
         unsafe {
             let mut sum = _mm256_setzero_si256();
-            for from in vectors.clone().step_by(together) {
+            let (w, from) = (&w[vectors.start..vectors.end], vectors.start);
+            for (i, w) in w.chunks(together).enumerate() {
                 let mut part = _mm256_setzero_si256();
-                for g in from..vectors.end.min(from + together) {
-                    part = _mm256_add_epi16(part, _mm256_maddubs_epi16(w[g], _mm256_set1_epi32(four(x, g))));
+                for (g, w) in w.iter().enumerate() {
+                    let x = _mm256_set1_epi32(four(x, from + i * together + g));
+                    part = _mm256_add_epi16(part, _mm256_maddubs_epi16(*w, x));
                 }
                 sum = _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
             }
@@ -54,6 +56,11 @@ impl Avx2Maddubs {
             _mm256_add_epi32(_mm256_slli_epi32::<4>(high), low)
         }
     }
+    #[inline(always)]
+    fn add_to(self, a: __m256i, x: i32) -> __m256i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_add_epi32(a, _mm256_set1_epi32(x)) }
+    }
     /// 128 * high + low.
     #[inline(always)]
     fn join(self, high: __m256i, low: __m256i) -> __m256i {
@@ -65,6 +72,7 @@ impl Avx2Maddubs {
 impl MicroKernel for Avx2Maddubs {
     const ROWS: usize = 8;
     const GROUP: usize = 4;
+    const SECOND: u8 = 0;
     type Bytes = __m256i;
     type Quants = [__m256i; FOURS];
     type Int = __m256i;
@@ -214,8 +222,22 @@ impl MicroKernel for Avx2Maddubs {
         w
     }
     #[inline(always)]
+    fn ready_halves(self, mut w: [__m256i; FOURS], shift: u32) -> Self::Quants {
+        for w in &mut w {
+            // SAFETY: `self` proves the features.
+            *w = unsafe { _mm256_srl_epi16(*w, _mm_cvtsi32_si128(shift as i32)) };
+            *w = self.and(*w, 0xFF >> shift);
+        }
+        w
+    }
+    #[inline(always)]
     fn dot_nibbles<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [__m256i; P] {
-        self.dot_bytes(w, 15, x, first)
+        let mut sums = [w[0]; P];
+        unrolled!(r in P => {
+            let [high, low] = &x.quants[first + r];
+            sums[r] = self.join(self.sum(w, 15, high, 0..FOURS), self.sum(w, 15, low, 0..FOURS));
+        });
+        sums
     }
     #[inline(always)]
     fn dot_fives<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [__m256i; P] {
@@ -238,26 +260,34 @@ impl MicroKernel for Avx2Maddubs {
         sums
     }
     #[inline(always)]
-    fn dot_bytes<const P: usize>(self, w: &Self::Quants, most: u8, x: &PanelBlock, first: usize) -> [__m256i; P] {
+    fn dot_bytes<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [__m256i; P] {
         let mut sums = [w[0]; P];
         unrolled!(r in P => {
             let [high, low] = &x.quants[first + r];
-            let (high, low) = match most {
-                64.. => (self.sum_of_bytes(w, high), self.sum_of_bytes(w, low)),
-                _ => (self.sum(w, most, high, 0..FOURS), self.sum(w, most, low, 0..FOURS)),
-            };
-            sums[r] = self.join(high, low);
+            let high = self.add_to(self.sum_of_bytes(w, high), x.less[first + r]);
+            sums[r] = self.join(high, self.sum_of_bytes(w, low));
         });
         sums
     }
     #[inline(always)]
-    fn dot_halves<const P: usize>(self, w: &Self::Quants, most: u8, x: &PanelBlock, first: usize) -> [[__m256i; 2]; P] {
+    fn dot_halves<const P: usize>(
+        self,
+        w: &Self::Quants,
+        shift: u32,
+        centred: bool,
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[__m256i; 2]; P] {
         let mut sums = [[w[0]; 2]; P];
         unrolled!(r in P => {
-            let [high, low] = &x.quants[first + r];
-            let (one, two) = (0..FOURS / 2, FOURS / 2..FOURS);
-            sums[r][0] = self.join(self.sum(w, most, high, one.clone()), self.sum(w, most, low, one));
-            sums[r][1] = self.join(self.sum(w, most, high, two.clone()), self.sum(w, most, low, two));
+            for half in 0..2 {
+                let vectors = FOURS / 2 * half..FOURS / 2 * (half + 1);
+                let [high, low] = &x.quants[first + r];
+                let (high, low) = (self.sum(w, 0xFF >> shift, high, vectors.clone()), self.sum(w, 0xFF >> shift, low, vectors));
+                // SAFETY: `self` proves the features.
+                let sum = unsafe { _mm256_sll_epi32(self.join(high, low), _mm_cvtsi32_si128(shift as i32)) };
+                sums[r][half] = if centred { self.add_to(sum, 128 * x.half_less[half][first + r]) } else { sum };
+            }
         });
         sums
     }

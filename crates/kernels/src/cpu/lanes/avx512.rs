@@ -49,14 +49,37 @@ impl Avx512Vnni {
         Self(proof)
     }
     #[inline(always)]
-    fn sum(self, w: &[__m512i; FOURS], x: &[i8; BLOCK], vectors: Range<usize>) -> __m512i {
+    fn splat(self, x: i32) -> __m512i {
         // SAFETY: `self` proves the features.
-        let mut sum = unsafe { _mm512_setzero_si512() };
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    /// The sum of some columns' products with bytes of a row, from `start` on.
+    #[inline(always)]
+    fn sum(self, start: __m512i, q: &Quants, x: &[i8; BLOCK], vectors: Range<usize>) -> __m512i {
+        let mut sum = start;
         for g in vectors {
             // SAFETY: `self` proves the features.
-            sum = unsafe { _mm512_dpbusd_epi32(sum, w[g], _mm512_set1_epi32(four(x, g))) };
+            sum = unsafe { _mm512_dpbusd_epi32(sum, q.w[g], self.splat(four(x, g))) };
         }
         sum
+    }
+    /// The sum of some columns' products as they are, the high bytes' from `start` on. The low bytes' follow on what the
+    /// high ones' have come to, which saves a sum; a single row, where that would be waited for, has both side by side.
+    #[inline(always)]
+    fn dot<const P: usize>(
+        self,
+        start: __m512i,
+        q: &Quants,
+        [high, low]: &[[i8; BLOCK]; 2],
+        vectors: Range<usize>,
+    ) -> __m512i {
+        let high = self.sum(start, q, high, vectors.clone());
+        if P == 1 {
+            return self.join(high, self.sum(self.splat(0), q, low, vectors));
+        }
+        // SAFETY: `self` proves the features.
+        let start = unsafe { _mm512_slli_epi32::<7>(high) };
+        self.sum(start, q, low, vectors)
     }
     /// 128 * high + low.
     #[inline(always)]
@@ -64,11 +87,17 @@ impl Avx512Vnni {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low) }
     }
+    /// Nibbles times the row `first`, whose high bytes are not in pairs.
+    #[inline(always)]
+    fn dot_one<const P: usize>(self, q: &Quants, x: &PanelBlock, first: usize) -> [__m512i; P] {
+        [self.dot::<P>(self.splat(0), q, &x.quants[first], 0..FOURS); P]
+    }
 }
 
 impl MicroKernel for Avx512Vnni {
     const ROWS: usize = 16;
     const GROUP: usize = 8;
+    const SECOND: u8 = 128;
     type Bytes = __m512i;
     type Quants = Quants;
     type Int = __m512i;
@@ -210,12 +239,11 @@ impl MicroKernel for Avx512Vnni {
         }
     }
     #[inline(always)]
-    fn ready_fives(self, mut w: [__m512i; FOURS]) -> Quants {
+    fn ready_fives(self, w: [__m512i; FOURS]) -> Quants {
         // SAFETY: `self` proves the features.
         unsafe {
-            let (offset, mut pairs) = (_mm512_set1_epi8(-128), _mm512_setzero_si512());
+            let mut pairs = _mm512_setzero_si512();
             for g in 0..HALF {
-                w[HALF + g] = _mm512_xor_si512(w[HALF + g], offset);
                 pairs = _mm512_dpbusd_epi32(pairs, w[HALF + g], w[g]);
             }
             Quants { w, start: _mm512_sub_epi32(_mm512_setzero_si512(), pairs) }
@@ -229,7 +257,7 @@ impl MicroKernel for Avx512Vnni {
     #[inline(always)]
     fn dot_nibbles<const P: usize>(self, q: &Quants, x: &PanelBlock, first: usize) -> [__m512i; P] {
         if P == 1 {
-            return self.dot_bytes(q, 15, x, first);
+            return self.dot_one(q, x, first);
         }
         let (mut high, mut low) = ([q.start; P], [q.start; P]);
         // SAFETY: `self` proves the features.
@@ -283,21 +311,34 @@ impl MicroKernel for Avx512Vnni {
         high
     }
     #[inline(always)]
-    fn dot_bytes<const P: usize>(self, q: &Quants, _: u8, x: &PanelBlock, first: usize) -> [__m512i; P] {
+    fn ready_halves(self, w: [__m512i; FOURS], _: u32) -> Quants {
+        self.ready_bytes(w)
+    }
+    #[inline(always)]
+    fn dot_bytes<const P: usize>(self, q: &Quants, x: &PanelBlock, first: usize) -> [__m512i; P] {
         let mut sums = [q.start; P];
         unrolled!(r in P => {
-            let [high, low] = &x.quants[first + r];
-            sums[r] = self.join(self.sum(&q.w, high, 0..FOURS), self.sum(&q.w, low, 0..FOURS));
+            sums[r] = self.dot::<P>(self.splat(x.less[first + r]), q, &x.quants[first + r], 0..FOURS);
         });
         sums
     }
     #[inline(always)]
-    fn dot_halves<const P: usize>(self, q: &Quants, _: u8, x: &PanelBlock, first: usize) -> [[__m512i; 2]; P] {
+    fn dot_halves<const P: usize>(
+        self,
+        q: &Quants,
+        _: u32,
+        centred: bool,
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[__m512i; 2]; P] {
         let mut sums = [[q.start; 2]; P];
         unrolled!(r in P => {
-            let [high, low] = &x.quants[first + r];
-            sums[r][0] = self.join(self.sum(&q.w, high, 0..HALF), self.sum(&q.w, low, 0..HALF));
-            sums[r][1] = self.join(self.sum(&q.w, high, HALF..FOURS), self.sum(&q.w, low, HALF..FOURS));
+            let mut starts = [self.splat(0); 2];
+            if centred {
+                starts = [self.splat(x.half_less[0][first + r]), self.splat(x.half_less[1][first + r])];
+            }
+            sums[r][0] = self.dot::<P>(starts[0], q, &x.quants[first + r], 0..HALF);
+            sums[r][1] = self.dot::<P>(starts[1], q, &x.quants[first + r], HALF..FOURS);
         });
         sums
     }

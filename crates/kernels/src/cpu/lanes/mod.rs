@@ -22,6 +22,8 @@ pub(crate) trait MicroKernel: Copy {
     const ROWS: usize;
     /// Rows of activations that share the unpacking of a block.
     const GROUP: usize;
+    /// What is added to the quants of columns 16 to 31 for [`MicroKernel::ready_fives`].
+    const SECOND: u8;
     /// Four columns' quants, a byte each.
     type Bytes: Copy;
     /// A block's quants, ready for their products.
@@ -71,21 +73,25 @@ pub(crate) trait MicroKernel: Copy {
 
     /// Quants of a block from 0 to 15, made ready for products with P rows.
     fn ready_nibbles<const P: usize>(self, w: [Self::Bytes; FOURS]) -> Self::Quants;
-    /// Quants with a sign, from -16 to 15.
+    /// Quants with a sign, from -16 to 15; those of columns 16 to 31 with [`MicroKernel::SECOND`] added.
     fn ready_fives(self, w: [Self::Bytes; FOURS]) -> Self::Quants;
-    /// Quants without sign.
+    /// Quants that are 128 more than they stand for.
     fn ready_bytes(self, w: [Self::Bytes; FOURS]) -> Self::Quants;
+    /// Quants in the highest bits of their bytes, of which the lowest `shift` are zeros.
+    fn ready_halves(self, w: [Self::Bytes; FOURS], shift: u32) -> Self::Quants;
     /// The exact sums of a block's 32 products, for P rows of a panel from `first` on.
     fn dot_nibbles<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P];
     /// The same for quants from -16 to 15.
     fn dot_fives<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P];
-    /// The same for quants up to `most`.
-    fn dot_bytes<const P: usize>(self, w: &Self::Quants, most: u8, x: &PanelBlock, first: usize) -> [Self::Int; P];
-    /// The same for columns 0 to 15 and 16 to 31 by themselves; `most` is below 64.
+    /// The same for quants less 128.
+    fn dot_bytes<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P];
+    /// The same for columns 0 to 15 and 16 to 31 by themselves, of quants as [`MicroKernel::ready_halves`] takes them;
+    /// less 128 if `centred`.
     fn dot_halves<const P: usize>(
         self,
         w: &Self::Quants,
-        most: u8,
+        shift: u32,
+        centred: bool,
         x: &PanelBlock,
         first: usize,
     ) -> [[Self::Int; 2]; P];

@@ -31,6 +31,7 @@ impl Plain {
 impl MicroKernel for Plain {
     const ROWS: usize = TILE_ROWS;
     const GROUP: usize = 4;
+    const SECOND: u8 = 0;
     type Bytes = [u8; 4 * TILE_ROWS];
     type Quants = [Self::Bytes; FOURS];
     type Int = [i32; TILE_ROWS];
@@ -137,25 +138,37 @@ impl MicroKernel for Plain {
         w
     }
     #[inline(always)]
+    fn ready_halves(self, w: [Self::Bytes; FOURS], _: u32) -> Self::Quants {
+        w
+    }
+    #[inline(always)]
     fn dot_nibbles<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P] {
-        self.dot_bytes(w, 15, x, first)
-    }
-    #[inline(always)]
-    fn dot_fives<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P] {
-        std::array::from_fn(|i| {
-            self.dot(w, x.quants[first + i].each_ref().map(|part| &part[..]), |w| i32::from(w as i8))
-        })
-    }
-    #[inline(always)]
-    fn dot_bytes<const P: usize>(self, w: &Self::Quants, _: u8, x: &PanelBlock, first: usize) -> [Self::Int; P] {
         std::array::from_fn(|i| self.dot(w, x.quants[first + i].each_ref().map(|part| &part[..]), i32::from))
     }
     #[inline(always)]
-    fn dot_halves<const P: usize>(self, w: &Self::Quants, _: u8, x: &PanelBlock, first: usize) -> [[Self::Int; 2]; P] {
+    fn dot_fives<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P] {
+        let value = |w: u8| i32::from(w as i8);
+        std::array::from_fn(|i| self.dot(w, x.quants[first + i].each_ref().map(|part| &part[..]), value))
+    }
+    #[inline(always)]
+    fn dot_bytes<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P] {
+        let value = |w: u8| i32::from(w) - 128;
+        std::array::from_fn(|i| self.dot(w, x.quants[first + i].each_ref().map(|part| &part[..]), value))
+    }
+    #[inline(always)]
+    fn dot_halves<const P: usize>(
+        self,
+        w: &Self::Quants,
+        _: u32,
+        centred: bool,
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[Self::Int; 2]; P] {
+        let value = |w: u8| i32::from(w) - if centred { 128 } else { 0 };
         std::array::from_fn(|i| {
             [0, 1].map(|half| {
                 let x = x.quants[first + i].each_ref().map(|part| &part[BLOCK / 2 * half..][..BLOCK / 2]);
-                self.dot(&w[FOURS / 2 * half..][..FOURS / 2], x, i32::from)
+                self.dot(&w[FOURS / 2 * half..][..FOURS / 2], x, value)
             })
         })
     }
