@@ -310,13 +310,15 @@ fn score<S: Simd, C: Cells, const N: usize, const U: usize>(
     assert!(dim <= MAX_HEAD_DIM && unit + U <= UNITS, "the buffers hold it");
     let mut sums = [[s.splat(0.0); U]; N];
     let mut at = keys.map(|keys| keys.first);
-    for block in (0..dim).step_by(SCALE_BLOCK) {
+    // Without scales all dimensions are one block.
+    let step = if C::BYTES == Halves::BYTES { MAX_HEAD_DIM } else { SCALE_BLOCK };
+    for block in (0..dim).step_by(step) {
         let mut scales = [s.splat(0.0); U];
         unrolled!(u in U => {
             // SAFETY: `keys` holds scales for each block of dimensions, where its numbers have any.
             scales[u] = unsafe { C::scales(s, keys[u].scales.wrapping_add(block / SCALE_BLOCK * keys[u].apart)) };
         });
-        for d in (block..dim.min(block + SCALE_BLOCK)).step_by(2) {
+        for d in (block..dim.min(block + step)).step_by(2) {
             for odd in 0..2 {
                 let mut key = [s.splat(0.0); U];
                 unrolled!(u in U => {
