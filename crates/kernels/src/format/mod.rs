@@ -64,6 +64,9 @@ macro_rules! for_all_formats {
     };
 }
 
+/// Writes finite values as a block.
+pub(crate) type Quantizer = fn(&[f32], &mut [u8]);
+
 /// How one format is stored and multiplied. A tile is [`TILE_ROWS`] rows by [`VALUES`](BlockFormat::VALUES) columns.
 pub(crate) trait BlockFormat: Sized {
     /// GGUF's name of it.
@@ -85,7 +88,7 @@ pub(crate) trait BlockFormat: Sized {
     /// Whether the GPU's kernels read it.
     const CUDA: bool = false;
     /// Quantises the values of a block, all finite; `None` where we do not write the format.
-    const QUANTIZE: Option<fn(&[f32], &mut [u8])> = None;
+    const QUANTIZE: Option<Quantizer> = None;
     /// What a tile's sums are made by.
     type Kernel: Multiply<Self>;
 

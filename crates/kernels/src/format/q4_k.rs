@@ -6,7 +6,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::layout::{self, NIBBLES};
 use super::search;
-use super::{BLOCK, BlockFormat, FOURS, Quants, Scale, Scaled, k_scales};
+use super::{BLOCK, BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, k_scales};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -43,7 +43,7 @@ impl BlockFormat for Q4_K {
     const TILE_BYTES: usize = k_scales::QUANTS + k_scales::PARTS * NIBBLES;
     const HALVES: &'static [usize] = &[0, 2];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q4K);
-    const QUANTIZE: Option<fn(&[f32], &mut [u8])> = Some(quantize);
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

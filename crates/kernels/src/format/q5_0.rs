@@ -5,7 +5,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::layout::{self, BITS, NIBBLES};
 use super::search;
-use super::{BLOCK, BlockFormat, FOURS, Quants, Scale, Scaled, TILE_ROWS, half_at};
+use super::{BLOCK, BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, TILE_ROWS, half_at};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -47,7 +47,7 @@ impl BlockFormat for Q5_0 {
     const TILE_BYTES: usize = HIGH + BITS;
     const HALVES: &'static [usize] = &[0];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q5_0);
-    const QUANTIZE: Option<fn(&[f32], &mut [u8])> = Some(quantize);
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 use super::layout::{self, BITS, NIBBLES};
 use super::q4_k::{nibbles, put_nibbles};
 use super::search;
-use super::{BLOCK, BlockFormat, FOURS, Quants, Scale, Scaled, k_scales};
+use super::{BLOCK, BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, k_scales};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -45,7 +45,7 @@ impl BlockFormat for Q5_K {
     const TILE_BYTES: usize = k_scales::QUANTS + k_scales::PARTS * PART;
     const HALVES: &'static [usize] = &[0, 2];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q5K);
-    const QUANTIZE: Option<fn(&[f32], &mut [u8])> = Some(quantize);
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

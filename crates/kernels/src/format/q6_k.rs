@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::layout::{self, NIBBLES, TWOS};
 use super::search;
-use super::{BLOCK, BlockFormat, FOURS, Halved, TILE_ROWS, half_at};
+use super::{BLOCK, BlockFormat, FOURS, Halved, Quantizer, TILE_ROWS, half_at};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::TwoScales;
 
@@ -107,7 +107,7 @@ impl BlockFormat for Q6_K {
     const TILE_BYTES: usize = AT + PARTS * PART;
     const HALVES: &'static [usize] = &[BLOCK_D];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q6K);
-    const QUANTIZE: Option<fn(&[f32], &mut [u8])> = Some(quantize);
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = TwoScales;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

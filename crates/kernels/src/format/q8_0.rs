@@ -4,7 +4,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::layout;
 use super::search;
-use super::{BlockFormat, FOURS, Quants, Scale, Scaled, TILE_ROWS, half_at};
+use super::{BlockFormat, FOURS, Quantizer, Quants, Scale, Scaled, TILE_ROWS, half_at};
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::OneScale;
 
@@ -33,7 +33,7 @@ impl BlockFormat for Q8_0 {
     const HALVES: &'static [usize] = &[0];
     const CANDLE: Option<GgmlDType> = Some(GgmlDType::Q8_0);
     const CUDA: bool = true;
-    const QUANTIZE: Option<fn(&[f32], &mut [u8])> = Some(quantize);
+    const QUANTIZE: Option<Quantizer> = Some(quantize);
     type Kernel = OneScale;
 
     fn pack(block: &[u8], r: usize, tile: &mut [u8]) {

@@ -280,13 +280,15 @@ impl MicroKernel for Avx2Maddubs {
     ) -> [[__m256i; 2]; P] {
         let mut sums = [[w[0]; 2]; P];
         unrolled!(r in P => {
-            for half in 0..2 {
-                let vectors = FOURS / 2 * half..FOURS / 2 * (half + 1);
-                let [high, low] = &x.quants[first + r];
-                let (high, low) = (self.sum(w, 0xFF >> shift, high, vectors.clone()), self.sum(w, 0xFF >> shift, low, vectors));
+            let [high, low] = &x.quants[first + r];
+            for (half, sum) in sums[r].iter_mut().enumerate() {
+                let (vectors, most) = (FOURS / 2 * half..FOURS / 2 * (half + 1), 0xFF >> shift);
+                let low = self.sum(w, most, low, vectors.clone());
                 // SAFETY: `self` proves the features.
-                let sum = unsafe { _mm256_sll_epi32(self.join(high, low), _mm_cvtsi32_si128(shift as i32)) };
-                sums[r][half] = if centred { self.add_to(sum, 128 * x.half_less[half][first + r]) } else { sum };
+                let all = unsafe {
+                    _mm256_sll_epi32(self.join(self.sum(w, most, high, vectors), low), _mm_cvtsi32_si128(shift as i32))
+                };
+                *sum = if centred { self.add_to(all, 128 * x.half_less[half][first + r]) } else { all };
             }
         });
         sums
