@@ -20,8 +20,8 @@ use crate::error::{Error, Result};
 use crate::hub::{Hub, PublishGate};
 use crate::ids::TenantId;
 use crate::memory::Memory;
-use crate::model::Model;
 use crate::model::parity::Parity;
+use crate::model::{LoadOptions, Model};
 use crate::request::ParityReport;
 use crate::safety::Guard;
 use crate::store::{self, NewKey, Store};
@@ -84,9 +84,13 @@ async fn load_and_serve(
     let path = config.base.clone();
     let loading = announce.clone();
     let parts = async {
-        let context = config.context;
+        let (context, quantize) = (config.context, config.quantize.clone());
         let mut progress = move |done, total| lock(&loading)(Announcement::Loading { done, total });
-        let base = blocking(move || Model::load_watched(&path, &device, context, &mut progress)).await?;
+        let load = move || {
+            let options = LoadOptions { context, quantize: quantize.as_deref() };
+            Model::load_watched(&path, &device, options, &mut progress)
+        };
+        let base = blocking(load).await?;
         assemble(base, store.clone(), &config).await
     };
     let ready = || {
@@ -287,6 +291,7 @@ mod tests {
             data_dir: "data".into(),
             base: "base.gguf".into(),
             base_name: None,
+            quantize: None,
             strict_base: false,
             context: None,
             device: DeviceSpec::Cpu,

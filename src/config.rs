@@ -17,6 +17,8 @@ pub struct Config {
     pub base: PathBuf,
     /// What exports call the base, in a name that PEFT's tools can load; `None`: the file's.
     pub base_name: Option<String>,
+    /// The format to which a base's matrices of floats are quantised, by GGUF's name; `None`: they are served as they are.
+    pub quantize: Option<String>,
     /// Refuses imported adapters whose files name another base.
     pub strict_base: bool,
     /// Tokens; `None` is what the base was trained for.

@@ -34,6 +34,9 @@ pub(super) struct Args {
     /// What exports call the base, for PEFT's tools: a repository of the hub, or a path [default: where the base is from, if that is known]
     #[arg(long, env = "TENORA_BASE_NAME", value_name = "NAME")]
     base_name: Option<String>,
+    /// Quantise the matrices of a base in f32, f16 or bf16 as it is loaded: q8_0, q4_k and so on. The error is logged [default: as they are]
+    #[arg(long, env = "TENORA_QUANTIZE", value_name = "FORMAT")]
+    quantize: Option<String>,
     /// Refuse adapters whose files say that they were trained on another base; without it they get a note that says so.
     #[arg(long, env = "TENORA_STRICT_BASE")]
     strict_base: bool,
@@ -123,6 +126,7 @@ impl Args {
             data_dir,
             base: models::fetch(&self.base).await?,
             base_name: self.base_name.clone().or_else(|| bases::model_name(&self.base)),
+            quantize: self.quantize.clone(),
             strict_base: self.strict_base,
             context: self.context.map(NonZeroUsize::get),
             device: self.device,

@@ -18,7 +18,7 @@ pub struct Inspection {
     pub longest_context: Option<usize>,
     /// The tokenizer and the chat template; `None` where they cannot be used.
     pub text: Option<Arc<Text>>,
-    /// Bytes of the KV cache for one token.
+    /// Bytes of the KV cache for one token, in half precision.
     pub kv_bytes_per_token: Option<u64>,
     /// Why it can't be served and trained on the CPU; empty where it can.
     pub problems: Vec<Error>,

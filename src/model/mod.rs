@@ -49,22 +49,31 @@ pub struct Model {
     on_device: Option<Arc<DeviceWeights>>,
 }
 
+/// How a base is loaded.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LoadOptions<'a> {
+    /// Tokens of the context; see [`ModelConfig::take_context`].
+    pub context: Option<usize>,
+    /// The format to which matrices of floats are brought, by GGUF's name of it; `None`: they are served as they are.
+    pub quantize: Option<&'a str>,
+}
+
 impl Model {
     /// Loads a GGUF file and its tokenizer, to be served on `device` with a context of so many tokens (see
     /// [`ModelConfig::take_context`]).
     pub fn load(path: &Path, device: &Device, context: Option<usize>) -> Result<(Arc<Self>, Arc<Text>)> {
-        Self::load_watched(path, device, context, &mut |_, _| {})
+        Self::load_watched(path, device, LoadOptions { context, quantize: None }, &mut |_, _| {})
     }
 
     /// As [`Model::load`]; `progress` hears how many bytes have been read, and of how many.
     pub fn load_watched(
         path: &Path,
         device: &Device,
-        context: Option<usize>,
+        options: LoadOptions<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<(Arc<Self>, Arc<Text>)> {
-        let (mut weights, vocabulary) = Weights::load(path, progress)?;
-        weights.config.take_context(context)?;
+        let (mut weights, vocabulary) = Weights::load(path, options.quantize, progress)?;
+        weights.config.take_context(options.context)?;
         Self::proven((weights, vocabulary), device)
     }
 

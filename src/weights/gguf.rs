@@ -7,6 +7,7 @@ use std::path::Path;
 use super::header::Header;
 use super::metadata::Metadata;
 use super::plan::{FactorKind, Form, Plan, Slot, Sought};
+use super::quantise::Quantiser;
 use super::stream::{self, Parts, Progress};
 use super::vocabulary::vocabulary;
 use super::{LinearWeights, Weights};
@@ -36,8 +37,13 @@ pub(super) fn naming(path: &Path) -> impl Fn(Error) -> Error {
     }
 }
 
-pub(super) fn load(path: &Path, progress: &mut Progress<'_>) -> Result<(Weights, Vocabulary)> {
-    let mut read_file = || read(BufReader::new(File::open(path).map_err(unreadable)?), name_of(path), progress);
+pub(super) fn load(
+    path: &Path,
+    quantiser: Option<&Quantiser>,
+    progress: &mut Progress<'_>,
+) -> Result<(Weights, Vocabulary)> {
+    let mut read_file =
+        || read(BufReader::new(File::open(path).map_err(unreadable)?), name_of(path), quantiser, progress);
     read_file().map_err(naming(path))
 }
 
@@ -50,6 +56,7 @@ pub(super) fn name_of(path: &Path) -> String {
 pub(super) fn read(
     mut file: impl Read + Seek + Send,
     name: String,
+    quantiser: Option<&Quantiser>,
     progress: &mut Progress<'_>,
 ) -> Result<(Weights, Vocabulary)> {
     let header = Header::read(&mut file)?;
@@ -62,9 +69,10 @@ pub(super) fn read(
         return Err(problem);
     }
     let bytes = file.seek(SeekFrom::End(0)).map_err(unreadable)?;
-    let (mut parts, digests) = stream::read(&mut [(file, bytes)], &plan.tensors, progress)?;
+    let (mut parts, digests) = stream::read(&mut [(file, bytes)], &plan.tensors, quantiser, progress)?;
     take_factors(&mut parts, &mut config, &metadata)?;
     let digest = digests.first().copied().unwrap_or_else(|| Digest::of(b""));
+    let digest = quantiser.map_or(digest, |quantiser| quantiser.end(digest));
     Ok((parts.into_weights(config, decoder, metadata.called(), digest)?, vocabulary))
 }
 

@@ -7,6 +7,7 @@ mod hf;
 mod metadata;
 mod outline;
 mod plan;
+mod quantise;
 mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -24,6 +25,7 @@ use crate::ids::Digest;
 use crate::kernels::packed::PackedMatrix;
 use crate::text::Vocabulary;
 pub use outline::{FormatCount, Outline};
+use quantise::Quantiser;
 pub use stream::Progress;
 
 /// Reads the vocabulary of a GGUF file from its header, whatever tensors there are.
@@ -66,12 +68,15 @@ pub struct Weights {
 
 impl Weights {
     /// Reads a GGUF file or a Hugging Face folder, once; `progress` hears how far it is. In memory are at most the packed matrices and a few pieces of the file.
+    /// `quantize`: the format to which matrices of floats are brought; `None`: they are served as they are.
     ///
     /// # Errors
     /// BASE_UNREADABLE, UNSUPPORTED_BASE or UNSUPPORTED_TOKENIZER for anything that is not known: an architecture, a tensor, a block format, a
     /// RoPE scaling.
-    pub fn load(path: &Path, progress: &mut Progress<'_>) -> Result<(Self, Vocabulary)> {
-        if path.is_dir() { hf::load(path, progress) } else { gguf::load(path, progress) }
+    pub fn load(path: &Path, quantize: Option<&str>, progress: &mut Progress<'_>) -> Result<(Self, Vocabulary)> {
+        let quantiser = quantize.map(Quantiser::named).transpose()?;
+        let load = if path.is_dir() { hf::load } else { gguf::load };
+        load(path, quantiser.as_ref(), progress)
     }
 
     /// Reads a GGUF file from memory, as [`Weights::load`] does; for tests and fuzzing.
@@ -79,7 +84,7 @@ impl Weights {
     /// # Errors
     /// BASE_UNREADABLE or UNSUPPORTED_BASE, for whatever bytes there are.
     pub fn from_bytes(file: &[u8]) -> Result<(Self, Vocabulary)> {
-        gguf::read(std::io::Cursor::new(file), "base".to_owned(), &mut |_, _| {})
+        gguf::read(std::io::Cursor::new(file), "base".to_owned(), None, &mut |_, _| {})
     }
 
     /// Reads the tensors of a Hugging Face folder, and not its tokenizer; for tests and fuzzing.
@@ -87,7 +92,7 @@ impl Weights {
     /// # Errors
     /// BASE_UNREADABLE or UNSUPPORTED_BASE, for whatever files there are.
     pub fn from_folder(path: &Path) -> Result<Self> {
-        hf::Folder::open(path)?.read(&mut |_, _| {})
+        hf::Folder::open(path)?.read(None, &mut |_, _| {})
     }
 
     /// Returns the bytes that the tensors take in memory.

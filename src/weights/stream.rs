@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::gguf::unreadable;
 use super::plan::{FactorKind, Planned, Slot, restored_order};
+use super::quantise::Quantiser;
 use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
@@ -51,6 +52,7 @@ struct Piece {
 pub(super) fn read<R: Read + Seek + Send>(
     files: &mut [(R, u64)],
     plan: &[Planned],
+    quantiser: Option<&Quantiser>,
     progress: &mut Progress<'_>,
 ) -> Result<(Parts, Vec<Digest>)> {
     let total = files.iter().map(|(_, bytes)| bytes).sum();
@@ -60,7 +62,7 @@ pub(super) fn read<R: Read + Seek + Send>(
         let reader = Reading { plan, pieces, spare };
         let reader = std::thread::Builder::new().name("tenora-load".into()).spawn_scoped(scope, || reader.run(files));
         let reader = reader.map_err(Error::internal)?;
-        let mut assembly = Assembly { plan, parts: Parts::default(), done: 0, total, progress };
+        let mut assembly = Assembly { plan, quantiser, parts: Parts::default(), done: 0, total, progress };
         let packed = assembly.run(&come, &give_back);
         // Where packing has failed, the reader ends for want of who takes its pieces.
         drop((come, give_back));
@@ -160,6 +162,7 @@ impl Planned {
 /// Puts pieces together.
 struct Assembly<'a, 'p> {
     plan: &'a [Planned],
+    quantiser: Option<&'a Quantiser>,
     parts: Parts,
     done: u64,
     total: u64,
@@ -183,7 +186,7 @@ impl Assembly<'_, '_> {
                 Ok(Some(piece.bytes))
             };
             if planned.slot.is_matrix() {
-                let matrix = matrix(planned, &mut next, give_back)?;
+                let matrix = matrix(planned, self.quantiser, &mut next, give_back)?;
                 self.parts.put_matrix(planned.slot, matrix);
             } else {
                 let values = vector(planned, &mut next, give_back)?;
@@ -196,18 +199,29 @@ impl Assembly<'_, '_> {
 
 type Next<'a> = dyn FnMut() -> Result<Option<Arc<Vec<u8>>>> + 'a;
 
-fn matrix(planned: &Planned, next: &mut Next<'_>, give_back: &Sender<Arc<Vec<u8>>>) -> Result<PackedMatrix> {
-    let mut packer = Packer::new(planned.qtype, planned.rows, planned.cols);
-    let (mut ordered, mut row) = (Vec::new(), 0);
+fn matrix(
+    planned: &Planned,
+    quantiser: Option<&Quantiser>,
+    next: &mut Next<'_>,
+    give_back: &Sender<Arc<Vec<u8>>>,
+) -> Result<PackedMatrix> {
+    let held = quantiser.map_or(planned.qtype, |quantiser| quantiser.format_of(planned));
+    let quantiser = quantiser.filter(|_| held != planned.qtype);
+    let mut packer = Packer::new(held, planned.rows, planned.cols);
+    let (mut ordered, mut quantised, mut row) = (Vec::new(), Vec::new(), 0);
     while let Some(piece) = next()? {
         check_piece(planned, &piece, row)?;
         row += piece.len() / planned.row_bytes();
+        let mut rows: &[u8] = &piece;
         if planned.heads > 0 {
-            restore_order(planned, &piece, &mut ordered);
-            packer.push(&ordered);
-        } else {
-            packer.push(&piece);
+            restore_order(planned, rows, &mut ordered);
+            rows = &ordered;
         }
+        if let Some(quantiser) = quantiser {
+            quantiser.quantise(planned, rows, &mut quantised);
+            rows = &quantised;
+        }
+        packer.push(rows);
         // The reader is gone where it has read all.
         let _ = give_back.send(piece);
     }

@@ -173,7 +173,8 @@ fn a_file_is_read_once_in_pieces() {
     let file = File::tiny();
     let bytes = file.bytes();
     let mut heard = Vec::new();
-    let read = gguf::read(std::io::Cursor::new(&bytes), "base".into(), &mut |done, total| heard.push((done, total)));
+    let read =
+        gguf::read(std::io::Cursor::new(&bytes), "base".into(), None, &mut |done, total| heard.push((done, total)));
     let (weights, _) = read.unwrap();
     assert_eq!(weights.digest, crate::ids::Digest::of(&bytes));
     assert!(heard.is_sorted() && heard.last() == Some(&(bytes.len() as u64, bytes.len() as u64)), "{heard:?}");

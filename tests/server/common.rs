@@ -272,6 +272,7 @@ pub fn config(data_dir: &std::path::Path) -> Config {
         data_dir: data_dir.to_owned(),
         base: "unused.gguf".into(),
         base_name: None,
+        quantize: None,
         strict_base: false,
         context: None,
         device: DeviceSpec::Cpu,

@@ -18,13 +18,16 @@ use super::Weights;
 use super::gguf::{name_of, naming};
 use super::header::TensorInfo;
 use super::plan::{Form, Plan, Slot, Sought};
+use super::quantise::Quantiser;
 use super::stream::{self, Progress};
 use crate::arch::config::ModelConfig;
 use crate::arch::decoder::{Decoder, NormKind, NormSpec, Site};
+use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::kernels::format::QType;
 use crate::text::Vocabulary;
+use crate::text::hf::TokenizerFiles;
 use safetensors::{broken, read_header};
 use settings::{HfConfig, object};
 
@@ -34,7 +37,8 @@ const TENSORS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// What is said of the text; those that are there are part of the digest.
-const TEXT: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"];
+const TEXT: [&str; 4] = [TOKENIZER, "tokenizer_config.json", "chat_template.jinja", "generation_config.json"];
+const TOKENIZER: &str = "tokenizer.json";
 
 /// Most bytes of a file of JSON.
 const MAX_JSON_BYTES: u64 = 128 << 20;
@@ -49,15 +53,22 @@ pub(super) struct Folder {
     tensors: BTreeMap<String, TensorInfo>,
     /// Name, file, bytes.
     shards: Vec<(String, File, u64)>,
+    /// What is said of the text, by file.
+    texts: BTreeMap<&'static str, Vec<u8>>,
     /// Name and digest of all that has been read whole.
     read: BTreeMap<String, Digest>,
 }
 
-pub(super) fn load(path: &Path, progress: &mut Progress<'_>) -> Result<(Weights, Vocabulary)> {
+pub(super) fn load(
+    path: &Path,
+    quantiser: Option<&Quantiser>,
+    progress: &mut Progress<'_>,
+) -> Result<(Weights, Vocabulary)> {
     let mut read = || {
         let mut folder = Folder::open(path)?;
         let vocabulary = folder.vocabulary()?;
-        Ok((folder.read(progress)?, vocabulary))
+        folder.texts.clear();
+        Ok((folder.read(quantiser, progress)?, vocabulary))
     };
     read().map_err(naming(path))
 }
@@ -68,9 +79,11 @@ impl Folder {
         let json = read_file(path, CONFIG)?.ok_or_else(|| unreadable(CONFIG, "is missing from the folder"))?;
         read.insert(CONFIG.to_owned(), Digest::of(&json));
         let config = HfConfig::read(&json)?;
+        let mut texts = BTreeMap::new();
         for name in TEXT {
             if let Some(bytes) = read_file(path, name)? {
                 read.insert(name.to_owned(), Digest::of(&bytes));
+                texts.insert(name, bytes);
             }
         }
         let (index, names) = shard_names(path)?;
@@ -90,14 +103,20 @@ impl Folder {
         check_index(index.as_ref(), &tensors, &shards)?;
         // Buffers that old files have; they are computed.
         tensors.retain(|name, _| !name.ends_with("rotary_emb.inv_freq"));
-        Ok(Self { path: path.to_owned(), config, tensors, shards, read })
+        Ok(Self { path: path.to_owned(), config, tensors, shards, texts, read })
     }
 
-    /// What the folder says of its text.
+    /// What the folder says of its text, which must fit the embedding.
     pub(super) fn vocabulary(&self) -> Result<Vocabulary> {
-        let message =
-            format!("{}: a folder's tokenizer.json cannot be read yet; give a GGUF file", self.path.display());
-        Err(Error::invalid_because("UNSUPPORTED_TOKENIZER", "tokenizer.json", message))
+        let [tokenizer, config, template, generation] = TEXT.map(|name| self.texts.get(name).map(Vec::as_slice));
+        let tokenizer = tokenizer.ok_or_else(|| unreadable(TOKENIZER, "is missing from the folder"))?;
+        let text = |bytes| std::str::from_utf8(bytes).map_err(|_| unreadable(TEXT[2], "is no UTF-8"));
+        let template = template.map(text).transpose()?;
+        let files = TokenizerFiles { tokenizer, config, generation, template };
+        // The rows that are there: what config.json says has not been looked at yet.
+        let rows = ROOTS.iter().find_map(|(root, _)| self.tensors.get(&embedding_name(root))?.dims.get(1).copied());
+        let rows = rows.ok_or_else(|| unsupported(embedding_name(ROOTS[0].0), "is missing"))?;
+        Vocabulary::of_hugging_face(&files, usize::try_from(rows).map_err(Error::internal)?)
     }
 
     /// What the folder calls the model.
@@ -132,7 +151,7 @@ impl Folder {
     }
 
     /// Reads the tensors.
-    pub(super) fn read(&mut self, progress: &mut Progress<'_>) -> Result<Weights> {
+    pub(super) fn read(&mut self, quantiser: Option<&Quantiser>, progress: &mut Progress<'_>) -> Result<Weights> {
         let config = self.model_config()?;
         let decoder = Decoder::new(&config);
         let plan = self.plan(&config, &decoder)?;
@@ -140,12 +159,13 @@ impl Folder {
             return Err(problem);
         }
         let mut files: Vec<_> = self.shards.iter().map(|(_, file, bytes)| (file, *bytes)).collect();
-        let (mut parts, digests) = stream::read(&mut files, &plan.tensors, progress)?;
+        let (mut parts, digests) = stream::read(&mut files, &plan.tensors, quantiser, progress)?;
         if self.config.architecture.adds_one_to_norms {
             parts.norms.iter_mut().flatten().flatten().for_each(|weight| *weight += 1.0);
         }
         let shards = self.shards.iter().map(|(name, ..)| name.clone()).zip(digests);
         let digest = digest_of(self.read.clone().into_iter().chain(shards).collect());
+        let digest = quantiser.map_or(digest, |quantiser| quantiser.end(digest));
         parts.into_weights(config, decoder, self.called()?, digest)
     }
 }
@@ -236,6 +256,10 @@ const ROOTS: [(&str, &str); 4] = [
     ("model.language_model.", "lm_head.weight"),
 ];
 
+fn embedding_name(root: &str) -> String {
+    format!("{root}embed_tokens.weight")
+}
+
 /// Hugging Face's names.
 struct HuggingFace {
     root: &'static str,
@@ -246,7 +270,7 @@ struct HuggingFace {
 
 impl HuggingFace {
     fn new(tensors: &BTreeMap<String, TensorInfo>, config: &ModelConfig, tied: Option<bool>) -> Self {
-        let there = |(root, _): &&(&str, &str)| tensors.contains_key(&format!("{root}embed_tokens.weight"));
+        let there = |(root, _): &&(&str, &str)| tensors.contains_key(&embedding_name(root));
         let (root, head) = ROOTS.iter().find(there).copied().unwrap_or(ROOTS[0]);
         let ties_head = tied.unwrap_or(!tensors.contains_key(head));
         Self { root, head, post_norms: config.post_norms, ties_head }
@@ -278,7 +302,7 @@ impl Form for HuggingFace {
             format!("{}layers.{layer}.{}.{}.{what}", self.root, target.block_part(), target.name())
         };
         match slot {
-            Slot::Embedding => Some(format!("{}embed_tokens.weight", self.root)),
+            Slot::Embedding => Some(embedding_name(self.root)),
             Slot::Head => Some(self.head.to_owned()),
             Slot::Matrix(id) => Some(of_site(id, "weight")),
             Slot::Bias(id) => Some(of_site(id, "bias")),

@@ -136,6 +136,71 @@ fn a_folder_is_read_whole_or_in_shards_and_its_digest_covers_its_text() {
     assert!([after, templated, other].iter().all(|digest| *digest != before) && after != templated);
 }
 
+/// With its tokenizer, as a server loads it.
+#[test]
+fn a_folder_is_served_with_its_tokenizer() {
+    let mut pieces = tiny().set("vocab_size", json!(260));
+    let embedding = pieces.tensors.iter_mut().find(|tensor| tensor.0.contains("embed")).unwrap();
+    (embedding.1, embedding.2) = (vec![260, 32], (0..260 * 32).map(|i| (i % 29) as f32 / 64.0).collect());
+    let dir = pieces.write();
+    let vocabulary = Vocabulary::tiny();
+    let vocab: serde_json::Map<_, _> = (0..256).map(|id| (vocabulary.tokens[id].clone(), json!(id))).collect();
+    let tokenizer = |last: u32| {
+        let added = |id: u32, content: &str| json!({"id": id, "content": content, "special": true});
+        let file = json!({
+            "added_tokens": [added(256, "<|im_start|>"), added(last, "<|im_end|>")],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        });
+        std::fs::write(dir.path().join(TOKENIZER), file.to_string()).unwrap();
+    };
+    let config = json!({"eos_token": "<|im_end|>", "chat_template": vocabulary.chat_template}).to_string();
+    std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+    tokenizer(257);
+    let load = || crate::model::Model::load(dir.path(), &candle_core::Device::Cpu, None);
+    let (model, text) = load().unwrap();
+    assert_eq!((model.vocab_size(), text.vocab_size(), text.eos()), (260, 260, 257));
+    assert_eq!(text.encode("a<|im_end|>").unwrap(), [97, 257]);
+    let inspected = crate::model::inspect(dir.path(), Some(16)).unwrap();
+    assert!(inspected.problems.is_empty(), "{:?}", inspected.problems);
+    assert_eq!(inspected.outline.held_bytes, model.held_bytes());
+    tokenizer(260);
+    let refused = load().map(drop).unwrap_err().to_string();
+    assert!(refused.contains("the id 260, and the embedding has 260 rows"), "{refused}");
+    std::fs::remove_file(dir.path().join(TOKENIZER)).unwrap();
+    let refused = load().map(drop).unwrap_err().to_string();
+    assert!(refused.contains("tokenizer.json: is missing from the folder"), "{refused}");
+}
+
+/// Near the values, and what that has cost is what is said; vectors stay, and so do rows that are no blocks.
+#[test]
+fn a_folder_is_quantised_as_it_is_read() {
+    let pieces = tiny();
+    let (dir, plain) = (pieces.write(), pieces.read().unwrap());
+    let read = |name: &str| {
+        let quantiser = Quantiser::named(name).unwrap();
+        (Folder::open(dir.path()).unwrap().read(Some(&quantiser), &mut |_, _| {}).unwrap(), quantiser.error())
+    };
+    let (small, error) = read("q8_0");
+    let (mut errors, mut squares) = (0.0, 0.0);
+    let matrices = |weights: &Weights| {
+        let all = weights.linears.iter().map(|linear| &linear.matrix).chain([&weights.embedding]);
+        all.flat_map(values).collect::<Vec<f32>>()
+    };
+    for (got, want) in matrices(&small).into_iter().zip(matrices(&plain)) {
+        (errors, squares) = (errors + f64::from(got - want).powi(2), squares + f64::from(want).powi(2));
+    }
+    assert!(error > 0.0 && error < 0.01 && (error - (errors / squares).sqrt()).abs() < 1e-6, "{error}");
+    assert_eq!((small.embedding.qtype(), &small.norms), (QType::Q8_0, &plain.norms));
+    // Rows of 32 and 64 are no blocks of 256.
+    let (otherwise, _) = read("Q4_K");
+    assert_eq!(otherwise.embedding.qtype(), QType::Q8_0);
+    let digests = [plain.digest, small.digest, otherwise.digest, read("q4_0").0.digest];
+    assert!((0..4).all(|i| !digests[..i].contains(&digests[i])), "another base each");
+    let refused = Quantiser::named("q9").unwrap_err().to_string();
+    assert!(refused.contains("q8_0") && refused.contains("q4_k"), "{refused}");
+}
+
 #[test]
 fn settings_that_compute_something_else_are_refused_by_name() {
     let scaling = |value: Value| tiny().set("rope_scaling", value);
@@ -416,7 +481,7 @@ fn close(got: &[f32], want: &[f32]) -> bool {
 fn folders_are_what_the_files_of_the_same_weights_are() {
     let mut seen = BTreeSet::new();
     for file in golden() {
-        let (want, _) = gguf::load(&file, &mut |_, _| {}).unwrap();
+        let (want, _) = gguf::load(&file, None, &mut |_, _| {}).unwrap();
         let name = file.display();
         let got = folder_of(&file, &want).read().unwrap_or_else(|e| panic!("{name}: {e}"));
         seen.insert(want.config.architecture);
