@@ -326,7 +326,7 @@ VALUES, TENSORS = other("phi3", {
     "attn_q": None, "attn_k": None, "attn_v": None, "ffn_gate": None, "attn_qkv": blocks(32, 64, 8), "ffn_up": blocks(32, 64, 8),
 }, **{"rope.dimension_count": 12, "rope.scaling.original_context_length": 32, "rope.scaling.attn_factor": 1.1})
 put("gguf", "phi3", gguf_file(VALUES, TENSORS | {f"rope_factors_{name}.weight": FLOATS(6) for name in ("short", "long")}))
-put("gguf", "granite", gguf_file(*other("granite", {}, kinds=1, ffn=16, **{
+put("gguf", "granite", gguf_file(*other("granite", {}, kinds=1, **{
     "embedding_scale": 12.0, "residual_scale": 0.2, "attention.scale": 0.1, "logit_scale": 8.0,
     "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16,
 })))
