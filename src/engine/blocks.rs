@@ -1,12 +1,15 @@
-//! KV blocks as integers: which are free, how many hold each, and which are found again by what they hold.
+//! KV blocks as integers: which are free, how many hold each, and which are found again by what they hold. A block here is a page of the
+//! cache: of one group of layers.
 //!
 //! A block with a key is never written again. Where nobody holds it, it stays findable until its room is needed: the least recently
-//! used goes first. Holders hold whole prefixes and give up the last block first, so a block goes before the one that it follows.
+//! used goes first. Of a group without a window holders hold whole prefixes, and they give up the last block first: so there a block goes
+//! before the one that it follows.
 
 use std::collections::HashMap;
 
 use crate::engine::lru::Lru;
-use crate::ids::Digest;
+use crate::engine::prefix::PageKey;
+use crate::model::batch::NO_PAGE;
 
 /// Hands out the blocks of the KV cache. A block is there for others when its last holder has released it.
 #[derive(Debug)]
@@ -20,8 +23,8 @@ pub struct Blocks {
     /// Holders of each block.
     ref_count: Vec<u32>,
     /// What each block is found by.
-    keys: Vec<Option<Digest>>,
-    by_key: HashMap<Digest, u32>,
+    keys: Vec<Option<PageKey>>,
+    by_key: HashMap<PageKey, u32>,
 }
 
 impl Blocks {
@@ -44,27 +47,27 @@ impl Blocks {
             return false;
         }
         for _ in 0..count {
-            let Some(block) = self.free.pop().or_else(|| self.evict_lru()) else { return false };
-            self.ref_count[block as usize] = 1;
+            let Some(block) = self.take_one() else { return false };
             held.push(block);
         }
         true
     }
 
-    /// Adds to `held` the blocks found by `keys`, up to the first that is not; says how many.
-    pub fn reuse(&mut self, keys: &[Digest], held: &mut Vec<u32>) -> usize {
-        let before = held.len();
-        for key in keys {
-            let Some(block) = self.by_key.get(key).copied() else { break };
-            self.hold(block);
-            held.push(block);
-        }
-        held.len() - before
+    /// Gives a block to hold, if one is available.
+    pub fn take_one(&mut self) -> Option<u32> {
+        let block = self.free.pop().or_else(|| self.evict_lru())?;
+        self.ref_count[block as usize] = 1;
+        Some(block)
+    }
+
+    /// The block with this key, to be held before anything else is done.
+    pub fn find(&self, key: PageKey) -> Option<u32> {
+        self.by_key.get(&key).copied()
     }
 
     /// Makes a held block findable by what it holds. Where another with the same contents is, the hold moves to that one, which is given
     /// back: so two that have computed the same at once share it from now on.
-    pub fn publish(&mut self, key: Digest, block: u32) -> u32 {
+    pub fn publish(&mut self, key: PageKey, block: u32) -> u32 {
         match self.by_key.get(&key).copied() {
             Some(known) if known != block => {
                 self.hold(known);
@@ -80,14 +83,17 @@ impl Blocks {
         }
     }
 
-    /// Gives up one hold on each, from the last to the first.
+    /// Gives up one hold on each, from the last to the first; what says [`NO_PAGE`] is passed over.
     pub fn release(&mut self, held: &mut Vec<u32>) {
         while let Some(block) = held.pop() {
-            self.release_one(block);
+            if block != NO_PAGE {
+                self.release_one(block);
+            }
         }
     }
 
-    fn hold(&mut self, block: u32) {
+    /// Adds a hold.
+    pub fn hold(&mut self, block: u32) {
         let ref_count = &mut self.ref_count[block as usize];
         if *ref_count == 0 {
             self.idle.remove(block);
@@ -95,7 +101,8 @@ impl Blocks {
         *ref_count += 1;
     }
 
-    fn release_one(&mut self, block: u32) {
+    /// Gives up one hold.
+    pub fn release_one(&mut self, block: u32) {
         let ref_count = &mut self.ref_count[block as usize];
         *ref_count -= 1;
         if *ref_count > 0 {
@@ -122,7 +129,7 @@ impl Blocks {
 
     /// Of these held blocks, those that nobody else holds.
     pub fn held_alone(&self, held: &[u32]) -> usize {
-        held.iter().filter(|block| self.ref_count[**block as usize] == 1).count()
+        held.iter().filter(|block| **block != NO_PAGE && self.ref_count[**block as usize] == 1).count()
     }
 
     pub fn total(&self) -> usize {
@@ -148,20 +155,29 @@ impl Blocks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::Digest;
     use proptest::prelude::*;
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
 
-    /// A key for each prefix of a sequence of small numbers.
-    fn keys(contents: &[u8]) -> Vec<Digest> {
-        (1..=contents.len()).map(|end| Digest::of(&contents[..end])).collect()
+    /// A key for each prefix of a sequence of small numbers, for this group of layers.
+    fn keys(contents: &[u8], group: usize) -> Vec<PageKey> {
+        (1..=contents.len()).map(|end| PageKey { block: Digest::of(&contents[..end]), group }).collect()
     }
 
-    /// Holders of whole prefixes, as sequences are, against what must be true of any pool.
+    /// Holds the blocks found by these keys, up to the first that is not; says how many.
+    fn reuse(blocks: &mut Blocks, keys: &[PageKey], held: &mut Vec<u32>) -> usize {
+        let found: Vec<u32> = keys.iter().map_while(|key| blocks.find(*key)).collect();
+        found.iter().for_each(|block| blocks.hold(*block));
+        held.extend(&found);
+        found.len()
+    }
+
+    /// Holders of whole prefixes in one of two groups, as sequences are, against what must be true of any pool.
     struct Pool {
         blocks: Blocks,
-        /// What each sequence holds, and what its blocks contain; how many of them are published.
+        /// What each sequence holds, and what its blocks contain; how many of them are published. Its group is its number's last bit.
         sequences: Vec<(Vec<u32>, Vec<u8>, usize)>,
-        parents: BTreeMap<Digest, Digest>,
+        parents: HashMap<PageKey, PageKey>,
     }
 
     impl Pool {
@@ -187,8 +203,8 @@ mod tests {
                     "children go before parents"
                 );
             }
-            for (held, contents, published) in &self.sequences {
-                for (block, key) in held.iter().zip(keys(contents)).take(*published) {
+            for (who, (held, contents, published)) in self.sequences.iter().enumerate() {
+                for (block, key) in held.iter().zip(keys(contents, who % 2)).take(*published) {
                     prop_assert_eq!(blocks.keys[*block as usize], Some(key), "what is held stays what it is");
                 }
             }
@@ -202,7 +218,7 @@ mod tests {
             steps in prop::collection::vec((0usize..4, 0u8..8, 0u8..3), 0..80),
             max_idle in 0usize..12,
         ) {
-            let mut pool = Pool { blocks: Blocks::new(10, max_idle), sequences: vec![Default::default(); 4], parents: BTreeMap::new() };
+            let mut pool = Pool { blocks: Blocks::new(10, max_idle), sequences: vec![Default::default(); 4], parents: HashMap::new() };
             for (who, what, value) in steps {
                 let Pool { blocks, sequences, parents } = &mut pool;
                 let (held, contents, published) = &mut sequences[who];
@@ -215,7 +231,7 @@ mod tests {
                     }
                     // Publishes what it has.
                     1 | 2 => {
-                        let keys = keys(contents);
+                        let keys = keys(contents, who % 2);
                         parents.extend(keys.windows(2).map(|pair| (pair[1], pair[0])));
                         for (block, key) in held.iter_mut().zip(keys).skip(*published) {
                             *block = blocks.publish(key, *block);
@@ -225,7 +241,7 @@ mod tests {
                     // Starts with what is there of three equal blocks.
                     3 if held.is_empty() => {
                         contents.extend([value; 3]);
-                        *published = blocks.reuse(&keys(contents), held);
+                        *published = reuse(blocks, &keys(contents, who % 2), held);
                         contents.truncate(held.len());
                     }
                     // Goes on with a block of its own.
@@ -245,7 +261,7 @@ mod tests {
     #[test]
     fn the_least_recently_used_block_goes_first_and_children_before_parents() {
         let mut blocks = Blocks::new(4, 4);
-        let [first, second] = [keys(&[1, 1]), keys(&[2, 2])];
+        let [first, second] = [keys(&[1, 1], 0), keys(&[2, 2], 0)];
         for keys in [&first, &second] {
             let mut held = Vec::new();
             assert!(blocks.take(2, &mut held));
@@ -253,11 +269,11 @@ mod tests {
             blocks.release(&mut held);
         }
         let mut held = Vec::new();
-        assert_eq!(blocks.reuse(&first, &mut held), 2);
+        assert_eq!(reuse(&mut blocks, &first, &mut held), 2);
         blocks.release(&mut held);
         assert_eq!((blocks.used(), blocks.idle()), (0, 4));
         assert!(blocks.take(3, &mut held));
         let mut found = Vec::new();
-        assert_eq!((blocks.reuse(&second, &mut found), blocks.reuse(&first, &mut found)), (0, 1));
+        assert_eq!([&second, &first].map(|keys| reuse(&mut blocks, keys, &mut found)), [0, 1]);
     }
 }

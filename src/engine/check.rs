@@ -122,7 +122,8 @@ impl Engine {
         if ids.is_empty() {
             return Err(Error::invalid_because("PROMPT_EMPTY", field, "has no token"));
         }
-        let EngineInfo { context, layout, .. } = self.info;
+        let EngineInfo { context, layout, paging, .. } = &self.info;
+        let context = *context;
         let room = ids.len() + answer.min(1);
         if room > context {
             let has = ids.len();
@@ -130,8 +131,8 @@ impl Engine {
             return Err(Error::invalid_because("PROMPT_TOO_LONG", field, message));
         }
         let longest = (ids.len() + answer).min(context);
-        let holds = layout.blocks * layout.block_tokens;
-        if longest > holds {
+        if paging.most(longest) > layout.blocks {
+            let holds = paging.holds(layout.blocks, context);
             let message = format!(
                 "and its answer may need {longest} tokens of KV cache; the cache holds {holds} (limit kv_cache_bytes)"
             );

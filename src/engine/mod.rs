@@ -8,6 +8,7 @@ mod blocks;
 mod check;
 mod encode;
 mod lru;
+mod paging;
 mod prefix;
 mod run;
 mod sampler;
@@ -44,6 +45,7 @@ use answer::{Answer, AnswerStream, CancelOnDrop};
 pub use check::score_too_large;
 use check::{check_logprobs, check_priority};
 use encode::LargeEncodes;
+use paging::Paging;
 use prefix::{CacheNamespace, PrefixHashes};
 use run::{EngineLoop, Message};
 use sampler::TokenCounts;
@@ -84,12 +86,13 @@ pub struct Engine {
 }
 
 /// What the handle knows of the base and its cache.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct EngineInfo {
     base: Digest,
     /// Tokens.
     context: usize,
     layout: KvLayout,
+    paging: Paging,
 }
 
 impl Engine {
@@ -108,13 +111,14 @@ impl Engine {
             KvCacheType::Q8_0 => KvDtype::Int8,
         };
         let block_tokens = limits.kv_block_tokens.clamp(1, 4096) as usize;
-        let block_bytes = model.kv_bytes_per_token(dtype) * block_tokens as u64;
+        let (groups, context) = (model.kv_groups(), model.context_length());
+        let paging = Paging::new(block_tokens, limits.max_step_rows as usize, groups.windows.clone());
         // No more than all sequences at once could use at their longest.
-        let useful = limits.max_running.saturating_mul(model.context_length().div_ceil(block_tokens) as u64);
-        let layout =
-            KvLayout { block_tokens, blocks: (limits.kv_cache_bytes / block_bytes).min(useful) as usize, dtype };
-        let info = EngineInfo { base: model.shape().digest, context: model.context_length(), layout };
-        let executor = model.executor(layout)?;
+        let useful = limits.max_running.saturating_mul(paging.most(context) as u64);
+        let blocks = (limits.kv_cache_bytes / model.kv_page_bytes(&groups, block_tokens, dtype)).min(useful) as usize;
+        let layout = KvLayout { block_tokens, blocks, dtype };
+        let info = EngineInfo { base: model.shape().digest, context, layout, paging };
+        let executor = model.serving_executor(layout)?;
         Self::start_with(executor, info, text, hub, arbiter, memory, limits)
     }
 
@@ -129,7 +133,7 @@ impl Engine {
     ) -> Result<Self> {
         let (sender, inbox) = mpsc::channel();
         let sender = Arc::new(sender);
-        let config = scheduler_config(info.layout, limits)?;
+        let config = scheduler_config(info.layout, info.paging.clone(), limits)?;
         let runtime = Handle::try_current().map_err(Error::internal)?;
         let state = EngineLoop {
             inbox,
@@ -373,7 +377,7 @@ fn encode_input(text: &Text, i: usize, prompt: &Prompt) -> Result<Vec<u32>> {
     })
 }
 
-fn scheduler_config(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig> {
+fn scheduler_config(layout: KvLayout, paging: Paging, limits: &Limits) -> Result<SchedulerConfig> {
     let Limits { max_running, max_step_rows, .. } = *limits;
     if max_running == 0 {
         return Err(Error::invalid("max_running", "must be at least 1"));
@@ -383,7 +387,7 @@ fn scheduler_config(layout: KvLayout, limits: &Limits) -> Result<SchedulerConfig
         return Err(Error::invalid("max_step_rows", message));
     }
     Ok(SchedulerConfig {
-        block_tokens: layout.block_tokens,
+        paging,
         blocks: layout.blocks,
         max_idle_blocks: layout.blocks * limits.prefix_cache_percent.min(100) as usize / 100,
         max_running: max_running as usize,

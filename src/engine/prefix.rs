@@ -38,6 +38,14 @@ impl CacheNamespace<'_> {
     }
 }
 
+/// What a page of the KV cache is found by: what its block holds, and for which group of layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PageKey {
+    /// One of [`PrefixHashes::keys`].
+    pub block: Digest,
+    pub group: usize,
+}
+
 /// The keys of the whole blocks of one sequence, from its start.
 #[derive(Debug)]
 pub struct PrefixHashes {

@@ -2,7 +2,7 @@
 //!
 //! Every running sequence that waits for one token gets its row; what is left of the step goes to prompts, the least-served tenant's
 //! first, but no more than a budget while others decode: a long prompt must not make every step long. A sequence starts only where
-//! there are blocks for all the tokens it has and one more for each that runs, so that hardly any has to start over. One that finds no
+//! there are pages for all the tokens it has ([`table`]) and one block's more for each that runs, so that hardly any has to start over. One that finds no
 //! block all the same takes those of the newest running one, which starts over later (its tokens are kept, its KV is computed again,
 //! unless it is found again). A tenant with nothing running takes a place from the tenant that runs most for its weight.
 //!
@@ -14,13 +14,16 @@
 //! A sequence whose adapter version is not in memory yet is set aside while it is loaded, and the others go on. Every operation on one
 //! sequence takes time logarithmic in those that wait ([`waiting`]), so that a long queue costs nobody's steps.
 
+mod table;
 mod waiting;
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
 use crate::engine::blocks::Blocks;
+use crate::engine::paging::Paging;
 use crate::engine::prefix::PrefixHashes;
+use table::Table;
 use waiting::{Rank, TenantRank, Waiting};
 
 /// What a token counts for a tenant of weight 1.
@@ -84,14 +87,12 @@ struct Entry {
     length: usize,
     /// Most tokens whose KV it may need.
     longest: usize,
-    /// Tokens whose KV is in `blocks`.
+    /// Tokens whose KV is in `table`, or was while rows could read it.
     computed: usize,
     /// Tokens that its tenant has been charged for, or has been spared.
     charged: usize,
-    blocks: Vec<u32>,
+    table: Table,
     hashes: Option<PrefixHashes>,
-    /// Blocks from the first on that can be found.
-    published: usize,
     /// Its turn had come before: it was set aside for its adapter, or has started already. Its adapter is there, or was a moment ago.
     begun: bool,
 }
@@ -130,11 +131,12 @@ pub struct ScheduledChunk {
 }
 
 /// What bounds a step, and the pool.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct SchedulerConfig {
-    pub block_tokens: usize,
+    pub paging: Paging,
+    /// Pages in all.
     pub blocks: usize,
-    /// Blocks that stay findable while nobody holds them; 0: nothing is kept.
+    /// Pages that stay findable while nobody holds them; 0: nothing is kept.
     pub max_idle_blocks: usize,
     /// Sequences decoded at once.
     pub max_running: usize,
@@ -162,19 +164,19 @@ pub struct Scheduler {
 impl Scheduler {
     pub fn new(config: SchedulerConfig) -> Self {
         Self {
-            config,
             blocks: Blocks::new(config.blocks, config.max_idle_blocks),
             waiting: Waiting::default(),
             running: Vec::with_capacity(config.max_running.min(MOST_PREALLOCATED)),
             accounts: HashMap::new(),
             preempted: Vec::with_capacity(config.max_running.min(MOST_PREALLOCATED)),
             look_after: None,
+            config,
         }
     }
 
     /// Forgets every sequence, what can be found, and what tenants have had.
     pub fn reset(&mut self) {
-        *self = Self::new(self.config);
+        *self = Self::new(self.config.clone());
     }
 
     /// Queues a sequence.
@@ -200,8 +202,8 @@ impl Scheduler {
         account.served = account.served.max(least);
         account.all += 1;
         let rank = self.waiting.last_rank(priority);
-        let (blocks, computed, charged, published, begun) = (Vec::new(), 0, 0, 0, false);
-        Entry { id, tenant, rank, length, longest, computed, charged, blocks, hashes, published, begun }
+        let (table, computed, charged, begun) = (Table::default(), 0, 0, false);
+        Entry { id, tenant, rank, length, longest, computed, charged, table, hashes, begun }
     }
 
     /// Forgets a sequence and gives back its blocks.
@@ -211,7 +213,7 @@ impl Scheduler {
             None => self.running.iter().position(|entry| entry.id == id).map(|at| self.stop(at)),
         };
         let Some(mut entry) = entry else { return };
-        self.blocks.release(&mut entry.blocks);
+        entry.table.release(&mut self.blocks);
         self.forget(entry.tenant);
     }
 
@@ -250,12 +252,10 @@ impl Scheduler {
     /// over.
     pub fn publish(&mut self, id: u64, ids: &[u32]) {
         let Some(entry) = self.running.iter_mut().find(|entry| entry.id == id) else { return };
-        let whole = entry.computed / self.config.block_tokens;
-        let Some(hashes) = entry.hashes.as_mut().filter(|_| whole > entry.published) else { return };
+        let whole = entry.computed / self.config.paging.block_tokens();
+        let Some(hashes) = entry.hashes.as_mut().filter(|_| whole > entry.table.published()) else { return };
         hashes.extend(ids);
-        let unpublished = entry.blocks.iter_mut().zip(hashes.keys()).take(whole).skip(entry.published);
-        unpublished.for_each(|(block, key)| *block = self.blocks.publish(*key, *block));
-        entry.published = whole;
+        entry.table.publish(whole, hashes.keys(), &mut self.blocks, &self.config.paging);
     }
 
     /// The sequence has one more token, to be computed in a later step.
@@ -274,9 +274,9 @@ impl Scheduler {
         self.plan_prefill(planned);
     }
 
-    /// The blocks of a planned sequence, in order.
+    /// The pages of a planned sequence: block by block, of each block the page of every group.
     pub fn blocks_of(&self, planned: &ScheduledChunk) -> Option<&[u32]> {
-        self.running.get(planned.at).filter(|entry| entry.id == planned.id).map(|entry| &entry.blocks[..])
+        self.running.get(planned.at).filter(|entry| entry.id == planned.id).map(|entry| entry.table.pages())
     }
 
     /// Starts waiting sequences, the least-served tenant's first: as many as keep the next step busy, and one of a tenant that has
@@ -321,7 +321,7 @@ impl Scheduler {
         if self.is_busy() && self.runs(tenant) {
             return Admission::NoRoom;
         }
-        let needed = length.div_ceil(self.config.block_tokens);
+        let needed = self.config.paging.most(length);
         let Some(preemption_candidates) = self.ensure_capacity(tenant, needed) else { return Admission::NoRoom };
         match ready(id) {
             Readiness::Ready => {}
@@ -344,7 +344,7 @@ impl Scheduler {
     fn start(&mut self, id: u64) -> bool {
         let Some(mut entry) = self.waiting.remove(id) else { return false };
         entry.begun = true;
-        entry.blocks.reserve_exact(entry.longest.max(entry.length).div_ceil(self.config.block_tokens));
+        entry.table.reserve(entry.longest.max(entry.length), &self.config.paging);
         if !self.take_first_blocks(&mut entry) {
             self.waiting.push(self.served(entry.tenant), entry);
             return false;
@@ -369,38 +369,32 @@ impl Scheduler {
         if decoding == 0 { left } else { left.min(self.config.max_prefill_rows) }
     }
 
-    /// Gives a sequence that starts the blocks that it has in common with others, and its own for the rest; false, and none, where there
+    /// Gives a sequence that starts the pages that it has in common with others, and its own for the rest; false, and none, where there
     /// are too few. Its last token is always computed: the next one is drawn from its logits.
     fn take_first_blocks(&mut self, entry: &mut Entry) -> bool {
-        let block_tokens = self.config.block_tokens;
+        let paging = &self.config.paging;
         let keys = entry.hashes.as_ref().map_or(&[][..], PrefixHashes::keys);
-        let keys = &keys[..keys.len().min(entry.length.saturating_sub(1) / block_tokens)];
-        entry.published = self.blocks.reuse(keys, &mut entry.blocks);
-        entry.computed = entry.published * block_tokens;
-        let needed = entry.length.div_ceil(block_tokens) - entry.published;
-        let taken = self.blocks.take(needed, &mut entry.blocks);
-        if taken {
-            entry.charged = entry.charged.max(entry.computed);
-        } else {
-            self.clear(entry);
-        }
-        taken
+        let keys = &keys[..keys.len().min(entry.length.saturating_sub(1) / paging.block_tokens())];
+        let Some(found) = entry.table.start(entry.length, keys, &mut self.blocks, paging) else { return false };
+        entry.computed = found;
+        entry.charged = entry.charged.max(found);
+        true
     }
 
     /// Gives back what a sequence holds: it starts over.
     fn clear(&mut self, entry: &mut Entry) {
-        self.blocks.release(&mut entry.blocks);
+        entry.table.release(&mut self.blocks);
         entry.computed = 0;
-        entry.published = 0;
     }
 
-    /// The running sequences, in order, that go back to the queue for a sequence of this tenant that starts with `needed` blocks; `None`
+    /// The running sequences, in order, that go back to the queue for a sequence of this tenant that starts with `needed` pages; `None`
     /// where it cannot start. Only a tenant with nothing running sends others back, and none is sent back where that would not make room
     /// enough.
     fn ensure_capacity(&self, tenant: u32, needed: usize) -> Option<Vec<usize>> {
         let running = self.running.len();
         let places = running < self.config.max_running;
-        if running == 0 || places && needed + running <= self.blocks.available() {
+        let spare = running * self.config.paging.groups();
+        if running == 0 || places && needed + spare <= self.blocks.available() {
             return Some(Vec::new());
         }
         if self.runs(tenant) {
@@ -411,16 +405,18 @@ impl Scheduler {
         Some(preemption_candidates)
     }
 
-    /// The running sequences whose places and blocks let one start that needs so many blocks; `None` where too few can go. A block that
+    /// The running sequences whose places and pages let one start that needs so many pages; `None` where too few can go. A page that
     /// two hold is not counted for either.
     fn preemption_candidates(&self, needed: usize) -> Option<Vec<usize>> {
         let mut staying: Vec<usize> = (0..self.running.len()).collect();
         let mut available = self.blocks.available();
         let mut preemption_candidates = Vec::new();
-        while !staying.is_empty() && (staying.len() >= self.config.max_running || needed + staying.len() > available) {
+        let spare = |staying: &[usize]| staying.len() * self.config.paging.groups();
+        while !staying.is_empty() && (staying.len() >= self.config.max_running || needed + spare(&staying) > available)
+        {
             let victim = self.cheapest_candidate(&staying)?;
             staying.retain(|at| *at != victim);
-            available += self.blocks.held_alone(&self.running[victim].blocks);
+            available += self.blocks.held_alone(self.running[victim].table.pages());
             preemption_candidates.push(victim);
         }
         Some(preemption_candidates)
@@ -459,7 +455,7 @@ impl Scheduler {
         }
     }
 
-    /// Gives prompts what is left of the step. They have their blocks.
+    /// Gives prompts what is left of the step. They have their pages.
     fn plan_prefill(&mut self, planned: &mut Vec<ScheduledChunk>) {
         let mut left = self.prefill_rows(planned.len());
         let mut turn: Vec<usize> = (0..self.running.len()).filter(|at| self.running[*at].pending() > 0).collect();
@@ -469,18 +465,21 @@ impl Scheduler {
             if rows == 0 {
                 break;
             }
-            left -= rows;
-            planned.push(self.schedule_tokens(at, rows));
+            let Entry { table, computed, .. } = &mut self.running[at];
+            if table.slide(*computed, &mut self.blocks, &self.config.paging) {
+                left -= rows;
+                planned.push(self.schedule_tokens(at, rows));
+            }
         }
     }
 
-    /// Sees that running sequence `at` has a block for one more token, sending younger ones back to the queue; false where it had to go
+    /// Sees that running sequence `at` has pages for one more token, sending younger ones back to the queue; false where it had to go
     /// itself.
     fn reserve(&mut self, at: usize) -> bool {
         loop {
-            let entry = &mut self.running[at];
-            let needed = (entry.computed + 1).div_ceil(self.config.block_tokens).saturating_sub(entry.blocks.len());
-            if self.blocks.take(needed, &mut entry.blocks) {
+            let Entry { table, computed, .. } = &mut self.running[at];
+            let paging = &self.config.paging;
+            if table.slide(*computed, &mut self.blocks, paging) && table.grow(*computed + 1, &mut self.blocks, paging) {
                 return true;
             }
             let youngest = self.running.len() - 1;

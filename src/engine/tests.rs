@@ -5,6 +5,7 @@ mod queue;
 mod reuse;
 mod sampling;
 mod warm;
+mod windows;
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -62,7 +63,7 @@ fn runtime() -> &'static tokio::runtime::Runtime {
 
 fn world() -> &'static World {
     static WORLD: OnceLock<World> = OnceLock::new();
-    WORLD.get_or_init(|| runtime().block_on(make_world()))
+    WORLD.get_or_init(|| runtime().block_on(make_world(Model::tiny(3))))
 }
 
 fn run<T>(future: impl Future<Output = T>) -> T {
@@ -70,9 +71,8 @@ fn run<T>(future: impl Future<Output = T>) -> T {
     runtime().block_on(future)
 }
 
-async fn make_world() -> World {
+async fn make_world((model, text): (Arc<Model>, Arc<Text>)) -> World {
     let dir = TempDir::new().unwrap();
-    let (model, text) = Model::tiny(3);
     let store = Store::open(dir.path()).await.unwrap();
     let id = TenantId::new("t").unwrap();
     store.create_tenant(&id, "", 1, "").await.unwrap();
@@ -285,6 +285,11 @@ fn the_end_of_an_answer_comes_after_its_room_is_given_back() {
     });
 }
 
+/// All layers in one group, as [`Model::executor`] has them.
+fn one_group(layout: KvLayout) -> Paging {
+    Paging::new(layout.block_tokens, 256, [None].into())
+}
+
 /// The loop without its thread.
 fn bare_loop(layout: KvLayout, executor: Box<dyn Executor>) -> (EngineLoop, Bare) {
     bare_loop_beside(world().hub.clone(), &tight(16, 16), layout, executor)
@@ -300,7 +305,7 @@ fn bare_loop_beside(
     let sender = Arc::new(sender);
     let state = EngineLoop {
         inbox,
-        scheduler: Scheduler::new(scheduler_config(layout, limits).unwrap()),
+        scheduler: Scheduler::new(scheduler_config(layout, one_group(layout), limits).unwrap()),
         plan: Vec::new(),
         chunks: Vec::new(),
         outputs: Vec::new(),
@@ -624,7 +629,7 @@ fn a_step_that_fails_ends_its_own_sequences_and_no_more() {
         let layout = KvLayout { block_tokens: 8, blocks: 16, dtype: KvDtype::F16 };
         let faulty = Box::new(Faulty { steps: 0, logits: Vec::new() });
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
-        let info = EngineInfo { base: w.model.shape().digest, context: 100, layout };
+        let info = EngineInfo { base: w.model.shape().digest, context: 100, layout, paging: one_group(layout) };
         let memory = Memory::new(1 << 30);
         let engine = Engine::start_with(faulty, info, text, hub, arbiter, memory, &Limits::default()).unwrap();
         let request = Request { adapter: Some(0), prompt: vec![1; 25], max_tokens: 3, temperature: 0.0, seed: 0 };
@@ -656,7 +661,7 @@ async fn cached(engine: &Engine, tenant: &Tenant, request: &Request) -> u32 {
 #[test]
 fn nobody_waits_for_what_another_request_loads() {
     run(async {
-        let w = make_world().await;
+        let w = make_world(Model::tiny(3)).await;
         let shape = w.model.shape().clone();
         let cold =
             Hub::new(w.store.clone(), shape, w.text.template_digest(), Arc::new(PassingGate), &Limits::default());

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::adapter::PackedLora;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::model::groups::first_read;
 
 pub use crate::kernels::cpu::KvDtype;
 pub use crate::kernels::tensors::Best;
@@ -22,12 +23,15 @@ pub trait Executor: Send {
     }
 }
 
+/// Stands in a table where a sequence holds no page.
+pub const NO_PAGE: u32 = u32::MAX;
+
 /// The KV cache's size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
     /// Positions that a block holds.
     pub block_tokens: usize,
-    /// Blocks in all.
+    /// Pages in all. Where all layers are one group, a block is a page.
     pub blocks: usize,
     /// How keys and values are held.
     pub dtype: KvDtype,
@@ -62,7 +66,8 @@ pub struct SequenceChunk<'a> {
     pub ids: &'a [u32],
     /// The position of the first id.
     pub start: usize,
-    /// The sequence's KV blocks in order; they cover `start + ids.len()` positions. Positions below `start` hold KV already.
+    /// The sequence's KV pages: block by block, of each block the page of every group ([`crate::model::groups`]); they cover
+    /// `start + ids.len()` positions. Positions below `start` hold KV already. What no row of these can read may be [`NO_PAGE`].
     pub blocks: &'a [u32],
     /// `None` is the base.
     pub lora: Option<&'a Arc<PackedLora>>,
@@ -86,13 +91,27 @@ impl KvLayout {
         Ok(())
     }
 
-    /// Fails where a span does not fit the model or this cache.
-    pub(super) fn check_spans(&self, model: &Model, spans: &[SequenceChunk<'_>]) -> Result<()> {
+    /// Fails where a span does not fit the model or this cache, whose groups have these windows.
+    pub(super) fn check_spans(
+        &self,
+        model: &Model,
+        windows: &[Option<usize>],
+        spans: &[SequenceChunk<'_>],
+    ) -> Result<()> {
+        let is_there = |span: &SequenceChunk<'_>, group: usize, window: &Option<usize>| {
+            let first = first_read(*window, span.start) / self.block_tokens;
+            let pages = span.blocks.iter().skip(group).step_by(windows.len());
+            pages
+                .skip(first)
+                .take(span.end().div_ceil(self.block_tokens) - first)
+                .all(|page| (*page as usize) < self.blocks)
+        };
         for span in spans {
             let fits = !span.ids.is_empty()
                 && span.end() <= model.context_length()
-                && span.end() <= span.blocks.len() * self.block_tokens
-                && span.blocks.iter().all(|block| (*block as usize) < self.blocks)
+                && span.blocks.len().is_multiple_of(windows.len())
+                && span.end() <= span.blocks.len() / windows.len() * self.block_tokens
+                && windows.iter().enumerate().all(|(group, window)| is_there(span, group, window))
                 && span.ids.iter().all(|id| (*id as usize) < model.vocab_size());
             if !fits {
                 return Err(Error::internal("a span does not fit the context, its blocks or the vocabulary"));

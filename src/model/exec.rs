@@ -17,6 +17,7 @@ use crate::kernels::cpu::{
 use crate::kernels::spec::Activation;
 use crate::model::Model;
 use crate::model::batch::{Executor, KvLayout, SequenceChunk, reused};
+use crate::model::groups::{KvGroups, KvPlace};
 use crate::model::kv::KvCache;
 
 /// Rows of logits whose memory is kept between steps.
@@ -26,6 +27,7 @@ const KEPT_LOGITS: usize = 64;
 #[derive(Debug)]
 pub(super) struct Exec {
     model: Arc<Model>,
+    groups: KvGroups,
     kv: KvCache,
     rows: Rows,
     /// The memory of all steps' pairs.
@@ -35,19 +37,19 @@ pub(super) struct Exec {
 }
 
 impl Exec {
-    pub fn new(model: Arc<Model>, kv: KvLayout) -> Result<Self> {
+    pub fn new(model: Arc<Model>, kv: KvLayout, groups: KvGroups) -> Result<Self> {
         kv.check()?;
         // As many as the cache has, so that growing sequences take no memory.
-        let rows = Rows { tables: Vec::with_capacity(kv.blocks), ..Rows::default() };
-        let kv = KvCache::new(model.config(), kv);
-        Ok(Self { model, kv, rows, pairs: Vec::new(), buffers: Buffers::default(), logits: Vec::new() })
+        let rows = Rows { tables: Vec::with_capacity(kv.blocks * groups.count()), ..Rows::default() };
+        let kv = KvCache::new(model.config(), kv, groups.layers_per_page);
+        Ok(Self { model, groups, kv, rows, pairs: Vec::new(), buffers: Buffers::default(), logits: Vec::new() })
     }
 }
 
 impl Executor for Exec {
     fn forward(&mut self, spans: &[SequenceChunk<'_>]) -> Result<&[f32]> {
-        self.kv.layout().check_spans(&self.model, spans)?;
-        self.rows.fill(spans);
+        self.kv.layout().check_spans(&self.model, &self.groups.windows, spans)?;
+        self.rows.fill(spans, self.groups.count());
         let mut pairs = reused(std::mem::take(&mut self.pairs));
         self.rows.pairs(self.model.decoder().sites.len(), &mut pairs);
         let mut pass = ExecPass {
@@ -55,6 +57,7 @@ impl Executor for Exec {
             team: Team::get(),
             rows: &self.rows,
             adapted: Adapted { rows: &self.rows, pairs: &pairs },
+            groups: &self.groups,
             kv: &mut self.kv,
             buffers: &mut self.buffers,
         };
@@ -83,7 +86,7 @@ struct Rows {
     ids: Vec<u32>,
     /// All rows, in tiles of one sequence.
     tiles: Vec<Tile>,
-    /// The sequences' KV blocks, one after another.
+    /// The sequences' KV pages: sequence by sequence, of each sequence group by group.
     tables: Vec<u32>,
     /// All rows, in groups of one adapter.
     groups: Vec<RowGroup>,
@@ -95,7 +98,7 @@ struct Rows {
     kept_groups: Vec<RowGroup>,
 }
 
-/// As [`RowTile`], its blocks being `tables[table..table + blocks]`.
+/// As [`RowTile`], its blocks being the first `blocks` of `tables[table..]` for the first group, those behind them for the second, and so on.
 #[derive(Debug, Clone, Copy)]
 struct Tile {
     first: usize,
@@ -106,7 +109,7 @@ struct Tile {
 }
 
 impl Rows {
-    fn fill(&mut self, spans: &[SequenceChunk<'_>]) {
+    fn fill(&mut self, spans: &[SequenceChunk<'_>], groups: usize) {
         self.ids.clear();
         self.tiles.clear();
         self.tables.clear();
@@ -117,10 +120,13 @@ impl Rows {
         for span in spans {
             let (first, table) = (self.ids.len(), self.tables.len());
             self.ids.extend_from_slice(span.ids);
-            self.tables.extend_from_slice(span.blocks);
+            match groups {
+                1 => self.tables.extend_from_slice(span.blocks),
+                _ => (0..groups).for_each(|group| self.tables.extend(span.blocks.iter().skip(group).step_by(groups))),
+            }
             for at in (0..span.ids.len()).step_by(GROUP_ROWS) {
                 let count = GROUP_ROWS.min(span.ids.len() - at);
-                let (position, blocks) = (span.start + at, span.blocks.len());
+                let (position, blocks) = (span.start + at, span.blocks.len() / groups);
                 self.tiles.push(Tile { first: first + at, count, position, table, blocks });
             }
             let adapter = span.lora.map(|lora| self.number(lora));
@@ -150,9 +156,10 @@ impl Rows {
         }
     }
 
-    fn tile(&self, i: usize) -> RowTile<'_> {
+    /// As a layer of this group sees it.
+    fn tile(&self, i: usize, group: usize) -> RowTile<'_> {
         let Tile { first, count, position, table, blocks } = self.tiles[i];
-        RowTile { first, count, position, blocks: &self.tables[table..table + blocks] }
+        RowTile { first, count, position, blocks: &self.tables[table + group * blocks..][..blocks] }
     }
 }
 
@@ -190,6 +197,7 @@ struct ExecPass<'a> {
     team: &'static Team,
     rows: &'a Rows,
     adapted: Adapted<'a>,
+    groups: &'a KvGroups,
     kv: &'a mut KvCache,
     buffers: &'a mut Buffers,
 }
@@ -292,7 +300,8 @@ impl ExecPass<'_> {
     fn attend(&mut self, attend: &Attend, next: Range<SiteId>) {
         // Everything is read back after rounding, this chunk's rows included: so a chunk's borders change no bit.
         let (model, rows) = (self.model, self.rows);
-        let (width, tile) = (model.config().qkv_widths()[0], |i| rows.tile(i));
+        let KvPlace { group, slot } = self.groups.place(attend.layer);
+        let (width, tile) = (model.config().qkv_widths()[0], |i| rows.tile(i, group));
         let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk, attention } = &mut *self.buffers;
         let eps = model.config().norm_eps;
         let angles = attend.rope.map(|rope| move |position| model.ropes[rope].at(position));
@@ -302,17 +311,10 @@ impl ExecPass<'_> {
             angles: angles.as_ref().map(|angles| angles as _),
             q_factor: factor.as_ref().map(|factor| factor as _),
         };
-        cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), self.kv.layer_mut(attend.layer), prep);
+        cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), self.kv.slot_mut(slot), prep);
         let input = resized(input, rows.count(), width);
-        cpu::attention(
-            self.team,
-            rows.tiles.len(),
-            tile,
-            q,
-            self.kv.layer(attend.layer),
-            attend.spec,
-            (attention, input),
-        );
+        let kv = self.kv.slot(slot);
+        cpu::attention(self.team, rows.tiles.len(), tile, q, kv, attend.spec, (attention, input));
         let adapters = self.adapted.at(next);
         let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
         cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
@@ -407,7 +409,8 @@ mod tests {
         let mut lora = Lora::fresh(&LoraSpec::default(), model.shape(), 5).unwrap();
         lora.layers.values_mut().for_each(|layer| layer.b.fill(1e38));
         let lora = Arc::new(PackedLora::new(&lora, model.shape()).unwrap());
-        let mut exec = Exec::new(model, KvLayout { block_tokens: 4, blocks: 4, dtype: KvDtype::F16 }).unwrap();
+        let (groups, layout) = (model.kv_groups(), KvLayout { block_tokens: 4, blocks: 4, dtype: KvDtype::F16 });
+        let mut exec = Exec::new(model, layout, groups).unwrap();
         let span = |ids, start, lora| SequenceChunk { ids, start, blocks: &[2, 0], lora, logits: Readout::All };
         assert!(exec.forward(&[span(&[1, 2, 3], 0, Some(&lora))]).unwrap().iter().all(|x| x.is_nan()));
         assert!(exec.forward(&[span(&[4], 3, None)]).unwrap().iter().all(|x| x.is_nan()), "nor by a later row");
@@ -418,7 +421,7 @@ mod tests {
     fn logprobs(model: &Arc<Model>, dtype: KvDtype, ids: &[u32], chunk: usize) -> Vec<f64> {
         let layout = KvLayout { block_tokens: 16, blocks: ids.len().div_ceil(16), dtype };
         let blocks: Vec<u32> = (0..layout.blocks as u32).rev().collect();
-        let mut exec = Exec::new(model.clone(), layout).unwrap();
+        let mut exec = Exec::new(model.clone(), layout, model.kv_groups()).unwrap();
         let mut all = Vec::new();
         for (at, ids) in ids.chunks(chunk).enumerate() {
             let span = SequenceChunk { ids, start: at * chunk, blocks: &blocks, lora: None, logits: Readout::All };

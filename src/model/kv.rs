@@ -1,4 +1,4 @@
-//! The paged KV cache of the CPU: blocks of positions for every layer.
+//! The paged KV cache of the CPU: blocks of positions for every layer of a group.
 
 use std::ops::Range;
 
@@ -6,12 +6,12 @@ use crate::arch::config::{AttentionConfig, ModelConfig};
 use crate::kernels::cpu::{KvShape, KvView, KvViewMut};
 use crate::model::batch::KvLayout;
 
-/// Keys (rotated) and values of all layers.
+/// Keys (rotated) and values of all pages.
 #[derive(Debug)]
 pub(super) struct KvCache {
     layout: KvLayout,
     shape: KvShape,
-    /// Of each layer, words in the order of [`KvView`].
+    /// Of each layer that a page has room for, words in the order of [`KvView`].
     keys: Vec<Words>,
     values: Vec<Words>,
 }
@@ -37,21 +37,22 @@ impl Words {
 }
 
 impl KvCache {
-    pub fn new(config: &ModelConfig, layout: KvLayout) -> Self {
+    pub fn new(config: &ModelConfig, layout: KvLayout, layers_per_page: usize) -> Self {
         let AttentionConfig { kv_heads, head_dim, .. } = config.attention;
         let shape = KvShape { block_tokens: layout.block_tokens, kv_heads, head_dim, dtype: layout.dtype };
         // The system hands out zeroed pages as they are first touched.
-        let layers = || (0..config.layers.len()).map(|_| Words::zeros(layout.blocks * shape.block_len())).collect();
-        Self { layout, shape, keys: layers(), values: layers() }
+        let slots = || (0..layers_per_page).map(|_| Words::zeros(layout.blocks * shape.block_len())).collect();
+        Self { layout, shape, keys: slots(), values: slots() }
     }
 
-    pub fn layer(&self, layer: usize) -> KvView<'_> {
-        let [keys, values] = [&self.keys[layer], &self.values[layer]].map(|words| &words.all[words.range.clone()]);
+    /// The layers that have this place in their groups' pages.
+    pub fn slot(&self, slot: usize) -> KvView<'_> {
+        let [keys, values] = [&self.keys[slot], &self.values[slot]].map(|words| &words.all[words.range.clone()]);
         KvView { shape: self.shape, keys, values }
     }
 
-    pub fn layer_mut(&mut self, layer: usize) -> KvViewMut<'_> {
-        let both = [&mut self.keys[layer], &mut self.values[layer]];
+    pub fn slot_mut(&mut self, slot: usize) -> KvViewMut<'_> {
+        let both = [&mut self.keys[slot], &mut self.values[slot]];
         let [keys, values] = both.map(|words| &mut words.all[words.range.clone()]);
         KvViewMut { shape: self.shape, keys, values }
     }

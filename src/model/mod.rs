@@ -4,6 +4,7 @@
 mod autograd;
 pub mod batch;
 mod exec;
+pub mod groups;
 mod initial;
 mod inspect;
 mod kv;
@@ -32,6 +33,7 @@ use crate::text::{Text, Vocabulary};
 use crate::weights::{Progress, Weights};
 use batch::{Executor, KvDtype, KvLayout, Readout, SequenceChunk};
 use exec::Exec;
+use groups::KvGroups;
 pub use inspect::{Inspection, inspect};
 use rope::RopeTable;
 use tensors::{DeviceWeights, TensorExec};
@@ -110,6 +112,14 @@ impl Model {
         (model, text)
     }
 
+    /// As [`Model::tiny`], with 4 layers of which every other one sees 32 positions.
+    pub fn tiny_windowed(seed: u64) -> (Arc<Self>, Arc<Text>) {
+        let text = Text::tiny();
+        #[expect(clippy::expect_used, reason = "the weights are made to fit, and a test builds them")]
+        let model = Self::new(tiny::windowed(seed, text.vocab_size()), &Device::Cpu).expect("the tiny model is valid");
+        (model, text)
+    }
+
     /// Refuses a base whose heads the kernels do not take.
     fn check(config: &ModelConfig) -> Result<()> {
         let AttentionConfig { heads, kv_heads, head_dim, .. } = config.attention;
@@ -150,10 +160,26 @@ impl Model {
         self.on_device.is_none()
     }
 
-    /// What serves on the model's device, with a KV cache of its own.
+    /// Returns what runs on the model's device, with a KV cache of its own in which all layers are one group.
+    ///
+    /// # Errors
+    /// A cache without room for a single token, and the device's.
     pub fn executor(self: &Arc<Self>, kv: KvLayout) -> Result<Box<dyn Executor>> {
+        self.executor_over(kv, KvGroups::whole(self.config().layers.len()))
+    }
+
+    /// Returns what serves on the model's device, with a KV cache of its own in the groups of [`Model::kv_groups`].
+    ///
+    /// # Errors
+    /// As of [`Model::executor`].
+    pub fn serving_executor(self: &Arc<Self>, kv: KvLayout) -> Result<Box<dyn Executor>> {
+        self.executor_over(kv, self.kv_groups())
+    }
+
+    /// A GPU's executor knows one group only.
+    fn executor_over(self: &Arc<Self>, kv: KvLayout, groups: KvGroups) -> Result<Box<dyn Executor>> {
         Ok(match &self.on_device {
-            None => Box::new(Exec::new(self.clone(), kv)?),
+            None => Box::new(Exec::new(self.clone(), kv, groups)?),
             Some(weights) => Box::new(TensorExec::new(self.clone(), weights.clone(), kv)?),
         })
     }
@@ -183,7 +209,21 @@ impl Model {
         self.config().context_length
     }
 
-    /// Bytes of the KV cache for one token.
+    /// Returns the groups of layers that share the KV pages of those who are served.
+    pub fn kv_groups(&self) -> KvGroups {
+        match self.on_device {
+            None => KvGroups::by_window(&self.config().layers, self.context_length()),
+            Some(_) => KvGroups::whole(self.config().layers.len()),
+        }
+    }
+
+    /// Bytes of a page of so many positions, in these groups.
+    pub fn kv_page_bytes(&self, groups: &KvGroups, block_tokens: usize, dtype: KvDtype) -> u64 {
+        let of_layer = self.kv_bytes_per_token(dtype) / self.config().layers.len() as u64;
+        of_layer * (groups.layers_per_page * block_tokens) as u64
+    }
+
+    /// Bytes of the KV cache for one token, in all layers.
     pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> u64 {
         kv_bytes_per_token(self.config(), dtype)
     }

@@ -114,7 +114,8 @@ impl TensorExec {
 
     /// Runs the spans; the logits of the rows that asked for them stay on the device. `None` where no row asked.
     fn run(&mut self, spans: &[SequenceChunk<'_>]) -> Result<Option<Tensor>> {
-        self.layout.check_spans(&self.model, spans)?;
+        // All layers are one group, of which nothing is given back.
+        self.layout.check_spans(&self.model, &[None], spans)?;
         let held = |span: &SequenceChunk<'_>| {
             span.lora.map(|lora| self.adapters.get(lora, &*self.kernels, &self.model)).transpose()
         };

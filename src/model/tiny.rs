@@ -11,7 +11,18 @@ use crate::kernels::spec::Activation;
 use crate::random::philox4x32;
 use crate::weights::{LinearWeights, Weights};
 
+/// Layers whose rows see all that comes before them.
 pub(super) fn weights(seed: u64, vocab_size: usize) -> Weights {
+    of_layers(seed, vocab_size, vec![LayerConfig { rope: Some(0), window: None }; 2])
+}
+
+/// Layers of which every other one sees 32 positions.
+pub(super) fn windowed(seed: u64, vocab_size: usize) -> Weights {
+    let layer = |i: usize| LayerConfig { rope: Some(0), window: i.is_multiple_of(2).then_some(32) };
+    of_layers(seed, vocab_size, (0..4).map(layer).collect())
+}
+
+fn of_layers(seed: u64, vocab_size: usize, layers: Vec<LayerConfig>) -> Weights {
     let config = ModelConfig {
         name: "tiny".into(),
         architecture: ARCHITECTURES[0].name,
@@ -36,7 +47,7 @@ pub(super) fn weights(seed: u64, vocab_size: usize) -> Weights {
         residual_scale: 1.0,
         logits: LogitConfig { scale: 1.0, softcap: None },
         ropes: vec![RopeConfig { base: 10_000.0, dims: 16, scaling: RopeScaling::None, attention_factor: 1.0 }],
-        layers: vec![LayerConfig { rope: Some(0), window: None }; 2],
+        layers,
     };
     let decoder = Decoder::new(&config);
     let mut random = Random { seed, counter: 0 };

@@ -1,7 +1,8 @@
 //! The matmul in every block format beside the memory's bandwidth, as a table: `cargo bench --bench formats [-- NAME...]`.
 //!
-//! Every round reads memory, before and after a pass with one row, and multiplies each format's matrices, which are more than the caches hold, with 1, 8
-//! and 64 rows, so that all see the same machine; the table has medians. `THREADS` says how many threads.
+//! Every round reads memory, before and after a pass with one row, and multiplies each format's matrices, which are more
+//! than the caches hold, with 1, 8 and 64 rows, so that all see the same machine; the table has medians, also of the
+//! one row's share of the bandwidth that its own round had. `RAYON_NUM_THREADS` says how many threads.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a bench fails by them")]
 

@@ -169,6 +169,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::model::batch::KvDtype;
     use crate::weights::testing::{File, U32};
 
     fn shown(file: &File, context: Option<usize>) -> (String, Value, bool) {
@@ -235,7 +236,7 @@ mod tests {
             let config = found.outline.config.clone().unwrap();
             assert_eq!(config.layers, model.config().layers, "{}", file.display());
             assert_eq!(config.context_length, model.context_length(), "{}", file.display());
-            assert_eq!(found.kv_bytes_per_token, Some(model.kv_bytes_per_token(crate::model::batch::KvDtype::F16)));
+            assert_eq!(found.kv_bytes_per_token, Some(model.kv_bytes_per_token(KvDtype::F16)));
             assert_eq!(found.outline.held_bytes, model.held_bytes(), "{}", file.display());
             assert_eq!(found.text.as_deref().and_then(rendered), rendered(&text));
             assert!(as_text(&file, &found).contains("yes, on the CPU"));

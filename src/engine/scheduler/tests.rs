@@ -3,13 +3,16 @@
 use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-use crate::engine::prefix::CacheNamespace;
+use crate::engine::prefix::{CacheNamespace, PageKey};
 use crate::ids::{Digest, TenantId};
+use crate::model::batch::NO_PAGE;
+use crate::model::groups::{first_read, most_read_before};
 
 fn config(blocks: usize) -> SchedulerConfig {
     SchedulerConfig {
-        block_tokens: 4,
+        paging: Paging::new(4, 24, [None].into()),
         blocks,
         max_idle_blocks: blocks,
         max_running: 4,
@@ -314,30 +317,135 @@ fn alike() -> impl Strategy<Value = (Vec<u32>, usize, u32, i32)> {
     (prop::collection::vec(0u32..2, 1..30), 1usize..12, 0u32..3, -1i32..2)
 }
 
-/// What the model would do with the plans: every slot of the cache, and the tokens up to the one whose KV it holds.
-struct Cache(BTreeMap<usize, Vec<u32>>);
+/// What the model would do with the plans: of every slot of the cache the group it is for, and what its sequence's tokens are up to the
+/// one whose KV it holds.
+struct Cache {
+    paging: Paging,
+    slots: HashMap<usize, (usize, u64)>,
+}
 
 impl Cache {
-    fn slot(blocks: &[u32], position: usize) -> usize {
-        blocks[position / 4] as usize * 4 + position % 4
+    fn slot(&self, pages: &[u32], group: usize, position: usize) -> usize {
+        let page = pages[position / 4 * self.paging.groups() + group];
+        assert_ne!(page, NO_PAGE, "position {position} of group {group}");
+        page as usize * 4 + position % 4
     }
 
-    /// All that comes before the planned rows must be there; then the rows are.
-    fn compute(&mut self, blocks: &[u32], ids: &[u32], p: &ScheduledChunk) -> Result<(), TestCaseError> {
-        for position in 0..p.start {
-            let there = self.0.get(&Self::slot(blocks, position)).map(Vec::as_slice);
-            prop_assert_eq!(there, Some(&ids[..=position]), "position {} of {:?}", position, p);
+    /// A number for the tokens up to each.
+    fn prefixes(ids: &[u32]) -> Vec<u64> {
+        let mix = |sum: &mut u64, id: &u32| {
+            *sum = (*sum ^ u64::from(*id + 1)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+            Some(*sum)
+        };
+        ids.iter().scan(1, mix).collect()
+    }
+
+    /// All that the planned rows read must be there; then the rows are.
+    fn compute(&mut self, pages: &[u32], ids: &[u32], p: &ScheduledChunk) -> Result<(), TestCaseError> {
+        let prefixes = Self::prefixes(ids);
+        let positions = |range: Range<usize>| prefixes.iter().copied().enumerate().take(range.end).skip(range.start);
+        for group in 0..self.paging.groups() {
+            for (position, prefix) in positions(first_read(self.paging.window(group), p.start)..p.start) {
+                let there = self.slots.get(&self.slot(pages, group, position)).copied();
+                prop_assert_eq!(there, Some((group, prefix)), "position {} of {:?}", position, p);
+            }
         }
-        for position in p.start..p.start + p.count {
-            self.0.insert(Self::slot(blocks, position), ids[..=position].to_vec());
+        for group in 0..self.paging.groups() {
+            for (position, prefix) in positions(p.start..p.start + p.count) {
+                self.slots.insert(self.slot(pages, group, position), (group, prefix));
+            }
         }
         Ok(())
     }
 
     /// As after a step that failed half way.
-    fn spoil(&mut self, blocks: &[u32], p: &ScheduledChunk) {
-        (p.start..p.start + p.count).for_each(|position| drop(self.0.remove(&Self::slot(blocks, position))));
+    fn spoil(&mut self, pages: &[u32], p: &ScheduledChunk) {
+        for group in 0..self.paging.groups() {
+            for position in p.start..p.start + p.count {
+                self.slots.remove(&self.slot(pages, group, position));
+            }
+        }
     }
+
+    /// However long it is, a sequence holds no more of a group with a window than its chunks need, and what it found when it started.
+    fn check_held(&self, pages: &[u32], p: &ScheduledChunk) -> Result<(), TestCaseError> {
+        for (group, window) in self.paging.windowed() {
+            let held = pages.iter().skip(group).step_by(self.paging.groups()).filter(|page| **page != NO_PAGE).count();
+            let read = self.paging.blocks(most_read_before(window)) + 1;
+            prop_assert!(held <= self.paging.of_chunk(window) + read, "{} of {:?}", held, p);
+            if p.count == 1 && p.completes && !p.start.is_multiple_of(4) {
+                prop_assert!(held <= read + 1, "{} of {:?} in decoding", held, p);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs sequences, each with so many tokens to come, through a pool; the steps that `failing` has a zero for fail.
+fn finish_all(
+    config: SchedulerConfig,
+    sequences: Vec<(Vec<u32>, usize, u32, i32)>,
+    failing: &[u8],
+) -> Result<(), TestCaseError> {
+    let max_idle = config.max_idle_blocks;
+    let mut cache = Cache { paging: config.paging.clone(), slots: HashMap::new() };
+    let mut s = Scheduler::new(config);
+    let mut left: BTreeMap<u64, (Vec<u32>, usize)> = BTreeMap::new();
+    for (id, (ids, tokens, tenant, priority)) in (0..).zip(sequences) {
+        s.add(id, SequenceRequest { tenant, priority, ..sharing(&ids) });
+        left.insert(id, (ids, tokens));
+    }
+    for step in 0..10_000 {
+        let planned = plan(&mut s);
+        if left.is_empty() {
+            break;
+        }
+        prop_assert!(!planned.is_empty(), "progress");
+        let fails = failing.get(step) == Some(&0);
+        for p in &planned {
+            let pages = s.blocks_of(p).unwrap();
+            let ids = &left[&p.id].0;
+            prop_assert_eq!(p.completes, p.start + p.count == ids.len());
+            cache.check_held(pages, p)?;
+            cache.compute(pages, ids, p)?;
+            if fails {
+                cache.spoil(pages, p);
+            }
+        }
+        for p in &planned {
+            if fails {
+                left.remove(&p.id);
+                s.remove(p.id);
+            } else if p.completes {
+                let (ids, tokens) = left.get_mut(&p.id).unwrap();
+                ids.push(ids.len() as u32 % 2);
+                *tokens -= 1;
+                s.publish(p.id, ids);
+                if *tokens == 0 {
+                    left.remove(&p.id);
+                    s.remove(p.id);
+                } else {
+                    s.extend(p.id);
+                }
+            }
+        }
+    }
+    prop_assert!(left.is_empty());
+    prop_assert_eq!(s.blocks().used(), 0);
+    prop_assert!(s.blocks().idle() <= max_idle);
+    Ok(())
+}
+
+/// Long sequences that begin alike for a while.
+fn long_and_alike() -> impl Strategy<Value = (Vec<u32>, usize, u32, i32)> {
+    let ids =
+        (0u32..200, prop::collection::vec(0u32..2, 1..40)).prop_map(|(alike, tail)| (0..alike).chain(tail).collect());
+    (ids, 1usize..120, 0u32..3, -1i32..2)
+}
+
+/// Groups that see everything and groups that do not, in any order.
+fn windows() -> impl Strategy<Value = Vec<Option<usize>>> {
+    prop::collection::vec(prop::sample::select(vec![None, Some(1), Some(9), Some(70)]), 1..5)
 }
 
 proptest! {
@@ -350,51 +458,108 @@ proptest! {
         max_idle in 0usize..30,
         failing in prop::collection::vec(0u8..8, 40),
     ) {
-        let mut s = Scheduler::new(SchedulerConfig { max_idle_blocks: max_idle, max_prefill_rows: 9, ..config(pool) });
-        let mut left: BTreeMap<u64, (Vec<u32>, usize)> = BTreeMap::new();
-        let mut cache = Cache(BTreeMap::new());
-        for (id, (ids, tokens, tenant, priority)) in (0..).zip(sequences) {
-            s.add(id, SequenceRequest { tenant, priority, ..sharing(&ids) });
-            left.insert(id, (ids, tokens));
-        }
-        for step in 0..10_000 {
-            let planned = plan(&mut s);
-            if left.is_empty() {
-                break;
-            }
-            prop_assert!(!planned.is_empty(), "progress");
-            let fails = failing.get(step) == Some(&0);
-            for p in &planned {
-                let blocks = s.blocks_of(p).unwrap();
-                let ids = &left[&p.id].0;
-                prop_assert_eq!(p.completes, p.start + p.count == ids.len());
-                cache.compute(blocks, ids, p)?;
-                if fails {
-                    cache.spoil(blocks, p);
-                }
-            }
-            for p in &planned {
-                if fails {
-                    left.remove(&p.id);
-                    s.remove(p.id);
-                } else if p.completes {
-                    let (ids, tokens) = left.get_mut(&p.id).unwrap();
-                    ids.push(ids.len() as u32 % 2);
-                    *tokens -= 1;
-                    s.publish(p.id, ids);
-                    if *tokens == 0 {
-                        left.remove(&p.id);
-                        s.remove(p.id);
-                    } else {
-                        s.extend(p.id);
-                    }
-                }
-            }
-        }
-        prop_assert!(left.is_empty());
-        prop_assert_eq!(s.blocks().used(), 0);
-        prop_assert!(s.blocks().idle() <= max_idle);
+        let config = SchedulerConfig { max_idle_blocks: max_idle, max_prefill_rows: 9, ..config(pool) };
+        finish_all(config, sequences, &failing)?;
     }
+
+    /// The same with windows, whose pages go and come, and a pool that just holds the longest.
+    #[test]
+    fn all_sequences_finish_where_groups_have_windows(
+        windows in windows(),
+        sequences in prop::collection::vec(long_and_alike(), 1..8),
+        spare in 0usize..80,
+        idle_percent in prop::sample::select(vec![0usize, 30, 100]),
+        failing in prop::collection::vec(0u8..30, 40),
+    ) {
+        let paging = Paging::new(4, 24, windows.into());
+        let longest = sequences.iter().map(|(ids, tokens, ..)| ids.len() + tokens).max().unwrap();
+        let pool = paging.most(longest) + spare;
+        let max_idle_blocks = pool * idle_percent / 100;
+        let config = SchedulerConfig { paging, max_idle_blocks, max_prefill_rows: 9, ..config(pool) };
+        finish_all(config, sequences, &failing)?;
+    }
+}
+
+/// Two groups, one of which sees 32 positions.
+fn windowed(blocks: usize) -> Scheduler {
+    Scheduler::new(SchedulerConfig { paging: Paging::new(4, 24, [None, Some(32)].into()), ..config(blocks) })
+}
+
+/// Computes a sequence and some tokens of its answer; gives them all.
+fn answered(s: &mut Scheduler, id: u64, mut ids: Vec<u32>, tokens: u32) -> Vec<u32> {
+    s.add(id, sharing(&ids));
+    for token in 0..tokens {
+        while !plan(s)[0].completes {}
+        ids.push(1000 + token);
+        s.publish(id, &ids);
+        s.extend(id);
+    }
+    ids
+}
+
+#[test]
+fn a_long_answer_holds_what_its_window_shows_and_is_found_again() {
+    let mut s = windowed(1000);
+    let ids = answered(&mut s, 1, (0..100).collect(), 300);
+    assert_eq!(s.blocks().used(), 100 + (400 - 320) / 4, "all of one group; of the other what 32 positions need");
+    s.remove(1);
+    s.add(2, sharing(&[&ids[..], &[7; 30]].concat()));
+    let planned = plan(&mut s)[0];
+    assert_eq!((planned.start, planned.count), (396, 24), "the last token was not computed");
+    s.remove(2);
+    // Where the first answer began, and within it: given back long ago, and still there.
+    for (cut, found) in [(203, 200), (102, 100), (382, 380)] {
+        s.add(3, sharing(&[&ids[..cut], &[7; 30]].concat()));
+        assert_eq!(plan(&mut s)[0].start, found);
+        s.remove(3);
+    }
+    assert_eq!(s.blocks().used(), 0);
+}
+
+/// Pages of a prompt that go before its first token has proved them sound are found by nobody.
+#[test]
+fn what_a_prompt_gives_back_before_it_has_proved_sound_is_not_found() {
+    let mut s = windowed(1000);
+    let ids = answered(&mut s, 1, (0..300).collect(), 1);
+    s.remove(1);
+    for (cut, found) in [(301, 300), (102, 0)] {
+        s.add(2, sharing(&[&ids[..cut.min(ids.len())], &[7; 30]].concat()));
+        assert_eq!(plan(&mut s)[0].start, found, "{cut}");
+        s.remove(2);
+    }
+}
+
+/// Where the pages at the end of a prefix are gone, a shorter one is found.
+#[test]
+fn a_prefix_ends_where_its_windows_pages_are_there() {
+    let paging = Paging::new(4, 24, [Some(5), None, Some(70)].into());
+    let digest = |i: usize| Digest::of(&i.to_le_bytes());
+    let keys: Vec<Digest> = (0..60).map(digest).collect();
+    let found_without = |of: &[(usize, Range<usize>)]| {
+        let mut blocks = Blocks::new(400, 400);
+        let mut held = Vec::new();
+        for (group, block) in (0..3).flat_map(|group| (0..60).map(move |block| (group, block))) {
+            if !of.iter().any(|(g, range)| *g == group && range.contains(&block)) {
+                assert!(blocks.take(1, &mut held));
+                blocks.publish(PageKey { block: keys[block], group }, held[held.len() - 1]);
+            }
+        }
+        let mut table = Table::default();
+        let found = table.start(240, &keys, &mut blocks, &paging).unwrap();
+        table.release(&mut blocks);
+        blocks.release(&mut held);
+        assert_eq!(blocks.used(), 0);
+        found / 4
+    };
+    assert_eq!(found_without(&[]), 60);
+    assert_eq!(found_without(&[(1, 50..51)]), 50, "all of a group without a window is needed");
+    assert_eq!(found_without(&[(0, 0..48)]), 60, "what no row reads is not: 48 * 4 is 192, where the last span begins");
+    assert_eq!(found_without(&[(0, 48..49)]), 48);
+    assert_eq!(found_without(&[(0, 0..60)]), 0);
+    assert_eq!(found_without(&[(2, 0..32)]), 60, "position 240 sees 171, in the span that begins at 128");
+    assert_eq!(found_without(&[(2, 32..33)]), 32);
+    assert_eq!(found_without(&[(2, 40..41), (0, 0..20)]), 40);
+    assert_eq!(found_without(&[(2, 40..41), (0, 0..40)]), 0);
 }
 
 #[test]
@@ -520,7 +685,7 @@ proptest! {
         let mut served = [0u64; 3];
         let (mut arrivals, mut returns) = (0i64, 0i64);
         for (id, (what, tenant, priority)) in (1u64..).zip(steps) {
-            let entry = |rank| Entry { id, tenant, rank, length: 1, longest: 1, computed: 0, charged: 0, blocks: Vec::new(), hashes: None, published: 0, begun: false };
+            let entry = |rank| Entry { id, tenant, rank, length: 1, longest: 1, computed: 0, charged: 0, table: Table::default(), hashes: None, begun: false };
             match what {
                 0 | 1 => {
                     arrivals += 1;

@@ -23,7 +23,7 @@ async fn runs(stream: &mut GenerateStream) {
 #[test]
 fn requests_that_wait_hold_no_adapter() {
     run(async {
-        let w = make_world().await;
+        let w = make_world(Model::tiny(3)).await;
         let engine = start(w.model.clone(), w.text.clone(), w.hub.clone(), &tight(2, 40)).unwrap();
         let mut first = begin(&engine, &w.tenant, &ask(None, 200)).await;
         runs(&mut first).await;
@@ -46,7 +46,7 @@ fn requests_that_wait_hold_no_adapter() {
 #[test]
 fn a_version_that_is_deleted_before_its_request_starts_is_named() {
     run(async {
-        let w = make_world().await;
+        let w = make_world(Model::tiny(3)).await;
         let arbiter = Arbiter::new(0.4);
         let model = w.model.clone();
         let engine = start_beside(arbiter.clone(), model, w.text.clone(), w.hub.clone(), &tight(2, 40)).unwrap();

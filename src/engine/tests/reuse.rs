@@ -24,7 +24,12 @@ fn what_was_computed_before_is_not_computed_again() {
         let layout = KvLayout { block_tokens: 8, blocks: 60, dtype: KvDtype::F16 };
         let rows = Arc::new(AtomicUsize::new(0));
         let counting = Box::new(Counting { model: w.model.executor(layout).unwrap(), rows: rows.clone() });
-        let info = EngineInfo { base: w.model.shape().digest, context: w.model.context_length(), layout };
+        let info = EngineInfo {
+            base: w.model.shape().digest,
+            context: w.model.context_length(),
+            layout,
+            paging: one_group(layout),
+        };
         let (text, hub, arbiter) = (w.text.clone(), w.hub.clone(), Arbiter::new(0.4));
         let memory = Memory::new(1 << 30);
         let engine = Engine::start_with(counting, info, text, hub, arbiter, memory, &Limits::default()).unwrap();

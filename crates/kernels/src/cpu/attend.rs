@@ -4,89 +4,17 @@ use std::ops::Range;
 
 use super::Shared;
 use super::attention::{MAX_HEAD_DIM, Output, PARTITION, SPAN, Task, partitions};
-use super::kv::{KvShape, KvView, SCALE_BLOCK};
-use super::simd::{LANES, Simd, exp, f16_value, larger, max_pairwise, prefetch_far, sum_pairwise, tanh, unrolled};
-
-/// The numbers of a cache, as they are read.
-pub(super) trait Cells {
-    /// Bytes of one.
-    const BYTES: usize;
-
-    /// 16 of them.
-    ///
-    /// # Safety
-    /// They lie at `at`.
-    unsafe fn load<S: Simd>(s: S, at: *const u8, scale: S::F) -> S::F;
-
-    /// The scales of 16 positions, for the keys of one block of dimensions.
-    ///
-    /// # Safety
-    /// Where numbers have scales, these lie at `at`.
-    unsafe fn scales<S: Simd>(s: S, at: *const u16) -> S::F;
-
-    /// One position's scale.
-    ///
-    /// # Safety
-    /// As of [`Cells::scales`].
-    unsafe fn scale<S: Simd>(s: S, at: *const u16) -> S::F;
-}
-
-/// [`KvDtype::F16`], which has no scales.
-pub(super) struct Halves;
-
-impl Cells for Halves {
-    const BYTES: usize = size_of::<u16>();
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, at: *const u8, _: S::F) -> S::F {
-        // SAFETY: the caller vouches for it, and the cache is made of words.
-        s.load_f16(unsafe { &*at.cast() })
-    }
-
-    #[inline(always)]
-    unsafe fn scales<S: Simd>(s: S, _: *const u16) -> S::F {
-        s.splat(1.0)
-    }
-
-    #[inline(always)]
-    unsafe fn scale<S: Simd>(s: S, _: *const u16) -> S::F {
-        s.splat(1.0)
-    }
-}
-
-/// [`KvDtype::Int8`].
-pub(super) struct Bytes;
-
-impl Cells for Bytes {
-    const BYTES: usize = size_of::<i8>();
-
-    #[inline(always)]
-    unsafe fn load<S: Simd>(s: S, at: *const u8, scale: S::F) -> S::F {
-        // SAFETY: the caller vouches for it.
-        s.mul_add(s.load_i8(unsafe { &*at.cast() }), scale, s.splat(0.0))
-    }
-
-    #[inline(always)]
-    unsafe fn scales<S: Simd>(s: S, at: *const u16) -> S::F {
-        // SAFETY: the caller vouches for it.
-        s.load_f16(unsafe { &*at.cast() })
-    }
-
-    #[inline(always)]
-    unsafe fn scale<S: Simd>(s: S, at: *const u16) -> S::F {
-        // SAFETY: the caller vouches for it.
-        s.splat(f16_value(unsafe { at.read() }))
-    }
-}
+use super::cells::{
+    Ahead, Bytes, Cells, Gathered, Halves, Keys, LINE, Stretch, UNITS, Units, gather_keys, keys_of, value_stretches,
+};
+use super::kv::{KvShape, SCALE_BLOCK};
+use super::simd::{LANES, Simd, exp, larger, max_pairwise, prefetch_far, sum_pairwise, tanh, unrolled};
 
 /// Most queries that go through the positions together.
 const MOST: usize = 12;
 
 /// A query's row in the buffers: padded, so that rows do not share the places of the cache.
 type Row = [f32; MAX_HEAD_DIM + LANES];
-
-/// Units of 16 positions of a span.
-const UNITS: usize = SPAN / LANES;
 
 /// A thread's buffers, kept between tasks: to clear them would cost time.
 pub(super) struct Space {
@@ -100,16 +28,6 @@ pub(super) struct Space {
     total: Softmax,
     /// Keys of 16 positions that lie in several blocks.
     gathered: Gathered,
-}
-
-/// Keys, of either kind, and their scales.
-struct Gathered {
-    words: [u16; MAX_HEAD_DIM * LANES],
-    scales: [u16; MAX_HEAD_DIM / SCALE_BLOCK * LANES],
-}
-
-impl Gathered {
-    const EMPTY: Self = Self { words: [0; MAX_HEAD_DIM * LANES], scales: [0; MAX_HEAD_DIM / SCALE_BLOCK * LANES] };
 }
 
 /// What online softmaxes know of some queries.
@@ -143,6 +61,21 @@ impl Space {
         total: Softmax::EMPTY,
         gathered: Gathered::EMPTY,
     };
+}
+
+impl Space {
+    /// Adds query j's partition at hand to those before, if it is one of the query's `own`.
+    #[inline(always)]
+    fn take(&mut self, j: usize, partition: usize, own: Range<usize>, dim: usize) {
+        let Self { part, total, .. } = self;
+        if partition == own.start {
+            total.running[j] = part.running[j];
+            let (to, from) = (parts(&mut total.sums[j], dim), part.sums[j].as_chunks().0);
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+        } else if own.contains(&partition) {
+            take(&mut total.running[j], &mut total.sums[j][..dim], part.running[j], &part.sums[j][..dim]);
+        }
+    }
 }
 
 /// A query's result over one partition, as it waits for the others: the largest score, the sum, and the weighed values.
@@ -202,9 +135,9 @@ fn attend_run<S: Simd, C: Cells, const N: usize, const U: usize>(
     }
     // The first of these queries sees the earliest position, the last one the latest.
     let seen = task.seen(i).start..task.seen(i + N - 1).end;
-    let (all, only) = match to {
-        Output::Rows(_) => (partitions(&seen), None),
-        Output::Partials { partition, .. } => (partition..partition + 1, Some(partition)),
+    let all = match to {
+        Output::Rows(_) => partitions(&seen),
+        Output::Partials { partition, .. } => partition..partition + 1,
     };
     for partition in all {
         let here = seen.start.max(partition * PARTITION)..seen.end.min((partition + 1) * PARTITION);
@@ -212,17 +145,9 @@ fn attend_run<S: Simd, C: Cells, const N: usize, const U: usize>(
             continue;
         }
         attend_partition::<S, C, N, U>(s, task, i, here, space);
-        if only.is_none() {
-            let Space { part, total, .. } = &mut *space;
+        if matches!(to, Output::Rows(_)) {
             for j in 0..N {
-                let own = partitions(&task.seen(i + j));
-                if partition == own.start {
-                    total.running[j] = part.running[j];
-                    let (to, from) = (parts(&mut total.sums[j], dim), part.sums[j].as_chunks().0);
-                    to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-                } else if own.contains(&partition) {
-                    take(&mut total.running[j], &mut total.sums[j][..dim], part.running[j], &part.sums[j][..dim]);
-                }
+                space.take(j, partition, partitions(&task.seen(i + j)), dim);
             }
         }
     }
@@ -370,131 +295,6 @@ fn attend_partition<S: Simd, C: Cells, const N: usize, const U: usize>(
     }
 }
 
-/// Where the keys or values of a span's units begin. Null where there are none, or not in a row.
-type Units = [*const u8; UNITS];
-
-/// The span that is read next.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    keys: Units,
-    values: Units,
-}
-
-impl Ahead {
-    pub const NONE: Self = Self { keys: [std::ptr::null(); UNITS], values: [std::ptr::null(); UNITS] };
-
-    /// The span of a sequence that begins at `start`, up to `end`.
-    #[inline(always)]
-    pub fn new(kv: KvView<'_>, (blocks, kv_head): (&[u32], usize), start: usize, end: usize) -> Self {
-        let (shape, mut ahead) = (kv.shape, Self::NONE);
-        // In larger blocks the keys of 16 positions do not lie in a row.
-        if shape.block_tokens == LANES {
-            for (unit, position) in (start..end.min(start + SPAN)).step_by(LANES).enumerate() {
-                let at = shape.head(blocks[position / LANES], kv_head);
-                (ahead.keys[unit], ahead.values[unit]) =
-                    (kv.keys[at..].as_ptr().cast(), kv.values[at..].as_ptr().cast());
-            }
-        }
-        ahead
-    }
-}
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// Values of a span that lie in a row.
-#[derive(Clone, Copy)]
-struct Stretch {
-    first: *const u8,
-    /// Of the first position, for the first block of dimensions; the next block's lie `block_tokens` further.
-    scales: *const u16,
-    /// Within the span, after those of the stretch before.
-    end: usize,
-}
-
-impl Stretch {
-    const NONE: Self = Self { first: std::ptr::null(), scales: std::ptr::null(), end: 0 };
-}
-
-/// The values of the positions `seen` of the span from `start` on, block by block.
-#[inline(always)]
-fn value_stretches<'s, C: Cells>(
-    task: &Task<'_>,
-    start: usize,
-    seen: Range<usize>,
-    stretches: &'s mut [Stretch; SPAN],
-) -> &'s [Stretch] {
-    let shape = task.kv.shape;
-    let (mut position, mut count) = (seen.start, 0);
-    while position < seen.end {
-        let (block, within) = (task.tile.blocks[position / shape.block_tokens], position % shape.block_tokens);
-        let end = seen.end.min(position + shape.block_tokens - within);
-        let head = head_of(task.kv.values, task, block);
-        let first = head.wrapping_add(within * shape.head_dim * C::BYTES);
-        let scales = head.cast::<u16>().wrapping_add(shape.scales() + within);
-        stretches[count] = Stretch { first, scales, end: end - start };
-        (position, count) = (end, count + 1);
-    }
-    &stretches[..count]
-}
-
-/// Where a block's keys or values of the task's KV head begin. Panics where they do not lie in the cache.
-#[inline(always)]
-fn head_of(cells: &[u16], task: &Task<'_>, block: u32) -> *const u8 {
-    let shape = task.kv.shape;
-    let at = shape.head(block, task.kv_head);
-    cells[at..][..shape.block_len() / shape.kv_heads].as_ptr().cast()
-}
-
-/// The keys of 16 positions: `head_dim` vectors of 16, `stride` bytes apart, and for each block of dimensions their
-/// scales, `apart` words apart.
-#[derive(Clone, Copy)]
-struct Keys {
-    first: *const u8,
-    stride: usize,
-    scales: *const u16,
-    apart: usize,
-}
-
-/// The keys of the positions from `position` on, where a block holds a multiple of 16.
-#[inline(always)]
-fn keys_of<C: Cells>(task: &Task<'_>, position: usize) -> Keys {
-    let shape = task.kv.shape;
-    let (tokens, within) = (shape.block_tokens, position % shape.block_tokens);
-    let head = head_of(task.kv.keys, task, task.tile.blocks[position / tokens]);
-    Keys {
-        first: head.wrapping_add(within * C::BYTES),
-        stride: tokens * C::BYTES,
-        scales: head.cast::<u16>().wrapping_add(shape.scales() + within),
-        apart: tokens,
-    }
-}
-
-/// The same, put together from any blocks; what lies outside `seen` is anything.
-fn gather_keys<C: Cells>(task: &Task<'_>, position: usize, seen: Range<usize>, to: &mut Gathered) -> Keys {
-    let shape = task.kv.shape;
-    let tokens = shape.block_tokens;
-    let bytes = to.words.as_mut_ptr().cast::<u8>();
-    for lane in seen.start.saturating_sub(position)..LANES.min(seen.end - position) {
-        let (block, within) = (task.tile.blocks[(position + lane) / tokens], (position + lane) % tokens);
-        let head = head_of(task.kv.keys, task, block);
-        for d in 0..shape.head_dim.min(MAX_HEAD_DIM) {
-            // SAFETY: the block holds the head's dimensions of its positions, and `to` as many of 16.
-            unsafe {
-                let from = head.add((d * tokens + within) * C::BYTES);
-                from.copy_to_nonoverlapping(bytes.add((d * LANES + lane) * C::BYTES), C::BYTES);
-            }
-        }
-        if C::BYTES == Bytes::BYTES {
-            let scales = &task.kv.keys[shape.head(block, task.kv_head) + shape.scales() + within..];
-            for block in 0..shape.head_dim.div_ceil(SCALE_BLOCK) {
-                to.scales[block * LANES + lane] = scales[block * tokens];
-            }
-        }
-    }
-    Keys { first: bytes, stride: LANES * C::BYTES, scales: to.scales.as_ptr(), apart: LANES }
-}
-
 /// The products of N queries with U times 16 keys, into the units from `unit` on of their scores; meanwhile `ahead` is
 /// fetched. `dim` is even.
 #[inline(always)]
@@ -510,13 +310,15 @@ fn score<S: Simd, C: Cells, const N: usize, const U: usize>(
     assert!(dim <= MAX_HEAD_DIM && unit + U <= UNITS, "the buffers hold it");
     let mut sums = [[s.splat(0.0); U]; N];
     let mut at = keys.map(|keys| keys.first);
-    for block in (0..dim).step_by(SCALE_BLOCK) {
+    // Without scales all dimensions are one block.
+    let step = if C::BYTES == Halves::BYTES { MAX_HEAD_DIM } else { SCALE_BLOCK };
+    for block in (0..dim).step_by(step) {
         let mut scales = [s.splat(0.0); U];
         unrolled!(u in U => {
             // SAFETY: `keys` holds scales for each block of dimensions, where its numbers have any.
             scales[u] = unsafe { C::scales(s, keys[u].scales.wrapping_add(block / SCALE_BLOCK * keys[u].apart)) };
         });
-        for d in (block..dim.min(block + SCALE_BLOCK)).step_by(2) {
+        for d in (block..dim.min(block + step)).step_by(2) {
             for odd in 0..2 {
                 let mut key = [s.splat(0.0); U];
                 unrolled!(u in U => {
@@ -533,7 +335,7 @@ fn score<S: Simd, C: Cells, const N: usize, const U: usize>(
             }
             // What is as large as these two dimensions of the unit.
             let fetched = d * LANES * C::BYTES;
-            if N < MOST && fetched % LINE == 0 {
+            if N < MOST && fetched.is_multiple_of(LINE) {
                 unrolled!(u in U => {
                     prefetch_far(ahead[unit + u].wrapping_add(fetched));
                 });
@@ -547,8 +349,8 @@ fn score<S: Simd, C: Cells, const N: usize, const U: usize>(
     });
 }
 
-/// Caps the scores, turns those that are `seen` into weights relative to the running maximum, the others into zeros, and scales what
-/// has been summed with an earlier maximum.
+/// Caps the scores, turns those that are `seen` into weights relative to the running maximum, the others into zeros, and
+/// scales what has been summed with an earlier maximum.
 #[inline(always)]
 fn softmax_update(
     scores: &mut [[f32; LANES]],
@@ -633,7 +435,7 @@ fn add_values<S: Simd, C: Cells, const N: usize, const U: usize>(
                 // A part of the unit's values for each row and part of these.
                 let next = ahead[t / LANES].wrapping_add((part + t % LANES * U) * LANES * C::BYTES);
                 unrolled!(line in U => {
-                    if line * LANES * C::BYTES % LINE == 0 {
+                    if (line * LANES * C::BYTES).is_multiple_of(LINE) {
                         prefetch_far(next.wrapping_add(line * LANES * C::BYTES));
                     }
                 });

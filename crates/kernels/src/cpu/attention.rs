@@ -12,7 +12,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::Shared;
-use super::attend::{Ahead, Partial, Space, attend_bytes, attend_halves, merge};
+use super::attend::{Partial, Space, attend_bytes, attend_halves, merge};
+use super::cells::Ahead;
 use super::kv::{KvDtype, KvView, RowTile};
 use super::lora::GROUP_ROWS;
 use super::simd::{LANES, Level, dispatch};

@@ -99,6 +99,9 @@ pub struct RowTile<'a> {
     pub blocks: &'a [u32],
 }
 
+/// A position's cosines and sines, `[rotary_dim / 2]` each.
+pub type Angles<'a> = dyn Fn(usize) -> (&'a [f32], &'a [f32]) + Sync + 'a;
+
 /// What is done to the heads of q and k before they meet, in this order. Each may be left out.
 #[derive(Clone, Copy, Default)]
 pub struct HeadPrep<'a> {
@@ -106,7 +109,7 @@ pub struct HeadPrep<'a> {
     pub norms: Option<HeadNorms<'a>>,
     /// A position's cosines and sines, `[rotary_dim / 2]` each, by which the first `rotary_dim` values of each head turn
     /// (RoPE, Su et al. 2021, in Hugging Face's half-split order).
-    pub angles: Option<&'a (dyn Fn(usize) -> (&'a [f32], &'a [f32]) + Sync)>,
+    pub angles: Option<&'a Angles<'a>>,
     /// What q is multiplied with at a position.
     pub q_factor: Option<&'a (dyn Fn(usize) -> f32 + Sync)>,
 }

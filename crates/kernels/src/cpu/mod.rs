@@ -6,6 +6,7 @@
 mod ahead;
 mod attend;
 mod attention;
+mod cells;
 mod kv;
 pub(crate) mod lanes;
 mod lora;
@@ -19,7 +20,7 @@ mod simd;
 mod team;
 
 pub use attention::{AttentionScratch, HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, attention};
-pub use kv::{HeadNorms, HeadPrep, KvDtype, KvShape, KvView, KvViewMut, RowTile, rope_and_store};
+pub use kv::{Angles, HeadNorms, HeadPrep, KvDtype, KvShape, KvView, KvViewMut, RowTile, rope_and_store};
 pub use lora::{Adapters, GROUP_ROWS, LoraPair, RowGroup, shrinks};
 pub use matmul::{Linear, MAX_LAYERS, Next, linear};
 pub use peak::dot_products;

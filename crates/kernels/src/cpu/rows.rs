@@ -158,7 +158,7 @@ multiversion! {
 }
 
 /// 2 sqrt(2 / pi) and what x cubed counts for beside x in [`Activation::GeluTanh`].
-const GELU: (f32, f32) = (1.595_769_1, 0.044_715);
+const GELU: (f32, f32) = (1.595_769_2, 0.044_715);
 
 /// Twice the argument of the tanh in [`Activation::GeluTanh`].
 #[inline(always)]

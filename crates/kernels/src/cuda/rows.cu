@@ -37,7 +37,7 @@ extern "C" __global__ void swiglu(float4* gate, const float4* up, unsigned quads
 
 // gate = gelu(gate) * up, by the approximation with tanh: (1 + tanh(u)) / 2 is the sigmoid of 2 u.
 extern "C" __global__ void geglu(float4* gate, const float4* up, unsigned quads) {
-    gated(gate, up, quads, [](float x) { return x / (1.0f + expf(-1.5957691f * x * (1.0f + 0.044715f * x * x))); });
+    gated(gate, up, quads, [](float x) { return x / (1.0f + expf(-1.5957692f * x * (1.0f + 0.044715f * x * x))); });
 }
 
 // x += y, four values a thread.
