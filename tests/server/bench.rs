@@ -55,10 +55,10 @@ async fn adapters_are_asked_by_name() {
         let line = format!("--streams 3 --adapters {spread} --adapter-prefix mine --prompt-tokens 9 -n 3 --json");
         assert_eq!(report(&server, &key, &line).await["median"]["answered"], 3.0, "{spread}");
     }
-    // The fourth would have to be made; the file of the base, which its shapes come from, is not there.
-    let missing = "--streams 4 --adapters distinct --adapter-prefix mine --base no-such-file.gguf";
+    // The fourth would have to be made, of a layer that the base does not have.
+    let missing = "--streams 4 --adapters distinct --adapter-prefix mine --targets qkv_proj";
     let output = bench(&server, &key, missing).await;
-    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("no-such-file.gguf"));
+    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("the base has no qkv_proj; its linear layers are q_proj"));
     server.stopped().await;
 }
 
