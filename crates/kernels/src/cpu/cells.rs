@@ -33,7 +33,7 @@ pub(super) trait Cells {
     unsafe fn scale<S: Simd>(s: S, at: *const u16) -> S::F;
 }
 
-/// [`KvDtype::F16`], which has no scales.
+/// [`KvDtype::F16`](super::KvDtype::F16), which has no scales.
 pub(super) struct Halves;
 
 impl Cells for Halves {
@@ -56,7 +56,7 @@ impl Cells for Halves {
     }
 }
 
-/// [`KvDtype::Int8`].
+/// [`KvDtype::Int8`](super::KvDtype::Int8).
 pub(super) struct Bytes;
 
 impl Cells for Bytes {
