@@ -58,7 +58,11 @@ async fn adapters_are_asked_by_name() {
     // The fourth would have to be made, of a layer that the base does not have.
     let missing = "--streams 4 --adapters distinct --adapter-prefix mine --targets qkv_proj";
     let output = bench(&server, &key, missing).await;
-    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("the base has no qkv_proj; its linear layers are q_proj"));
+    assert!(
+        !output.status.success()
+            && String::from_utf8_lossy(&output.stderr)
+                .contains("the base has no qkv_proj; its linear layers are q_proj")
+    );
     server.stopped().await;
 }
 
