@@ -12,7 +12,8 @@ use super::quantize::{PANEL, PanelBlock, QuantizedRows};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{Level, unrolled};
-use crate::format::{BLOCK, BlockFormat, Float, Halved, Quants, Scaled, TILE_ROWS};
+use crate::format::float::Float;
+use crate::format::{BLOCK, BlockFormat, Halved, Quants, Scaled, TILE_ROWS};
 
 /// A strip's tiles, and the blocks of a panel of activations that they are multiplied with.
 #[derive(Clone, Copy)]

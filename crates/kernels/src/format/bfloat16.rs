@@ -1,66 +1,26 @@
-//! BF16, bfloat16: the values themselves. In a tile the 16 rows' values of each column.
+//! BF16, bfloat16: the values themselves.
 
 use candle_core::quantized::GgmlDType;
 
-use super::{BLOCK, BlockFormat, Float, TILE_ROWS};
+use super::float::Float;
 use crate::cpu::lanes::MicroKernel;
-use crate::cpu::products::Floats;
 
 /// The format.
 pub struct BF16;
 
-/// Bytes of a value.
-const SIZE: usize = 2;
-
-/// Bytes of a column of a tile.
-const COLUMN: usize = SIZE * TILE_ROWS;
-
-fn value(bytes: &[u8; SIZE]) -> f32 {
-    half::bf16::from_le_bytes(*bytes).to_f32()
-}
-
-impl BlockFormat for BF16 {
+impl Float for BF16 {
     const NAME: &'static str = "BF16";
     const NUMBER: u32 = 30;
-    const VALUES: usize = BLOCK;
-    const FILE_VALUES: usize = 1;
-    const BYTES: usize = SIZE * BLOCK;
-    const TILE_BYTES: usize = COLUMN * BLOCK;
-    const HALVES: &'static [usize] = &[];
-    const CANDLE: Option<GgmlDType> = Some(GgmlDType::BF16);
-    type Kernel = Floats;
+    const CANDLE: GgmlDType = GgmlDType::BF16;
+    const SIZE: usize = 2;
+    const TAME: [u8; 2] = [0x80, 0x3D];
 
-    fn pack(block: &[u8], r: usize, tile: &mut [u8]) {
-        for (value, column) in block.as_chunks::<SIZE>().0.iter().zip(tile.chunks_exact_mut(COLUMN)) {
-            column[SIZE * r..][..SIZE].copy_from_slice(value);
-        }
+    fn value(bytes: &[u8]) -> f32 {
+        half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
     }
 
-    fn unpack(tile: &[u8], r: usize, block: &mut [u8]) {
-        for (value, column) in block.as_chunks_mut::<SIZE>().0.iter_mut().zip(tile.chunks_exact(COLUMN)) {
-            value.copy_from_slice(&column[SIZE * r..][..SIZE]);
-        }
-    }
-
-    fn dequantize(block: &[u8], out: &mut [f32]) {
-        block.as_chunks().0.iter().zip(out).for_each(|(bytes, x)| *x = value(bytes));
-    }
-
-    fn is_sound(block: &[u8]) -> bool {
-        block.as_chunks().0.iter().all(|bytes| value(bytes).is_finite())
-    }
-
-    fn tame(block: &mut [u8]) {
-        for bytes in block.as_chunks_mut::<SIZE>().0 {
-            let last = &mut bytes[SIZE - 1];
-            *last = *last & 0x80 | 0x3D;
-        }
-    }
-}
-
-impl Float for BF16 {
     #[inline(always)]
-    fn column<L: MicroKernel>(l: L, tile: &[u8], c: usize, at: usize) -> L::Float {
-        l.load_bf16(&tile[COLUMN * c + SIZE * at..])
+    fn load<L: MicroKernel>(l: L, bytes: &[u8]) -> L::Float {
+        l.load_bf16(bytes)
     }
 }

@@ -7,6 +7,7 @@
 #![expect(non_camel_case_types, reason = "GGUF's names of the formats")]
 
 mod bfloat16;
+pub(crate) mod float;
 mod float16;
 mod float32;
 mod iq4_nl;
@@ -31,6 +32,7 @@ use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::Multiply;
 
 pub use bfloat16::BF16;
+
 pub use float16::F16;
 pub use float32::F32;
 pub use iq4_nl::IQ4_NL;
@@ -153,12 +155,6 @@ pub(crate) trait Halved: BlockFormat {
 
     /// d, and m where 128 is not what quants are too large by, of the first and the second 16 of the same columns.
     fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], Option<[L::Float; 2]>);
-}
-
-/// A format of floats.
-pub(crate) trait Float: BlockFormat {
-    /// The values of column `c` of a tile, of the rows from `at` on.
-    fn column<L: MicroKernel>(l: L, tile: &[u8], c: usize, at: usize) -> L::Float;
 }
 
 /// A half-precision number in a block.
