@@ -8,10 +8,10 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a bench fails by them")]
 
 use std::hint::black_box;
-use std::time::Instant;
 
 use tenora::device::{self, DeviceSpec};
 use tenora::kernels::cpu::{Team, dot_products};
+use tenora::kernels::testing::{median, read_bandwidth, seconds};
 use tenora::model::Model;
 use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 
@@ -34,34 +34,6 @@ const STEPS: [Step; 3] = [
     Step { name: "decode, 1 stream", sequences: 1, rows: 1, before: BEFORE },
     Step { name: "decode, 16 streams", sequences: 16, rows: 1, before: BEFORE },
 ];
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn seconds(f: impl FnOnce()) -> f64 {
-    let start = Instant::now();
-    f();
-    start.elapsed().as_secs_f64()
-}
-
-/// Bytes a second that all threads read together.
-fn read_bandwidth(team: &Team, memory: &[u64]) -> f64 {
-    let parts = memory.len() / (1 << 16);
-    let time = seconds(|| {
-        team.each(parts, |i| {
-            let part = &memory[i << 16..][..1 << 16];
-            black_box(
-                part.as_chunks::<32>()
-                    .0
-                    .iter()
-                    .fold([0u64; 32], |sums, chunk| std::array::from_fn(|i| sums[i] ^ chunk[i])),
-            );
-        });
-    });
-    (parts << 19) as f64 / time
-}
 
 /// Products of bytes a second of all threads together.
 fn instruction_peak(team: &Team) -> f64 {

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use tenora_kernels::cpu::{AttentionScratch, GROUP_ROWS, KvDtype, KvShape, KvView, RowTile, Team, attention};
 use tenora_kernels::spec::AttentionSpec;
+use tenora_kernels::testing::sinusoid;
 
 /// A base's attention.
 struct Base {
@@ -31,10 +32,6 @@ const BASES: [Base; 4] = [
 const SPANS: [(usize, usize); 5] = [(1, 127), (1, 2047), (1, 8191), (256, 0), (256, 2048)];
 
 const BLOCK_TOKENS: usize = 16;
-
-fn sinusoid(len: usize) -> Vec<f32> {
-    (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
-}
 
 /// Half-precision numbers around 1/16.
 fn halves(len: usize) -> Vec<u16> {
@@ -81,7 +78,7 @@ fn measure(base: &Base, (rows, position): (usize, usize), dtype: KvDtype, rounds
     let count = (position + rows).div_ceil(BLOCK_TOKENS);
     let blocks: Vec<u32> = (0..count as u32).collect();
     let caches: Vec<_> = (0..2 * layers).map(|_| halves(count * shape.block_len())).collect();
-    let (q, mut out) = (sinusoid(rows * heads * head_dim), vec![0.0; rows * heads * head_dim]);
+    let (q, mut out) = (sinusoid(rows * heads * head_dim, 0), vec![0.0; rows * heads * head_dim]);
     let tile = |i: usize| {
         let first = GROUP_ROWS * i;
         RowTile { first, count: GROUP_ROWS.min(rows - first), position: position + first, blocks: &blocks }

@@ -6,13 +6,10 @@
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a bench fails by them")]
 
-use std::hint::black_box;
-use std::time::Instant;
-
 use tenora_kernels::cpu::{Linear, Next, QuantizedRows, RowGroup, Team, linear, prepare};
 use tenora_kernels::format::QType;
 use tenora_kernels::packed::PackedMatrix;
-use tenora_kernels::testing::{random_matrix, sinusoid};
+use tenora_kernels::testing::{median, random_matrix, read_bandwidth, seconds, sinusoid};
 
 const ROUNDS: usize = 15;
 const COLS: usize = 1536;
@@ -20,30 +17,6 @@ const ROWS: usize = 4096;
 /// Bytes of a format's matrices together: more than the caches hold.
 const BYTES: usize = 96 << 20;
 const BATCHES: [usize; 3] = [1, 8, 64];
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn seconds(f: impl FnOnce()) -> f64 {
-    let start = Instant::now();
-    f();
-    start.elapsed().as_secs_f64()
-}
-
-/// Bytes a second that all threads read together.
-fn read_bandwidth(team: &Team, memory: &[u64]) -> f64 {
-    let parts = memory.len() / (1 << 16);
-    let time = seconds(|| {
-        team.each(parts, |i| {
-            let part = &memory[i << 16..][..1 << 16];
-            let sums = part.as_chunks::<32>().0.iter();
-            black_box(sums.fold([0u64; 32], |sums, chunk| std::array::from_fn(|i| sums[i] ^ chunk[i])));
-        });
-    });
-    (parts << 19) as f64 / time
-}
 
 fn quantized(team: &Team, rows: usize) -> QuantizedRows {
     let groups: Vec<_> = (0..rows).map(|first| RowGroup { first, count: 1, adapter: None }).collect();

@@ -1,9 +1,12 @@
-//! What tests share: random matrices, and the count of a thread's allocations.
+//! What tests and benches share: random matrices, the count of a thread's allocations, and measures of the machine.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::hint::black_box;
+use std::time::Instant;
 
 use super::format::QType;
+use crate::cpu::Team;
 
 /// The bytes of a matrix of random blocks whose scales are small normal numbers.
 pub fn random_matrix(qtype: QType, rows: usize, cols: usize, seed: u64) -> Vec<u8> {
@@ -64,4 +67,30 @@ unsafe impl GlobalAlloc for Counting {
         // SAFETY: as above.
         unsafe { System.realloc(at, layout, size) }
     }
+}
+
+/// The middle of some numbers.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Seconds that something takes.
+pub fn seconds(f: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    f();
+    start.elapsed().as_secs_f64()
+}
+
+/// Bytes a second that all threads read together.
+pub fn read_bandwidth(team: &Team, memory: &[u64]) -> f64 {
+    let parts = memory.len() / (1 << 16);
+    let time = seconds(|| {
+        team.each(parts, |i| {
+            let part = &memory[i << 16..][..1 << 16];
+            let sums = part.as_chunks::<32>().0.iter();
+            black_box(sums.fold([0u64; 32], |sums, chunk| std::array::from_fn(|i| sums[i] ^ chunk[i])));
+        });
+    });
+    (parts << 19) as f64 / time
 }
