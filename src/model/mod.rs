@@ -7,6 +7,7 @@ mod exec;
 pub mod groups;
 mod initial;
 mod inspect;
+mod interpret;
 mod kv;
 mod linear;
 mod logits;
@@ -15,7 +16,6 @@ mod rope;
 mod tensors;
 mod tiny;
 pub mod traced;
-mod values;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -9,13 +9,14 @@ use super::batch::{Best, Executor, KvDtype, KvLayout, SequenceChunk};
 use super::rope::RopeTable;
 use crate::adapter::PackedLora;
 use crate::arch::config::{AttentionConfig, LogitConfig, ModelConfig, Temperature};
-use crate::arch::decoder::{Attend, Merge, NormId, SiteId, Step, StepExecutor};
+use crate::arch::decoder::{Attend, NormId, SiteId};
 use crate::error::{Error, Result};
+use crate::kernels::spec::Activation;
 use crate::kernels::tensors::{
     self, DeviceLora, DeviceMatrix, HeadNorms, HeadPrep, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels,
 };
 use crate::model::Model;
-use crate::model::values::Values;
+use crate::model::interpret::{self, TensorOps};
 use crate::weights::Weights;
 
 /// The frozen base on a device: its quantised bytes as they are, norms and angles beside them.
@@ -130,10 +131,7 @@ impl TensorExec {
         self.plan.fill(rows, self.shape);
         self.kernels.upload(&self.plan)?;
         let Self { model, weights, kernels, kv, plan, .. } = self;
-        let values = Values::default();
-        let mut pass = TensorPass { model, weights, kernels: &**kernels, kv, plan, values };
-        pass.run(&model.decoder().steps)?;
-        let hidden = pass.values.x.take()?;
+        let hidden = interpret::hidden(model, TensorPass { model, weights, kernels: &**kernels, kv, plan })?;
         if plan.wanted() == 0 {
             return Ok(None);
         }
@@ -195,11 +193,14 @@ struct TensorPass<'a> {
     kernels: &'a dyn TensorKernels,
     kv: &'a [KvLayer],
     plan: &'a Plan,
-    values: Values,
 }
 
-impl TensorPass<'_> {
-    /// The frozen layer, and on top each row's adapter.
+impl TensorOps for TensorPass<'_> {
+    fn embed(&self, scale: f32) -> Result<Tensor> {
+        let x = self.kernels.embed(&self.weights.embedding, self.plan)?;
+        Ok(if scale == 1.0 { x } else { (x * f64::from(scale))? })
+    }
+
     fn linear(&self, x: &Tensor, site: SiteId) -> Result<Tensor> {
         let (matrix, bias) = &self.weights.linears[site];
         let mut y = self.kernels.matmul(x, matrix)?;
@@ -224,13 +225,12 @@ impl TensorPass<'_> {
         Ok(self.kernels.attention(&q, &attend.spec, kv, self.plan)?)
     }
 
-    fn merge(&self, x: Tensor, y: Tensor, merge: Merge) -> Result<Tensor> {
-        let y = match merge {
-            Merge::Add => y,
-            Merge::Scaled(scale) => (y * f64::from(scale))?,
-            Merge::Normed(norm) => self.norm(&y, norm)?,
-        };
-        Ok(self.kernels.add(x, &y)?)
+    fn gated(&self, activation: Activation, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        Ok(self.kernels.gated(activation, gate, up)?)
+    }
+
+    fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok(self.kernels.add(x, y)?)
     }
 
     fn select(&self, x: &Tensor) -> Result<Tensor> {
@@ -239,46 +239,6 @@ impl TensorPass<'_> {
             return Ok(x.narrow(0, 0, 1)?);
         }
         Ok(self.kernels.select(x, self.plan)?)
-    }
-}
-
-impl StepExecutor for TensorPass<'_> {
-    type Error = Error;
-
-    fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
-        match step {
-            Step::Embed { scale } => {
-                let x = self.kernels.embed(&self.weights.embedding, self.plan)?;
-                self.values.x.put(if *scale == 1.0 { x } else { (x * f64::from(*scale))? });
-            }
-            Step::Project { norm, sites, part } => {
-                let input = self.norm(self.values.x.get()?, *norm)?;
-                let outputs = sites.clone().map(|site| self.linear(&input, site));
-                self.values.put_projected(outputs.collect::<Result<_>>()?, &self.model.config().widths(*part))?;
-            }
-            Step::Attend(attend) => {
-                let qkv = self.values.take_projected()?;
-                self.values.y.put(self.attend(attend, qkv)?);
-            }
-            Step::Gate { activation } => {
-                let [gate, up] = self.values.take_projected()?;
-                self.values.y.put(self.kernels.gated(*activation, gate, &up)?);
-            }
-            Step::Output { site, merge } => {
-                let (x, y) = (self.values.x.take()?, self.values.y.take()?);
-                let y = self.linear(&y, *site)?;
-                self.values.x.put(self.merge(x, y, *merge)?);
-            }
-            Step::Select => {
-                let x = self.values.x.take()?;
-                self.values.x.put(self.select(&x)?);
-            }
-            Step::Finish { norm } => {
-                let x = self.values.x.take()?;
-                self.values.x.put(self.norm(&x, *norm)?);
-            }
-        }
-        Ok(())
     }
 }
 

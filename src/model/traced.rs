@@ -8,14 +8,15 @@ use candle_core::{Device, Tensor, Var};
 
 use crate::adapter::{Lora, LoraLayer, Site};
 use crate::arch::config::AttentionConfig;
-use crate::arch::decoder::{Attend, Merge, NormId, SiteId, Step, StepExecutor};
+use crate::arch::decoder::{Attend, NormId, SiteId};
 use crate::device::{TrainPermit, YieldPoint};
 use crate::error::{Error, Result};
+use crate::kernels::spec::Activation;
 use crate::model::Model;
 use crate::model::autograd::{Attention, Gated, RmsNorm, Rope, to_vec};
+use crate::model::interpret::{self, TensorOps};
 pub use crate::model::linear::Dropout;
 use crate::model::linear::{AdaptedLinear, FrozenLinear, TokenLogprobs};
-use crate::model::values::Values;
 use crate::request::LoraSpec;
 use crate::sync::lock;
 
@@ -178,17 +179,8 @@ impl Model {
         let selected: Vec<u32> = wanted.iter().map(|&(sequence, i)| (rows[sequence].start + i) as u32).collect();
         let positions = sequences.iter().flat_map(|ids| 0..ids.len()).collect();
         let ids = sequences.concat();
-        let mut traced = TracedPass {
-            model: self,
-            pass,
-            ids,
-            positions: Arc::new(positions),
-            sequences: Arc::new(rows),
-            selected,
-            values: Values::default(),
-        };
-        traced.run(&self.decoder().steps)?;
-        traced.values.x.take()
+        let (positions, sequences) = (Arc::new(positions), Arc::new(rows));
+        interpret::hidden(self, TracedPass { model: self, pass, ids, positions, sequences, selected })
     }
 }
 
@@ -200,10 +192,31 @@ struct TracedPass<'a> {
     positions: Arc<Vec<usize>>,
     sequences: Arc<Vec<Range<usize>>>,
     selected: Vec<u32>,
-    values: Values,
 }
 
 impl TracedPass<'_> {
+    /// Prepares heads of q or k; `factors` are of rows.
+    fn prepare(
+        &self,
+        x: Tensor,
+        norm: Option<NormId>,
+        rope: Option<usize>,
+        factors: Option<Vec<f32>>,
+    ) -> Result<Tensor> {
+        let x = match norm {
+            Some(norm) => self.norm(&x, norm)?,
+            None => x,
+        };
+        if rope.is_none() && factors.is_none() {
+            return Ok(x);
+        }
+        let (model, positions) = (self.model.clone(), self.positions.clone());
+        let head_dim = model.config().attention.head_dim;
+        Ok(x.apply_op1(Rope { model, rope, head_dim, positions, factors: factors.map(Arc::new) })?)
+    }
+}
+
+impl TensorOps for TracedPass<'_> {
     fn linear(&self, x: &Tensor, id: SiteId) -> Result<Tensor> {
         let frozen = FrozenLinear { model: self.model.clone(), site: id, compute: self.pass.compute() };
         let Some(layer) = self.pass.lora.and_then(|lora| lora.layers.get(&self.model.site(id))) else {
@@ -226,26 +239,6 @@ impl TracedPass<'_> {
         Ok(x.apply_op1(RmsNorm { model: self.model.clone(), norm })?)
     }
 
-    /// Prepares heads of q or k; `factors` are of rows.
-    fn prepare(
-        &self,
-        x: Tensor,
-        norm: Option<NormId>,
-        rope: Option<usize>,
-        factors: Option<Vec<f32>>,
-    ) -> Result<Tensor> {
-        let x = match norm {
-            Some(norm) => self.norm(&x, norm)?,
-            None => x,
-        };
-        if rope.is_none() && factors.is_none() {
-            return Ok(x);
-        }
-        let (model, positions) = (self.model.clone(), self.positions.clone());
-        let head_dim = model.config().attention.head_dim;
-        Ok(x.apply_op1(Rope { model, rope, head_dim, positions, factors: factors.map(Arc::new) })?)
-    }
-
     fn attend(&self, attend: &Attend, [q, k, v]: [Tensor; 3]) -> Result<Tensor> {
         let AttentionConfig { kv_heads, head_dim, .. } = self.model.config().attention;
         let [q_norm, k_norm] = attend.norms.map_or([None; 2], |norms| norms.map(Some));
@@ -255,53 +248,16 @@ impl TracedPass<'_> {
         Ok(q.apply_op3(&k, &v, Attention { spec: attend.spec, kv_heads, head_dim, sequences, compute })?)
     }
 
-    fn merge(&self, x: Tensor, y: Tensor, merge: Merge) -> Result<Tensor> {
-        Ok(match merge {
-            Merge::Add => (x + y)?,
-            Merge::Scaled(scale) => (x + (y * f64::from(scale))?)?,
-            Merge::Normed(norm) => (x + self.norm(&y, norm)?)?,
-        })
+    fn gated(&self, activation: Activation, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        Ok(gate.apply_op2(up, Gated(activation))?)
+    }
+
+    fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok((x + y)?)
     }
 
     fn select(&self, x: &Tensor) -> Result<Tensor> {
         let rows = Tensor::from_slice(&self.selected, self.selected.len(), &Device::Cpu)?;
         Ok(x.index_select(&rows, 0)?)
-    }
-}
-
-impl StepExecutor for TracedPass<'_> {
-    type Error = Error;
-
-    fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
-        match step {
-            Step::Embed { scale } => self.values.x.put(self.embed(*scale)?),
-            Step::Project { norm, sites, part } => {
-                let input = self.norm(self.values.x.get()?, *norm)?;
-                let outputs = sites.clone().map(|site| self.linear(&input, site));
-                self.values.put_projected(outputs.collect::<Result<_>>()?, &self.model.config().widths(*part))?;
-            }
-            Step::Attend(attend) => {
-                let qkv = self.values.take_projected()?;
-                self.values.y.put(self.attend(attend, qkv)?);
-            }
-            Step::Gate { activation } => {
-                let [gate, up] = self.values.take_projected()?;
-                self.values.y.put(gate.apply_op2(&up, Gated(*activation))?);
-            }
-            Step::Output { site, merge } => {
-                let (x, y) = (self.values.x.take()?, self.values.y.take()?);
-                let y = self.linear(&y, *site)?;
-                self.values.x.put(self.merge(x, y, *merge)?);
-            }
-            Step::Select => {
-                let x = self.values.x.take()?;
-                self.values.x.put(self.select(&x)?);
-            }
-            Step::Finish { norm } => {
-                let x = self.values.x.take()?;
-                self.values.x.put(self.norm(&x, *norm)?);
-            }
-        }
-        Ok(())
     }
 }
