@@ -9,10 +9,12 @@ use std::sync::{Arc, OnceLock};
 #[path = "server/common.rs"]
 #[expect(dead_code, reason = "the server's own tests use the rest")]
 mod common;
+#[path = "golden/values.rs"]
+mod values;
 
 use common::TestServer;
 use serde_json::Value;
-use tenora::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use tenora::adapter::format::Package;
 use tenora::adapter::{Lora, PackedLora};
 use tenora::api::proto::{
     GenerateRequest, ScoreInput, ScoreRequest, Stopping, TokenIds, generate_request, score_input,
@@ -24,9 +26,10 @@ use tenora::model::Model;
 use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 use tenora::model::traced::{ForwardOptions, TracedLora};
 use tenora::request::metric::MARGINS;
-use tenora::request::{ChatMessage, Hyperparameters, JobEvent, LrSchedule, Objective};
+use tenora::request::{ChatMessage, JobEvent, Objective};
 use tenora::text::{Conversation, Text};
 use tenora::train::fit::{CancelToken, FitInputs, FitOutcome, fit};
+use values::{floats, ids, recipe};
 
 fn folder() -> PathBuf {
     std::env::var_os("TENORA_GOLDEN").map_or_else(|| "tests/golden".into(), PathBuf::from)
@@ -59,8 +62,7 @@ fn base() -> &'static (Arc<Model>, Arc<Text>) {
 }
 
 fn package(name: &str) -> Package {
-    let read = |file| std::fs::read(folder().join("adapters").join(name).join(file)).expect("the adapter's file");
-    Package { config: read(CONFIG_FILE), tensors: read(TENSORS_FILE) }
+    values::package(&folder().join("adapters").join(name))
 }
 
 fn adapter(name: &str) -> Option<Lora> {
@@ -68,14 +70,6 @@ fn adapter(name: &str) -> Option<Lora> {
         return None;
     }
     Some(package(name).read(base().0.shape(), 256).expect("the adapter is valid"))
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
-}
-
-fn floats(value: &Value) -> Vec<f64> {
-    value.as_array().expect("numbers").iter().map(|x| x.as_f64().expect("a number")).collect()
 }
 
 /// The entries of a file keyed by adapter: (adapter, entry).
@@ -213,31 +207,6 @@ fn example(prompt: &[u32], completion: &[u32]) -> Conversation {
     Conversation { ids: [prompt, completion].concat(), in_loss }
 }
 
-/// The recipe of a golden run.
-fn recipe(recipe: &Value, steps: usize, batch: usize) -> Hyperparameters {
-    let number = |key: &str| recipe[key].as_f64();
-    assert_eq!(recipe["schedule"], "constant", "the only schedule in the golden files");
-    Hyperparameters {
-        learning_rate: number("lr").expect("lr"),
-        epochs: 1,
-        max_steps: Some(steps as u32),
-        batch_size: batch as u32,
-        gradient_accumulation_steps: 1,
-        warmup_steps: Some(0),
-        schedule: LrSchedule::Constant,
-        weight_decay: number("weight_decay").unwrap_or(0.0),
-        beta1: recipe["betas"][0].as_f64().unwrap_or(0.9),
-        beta2: recipe["betas"][1].as_f64().unwrap_or(0.999),
-        epsilon: number("eps").unwrap_or(1e-8),
-        max_grad_norm: number("clip_grad_norm").expect("clip_grad_norm"),
-        seed: 0,
-        sequential: true,
-        validation_split: 0.0,
-        eval_steps: None,
-        max_length: None,
-    }
-}
-
 struct Step {
     loss: f64,
     grad_norm: f64,
@@ -248,6 +217,7 @@ struct Step {
 fn train(file: &Value, examples: &Examples, objective: Objective, batch: usize) -> (FitOutcome, Vec<Step>) {
     let init = file["recipe"]["init"].as_str().unwrap_or("adapters/sft_init");
     let start = adapter(init.trim_start_matches("adapters/")).expect("the starting adapter");
+    assert_eq!(file["recipe"]["schedule"], "constant", "the only schedule in the golden files");
     let recipe = &recipe(&file["recipe"], file["curve"].as_array().expect("a curve").len(), batch);
     let (arbiter, control) = (Arbiter::new(0.5), CancelToken::default());
     let validation = match examples {

@@ -9,6 +9,8 @@ use std::sync::Arc;
 #[path = "server/common.rs"]
 #[expect(dead_code, reason = "the server's own tests use the rest")]
 mod common;
+#[path = "golden/values.rs"]
+mod values;
 
 use common::TestServer;
 use futures::StreamExt as _;
@@ -22,9 +24,10 @@ use tenora::kernels::log_sum_exp;
 use tenora::model::Model;
 use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 use tenora::model::traced::{ForwardOptions, TracedLora};
-use tenora::request::{Hyperparameters, JobEvent, LrSchedule, Objective};
+use tenora::request::{JobEvent, Objective};
 use tenora::text::{Conversation, Text};
 use tenora::train::fit::{CancelToken, FitInputs, fit};
+use values::{floats, ids, recipe};
 
 /// Of every log-probability on the float32 path, nats.
 const FLOAT_BOUND: f64 = 2e-3;
@@ -70,8 +73,7 @@ impl Base {
     }
 
     fn package(&self, name: &str) -> Package {
-        let read = |file| std::fs::read(self.folder.join(name).join(file)).expect("the adapter's file");
-        Package { config: read(CONFIG_FILE), tensors: read(TENSORS_FILE) }
+        values::package(&self.folder.join(name))
     }
 
     fn adapter(&self, name: &str) -> Lora {
@@ -200,39 +202,9 @@ impl Base {
     }
 }
 
-fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().expect("ids").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
-}
-
-fn floats(value: &Value) -> Vec<f64> {
-    value.as_array().expect("numbers").iter().map(|x| x.as_f64().expect("a number")).collect()
-}
-
 fn differences(got: &[f32], want: &[f64]) -> Vec<f64> {
     assert_eq!(got.len(), want.len());
     got.iter().zip(want).map(|(got, want)| (f64::from(*got) - want).abs()).collect()
-}
-
-fn recipe(sft: &Value, steps: usize, batch: usize) -> Hyperparameters {
-    Hyperparameters {
-        learning_rate: sft["lr"].as_f64().expect("lr"),
-        epochs: 1,
-        max_steps: Some(steps as u32),
-        batch_size: batch as u32,
-        gradient_accumulation_steps: 1,
-        warmup_steps: Some(0),
-        schedule: LrSchedule::Constant,
-        weight_decay: 0.0,
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        max_grad_norm: sft["clip_grad_norm"].as_f64().expect("clip_grad_norm"),
-        seed: 0,
-        sequential: true,
-        validation_split: 0.0,
-        eval_steps: None,
-        max_length: None,
-    }
 }
 
 #[test]

@@ -159,10 +159,15 @@ impl Request {
 
 /// Prompts that begin alike for a while.
 fn requests() -> impl Strategy<Value = Vec<Request>> {
+    requests_of(60, 24, 9)
+}
+
+/// Fewer than `count` prompts, of which fewer than `alike` tokens are alike, each for fewer than `answer` tokens.
+fn requests_of(alike: u32, answer: u32, count: usize) -> impl Strategy<Value = Vec<Request>> {
     let request = (
         prop::option::of(0usize..2),
-        (0u32..60, prop::collection::vec(0u32..256, 1..12)),
-        1u32..24,
+        (0..alike, prop::collection::vec(0u32..256, 1..12)),
+        1..answer,
         prop::sample::select(vec![0.0f32, 0.9]),
         0u64..4,
     );
@@ -173,7 +178,7 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
         temperature,
         seed,
     });
-    prop::collection::vec(request, 1..9)
+    prop::collection::vec(request, 1..count)
 }
 
 /// The stream of a spec that asks for one answer.

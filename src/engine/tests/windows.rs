@@ -43,32 +43,13 @@ fn tight_pages(step_rows: u64, pages: u64) -> Limits {
     Limits { kv_cache_bytes, ..tight(step_rows, 1) }
 }
 
-/// Long prompts that begin alike for a while, and long answers.
-fn long_requests() -> impl Strategy<Value = Vec<Request>> {
-    let request = (
-        prop::option::of(0usize..2),
-        (0u32..140, prop::collection::vec(0u32..256, 1..12)),
-        1u32..100,
-        prop::sample::select(vec![0.0f32, 0.9]),
-        0u64..4,
-    );
-    let request = request.prop_map(|(adapter, (alike, tail), max_tokens, temperature, seed)| Request {
-        adapter,
-        prompt: (0..alike).chain(tail).collect(),
-        max_tokens,
-        temperature,
-        seed,
-    });
-    prop::collection::vec(request, 1..6)
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
 
     /// Any company, chunking, preemption and reuse, with pages that go and come: the bits of an engine that keeps everything.
     #[test]
     fn an_answer_does_not_depend_on_what_is_given_back(
-        requests in long_requests(),
+        requests in requests_of(140, 100, 6),
         step_rows in 2u64..40,
         spare in 0u64..30,
         percent in prop::sample::select(vec![0u64, 30, 100]),
