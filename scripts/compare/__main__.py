@@ -1,13 +1,18 @@
 """Compares Tenora with llama.cpp on this machine and writes benches/RESULTS.md. See benches/compare.md.
 
-usage: python3 scripts/compare [--only LINE] [--rounds N]
+usage: python3 scripts/compare [--base FILE] [--only LINE] [--rounds N]
 """
 
 import argparse
+import pathlib
 import shlex
 import statistics
 import sys
 
+# What all scripts share.
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+import bases
 import llama
 import report
 import tenora
@@ -16,19 +21,30 @@ from lines import LINES
 
 def main():
     parser = argparse.ArgumentParser(prog='scripts/compare', description=__doc__.splitlines()[0])
-    parser.add_argument('--only', action='append', choices=LINES, metavar='LINE', help=f'one of {", ".join(LINES)}; may be repeated')
+    parser.add_argument('--base', type=pathlib.Path, action='append', metavar='FILE',
+                        help='compare on this GGUF file in place of the default base; may be repeated')
+    parser.add_argument('--only', action='append', metavar='LINE', help='measure this line alone; may be repeated')
     parser.add_argument('--rounds', type=int, default=5, help='measurements of each side, in turn (default 5)')
     arguments = parser.parse_args()
     if not tenora.BINARY.exists():
         raise SystemExit(f'{tenora.BINARY} is missing: cargo build --release, or say where it is with TENORA')
     llama.prepare()
-    for name in arguments.only or LINES:
-        measure(name, arguments.rounds)
+    if not arguments.base:
+        measure_all(LINES, arguments)
+    for path in arguments.base or []:
+        measure_all(bases.lines(bases.Base(path)), arguments)
 
 
-def measure(name, rounds):
-    line = LINES[name]
-    print(f'{name}: {line.title}', flush=True)
+def measure_all(lines, arguments):
+    """Measures the lines that are asked for, of those that there are."""
+    if unknown := set(arguments.only or lines) - set(lines):
+        raise SystemExit(f'{", ".join(unknown)}: no line is called so; there are {", ".join(lines)}')
+    for name in arguments.only or lines:
+        measure(lines[name], arguments.rounds)
+
+
+def measure(line, rounds):
+    print(line.title, flush=True)
     with line.sides() as sides:
         values = {side: [] for side in sides}
         # The first round warms up and does not count.
@@ -38,13 +54,14 @@ def measure(name, rounds):
                 print(f'  round {number}  {side}: {value:.1f} {line.unit}', flush=True)
                 if number > 0:
                     values[side].append(value)
+    medians = {side: statistics.median(of) for side, of in values.items()}
+    for side, median in medians.items():
+        print(f'  median  {side}: {median:.1f} {line.unit}')
+    found = report.asked(line, medians)
+    for words in found:
+        print(f'  {words}')
     command = f'python3 scripts/compare {shlex.join(sys.argv[1:])}'.strip()
-    kept = report.keep(name, line, values, command)
-    for side, of in values.items():
-        print(f'  median  {side}: {statistics.median(of):.1f} {line.unit}')
-    for found in kept[name]['asked']:
-        print(f'  {found}')
-    report.write(kept, LINES)
+    report.write(line.title, report.section(line, values, found, command))
 
 
 main()

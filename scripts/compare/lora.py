@@ -2,7 +2,7 @@
 
 Float32 is what llama.cpp's own converter writes unless told otherwise, and its CPU code is faster with it than with half precision.
 
-GGUF files of llama-family models hold the output rows of attn_q and attn_k in another order than PEFT (rotary pairs next to each other, where PEFT
+GGUF files of llama and its like hold the output rows of attn_q and attn_k in another order than PEFT (rotary pairs next to each other, where PEFT
 has them half a head apart), so lora_B's rows move with them.
 """
 
@@ -12,6 +12,7 @@ import struct
 NAMES = {
     'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
     'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down',
+    'self_attn.qkv_proj': 'attn_qkv', 'mlp.gate_up_proj': 'ffn_up',
 }
 # How struct reads safetensors' dtypes.
 DTYPES = {'F32': 'f', 'F16': 'e'}
@@ -20,8 +21,8 @@ F32 = 0
 STRING, FLOAT32 = 8, 6
 ALIGNMENT = 32
 
-# Of the default base: the size of a head, in rows of attn_q and attn_k.
-HEAD = 64
+# Architectures whose rows of attn_q and attn_k GGUF has in another order.
+INTERLEAVED = 'llama', 'granite', 'mistral3'
 
 
 def read_safetensors(path):
@@ -42,30 +43,30 @@ def float32(data, kind):
     return struct.pack(f'<{count}f', *struct.unpack(f'<{count}{kind}', data))
 
 
-def interleave(rows):
-    """Rows of every head from [first half, second half] to alternating."""
-    half = HEAD // 2
-    return [rows[head + (i % 2) * half + i // 2] for head in range(0, len(rows), HEAD) for i in range(HEAD)]
+def interleave(rows, width):
+    """Rows of every head, each of so many, from [first half, second half] to alternating."""
+    half = width // 2
+    return [rows[head + (i % 2) * half + i // 2] for head in range(0, len(rows), width) for i in range(width)]
 
 
-def convert(name, shape, data):
+def convert(base, name, shape, data):
     """A tensor's name and bytes in GGUF."""
     _, _, _, _, layer, *module, factor, _ = name.split('.')
     module = NAMES['.'.join(module)]
-    if factor == 'lora_B' and module in ('attn_q', 'attn_k'):
+    if base['architecture'] in INTERLEAVED and factor == 'lora_B' and module in ('attn_q', 'attn_k'):
         row = len(data) // shape[0]
-        data = b''.join(interleave([data[i * row:(i + 1) * row] for i in range(shape[0])]))
+        data = b''.join(interleave([data[i * row:(i + 1) * row] for i in range(shape[0])], base['head_dim']))
     return f'blk.{layer}.{module}.weight.{factor.lower()}', data
 
 
-def write_gguf(folder, path):
-    """Writes the adapter of a PEFT folder as a GGUF file."""
+def write_gguf(base, folder, path):
+    """Writes the adapter of a PEFT folder as a GGUF file. `base`: what `tenora models inspect --json` says of its base."""
     config = json.loads((folder / 'adapter_config.json').read_text())
     tensors = []
     for name, shape, data in read_safetensors(folder / 'adapter_model.safetensors'):
-        tensors.append((*convert(name, shape, data), shape))
+        tensors.append((*convert(base, name, shape, data), shape))
     fields = [
-        ('general.architecture', STRING, string('llama')),
+        ('general.architecture', STRING, string(base['architecture'])),
         ('general.type', STRING, string('adapter')),
         ('adapter.type', STRING, string('lora')),
         ('adapter.lora.alpha', FLOAT32, struct.pack('<f', config['lora_alpha'])),

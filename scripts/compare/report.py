@@ -1,14 +1,12 @@
-"""benches/RESULTS.md: the part between two marks, made anew from the results kept in the cache."""
+"""benches/RESULTS.md: a section for each line between two marks; a line that is measured again replaces its own."""
 
-import json
 import platform
 import statistics
 import time
 
-from places import CACHE, REPOSITORY, THREADS, run
+from places import REPOSITORY, THREADS, run
 
 RESULTS = REPOSITORY / 'benches' / 'RESULTS.md'
-KEPT = CACHE / 'results.json'
 BEGIN, END = '<!-- compare: begin -->', '<!-- compare: end -->'
 
 
@@ -22,19 +20,6 @@ def machine():
     vector = [flag for flag in ('avx2', 'avx512f', 'avx512_vnni', 'avx_vnni', 'amx_int8') if flag in flags]
     cores = run('nproc').strip()
     return f'{info.get("model name", platform.machine())}, {cores} cores, {" ".join(vector) or "no AVX2"}, {THREADS} threads each side'
-
-
-def keep(name, line, values, command):
-    """Adds a line's figures to those of earlier runs."""
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    dirty = ' with changes' if run('git', 'status', '--porcelain', '--', 'src', 'Cargo.toml', cwd=REPOSITORY).strip() else ''
-    kept[name] = {
-        'title': line.title, 'unit': line.unit, 'values': values, 'machine': machine(), 'date': time.strftime('%Y-%m-%d'),
-        'commit': run('git', 'rev-parse', '--short=12', 'HEAD', cwd=REPOSITORY).strip() + dirty, 'command': command,
-        'asked': asked(line, {side: statistics.median(of) for side, of in values.items()}),
-    }
-    KEPT.write_text(json.dumps(kept, indent=1))
-    return kept
 
 
 def asked(line, medians):
@@ -53,19 +38,23 @@ def asked(line, medians):
     return found
 
 
-def section(kept):
-    text = f'### {kept["title"]}\n\n| {kept["unit"]} | median | least | most | rounds |\n|---|---|---|---|---|\n'
-    for side, values in kept['values'].items():
-        median, least, most = (f'{of(values):.1f}' for of in (statistics.median, min, max))
-        text += f'| {side} | {median} | {least} | {most} | {len(values)} |\n'
-    text += '\n' + ''.join(f'- {line}\n' for line in kept['asked'])
-    return text + f'\n{kept["machine"]}; {kept["date"]}, commit {kept["commit"]}, `{kept["command"]}`\n'
+def section(line, values, found, command):
+    """The table of a line, and where, when and how it was measured."""
+    text = f'### {line.title}\n\n| {line.unit} | median | least | most | rounds |\n|---|---|---|---|---|\n'
+    for side, of_side in values.items():
+        median, least, most = (f'{of(of_side):.1f}' for of in (statistics.median, min, max))
+        text += f'| {side} | {median} | {least} | {most} | {len(of_side)} |\n'
+    text += '\n' + ''.join(f'- {words}\n' for words in found)
+    dirty = ' with changes' if run('git', 'status', '--porcelain', '--', 'src', 'crates', 'Cargo.toml', cwd=REPOSITORY).strip() else ''
+    commit = run('git', 'rev-parse', '--short=12', 'HEAD', cwd=REPOSITORY).strip() + dirty
+    return text + f'\n{machine()}; {time.strftime("%Y-%m-%d")}, commit {commit}, `{command}`\n'
 
 
-def write(kept, order):
-    """Replaces what lies between the marks."""
-    body = '\n'.join(section(kept[name]) for name in order if name in kept)
+def write(title, section):
+    """Puts a section in the place of the one with its title, or behind all others."""
     text = RESULTS.read_text()
     before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    RESULTS.write_text(f'{before}{BEGIN}\n\n{body}\n{END}{after}')
+    body, _, after = rest.partition(END)
+    sections = {part.partition('\n')[0]: f'### {part.rstrip()}\n' for part in body.split('### ')[1:]}
+    sections[title] = section
+    RESULTS.write_text(f'{before}{BEGIN}\n\n{chr(10).join(sections.values())}\n{END}{after}')

@@ -8,7 +8,6 @@ import subprocess
 import time
 
 from places import CACHE, REPOSITORY, Process, THREADS, run
-from llama import MODELS
 
 BINARY = pathlib.Path(os.environ.get('TENORA', REPOSITORY / 'target' / 'release' / 'tenora'))
 TENANT = 'bench'
@@ -22,15 +21,20 @@ def known_limits(limits):
     return {name: value for name, value in limits.items() if name in listed}
 
 
+def inspect(base):
+    """What a base is."""
+    return json.loads(run(BINARY, 'models', 'inspect', '--json', base))
+
+
 class Server(Process):
     """`data`: a folder below the cache, kept between runs with the adapters in it."""
 
-    def __init__(self, data='data', limits=NO_PREFIX_CACHE):
+    def __init__(self, base, data='data', limits=NO_PREFIX_CACHE, options=()):
         self.data = CACHE / data
-        options = [f'--limit={name}={value}' for name, value in known_limits(limits).items()]
+        limits = [f'--limit={name}={value}' for name, value in known_limits(limits).items()]
         super().__init__(f'tenora-{data}', [
             BINARY, 'serve', '--listen', '127.0.0.1:0', '--insecure-no-auth', '--data-dir', self.data,
-            '--base', MODELS['Q4_1'], '--threads', THREADS, *options])
+            '--base', base, '--threads', THREADS, *limits, *options])
 
     def wait_until_ready(self):
         while not (lines := [line for line in self.log.read_text().splitlines() if line.startswith('listening on ')]):
@@ -41,14 +45,14 @@ class Server(Process):
         if f'"tenants/{TENANT}"' not in tenants:
             run(BINARY, 'tenants', '--server', self.url, 'create', TENANT)
 
-    def bench_command(self, *options):
+    def bench_command(self, *options, seed=None):
+        seed = random.randrange(1 << 31) if seed is None else seed
         return [str(word) for word in (
-            BINARY, 'bench', '--json', '--server', self.url, '--tenant', TENANT,
-            '--seed', random.randrange(1 << 31), *options)]
+            BINARY, 'bench', '--json', '--server', self.url, '--tenant', TENANT, '--seed', seed, *options)]
 
-    def bench(self, *options):
-        """What `tenora bench` reports: all of it, as it prints it with --json. Every call sends prompts of its own."""
-        report = json.loads(run(*self.bench_command(*options)))
+    def bench(self, *options, seed=None):
+        """What `tenora bench` reports: all of it, as it prints it with --json. Without a seed every call sends prompts of its own."""
+        report = json.loads(run(*self.bench_command(*options, seed=seed)))
         if report['errors']:
             raise SystemExit(f'requests have failed: {report["errors"]}')
         return report
