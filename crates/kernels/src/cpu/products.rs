@@ -8,7 +8,7 @@ use super::ahead::PrefetchPlan;
 use super::lanes::{Avx2Maddubs, Avx512Vnni};
 use super::lanes::{MicroKernel, Plain};
 use super::matmul::Outputs;
-use super::quantize::{PANEL, PanelBlock, QuantizedRows};
+use super::quantize::{Halves, PANEL, PanelBlock, QuantizedRows};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{Level, unrolled};
@@ -20,6 +20,7 @@ use crate::format::{BLOCK, BlockFormat, Halved, Quants, Scaled, TILE_ROWS};
 pub(crate) struct Operands<'a> {
     tiles: &'a [u8],
     panel: &'a [PanelBlock],
+    halves: &'a [Halves],
     /// The first of the rows of the panel.
     first: usize,
 }
@@ -91,19 +92,20 @@ impl<F: Halved> Multiply<F> for TwoScales {
         ahead: &mut PrefetchPlan<'_>,
     ) -> [L::Float; N] {
         let mut sums = [l.zero(); N];
-        for (tile, blocks) in of.tiles.chunks_exact(F::TILE_BYTES).zip(of.panel.chunks_exact(F::VALUES / BLOCK)) {
-            for (b, block) in blocks.iter().enumerate() {
+        let panel = of.panel.chunks_exact(F::VALUES / BLOCK).zip(of.halves.chunks_exact(F::VALUES / BLOCK));
+        for (tile, (blocks, halves)) in of.tiles.chunks_exact(F::TILE_BYTES).zip(panel) {
+            for (b, (block, halves)) in blocks.iter().zip(halves).enumerate() {
                 ahead.fetch();
                 let (d, m) = F::scales(l, tile, b, at);
                 let w = l.ready_halves(F::quants(l, tile, b, at), F::SHIFT);
                 unrolled!(part in N by P => {
                     let from = of.first + part;
-                    let t: [_; P] = l.dot_halves(&w, F::SHIFT, m.is_none(), block, from);
+                    let t: [_; P] = l.dot_halves(&w, F::SHIFT, m.is_none().then_some(halves), block, from);
                     unrolled!(r in P => {
                         let (shift, mut sum) = (block.shift[from + r], sums[part + r]);
                         if let Some(m) = m {
                             // m0 first + m1 (sum - first).
-                            sum = l.mul_add(l.sub(m[0], m[1]), block.first_sum[from + r], sum);
+                            sum = l.mul_add(l.sub(m[0], m[1]), halves.first_sum[from + r], sum);
                             sum = l.mul_add(m[1], block.sum[from + r], sum);
                         }
                         sum = l.add_product(t[r][0], shift, d[0], sum);
@@ -187,7 +189,7 @@ fn group<L: MicroKernel, F: BlockFormat, const N: usize, const P: usize>(
     row: usize,
     out: Outputs<'_>,
 ) {
-    let of = Operands { tiles, panel: x.panel(row / PANEL), first: row % PANEL };
+    let of = Operands { tiles, panel: x.panel(row / PANEL), halves: x.halves(row / PANEL), first: row % PANEL };
     assert!(of.first + N <= PANEL, "the rows lie in one panel");
     for at in (0..TILE_ROWS).step_by(L::ROWS) {
         let sums = F::Kernel::sums::<L, N, P>(l, of, at, ahead);

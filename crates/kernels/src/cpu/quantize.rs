@@ -21,7 +21,8 @@ const SMALLEST: f32 = 1e-30;
 /// Rows of a panel.
 pub(super) const PANEL: usize = 8;
 
-/// A block of 32 columns of a panel's rows, as the matmul reads them: one stream of memory for all of its rows.
+/// A block of 32 columns of a panel's rows, as the matmul reads them: one stream of memory for all of its rows. What only
+/// some formats read lies elsewhere, in [`Halves`]: a panel of many columns just fits a core's first cache.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(32))]
 pub(crate) struct PanelBlock {
@@ -30,14 +31,21 @@ pub(crate) struct PanelBlock {
     pub shift: [Shift; PANEL],
     /// The sum of the block's values, in the row's unit.
     pub sum: [f32; PANEL],
-    /// The sum of the first half's.
-    pub first_sum: [f32; PANEL],
-    /// The sum of the block's values and those of its halves, before the shift, negative: what a product with quants
-    /// that are 128 too large has too much, in high bytes.
+    /// The sum of the block's values before the shift, negative: what a product with quants that are 128 too large has
+    /// too much, in high bytes.
     pub less: [i32; PANEL],
-    pub half_less: [[i32; PANEL]; 2],
     /// See [`Split::pairs`](super::simd::Split::pairs).
     pub pairs: [i32; PANEL],
+}
+
+/// What formats with a scale for each half of a block need to know of a [`PanelBlock`] beside it.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(32))]
+pub(crate) struct Halves {
+    /// The sum of the first half's values, in the row's unit.
+    pub first_sum: [f32; PANEL],
+    /// As [`PanelBlock::less`], of each half.
+    pub less: [[i32; PANEL]; 2],
 }
 
 /// A power of two, as what is to be added to a float's bits for a multiplication by it: the exponent in its place.
@@ -72,11 +80,11 @@ const EMPTY: PanelBlock = PanelBlock {
     quants: [[[0; BLOCK]; 2]; PANEL],
     shift: [Shift(0); PANEL],
     sum: [0.0; PANEL],
-    first_sum: [0.0; PANEL],
     less: [0; PANEL],
-    half_less: [[0; PANEL]; 2],
     pairs: [0; PANEL],
 };
+
+const NO_HALVES: Halves = Halves { first_sum: [0.0; PANEL], less: [[0; PANEL]; 2] };
 
 /// Quantised rows `[rows, cols]`, in panels of 8 rows, the last one filled up.
 #[derive(Debug, Default)]
@@ -85,6 +93,8 @@ pub struct QuantizedRows {
     blocks: usize,
     /// `[panels, blocks]`.
     panels: Vec<PanelBlock>,
+    /// As many.
+    halves: Vec<Halves>,
     /// Of each row.
     units: Vec<f32>,
 }
@@ -95,6 +105,7 @@ pub(super) struct RowWriter {
     rows: usize,
     blocks: usize,
     panels: *mut PanelBlock,
+    halves: *mut Halves,
     units: *mut f32,
 }
 
@@ -109,8 +120,10 @@ impl QuantizedRows {
         let blocks = cols / BLOCK;
         (self.rows, self.blocks) = (rows, blocks);
         self.panels.resize(rows.div_ceil(PANEL) * blocks, EMPTY);
+        self.halves.resize(self.panels.len(), NO_HALVES);
         self.units.resize(rows, 0.0);
-        RowWriter { rows, blocks, panels: self.panels.as_mut_ptr(), units: self.units.as_mut_ptr() }
+        let (panels, halves) = (self.panels.as_mut_ptr(), self.halves.as_mut_ptr());
+        RowWriter { rows, blocks, panels, halves, units: self.units.as_mut_ptr() }
     }
 
     /// Returns how many rows there are.
@@ -127,6 +140,12 @@ impl QuantizedRows {
     #[inline(always)]
     pub(super) fn panel(&self, i: usize) -> &[PanelBlock] {
         &self.panels[i * self.blocks..][..self.blocks]
+    }
+
+    /// What belongs to [`QuantizedRows::panel`].
+    #[inline(always)]
+    pub(super) fn halves(&self, i: usize) -> &[Halves] {
+        &self.halves[i * self.blocks..][..self.blocks]
     }
 
     #[inline(always)]
@@ -153,6 +172,7 @@ impl RowWriter {
         let to = unsafe {
             Place {
                 blocks: self.panels.add(row / PANEL * self.blocks),
+                halves: self.halves.add(row / PANEL * self.blocks),
                 row: row % PANEL,
                 unit: &mut *self.units.add(row),
             }
@@ -161,9 +181,10 @@ impl RowWriter {
     }
 }
 
-/// Where a quantised row goes: a panel's blocks, of which this row alone is ours.
+/// Where a quantised row goes: a panel's blocks and what belongs to them, of which this row alone is ours.
 struct Place<'a> {
     blocks: *mut PanelBlock,
+    halves: *mut Halves,
     row: usize,
     unit: &'a mut f32,
 }
@@ -193,11 +214,12 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
             let split = s.split(x, by, high, low);
             (*block).shift[to.row] = Shift(shift << EXPONENT);
             (*block).sum[to.row] = (split.sum << shift) as f32;
-            (*block).first_sum[to.row] = (split.first_sum << shift) as f32;
             (*block).less[to.row] = -split.sum;
-            (*block).half_less[0][to.row] = -split.first_sum;
-            (*block).half_less[1][to.row] = split.first_sum - split.sum;
             (*block).pairs[to.row] = split.pairs;
+            let halves = to.halves.add(b);
+            (*halves).first_sum[to.row] = (split.first_sum << shift) as f32;
+            (*halves).less[0][to.row] = -split.first_sum;
+            (*halves).less[1][to.row] = split.first_sum - split.sum;
         }
     }
 }
@@ -239,13 +261,15 @@ mod tests {
             // SAFETY: the rows are alive and written one by one.
             [1, PANEL + 1].into_iter().for_each(|row| unsafe { writer.write_at(level, row, x) });
             let row = |row: usize| {
-                let own = |block: &PanelBlock| {
-                    let sums = (block.sum[1], block.first_sum[1], block.less[1], block.half_less.map(|half| half[1]));
+                let own = |(block, halves): (&PanelBlock, &Halves)| {
+                    let sums = (block.sum[1], halves.first_sum[1], block.less[1], halves.less.map(|half| half[1]));
                     (block.quants[1], block.shift[1], sums, block.pairs[1])
                 };
                 // The quants of a row whose unit is not a number are anything.
                 let unit = q.unit(row);
-                (!unit.is_nan()).then(|| (unit, q.panel(row / PANEL).iter().map(own).collect::<Vec<_>>()))
+                (!unit.is_nan()).then(|| {
+                    (unit, q.panel(row / PANEL).iter().zip(q.halves(row / PANEL)).map(own).collect::<Vec<_>>())
+                })
             };
             assert_eq!(row(1), row(PANEL + 1), "the same row wherever it lies");
             row(1)

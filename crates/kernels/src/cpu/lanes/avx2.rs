@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{MicroKernel, PanelBlock, Shift, four};
+use super::{Halves, MicroKernel, PanelBlock, Shift, four};
 use crate::cpu::simd::{Avx2, unrolled};
 use crate::format::{BLOCK, FOURS};
 
@@ -274,7 +274,7 @@ impl MicroKernel for Avx2Maddubs {
         self,
         w: &Self::Quants,
         shift: u32,
-        centred: bool,
+        centred: Option<&Halves>,
         x: &PanelBlock,
         first: usize,
     ) -> [[__m256i; 2]; P] {
@@ -288,7 +288,7 @@ impl MicroKernel for Avx2Maddubs {
                 let all = unsafe {
                     _mm256_sll_epi32(self.join(self.sum(w, most, high, vectors), low), _mm_cvtsi32_si128(shift as i32))
                 };
-                *sum = if centred { self.add_to(all, 128 * x.half_less[half][first + r]) } else { all };
+                *sum = centred.map_or(all, |halves| self.add_to(all, 128 * halves.less[half][first + r]));
             }
         });
         sums

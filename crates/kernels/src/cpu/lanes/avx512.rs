@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{MicroKernel, PanelBlock, Shift, four};
+use super::{Halves, MicroKernel, PanelBlock, Shift, four};
 use crate::cpu::simd::{Avx512, unrolled};
 use crate::format::{BLOCK, FOURS};
 
@@ -327,15 +327,15 @@ impl MicroKernel for Avx512Vnni {
         self,
         q: &Quants,
         _: u32,
-        centred: bool,
+        centred: Option<&Halves>,
         x: &PanelBlock,
         first: usize,
     ) -> [[__m512i; 2]; P] {
         let mut sums = [[q.start; 2]; P];
         unrolled!(r in P => {
             let mut starts = [self.splat(0); 2];
-            if centred {
-                starts = [self.splat(x.half_less[0][first + r]), self.splat(x.half_less[1][first + r])];
+            if let Some(halves) = centred {
+                starts = halves.less.map(|less| self.splat(less[first + r]));
             }
             sums[r][0] = self.dot::<P>(starts[0], q, &x.quants[first + r], 0..HALF);
             sums[r][1] = self.dot::<P>(starts[1], q, &x.quants[first + r], HALF..FOURS);

@@ -7,7 +7,7 @@ mod avx2;
 mod avx512;
 mod plain;
 
-use super::quantize::{PanelBlock, Shift};
+use super::quantize::{Halves, PanelBlock, Shift};
 use crate::format::FOURS;
 
 #[cfg(target_arch = "x86_64")]
@@ -86,12 +86,12 @@ pub(crate) trait MicroKernel: Copy {
     /// The same for quants less 128.
     fn dot_bytes<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P];
     /// The same for columns 0 to 15 and 16 to 31 by themselves, of quants as [`MicroKernel::ready_halves`] takes them;
-    /// less 128 if `centred`.
+    /// less 128 where `centred` says what belongs to the block.
     fn dot_halves<const P: usize>(
         self,
         w: &Self::Quants,
         shift: u32,
-        centred: bool,
+        centred: Option<&Halves>,
         x: &PanelBlock,
         first: usize,
     ) -> [[Self::Int; 2]; P];

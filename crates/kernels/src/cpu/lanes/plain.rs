@@ -1,6 +1,6 @@
 //! Any machine.
 
-use super::{MicroKernel, PanelBlock, Shift};
+use super::{Halves, MicroKernel, PanelBlock, Shift};
 use crate::cpu::simd::f16_value;
 use crate::format::{BLOCK, FOURS, TILE_ROWS};
 
@@ -160,11 +160,11 @@ impl MicroKernel for Plain {
         self,
         w: &Self::Quants,
         _: u32,
-        centred: bool,
+        centred: Option<&Halves>,
         x: &PanelBlock,
         first: usize,
     ) -> [[Self::Int; 2]; P] {
-        let value = |w: u8| i32::from(w) - if centred { 128 } else { 0 };
+        let value = |w: u8| i32::from(w) - if centred.is_some() { 128 } else { 0 };
         std::array::from_fn(|i| {
             [0, 1].map(|half| {
                 let x = x.quants[first + i].each_ref().map(|part| &part[BLOCK / 2 * half..][..BLOCK / 2]);
