@@ -42,7 +42,8 @@ impl Exec {
         // As many as the cache has, so that growing sequences take no memory.
         let rows = Rows { tables: Vec::with_capacity(kv.blocks * groups.count()), ..Rows::default() };
         let kv = KvCache::new(model.config(), kv, groups.layers_per_page);
-        Ok(Self { model, groups, kv, rows, pairs: Vec::new(), buffers: Buffers::default(), logits: Vec::new() })
+        let buffers = Buffers::new(&model);
+        Ok(Self { model, groups, kv, rows, pairs: Vec::new(), buffers, logits: Vec::new() })
     }
 }
 
@@ -164,7 +165,7 @@ impl Rows {
 }
 
 /// Activations, `[rows, width]` each.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Buffers {
     outs: Outs,
     /// What was normed, or what attention gave.
@@ -173,6 +174,18 @@ struct Buffers {
     quantized: QuantizedRows,
     shrunk: Vec<f32>,
     attention: AttentionScratch,
+}
+
+impl Buffers {
+    fn new(model: &Model) -> Self {
+        Self {
+            outs: Outs::default(),
+            input: Vec::new(),
+            quantized: QuantizedRows::new(model.formats()),
+            shrunk: Vec::new(),
+            attention: AttentionScratch::default(),
+        }
+    }
 }
 
 /// What the frozen layers give.

@@ -28,6 +28,7 @@ use crate::arch::decoder::{Decoder, NormId, SiteId};
 use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{HEAD_DIM_STEP, KvShape, MAX_GROUP, MAX_HEAD_DIM};
+use crate::kernels::format::QType;
 use crate::kernels::packed::PackedMatrix;
 use crate::text::{Text, Vocabulary};
 use crate::weights::{Progress, Weights};
@@ -236,6 +237,11 @@ impl Model {
     /// `[out, in]`.
     fn matrix(&self, site: SiteId) -> &PackedMatrix {
         &self.weights.linears[site].matrix
+    }
+
+    /// The formats of all frozen layers and of the head.
+    fn formats(&self) -> impl Iterator<Item = QType> {
+        self.weights.linears.iter().map(|linear| linear.matrix.qtype()).chain([self.head().qtype()])
     }
 
     /// `[out]`.

@@ -20,7 +20,7 @@ const BATCHES: [usize; 3] = [1, 8, 64];
 
 fn quantized(team: &Team, rows: usize) -> QuantizedRows {
     let groups: Vec<_> = (0..rows).map(|first| RowGroup { first, count: 1, adapter: None }).collect();
-    let (mut x, mut q) = (sinusoid(rows * COLS, 1), QuantizedRows::default());
+    let (mut x, mut q) = (sinusoid(rows * COLS, 1), QuantizedRows::new(FORMATS.iter().copied()));
     prepare(team, &groups, (&mut x, COLS), &mut q, None, |_, _| {});
     q
 }

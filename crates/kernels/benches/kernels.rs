@@ -40,7 +40,7 @@ fn matmul(c: &mut Criterion) {
         let mut group = c.benchmark_group(format!("matmul {qtype:?} {WIDTH}x{FFN}"));
         group.sample_size(10).measurement_time(Duration::from_secs(2));
         for rows in [1, 4, 16, 256] {
-            let (mut x, mut q) = (sinusoid(rows * WIDTH), QuantizedRows::default());
+            let (mut x, mut q) = (sinusoid(rows * WIDTH), QuantizedRows::new([qtype]));
             prepare(team, &groups(rows, |_| None), (&mut x, WIDTH), &mut q, None, |_, _| {});
             let mut y = vec![0.0; rows * FFN];
             group.throughput(Throughput::Elements((MATRICES * rows * WIDTH * FFN) as u64));
@@ -70,7 +70,7 @@ fn adapters(c: &mut Criterion) {
         let adapted = name != "base";
         let groups = groups(ROWS, |row| adapted.then_some(row));
         let (mut x, mut q, mut shrunk, mut y) =
-            (sinusoid(ROWS * WIDTH), QuantizedRows::default(), Vec::new(), vec![0.0; ROWS * FFN]);
+            (sinusoid(ROWS * WIDTH), QuantizedRows::new([QType::Q4_1]), Vec::new(), vec![0.0; ROWS * FFN]);
         group.bench_function(name, |b| {
             b.iter(|| {
                 for (i, matrix) in matrices.iter().enumerate() {

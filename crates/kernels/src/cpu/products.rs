@@ -27,6 +27,9 @@ pub(crate) struct Operands<'a> {
 
 /// How the tiles of a format are multiplied.
 pub(crate) trait Multiply<F> {
+    /// Whether it reads [`Halves`].
+    const READS_HALVES: bool = false;
+
     /// The sums of the rows `at..at + L::ROWS` of a strip with N rows of activations, in the activations' units; P of
     /// these are multiplied side by side.
     fn sums<L: MicroKernel, const N: usize, const P: usize>(
@@ -84,6 +87,8 @@ impl<F: Scaled> Multiply<F> for OneScale {
 pub(crate) struct TwoScales;
 
 impl<F: Halved> Multiply<F> for TwoScales {
+    const READS_HALVES: bool = true;
+
     #[inline(always)]
     fn sums<L: MicroKernel, const N: usize, const P: usize>(
         l: L,
@@ -92,6 +97,7 @@ impl<F: Halved> Multiply<F> for TwoScales {
         ahead: &mut PrefetchPlan<'_>,
     ) -> [L::Float; N] {
         let mut sums = [l.zero(); N];
+        assert_eq!(of.panel.len(), of.halves.len(), "the rows were quantised for this format");
         let panel = of.panel.chunks_exact(F::VALUES / BLOCK).zip(of.halves.chunks_exact(F::VALUES / BLOCK));
         for (tile, (blocks, halves)) in of.tiles.chunks_exact(F::TILE_BYTES).zip(panel) {
             for (b, (block, halves)) in blocks.iter().zip(halves).enumerate() {

@@ -7,7 +7,7 @@
 //! for an adapter that is served otherwise than it was trained (`docs/LOG.md`).
 
 use super::simd::{LANES, Level, Simd, dispatch};
-use crate::format::BLOCK;
+use crate::format::{BLOCK, QType};
 
 /// The largest quantised value: a high byte of at most 112, to which a quant of four bits can be added within a byte.
 const LARGEST: f32 = 112.0 * 128.0;
@@ -87,14 +87,14 @@ const EMPTY: PanelBlock = PanelBlock {
 const NO_HALVES: Halves = Halves { first_sum: [0.0; PANEL], less: [[0; PANEL]; 2] };
 
 /// Quantised rows `[rows, cols]`, in panels of 8 rows, the last one filled up.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct QuantizedRows {
     rows: usize,
     blocks: usize,
     /// `[panels, blocks]`.
     panels: Vec<PanelBlock>,
-    /// As many.
-    halves: Vec<Halves>,
+    /// As many, where formats that read them are among those that the rows are multiplied with.
+    halves: Option<Vec<Halves>>,
     /// Of each row.
     units: Vec<f32>,
 }
@@ -105,7 +105,7 @@ pub(super) struct RowWriter {
     rows: usize,
     blocks: usize,
     panels: *mut PanelBlock,
-    halves: *mut Halves,
+    halves: Option<*mut Halves>,
     units: *mut f32,
 }
 
@@ -115,14 +115,23 @@ unsafe impl Send for RowWriter {}
 unsafe impl Sync for RowWriter {}
 
 impl QuantizedRows {
+    /// Returns room for rows that are multiplied with matrices of some formats.
+    pub fn new(formats: impl IntoIterator<Item = QType>) -> Self {
+        let halves = formats.into_iter().any(QType::reads_halves).then(Vec::new);
+        Self { rows: 0, blocks: 0, panels: Vec::new(), halves, units: Vec::new() }
+    }
+
     /// Makes room for `rows` rows, reusing the buffers. `cols` is a multiple of 32.
     pub(super) fn resize(&mut self, rows: usize, cols: usize) -> RowWriter {
         let blocks = cols / BLOCK;
         (self.rows, self.blocks) = (rows, blocks);
         self.panels.resize(rows.div_ceil(PANEL) * blocks, EMPTY);
-        self.halves.resize(self.panels.len(), NO_HALVES);
         self.units.resize(rows, 0.0);
-        let (panels, halves) = (self.panels.as_mut_ptr(), self.halves.as_mut_ptr());
+        let (panels, count) = (self.panels.as_mut_ptr(), self.panels.len());
+        let halves = self.halves.as_mut().map(|halves| {
+            halves.resize(count, NO_HALVES);
+            halves.as_mut_ptr()
+        });
         RowWriter { rows, blocks, panels, halves, units: self.units.as_mut_ptr() }
     }
 
@@ -142,10 +151,10 @@ impl QuantizedRows {
         &self.panels[i * self.blocks..][..self.blocks]
     }
 
-    /// What belongs to [`QuantizedRows::panel`].
+    /// What belongs to [`QuantizedRows::panel`]; none where no format reads it.
     #[inline(always)]
     pub(super) fn halves(&self, i: usize) -> &[Halves] {
-        &self.halves[i * self.blocks..][..self.blocks]
+        self.halves.as_ref().map_or(&[], |halves| &halves[i * self.blocks..][..self.blocks])
     }
 
     #[inline(always)]
@@ -172,7 +181,7 @@ impl RowWriter {
         let to = unsafe {
             Place {
                 blocks: self.panels.add(row / PANEL * self.blocks),
-                halves: self.halves.add(row / PANEL * self.blocks),
+                halves: self.halves.map(|halves| halves.add(row / PANEL * self.blocks)),
                 row: row % PANEL,
                 unit: &mut *self.units.add(row),
             }
@@ -184,7 +193,7 @@ impl RowWriter {
 /// Where a quantised row goes: a panel's blocks and what belongs to them, of which this row alone is ours.
 struct Place<'a> {
     blocks: *mut PanelBlock,
-    halves: *mut Halves,
+    halves: Option<*mut Halves>,
     row: usize,
     unit: &'a mut f32,
 }
@@ -216,19 +225,21 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
             (*block).sum[to.row] = (split.sum << shift) as f32;
             (*block).less[to.row] = -split.sum;
             (*block).pairs[to.row] = split.pairs;
-            let halves = to.halves.add(b);
-            (*halves).first_sum[to.row] = (split.first_sum << shift) as f32;
-            (*halves).less[0][to.row] = -split.first_sum;
-            (*halves).less[1][to.row] = split.first_sum - split.sum;
+            if let Some(halves) = to.halves {
+                let halves = halves.add(b);
+                (*halves).first_sum[to.row] = (split.first_sum << shift) as f32;
+                (*halves).less[0][to.row] = -split.first_sum;
+                (*halves).less[1][to.row] = split.first_sum - split.sum;
+            }
         }
     }
 }
 
 #[cfg(test)]
 impl QuantizedRows {
-    /// Quantises whole rows on this thread.
+    /// Quantises whole rows on this thread, for any format.
     pub fn of(x: &[f32], cols: usize) -> Self {
-        let mut q = Self::default();
+        let mut q = Self::new(QType::ALL.iter().copied());
         let writer = q.resize(x.len() / cols, cols);
         // SAFETY: the rows are alive and written one by one.
         x.chunks_exact(cols).enumerate().for_each(|(row, x)| unsafe { writer.write(row, x) });
@@ -256,7 +267,7 @@ mod tests {
         (broken[3], broken[70]) = (f32::NAN, f32::INFINITY);
         let tiny: Vec<f32> = sound.iter().map(|x| x * 1e-38).collect();
         let quantized = |level, x: &[f32]| {
-            let mut q = QuantizedRows::default();
+            let mut q = QuantizedRows::new(QType::ALL.iter().copied());
             let writer = q.resize(PANEL + 2, 320);
             // SAFETY: the rows are alive and written one by one.
             [1, PANEL + 1].into_iter().for_each(|row| unsafe { writer.write_at(level, row, x) });

@@ -306,6 +306,11 @@ impl QType {
         cols / self.block_values() * self.block_bytes()
     }
 
+    /// Whether the CPU's products need more of the activations than those of most formats do.
+    pub(crate) fn reads_halves(self) -> bool {
+        with_format!(self, F => <<F as BlockFormat>::Kernel as Multiply<F>>::READS_HALVES)
+    }
+
     /// Whether rows may have this many values.
     pub fn fits(self, cols: usize) -> bool {
         cols.is_multiple_of(self.block_values())
