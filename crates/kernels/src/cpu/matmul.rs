@@ -16,6 +16,10 @@ use crate::packed::PackedMatrix;
 /// Rows of activations that pass over a strip while it lies in the cache, before the next strip's turn.
 const ROW_BLOCK: usize = 64;
 
+/// Bytes between what is read of a matrix and what is fetched meanwhile, where all rows are one panel: more than the memory
+/// gives a core while a line is on its way. More rows have the time that they pass over a strip to fetch the whole next one.
+const AHEAD: usize = 8 << 10;
+
 /// A frozen layer and where its result goes.
 pub struct Linear<'a> {
     /// The frozen weights.
@@ -142,11 +146,9 @@ impl Job<'_, '_> {
         if let Some((adapters, (layer, _))) = self.adapted {
             expand_reads(adapters, layer, strip, &rows, ahead);
         }
-        // A single row is through before the next strip could arrive.
-        if rows.len() > 1 && strip + 1 < self.matrix.strips() {
-            ahead.push(self.matrix.strip(strip + 1));
-        }
-        let steps = rows.len().div_ceil(PANEL) * x.cols() / BLOCK;
+        let passes = rows.len().div_ceil(PANEL);
+        ahead.push(self.matrix.beyond(strip, if passes == 1 { AHEAD } else { self.matrix.strip(strip).len() }));
+        let steps = passes * x.cols() / BLOCK;
         let ahead = ahead.parts(steps);
         let out = Outputs { y: self.y, width: self.matrix.rows(), strip, bias: self.bias, accumulate: self.accumulate };
         let tiles = self.matrix.strip(strip);
