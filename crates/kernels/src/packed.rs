@@ -95,12 +95,6 @@ impl PackedMatrix {
         &self.bytes()[i * self.strip_bytes()..]
     }
 
-    /// As many bytes as a strip has, `distance` bytes behind its own; fewer where the matrix ends.
-    pub fn beyond(&self, i: usize, distance: usize) -> &[u8] {
-        let rest = self.strips_from(i).get(distance..).unwrap_or_default();
-        &rest[..rest.len().min(self.strip_bytes())]
-    }
-
     fn strip_bytes(&self) -> usize {
         self.cols / self.qtype.block_values() * self.qtype.tile_bytes()
     }

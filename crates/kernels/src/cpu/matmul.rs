@@ -2,11 +2,13 @@
 //! blocks summed in float32 in their order. Every output is computed by itself, whatever rows and columns are computed
 //! beside it.
 
+use std::ops::Range;
+
 use super::Shared;
 use super::ahead::Prefetcher;
 use super::lanes::MicroKernel;
 use super::lora::{Adapters, expand, expand_reads, shrink_reads};
-use super::products::run_strip;
+use super::products::run_strips;
 use super::quantize::{PANEL, QuantizedRows};
 use super::simd::Level;
 use super::team::Team;
@@ -19,6 +21,9 @@ const ROW_BLOCK: usize = 64;
 /// Bytes between what is read of a matrix and what is fetched meanwhile, where all rows are one panel: more than the memory
 /// gives a core while a line is on its way. More rows have the time that they pass over a strip to fetch the whole next one.
 const AHEAD: usize = 8 << 10;
+
+/// Strips that many rows pass over together, where the machine's registers have room for it.
+const MAX_STRIPS: usize = 2;
 
 /// A frozen layer and where its result goes.
 pub struct Linear<'a> {
@@ -86,14 +91,16 @@ fn linear_at(
         let mut ahead = Prefetcher::new();
         for row in (0..x.rows()).step_by(ROW_BLOCK) {
             let rows = row..x.rows().min(row + ROW_BLOCK);
-            for at in i * piece..total.min((i + 1) * piece) {
+            let (mut at, end) = (i * piece, total.min((i + 1) * piece));
+            while let Some((job, strip)) = find(jobs.iter().flatten(), |job| job.matrix, at).filter(|_| at < end) {
+                let side_by_side = if rows.len() <= PANEL { 1 } else { MAX_STRIPS };
+                let count = side_by_side.min(job.matrix.strips() - strip).min(end - at);
                 ahead.clear();
                 if let Some(next) = next.adapters.filter(|_| row == 0) {
-                    shrink_reads(next, at, total, &mut ahead);
+                    (at..at + count).for_each(|at| shrink_reads(next, at, total, &mut ahead));
                 }
-                if let Some((job, strip)) = find(jobs.iter().flatten(), |job| job.matrix, at) {
-                    job.run(level, strip, x, rows.clone(), &mut ahead);
-                }
+                job.run(level, strip..strip + count, x, rows.clone(), &mut ahead);
+                at += count;
             }
         }
     });
@@ -141,21 +148,29 @@ struct Job<'a, 'p> {
 }
 
 impl Job<'_, '_> {
-    /// One strip's outputs of some rows.
-    fn run(&self, level: Level, strip: usize, x: &QuantizedRows, rows: std::ops::Range<usize>, ahead: &mut Prefetcher) {
-        if let Some((adapters, (layer, _))) = self.adapted {
-            expand_reads(adapters, layer, strip, &rows, ahead);
+    /// The outputs of some strips, [`MAX_STRIPS`] at most, for some rows.
+    fn run(&self, level: Level, strips: Range<usize>, x: &QuantizedRows, rows: Range<usize>, ahead: &mut Prefetcher) {
+        let (all, passes) = (self.matrix.strips_from(strips.start), rows.len().div_ceil(PANEL));
+        let mut tiles = [all; MAX_STRIPS];
+        for (tiles, strip) in tiles.iter_mut().zip(strips.clone()) {
+            if let Some((adapters, (layer, _))) = self.adapted {
+                expand_reads(adapters, layer, strip, &rows, ahead);
+            }
+            *tiles = self.matrix.strip(strip);
         }
-        let passes = rows.len().div_ceil(PANEL);
-        ahead.push(self.matrix.beyond(strip, if passes == 1 { AHEAD } else { self.matrix.strip(strip).len() }));
-        let steps = passes * x.cols() / BLOCK;
-        let ahead = ahead.parts(steps);
+        let own = strips.len() * tiles[0].len();
+        let later = all.get(if passes == 1 { AHEAD } else { own }..).unwrap_or_default();
+        ahead.push(&later[..later.len().min(own)]);
+        let ahead = ahead.parts(passes * x.cols() / BLOCK);
+        let strip = strips.start;
         let out = Outputs { y: self.y, width: self.matrix.rows(), strip, bias: self.bias, accumulate: self.accumulate };
-        let tiles = self.matrix.strip(strip);
-        with_format!(self.matrix.qtype(), F => run_strip::<F>(level, tiles, x, rows.clone(), ahead, out));
+        let tiles = &tiles[..strips.len()];
+        with_format!(self.matrix.qtype(), F => run_strips::<F>(level, tiles, x, rows.clone(), ahead, out));
         if let Some((adapters, shrunk)) = self.adapted {
-            // SAFETY: this task alone touches this strip of `y`.
-            unsafe { expand(level, adapters, shrunk, strip, rows, (self.y, self.matrix.rows())) };
+            for strip in strips {
+                // SAFETY: this task alone touches this strip of `y`.
+                unsafe { expand(level, adapters, shrunk, strip, rows.clone(), (self.y, self.matrix.rows())) };
+            }
         }
     }
 }
@@ -171,6 +186,12 @@ pub(super) struct Outputs<'a> {
 }
 
 impl Outputs<'_> {
+    /// Where those of a later strip go.
+    #[inline(always)]
+    pub fn of(self, later: usize) -> Self {
+        Self { strip: self.strip + later, ..self }
+    }
+
     /// Puts the outputs of the strip from `at` on for a row.
     #[inline(always)]
     pub fn put<L: MicroKernel>(self, l: L, row: usize, at: usize, values: L::Float) {

@@ -15,14 +15,26 @@ use super::simd::{Level, unrolled};
 use crate::format::float::Float;
 use crate::format::{BLOCK, BlockFormat, Halved, Quants, Scaled, TILE_ROWS};
 
-/// A strip's tiles, and the blocks of a panel of activations that they are multiplied with.
+/// The tiles of S strips, and the blocks of a panel of activations that they are multiplied with.
 #[derive(Clone, Copy)]
-pub(crate) struct Operands<'a> {
-    tiles: &'a [u8],
+pub(crate) struct Operands<'a, const S: usize> {
+    tiles: [&'a [u8]; S],
     panel: &'a [PanelBlock],
     halves: &'a [Halves],
     /// The first of the rows of the panel.
     first: usize,
+}
+
+impl<const S: usize> Operands<'_, S> {
+    /// Each strip's tile `t`.
+    #[inline(always)]
+    fn tiles_at<F: BlockFormat>(&self, t: usize) -> [&[u8]; S] {
+        let mut tiles = self.tiles;
+        for tile in &mut tiles {
+            *tile = &tile[t * F::TILE_BYTES..][..F::TILE_BYTES];
+        }
+        tiles
+    }
 }
 
 /// How the tiles of a format are multiplied.
@@ -30,14 +42,26 @@ pub(crate) trait Multiply<F> {
     /// Whether it reads [`Halves`].
     const READS_HALVES: bool = false;
 
-    /// The sums of the rows `at..at + L::ROWS` of a strip with N rows of activations, in the activations' units; P of
+    /// The sums of the rows `at..at + L::ROWS` of S strips with N rows of activations, in the activations' units; P of
     /// these are multiplied side by side.
-    fn sums<L: MicroKernel, const N: usize, const P: usize>(
+    fn sums<L: MicroKernel, const N: usize, const P: usize, const S: usize>(
         l: L,
-        of: Operands<'_>,
+        of: Operands<'_, S>,
         at: usize,
         ahead: &mut PrefetchPlan<'_>,
-    ) -> [L::Float; N];
+    ) -> [[L::Float; N]; S];
+}
+
+/// Runs a body for N rows, P at a time. The sums of one strip stay in registers; those of more are indexed at run time,
+/// which keeps them in memory, since the registers are full of quants.
+macro_rules! each_part {
+    ($part:ident in $n:ident by $p:ident of $s:ident => $body:block) => {
+        if $s == 1 {
+            unrolled!($part in $n by $p => $body);
+        } else {
+            for $part in (0..$n).step_by($p) $body
+        }
+    };
 }
 
 /// For blocks of integers with a scale for each 32 columns.
@@ -45,36 +69,38 @@ pub(crate) struct OneScale;
 
 impl<F: Scaled> Multiply<F> for OneScale {
     #[inline(always)]
-    fn sums<L: MicroKernel, const N: usize, const P: usize>(
+    fn sums<L: MicroKernel, const N: usize, const P: usize, const S: usize>(
         l: L,
-        of: Operands<'_>,
+        of: Operands<'_, S>,
         at: usize,
         ahead: &mut PrefetchPlan<'_>,
-    ) -> [L::Float; N] {
-        let mut sums = [l.zero(); N];
-        for (tile, blocks) in of.tiles.chunks_exact(F::TILE_BYTES).zip(of.panel.chunks_exact(F::VALUES / BLOCK)) {
+    ) -> [[L::Float; N]; S] {
+        let mut sums = [[l.zero(); N]; S];
+        for (t, blocks) in of.panel.chunks_exact(F::VALUES / BLOCK).enumerate() {
+            let tiles = of.tiles_at::<F>(t);
             for (b, block) in blocks.iter().enumerate() {
                 ahead.fetch();
-                let scale = F::scale(l, tile, b, at);
-                let quants = F::quants(l, tile, b, at);
-                let w = match F::QUANTS {
-                    Quants::Nibbles => l.ready_nibbles::<P>(quants),
-                    Quants::Fives => l.ready_fives(quants),
-                    Quants::Bytes => l.ready_bytes(quants),
-                };
-                unrolled!(part in N by P => {
+                let mut scales = [F::scale(l, tiles[0], b, at); S];
+                let mut w = [ready::<L, F, P>(l, tiles[0], b, at); S];
+                unrolled!(s in S up to 2 => {
+                    scales[s] = F::scale(l, tiles[s], b, at);
+                    w[s] = ready::<L, F, P>(l, tiles[s], b, at);
+                });
+                each_part!(part in N by P of S => {
                     let from = of.first + part;
-                    let t: [L::Int; P] = match F::QUANTS {
+                    let t: [[L::Int; P]; S] = match F::QUANTS {
                         Quants::Nibbles => l.dot_nibbles(&w, block, from),
                         Quants::Fives => l.dot_fives(&w, block, from),
                         Quants::Bytes => l.dot_bytes(&w, block, from),
                     };
-                    unrolled!(r in P => {
-                        let mut sum = sums[part + r];
-                        if let Some(m) = scale.m {
-                            sum = l.mul_add(m, block.sum[from + r], sum);
-                        }
-                        sums[part + r] = l.add_product(t[r], block.shift[from + r], scale.d, sum);
+                    unrolled!(r in P up to 4 => {
+                        unrolled!(s in S up to 2 => {
+                            let mut sum = sums[s][part + r];
+                            if let Some(m) = scales[s].m {
+                                sum = l.mul_add(m, block.sum[from + r], sum);
+                            }
+                            sums[s][part + r] = l.add_product(t[s][r], block.shift[from + r], scales[s].d, sum);
+                        });
                     });
                 });
             }
@@ -86,36 +112,58 @@ impl<F: Scaled> Multiply<F> for OneScale {
 /// For blocks of integers with a scale for each 16 columns.
 pub(crate) struct TwoScales;
 
+/// Halves of a block.
+const HALVES: usize = 2;
+
 impl<F: Halved> Multiply<F> for TwoScales {
     const READS_HALVES: bool = true;
 
     #[inline(always)]
-    fn sums<L: MicroKernel, const N: usize, const P: usize>(
+    fn sums<L: MicroKernel, const N: usize, const P: usize, const S: usize>(
         l: L,
-        of: Operands<'_>,
+        of: Operands<'_, S>,
         at: usize,
         ahead: &mut PrefetchPlan<'_>,
-    ) -> [L::Float; N] {
-        let mut sums = [l.zero(); N];
+    ) -> [[L::Float; N]; S] {
+        let mut sums = [[l.zero(); N]; S];
         assert_eq!(of.panel.len(), of.halves.len(), "the rows were quantised for this format");
         let panel = of.panel.chunks_exact(F::VALUES / BLOCK).zip(of.halves.chunks_exact(F::VALUES / BLOCK));
-        for (tile, (blocks, halves)) in of.tiles.chunks_exact(F::TILE_BYTES).zip(panel) {
+        for (t, (blocks, halves)) in panel.enumerate() {
+            let tiles = of.tiles_at::<F>(t);
             for (b, (block, halves)) in blocks.iter().zip(halves).enumerate() {
                 ahead.fetch();
-                let (d, m) = F::scales(l, tile, b, at);
-                let w = l.ready_halves(F::quants(l, tile, b, at), F::SHIFT);
-                unrolled!(part in N by P => {
+                let mut scales = [F::scales(l, tiles[0], b, at); S];
+                let mut w = [l.ready_halves(F::quants(l, tiles[0], b, at), F::SHIFT); S];
+                unrolled!(s in S up to 2 => {
+                    scales[s] = F::scales(l, tiles[s], b, at);
+                    w[s] = l.ready_halves(F::quants(l, tiles[s], b, at), F::SHIFT);
+                });
+                let centred = scales[0].1.is_none().then_some(halves);
+                each_part!(part in N by P of S => {
                     let from = of.first + part;
-                    let t: [_; P] = l.dot_halves(&w, F::SHIFT, m.is_none().then_some(halves), block, from);
-                    unrolled!(r in P => {
-                        let (shift, mut sum) = (block.shift[from + r], sums[part + r]);
-                        if let Some(m) = m {
-                            // m0 first + m1 (sum - first).
-                            sum = l.mul_add(l.sub(m[0], m[1]), halves.first_sum[from + r], sum);
-                            sum = l.mul_add(m[1], block.sum[from + r], sum);
-                        }
-                        sum = l.add_product(t[r][0], shift, d[0], sum);
-                        sums[part + r] = l.add_product(t[r][1], shift, d[1], sum);
+                    let mut new = [[l.zero(); P]; S];
+                    unrolled!(r in P up to 4 => {
+                        unrolled!(s in S up to 2 => {
+                            new[s][r] = sums[s][part + r];
+                            if let Some(m) = scales[s].1 {
+                                // m0 first + m1 (sum - first).
+                                let first = l.mul_add(l.sub(m[0], m[1]), halves.first_sum[from + r], new[s][r]);
+                                new[s][r] = l.mul_add(m[1], block.sum[from + r], first);
+                            }
+                        });
+                    });
+                    unrolled!(half in HALVES up to 2 => {
+                        let t: [[_; P]; S] = l.dot_half(half, &w, F::SHIFT, centred, block, from);
+                        unrolled!(r in P up to 4 => {
+                            unrolled!(s in S up to 2 => {
+                                new[s][r] = l.add_product(t[s][r], block.shift[from + r], scales[s].0[half], new[s][r]);
+                            });
+                        });
+                    });
+                    unrolled!(r in P up to 4 => {
+                        unrolled!(s in S up to 2 => {
+                            sums[s][part + r] = new[s][r];
+                        });
                     });
                 });
             }
@@ -130,41 +178,44 @@ pub(crate) struct Floats;
 
 impl<F: Float> Multiply<F> for Floats {
     #[inline(always)]
-    fn sums<L: MicroKernel, const N: usize, const P: usize>(
+    fn sums<L: MicroKernel, const N: usize, const P: usize, const S: usize>(
         l: L,
-        of: Operands<'_>,
+        of: Operands<'_, S>,
         at: usize,
         ahead: &mut PrefetchPlan<'_>,
-    ) -> [L::Float; N] {
-        let mut sums = [l.zero(); N];
-        for (tile, block) in of.tiles.chunks_exact(F::TILE_BYTES).zip(of.panel) {
+    ) -> [[L::Float; N]; S] {
+        let mut sums = [[l.zero(); N]; S];
+        for (t, block) in of.panel.iter().enumerate() {
             ahead.fetch();
+            let tiles = of.tiles_at::<F>(t);
             let mut x = [[0.0; BLOCK]; N];
             for (r, x) in x.iter_mut().enumerate() {
                 *x = block.values(of.first + r);
             }
-            let mut parts = [[l.zero(); 2]; N];
-            for c in (0..BLOCK).step_by(2) {
-                let (even, odd) = (F::column(l, tile, c, at), F::column(l, tile, c + 1, at));
+            unrolled!(s in S up to 2 => {
+                let mut parts = [[l.zero(); 2]; N];
+                for c in (0..BLOCK).step_by(2) {
+                    let (even, odd) = (F::column(l, tiles[s], c, at), F::column(l, tiles[s], c + 1, at));
+                    unrolled!(r in N => {
+                        parts[r][0] = l.mul_add(even, x[r][c], parts[r][0]);
+                        parts[r][1] = l.mul_add(odd, x[r][c + 1], parts[r][1]);
+                    });
+                }
                 unrolled!(r in N => {
-                    parts[r][0] = l.mul_add(even, x[r][c], parts[r][0]);
-                    parts[r][1] = l.mul_add(odd, x[r][c + 1], parts[r][1]);
+                    let [even, odd] = parts[r];
+                    sums[s][r] = l.mul_add(l.add(even, odd), block.shift[of.first + r].factor(), sums[s][r]);
                 });
-            }
-            unrolled!(r in N => {
-                let [even, odd] = parts[r];
-                sums[r] = l.mul_add(l.add(even, odd), block.shift[of.first + r].factor(), sums[r]);
             });
         }
         sums
     }
 }
 
-/// All outputs of a strip for rows of activations, in groups.
+/// All outputs of some strips for rows of activations, in groups.
 #[inline(always)]
-fn strip<L: MicroKernel, F: BlockFormat>(
+fn strips<L: MicroKernel, F: BlockFormat>(
     l: L,
-    tiles: &[u8],
+    strips: &[&[u8]],
     x: &QuantizedRows,
     rows: Range<usize>,
     mut ahead: PrefetchPlan<'_>,
@@ -176,20 +227,30 @@ fn strip<L: MicroKernel, F: BlockFormat>(
             $({
                 const N: usize = $n;
                 while N <= L::GROUP && row + N <= rows.end {
-                    group::<L, F, N, $p>(l, tiles, &mut ahead, x, row, out);
+                    for (strip, tiles) in strips.iter().enumerate() {
+                        group::<L, F, N, $p, 1>(l, [tiles], &mut ahead, x, row, out.of(strip));
+                    }
                     row += N;
                 }
             })*
         };
     }
+    if let [one, two] = strips
+        && L::STRIPS == 2
+    {
+        while row + PANEL <= rows.end {
+            group::<L, F, PANEL, 2, 2>(l, [one, two], &mut ahead, x, row, out);
+            row += PANEL;
+        }
+    }
     groups!(8 by 4 4 by 4 2 by 2 1 by 1);
 }
 
-/// A strip times the N rows from `row` on, which lie in one panel; the products of P of them are summed side by side.
+/// S strips times the N rows from `row` on, which lie in one panel; the products of P of them are summed side by side.
 #[inline(always)]
-fn group<L: MicroKernel, F: BlockFormat, const N: usize, const P: usize>(
+fn group<L: MicroKernel, F: BlockFormat, const N: usize, const P: usize, const S: usize>(
     l: L,
-    tiles: &[u8],
+    tiles: [&[u8]; S],
     ahead: &mut PrefetchPlan<'_>,
     x: &QuantizedRows,
     row: usize,
@@ -198,17 +259,30 @@ fn group<L: MicroKernel, F: BlockFormat, const N: usize, const P: usize>(
     let of = Operands { tiles, panel: x.panel(row / PANEL), halves: x.halves(row / PANEL), first: row % PANEL };
     assert!(of.first + N <= PANEL, "the rows lie in one panel");
     for at in (0..TILE_ROWS).step_by(L::ROWS) {
-        let sums = F::Kernel::sums::<L, N, P>(l, of, at, ahead);
-        unrolled!(r in N => {
-            out.put(l, row + r, at, l.scale(sums[r], x.unit(row + r)));
+        let sums = F::Kernel::sums::<L, N, P, S>(l, of, at, ahead);
+        unrolled!(s in S up to 2 => {
+            unrolled!(r in N => {
+                out.of(s).put(l, row + r, at, l.scale(sums[s][r], x.unit(row + r)));
+            });
         });
     }
 }
 
-/// The tiles of a strip times some rows of activations, in the form of a level.
-pub(super) fn run_strip<F: BlockFormat>(
+/// The quants of columns `32 b..32 b + 32` of a tile, of the rows from `at` on, ready for products with P rows.
+#[inline(always)]
+fn ready<L: MicroKernel, F: Scaled, const P: usize>(l: L, tile: &[u8], b: usize, at: usize) -> L::Quants {
+    let quants = F::quants(l, tile, b, at);
+    match F::QUANTS {
+        Quants::Nibbles => l.ready_nibbles::<P>(quants),
+        Quants::Fives => l.ready_fives(quants),
+        Quants::Bytes => l.ready_bytes(quants),
+    }
+}
+
+/// The tiles of one or two strips side by side times some rows of activations, in the form of a level.
+pub(super) fn run_strips<F: BlockFormat>(
     level: Level,
-    tiles: &[u8],
+    tiles: &[&[u8]],
     x: &QuantizedRows,
     rows: Range<usize>,
     ahead: PrefetchPlan<'_>,
@@ -219,7 +293,7 @@ pub(super) fn run_strip<F: BlockFormat>(
         type Rows = Range<usize>;
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
         fn avx512<F: BlockFormat>(
-            tiles: &[u8],
+            tiles: &[&[u8]],
             x: &QuantizedRows,
             rows: Rows,
             ahead: PrefetchPlan<'_>,
@@ -227,11 +301,11 @@ pub(super) fn run_strip<F: BlockFormat>(
         ) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx512::new() };
-            strip::<_, F>(Avx512Vnni::new(proof), tiles, x, rows, ahead, out);
+            strips::<_, F>(Avx512Vnni::new(proof), tiles, x, rows, ahead, out);
         }
         #[target_feature(enable = "avx2,fma,f16c")]
         fn avx2<F: BlockFormat>(
-            tiles: &[u8],
+            tiles: &[&[u8]],
             x: &QuantizedRows,
             rows: Rows,
             ahead: PrefetchPlan<'_>,
@@ -239,19 +313,19 @@ pub(super) fn run_strip<F: BlockFormat>(
         ) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx2::new() };
-            strip::<_, F>(Avx2Maddubs::new(proof), tiles, x, rows, ahead, out);
+            strips::<_, F>(Avx2Maddubs::new(proof), tiles, x, rows, ahead, out);
         }
         match level {
             // SAFETY: nobody has a level that the machine lacks.
             Level::Avx512 => unsafe { avx512::<F>(tiles, x, rows, ahead, out) },
             // SAFETY: as above.
             Level::Avx2 => unsafe { avx2::<F>(tiles, x, rows, ahead, out) },
-            Level::Portable => strip::<_, F>(Plain, tiles, x, rows, ahead, out),
+            Level::Portable => strips::<_, F>(Plain, tiles, x, rows, ahead, out),
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = level;
-        strip::<_, F>(Plain, tiles, x, rows, ahead, out);
+        strips::<_, F>(Plain, tiles, x, rows, ahead, out);
     }
 }

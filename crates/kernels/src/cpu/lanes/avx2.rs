@@ -72,6 +72,7 @@ impl Avx2Maddubs {
 impl MicroKernel for Avx2Maddubs {
     const ROWS: usize = 8;
     const GROUP: usize = 4;
+    const STRIPS: usize = 1;
     const SECOND: u8 = 0;
     type Bytes = __m256i;
     type Quants = [__m256i; FOURS];
@@ -231,65 +232,84 @@ impl MicroKernel for Avx2Maddubs {
         w
     }
     #[inline(always)]
-    fn dot_nibbles<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [__m256i; P] {
-        let mut sums = [w[0]; P];
-        unrolled!(r in P => {
-            let [high, low] = &x.quants[first + r];
-            sums[r] = self.join(self.sum(w, 15, high, 0..FOURS), self.sum(w, 15, low, 0..FOURS));
+    fn dot_nibbles<const P: usize, const S: usize>(
+        self,
+        w: &[Self::Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[__m256i; P]; S] {
+        let mut sums = [[w[0][0]; P]; S];
+        unrolled!(s in S up to 2 => {
+            unrolled!(r in P up to 4 => {
+                let [high, low] = &x.quants[first + r];
+                sums[s][r] = self.join(self.sum(&w[s], 15, high, 0..FOURS), self.sum(&w[s], 15, low, 0..FOURS));
+            });
         });
         sums
     }
     #[inline(always)]
-    fn dot_fives<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [__m256i; P] {
-        let mut sums = [w[0]; P];
+    fn dot_fives<const P: usize, const S: usize>(
+        self,
+        w: &[Self::Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[__m256i; P]; S] {
+        let mut sums = [[w[0][0]; P]; S];
         // SAFETY: `self` proves the features.
         unsafe {
-            unrolled!(r in P => {
-                let [h, l] = &x.quants[first + r];
-                let (mut high, mut low) = (_mm256_setzero_si256(), _mm256_setzero_si256());
-                for (g, w) in w.iter().enumerate() {
-                    // 16 products of at most 16 * 112, and 16 of 16 * 127: 32,512.
-                    let signed = _mm256_sign_epi8(_mm256_set1_epi32(four(h, g)), *w);
-                    high = _mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_abs_epi8(*w), signed));
-                    low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_set1_epi32(four(l, g)), *w));
-                }
-                let one = _mm256_set1_epi16(1);
-                sums[r] = self.join(_mm256_madd_epi16(high, one), _mm256_madd_epi16(low, one));
+            unrolled!(s in S up to 2 => {
+                unrolled!(r in P up to 4 => {
+                    let [h, l] = &x.quants[first + r];
+                    let (mut high, mut low) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+                    for (g, w) in w[s].iter().enumerate() {
+                        // 16 products of at most 16 * 112, and 16 of 16 * 127: 32,512.
+                        let signed = _mm256_sign_epi8(_mm256_set1_epi32(four(h, g)), *w);
+                        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_abs_epi8(*w), signed));
+                        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_set1_epi32(four(l, g)), *w));
+                    }
+                    let one = _mm256_set1_epi16(1);
+                    sums[s][r] = self.join(_mm256_madd_epi16(high, one), _mm256_madd_epi16(low, one));
+                });
             });
         }
         sums
     }
     #[inline(always)]
-    fn dot_bytes<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [__m256i; P] {
-        let mut sums = [w[0]; P];
-        unrolled!(r in P => {
-            let [high, low] = &x.quants[first + r];
-            let high = self.add_to(self.sum_of_bytes(w, high), x.less[first + r]);
-            sums[r] = self.join(high, self.sum_of_bytes(w, low));
+    fn dot_bytes<const P: usize, const S: usize>(
+        self,
+        w: &[Self::Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[__m256i; P]; S] {
+        let mut sums = [[w[0][0]; P]; S];
+        unrolled!(s in S up to 2 => {
+            unrolled!(r in P up to 4 => {
+                let [high, low] = &x.quants[first + r];
+                let high = self.add_to(self.sum_of_bytes(&w[s], high), x.less[first + r]);
+                sums[s][r] = self.join(high, self.sum_of_bytes(&w[s], low));
+            });
         });
         sums
     }
     #[inline(always)]
-    fn dot_halves<const P: usize>(
+    fn dot_half<const P: usize, const S: usize>(
         self,
-        w: &Self::Quants,
+        half: usize,
+        w: &[Self::Quants; S],
         shift: u32,
         centred: Option<&Halves>,
         x: &PanelBlock,
         first: usize,
-    ) -> [[__m256i; 2]; P] {
-        let mut sums = [[w[0]; 2]; P];
-        unrolled!(r in P => {
-            let [high, low] = &x.quants[first + r];
-            for (half, sum) in sums[r].iter_mut().enumerate() {
-                let (vectors, most) = (FOURS / 2 * half..FOURS / 2 * (half + 1), 0xFF >> shift);
-                let low = self.sum(w, most, low, vectors.clone());
+    ) -> [[Self::Int; P]; S] {
+        let mut sums = [[w[0][0]; P]; S];
+        let (vectors, most) = (FOURS / 2 * half..FOURS / 2 * (half + 1), 0xFF >> shift);
+        unrolled!(s in S up to 2 => {
+            unrolled!(r in P up to 4 => {
+                let [high, low] = x.quants[first + r].each_ref().map(|x| self.sum(&w[s], most, x, vectors.clone()));
                 // SAFETY: `self` proves the features.
-                let all = unsafe {
-                    _mm256_sll_epi32(self.join(self.sum(w, most, high, vectors), low), _mm_cvtsi32_si128(shift as i32))
-                };
-                *sum = centred.map_or(all, |halves| self.add_to(all, 128 * halves.less[half][first + r]));
-            }
+                let all = unsafe { _mm256_sll_epi32(self.join(high, low), _mm_cvtsi32_si128(shift as i32)) };
+                sums[s][r] = centred.map_or(all, |halves| self.add_to(all, 128 * halves.less[half][first + r]));
+            });
         });
         sums
     }

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Halves, MicroKernel, PanelBlock, Shift, four};
+use super::{Halves, MicroKernel, PANEL, PanelBlock, Shift, four};
 use crate::cpu::simd::{Avx512, unrolled};
 use crate::format::{BLOCK, FOURS};
 
@@ -53,50 +53,116 @@ impl Avx512Vnni {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_set1_epi32(x) }
     }
-    /// The sum of some columns' products with bytes of a row, from `start` on.
+    /// 128 * high + low.
     #[inline(always)]
-    fn sum(self, start: __m512i, q: &Quants, x: &[i8; BLOCK], vectors: Range<usize>) -> __m512i {
-        let mut sum = start;
+    fn join<const P: usize, const S: usize>(
+        self,
+        mut high: [[__m512i; P]; S],
+        low: [[__m512i; P]; S],
+    ) -> [[__m512i; P]; S] {
+        unrolled!(s in S up to 2 => {
+            unrolled!(r in P up to 4 => {
+                // SAFETY: `self` proves the features.
+                high[s][r] = unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high[s][r]), low[s][r]) };
+            });
+        });
+        high
+    }
+    /// The sums of some columns' products as they are, of which those with the high bytes begin with `start`.
+    ///
+    /// With one strip the registers hold the sums of a group's rows: a row's low bytes follow on what its high ones have
+    /// come to. With two, and with a single row, where that would be waited for, both are summed side by side.
+    #[inline(always)]
+    fn dot<const P: usize, const S: usize>(
+        self,
+        q: &[Quants; S],
+        x: &PanelBlock,
+        first: usize,
+        start: &[i32; PANEL],
+        vectors: Range<usize>,
+    ) -> [[__m512i; P]; S] {
+        let (mut high, mut low) = ([[self.splat(0); P]; S], [[self.splat(0); P]; S]);
+        unrolled!(s in S up to 2 => {
+            unrolled!(r in P up to 4 => {
+                high[s][r] = self.splat(start[first + r]);
+            });
+        });
+        if S == 1 && P > 1 {
+            unrolled!(r in P up to 4 => {
+                let [h, l] = &x.quants[first + r];
+                let high = self.sum(high[0][r], &q[0], h, vectors.clone());
+                // SAFETY: `self` proves the features.
+                let high = unsafe { _mm512_slli_epi32::<7>(high) };
+                low[0][r] = self.sum(high, &q[0], l, vectors.clone());
+            });
+            return low;
+        }
+        for g in vectors {
+            unrolled!(r in P up to 4 => {
+                let [h, l] = x.quants[first + r].each_ref().map(|x| self.splat(four(x, g)));
+                unrolled!(s in S up to 2 => {
+                    // SAFETY: `self` proves the features.
+                    unsafe {
+                        high[s][r] = _mm512_dpbusd_epi32(high[s][r], q[s].w[g], h);
+                        low[s][r] = _mm512_dpbusd_epi32(low[s][r], q[s].w[g], l);
+                    }
+                });
+            });
+        }
+        self.join(high, low)
+    }
+    /// The sum of some columns' products with bytes of a row, from `sum` on.
+    #[inline(always)]
+    fn sum(self, mut sum: __m512i, q: &Quants, x: &[i8; BLOCK], vectors: Range<usize>) -> __m512i {
         for g in vectors {
             // SAFETY: `self` proves the features.
             sum = unsafe { _mm512_dpbusd_epi32(sum, q.w[g], self.splat(four(x, g))) };
         }
         sum
     }
-    /// The sum of some columns' products as they are, the high bytes' from `start` on. The low bytes' follow on what the
-    /// high ones' have come to, which saves a sum; a single row, where that would be waited for, has both side by side.
+    /// The sums with the high bytes in pairs. The low bytes have no sign, and the first quants have one where they are
+    /// `SIGNED`: then the bytes are the factor without.
     #[inline(always)]
-    fn dot<const P: usize>(
+    fn dot_pairs<const SIGNED: bool, const P: usize, const S: usize>(
         self,
-        start: __m512i,
-        q: &Quants,
-        [high, low]: &[[i8; BLOCK]; 2],
-        vectors: Range<usize>,
-    ) -> __m512i {
-        let high = self.sum(start, q, high, vectors.clone());
-        if P == 1 {
-            return self.join(high, self.sum(self.splat(0), q, low, vectors));
+        q: &[Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[__m512i; P]; S] {
+        let (mut high, mut low) = ([[q[0].start; P]; S], [[q[0].start; P]; S]);
+        // SAFETY: `self` proves the features.
+        unsafe {
+            unrolled!(s in S up to 2 => {
+                unrolled!(r in P up to 4 => {
+                    high[s][r] = q[s].start;
+                    low[s][r] = self.splat(x.pairs[first + r]);
+                });
+            });
+            for g in 0..HALF {
+                unrolled!(r in P up to 4 => {
+                    let [h, l] = &x.quants[first + r];
+                    let (h1, h2) = (self.splat(four(h, g)), self.splat(four(h, HALF + g)));
+                    let (l1, l2) = (self.splat(four(l, g)), self.splat(four(l, HALF + g)));
+                    unrolled!(s in S up to 2 => {
+                        let (w1, w2) = (q[s].w[g], q[s].w[HALF + g]);
+                        let (one, two) = (_mm512_add_epi8(w2, h1), _mm512_add_epi8(w1, h2));
+                        let (a, b) = if SIGNED { (l1, w1) } else { (w1, l1) };
+                        low[s][r] = _mm512_dpbusd_epi32(low[s][r], a, b);
+                        high[s][r] = _mm512_dpbusd_epi32(high[s][r], one, two);
+                        low[s][r] = _mm512_dpbusd_epi32(low[s][r], w2, l2);
+                        (high[s][r], low[s][r]) = in_turn(high[s][r], low[s][r]);
+                    });
+                });
+            }
         }
-        // SAFETY: `self` proves the features.
-        let start = unsafe { _mm512_slli_epi32::<7>(high) };
-        self.sum(start, q, low, vectors)
-    }
-    /// 128 * high + low.
-    #[inline(always)]
-    fn join(self, high: __m512i, low: __m512i) -> __m512i {
-        // SAFETY: `self` proves the features.
-        unsafe { _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low) }
-    }
-    /// Nibbles times the row `first`, whose high bytes are not in pairs.
-    #[inline(always)]
-    fn dot_one<const P: usize>(self, q: &Quants, x: &PanelBlock, first: usize) -> [__m512i; P] {
-        [self.dot::<P>(self.splat(0), q, &x.quants[first], 0..FOURS); P]
+        self.join(high, low)
     }
 }
 
 impl MicroKernel for Avx512Vnni {
     const ROWS: usize = 16;
     const GROUP: usize = 8;
+    const STRIPS: usize = 2;
     const SECOND: u8 = 128;
     type Bytes = __m512i;
     type Quants = Quants;
@@ -255,91 +321,51 @@ impl MicroKernel for Avx512Vnni {
         Quants { w, start: unsafe { _mm512_setzero_si512() } }
     }
     #[inline(always)]
-    fn dot_nibbles<const P: usize>(self, q: &Quants, x: &PanelBlock, first: usize) -> [__m512i; P] {
+    fn dot_nibbles<const P: usize, const S: usize>(
+        self,
+        q: &[Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[__m512i; P]; S] {
         if P == 1 {
-            return self.dot_one(q, x, first);
+            // High bytes of one row are not in pairs.
+            return self.dot(q, x, first, &[0; PANEL], 0..FOURS);
         }
-        let (mut high, mut low) = ([q.start; P], [q.start; P]);
-        // SAFETY: `self` proves the features.
-        unsafe {
-            unrolled!(r in P => {
-                low[r] = _mm512_set1_epi32(x.pairs[first + r]);
-            });
-            for g in 0..HALF {
-                let (w1, w2) = (q.w[g], q.w[HALF + g]);
-                unrolled!(r in P => {
-                    let [h, l] = &x.quants[first + r];
-                    let one = _mm512_add_epi8(w2, _mm512_set1_epi32(four(h, g)));
-                    let two = _mm512_add_epi8(w1, _mm512_set1_epi32(four(h, HALF + g)));
-                    low[r] = _mm512_dpbusd_epi32(low[r], w1, _mm512_set1_epi32(four(l, g)));
-                    high[r] = _mm512_dpbusd_epi32(high[r], one, two);
-                    low[r] = _mm512_dpbusd_epi32(low[r], w2, _mm512_set1_epi32(four(l, HALF + g)));
-                    (high[r], low[r]) = in_turn(high[r], low[r]);
-                });
-            }
-        }
-        unrolled!(r in P => {
-            high[r] = self.join(high[r], low[r]);
-        });
-        high
+        self.dot_pairs::<false, P, S>(q, x, first)
     }
     #[inline(always)]
-    fn dot_fives<const P: usize>(self, q: &Quants, x: &PanelBlock, first: usize) -> [__m512i; P] {
-        let (mut high, mut low) = ([q.start; P], [q.start; P]);
-        // SAFETY: `self` proves the features.
-        unsafe {
-            unrolled!(r in P => {
-                low[r] = _mm512_set1_epi32(x.pairs[first + r]);
-            });
-            for g in 0..HALF {
-                let (w1, w2) = (q.w[g], q.w[HALF + g]);
-                unrolled!(r in P => {
-                    let [h, l] = &x.quants[first + r];
-                    let one = _mm512_add_epi8(w2, _mm512_set1_epi32(four(h, g)));
-                    let two = _mm512_add_epi8(w1, _mm512_set1_epi32(four(h, HALF + g)));
-                    // The low bytes have no sign, and w1 has one.
-                    low[r] = _mm512_dpbusd_epi32(low[r], _mm512_set1_epi32(four(l, g)), w1);
-                    high[r] = _mm512_dpbusd_epi32(high[r], one, two);
-                    low[r] = _mm512_dpbusd_epi32(low[r], w2, _mm512_set1_epi32(four(l, HALF + g)));
-                    (high[r], low[r]) = in_turn(high[r], low[r]);
-                });
-            }
-        }
-        unrolled!(r in P => {
-            high[r] = self.join(high[r], low[r]);
-        });
-        high
+    fn dot_fives<const P: usize, const S: usize>(
+        self,
+        q: &[Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[__m512i; P]; S] {
+        self.dot_pairs::<true, P, S>(q, x, first)
     }
     #[inline(always)]
     fn ready_halves(self, w: [__m512i; FOURS], _: u32) -> Quants {
         self.ready_bytes(w)
     }
     #[inline(always)]
-    fn dot_bytes<const P: usize>(self, q: &Quants, x: &PanelBlock, first: usize) -> [__m512i; P] {
-        let mut sums = [q.start; P];
-        unrolled!(r in P => {
-            sums[r] = self.dot::<P>(self.splat(x.less[first + r]), q, &x.quants[first + r], 0..FOURS);
-        });
-        sums
+    fn dot_bytes<const P: usize, const S: usize>(
+        self,
+        q: &[Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[__m512i; P]; S] {
+        self.dot(q, x, first, &x.less, 0..FOURS)
     }
     #[inline(always)]
-    fn dot_halves<const P: usize>(
+    fn dot_half<const P: usize, const S: usize>(
         self,
-        q: &Quants,
+        half: usize,
+        q: &[Self::Quants; S],
         _: u32,
         centred: Option<&Halves>,
         x: &PanelBlock,
         first: usize,
-    ) -> [[__m512i; 2]; P] {
-        let mut sums = [[q.start; 2]; P];
-        unrolled!(r in P => {
-            let mut starts = [self.splat(0); 2];
-            if let Some(halves) = centred {
-                starts = halves.less.map(|less| self.splat(less[first + r]));
-            }
-            sums[r][0] = self.dot::<P>(starts[0], q, &x.quants[first + r], 0..HALF);
-            sums[r][1] = self.dot::<P>(starts[1], q, &x.quants[first + r], HALF..FOURS);
-        });
-        sums
+    ) -> [[Self::Int; P]; S] {
+        let start = centred.map_or(&[0; PANEL], |halves| &halves.less[half]);
+        self.dot(q, x, first, start, HALF * half..HALF * (half + 1))
     }
 }

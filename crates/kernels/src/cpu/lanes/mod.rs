@@ -7,7 +7,7 @@ mod avx2;
 mod avx512;
 mod plain;
 
-use super::quantize::{Halves, PanelBlock, Shift};
+use super::quantize::{Halves, PANEL, PanelBlock, Shift};
 use crate::format::FOURS;
 
 #[cfg(target_arch = "x86_64")]
@@ -22,6 +22,8 @@ pub(crate) trait MicroKernel: Copy {
     const ROWS: usize;
     /// Rows of activations that share the unpacking of a block.
     const GROUP: usize;
+    /// Strips that share what is read of a panel of activations: 1 or 2.
+    const STRIPS: usize;
     /// What is added to the quants of columns 16 to 31 for [`MicroKernel::ready_fives`].
     const SECOND: u8;
     /// Four columns' quants, a byte each.
@@ -79,22 +81,38 @@ pub(crate) trait MicroKernel: Copy {
     fn ready_bytes(self, w: [Self::Bytes; FOURS]) -> Self::Quants;
     /// Quants in the highest bits of their bytes, of which the lowest `shift` are zeros.
     fn ready_halves(self, w: [Self::Bytes; FOURS], shift: u32) -> Self::Quants;
-    /// The exact sums of a block's 32 products, for P rows of a panel from `first` on.
-    fn dot_nibbles<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P];
-    /// The same for quants from -16 to 15.
-    fn dot_fives<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P];
-    /// The same for quants less 128.
-    fn dot_bytes<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P];
-    /// The same for columns 0 to 15 and 16 to 31 by themselves, of quants as [`MicroKernel::ready_halves`] takes them;
-    /// less 128 where `centred` says what belongs to the block.
-    fn dot_halves<const P: usize>(
+    /// The exact sums of a block's 32 products, for each of S strips with P rows of a panel from `first` on.
+    fn dot_nibbles<const P: usize, const S: usize>(
         self,
-        w: &Self::Quants,
+        w: &[Self::Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[Self::Int; P]; S];
+    /// The same for quants from -16 to 15.
+    fn dot_fives<const P: usize, const S: usize>(
+        self,
+        w: &[Self::Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[Self::Int; P]; S];
+    /// The same for quants less 128.
+    fn dot_bytes<const P: usize, const S: usize>(
+        self,
+        w: &[Self::Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[Self::Int; P]; S];
+    /// The same for the columns of one half of the block, 0 to 15 or 16 to 31, of quants as
+    /// [`MicroKernel::ready_halves`] takes them; less 128 where `centred` says what belongs to the block.
+    fn dot_half<const P: usize, const S: usize>(
+        self,
+        half: usize,
+        w: &[Self::Quants; S],
         shift: u32,
         centred: Option<&Halves>,
         x: &PanelBlock,
         first: usize,
-    ) -> [[Self::Int; 2]; P];
+    ) -> [[Self::Int; P]; S];
 }
 
 /// Where x's bytes `4 g..4 g + 4` begin, as one integer.

@@ -26,11 +26,24 @@ impl Plain {
         let [high, low] = x.map(|part| self.sum(w, part, &value));
         std::array::from_fn(|r| 128 * high[r] + low[r])
     }
+    /// The sums of whole blocks.
+    #[inline(always)]
+    fn dot_all<const P: usize, const S: usize>(
+        self,
+        w: &[[[u8; 4 * TILE_ROWS]; FOURS]; S],
+        x: &PanelBlock,
+        first: usize,
+        value: impl Fn(u8) -> i32 + Copy,
+    ) -> [[[i32; TILE_ROWS]; P]; S] {
+        w.each_ref()
+            .map(|w| std::array::from_fn(|i| self.dot(w, x.quants[first + i].each_ref().map(|part| &part[..]), value)))
+    }
 }
 
 impl MicroKernel for Plain {
     const ROWS: usize = TILE_ROWS;
     const GROUP: usize = 4;
+    const STRIPS: usize = 1;
     const SECOND: u8 = 0;
     type Bytes = [u8; 4 * TILE_ROWS];
     type Quants = [Self::Bytes; FOURS];
@@ -142,31 +155,47 @@ impl MicroKernel for Plain {
         w
     }
     #[inline(always)]
-    fn dot_nibbles<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P] {
-        std::array::from_fn(|i| self.dot(w, x.quants[first + i].each_ref().map(|part| &part[..]), i32::from))
-    }
-    #[inline(always)]
-    fn dot_fives<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P] {
-        let value = |w: u8| i32::from(w as i8);
-        std::array::from_fn(|i| self.dot(w, x.quants[first + i].each_ref().map(|part| &part[..]), value))
-    }
-    #[inline(always)]
-    fn dot_bytes<const P: usize>(self, w: &Self::Quants, x: &PanelBlock, first: usize) -> [Self::Int; P] {
-        let value = |w: u8| i32::from(w) - 128;
-        std::array::from_fn(|i| self.dot(w, x.quants[first + i].each_ref().map(|part| &part[..]), value))
-    }
-    #[inline(always)]
-    fn dot_halves<const P: usize>(
+    fn dot_nibbles<const P: usize, const S: usize>(
         self,
-        w: &Self::Quants,
+        w: &[Self::Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[Self::Int; P]; S] {
+        self.dot_all(w, x, first, i32::from)
+    }
+    #[inline(always)]
+    fn dot_fives<const P: usize, const S: usize>(
+        self,
+        w: &[Self::Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[Self::Int; P]; S] {
+        let value = |w: u8| i32::from(w as i8);
+        self.dot_all(w, x, first, value)
+    }
+    #[inline(always)]
+    fn dot_bytes<const P: usize, const S: usize>(
+        self,
+        w: &[Self::Quants; S],
+        x: &PanelBlock,
+        first: usize,
+    ) -> [[Self::Int; P]; S] {
+        let value = |w: u8| i32::from(w) - 128;
+        self.dot_all(w, x, first, value)
+    }
+    #[inline(always)]
+    fn dot_half<const P: usize, const S: usize>(
+        self,
+        half: usize,
+        w: &[Self::Quants; S],
         _: u32,
         centred: Option<&Halves>,
         x: &PanelBlock,
         first: usize,
-    ) -> [[Self::Int; 2]; P] {
+    ) -> [[Self::Int; P]; S] {
         let value = |w: u8| i32::from(w) - if centred.is_some() { 128 } else { 0 };
-        std::array::from_fn(|i| {
-            [0, 1].map(|half| {
+        w.each_ref().map(|w| {
+            std::array::from_fn(|i| {
                 let x = x.quants[first + i].each_ref().map(|part| &part[BLOCK / 2 * half..][..BLOCK / 2]);
                 self.dot(&w[FOURS / 2 * half..][..FOURS / 2], x, value)
             })
