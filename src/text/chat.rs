@@ -74,7 +74,7 @@ impl Template {
         const TEXT: &str = "hello";
         let refuse = |message: String| Err(Error::invalid("tokenizer.chat_template", message));
         match self.rendered(&[ChatMessage::new("user", TEXT)], true, ("", "")) {
-            Ok(rendered) if self.marked(&rendered.chars).contains(TEXT) => {
+            Ok(rendered) if self.marked(rendered.chars.iter().copied()).contains(TEXT) => {
                 if !rendered.unknown.is_empty() {
                     let names = rendered.unknown.join(", ");
                     tracing::warn!(names, "the chat template prints names that nothing has given a value, as nothing");
@@ -109,14 +109,7 @@ impl Template {
 
     /// Breaks every control token in `content`.
     pub fn mark(&self, content: &str) -> String {
-        let mut marked = String::with_capacity(content.len() + 8);
-        for ch in content.chars() {
-            marked.push(ch);
-            if ch == MARK || self.openers.contains(&ch) {
-                marked.push(MARK);
-            }
-        }
-        marked
+        self.marked(content.chars().map(|ch| u32::from(ch) | FOREIGN))
     }
 
     /// The rendering, with its content marked.
@@ -126,7 +119,7 @@ impl Template {
 
     /// The rendering, with its content marked, and with texts around each message's content.
     pub fn render(&self, messages: &[ChatMessage], generation_prompt: bool, around: (&str, &str)) -> Result<String> {
-        Ok(self.marked(&self.rendered(messages, generation_prompt, around)?.chars))
+        Ok(self.marked(self.rendered(messages, generation_prompt, around)?.chars))
     }
 
     fn rendered(
@@ -179,10 +172,11 @@ impl Template {
     }
 
     /// With a mark after each character of a message's that could begin a control token.
-    fn marked(&self, chars: &[u32]) -> String {
-        let mut marked = String::with_capacity(chars.len() + 8);
+    fn marked(&self, chars: impl IntoIterator<Item = u32>) -> String {
+        let chars = chars.into_iter();
+        let mut marked = String::with_capacity(chars.size_hint().0 + 8);
         for code in chars {
-            let ch = plain(*code);
+            let ch = plain(code);
             marked.push(ch);
             if ch == MARK || (code & FOREIGN != 0 && self.openers.contains(&ch)) {
                 marked.push(MARK);

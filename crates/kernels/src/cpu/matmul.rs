@@ -150,26 +150,21 @@ struct Job<'a, 'p> {
 impl Job<'_, '_> {
     /// The outputs of some strips, [`MAX_STRIPS`] at most, for some rows.
     fn run(&self, level: Level, strips: Range<usize>, x: &QuantizedRows, rows: Range<usize>, ahead: &mut Prefetcher) {
-        let (all, passes) = (self.matrix.strips_from(strips.start), rows.len().div_ceil(PANEL));
-        let mut tiles = [all; MAX_STRIPS];
-        for (tiles, strip) in tiles.iter_mut().zip(strips.clone()) {
-            if let Some((adapters, (layer, _))) = self.adapted {
-                expand_reads(adapters, layer, strip, &rows, ahead);
-            }
-            *tiles = self.matrix.strip(strip);
+        if let Some((adapters, (layer, _))) = self.adapted {
+            strips.clone().for_each(|strip| expand_reads(adapters, layer, strip, &rows, ahead));
         }
-        let own = strips.len() * tiles[0].len();
+        let all = self.matrix.strips_from(strips.start);
+        let (own, passes) = (strips.len() * self.matrix.strip(strips.start).len(), rows.len().div_ceil(PANEL));
         let later = all.get(if passes == 1 { AHEAD } else { own }..).unwrap_or_default();
         ahead.push(&later[..later.len().min(own)]);
         let ahead = ahead.parts(passes * x.cols() / BLOCK);
-        let strip = strips.start;
-        let out = Outputs { y: self.y, width: self.matrix.rows(), strip, bias: self.bias, accumulate: self.accumulate };
-        let tiles = &tiles[..strips.len()];
-        with_format!(self.matrix.qtype(), F => run_strips::<F>(level, tiles, x, rows.clone(), ahead, out));
+        let (y, width, strip) = (self.y, self.matrix.rows(), strips.start);
+        let out = Outputs { y, width, strip, bias: self.bias, accumulate: self.accumulate };
+        with_format!(self.matrix.qtype(), F => run_strips::<F>(level, &all[..own], x, rows.clone(), ahead, out));
         if let Some((adapters, shrunk)) = self.adapted {
             for strip in strips {
                 // SAFETY: this task alone touches this strip of `y`.
-                unsafe { expand(level, adapters, shrunk, strip, rows.clone(), (self.y, self.matrix.rows())) };
+                unsafe { expand(level, adapters, shrunk, strip, rows.clone(), (y, width)) };
             }
         }
     }

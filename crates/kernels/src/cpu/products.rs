@@ -215,19 +215,19 @@ impl<F: Float> Multiply<F> for Floats {
 #[inline(always)]
 fn strips<L: MicroKernel, F: BlockFormat>(
     l: L,
-    strips: &[&[u8]],
+    tiles: &[u8],
     x: &QuantizedRows,
     rows: Range<usize>,
     mut ahead: PrefetchPlan<'_>,
     out: Outputs<'_>,
 ) {
-    let mut row = rows.start;
+    let (mut row, strip_bytes) = (rows.start, x.cols() / F::VALUES * F::TILE_BYTES);
     macro_rules! groups {
         ($($n:literal by $p:literal)*) => {
             $({
                 const N: usize = $n;
                 while N <= L::GROUP && row + N <= rows.end {
-                    for (strip, tiles) in strips.iter().enumerate() {
+                    for (strip, tiles) in tiles.chunks_exact(strip_bytes).enumerate() {
                         group::<L, F, N, $p, 1>(l, [tiles], &mut ahead, x, row, out.of(strip));
                     }
                     row += N;
@@ -235,9 +235,8 @@ fn strips<L: MicroKernel, F: BlockFormat>(
             })*
         };
     }
-    if let [one, two] = strips
-        && L::STRIPS == 2
-    {
+    if L::STRIPS == 2 && tiles.len() == 2 * strip_bytes {
+        let (one, two) = tiles.split_at(strip_bytes);
         while row + PANEL <= rows.end {
             group::<L, F, PANEL, 2, 2>(l, [one, two], &mut ahead, x, row, out);
             row += PANEL;
@@ -279,10 +278,10 @@ fn ready<L: MicroKernel, F: Scaled, const P: usize>(l: L, tile: &[u8], b: usize,
     }
 }
 
-/// The tiles of one or two strips side by side times some rows of activations, in the form of a level.
+/// The tiles of one or two strips, one after the other, times some rows of activations, in the form of a level.
 pub(super) fn run_strips<F: BlockFormat>(
     level: Level,
-    tiles: &[&[u8]],
+    tiles: &[u8],
     x: &QuantizedRows,
     rows: Range<usize>,
     ahead: PrefetchPlan<'_>,
@@ -293,7 +292,7 @@ pub(super) fn run_strips<F: BlockFormat>(
         type Rows = Range<usize>;
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
         fn avx512<F: BlockFormat>(
-            tiles: &[&[u8]],
+            tiles: &[u8],
             x: &QuantizedRows,
             rows: Rows,
             ahead: PrefetchPlan<'_>,
@@ -305,7 +304,7 @@ pub(super) fn run_strips<F: BlockFormat>(
         }
         #[target_feature(enable = "avx2,fma,f16c")]
         fn avx2<F: BlockFormat>(
-            tiles: &[&[u8]],
+            tiles: &[u8],
             x: &QuantizedRows,
             rows: Rows,
             ahead: PrefetchPlan<'_>,
