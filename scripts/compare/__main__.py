@@ -60,7 +60,9 @@ def measure(line, rounds):
     found = report.asked(line, medians)
     for words in found:
         print(f'  {words}')
-    command = f'python3 scripts/compare {shlex.join(sys.argv[1:])}'.strip()
+    # Without the folders of this machine.
+    words = [pathlib.Path(word).name if pathlib.Path(word).is_file() else word for word in sys.argv[1:]]
+    command = f'python3 scripts/compare {shlex.join(words)}'.strip()
     report.write(line.title, report.section(line, values, found, command))
 
 

@@ -91,7 +91,7 @@ const NO_HALVES: Halves = Halves { first_sum: [0.0; PANEL], less: [[0; PANEL]; 2
 pub struct QuantizedRows {
     rows: usize,
     blocks: usize,
-    /// `[panels, blocks]`.
+    /// `[panels, blocks]`, and what an earlier use had more.
     panels: Vec<PanelBlock>,
     /// As many, where formats that read them are among those that the rows are multiplied with.
     halves: Option<Vec<Halves>>,
@@ -125,13 +125,10 @@ impl QuantizedRows {
     pub(super) fn resize(&mut self, rows: usize, cols: usize) -> RowWriter {
         let blocks = cols / BLOCK;
         (self.rows, self.blocks) = (rows, blocks);
-        self.panels.resize(rows.div_ceil(PANEL) * blocks, EMPTY);
+        let count = rows.div_ceil(PANEL) * blocks;
+        let panels = with_room(&mut self.panels, count, EMPTY);
+        let halves = self.halves.as_mut().map(|halves| with_room(halves, count, NO_HALVES));
         self.units.resize(rows, 0.0);
-        let (panels, count) = (self.panels.as_mut_ptr(), self.panels.len());
-        let halves = self.halves.as_mut().map(|halves| {
-            halves.resize(count, NO_HALVES);
-            halves.as_mut_ptr()
-        });
         RowWriter { rows, blocks, panels, halves, units: self.units.as_mut_ptr() }
     }
 
@@ -161,6 +158,15 @@ impl QuantizedRows {
     pub(super) fn unit(&self, row: usize) -> f32 {
         self.units[row]
     }
+}
+
+/// Where `count` items begin. There may be more: steps with few and with many columns take turns, and what is given up
+/// would have to be cleared again.
+fn with_room<T: Copy>(items: &mut Vec<T>, count: usize, empty: T) -> *mut T {
+    if items.len() < count {
+        items.resize(count, empty);
+    }
+    items.as_mut_ptr()
 }
 
 impl RowWriter {
