@@ -1,5 +1,5 @@
-//! A strip of a matrix times rows of activations, for each kind of block: the rows of a panel share what is unpacked of
-//! a tile, and their sums stay in registers.
+//! Strips of a matrix times rows of activations, for each kind of block: the rows of a panel share what is unpacked of
+//! a tile, and two strips what is read of a panel.
 
 use std::ops::Range;
 

@@ -118,12 +118,24 @@ macro_rules! dispatch {
 pub(super) use dispatch;
 
 /// The body for each r below N, at most 12, without a loop: what is indexed by r then stays in registers. `by P`: for
-/// each P-th.
+/// each P-th, at most 4 of them. `up to`: for an N that is never more, which spares the compiler the rest.
 macro_rules! unrolled {
-    ($r:ident in $n:ident up to 2 => $body:block) => { unrolled!(@ $r, $n, 1, $body, 0 1) };
-    ($r:ident in $n:ident up to 4 => $body:block) => { unrolled!(@ $r, $n, 1, $body, 0 1 2 3) };
-    ($r:ident in $n:ident => $body:block) => { unrolled!(@ $r, $n, 1, $body, 0 1 2 3 4 5 6 7 8 9 10 11) };
-    ($r:ident in $n:ident by $p:ident => $body:block) => { unrolled!(@ $r, $n, $p, $body, 0 1 2 3) };
+    ($r:ident in $n:ident up to 2 => $body:block) => {
+        const { assert!($n <= 2) };
+        unrolled!(@ $r, $n, 1, $body, 0 1)
+    };
+    ($r:ident in $n:ident up to 4 => $body:block) => {
+        const { assert!($n <= 4) };
+        unrolled!(@ $r, $n, 1, $body, 0 1 2 3)
+    };
+    ($r:ident in $n:ident => $body:block) => {
+        const { assert!($n <= 12) };
+        unrolled!(@ $r, $n, 1, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    ($r:ident in $n:ident by $p:ident => $body:block) => {
+        const { assert!($n <= 4 * $p) };
+        unrolled!(@ $r, $n, $p, $body, 0 1 2 3)
+    };
     (@ $r:ident, $n:ident, $p:tt, $body:block, $($i:literal)*) => {
         $(if $i * $p < $n {
             let $r = $i * $p;

@@ -69,6 +69,20 @@ impl Avx2Maddubs {
     }
 }
 
+/// The body's sums, for each strip's quants and each of P rows.
+macro_rules! each_sum {
+    ($w:ident in $all:ident, $r:ident => $sum:block) => {{
+        let mut sums = [[$all[0][0]; P]; S];
+        unrolled!(s in S up to 2 => {
+            let $w = &$all[s];
+            unrolled!($r in P up to 4 => {
+                sums[s][$r] = $sum;
+            });
+        });
+        sums
+    }};
+}
+
 impl MicroKernel for Avx2Maddubs {
     const ROWS: usize = 8;
     const GROUP: usize = 4;
@@ -238,14 +252,10 @@ impl MicroKernel for Avx2Maddubs {
         x: &PanelBlock,
         first: usize,
     ) -> [[__m256i; P]; S] {
-        let mut sums = [[w[0][0]; P]; S];
-        unrolled!(s in S up to 2 => {
-            unrolled!(r in P up to 4 => {
-                let [high, low] = &x.quants[first + r];
-                sums[s][r] = self.join(self.sum(&w[s], 15, high, 0..FOURS), self.sum(&w[s], 15, low, 0..FOURS));
-            });
-        });
-        sums
+        each_sum!(w in w, r => {
+            let [high, low] = &x.quants[first + r];
+            self.join(self.sum(w, 15, high, 0..FOURS), self.sum(w, 15, low, 0..FOURS))
+        })
     }
     #[inline(always)]
     fn dot_fives<const P: usize, const S: usize>(
@@ -254,25 +264,21 @@ impl MicroKernel for Avx2Maddubs {
         x: &PanelBlock,
         first: usize,
     ) -> [[__m256i; P]; S] {
-        let mut sums = [[w[0][0]; P]; S];
-        // SAFETY: `self` proves the features.
-        unsafe {
-            unrolled!(s in S up to 2 => {
-                unrolled!(r in P up to 4 => {
-                    let [h, l] = &x.quants[first + r];
-                    let (mut high, mut low) = (_mm256_setzero_si256(), _mm256_setzero_si256());
-                    for (g, w) in w[s].iter().enumerate() {
-                        // 16 products of at most 16 * 112, and 16 of 16 * 127: 32,512.
-                        let signed = _mm256_sign_epi8(_mm256_set1_epi32(four(h, g)), *w);
-                        high = _mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_abs_epi8(*w), signed));
-                        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_set1_epi32(four(l, g)), *w));
-                    }
-                    let one = _mm256_set1_epi16(1);
-                    sums[s][r] = self.join(_mm256_madd_epi16(high, one), _mm256_madd_epi16(low, one));
-                });
-            });
-        }
-        sums
+        each_sum!(w in w, r => {
+            let [h, l] = &x.quants[first + r];
+            // SAFETY: `self` proves the features.
+            unsafe {
+                let (mut high, mut low) = (_mm256_setzero_si256(), _mm256_setzero_si256());
+                for (g, w) in w.iter().enumerate() {
+                    // 16 products of at most 16 * 112, and 16 of 16 * 127: 32,512.
+                    let signed = _mm256_sign_epi8(_mm256_set1_epi32(four(h, g)), *w);
+                    high = _mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_abs_epi8(*w), signed));
+                    low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_set1_epi32(four(l, g)), *w));
+                }
+                let one = _mm256_set1_epi16(1);
+                self.join(_mm256_madd_epi16(high, one), _mm256_madd_epi16(low, one))
+            }
+        })
     }
     #[inline(always)]
     fn dot_bytes<const P: usize, const S: usize>(
@@ -281,15 +287,11 @@ impl MicroKernel for Avx2Maddubs {
         x: &PanelBlock,
         first: usize,
     ) -> [[__m256i; P]; S] {
-        let mut sums = [[w[0][0]; P]; S];
-        unrolled!(s in S up to 2 => {
-            unrolled!(r in P up to 4 => {
-                let [high, low] = &x.quants[first + r];
-                let high = self.add_to(self.sum_of_bytes(&w[s], high), x.less[first + r]);
-                sums[s][r] = self.join(high, self.sum_of_bytes(&w[s], low));
-            });
-        });
-        sums
+        each_sum!(w in w, r => {
+            let [high, low] = &x.quants[first + r];
+            let high = self.add_to(self.sum_of_bytes(w, high), x.less[first + r]);
+            self.join(high, self.sum_of_bytes(w, low))
+        })
     }
     #[inline(always)]
     fn dot_half<const P: usize, const S: usize>(
@@ -301,16 +303,14 @@ impl MicroKernel for Avx2Maddubs {
         x: &PanelBlock,
         first: usize,
     ) -> [[Self::Int; P]; S] {
-        let mut sums = [[w[0][0]; P]; S];
         let (vectors, most) = (FOURS / 2 * half..FOURS / 2 * (half + 1), 0xFF >> shift);
-        unrolled!(s in S up to 2 => {
-            unrolled!(r in P up to 4 => {
-                let [high, low] = x.quants[first + r].each_ref().map(|x| self.sum(&w[s], most, x, vectors.clone()));
-                // SAFETY: `self` proves the features.
-                let all = unsafe { _mm256_sll_epi32(self.join(high, low), _mm_cvtsi32_si128(shift as i32)) };
-                sums[s][r] = centred.map_or(all, |halves| self.add_to(all, 128 * halves.less[half][first + r]));
-            });
-        });
-        sums
+        each_sum!(w in w, r => {
+            let [high, low] = &x.quants[first + r];
+            let low = self.sum(w, most, low, vectors.clone());
+            let all = self.join(self.sum(w, most, high, vectors.clone()), low);
+            // SAFETY: `self` proves the features.
+            let all = unsafe { _mm256_sll_epi32(all, _mm_cvtsi32_si128(shift as i32)) };
+            centred.map_or(all, |halves| self.add_to(all, 128 * halves.less[half][first + r]))
+        })
     }
 }

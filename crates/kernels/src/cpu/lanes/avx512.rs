@@ -99,7 +99,8 @@ impl Avx512Vnni {
         }
         for g in vectors {
             unrolled!(r in P up to 4 => {
-                let [h, l] = x.quants[first + r].each_ref().map(|x| self.splat(four(x, g)));
+                let [h, l] = &x.quants[first + r];
+                let (h, l) = (self.splat(four(h, g)), self.splat(four(l, g)));
                 unrolled!(s in S up to 2 => {
                     // SAFETY: `self` proves the features.
                     unsafe {
