@@ -1,7 +1,7 @@
 //! The matmul in every block format beside the memory's bandwidth, as a table: `cargo bench --bench formats [-- NAME...]`.
 //!
 //! Every round reads memory, before and after a pass with one row, and multiplies each format's matrices, which are more
-//! than the caches hold, with 1, 8 and 64 rows, so that all see the same machine; the table has medians, also of the
+//! than the caches hold, with 1, 8, 16 and 64 rows, so that all see the same machine; the table has medians, also of the
 //! one row's share of the bandwidth that its own round had. `RAYON_NUM_THREADS` says how many threads.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a bench fails by them")]
@@ -16,7 +16,7 @@ const COLS: usize = 1536;
 const ROWS: usize = 4096;
 /// Bytes of a format's matrices together: more than the caches hold.
 const BYTES: usize = 96 << 20;
-const BATCHES: [usize; 3] = [1, 8, 64];
+const BATCHES: [usize; 4] = [1, 8, 16, 64];
 
 fn quantized(team: &Team, rows: usize) -> QuantizedRows {
     let groups: Vec<_> = (0..rows).map(|first| RowGroup { first, count: 1, adapter: None }).collect();
@@ -44,7 +44,7 @@ fn main() {
     let mut y = vec![0.0; ROWS * BATCHES[BATCHES.len() - 1]];
     let memory = vec![1u64; 12 << 20];
     println!(
-        "| format | bytes a weight | read GB/s | 1 row GB/s | of the bandwidth | 1, 8, 64 rows: G multiply-adds/s |"
+        "| format | bytes a weight | read GB/s | 1 row GB/s | of the bandwidth | 1, 8, 16, 64 rows: G multiply-adds/s |"
     );
     println!("|---|---|---|---|---|---|");
     for qtype in FORMATS.iter().filter(|q| names.is_empty() || names.iter().any(|name| *name == format!("{q:?}"))) {
@@ -68,9 +68,9 @@ fn main() {
             }
         }
         let (bandwidth, times) = (median(bandwidth), times.map(median));
-        let speeds = std::array::from_fn::<_, 3, _>(|i| (count * ROWS * COLS * BATCHES[i]) as f64 / times[i] / 1e9);
+        let speeds = std::array::from_fn::<_, 4, _>(|i| (count * ROWS * COLS * BATCHES[i]) as f64 / times[i] / 1e9);
         println!(
-            "| {qtype:?} | {:.3} | {:.1} | {:.1} | {:.0} % | {:.1} {:.1} {:.1} |",
+            "| {qtype:?} | {:.3} | {:.1} | {:.1} | {:.0} % | {:.1} {:.1} {:.1} {:.1} |",
             bytes as f64 / (count * ROWS * COLS) as f64,
             bandwidth / 1e9,
             bytes as f64 / times[0] / 1e9,
@@ -78,6 +78,7 @@ fn main() {
             speeds[0],
             speeds[1],
             speeds[2],
+            speeds[3],
         );
     }
 }

@@ -9,14 +9,14 @@ use super::ahead::Prefetcher;
 use super::lanes::MicroKernel;
 use super::lora::{Adapters, expand, expand_reads, shrink_reads};
 use super::products::run_strips;
-use super::quantize::{PANEL, QuantizedRows};
+use super::quantize::{AMX_ROWS, AmxBlock, PANEL, QuantizedRows};
 use super::simd::Level;
 use super::team::Team;
 use crate::format::{BLOCK, TILE_ROWS, with_format};
 use crate::packed::PackedMatrix;
 
-/// Rows of activations that pass over a strip while it lies in the cache, before the next strip's turn.
-const ROW_BLOCK: usize = 64;
+/// Most rows of activations that pass over a strip while it lies in the cache, before the next strip's turn.
+pub(super) const MAX_PASS: usize = 128;
 
 /// Bytes between what is read of a matrix and what is fetched meanwhile, where all rows are one panel: more than the memory
 /// gives a core while a line is on its way. More rows have the time that they pass over a strip to fetch the whole next one.
@@ -86,11 +86,12 @@ fn linear_at(
         let y = Shared(layer.y.as_mut_ptr());
         Some(Job { matrix: layer.matrix, y, bias: layer.bias, accumulate: layer.accumulate, adapted })
     });
+    let pass = rows_of_a_pass(x);
     fetch_when_idle(team, next.matrices);
     team.each(total.div_ceil(piece), |i| {
         let mut ahead = Prefetcher::new();
-        for row in (0..x.rows()).step_by(ROW_BLOCK) {
-            let rows = row..x.rows().min(row + ROW_BLOCK);
+        for row in (0..x.rows()).step_by(pass) {
+            let rows = row..x.rows().min(row + pass);
             let (mut at, end) = (i * piece, total.min((i + 1) * piece));
             while let Some((job, strip)) = find(jobs.iter().flatten(), |job| job.matrix, at).filter(|_| at < end) {
                 let side_by_side = if rows.len() <= PANEL { 1 } else { MAX_STRIPS };
@@ -108,6 +109,18 @@ fn linear_at(
 
 /// Most layers of one call.
 pub const MAX_LAYERS: usize = 4;
+
+/// Rows of activations that pass over a strip together: where AMX reads them as many as leave room for weights in the
+/// second cache, whole groups of them.
+fn rows_of_a_pass(x: &QuantizedRows) -> usize {
+    /// Of the second cache, which has 2 MiB on machines with AMX.
+    const BYTES: usize = 5 << 18;
+    if !x.has_amx_blocks() {
+        return MAX_PASS / 2;
+    }
+    let groups = BYTES / (x.cols() / BLOCK * size_of::<AmxBlock>());
+    groups.clamp(1, MAX_PASS / AMX_ROWS) * AMX_ROWS
+}
 
 /// Enough pieces to balance, few enough that claiming one costs nothing beside it.
 fn strips_of_a_piece(team: &Team, total: usize) -> usize {
@@ -154,13 +167,12 @@ impl Job<'_, '_> {
             strips.clone().for_each(|strip| expand_reads(adapters, layer, strip, &rows, ahead));
         }
         let all = self.matrix.strips_from(strips.start);
-        let (own, passes) = (strips.len() * self.matrix.strip(strips.start).len(), rows.len().div_ceil(PANEL));
-        let later = all.get(if passes == 1 { AHEAD } else { own }..).unwrap_or_default();
+        let own = strips.len() * self.matrix.strip(strips.start).len();
+        let later = all.get(if rows.len() <= PANEL { AHEAD } else { own }..).unwrap_or_default();
         ahead.push(&later[..later.len().min(own)]);
-        let ahead = ahead.parts(passes * x.cols() / BLOCK);
         let (y, width, strip) = (self.y, self.matrix.rows(), strips.start);
         let out = Outputs { y, width, strip, bias: self.bias, accumulate: self.accumulate };
-        with_format!(self.matrix.qtype(), F => run_strips::<F>(level, &all[..own], x, rows.clone(), ahead, out));
+        with_format!(self.matrix.qtype(), F => run_strips::<F>(level, &all[..own], (x, rows.clone()), ahead, out));
         if let Some((adapters, shrunk)) = self.adapted {
             for strip in strips {
                 // SAFETY: this task alone touches this strip of `y`.
@@ -286,6 +298,51 @@ mod tests {
             let biased = alone[1].iter().zip(bias.iter().cycle()).map(|(y, bias)| y + bias).collect::<Vec<_>>();
             prop_assert_eq!(&ys[1], &biased);
             prop_assert!(ys[0].iter().zip(&alone[0]).all(|(y, alone)| *y == 2.0 + alone));
+        }
+    }
+
+    /// More rows than pass over a strip together, in whole groups, panels and the rest.
+    #[test]
+    fn many_rows() {
+        for qtype in [QType::Q4_K, QType::Q6_K, QType::Q8_0] {
+            let (out, cols, rows) = (3 * TILE_ROWS + 5, 512, 2 * MAX_PASS + 2 * PANEL + 3);
+            let w = PackedMatrix::pack(qtype, out, cols, &random_matrix(qtype, out, cols, 5));
+            let q = QuantizedRows::of(&sinusoid(rows * cols, 7), cols);
+            let y = product(Level::Portable, &w, &q);
+            assert!(Level::all().all(|level| product(level, &w, &q) == y), "{qtype:?}");
+        }
+    }
+
+    /// Products that are zeros though neither the scales nor the activations are.
+    #[test]
+    fn zeros_are_zeros() {
+        for qtype in [QType::Q4_0, QType::Q8_0, QType::Q6_K, QType::Q4_K] {
+            // Quants of zero: the least, or in the middle.
+            let mut blocks = vec![if qtype == QType::Q4_0 { 0x88u8 } else { 0 }; qtype.row_bytes(256)];
+            for block in blocks.chunks_exact_mut(qtype.block_bytes()) {
+                let d = half::f16::MAX.to_le_bytes();
+                match qtype {
+                    QType::Q6_K => {
+                        // 32 is 16 * 2, and the scales are 127.
+                        block[128..192].fill(0b1010_1010);
+                        block[192..208].fill(127);
+                        block[208..].copy_from_slice(&d);
+                    }
+                    QType::Q4_K => {
+                        block[..2].copy_from_slice(&d);
+                        block[4..16].fill(0x3F);
+                    }
+                    _ => block[..2].copy_from_slice(&d),
+                }
+            }
+            let w = PackedMatrix::pack(qtype, 1, 256, &blocks);
+            let mut dense = [1.0; 256];
+            w.dequantize(0, &mut dense);
+            assert_eq!(dense, [0.0; 256], "{qtype:?}");
+            let q = QuantizedRows::of(&[1e30; PANEL * 256], 256);
+            for level in Level::all() {
+                assert_eq!(product(level, &w, &q), [0.0; PANEL], "{qtype:?} {level:?}");
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! The CPU's kernels. **A row's bits depend on that row alone**: every kernel computes each row (and each output of a
 //! row) by the same operations in the same order, whatever else is in the batch and however the work is cut among
-//! threads. All forms (AVX-512, AVX2, portable) give the same bits too: the same lanes, the same order of sums, fused
+//! threads. All forms (AMX, AVX-512, AVX2, portable) give the same bits too: the same lanes, the same order of sums, fused
 //! where written so.
 
 mod ahead;
@@ -18,6 +18,8 @@ mod quantize;
 mod rows;
 mod simd;
 mod team;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tiles;
 
 pub use attention::{AttentionScratch, HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, attention};
 pub use kv::{Angles, HeadNorms, HeadPrep, KvDtype, KvShape, KvView, KvViewMut, RowTile, rope_and_store};

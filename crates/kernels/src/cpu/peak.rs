@@ -1,13 +1,19 @@
 //! The dot product instruction that the matmul rests on, by itself: the instruction peak of a roofline.
 
+#[cfg(target_arch = "x86_64")]
+use super::lanes::amx::{self, Amx};
 use super::simd::Level;
 
 /// Executes about `rounds` times a dozen of the machine's best dot product instructions, which wait neither for memory
-/// nor for each other, on this thread. Gives the products of bytes that were summed.
+/// nor for each other, on this thread. Gives the products that were summed, two of which
+/// are a weight times an activation.
 pub fn dot_products(rounds: u64) -> u64 {
     match Level::best() {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: nobody has a level that the machine lacks.
+        Level::Amx => amx::products(unsafe { Amx::new() }, rounds),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
         Level::Avx512 => unsafe { x86::vnni(rounds) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.

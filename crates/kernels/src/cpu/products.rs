@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
-use super::ahead::PrefetchPlan;
+use super::ahead::{PrefetchPlan, Prefetcher};
+#[cfg(target_arch = "x86_64")]
+use super::lanes::amx::{Amx, Exact};
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2Maddubs, Avx512Vnni};
 use super::lanes::{MicroKernel, Plain};
@@ -12,6 +14,8 @@ use super::quantize::{Halves, PANEL, PanelBlock, QuantizedRows};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{Level, unrolled};
+#[cfg(target_arch = "x86_64")]
+use super::tiles::{self, Unpacked};
 use crate::format::float::Float;
 use crate::format::{BLOCK, BlockFormat, Halved, Quants, Scaled, TILE_ROWS};
 
@@ -50,6 +54,14 @@ pub(crate) trait Multiply<F> {
         at: usize,
         ahead: &mut PrefetchPlan<'_>,
     ) -> [[L::Float; N]; S];
+
+    /// What AMX's tiles sum together; `None` where they are not used.
+    #[cfg(target_arch = "x86_64")]
+    const EXACT: Option<Exact> = None;
+
+    /// Unpacks columns `32 b..32 b + 32` of a tile for them.
+    #[cfg(target_arch = "x86_64")]
+    fn unpack(_: Amx, _tile: &[u8], _b: usize, _to: &mut Unpacked) {}
 }
 
 /// Runs a body for N rows, P at a time. The sums of one strip stay in registers; those of more are indexed at run time,
@@ -106,6 +118,28 @@ impl<F: Scaled> Multiply<F> for OneScale {
             }
         }
         sums
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    const EXACT: Option<Exact> = match F::QUANTS {
+        Quants::Nibbles | Quants::Fives => Some(Exact::All),
+        Quants::Bytes => Some(Exact::Bytes),
+    };
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn unpack(amx: Amx, tile: &[u8], b: usize, to: &mut Unpacked) {
+        let l = amx.lanes();
+        let (quants, scale) = (F::quants(l, tile, b, 0), F::scale(l, tile, b, 0));
+        match F::QUANTS {
+            Quants::Nibbles | Quants::Fives => amx.widen_fives(quants, &mut to.weights),
+            Quants::Bytes => amx.widen_bytes(quants, &mut to.weights),
+        }
+        l.store(scale.d, &mut to.d[0]);
+        to.has_m = scale.m.is_some();
+        if let Some(m) = scale.m {
+            l.store(m, &mut to.m[1]);
+        }
     }
 }
 
@@ -170,6 +204,25 @@ impl<F: Halved> Multiply<F> for TwoScales {
         }
         sums
     }
+
+    #[cfg(target_arch = "x86_64")]
+    const EXACT: Option<Exact> = Some(Exact::Halves);
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn unpack(amx: Amx, tile: &[u8], b: usize, to: &mut Unpacked) {
+        let l = amx.lanes();
+        let (d, m) = F::scales(l, tile, b, 0);
+        amx.widen_highest(F::quants(l, tile, b, 0), F::SHIFT, m.is_none(), &mut to.weights);
+        unrolled!(half in HALVES up to 2 => {
+            l.store(d[half], &mut to.d[half]);
+        });
+        to.has_m = m.is_some();
+        if let Some([first, second]) = m {
+            l.store(l.sub(first, second), &mut to.m[0]);
+            l.store(second, &mut to.m[1]);
+        }
+    }
 }
 
 /// For floats: what the activations stand for is exact in float32. Even and odd columns are summed by themselves, so
@@ -216,11 +269,11 @@ impl<F: Float> Multiply<F> for Floats {
 fn strips<L: MicroKernel, F: BlockFormat>(
     l: L,
     tiles: &[u8],
-    x: &QuantizedRows,
-    rows: Range<usize>,
-    mut ahead: PrefetchPlan<'_>,
+    (x, rows): (&QuantizedRows, Range<usize>),
+    ahead: &Prefetcher,
     out: Outputs<'_>,
 ) {
+    let mut ahead = ahead.parts(x.cols() / BLOCK * rows.len().div_ceil(PANEL));
     let (mut row, strip_bytes) = (rows.start, x.cols() / F::VALUES * F::TILE_BYTES);
     macro_rules! groups {
         ($($n:literal by $p:literal)*) => {
@@ -261,7 +314,7 @@ fn group<L: MicroKernel, F: BlockFormat, const N: usize, const P: usize, const S
         let sums = F::Kernel::sums::<L, N, P, S>(l, of, at, ahead);
         unrolled!(s in S up to 2 => {
             unrolled!(r in N => {
-                out.of(s).put(l, row + r, at, l.scale(sums[s][r], x.unit(row + r)));
+                out.of(s).put(l, row + r, at, l.finish(sums[s][r], x.unit(row + r)));
             });
         });
     }
@@ -282,49 +335,45 @@ fn ready<L: MicroKernel, F: Scaled, const P: usize>(l: L, tile: &[u8], b: usize,
 pub(super) fn run_strips<F: BlockFormat>(
     level: Level,
     tiles: &[u8],
-    x: &QuantizedRows,
-    rows: Range<usize>,
-    ahead: PrefetchPlan<'_>,
+    x: (&QuantizedRows, Range<usize>),
+    ahead: &Prefetcher,
     out: Outputs<'_>,
 ) {
     #[cfg(target_arch = "x86_64")]
     {
-        type Rows = Range<usize>;
+        type Rows<'a> = (&'a QuantizedRows, Range<usize>);
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-        fn avx512<F: BlockFormat>(
-            tiles: &[u8],
-            x: &QuantizedRows,
-            rows: Rows,
-            ahead: PrefetchPlan<'_>,
-            out: Outputs<'_>,
-        ) {
+        fn amx<F: BlockFormat>(tiles: &[u8], x: Rows<'_>, ahead: &Prefetcher, out: Outputs<'_>) {
+            // SAFETY: this function is called where the machine has what it uses.
+            let proof = unsafe { Amx::new() };
+            tiles::strips::<F>(proof, tiles, x, ahead, out);
+        }
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
+        fn avx512<F: BlockFormat>(tiles: &[u8], x: Rows<'_>, ahead: &Prefetcher, out: Outputs<'_>) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx512::new() };
-            strips::<_, F>(Avx512Vnni::new(proof), tiles, x, rows, ahead, out);
+            strips::<_, F>(Avx512Vnni::new(proof), tiles, x, ahead, out);
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2<F: BlockFormat>(
-            tiles: &[u8],
-            x: &QuantizedRows,
-            rows: Rows,
-            ahead: PrefetchPlan<'_>,
-            out: Outputs<'_>,
-        ) {
+        fn avx2<F: BlockFormat>(tiles: &[u8], x: Rows<'_>, ahead: &Prefetcher, out: Outputs<'_>) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx2::new() };
-            strips::<_, F>(Avx2Maddubs::new(proof), tiles, x, rows, ahead, out);
+            strips::<_, F>(Avx2Maddubs::new(proof), tiles, x, ahead, out);
         }
+        let takes_tiles = F::Kernel::EXACT.is_some() && x.0.has_amx_blocks();
         match level {
             // SAFETY: nobody has a level that the machine lacks.
-            Level::Avx512 => unsafe { avx512::<F>(tiles, x, rows, ahead, out) },
+            Level::Amx if takes_tiles => unsafe { amx::<F>(tiles, x, ahead, out) },
             // SAFETY: as above.
-            Level::Avx2 => unsafe { avx2::<F>(tiles, x, rows, ahead, out) },
-            Level::Portable => strips::<_, F>(Plain, tiles, x, rows, ahead, out),
+            Level::Amx | Level::Avx512 => unsafe { avx512::<F>(tiles, x, ahead, out) },
+            // SAFETY: as above.
+            Level::Avx2 => unsafe { avx2::<F>(tiles, x, ahead, out) },
+            Level::Portable => strips::<_, F>(Plain, tiles, x, ahead, out),
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = level;
-        strips::<_, F>(Plain, tiles, x, rows, ahead, out);
+        strips::<_, F>(Plain, tiles, x, ahead, out);
     }
 }

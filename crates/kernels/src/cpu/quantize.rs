@@ -48,6 +48,30 @@ pub(crate) struct Halves {
     pub less: [[i32; PANEL]; 2],
 }
 
+/// Rows of an [`AmxBlock`].
+pub(super) const AMX_ROWS: usize = 16;
+
+/// Rows from which on AMX multiplies them: with fewer the weights take longer to come and to be unpacked than products
+/// take by any instructions.
+const AMX_FROM: usize = 5;
+
+/// A bfloat16 number's bits.
+pub(super) type Bf16 = u16;
+
+/// A block of 32 columns of 16 rows, as AMX takes them.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct AmxBlock {
+    /// 128 times the high bytes, then the low ones, all shifted as the block is. Of four columns the second and the third
+    /// have changed places: in a vector of weights, four columns of each row, the even bytes are together at hand, and
+    /// the odd ones.
+    pub parts: [[[Bf16; BLOCK]; AMX_ROWS]; 2],
+    /// As [`PanelBlock::sum`].
+    pub sum: [f32; AMX_ROWS],
+    /// As [`Halves::first_sum`].
+    pub first_sum: [f32; AMX_ROWS],
+}
+
 /// A power of two, as what is to be added to a float's bits for a multiplication by it: the exponent in its place.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Shift(pub u32);
@@ -84,6 +108,9 @@ const EMPTY: PanelBlock = PanelBlock {
     pairs: [0; PANEL],
 };
 
+const NO_AMX_BLOCK: AmxBlock =
+    AmxBlock { parts: [[[0; BLOCK]; AMX_ROWS]; 2], sum: [0.0; AMX_ROWS], first_sum: [0.0; AMX_ROWS] };
+
 const NO_HALVES: Halves = Halves { first_sum: [0.0; PANEL], less: [[0; PANEL]; 2] };
 
 /// Quantised rows `[rows, cols]`, in panels of 8 rows, the last one filled up.
@@ -95,6 +122,9 @@ pub struct QuantizedRows {
     panels: Vec<PanelBlock>,
     /// As many, where formats that read them are among those that the rows are multiplied with.
     halves: Option<Vec<Halves>>,
+    /// `[groups of 16 rows, blocks]`, where the machine has AMX and there are rows enough for it.
+    amx: Vec<AmxBlock>,
+    has_amx_blocks: bool,
     /// Of each row.
     units: Vec<f32>,
 }
@@ -106,6 +136,7 @@ pub(super) struct RowWriter {
     blocks: usize,
     panels: *mut PanelBlock,
     halves: Option<*mut Halves>,
+    amx: Option<*mut AmxBlock>,
     units: *mut f32,
 }
 
@@ -118,7 +149,15 @@ impl QuantizedRows {
     /// Returns room for rows that are multiplied with matrices of some formats.
     pub fn new(formats: impl IntoIterator<Item = QType>) -> Self {
         let halves = formats.into_iter().any(QType::reads_halves).then(Vec::new);
-        Self { rows: 0, blocks: 0, panels: Vec::new(), halves, units: Vec::new() }
+        Self {
+            rows: 0,
+            blocks: 0,
+            panels: Vec::new(),
+            halves,
+            amx: Vec::new(),
+            has_amx_blocks: false,
+            units: Vec::new(),
+        }
     }
 
     /// Makes room for `rows` rows, reusing the buffers. `cols` is a multiple of 32.
@@ -128,8 +167,10 @@ impl QuantizedRows {
         let count = rows.div_ceil(PANEL) * blocks;
         let panels = with_room(&mut self.panels, count, EMPTY);
         let halves = self.halves.as_mut().map(|halves| with_room(halves, count, NO_HALVES));
+        self.has_amx_blocks = Level::best() == Level::Amx && rows >= AMX_FROM;
+        let amx = self.has_amx_blocks.then(|| with_room(&mut self.amx, rows.div_ceil(AMX_ROWS) * blocks, NO_AMX_BLOCK));
         self.units.resize(rows, 0.0);
-        RowWriter { rows, blocks, panels, halves, units: self.units.as_mut_ptr() }
+        RowWriter { rows, blocks, panels, halves, amx, units: self.units.as_mut_ptr() }
     }
 
     /// Returns how many rows there are.
@@ -152,6 +193,18 @@ impl QuantizedRows {
     #[inline(always)]
     pub(super) fn halves(&self, i: usize) -> &[Halves] {
         self.halves.as_ref().map_or(&[], |halves| &halves[i * self.blocks..][..self.blocks])
+    }
+
+    /// Whether there are [`QuantizedRows::amx_blocks`].
+    #[inline(always)]
+    pub(super) fn has_amx_blocks(&self) -> bool {
+        self.has_amx_blocks
+    }
+
+    /// The blocks of rows `16 i..16 i + 16`.
+    #[inline(always)]
+    pub(super) fn amx_blocks(&self, i: usize) -> &[AmxBlock] {
+        &self.amx[i * self.blocks..][..self.blocks]
     }
 
     #[inline(always)]
@@ -188,7 +241,8 @@ impl RowWriter {
             Place {
                 blocks: self.panels.add(row / PANEL * self.blocks),
                 halves: self.halves.map(|halves| halves.add(row / PANEL * self.blocks)),
-                row: row % PANEL,
+                amx: self.amx.map(|amx| amx.add(row / AMX_ROWS * self.blocks)),
+                row,
                 unit: &mut *self.units.add(row),
             }
         };
@@ -196,16 +250,19 @@ impl RowWriter {
     }
 }
 
-/// Where a quantised row goes: a panel's blocks and what belongs to them, of which this row alone is ours.
+/// Where a quantised row goes: the blocks of its panel and what belongs to them, and those of its group, in which this
+/// row's places alone are ours.
 struct Place<'a> {
     blocks: *mut PanelBlock,
     halves: Option<*mut Halves>,
+    amx: Option<*mut AmxBlock>,
     row: usize,
     unit: &'a mut f32,
 }
 
 #[inline(always)]
 fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
+    let (in_panel, in_group) = (to.row % PANEL, to.row % AMX_ROWS);
     let blocks = x.as_chunks::<BLOCK>().0;
     let load = |x: &[f32; BLOCK]| [0, 1].map(|half| s.load(&x.as_chunks::<LANES>().0[half]));
     let largest = blocks.iter().fold(s.splat(0.0), |largest, x| s.max_abs(largest, load(x)));
@@ -222,23 +279,49 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
         let finer = ((largest - own) >> EXPONENT).min(MAX_SHIFT);
         let by = inverse * f32::from_bits((127 + finer) << EXPONENT);
         let shift = MAX_SHIFT - finer;
-        // SAFETY: the panel has as many blocks as the row, and within them the row's places are ours.
+        // SAFETY: the panel and the group have as many blocks as the row, and within them the row's places are ours.
         unsafe {
             let block = to.blocks.add(b);
-            let [high, low] = &mut (*block).quants[to.row];
+            let quants = &mut (*block).quants[in_panel];
+            let [high, low] = quants;
             let split = s.split(x, by, high, low);
-            (*block).shift[to.row] = Shift(shift << EXPONENT);
-            (*block).sum[to.row] = (split.sum << shift) as f32;
-            (*block).less[to.row] = -split.sum;
-            (*block).pairs[to.row] = split.pairs;
+            let (sum, first_sum) = ((split.sum << shift) as f32, (split.first_sum << shift) as f32);
+            (*block).shift[in_panel] = Shift(shift << EXPONENT);
+            (*block).sum[in_panel] = sum;
+            (*block).less[in_panel] = -split.sum;
+            (*block).pairs[in_panel] = split.pairs;
             if let Some(halves) = to.halves {
                 let halves = halves.add(b);
-                (*halves).first_sum[to.row] = (split.first_sum << shift) as f32;
-                (*halves).less[0][to.row] = -split.first_sum;
-                (*halves).less[1][to.row] = split.first_sum - split.sum;
+                (*halves).first_sum[in_panel] = first_sum;
+                (*halves).less[0][in_panel] = -split.first_sum;
+                (*halves).less[1][in_panel] = split.first_sum - split.sum;
+            }
+            if let Some(amx) = to.amx {
+                let amx = amx.add(b);
+                (*amx).parts[0][in_group] = widened(&quants[0], 7 + shift);
+                (*amx).parts[1][in_group] = widened(&quants[1], shift);
+                (*amx).sum[in_group] = sum;
+                (*amx).first_sum[in_group] = first_sum;
             }
         }
     }
+}
+
+/// Some bytes of a block, shifted, as a row of [`AmxBlock::parts`].
+#[inline(always)]
+fn widened(bytes: &[i8; BLOCK], shift: u32) -> [Bf16; BLOCK] {
+    let power = (1u32 << shift) as f32;
+    let mut row = [0; BLOCK];
+    for (place, byte) in row.iter_mut().zip(bytes) {
+        *place = ((f32::from(*byte) * power).to_bits() >> 16) as Bf16;
+    }
+    // Of all four as one number, which the compiler makes vectors of.
+    for four in row.as_chunks_mut::<4>().0 {
+        let all = four.iter().rev().fold(0, |all, place| all << 16 | u64::from(*place));
+        let all = all & 0xFFFF_0000_0000_FFFF | all >> 16 & 0xFFFF_0000 | (all & 0xFFFF_0000) << 16;
+        *four = std::array::from_fn(|i| (all >> (16 * i)) as Bf16);
+    }
+    row
 }
 
 #[cfg(test)]
@@ -282,10 +365,13 @@ mod tests {
                     let sums = (block.sum[1], halves.first_sum[1], block.less[1], halves.less.map(|half| half[1]));
                     (block.quants[1], block.shift[1], sums, block.pairs[1])
                 };
+                let amx =
+                    q.amx.iter().map(|block| (block.parts.map(|part| part[row]), block.sum[row], block.first_sum[row]));
                 // The quants of a row whose unit is not a number are anything.
                 let unit = q.unit(row);
                 (!unit.is_nan()).then(|| {
-                    (unit, q.panel(row / PANEL).iter().zip(q.halves(row / PANEL)).map(own).collect::<Vec<_>>())
+                    let panels = q.panel(row / PANEL).iter().zip(q.halves(row / PANEL)).map(own).collect::<Vec<_>>();
+                    (unit, panels, amx.collect::<Vec<_>>())
                 })
             };
             assert_eq!(row(1), row(PANEL + 1), "the same row wherever it lies");
@@ -309,6 +395,21 @@ mod tests {
             let own = x[col / BLOCK * BLOCK..][..BLOCK].iter().fold(0.0f32, |a, b| a.max(b.abs()));
             let step = f64::from((own * 2.0).clamp(500.0 / 16.0, 500.0) / LARGEST);
             assert!((q.value(0, col) - f64::from(*value)).abs() <= 0.51 * step, "{col}");
+        }
+    }
+
+    /// What AMX reads of a row are the same values, each as a sum of two that are bfloat16.
+    #[test]
+    fn amx_reads_the_same_values() {
+        let x: Vec<f32> = (0..AMX_FROM * 96).map(|i| (i as f32 * 1.7).sin() * (i as f32 / 40.0).exp()).collect();
+        let q = QuantizedRows::of(&x, 96);
+        assert_eq!(q.has_amx_blocks(), Level::best() == Level::Amx);
+        for (row, block, col) in (0..AMX_FROM).flat_map(|row| (0..96).map(move |col| (row, col / BLOCK, col % BLOCK))) {
+            let place = col / 4 * 4 + [0, 2, 1, 3][col % 4];
+            if let Some(amx) = q.amx.get(block) {
+                let [high, low] = amx.parts.map(|part| f32::from_bits(u32::from(part[row][place]) << 16));
+                assert_eq!(f64::from(q.unit(row)) * f64::from(high + low), q.value(row, block * BLOCK + col));
+            }
         }
     }
 

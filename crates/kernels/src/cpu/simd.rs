@@ -17,6 +17,8 @@ pub enum Level {
     Avx2,
     /// F, BW, DQ, VL and VNNI.
     Avx512,
+    /// All that and AMX with bfloat16, whose tiles the system lets the process use.
+    Amx,
 }
 
 impl Level {
@@ -34,10 +36,12 @@ impl Level {
         }
         if !has!("avx2" "fma" "f16c") {
             Self::Portable
-        } else if has!("avx512f" "avx512bw" "avx512dq" "avx512vl" "avx512vnni") {
+        } else if !has!("avx512f" "avx512bw" "avx512dq" "avx512vl" "avx512vnni") {
+            Self::Avx2
+        } else if !(has_tiles() && may_use_tiles()) {
             Self::Avx512
         } else {
-            Self::Avx2
+            Self::Amx
         }
     }
 
@@ -49,8 +53,33 @@ impl Level {
     /// All that this machine can do, for tests that compare them.
     #[cfg(test)]
     pub fn all() -> impl Iterator<Item = Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|level| *level <= Self::best())
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Amx].into_iter().filter(|level| *level <= Self::best())
     }
+}
+
+/// Whether the processor has AMX's tiles and their products of bfloat16.
+#[cfg(target_arch = "x86_64")]
+fn has_tiles() -> bool {
+    const EXTENDED_FEATURES: u32 = 7;
+    const BFLOAT16: u32 = 1 << 22;
+    const TILES: u32 = 1 << 24;
+    let features = std::arch::x86_64::__cpuid_count(EXTENDED_FEATURES, 0).edx;
+    features & BFLOAT16 != 0 && features & TILES != 0
+}
+
+/// Asks the system to let this process use tiles, whose contents it has to keep for each thread. It may not know them, or
+/// refuse.
+#[cfg(target_arch = "x86_64")]
+fn may_use_tiles() -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XFEATURE_XTILE_DATA: libc::c_long = 18;
+        // SAFETY: the call reads and writes no memory of ours.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) == 0 }
+    }
+    #[cfg(not(target_os = "linux"))]
+    false
 }
 
 macro_rules! multiversion {
@@ -72,7 +101,7 @@ macro_rules! multiversion {
                 }
                 match Level::best() {
                     // SAFETY: the machine has what the form uses.
-                    Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    Level::Avx512 | Level::Amx => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     Level::Avx2 => return unsafe { avx2($($arg),*) },
                     Level::Portable => {}
@@ -102,7 +131,7 @@ macro_rules! dispatch {
             }
             match $level {
                 // SAFETY: nobody has a level that the machine lacks.
-                Level::Avx512 => unsafe { avx512($($arg),*) },
+                Level::Avx512 | Level::Amx => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 Level::Avx2 => unsafe { avx2($($arg),*) },
                 Level::Portable => $kernel($crate::cpu::simd::Portable, $($arg),*),

@@ -48,6 +48,12 @@ impl Avx512Vnni {
     pub fn new(proof: Avx512) -> Self {
         Self(proof)
     }
+    /// a * b + c, rounded once.
+    #[inline(always)]
+    pub fn fused(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
     #[inline(always)]
     fn splat(self, x: i32) -> __m512i {
         // SAFETY: `self` proves the features.

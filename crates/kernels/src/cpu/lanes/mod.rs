@@ -2,18 +2,20 @@
 //! products are summed exactly, so that every kind gives the same bits, by whatever way it comes to them.
 
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod plain;
 
 use super::quantize::{Halves, PANEL, PanelBlock, Shift};
-use crate::format::FOURS;
+use crate::format::{FOURS, TILE_ROWS};
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx2::Avx2Maddubs;
 #[cfg(target_arch = "x86_64")]
-pub(super) use avx512::Avx512Vnni;
+pub(crate) use avx512::Avx512Vnni;
 pub(super) use plain::Plain;
 
 /// Some rows of a tile at a time, one a lane.
@@ -48,7 +50,7 @@ pub(crate) trait MicroKernel: Copy {
     /// a * b + c, rounded once.
     fn mul_add(self, a: Self::Float, b: f32, c: Self::Float) -> Self::Float;
     /// (float(t) << shift) * d + c, the product and the sum rounded once together. The shift is added to the exponent,
-    /// which costs less than to shift t; the least of numbers that makes of a zero is lost in any sum.
+    /// which costs less than to shift t; the least of numbers that makes of a zero is lost in any sum but that of zeros.
     fn add_product(self, t: Self::Int, shift: Shift, d: Self::Float, c: Self::Float) -> Self::Float;
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float;
@@ -56,6 +58,15 @@ pub(crate) trait MicroKernel: Copy {
     /// `ROWS` floats.
     fn load(self, from: &[f32]) -> Self::Float;
     fn store(self, a: Self::Float, out: &mut [f32]);
+
+    /// The outputs that a row's sums in its unit are. Where all products of a row are zeros, what
+    /// [`MicroKernel::add_product`] makes of them is left out.
+    #[inline(always)]
+    fn finish(self, sums: Self::Float, unit: f32) -> Self::Float {
+        const MORE: [f32; TILE_ROWS] = [1.0 / (1u128 << 70) as f32; TILE_ROWS];
+        let more = self.load(&MORE);
+        self.scale(self.sub(self.add(sums, more), more), unit)
+    }
 
     /// `ROWS * 4` bytes.
     fn load_bytes(self, from: &[u8]) -> Self::Bytes;
