@@ -3,7 +3,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::simd::prefetch;
+use super::simd::{Level, prefetch, prefetch_far};
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -17,6 +17,9 @@ pub(super) struct Prefetcher {
     slices: [MaybeUninit<Lines>; MAX_SLICES],
     count: usize,
     lines: usize,
+    /// Into the second cache: the first one of cores with AMX waits for fewer lines at a time than the memory gives
+    /// meanwhile.
+    far: bool,
 }
 
 /// Lines in a row.
@@ -28,7 +31,12 @@ struct Lines {
 
 impl Prefetcher {
     pub fn new() -> Self {
-        Self { slices: [const { MaybeUninit::uninit() }; MAX_SLICES], count: 0, lines: 0 }
+        Self {
+            slices: [const { MaybeUninit::uninit() }; MAX_SLICES],
+            count: 0,
+            lines: 0,
+            far: Level::best() == Level::Amx,
+        }
     }
 
     pub fn clear(&mut self) {
@@ -48,7 +56,7 @@ impl Prefetcher {
     pub fn parts(&self, steps: usize) -> PrefetchPlan<'_> {
         // SAFETY: `push` has written the first `count`.
         let slices = unsafe { self.slices[..self.count].assume_init_ref() };
-        PrefetchPlan { slices, done: 0, step: self.lines.div_ceil(steps.max(1)) }
+        PrefetchPlan { slices, done: 0, step: self.lines.div_ceil(steps.max(1)), far: self.far }
     }
 }
 
@@ -59,6 +67,7 @@ pub(crate) struct PrefetchPlan<'a> {
     done: usize,
     /// Lines of a part.
     step: usize,
+    far: bool,
 }
 
 impl PrefetchPlan<'_> {
@@ -69,7 +78,8 @@ impl PrefetchPlan<'_> {
         while let Some(slice) = self.slices.first() {
             let now = left.min(slice.count - self.done);
             for line in self.done..self.done + now {
-                prefetch(slice.first.wrapping_add(line * LINE));
+                let line = slice.first.wrapping_add(line * LINE);
+                if self.far { prefetch_far(line) } else { prefetch(line) }
             }
             self.done += now;
             left -= now;
