@@ -186,7 +186,7 @@ limits! {
     /// cache off.
     prefix_cache_percent = 100, "percent";
     /// Memory of adapter versions that are ready to serve.
-    adapter_cache_bytes = 1024 * MIB, "bytes";
+    adapter_cache_bytes = 2048 * MIB, "bytes";
     /// Part of `adapter_cache_bytes` that the running requests of one tenant may hold. One version it may always hold.
     adapter_cache_percent_per_tenant = 50, "percent";
     /// Host memory for adapter versions that had to leave `adapter_cache_bytes`: they come back without a read. 0: none.
