@@ -108,7 +108,7 @@ fn some_strips<F: BlockFormat, const S: usize>(
                 unrolled!(s in S up to 2 => {
                     weights[s] = &unpacked[s][b].weights;
                 });
-                tiles.multiply(exact, x, weights, products);
+                tiles.multiply(x, weights, products);
             }
             let first = group * AMX_ROWS;
             for row in (0..AMX_ROWS.min(rows.len() - first)).step_by(PANEL) {

@@ -179,8 +179,8 @@ const fn steps(shift: u32, first: i32) -> [Bf16; 64] {
     values
 }
 
-/// This thread's tiles, set up for as long as it lives.
-pub(crate) struct Tiles(());
+/// This thread's tiles, set up for as long as it lives for what it says.
+pub(crate) struct Tiles(Exact);
 
 impl Tiles {
     /// Sets them up for up to `rows` rows of activations at a time.
@@ -208,14 +208,14 @@ impl Tiles {
         };
         // SAFETY: the proof says that there are tiles, and the sizes are within theirs.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly)) };
-        Self(())
+        Self(exact)
     }
 
     /// The exact sums of a block's products with the weights of S strips, into `sums`, `[parts, S]`.
     #[inline(always)]
-    pub fn multiply<const S: usize>(&self, exact: Exact, x: &AmxBlock, weights: [&Weights; S], sums: &mut [Sums]) {
+    pub fn multiply<const S: usize>(&self, x: &AmxBlock, weights: [&Weights; S], sums: &mut [Sums]) {
         const { assert!(S == 1 || S == 2) };
-        assert!(sums.len() == S * exact.parts());
+        assert!(sums.len() == S * self.0.parts());
         let (x, to) = (x.parts.as_ptr(), sums.as_mut_ptr());
         let [w0, w1] = [weights[0], weights[S - 1]].map(|w| w.0.as_ptr());
         /// Some instructions on what begins at `x`, `w0`, `w1` and `to`.
@@ -266,18 +266,18 @@ impl Tiles {
                 }
             };
         }
-        // Where the second half of the columns begins.
-        let second = x.cast::<Bf16>().wrapping_add(BLOCK / 2);
-        match (exact, S) {
+        // Where the second half of the columns begins in a row of activations, and in which row of the weights.
+        let (second, half) = (x.cast::<Bf16>().wrapping_add(BLOCK / 2), BLOCK / 4);
+        match (self.0, S) {
             (Exact::All, 1) => one!(x, w0, to),
             (Exact::All, _) => two!(x, w0, w1, to),
             (Exact::Halves, 1) => {
                 one!(x, w0, to);
-                one!(second, w0.wrapping_add(FOURS), to.wrapping_add(S));
+                one!(second, w0.wrapping_add(half), to.wrapping_add(S));
             }
             (Exact::Halves, _) => {
                 two!(x, w0, w1, to);
-                two!(second, w0.wrapping_add(FOURS), w1.wrapping_add(FOURS), to.wrapping_add(S));
+                two!(second, w0.wrapping_add(half), w1.wrapping_add(half), to.wrapping_add(S));
             }
             (Exact::Bytes, 1) => run! {
                 x, w0, w1, to;
