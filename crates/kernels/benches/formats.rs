@@ -68,17 +68,16 @@ fn main() {
             }
         }
         let (bandwidth, times) = (median(bandwidth), times.map(median));
-        let speeds = std::array::from_fn::<_, 4, _>(|i| (count * ROWS * COLS * BATCHES[i]) as f64 / times[i] / 1e9);
+        let speeds = std::array::from_fn::<_, { BATCHES.len() }, _>(|i| {
+            format!("{:.1}", (count * ROWS * COLS * BATCHES[i]) as f64 / times[i] / 1e9)
+        });
         println!(
-            "| {qtype:?} | {:.3} | {:.1} | {:.1} | {:.0} % | {:.1} {:.1} {:.1} {:.1} |",
+            "| {qtype:?} | {:.3} | {:.1} | {:.1} | {:.0} % | {} |",
             bytes as f64 / (count * ROWS * COLS) as f64,
             bandwidth / 1e9,
             bytes as f64 / times[0] / 1e9,
             100.0 * median(share),
-            speeds[0],
-            speeds[1],
-            speeds[2],
-            speeds[3],
+            speeds.join(" "),
         );
     }
 }

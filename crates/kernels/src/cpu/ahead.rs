@@ -17,9 +17,6 @@ pub(super) struct Prefetcher {
     slices: [MaybeUninit<Lines>; MAX_SLICES],
     count: usize,
     lines: usize,
-    /// Into the second cache: the first one of cores with AMX waits for fewer lines at a time than the memory gives
-    /// meanwhile.
-    far: bool,
 }
 
 /// Lines in a row.
@@ -31,12 +28,7 @@ struct Lines {
 
 impl Prefetcher {
     pub fn new() -> Self {
-        Self {
-            slices: [const { MaybeUninit::uninit() }; MAX_SLICES],
-            count: 0,
-            lines: 0,
-            far: Level::best() == Level::Amx,
-        }
+        Self { slices: [const { MaybeUninit::uninit() }; MAX_SLICES], count: 0, lines: 0 }
     }
 
     pub fn clear(&mut self) {
@@ -56,7 +48,8 @@ impl Prefetcher {
     pub fn parts(&self, steps: usize) -> PrefetchPlan<'_> {
         // SAFETY: `push` has written the first `count`.
         let slices = unsafe { self.slices[..self.count].assume_init_ref() };
-        PrefetchPlan { slices, done: 0, step: self.lines.div_ceil(steps.max(1)), far: self.far }
+        let far = Level::best() == Level::Amx;
+        PrefetchPlan { slices, done: 0, step: self.lines.div_ceil(steps.max(1)), far }
     }
 }
 
@@ -67,6 +60,8 @@ pub(crate) struct PrefetchPlan<'a> {
     done: usize,
     /// Lines of a part.
     step: usize,
+    /// Into the second cache: the first one of cores with AMX waits for fewer lines at a time than the memory gives
+    /// meanwhile.
     far: bool,
 }
 

@@ -23,7 +23,7 @@ pub(super) const MAX_PASS: usize = 128;
 const AHEAD: usize = 8 << 10;
 
 /// Strips that many rows pass over together, where the machine's registers have room for it.
-const MAX_STRIPS: usize = 2;
+pub(super) const MAX_STRIPS: usize = 2;
 
 /// A frozen layer and where its result goes.
 pub struct Linear<'a> {

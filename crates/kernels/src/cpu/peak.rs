@@ -5,8 +5,8 @@ use super::lanes::amx::{self, Amx};
 use super::simd::Level;
 
 /// Executes about `rounds` times a dozen of the machine's best dot product instructions, which wait neither for memory
-/// nor for each other, on this thread. Gives the products that were summed, two of which
-/// are a weight times an activation.
+/// nor for each other, on this thread. Gives the products that were summed, of which a weight
+/// times an activation takes two.
 pub fn dot_products(rounds: u64) -> u64 {
     match Level::best() {
         #[cfg(target_arch = "x86_64")]

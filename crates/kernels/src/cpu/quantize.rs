@@ -315,11 +315,8 @@ fn widened(bytes: &[i8; BLOCK], shift: u32) -> [Bf16; BLOCK] {
     for (place, byte) in row.iter_mut().zip(bytes) {
         *place = ((f32::from(*byte) * power).to_bits() >> 16) as Bf16;
     }
-    // Of all four as one number, which the compiler makes vectors of.
-    for four in row.as_chunks_mut::<4>().0 {
-        let all = four.iter().rev().fold(0, |all, place| all << 16 | u64::from(*place));
-        let all = all & 0xFFFF_0000_0000_FFFF | all >> 16 & 0xFFFF_0000 | (all & 0xFFFF_0000) << 16;
-        *four = std::array::from_fn(|i| (all >> (16 * i)) as Bf16);
+    for [_, second, third, _] in row.as_chunks_mut::<4>().0 {
+        std::mem::swap(second, third);
     }
     row
 }

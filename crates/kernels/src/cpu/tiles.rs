@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::ahead::Prefetcher;
 use super::lanes::amx::{Amx, Exact, Sums, Tiles, Weights};
 use super::lanes::{Avx512Vnni, MicroKernel};
-use super::matmul::{MAX_PASS, Outputs};
+use super::matmul::{MAX_PASS, MAX_STRIPS, Outputs};
 use super::products::Multiply;
 use super::quantize::{AMX_ROWS, AmxBlock, PANEL, QuantizedRows};
 use super::simd::unrolled;
@@ -19,9 +19,6 @@ const CHUNK: usize = 4;
 
 /// Most sums of a block's products with a strip.
 const MAX_PARTS: usize = 2;
-
-/// Most strips that share what is read of a group.
-const MAX_STRIPS: usize = 2;
 
 /// 32 columns of a strip.
 #[derive(Clone, Copy)]
@@ -140,23 +137,22 @@ fn add_up<const S: usize>(
     first: usize,
     to: &mut [[f32; TILE_ROWS]],
 ) {
-    const ROWS: usize = PANEL;
-    let mut sums = [l.zero(); ROWS];
-    unrolled!(r in ROWS => {
+    let mut sums = [l.zero(); PANEL];
+    unrolled!(r in PANEL => {
         sums[r] = l.load(&to[r]);
     });
     for ((x, products), unpacked) in x.iter().zip(products.chunks_exact(S * exact.parts())).zip(unpacked) {
         let d = [l.load(&unpacked.d[0]), l.load(&unpacked.d[1])];
         if unpacked.has_m {
             let m = [l.load(&unpacked.m[0]), l.load(&unpacked.m[1])];
-            unrolled!(r in ROWS => {
+            unrolled!(r in PANEL => {
                 if exact == Exact::Halves {
                     sums[r] = l.mul_add(m[0], x.first_sum[first + r], sums[r]);
                 }
                 sums[r] = l.mul_add(m[1], x.sum[first + r], sums[r]);
             });
         }
-        unrolled!(r in ROWS => {
+        unrolled!(r in PANEL => {
             let mut t = l.load(products[strip].of_row(first + r));
             if exact == Exact::Bytes {
                 t = l.add(t, l.load(products[S + strip].of_row(first + r)));
@@ -167,7 +163,7 @@ fn add_up<const S: usize>(
             }
         });
     }
-    unrolled!(r in ROWS => {
+    unrolled!(r in PANEL => {
         l.store(sums[r], &mut to[r]);
     });
 }

@@ -218,13 +218,17 @@ impl Tiles {
         assert!(sums.len() == S * self.0.parts());
         let (x, to) = (x.parts.as_ptr(), sums.as_mut_ptr());
         let [w0, w1] = [weights[0], weights[S - 1]].map(|w| w.0.as_ptr());
-        /// Some instructions on what begins at `x`, `w0`, `w1` and `to`.
+        /// Both parts of the activations in tmm4 and tmm5, weights in tmm6, and what is done with what begins at `w1` and
+        /// `to`.
         macro_rules! run {
             ($x:expr, $w0:expr, $w1:expr, $to:expr; $($line:literal)*) => {
                 // SAFETY: there are tiles, set up so that what they read and write lies within the arrays: the parts of
                 // the activations are 1 KiB apart, and so are sums.
                 unsafe {
                     asm!(
+                        "tileloadd tmm6, [{w0} + {row} * 1]",
+                        "tileloadd tmm4, [{x} + {row} * 1]",
+                        "tileloadd tmm5, [{x} + {row} * 1 + 1024]",
                         $($line,)*
                         "/* {w1} */",
                         x = in(reg) $x, w0 = in(reg) $w0, w1 = in(reg) $w1, to = in(reg) $to, row = in(reg) ROW,
@@ -237,9 +241,6 @@ impl Tiles {
             ($x:expr, $w:expr, $to:expr) => {
                 run! {
                     $x, $w, $w, $to;
-                    "tileloadd tmm6, [{w0} + {row} * 1]"
-                    "tileloadd tmm4, [{x} + {row} * 1]"
-                    "tileloadd tmm5, [{x} + {row} * 1 + 1024]"
                     "tilezero tmm0"
                     "tdpbf16ps tmm0, tmm4, tmm6"
                     "tdpbf16ps tmm0, tmm5, tmm6"
@@ -251,10 +252,7 @@ impl Tiles {
             ($x:expr, $w0:expr, $w1:expr, $to:expr) => {
                 run! {
                     $x, $w0, $w1, $to;
-                    "tileloadd tmm6, [{w0} + {row} * 1]"
                     "tileloadd tmm7, [{w1} + {row} * 1]"
-                    "tileloadd tmm4, [{x} + {row} * 1]"
-                    "tileloadd tmm5, [{x} + {row} * 1 + 1024]"
                     "tilezero tmm0"
                     "tilezero tmm1"
                     "tdpbf16ps tmm0, tmm4, tmm6"
@@ -281,9 +279,6 @@ impl Tiles {
             }
             (Exact::Bytes, 1) => run! {
                 x, w0, w1, to;
-                "tileloadd tmm6, [{w0} + {row} * 1]"
-                "tileloadd tmm4, [{x} + {row} * 1]"
-                "tileloadd tmm5, [{x} + {row} * 1 + 1024]"
                 "tilezero tmm0"
                 "tilezero tmm1"
                 "tdpbf16ps tmm0, tmm4, tmm6"
@@ -293,10 +288,7 @@ impl Tiles {
             },
             (Exact::Bytes, _) => run! {
                 x, w0, w1, to;
-                "tileloadd tmm6, [{w0} + {row} * 1]"
                 "tileloadd tmm7, [{w1} + {row} * 1]"
-                "tileloadd tmm4, [{x} + {row} * 1]"
-                "tileloadd tmm5, [{x} + {row} * 1 + 1024]"
                 "tilezero tmm0"
                 "tilezero tmm1"
                 "tilezero tmm2"
