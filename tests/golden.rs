@@ -24,7 +24,7 @@ use tenora::data::{Examples, Pair};
 use tenora::device::Arbiter;
 use tenora::model::Model;
 use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
-use tenora::model::traced::{ForwardOptions, TracedLora};
+use tenora::model::traced::{ForwardOptions, Products};
 use tenora::request::metric::MARGINS;
 use tenora::request::{ChatMessage, JobEvent, Objective};
 use tenora::text::{Conversation, Text};
@@ -163,17 +163,15 @@ fn the_float32_reference_gives_the_golden_logprobs() {
     let Some(score) = file("score.json") else { return };
     let model = &base().0;
     for (name, entry) in entries(&score) {
-        let lora = adapter(name).map(|lora| TracedLora::frozen(&lora).expect("tensors"));
+        let lora = adapter(name);
         let ids = ids(&entry["ids"]);
         let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
-        let pass = ForwardOptions { lora: lora.as_ref(), ..ForwardOptions::default() };
-        let logprobs =
-            model.token_logprobs(&[&ids], &wanted, pass).and_then(|t| Ok(t.to_vec1::<f32>()?)).expect("scores");
+        let logprobs = model.token_logprobs(&[&ids], &wanted, exact(lora.as_ref())).expect("scores");
         for (i, (got, want)) in logprobs.iter().zip(floats(&entry["logprobs"])).enumerate() {
             assert!((f64::from(*got) - want).abs() <= 2e-3, "{name} {i}: {got} {want}");
         }
-        let logits = model.reference_logits(&[&ids], &[(0, ids.len() - 1)], lora.as_ref()).expect("logits");
-        let logprobs = log_softmax(&logits.flatten_all().and_then(|t| t.to_vec1()).expect("values"));
+        let logits = model.logits(&[&ids], &[(0, ids.len() - 1)], exact(lora.as_ref())).expect("logits");
+        let logprobs = log_softmax(&logits);
         let mut want: Vec<usize> = entry["next_top20"].as_array().expect("a list")[..10]
             .iter()
             .map(|pair| pair[0].as_u64().expect("an id") as usize)
@@ -199,6 +197,11 @@ fn the_serving_path_stays_close_to_the_golden_logprobs() {
     let mean = sum / f64::from(count);
     println!("serving path: mean absolute difference {mean:.4} nats over {count} tokens");
     assert!(mean <= 0.02, "{mean}");
+}
+
+/// Whole sequences in float32.
+fn exact(lora: Option<&Lora>) -> ForwardOptions<'_> {
+    ForwardOptions { lora, products: Products::Exact, ..ForwardOptions::default() }
 }
 
 /// prompt ++ completion, the completion in the loss.
@@ -269,12 +272,10 @@ fn sft_follows_the_golden_curve() {
     let batch = sft["recipe"]["batch"].as_u64().expect("a batch") as usize;
     let (outcome, steps) = train(&sft, &examples, Objective::Sft, batch);
     assert_steps(curve, &steps);
-    let lora = TracedLora::frozen(&outcome.lora).expect("tensors");
     for after in sft["after"].as_array().expect("scores after training") {
         let ids = ids(&after["ids"]);
         let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
-        let pass = ForwardOptions { lora: Some(&lora), ..ForwardOptions::default() };
-        let logprobs = base().0.token_logprobs(&[&ids], &wanted, pass).and_then(|t| Ok(t.to_vec1::<f32>()?));
+        let logprobs = base().0.token_logprobs(&[&ids], &wanted, exact(Some(&outcome.lora)));
         for (got, want) in logprobs.expect("scores").iter().zip(floats(&after["logprobs"])) {
             assert!((f64::from(*got) - want).abs() <= 1e-2, "after training: {got} {want}");
         }
@@ -317,8 +318,8 @@ fn dpo_follows_the_golden_curve() {
         let (chosen, rejected) = (conversation(pair, "chosen"), conversation(pair, "rejected"));
         for (answer, want) in [&chosen, &rejected].into_iter().zip(floats(&pair["reference_logp"])) {
             let wanted: Vec<_> = (1..answer.ids.len()).filter(|i| answer.in_loss[*i]).map(|i| (0, i - 1)).collect();
-            let logprobs = base().0.token_logprobs(&[&answer.ids], &wanted, ForwardOptions::default()).expect("scores");
-            let sum: f64 = logprobs.to_vec1::<f32>().expect("values").iter().map(|x| f64::from(*x)).sum();
+            let logprobs = base().0.token_logprobs(&[&answer.ids], &wanted, exact(None)).expect("scores");
+            let sum: f64 = logprobs.iter().map(|x| f64::from(*x)).sum();
             assert!((sum - want).abs() <= 1e-2, "the base's log-probability of an answer: {sum} {want}");
         }
         examples.push(Pair { chosen, rejected });
@@ -361,18 +362,22 @@ struct Answer<'a> {
 
 fn answers(generate: &Value) -> Vec<Answer<'_>> {
     let answer = |(adapter_name, entry): (_, &Value)| {
-        let lora = adapter(adapter_name).map(|lora| TracedLora::frozen(&lora).expect("tensors"));
+        let lora = adapter(adapter_name);
         let (prompt, greedy) = (ids(&entry["prompt_ids"]), ids(&entry["greedy_ids"]));
         let sequence = [&prompt[..], &greedy[..]].concat();
         let wanted: Vec<_> = (prompt.len() - 1..sequence.len() - 1).map(|i| (0, i)).collect();
-        let logits = base().0.reference_logits(&[&sequence], &wanted, lora.as_ref()).expect("logits");
-        let rows: Vec<Vec<f32>> = logits.to_vec2().expect("values");
-        let gap = |row: &Vec<f32>| {
+        let logits = base().0.logits(&[&sequence], &wanted, exact(lora.as_ref())).expect("logits");
+        let gap = |row: &[f32]| {
             let logprobs = log_softmax(row);
             let [a, b] = top(&logprobs, 2)[..] else { panic!("two tokens") };
             (logprobs[a] - logprobs[b]).abs()
         };
-        Answer { adapter: adapter_name, prompt, greedy, gaps: rows.iter().map(gap).collect() }
+        Answer {
+            adapter: adapter_name,
+            prompt,
+            greedy,
+            gaps: logits.chunks_exact(base().0.vocab_size()).map(gap).collect(),
+        }
     };
     entries(generate).into_iter().map(answer).collect()
 }

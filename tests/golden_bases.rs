@@ -23,7 +23,7 @@ use tenora::device::Arbiter;
 use tenora::kernels::log_sum_exp;
 use tenora::model::Model;
 use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
-use tenora::model::traced::{ForwardOptions, TracedLora};
+use tenora::model::traced::{ForwardOptions, Products};
 use tenora::request::{JobEvent, Objective};
 use tenora::text::{Conversation, Text};
 use tenora::train::fit::{CancelToken, FitInputs, fit};
@@ -93,12 +93,12 @@ impl Base {
 
     /// The largest difference on the float32 path.
     fn float_difference(&self) -> f64 {
-        let lora = TracedLora::frozen(&self.adapter("adapter")).expect("tensors");
+        let lora = self.adapter("adapter");
         let differences = self.scored().into_iter().flat_map(|(adapted, scored)| {
             let wanted: Vec<_> = (0..scored.ids.len() - 1).map(|i| (0, i)).collect();
-            let pass = ForwardOptions { lora: adapted.then_some(&lora), ..ForwardOptions::default() };
-            let logprobs = self.model.token_logprobs(&[&scored.ids], &wanted, pass).expect("scores");
-            let logprobs: Vec<f32> = logprobs.to_vec1().expect("values");
+            let lora = adapted.then_some(&lora);
+            let exact = ForwardOptions { lora, products: Products::Exact, ..ForwardOptions::default() };
+            let logprobs = self.model.token_logprobs(&[&scored.ids], &wanted, exact).expect("scores");
             differences(&logprobs, &scored.logprobs)
         });
         differences.fold(0.0, f64::max)

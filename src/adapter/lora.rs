@@ -175,6 +175,23 @@ impl Lora {
         Ok(Self { spec: spec.clone(), layers: layers.collect() })
     }
 
+    /// Returns the tensors that are trained, in a fixed order: by site, A before B.
+    pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
+        self.layers.values().flat_map(|layer| [&layer.a[..], &layer.b[..]])
+    }
+
+    /// As [`Lora::tensors`], to be changed.
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        self.layers.values_mut().flat_map(|layer| [&mut layer.a[..], &mut layer.b[..]])
+    }
+
+    /// Returns an adapter of the same shape whose tensors are zero: where gradients are added up.
+    pub fn zeros_like(&self) -> Self {
+        let mut zeros = self.clone();
+        zeros.tensors_mut().for_each(|tensor| tensor.fill(0.0));
+        zeros
+    }
+
     /// True where every effective delta is zero: for each site the product B A is, or the scale.
     pub fn is_zero(&self) -> bool {
         let zero = |values: &[f32]| values.iter().all(|x| *x == 0.0);

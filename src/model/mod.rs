@@ -1,15 +1,12 @@
 //! The base model: its decoder's steps ([`crate::arch::decoder`]) over its executors: [`traced`] for training and reference, [`exec`] for
 //! serving on the CPU, [`tensors`] for serving on a GPU.
 
-mod autograd;
 pub mod batch;
 mod exec;
 pub mod groups;
 mod initial;
 mod inspect;
-mod interpret;
 mod kv;
-mod linear;
 mod logits;
 pub mod parity;
 mod rope;

@@ -11,7 +11,7 @@ use crate::device::Compute;
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
 use crate::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
-use crate::model::traced::{ForwardOptions, TracedLora};
+use crate::model::traced::{ForwardOptions, Products};
 use crate::model::{Model, initial};
 use crate::request::ParityReport;
 use crate::text::Text;
@@ -85,7 +85,7 @@ impl Parity {
             (&self.probes, base)
         };
         let (serve, fingerprint) = self.serve(probes, Some(served))?;
-        let train = self.train(probes, Some(&TracedLora::frozen(trained)?))?;
+        let train = self.train(probes, Some(trained))?;
         report(base, &serve, &train, fingerprint == base.serve.1)
     }
 
@@ -126,13 +126,15 @@ impl Parity {
         Ok((logprobs, fingerprint))
     }
 
-    fn train(&self, probes: &[Vec<u32>], lora: Option<&TracedLora>) -> Result<Logprobs> {
+    fn train(&self, probes: &[Vec<u32>], lora: Option<&Lora>) -> Result<Logprobs> {
         let permit = self.compute.training.train();
         let ids: Vec<&[u32]> = probes.iter().map(Vec::as_slice).collect();
         let wanted: Vec<_> =
             ids.iter().enumerate().flat_map(|(s, ids)| (0..ids.len().saturating_sub(1)).map(move |i| (s, i))).collect();
-        let pass = ForwardOptions { lora, dropout: None, permit: Some(&permit) };
-        Ok(self.model.token_logprobs(&ids, &wanted, pass)?.to_vec1()?)
+        // In float32: what serving is compared with shares no kernel with it.
+        let options =
+            ForwardOptions { lora, permit: Some(&permit), products: Products::Exact, ..ForwardOptions::default() };
+        self.model.token_logprobs(&ids, &wanted, options)
     }
 }
 

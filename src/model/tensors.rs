@@ -9,14 +9,13 @@ use super::batch::{Best, Executor, KvDtype, KvLayout, SequenceChunk};
 use super::rope::RopeTable;
 use crate::adapter::PackedLora;
 use crate::arch::config::{AttentionConfig, LogitConfig, ModelConfig, Temperature};
-use crate::arch::decoder::{Attend, NormId, SiteId};
+use crate::arch::decoder::{Attend, Merge, NormId, SiteId, Step, StepExecutor};
 use crate::error::{Error, Result};
 use crate::kernels::spec::Activation;
 use crate::kernels::tensors::{
     self, DeviceLora, DeviceMatrix, HeadNorms, HeadPrep, HeadShape, KvLayer, Plan, Rope, Rows, TensorKernels,
 };
 use crate::model::Model;
-use crate::model::interpret::{self, TensorOps};
 use crate::weights::Weights;
 
 /// The frozen base on a device: its quantised bytes as they are, norms and angles beside them.
@@ -131,7 +130,7 @@ impl TensorExec {
         self.plan.fill(rows, self.shape);
         self.kernels.upload(&self.plan)?;
         let Self { model, weights, kernels, kv, plan, .. } = self;
-        let hidden = interpret::hidden(model, TensorPass { model, weights, kernels: &**kernels, kv, plan })?;
+        let hidden = TensorPass { model, weights, kernels: &**kernels, kv, plan }.hidden()?;
         if plan.wanted() == 0 {
             return Ok(None);
         }
@@ -195,7 +194,14 @@ struct TensorPass<'a> {
     plan: &'a Plan,
 }
 
-impl TensorOps for TensorPass<'_> {
+impl TensorPass<'_> {
+    /// Takes all steps, and gives the head's input of the wanted rows, `[wanted, hidden_size]`.
+    fn hidden(&self) -> Result<Tensor> {
+        let mut steps = Interpreter { pass: self, x: None, y: None, projected: Vec::new() };
+        steps.run(&self.model.decoder().steps)?;
+        taken(&mut steps.x)
+    }
+
     fn embed(&self, scale: f32) -> Result<Tensor> {
         let x = self.kernels.embed(&self.weights.embedding, self.plan)?;
         Ok(if scale == 1.0 { x } else { (x * f64::from(scale))? })
@@ -240,6 +246,85 @@ impl TensorOps for TensorPass<'_> {
         }
         Ok(self.kernels.select(x, self.plan)?)
     }
+}
+
+/// A pass, and what its steps hand on.
+struct Interpreter<'a> {
+    pass: &'a TensorPass<'a>,
+    /// The residual stream, `[rows, hidden_size]`; at the end the head's input.
+    x: Option<Tensor>,
+    /// The input of the next output layer.
+    y: Option<Tensor>,
+    /// q, k, v or gate, up.
+    projected: Vec<Tensor>,
+}
+
+fn absent() -> Error {
+    Error::internal("a step comes before what it needs")
+}
+
+fn taken(value: &mut Option<Tensor>) -> Result<Tensor> {
+    value.take().ok_or_else(absent)
+}
+
+impl Interpreter<'_> {
+    fn projected<const N: usize>(&mut self) -> Result<[Tensor; N]> {
+        std::mem::take(&mut self.projected).try_into().map_err(|_| absent())
+    }
+
+    fn merge(&self, x: Tensor, y: Tensor, merge: Merge) -> Result<Tensor> {
+        let y = match merge {
+            Merge::Add => y,
+            Merge::Scaled(scale) => (y * f64::from(scale))?,
+            Merge::Normed(norm) => self.pass.norm(&y, norm)?,
+        };
+        self.pass.add(x, &y)
+    }
+}
+
+impl StepExecutor for Interpreter<'_> {
+    type Error = Error;
+
+    fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
+        match step {
+            Step::Embed { scale } => self.x = Some(self.pass.embed(*scale)?),
+            Step::Project { norm, sites, part } => {
+                let input = self.pass.norm(self.x.as_ref().ok_or_else(absent)?, *norm)?;
+                let outputs = sites.clone().map(|site| self.pass.linear(&input, site)).collect::<Result<Vec<_>>>()?;
+                self.projected = match &outputs[..] {
+                    [fused] => split(fused, &self.pass.model.config().widths(*part))?,
+                    _ => outputs,
+                };
+            }
+            Step::Attend(attend) => {
+                let qkv = self.projected()?;
+                self.y = Some(self.pass.attend(attend, qkv)?);
+            }
+            Step::Gate { activation } => {
+                let [gate, up] = self.projected()?;
+                self.y = Some(self.pass.gated(*activation, gate, &up)?);
+            }
+            Step::Output { site, merge } => {
+                let y = self.pass.linear(&taken(&mut self.y)?, *site)?;
+                let x = taken(&mut self.x)?;
+                self.x = Some(self.merge(x, y, *merge)?);
+            }
+            Step::Select => self.x = Some(self.pass.select(&taken(&mut self.x)?)?),
+            Step::Finish { norm } => self.x = Some(self.pass.norm(&taken(&mut self.x)?, *norm)?),
+        }
+        Ok(())
+    }
+}
+
+/// Columns that lie side by side, each of these widths as a tensor of its own.
+fn split(all: &Tensor, widths: &[usize]) -> Result<Vec<Tensor>> {
+    let mut from = 0;
+    let part = |width: &usize| {
+        let part = all.narrow(1, from, *width)?.contiguous()?;
+        from += width;
+        Ok(part)
+    };
+    widths.iter().map(part).collect()
 }
 
 #[cfg(test)]

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use candle_core::{Tensor, Var};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::adapter::Lora;
@@ -14,9 +13,9 @@ use crate::data::{Batches, Examples};
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::traced::{Dropout, ForwardOptions, TracedLora};
+use crate::model::traced::{Dropout, ForwardOptions, TokenScores, Workspace};
 use crate::request::{self, Hyperparameters, JobEvent, metric};
-use crate::train::objective::{Dpo, DpoLoss, LossSum, Measures, Objective, Sft};
+use crate::train::objective::{Dpo, DpoLoss, LossSum, Measures, Objective, Sft, wanted};
 use crate::train::optim::{AdamW, clip, global_norm};
 use crate::train::schedule::Schedule;
 
@@ -135,7 +134,7 @@ pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent)) -> Result<F
         Err(Error::Precondition { reason: DIVERGED, message, .. }) => Some(message),
         Err(error) => return Err(error),
     };
-    let lora = run.lora.to_lora()?;
+    let lora = run.lora;
     match diverged {
         Some(why) if !lora.is_finite() => Err(diverged_because(format!("{why}; its weights are not numbers"))),
         diverged => Ok(FitOutcome { lora, metrics: run.metrics, diverged }),
@@ -149,8 +148,10 @@ struct Run<'a> {
     batches: Batches,
     train: Box<dyn Objective + 'a>,
     validation: Box<dyn Objective + 'a>,
-    lora: TracedLora,
-    vars: Vec<Var>,
+    workspace: Workspace,
+    lora: Lora,
+    /// Of the mean loss over a step, in the adapter's shape.
+    gradients: Lora,
     optimizer: AdamW,
     /// Passes taken: the counter of the dropout masks.
     passes: u64,
@@ -160,8 +161,8 @@ struct Run<'a> {
     first: Option<(Vec<usize>, f64)>,
     /// Of each step.
     losses: Vec<f64>,
-    /// The weights that gave the last of them, in the order of the variables.
-    sound: Vec<Tensor>,
+    /// The weights that gave the last of them.
+    sound: Option<Lora>,
 }
 
 /// Loss and what goes with it, summed over pieces.
@@ -176,10 +177,9 @@ struct Sums {
 const OLD_NAMES: [(&str, &str); 2] = [(metric::MARGINS, "margin"), (metric::ACCURACIES, "accuracy")];
 
 impl Sums {
-    fn add(&mut self, part: &LossSum) -> Result<()> {
-        self.loss += f64::from(part.loss.to_scalar::<f32>()?);
+    fn add(&mut self, part: &LossSum) {
+        self.loss += part.loss;
         self.measures.merge(&part.measures);
-        Ok(())
     }
 
     fn loss(&self) -> f64 {
@@ -201,8 +201,6 @@ impl Sums {
 impl<'a> Run<'a> {
     fn new(inputs: FitInputs<'a>) -> Result<Self> {
         let recipe = inputs.recipe;
-        let lora = TracedLora::trainable(inputs.start)?;
-        let vars: Vec<Var> = lora.vars().iter().map(|(_, _, var)| var.clone()).collect();
         let schedule = Schedule::new(recipe, inputs.train.len());
         Ok(Self {
             inputs,
@@ -210,15 +208,16 @@ impl<'a> Run<'a> {
             batches: schedule.batches(recipe, inputs.train.len()),
             train: objective(inputs.objective, inputs.train)?,
             validation: objective(inputs.objective, inputs.validation)?,
-            optimizer: AdamW::new(recipe.into(), vars.clone())?,
-            lora,
-            vars,
+            optimizer: AdamW::new(recipe.into(), inputs.start.tensors().map(<[f32]>::len)),
+            workspace: Workspace::default(),
+            lora: inputs.start.clone(),
+            gradients: inputs.start.zeros_like(),
             passes: 0,
             started: Instant::now(),
             metrics: BTreeMap::new(),
             first: None,
             losses: Vec::new(),
-            sound: Vec::new(),
+            sound: None,
         })
     }
 
@@ -246,32 +245,31 @@ impl<'a> Run<'a> {
     }
 
     fn score_reference(&mut self, train: &[usize]) -> Result<()> {
-        let lora = self.inputs.reference.map(TracedLora::frozen).transpose()?;
-        let lora = lora.as_ref();
         let most = self.inputs.recipe.batch_size as usize;
         let validation: Vec<usize> = (0..self.validation.count()).collect();
         for (objective, examples) in [(&mut self.train, train), (&mut self.validation, validation.as_slice())] {
             for piece in micro_batches(&**objective, examples, most) {
                 self.inputs.control.check()?;
                 let permit = self.inputs.arbiter.train();
-                let pass = ForwardOptions { lora, permit: Some(&permit), ..ForwardOptions::default() };
-                objective.score_reference(self.inputs.model, piece, pass)?;
+                let options =
+                    ForwardOptions { lora: self.inputs.reference, permit: Some(&permit), ..ForwardOptions::default() };
+                let scores = score_examples(self.inputs.model, &**objective, piece, options, &self.workspace)?;
+                objective.take_reference(piece, &scores);
             }
         }
         Ok(())
     }
 
     /// Goes back to the weights that gave the last loss that was a number, if any has.
-    fn restore_sound_weights(&self) -> Result<()> {
-        for (var, sound) in self.vars.iter().zip(&self.sound) {
-            var.set(sound)?;
+    fn restore_sound_weights(&mut self) {
+        if let Some(sound) = self.sound.take() {
+            self.lora = sound;
         }
-        Ok(())
     }
 
     /// Fails where the training has made the loss of its first records far worse.
-    fn compare_with_the_start(&self) -> Result<()> {
-        let (Some((batch, before)), steps) = (&self.first, self.losses.len()) else { return Ok(()) };
+    fn compare_with_the_start(&mut self) -> Result<()> {
+        let (Some((batch, before)), steps) = (self.first.clone(), self.losses.len()) else { return Ok(()) };
         let last = &self.losses[steps - steps / LAST_PART..];
         let mean = last.iter().sum::<f64>() / last.len().max(1) as f64;
         let sound = |loss: f64| loss <= before + DIVERGED_ABOVE;
@@ -279,12 +277,12 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         // Not to be stopped: all steps have been taken.
-        let after = self.score(&*self.train, batch, || Ok(()))?.loss();
+        let after = self.score(&*self.train, &batch, || Ok(()))?.loss();
         if sound(after) {
             return Ok(());
         }
         if !after.is_finite() {
-            self.restore_sound_weights()?;
+            self.restore_sound_weights();
         }
         let message = format!(
             "the first step's records had a loss of {before:.3} before the training and have {after:.3} after it; lower the learning rate"
@@ -295,10 +293,10 @@ impl<'a> Run<'a> {
     fn step(&mut self, step: u32) -> Result<JobEvent> {
         let began = Instant::now();
         let batch = self.batches.of_step(u64::from(step - 1));
-        let (sums, mut gradients) = self.gradients(&batch)?;
-        let (loss, grad_norm) = (sums.loss(), global_norm(&gradients)?);
+        let sums = self.compute_gradients(&batch)?;
+        let (loss, grad_norm) = (sums.loss(), global_norm(self.gradients.tensors()));
         if !loss.is_finite() {
-            self.restore_sound_weights()?;
+            self.restore_sound_weights();
         }
         if !loss.is_finite() || !grad_norm.is_finite() {
             let message =
@@ -307,11 +305,12 @@ impl<'a> Run<'a> {
         }
         self.first.get_or_insert_with(|| (batch.clone(), loss));
         self.losses.push(loss);
-        self.sound = self.vars.iter().map(|var| var.as_detached_tensor().copy()).collect::<candle_core::Result<_>>()?;
+        self.keep_sound_weights();
         let learning_rate = self.schedule.learning_rate(step - 1);
-        clip(&mut gradients, grad_norm, self.inputs.recipe.max_grad_norm)?;
+        clip(self.gradients.tensors_mut(), grad_norm, self.inputs.recipe.max_grad_norm);
         let permit = self.permit();
-        self.optimizer.step(&gradients, learning_rate, &|| permit.yield_to_serving())?;
+        let tensors = self.lora.tensors_mut().zip(self.gradients.tensors());
+        self.optimizer.step(tensors, learning_rate, &|| permit.yield_to_serving());
         drop(permit);
 
         let tokens: usize = batch.iter().map(|example| self.train.tokens(*example)).sum();
@@ -330,37 +329,45 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// The gradient of the mean loss over the whole batch, in the order of the variables.
-    fn gradients(&mut self, batch: &[usize]) -> Result<(Sums, Vec<Tensor>)> {
+    /// Keeps the weights as they are now.
+    fn keep_sound_weights(&mut self) {
+        match &mut self.sound {
+            Some(sound) => sound.tensors_mut().zip(self.lora.tensors()).for_each(|(to, from)| to.copy_from_slice(from)),
+            None => self.sound = Some(self.lora.clone()),
+        }
+    }
+
+    /// Computes the gradient of the mean loss over the whole batch.
+    fn compute_gradients(&mut self, batch: &[usize]) -> Result<Sums> {
         let weight = batch.iter().map(|example| self.train.weight(*example)).sum();
         let mut sums = Sums { weight, ..Sums::default() };
-        let mut gradients: Vec<Tensor> = Vec::new();
+        self.gradients.tensors_mut().for_each(|gradient| gradient.fill(0.0));
         for piece in micro_batches(&*self.train, batch, self.inputs.recipe.batch_size as usize) {
             self.inputs.control.check()?;
             let permit = self.permit();
-            let part = self.backward(piece, &permit, &mut sums)?;
-            gradients = if gradients.is_empty() {
-                part
-            } else {
-                gradients.iter().zip(&part).map(|(sum, g)| sum + g).collect::<candle_core::Result<_>>()?
-            };
+            self.backward(piece, &permit, &mut sums)?;
         }
-        Ok((sums, gradients))
+        Ok(sums)
     }
 
-    /// One pass: adds to the sums and gives this piece's share of the gradient. Its activations end here.
-    fn backward(&mut self, piece: &[usize], permit: &TrainPermit, sums: &mut Sums) -> Result<Vec<Tensor>> {
+    /// One pass: adds to the sums and to the gradient. Its activations end here.
+    fn backward(&mut self, piece: &[usize], permit: &TrainPermit, sums: &mut Sums) -> Result<()> {
         let rate = self.inputs.start.spec.dropout;
         let dropout = Dropout { rate, seed: self.inputs.recipe.seed, step: self.passes };
         self.passes += 1;
-        let pass =
-            ForwardOptions { lora: Some(&self.lora), dropout: (rate > 0.0).then_some(dropout), permit: Some(permit) };
-        let part = self.train.loss(self.inputs.model, piece, pass)?;
-        sums.add(&part)?;
-        let gradients = (part.loss / sums.weight)?.backward()?;
-        let of_var = |var: &Var| gradients.get(var).map(Tensor::detach);
-        let all: Option<Vec<Tensor>> = self.vars.iter().map(of_var).collect();
-        all.ok_or_else(|| Error::internal("a tensor of the adapter got no gradient"))
+        let options = ForwardOptions {
+            lora: Some(&self.lora),
+            dropout: (rate > 0.0).then_some(dropout),
+            permit: Some(permit),
+            ..ForwardOptions::default()
+        };
+        let sequences = self.train.sequences(piece);
+        let ids: Vec<&[u32]> = sequences.iter().map(|conversation| conversation.ids.as_slice()).collect();
+        let trace = self.inputs.model.trace(&ids, &wanted(&sequences), options, &self.workspace)?;
+        let mut part = self.train.loss(piece, trace.scores())?;
+        sums.add(&part);
+        part.derivatives.iter_mut().for_each(|slope| *slope = (f64::from(*slope) / sums.weight) as f32);
+        trace.backward(&part.derivatives, &mut self.gradients)
     }
 
     fn evaluates_after(&self, step: u32) -> bool {
@@ -379,7 +386,7 @@ impl<'a> Run<'a> {
         };
         let loss = sums.loss();
         if !loss.is_finite() {
-            self.restore_sound_weights()?;
+            self.restore_sound_weights();
             let message = format!("the validation after step {step} gave loss {loss}; lower the learning rate");
             return Err(diverged_because(message));
         }
@@ -389,15 +396,14 @@ impl<'a> Run<'a> {
 
     /// The loss of examples as the adapter is now; `go_on` is asked before each pass.
     fn score(&self, objective: &dyn Objective, examples: &[usize], go_on: impl Fn() -> Result<()>) -> Result<Sums> {
-        // A frozen copy: no graph is built, so no activation is kept.
-        let lora = TracedLora::frozen(&self.lora.to_lora()?)?;
         let weight = examples.iter().map(|example| objective.weight(*example)).sum();
         let mut sums = Sums { weight, ..Sums::default() };
         for piece in micro_batches(objective, examples, self.inputs.recipe.batch_size as usize) {
             go_on()?;
             let permit = self.permit();
-            let pass = ForwardOptions { lora: Some(&lora), dropout: None, permit: Some(&permit) };
-            sums.add(&objective.loss(self.inputs.model, piece, pass)?)?;
+            let options = ForwardOptions { lora: Some(&self.lora), permit: Some(&permit), ..ForwardOptions::default() };
+            let scores = score_examples(self.inputs.model, objective, piece, options, &self.workspace)?;
+            sums.add(&objective.loss(piece, &scores)?);
         }
         Ok(sums)
     }
@@ -412,6 +418,19 @@ fn objective<'a>(spec: request::Objective, examples: &'a Examples) -> Result<Box
         }
         _ => Err(Error::internal("the examples are not of the kind the objective needs")),
     }
+}
+
+/// Scores the tokens in the loss of some examples.
+fn score_examples(
+    model: &Model,
+    objective: &dyn Objective,
+    examples: &[usize],
+    options: ForwardOptions<'_>,
+    workspace: &Workspace,
+) -> Result<TokenScores> {
+    let sequences = objective.sequences(examples);
+    let ids: Vec<&[u32]> = sequences.iter().map(|conversation| conversation.ids.as_slice()).collect();
+    model.score_tokens(&ids, &wanted(&sequences), options, workspace)
 }
 
 /// Cuts a batch into passes of at most `most` examples and [`PIECE_TOKENS`] ids, at least one example each.

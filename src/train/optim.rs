@@ -1,8 +1,7 @@
-//! AdamW with decoupled weight decay (Loshchilov & Hutter 2019) over the `Var`s of an adapter, and the gradient's global norm.
+//! AdamW with decoupled weight decay (Loshchilov & Hutter 2019) over an adapter's tensors, and the gradient's global norm.
 
-use candle_core::{DType, Tensor, Var};
+use rayon::prelude::*;
 
-use crate::error::Result;
 use crate::request::Hyperparameters;
 
 /// The constants of AdamW.
@@ -25,81 +24,80 @@ impl From<&Hyperparameters> for AdamWConfig {
     }
 }
 
-/// What AdamW remembers of one variable.
+/// What AdamW remembers of one tensor, in its order.
 #[derive(Debug, Clone)]
 struct Moments {
-    /// Running mean of the gradient, in the variable's shape.
-    first: Tensor,
+    /// Running mean of the gradient.
+    first: Vec<f32>,
     /// Running mean of its square.
-    second: Tensor,
+    second: Vec<f32>,
 }
 
-/// The optimizer: its variables, and its state beside them in the same order.
+/// The optimizer's state, in the order of the tensors.
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
-    vars: Vec<Var>,
     moments: Vec<Moments>,
     steps: i32,
 }
 
 impl AdamW {
-    /// Returns an optimizer of these variables, with its moments at zero.
-    pub fn new(config: AdamWConfig, vars: Vec<Var>) -> Result<Self> {
-        let zeros = |var: &Var| -> Result<Moments> {
-            Ok(Moments { first: var.as_tensor().zeros_like()?, second: var.as_tensor().zeros_like()? })
-        };
-        let moments = vars.iter().map(zeros).collect::<Result<_>>()?;
-        Ok(Self { config, vars, moments, steps: 0 })
+    /// Returns an optimizer of tensors of these lengths, with its moments at zero.
+    pub fn new(config: AdamWConfig, lengths: impl IntoIterator<Item = usize>) -> Self {
+        let zeros = |len| Moments { first: vec![0.0; len], second: vec![0.0; len] };
+        Self { config, moments: lengths.into_iter().map(zeros).collect(), steps: 0 }
     }
 
-    /// One update by the gradients, which stand in the order of the variables. Calls `between` between two variables.
-    pub fn step(&mut self, gradients: &[Tensor], learning_rate: f64, between: &dyn Fn()) -> Result<()> {
+    /// Updates the tensors, each with its gradient. Calls `between` between two tensors.
+    pub fn step<'t>(
+        &mut self,
+        tensors: impl Iterator<Item = (&'t mut [f32], &'t [f32])>,
+        learning_rate: f64,
+        between: &dyn Fn(),
+    ) {
         let AdamWConfig { beta1, beta2, epsilon, weight_decay } = self.config;
         self.steps += 1;
-        let correction1 = 1.0 - beta1.powi(self.steps);
-        let correction2 = (1.0 - beta2.powi(self.steps)).sqrt();
-        for ((var, moments), gradient) in self.vars.iter().zip(&mut self.moments).zip(gradients) {
-            moments.first = ((&moments.first * beta1)? + (gradient * (1.0 - beta1))?)?;
-            moments.second = ((&moments.second * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-            let denominator = ((moments.second.sqrt()? / correction2)? + epsilon)?;
-            let update = (&moments.first / denominator)?;
-            let decayed = (var.as_detached_tensor() * (1.0 - learning_rate * weight_decay))?;
-            var.set(&(decayed - (update * (learning_rate / correction1))?)?)?;
+        let rate = (learning_rate / (1.0 - beta1.powi(self.steps))) as f32;
+        let correction = (1.0 / (1.0 - beta2.powi(self.steps)).sqrt()) as f32;
+        let decay = (1.0 - learning_rate * weight_decay) as f32;
+        let [beta1, beta2, rest1, rest2] = [beta1, beta2, 1.0 - beta1, 1.0 - beta2].map(|x| x as f32);
+        let epsilon = epsilon as f32;
+        for ((tensor, gradient), Moments { first, second }) in tensors.zip(&mut self.moments) {
+            let values = tensor.par_iter_mut().zip(gradient).zip(first.par_iter_mut().zip(second));
+            values.with_min_len(MIN_VALUES).for_each(|((x, gradient), (first, second))| {
+                *first = beta1 * *first + rest1 * gradient;
+                *second = beta2 * *second + rest2 * gradient * gradient;
+                *x = decay * *x - rate * (*first / (second.sqrt() * correction + epsilon));
+            });
             between();
         }
-        Ok(())
     }
 }
 
+/// Values that a task updates at least.
+const MIN_VALUES: usize = 1 << 14;
+
 /// The norm of all gradients as one vector.
-pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
-    let mut sum = 0.0;
-    for gradient in gradients {
-        sum += gradient.sqr()?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
-    }
-    Ok(sum.sqrt())
+pub fn global_norm<'t>(gradients: impl Iterator<Item = &'t [f32]>) -> f64 {
+    gradients.flatten().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt()
 }
 
 /// Scales the gradients so that their global norm, which is `norm`, is at most `max_norm`; 0 is off.
-pub fn clip(gradients: &mut [Tensor], norm: f64, max_norm: f64) -> Result<()> {
+pub fn clip<'t>(gradients: impl Iterator<Item = &'t mut [f32]>, norm: f64, max_norm: f64) {
     // The small number is torch's.
     let scale = max_norm / (norm + 1e-6);
     if max_norm > 0.0 && scale < 1.0 {
-        for gradient in gradients {
-            *gradient = (&*gradient * scale)?;
-        }
+        gradients.flatten().for_each(|x| *x *= scale as f32);
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
-    fn tensor(values: &[f32]) -> Tensor {
-        Tensor::new(values, &Device::Cpu).unwrap()
+    /// One tensor and its gradient.
+    fn one<'t>(tensor: &'t mut [f32], gradient: &'t [f32]) -> std::iter::Once<(&'t mut [f32], &'t [f32])> {
+        std::iter::once((tensor, gradient))
     }
 
     /// The update written out in float64, as torch documents it.
@@ -119,12 +117,10 @@ mod tests {
     #[test]
     fn steps_agree_with_the_formula() {
         let config = AdamWConfig { beta1: 0.9, beta2: 0.99, epsilon: 1e-3, weight_decay: 0.1 };
-        let var = Var::from_tensor(&tensor(&[1.0, -2.0])).unwrap();
-        let mut optimizer = AdamW::new(config, vec![var.clone()]).unwrap();
-        for (a, b) in [(0.5, -0.1), (0.25, 0.3), (-1.0, 0.0)] {
-            optimizer.step(&[tensor(&[a, b])], 0.05, &|| {}).unwrap();
+        let (mut values, mut optimizer) = ([1.0, -2.0], AdamW::new(config, [2]));
+        for gradient in [[0.5, -0.1], [0.25, 0.3], [-1.0, 0.0]] {
+            optimizer.step(one(&mut values, &gradient), 0.05, &|| {});
         }
-        let values = var.to_vec1::<f32>().unwrap();
         let expected = [by_hand(config, 0.05, 1.0, &[0.5, 0.25, -1.0]), by_hand(config, 0.05, -2.0, &[-0.1, 0.3, 0.0])];
         for (value, expected) in values.iter().zip(expected) {
             assert!((f64::from(*value) - expected).abs() < 1e-6, "{value} {expected}");
@@ -135,21 +131,22 @@ mod tests {
     #[test]
     fn the_first_step_moves_by_the_learning_rate() {
         let config = AdamWConfig { beta1: 0.9, beta2: 0.999, epsilon: 0.0, weight_decay: 0.0 };
-        let var = Var::from_tensor(&tensor(&[0.0, 0.0])).unwrap();
-        AdamW::new(config, vec![var.clone()]).unwrap().step(&[tensor(&[3.0, -7.0])], 0.01, &|| {}).unwrap();
-        let moved = var.to_vec1::<f32>().unwrap();
+        let mut moved = [0.0, 0.0];
+        AdamW::new(config, [2]).step(one(&mut moved, &[3.0, -7.0]), 0.01, &|| {});
         assert!((moved[0] + 0.01).abs() < 1e-7 && (moved[1] - 0.01).abs() < 1e-7, "{moved:?}");
     }
 
     #[test]
     fn clipping_scales_only_what_is_too_long() {
-        let mut gradients = [tensor(&[3.0]), tensor(&[0.0, 4.0])];
-        let norm = global_norm(&gradients).unwrap();
-        assert!((norm - 5.0).abs() < 1e-9);
-        clip(&mut gradients, norm, 10.0).unwrap();
-        clip(&mut gradients, norm, 0.0).unwrap();
-        assert!((global_norm(&gradients).unwrap() - 5.0).abs() < 1e-9);
-        clip(&mut gradients, norm, 1.0).unwrap();
-        assert!((global_norm(&gradients).unwrap() - 1.0).abs() < 1e-5);
+        let mut gradients = [vec![3.0], vec![0.0, 4.0]];
+        let norm = |gradients: &[Vec<f32>]| global_norm(gradients.iter().map(Vec::as_slice));
+        let before = norm(&gradients);
+        assert!((before - 5.0).abs() < 1e-9);
+        let mut clipped = |max_norm| {
+            clip(gradients.iter_mut().map(Vec::as_mut_slice), before, max_norm);
+            norm(&gradients)
+        };
+        assert_eq!([clipped(10.0), clipped(0.0)], [before, before]);
+        assert!((clipped(1.0) - 1.0).abs() < 1e-5);
     }
 }

@@ -1,13 +1,10 @@
 //! Supervised fine-tuning: the cross-entropy of the tokens in the loss.
 
-use std::sync::Arc;
-
 use crate::error::Result;
-use crate::model::Model;
-use crate::model::traced::ForwardOptions;
+use crate::model::traced::TokenScores;
 use crate::request::metric::TOKEN_ACCURACY;
 use crate::text::Conversation;
-use crate::train::objective::{LossSum, Measures, Objective, loss_tokens, score_loss_tokens};
+use crate::train::objective::{LossSum, Measures, Objective, loss_tokens};
 
 /// Cross-entropy, averaged over the loss tokens of the whole step.
 #[derive(Debug)]
@@ -35,12 +32,15 @@ impl Objective for Sft<'_> {
         loss_tokens(&self.examples[example]) as f64
     }
 
-    fn loss(&self, model: &Arc<Model>, examples: &[usize], pass: ForwardOptions<'_>) -> Result<LossSum> {
-        let sequences: Vec<_> = examples.iter().map(|example| &self.examples[*example]).collect();
-        let scores = score_loss_tokens(model, &sequences, pass)?;
+    fn sequences(&self, examples: &[usize]) -> Vec<&Conversation> {
+        examples.iter().map(|example| &self.examples[*example]).collect()
+    }
+
+    fn loss(&self, _examples: &[usize], scores: &TokenScores) -> Result<LossSum> {
         let mut measures = Measures::default();
         let right = scores.is_greedy.iter().filter(|greedy| **greedy).count();
         measures.add(TOKEN_ACCURACY, right as f64, scores.is_greedy.len());
-        Ok(LossSum { loss: scores.logprobs.sum_all()?.neg()?, measures })
+        let loss = -scores.logprobs.iter().map(|logprob| f64::from(*logprob)).sum::<f64>();
+        Ok(LossSum { loss, derivatives: vec![-1.0; scores.logprobs.len()], measures })
     }
 }

@@ -320,9 +320,9 @@ fn supervised_training_tells_the_accuracy_of_its_tokens() {
     for example in examples {
         let wanted: Vec<_> = (1..example.ids.len()).filter(|i| example.in_loss[*i]).map(|i| (0, i - 1)).collect();
         assert_eq!(wanted.len(), loss_tokens(example));
-        let logits = bench.model.reference_logits(&[&example.ids], &wanted, None).unwrap();
-        let best = logits.argmax(1).unwrap().to_vec1::<u32>().unwrap();
-        right += best.iter().zip(&wanted).filter(|(best, (_, i))| **best == example.ids[i + 1]).count();
+        let logits = bench.model.logits(&[&example.ids], &wanted, Default::default()).unwrap();
+        let best = logits.chunks_exact(bench.model.vocab_size()).map(crate::kernels::cpu::argmax);
+        right += best.zip(&wanted).filter(|(best, (_, i))| *best == Some(example.ids[i + 1] as usize)).count();
         all += wanted.len();
     }
     let recipe = Hyperparameters { max_steps: Some(40), ..recipe() };
@@ -348,7 +348,7 @@ fn preferences_tell_rewards_and_log_probabilities() {
             let answer = pick(pair);
             let wanted: Vec<_> = (1..answer.ids.len()).filter(|i| answer.in_loss[*i]).map(|i| (0, i - 1)).collect();
             let logprobs = bench.model.token_logprobs(&[&answer.ids], &wanted, Default::default()).unwrap();
-            logprobs.to_vec1::<f32>().unwrap().iter().map(|x| f64::from(*x)).sum::<f64>()
+            logprobs.iter().map(|x| f64::from(*x)).sum::<f64>()
         };
         pairs.iter().map(of_pair).sum::<f64>() / pairs.len() as f64
     };

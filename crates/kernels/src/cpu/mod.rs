@@ -29,8 +29,8 @@ pub use peak::dot_products;
 pub use prepare::prepare;
 pub use quantize::QuantizedRows;
 pub use rows::{
-    add_rms_norm, add_rms_norm_row, argmax, gated, gated_backward, gated_row, log_sum_exp, rms_norm, rms_norm_row,
-    rope, rope_backward, softcap, softcap_backward, softmax, softmax_backward,
+    add_rms_norm, add_rms_norm_row, argmax, gated, gated_backward, gated_row, log_sum_exp, rms_norm, rms_norm_backward,
+    rms_norm_row, rope, rope_backward, softcap, softcap_backward, softmax, softmax_backward,
 };
 pub use simd::{f16_bits, f16_value};
 pub use team::Team;

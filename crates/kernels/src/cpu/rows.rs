@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 
 use super::Shared;
-use super::simd::{LANES, dot, exp, larger, max_pairwise, multiversion, tanh};
+use super::simd::{LANES, dot, dot3, exp, larger, max_pairwise, multiversion, tanh};
 use super::team::Team;
 use crate::spec::Activation;
 
@@ -26,6 +26,23 @@ multiversion! {
         let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
             *out = *x * scale * *weight;
+        }
+    }
+}
+
+/// Adds to `dx` the gradient of [`rms_norm`]'s input, from that of its result, `d`. All: `[rows, weight.len()]`.
+pub fn rms_norm_backward(x: &[f32], weight: &[f32], eps: f32, d: &[f32], dx: &mut [f32]) {
+    let width = weight.len();
+    let rows = x.par_chunks_exact(width).zip(d.par_chunks_exact(width)).zip(dx.par_chunks_exact_mut(width));
+    rows.with_min_len(MIN_ROWS).for_each(|((x, d), dx)| rms_norm_backward_row(x, weight, eps, d, dx));
+}
+
+multiversion! {
+    fn rms_norm_backward_row(x: &[f32], weight: &[f32], eps: f32, d: &[f32], dx: &mut [f32]) {
+        let scale = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+        let weighted = dot3(d, x, weight) / x.len() as f32 * scale * scale;
+        for (((dx, d), x), weight) in dx.iter_mut().zip(d).zip(x).zip(weight) {
+            *dx += scale * (*d * *weight - *x * weighted);
         }
     }
 }
@@ -335,6 +352,31 @@ mod tests {
             let tanh = (f64::from(*x) * 40.0 / 30.0).tanh();
             assert_close(y, 30.0 * tanh, 3e-6);
             assert_close(d, 1.0 - tanh * tanh, 1e-5);
+        }
+    }
+
+    /// Against differences in double precision.
+    #[test]
+    fn the_gradient_of_a_norm() {
+        let (weight, eps) = (sinusoid(40, 1), 1e-5);
+        let (x, d) = (sinusoid(3 * 40, 2), sinusoid(3 * 40, 3));
+        let mut dx = vec![1.0; x.len()];
+        rms_norm_backward(&x, &weight, eps, &d, &mut dx);
+        let loss = |x: &[f64]| -> f64 {
+            let row = |(x, d): (&[f64], &[f32])| -> f64 {
+                let rms = (x.iter().map(|x| x * x).sum::<f64>() / 40.0 + f64::from(eps)).sqrt();
+                x.iter().zip(d).zip(&weight).map(|((x, d), w)| x / rms * f64::from(*w) * f64::from(*d)).sum()
+            };
+            x.chunks_exact(40).zip(d.chunks_exact(40)).map(row).sum()
+        };
+        let exact: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+        for (i, got) in dx.iter().enumerate() {
+            let at = |by: f64| {
+                let mut x = exact.clone();
+                x[i] += by;
+                loss(&x)
+            };
+            assert_close(*got, 1.0 + (at(1e-5) - at(-1e-5)) / 2e-5, 1e-5);
         }
     }
 

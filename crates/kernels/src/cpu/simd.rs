@@ -569,6 +569,22 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum_pairwise(lanes) + rest
 }
 
+/// The sum of a b c, in 16 lanes, then pairwise.
+#[inline(always)]
+pub(super) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a_whole, a_rest) = a.as_chunks::<LANES>();
+    let (b_whole, b_rest) = b.as_chunks::<LANES>();
+    let (c_whole, c_rest) = c.as_chunks::<LANES>();
+    for ((a, b), c) in a_whole.iter().zip(b_whole).zip(c_whole) {
+        for i in 0..LANES {
+            lanes[i] += a[i] * b[i] * c[i];
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).zip(c_rest).map(|((a, b), c)| a * b * c).sum();
+    sum_pairwise(lanes) + rest
+}
+
 /// x = softmax(scale * x), its sum in 16 lanes, then pairwise.
 #[inline(always)]
 pub(super) fn softmax(x: &mut [f32], scale: f32) {

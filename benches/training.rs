@@ -1,0 +1,72 @@
+//! How fast the default base trains on this machine, and in how much memory, as a table for RESULTS.md: `cargo bench --bench training`.
+//!
+//! LoRA of rank 8 on all linear layers, 4 records of 256 tokens a step, every token in the loss. The kinds of pass take turns, so that all see
+//! the same machine; the table has medians. Memory is that of activations.
+
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a bench fails by them")]
+
+use tenora::adapter::Lora;
+use tenora::device::{self, DeviceSpec};
+use tenora::kernels::testing::{median, seconds};
+use tenora::model::Model;
+use tenora::model::traced::{ForwardOptions, Products, Workspace};
+use tenora::request::LoraSpec;
+
+const ROUNDS: usize = 7;
+const RECORDS: usize = 4;
+const TOKENS: usize = 256;
+
+struct Kind {
+    name: &'static str,
+    options: ForwardOptions<'static>,
+}
+
+fn main() {
+    device::init_pool(std::env::var("THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(2));
+    let path = tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base");
+    let cpu = DeviceSpec::Cpu.open().expect("the CPU");
+    let (model, _) = Model::load(&path, &cpu, None).expect("the base loads");
+    let lora = Lora::fresh(&LoraSpec::default(), model.shape(), 1).expect("an adapter");
+    let kinds = [
+        Kind { name: "served products", options: ForwardOptions::default() },
+        Kind {
+            name: "served products, layers recomputed",
+            options: ForwardOptions { recompute_layers: Some(1), ..ForwardOptions::default() },
+        },
+        Kind {
+            name: "float32 products",
+            options: ForwardOptions { products: Products::Exact, ..ForwardOptions::default() },
+        },
+    ];
+    let workspaces: Vec<Workspace> = kinds.iter().map(|_| Workspace::default()).collect();
+    let mut times = vec![Vec::new(); kinds.len()];
+    for round in 0..=ROUNDS {
+        for ((kind, workspace), times) in kinds.iter().zip(&workspaces).zip(&mut times) {
+            let options = ForwardOptions { lora: Some(&lora), ..kind.options };
+            let time = seconds(|| step(&model, options, &lora, workspace));
+            // The first one fetches its memory.
+            if round > 0 {
+                times.push(time);
+            }
+        }
+    }
+    println!("| pass | tokens/s | activations |\n|---|---|---|");
+    for ((kind, workspace), times) in kinds.iter().zip(&workspaces).zip(times) {
+        let speed = (RECORDS * TOKENS) as f64 / median(times);
+        println!("| {} | {speed:.0} | {} MB |", kind.name, workspace.bytes() / 1_000_000);
+    }
+}
+
+/// The passes of a step, two records each.
+fn step(model: &Model, options: ForwardOptions<'_>, lora: &Lora, workspace: &Workspace) {
+    let record = |record: usize| (0..TOKENS).map(move |i| ((i * 7919 + record * 31) % model.vocab_size()) as u32);
+    let records: Vec<Vec<u32>> = (0..RECORDS).map(|i| record(i).collect()).collect();
+    let mut gradients = lora.zeros_like();
+    for records in records.chunks(RECORDS / 2) {
+        let ids: Vec<&[u32]> = records.iter().map(Vec::as_slice).collect();
+        let wanted: Vec<_> = (0..ids.len()).flat_map(|record| (0..TOKENS - 1).map(move |i| (record, i))).collect();
+        let trace = model.trace(&ids, &wanted, options, workspace).expect("a pass");
+        let derivatives = vec![-1.0 / wanted.len() as f32; wanted.len()];
+        trace.backward(&derivatives, &mut gradients).expect("a pass backward");
+    }
+}

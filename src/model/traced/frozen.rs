@@ -1,0 +1,96 @@
+//! The frozen layers of a pass, `y = x W^T + b`. Forward by the kernels that serve, or in float32 from dequantised weights, which is the
+//! reference; backward dL/dx = dL/dy W in float32, and never dL/dW. Between pieces, training gives way to serving.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::buffers::Buffer;
+use super::{PIECE_MACS, Products, Scope};
+use crate::arch::decoder::SiteId;
+use crate::kernels::cpu::{self, GROUP_ROWS, Linear, Next, RowGroup, Team};
+use crate::kernels::gemm::{Mat, Out, mul, mul_nt};
+use crate::kernels::packed::PackedMatrix;
+use crate::sync::lock;
+
+/// A frozen matrix `[out, in]` and what is added to its products, `[out]`.
+type Layer<'m> = (&'m PackedMatrix, Option<&'m [f32]>);
+
+/// Multiply-adds that the serving kernels take for each that float32 takes in the same time, at least.
+const SERVED_TIMES: usize = 4;
+
+impl Scope<'_> {
+    /// Runs `f(first row, dequantised rows)` over pieces of `w` so small that `rows` activations against one take about [`PIECE_MACS`].
+    pub(super) fn pieces(&self, w: &PackedMatrix, rows: usize, mut f: impl FnMut(usize, &[f32])) {
+        let piece = (PIECE_MACS / (w.cols() * rows.max(1))).max(1).next_multiple_of(64).min(w.rows()).min(4096);
+        let mut dense = self.take(piece * w.cols());
+        for from in (0..w.rows()).step_by(piece) {
+            let count = piece.min(w.rows() - from);
+            let dense = &mut dense[..count * w.cols()];
+            dense.par_chunks_mut(16 * w.cols()).enumerate().for_each(|(i, rows)| w.dequantize(from + 16 * i, rows));
+            f(from, dense);
+            self.yield_to_serving();
+        }
+    }
+
+    /// Computes the frozen layers of these sites, which share the input `x` `[rows, in]`, whose values stay as they are; gives
+    /// `[rows, out]` of each.
+    pub(super) fn frozen(&self, x: &mut [f32], sites: Range<SiteId>) -> Vec<Buffer> {
+        let layers: Vec<Layer<'_>> = sites.map(|site| (self.model.matrix(site), self.model.bias(site))).collect();
+        self.products(x, &layers)
+    }
+
+    /// As [`Scope::frozen`], of any layers.
+    pub(super) fn products(&self, x: &mut [f32], layers: &[Layer<'_>]) -> Vec<Buffer> {
+        let rows = x.len() / layers[0].0.cols();
+        let mut products: Vec<Buffer> = layers.iter().map(|(matrix, _)| self.take(rows * matrix.rows())).collect();
+        match self.options.products {
+            Products::Served => self.served(x, layers, &mut products),
+            Products::Exact => layers.iter().zip(&mut products).for_each(|(layer, y)| self.exact(x, *layer, y)),
+        }
+        products
+    }
+
+    fn served(&self, x: &mut [f32], layers: &[Layer<'_>], products: &mut [Buffer]) {
+        let width = layers[0].0.cols();
+        let macs_a_row: usize = layers.iter().map(|(matrix, _)| matrix.rows() * width).sum();
+        let most = (SERVED_TIMES * PIECE_MACS / macs_a_row).max(1).next_multiple_of(64);
+        let mut quantized = lock(&self.workspace.quantized);
+        let quantized = quantized.get_or_insert_with(|| cpu::QuantizedRows::new(self.model.formats()));
+        let mut from = 0;
+        for x in x.chunks_mut(most * width) {
+            let rows = x.len() / width;
+            let group = |first| RowGroup { first, count: GROUP_ROWS.min(rows - first), adapter: None };
+            let groups: Vec<RowGroup> = (0..rows).step_by(GROUP_ROWS).map(group).collect();
+            cpu::prepare(Team::get(), &groups, (x, width), quantized, None, |_, _| {});
+            let parts = layers.iter().zip(products.iter_mut()).map(|((matrix, bias), y)| {
+                let y = &mut y[from * matrix.rows()..(from + rows) * matrix.rows()];
+                Linear { matrix, bias: *bias, y, accumulate: false }
+            });
+            let mut linears: Vec<Linear<'_>> = parts.collect();
+            cpu::linear(Team::get(), quantized, &mut linears, None, Next::default());
+            from += rows;
+            self.yield_to_serving();
+        }
+    }
+
+    fn exact(&self, x: &[f32], (w, bias): Layer<'_>, y: &mut [f32]) {
+        let x = Mat::dense(x, w.cols());
+        self.pieces(w, x.rows(), |from, dense| {
+            let y = Out { data: &mut y[from..], stride: w.rows(), accumulate: false };
+            mul_nt(y, x, Mat::dense(dense, w.cols()), true);
+        });
+        if let Some(bias) = bias {
+            y.chunks_exact_mut(bias.len()).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
+        }
+    }
+
+    /// Adds the gradient of a matrix's input, `dy W`, to `dx` `[rows, in]`. `dy`: `[rows, out]`.
+    pub(super) fn frozen_backward(&self, w: &PackedMatrix, dy: &[f32], dx: &mut [f32]) {
+        let rows = dy.len() / w.rows();
+        self.pieces(w, rows, |from, dense| {
+            let dy = Mat::new(&dy[from..], rows, dense.len() / w.cols(), w.rows());
+            mul(Out { data: dx, stride: w.cols(), accumulate: true }, dy, Mat::dense(dense, w.cols()), true);
+        });
+    }
+}

@@ -1,0 +1,219 @@
+//! Training and reference: whole sequences through the decoder's steps, forward and backward, in float32, with gradients for the adapter's
+//! tensors only.
+//!
+//! A pass is an ordinary function over slices: what its backward needs of a step is kept by the step ([`pass`]), the inputs of linear layers
+//! and of attention; norms, gates and softmax are computed again. Where layers are recomputed (`recompute_layers`), a layer's input alone is
+//! kept. Nothing outlives a pass but the memory of its buffers, which the next one uses.
+
+mod adapted;
+mod attention;
+mod buffers;
+mod frozen;
+mod head;
+mod pass;
+#[cfg(test)]
+mod testing;
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use rayon::prelude::*;
+
+use crate::adapter::Lora;
+use crate::device::TrainPermit;
+use crate::error::{Error, Result};
+use crate::kernels::cpu::QuantizedRows;
+use crate::model::Model;
+pub use adapted::Dropout;
+use buffers::{Buffer, Buffers};
+pub use pass::Trace;
+
+/// Multiply-adds in float32 between two offers to give way: a few milliseconds on a core.
+const PIECE_MACS: usize = 1 << 28;
+
+/// How the frozen layers are multiplied forward.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Products {
+    /// By the kernels that serve, whose bits then are what is served.
+    #[default]
+    Served,
+    /// In float32 from the exact values of the weights: the reference.
+    Exact,
+}
+
+/// One pass over whole sequences without a KV cache.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ForwardOptions<'a> {
+    /// `None` is the base.
+    pub lora: Option<&'a Lora>,
+    /// Dropped inputs of the adapter; none where it is evaluated.
+    pub dropout: Option<Dropout>,
+    /// By which it gives way to serving, at least every few milliseconds.
+    pub permit: Option<&'a TrainPermit>,
+    /// How the frozen layers are multiplied.
+    pub products: Products,
+    /// Keeps of so many layers the input of the first alone and computes the rest again; `None` keeps what each layer's backward needs.
+    pub recompute_layers: Option<usize>,
+}
+
+/// How a model sees the tokens that follow.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenScores {
+    /// Their log-probabilities, nats.
+    pub logprobs: Vec<f32>,
+    /// Whether each is the most likely one in its place.
+    pub is_greedy: Vec<bool>,
+}
+
+/// The memory of passes over one model, which each leaves to the next.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    buffers: Buffers,
+    /// Made by the first pass that needs it.
+    quantized: Mutex<Option<QuantizedRows>>,
+}
+
+impl Workspace {
+    /// Returns the bytes of activations that it has, which are the most that its passes have needed, about.
+    pub fn bytes(&self) -> u64 {
+        self.buffers.bytes()
+    }
+}
+
+impl Model {
+    /// Computes ln p(ids[i+1] given ids[..=i]) of each sequence, for every (sequence, i) in `wanted`, in that order. Rows not wanted never
+    /// reach the head.
+    ///
+    /// # Errors
+    /// A sequence that does not fit the context or the vocabulary, and what is wanted outside of one.
+    pub fn score_tokens(
+        &self,
+        sequences: &[&[u32]],
+        wanted: &[(usize, usize)],
+        options: ForwardOptions<'_>,
+        workspace: &Workspace,
+    ) -> Result<TokenScores> {
+        let batch = Batch::new(self, sequences, wanted)?;
+        let scope = Scope { model: self, workspace, options };
+        Ok(scope.score(&mut pass::hidden(&scope, &batch)?, &batch.targets, None))
+    }
+
+    /// As [`Model::score_tokens`], the log-probabilities alone.
+    pub fn token_logprobs(
+        &self,
+        sequences: &[&[u32]],
+        wanted: &[(usize, usize)],
+        options: ForwardOptions<'_>,
+    ) -> Result<Vec<f32>> {
+        Ok(self.score_tokens(sequences, wanted, options, &Workspace::default())?.logprobs)
+    }
+
+    /// As [`Model::score_tokens`], and keeps what the gradients of the log-probabilities need.
+    pub fn trace<'a>(
+        &'a self,
+        sequences: &[&[u32]],
+        wanted: &[(usize, usize)],
+        options: ForwardOptions<'a>,
+        workspace: &'a Workspace,
+    ) -> Result<Trace<'a>> {
+        let batch = Batch::new(self, sequences, wanted)?;
+        Trace::new(Scope { model: self, workspace, options }, batch)
+    }
+
+    /// Computes all logits after position i, for every (sequence, i) in `wanted`: `[wanted.len(), vocab_size]`.
+    ///
+    /// # Errors
+    /// As of [`Model::score_tokens`].
+    pub fn logits(
+        &self,
+        sequences: &[&[u32]],
+        wanted: &[(usize, usize)],
+        options: ForwardOptions<'_>,
+    ) -> Result<Vec<f32>> {
+        let batch = Batch::of_rows(self, sequences, wanted)?;
+        let workspace = Workspace::default();
+        let scope = Scope { model: self, workspace: &workspace, options };
+        Ok(scope.logits(&mut pass::hidden(&scope, &batch)?).to_vec())
+    }
+}
+
+/// What the operations of a pass work with.
+struct Scope<'a> {
+    model: &'a Model,
+    workspace: &'a Workspace,
+    options: ForwardOptions<'a>,
+}
+
+impl Scope<'_> {
+    /// Returns `len` values, whatever they are.
+    fn take(&self, len: usize) -> Buffer {
+        self.workspace.buffers.take(len)
+    }
+
+    fn zeros(&self, len: usize) -> Buffer {
+        self.workspace.buffers.zeros(len)
+    }
+
+    fn yield_to_serving(&self) {
+        if let Some(permit) = self.options.permit {
+            permit.yield_to_serving();
+        }
+    }
+}
+
+/// Whole sequences, end to end in one list of rows.
+struct Batch {
+    ids: Vec<u32>,
+    positions: Vec<usize>,
+    /// The rows of each sequence.
+    sequences: Vec<Range<usize>>,
+    /// The rows that reach the head, and what follows each, where that is wanted.
+    selected: Vec<usize>,
+    targets: Vec<u32>,
+}
+
+impl Batch {
+    /// The rows of the sequences, of which those before the wanted tokens reach the head.
+    fn new(model: &Model, sequences: &[&[u32]], wanted: &[(usize, usize)]) -> Result<Self> {
+        let target = |&(sequence, i): &(usize, usize)| sequences.get(sequence).and_then(|ids| ids.get(i + 1)).copied();
+        let targets: Option<Vec<u32>> = wanted.iter().map(target).collect();
+        let targets = targets.ok_or_else(|| Error::internal("a wanted log-probability lies outside its sequence"))?;
+        Ok(Self { targets, ..Self::of_rows(model, sequences, wanted)? })
+    }
+
+    /// As [`Batch::new`], without targets.
+    fn of_rows(model: &Model, sequences: &[&[u32]], wanted: &[(usize, usize)]) -> Result<Self> {
+        let fits = |ids: &&[u32]| {
+            ids.len() <= model.context_length() && ids.iter().all(|id| (*id as usize) < model.vocab_size())
+        };
+        if !sequences.iter().all(fits) {
+            return Err(Error::internal("a sequence does not fit the context or the vocabulary"));
+        }
+        let mut rows = Vec::with_capacity(sequences.len());
+        let mut next = 0;
+        for ids in sequences {
+            rows.push(next..next + ids.len());
+            next += ids.len();
+        }
+        Ok(Self {
+            ids: sequences.concat(),
+            positions: sequences.iter().flat_map(|ids| 0..ids.len()).collect(),
+            selected: wanted.iter().map(|&(sequence, i)| rows[sequence].start + i).collect(),
+            sequences: rows,
+            targets: Vec::new(),
+        })
+    }
+
+    fn len(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+/// Values that a task of an element-wise operation takes.
+const PIECE: usize = 8192;
+
+/// Adds values element by element.
+fn add(to: &mut [f32], from: &[f32]) {
+    let add = |(to, from): (&mut [f32], &[f32])| to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+    to.par_chunks_mut(PIECE).zip(from.par_chunks(PIECE)).for_each(add);
+}

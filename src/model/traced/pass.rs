@@ -1,0 +1,437 @@
+//! The decoder's steps, forward and backward. The forward hands on what steps hand on in [`crate::arch::decoder`]: the residual stream x, the
+//! projections, and the input y of the next output layer; the backward takes the steps from the last to the first and hands on their gradients.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::buffers::Buffer;
+use super::{Batch, Scope, TokenScores, add};
+use crate::adapter::Lora;
+use crate::arch::decoder::{Merge, NormId, Part, Step, StepExecutor};
+use crate::error::{Error, Result};
+use crate::kernels::cpu;
+
+/// What the backward needs of a step.
+enum Saved {
+    Nothing,
+    /// The residual stream that is normed.
+    Normed {
+        x: Arc<Buffer>,
+    },
+    /// q, k and v as they are projected.
+    Attend {
+        qkv: [Buffer; 3],
+    },
+    Gate {
+        gate: Buffer,
+        up: Buffer,
+    },
+    /// The layer's input where its adapter needs it (behind a gate it is computed again), and what came out where that is normed.
+    Output {
+        y: Option<Buffer>,
+        branch: Option<Buffer>,
+    },
+}
+
+/// Computes the head's input of the selected rows, `[selected, hidden_size]`, and keeps nothing else.
+pub(super) fn hidden(scope: &Scope<'_>, batch: &Batch) -> Result<Buffer> {
+    let mut forward = Forward::new(scope, batch, None);
+    forward.run(&scope.model.decoder().steps)?;
+    forward.into_hidden()
+}
+
+/// A pass forward, whose gradients can be had.
+pub struct Trace<'a> {
+    scope: Scope<'a>,
+    batch: Batch,
+    segments: Vec<Segment>,
+    scores: TokenScores,
+    /// The gradient of each log-probability to the head's input of its row, `[selected, hidden_size]`.
+    slopes: Buffer,
+}
+
+/// Some steps, and what is kept of them.
+struct Segment {
+    steps: Range<usize>,
+    /// The residual stream before them.
+    x: Option<Arc<Buffer>>,
+    /// By step; `None` where they are taken again.
+    saved: Option<Vec<Saved>>,
+}
+
+impl<'a> Trace<'a> {
+    pub(super) fn new(scope: Scope<'a>, batch: Batch) -> Result<Self> {
+        let steps = &scope.model.decoder().steps;
+        let (segments, hidden) = forward(&scope, &batch, 0..steps.len(), None, scope.options.recompute_layers)?;
+        let mut hidden = hidden.into_hidden()?;
+        let mut slopes = scope.take(hidden.len());
+        let scores = scope.score(&mut hidden, &batch.targets, Some(&mut slopes));
+        Ok(Self { scope, batch, segments, scores, slopes })
+    }
+
+    /// Returns the wanted tokens' scores, in their order.
+    pub fn scores(&self) -> &TokenScores {
+        &self.scores
+    }
+
+    /// Adds to `gradients`, an adapter of the same shape, those of a loss whose derivatives by the log-probabilities are these, in their
+    /// order.
+    ///
+    /// # Errors
+    /// An internal one where the pass had no adapter.
+    pub fn backward(self, derivatives: &[f32], gradients: &mut Lora) -> Result<()> {
+        let Self { scope, batch, segments, slopes: mut d, .. } = self;
+        let width = scope.model.config().hidden_size;
+        for (row, derivative) in d.chunks_exact_mut(width).zip(derivatives) {
+            row.iter_mut().for_each(|d| *d *= derivative);
+        }
+        let adapted = |step: &Step| step.sites().any(|site| scope.adapted(site).is_some());
+        let first = scope.model.decoder().steps.iter().position(adapted).ok_or_else(absent)?;
+        let mut backward =
+            Backward { scope: &scope, batch: &batch, first, dx: d, dy: None, projected: Vec::new(), gradients };
+        backward.segments(segments)
+    }
+}
+
+/// Takes some steps forward from a residual stream, and keeps what the backward needs: of the last `recompute_layers`, or of all.
+fn forward<'a>(
+    scope: &'a Scope<'_>,
+    batch: &'a Batch,
+    steps: Range<usize>,
+    x: Option<Arc<Buffer>>,
+    recompute_layers: Option<usize>,
+) -> Result<(Vec<Segment>, Forward<'a>)> {
+    let all = &scope.model.decoder().steps;
+    let mut forward = Forward::new(scope, batch, x);
+    let mut segments = Vec::new();
+    let mut parts = parts(all, steps, recompute_layers).into_iter().peekable();
+    while let Some(steps) = parts.next() {
+        let x = forward.x.clone();
+        // The backward begins with the last ones.
+        forward.saved = (recompute_layers.is_none() || parts.peek().is_none()).then(Vec::new);
+        forward.run(&all[steps.clone()])?;
+        segments.push(Segment { steps, x, saved: forward.saved.take() });
+    }
+    Ok((segments, forward))
+}
+
+/// Cuts steps before every so many layers.
+fn parts(all: &[Step], steps: Range<usize>, layers: Option<usize>) -> Vec<Range<usize>> {
+    let Some(layers) = layers else { return vec![steps] };
+    let begins = |step: &usize| matches!(all[*step], Step::Project { part: Part::Attention, .. });
+    let mut cuts: Vec<usize> = steps.clone().filter(begins).step_by(layers.max(1)).collect();
+    if cuts.first() != Some(&steps.start) {
+        cuts.insert(0, steps.start);
+    }
+    let ends = cuts.iter().skip(1).copied().chain([steps.end]);
+    cuts.iter().copied().zip(ends).map(|(start, end)| start..end).collect()
+}
+
+fn absent() -> Error {
+    Error::internal("a step comes before what it needs")
+}
+
+/// The forward between two steps.
+struct Forward<'a> {
+    scope: &'a Scope<'a>,
+    batch: &'a Batch,
+    /// The residual stream, `[rows, hidden_size]`; at the end the head's input.
+    x: Option<Arc<Buffer>>,
+    /// The input of the next output layer.
+    y: Option<Buffer>,
+    /// q, k, v or gate, up.
+    projected: Vec<Buffer>,
+    /// Where anything is kept.
+    saved: Option<Vec<Saved>>,
+}
+
+impl<'a> Forward<'a> {
+    fn new(scope: &'a Scope<'_>, batch: &'a Batch, x: Option<Arc<Buffer>>) -> Self {
+        Self { scope, batch, x, y: None, projected: Vec::new(), saved: None }
+    }
+
+    fn x(&self) -> Result<Arc<Buffer>> {
+        self.x.clone().ok_or_else(absent)
+    }
+
+    fn projected<const N: usize>(&mut self) -> Result<[Buffer; N]> {
+        std::mem::take(&mut self.projected).try_into().map_err(|_| absent())
+    }
+
+    fn save(&mut self, saved: impl FnOnce() -> Saved) {
+        if let Some(all) = &mut self.saved {
+            all.push(saved());
+        }
+    }
+
+    fn into_hidden(self) -> Result<Buffer> {
+        self.x.and_then(Arc::into_inner).ok_or_else(absent)
+    }
+
+    fn embed(&self, scale: f32) -> Buffer {
+        let width = self.scope.model.config().hidden_size;
+        let mut x = self.scope.take(self.batch.len() * width);
+        for (out, id) in x.chunks_exact_mut(width).zip(&self.batch.ids) {
+            self.scope.model.embed(*id, scale, out);
+        }
+        x
+    }
+
+    /// The residual stream after what an output layer gives has been merged into it; and that, where the merge's backward needs it.
+    fn merged(&self, x: &[f32], mut branch: Buffer, merge: Merge) -> (Buffer, Option<Buffer>) {
+        match merge {
+            Merge::Add => add(&mut branch, x),
+            Merge::Scaled(scale) => {
+                branch.iter_mut().for_each(|y| *y *= scale);
+                add(&mut branch, x);
+            }
+            Merge::Normed(norm) => {
+                let mut merged = self.scope.normed(&branch, norm);
+                add(&mut merged, x);
+                return (merged, Some(branch));
+            }
+        }
+        (branch, None)
+    }
+}
+
+impl Scope<'_> {
+    fn normed(&self, x: &[f32], norm: NormId) -> Buffer {
+        let mut normed = self.take(x.len());
+        cpu::rms_norm(x, self.model.norm(norm), self.model.config().norm_eps, &mut normed);
+        normed
+    }
+
+    fn gated(&self, step: &Step, gate: &[f32], up: &[f32]) -> Result<Buffer> {
+        let Step::Gate { activation } = step else { return Err(absent()) };
+        let mut y = self.take(gate.len());
+        y.copy_from_slice(gate);
+        cpu::gated(*activation, &mut y, up);
+        Ok(y)
+    }
+}
+
+impl StepExecutor for Forward<'_> {
+    type Error = Error;
+
+    fn take(&mut self, step: &Step, _next: &[Step]) -> Result<()> {
+        let scope = self.scope;
+        match step {
+            Step::Embed { scale } => {
+                self.x = Some(Arc::new(self.embed(*scale)));
+                self.save(|| Saved::Nothing);
+            }
+            Step::Project { norm, sites, part } => {
+                let x = self.x()?;
+                let outputs = scope.linear(&mut scope.normed(&x, *norm), sites.clone());
+                self.projected = match &outputs[..] {
+                    [fused] => split(scope, fused, &scope.model.config().widths(*part)),
+                    _ => outputs,
+                };
+                self.save(|| Saved::Normed { x });
+            }
+            Step::Attend(attend) => {
+                let qkv: [Buffer; 3] = self.projected()?;
+                self.y = Some(scope.attend(self.batch, attend, qkv.each_ref().map(|values| &values[..])));
+                self.save(|| Saved::Attend { qkv });
+            }
+            Step::Gate { .. } => {
+                let [gate, up] = self.projected()?;
+                self.y = Some(scope.gated(step, &gate, &up)?);
+                self.save(|| Saved::Gate { gate, up });
+            }
+            Step::Output { site, merge } => {
+                let mut y = self.y.take().ok_or_else(absent)?;
+                let branch = scope.linear(&mut y, *site..*site + 1).pop().ok_or_else(absent)?;
+                let (x, branch) = self.merged(&self.x()?, branch, *merge);
+                self.x = Some(Arc::new(x));
+                let gate_is_kept = matches!(self.saved.as_deref(), Some([.., Saved::Gate { .. }]));
+                let y = (scope.adapted(*site).is_some() && !gate_is_kept).then_some(y);
+                self.save(|| Saved::Output { y, branch });
+            }
+            Step::Select => {
+                let (x, width) = (self.x()?, scope.model.config().hidden_size);
+                let mut selected = scope.take(self.batch.selected.len() * width);
+                for (to, row) in selected.chunks_exact_mut(width).zip(&self.batch.selected) {
+                    to.copy_from_slice(&x[row * width..][..width]);
+                }
+                self.x = Some(Arc::new(selected));
+                self.save(|| Saved::Nothing);
+            }
+            Step::Finish { norm } => {
+                let x = self.x()?;
+                self.x = Some(Arc::new(scope.normed(&x, *norm)));
+                self.save(|| Saved::Normed { x });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The backward between two steps.
+struct Backward<'a> {
+    scope: &'a Scope<'a>,
+    batch: &'a Batch,
+    /// The first step with something that is trained; what comes before needs no gradients.
+    first: usize,
+    /// The gradient of the residual stream.
+    dx: Buffer,
+    /// That of an output layer's input.
+    dy: Option<Buffer>,
+    /// Those of q, k, v or of gate, up.
+    projected: Vec<Buffer>,
+    gradients: &'a mut Lora,
+}
+
+impl Backward<'_> {
+    fn segments(&mut self, segments: Vec<Segment>) -> Result<()> {
+        for Segment { steps, x, saved } in segments.into_iter().rev() {
+            if steps.end <= self.first {
+                break;
+            }
+            match saved {
+                Some(saved) => self.steps(steps, saved)?,
+                None => {
+                    let (segments, _) = forward(self.scope, self.batch, steps, x, Some(1))?;
+                    self.segments(segments)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn steps(&mut self, steps: Range<usize>, mut saved: Vec<Saved>) -> Result<()> {
+        let all = &self.scope.model.decoder().steps;
+        for step in (steps.start.max(self.first)..steps.end).rev() {
+            let kept = saved.pop().ok_or_else(absent)?;
+            match (&all[step], kept) {
+                (Step::Finish { norm }, Saved::Normed { x }) => {
+                    let mut dx = self.scope.zeros(x.len());
+                    self.norm(&x, *norm, &self.dx, &mut dx);
+                    self.dx = dx;
+                }
+                (Step::Select, Saved::Nothing) => self.select(),
+                (Step::Output { site, merge }, Saved::Output { y, branch }) => {
+                    let y = match (y, saved.last()) {
+                        (None, Some(Saved::Gate { gate, up })) if self.scope.adapted(*site).is_some() => {
+                            Some(self.scope.gated(&all[step - 1], gate, up)?)
+                        }
+                        (y, _) => y,
+                    };
+                    self.output(step, *site, *merge, (y, branch))?;
+                }
+                (Step::Gate { activation }, Saved::Gate { mut gate, mut up }) => {
+                    let dy = self.dy.take().ok_or_else(absent)?;
+                    cpu::gated_backward(*activation, &mut gate, &mut up, &dy);
+                    self.projected = vec![gate, up];
+                }
+                (Step::Attend(attend), Saved::Attend { qkv }) => {
+                    let dy = self.dy.take().ok_or_else(absent)?;
+                    let qkv = qkv.each_ref().map(|values| &values[..]);
+                    self.projected = self.scope.attend_backward(self.batch, attend, qkv, &dy).into();
+                }
+                (Step::Project { norm, sites, .. }, Saved::Normed { x }) => {
+                    self.project(step, *norm, sites.clone(), &x)
+                }
+                (Step::Embed { .. }, Saved::Nothing) => {}
+                _ => return Err(absent()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the gradient of what is normed to `dx`.
+    fn norm(&self, x: &[f32], norm: NormId, d: &[f32], dx: &mut [f32]) {
+        let model = self.scope.model;
+        cpu::rms_norm_backward(x, model.norm(norm), model.config().norm_eps, d, dx);
+    }
+
+    fn select(&mut self) {
+        let width = self.scope.model.config().hidden_size;
+        let mut dx = self.scope.zeros(self.batch.len() * width);
+        for (from, row) in self.dx.chunks_exact(width).zip(&self.batch.selected) {
+            dx[row * width..][..width].iter_mut().zip(from).for_each(|(to, from)| *to += from);
+        }
+        self.dx = dx;
+    }
+
+    fn output(
+        &mut self,
+        step: usize,
+        site: usize,
+        merge: Merge,
+        (y, branch): (Option<Buffer>, Option<Buffer>),
+    ) -> Result<()> {
+        let scope = self.scope;
+        let own;
+        let d: &[f32] = match merge {
+            Merge::Add => &self.dx,
+            Merge::Scaled(scale) => {
+                let mut d = scope.take(self.dx.len());
+                d.iter_mut().zip(&*self.dx).for_each(|(d, dx)| *d = scale * dx);
+                own = d;
+                &own
+            }
+            Merge::Normed(norm) => {
+                let branch = branch.ok_or_else(absent)?;
+                let mut d = scope.zeros(branch.len());
+                self.norm(&branch, norm, &self.dx, &mut d);
+                own = d;
+                &own
+            }
+        };
+        let matrix = scope.model.matrix(site);
+        let mut dy = (step > self.first).then(|| scope.zeros(self.batch.len() * matrix.cols()));
+        let y = y.as_deref().unwrap_or_default();
+        scope.linear_backward(site, y, d, dy.as_deref_mut(), self.gradients);
+        self.dy = dy;
+        Ok(())
+    }
+
+    fn project(&mut self, step: usize, norm: NormId, sites: Range<usize>, x: &[f32]) {
+        let scope = self.scope;
+        let projected = std::mem::take(&mut self.projected);
+        let outputs = if sites.len() == 1 { vec![joined(scope, &projected, self.batch.len())] } else { projected };
+        let adapted = sites.clone().any(|site| scope.adapted(site).is_some());
+        let normed = adapted.then(|| scope.normed(x, norm));
+        let mut d = (step > self.first).then(|| scope.zeros(x.len()));
+        for (site, dy) in sites.zip(&outputs) {
+            scope.linear_backward(site, normed.as_deref().unwrap_or_default(), dy, d.as_deref_mut(), self.gradients);
+        }
+        if let Some(d) = d {
+            let mut dx = std::mem::replace(&mut self.dx, scope.take(0));
+            self.norm(x, norm, &d, &mut dx);
+            self.dx = dx;
+        }
+    }
+}
+
+/// Columns that lie side by side, each of these widths by itself.
+fn split(scope: &Scope<'_>, all: &[f32], widths: &[usize]) -> Vec<Buffer> {
+    let width: usize = widths.iter().sum();
+    let mut from = 0;
+    let part = |part: &usize| {
+        let mut values = scope.take(all.len() / width * part);
+        for (to, row) in values.chunks_exact_mut(*part).zip(all.chunks_exact(width)) {
+            to.copy_from_slice(&row[from..from + part]);
+        }
+        from += part;
+        values
+    };
+    widths.iter().map(part).collect()
+}
+
+/// The inverse of [`split`].
+fn joined(scope: &Scope<'_>, parts: &[Buffer], rows: usize) -> Buffer {
+    let width = parts.iter().map(|part| part.len() / rows).sum();
+    let mut all = scope.take(rows * width);
+    let mut from = 0;
+    for values in parts {
+        let part = values.len() / rows;
+        for (row, values) in all.chunks_exact_mut(width).zip(values.chunks_exact(part)) {
+            row[from..from + part].copy_from_slice(values);
+        }
+        from += part;
+    }
+    all
+}
