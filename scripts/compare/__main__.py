@@ -6,14 +6,12 @@ usage: python3 scripts/compare [--base FILE] [--only LINE] [--rounds N]
 import argparse
 import pathlib
 import shlex
-import statistics
 import sys
 
 # What all scripts share.
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 import bases
-import llama
 import report
 import tenora
 from lines import LINES
@@ -28,7 +26,6 @@ def main():
     arguments = parser.parse_args()
     if not tenora.BINARY.exists():
         raise SystemExit(f'{tenora.BINARY} is missing: cargo build --release, or say where it is with TENORA')
-    llama.prepare()
     if not arguments.base:
         measure_all(LINES, arguments)
     for path in arguments.base or []:
@@ -39,31 +36,20 @@ def measure_all(lines, arguments):
     """Measures the lines that are asked for, of those that there are."""
     if unknown := set(arguments.only or lines) - set(lines):
         raise SystemExit(f'{", ".join(unknown)}: no line is called so; there are {", ".join(lines)}')
-    for name in arguments.only or lines:
+    for name in arguments.only or [name for name, line in lines.items() if line.always]:
         measure(lines[name], arguments.rounds)
 
 
 def measure(line, rounds):
+    line.prepare()
     print(line.title, flush=True)
-    with line.sides() as sides:
-        values = {side: [] for side in sides}
-        # The first round warms up and does not count.
-        for number in range(rounds + 1):
-            for side, once in sides.items():
-                value = once()
-                print(f'  round {number}  {side}: {value:.1f} {line.unit}', flush=True)
-                if number > 0:
-                    values[side].append(value)
-    medians = {side: statistics.median(of) for side, of in values.items()}
-    for side, median in medians.items():
-        print(f'  median  {side}: {median:.1f} {line.unit}')
-    found = report.asked(line, medians)
+    tables, found = line.measure(rounds)
     for words in found:
         print(f'  {words}')
     # Without the folders of this machine.
     words = [pathlib.Path(word).name if pathlib.Path(word).is_file() else word for word in sys.argv[1:]]
     command = f'python3 scripts/compare {shlex.join(words)}'.strip()
-    report.write(line.title, report.section(line, values, found, command))
+    report.write(line.title, report.section(line.title, tables, found, command))
 
 
 main()

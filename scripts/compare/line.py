@@ -2,8 +2,11 @@
 
 import dataclasses
 import random
+import statistics
 
+import llama
 import lora
+import report
 
 # The load of most lines: 16 prompts of 118 tokens, 64 new tokens each.
 STREAMS = 16
@@ -32,6 +35,27 @@ class Line:
     ratios: list
     # Differences asked of two sides: (of, minus, at most).
     differences: list = dataclasses.field(default_factory=list)
+    # Measured without being named.
+    always = True
+
+    def prepare(self):
+        llama.prepare()
+
+    def measure(self, rounds):
+        """Measures every side in turn; gives the tables, each a unit and the values of its sides, and what is found in them."""
+        with self.sides() as sides:
+            values = {side: [] for side in sides}
+            # The first round warms up and does not count.
+            for number in range(rounds + 1):
+                for side, once in sides.items():
+                    value = once()
+                    print(f'  round {number}  {side}: {value:.1f} {self.unit}', flush=True)
+                    if number > 0:
+                        values[side].append(value)
+        medians = {side: statistics.median(of) for side, of in values.items()}
+        for side, median in medians.items():
+            print(f'  median  {side}: {median:.1f} {self.unit}')
+        return [(self.unit, values)], report.asked(self, medians)
 
 
 def load(*options):

