@@ -1,6 +1,6 @@
-"""Compares Tenora with llama.cpp on this machine and writes benches/RESULTS.md. See benches/compare.md.
+"""Compares Tenora with llama.cpp and peft on this machine and writes benches/RESULTS.md. See benches/compare.md.
 
-usage: python3 scripts/compare [--base FILE] [--only LINE] [--rounds N]
+usage: python3 scripts/compare [--base FILE] [--only LINE] [--rounds N] [--steps N] [--python PATH]
 """
 
 import argparse
@@ -15,6 +15,7 @@ import bases
 import report
 import tenora
 from lines import LINES
+from training import Training
 
 
 def main():
@@ -23,11 +24,16 @@ def main():
                         help='compare on this GGUF file in place of the default base; may be repeated')
     parser.add_argument('--only', action='append', metavar='LINE', help='measure this line alone; may be repeated')
     parser.add_argument('--rounds', type=int, default=5, help='measurements of each side, in turn (default 5)')
+    parser.add_argument('--steps', type=int, default=6, help='training: optimizer steps that count, behind two that do not (default 6)')
+    parser.add_argument('--python', metavar='PATH', help='training: an interpreter that has torch, transformers, peft and gguf '
+                        '(default: one with an environment that the script makes)')
     arguments = parser.parse_args()
+    if arguments.rounds < 1 or arguments.steps < 1:
+        parser.error('--rounds and --steps are at least 1')
     if not tenora.BINARY.exists():
         raise SystemExit(f'{tenora.BINARY} is missing: cargo build --release, or say where it is with TENORA')
     if not arguments.base:
-        measure_all(LINES, arguments)
+        measure_all(LINES | {'training': Training(arguments.steps, arguments.python)}, arguments)
     for path in arguments.base or []:
         measure_all(bases.lines(bases.Base(path)), arguments)
 
