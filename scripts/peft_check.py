@@ -1,12 +1,20 @@
-"""Saves adapters with PEFT in the forms that people have, and holds Tenora's scores of them against PEFT's own:
+"""Holds Tenora's log-probabilities of adapters against PEFT's own:
 
     python scripts/peft_check.py TENORA BASE.gguf [CASE...]
+    python scripts/peft_check.py TENORA BASE.gguf FOLDER... [--adapter NAME] [--ids ID,ID...]
 
-Needs torch, transformers, peft, gguf and sentencepiece, and a Llama in GGUF; takes a few minutes on 2 cores. Starts TENORA on a port of its own,
-imports every folder, and prints the mean and the largest difference of log-probabilities from the model that PEFT had in memory when it saved
-the folder. Ends with 1 where a mean is above the usual error, or where a folder is taken that must be refused.
+Needs torch, transformers, peft, gguf and sentencepiece, and a Llama in GGUF; `scripts/peft-check` finds both. Prints the mean and the largest
+difference of log-probabilities, and ends with 1 where the mean of an adapter is above the usual error.
+
+With FOLDERs each is an adapter that PEFT loads over the base, whatever its kind: one that Tenora has exported, or any other. Tenora imports it into
+a server of its own; or scores what a running server has under NAME, which is where an export came from.
+
+Without, adapters are saved with PEFT in the forms that people have, and compared with the model that PEFT had in memory when it saved the folder;
+this takes a few minutes on 2 cores. A folder that is taken and must be refused ends with 1 too.
 """
 
+import argparse
+import contextlib
 import copy
 import json
 import os
@@ -93,18 +101,43 @@ class Base:
         return model.eval().requires_grad_(False)
 
 
-class Server:
+class Client:
+    """Tenora's command line, for the server that the environment names."""
+
+    def __init__(self, tenora):
+        self.tenora, self.environment = tenora, os.environ
+
+    def run(self, *arguments):
+        return subprocess.run([self.tenora, *arguments], env=self.environment, capture_output=True, text=True)
+
+    def ask(self, *arguments):
+        done = self.run(*arguments)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip())
+        return done.stdout
+
+    def encode(self, text):
+        return json.loads(self.ask("tokenize", "--json", text))["token_ids"]
+
+    def score(self, adapter, sequences):
+        arguments = ["score", "--json", "--omit-token-text"] + (["--adapter", adapter] if adapter else [])
+        for ids in sequences:
+            arguments += ["--ids", ",".join(map(str, ids))]
+        return [[token["logprob"] for token in json.loads(line)["logprobs"]] for line in self.ask(*arguments).splitlines()]
+
+
+class Server(Client):
     """`tenora serve` over a folder of its own, for as long as the block lasts."""
 
     def __init__(self, tenora, base, folder):
-        self.tenora = tenora
+        super().__init__(tenora)
         arguments = [tenora, "serve", "--insecure-no-auth", "--base", base, "--data-dir", folder, "--listen", "127.0.0.1:0"]
         self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
         for line in self.process.stdout:
             if line.startswith("listening on "):
                 self.environment = dict(os.environ, TENORA_SERVER=line.split()[-1], TENORA_TENANT="peft")
                 break
-        self.run("tenants", "create", "peft").check_returncode()
+        self.ask("tenants", "create", "peft")
 
     def __enter__(self):
         return self
@@ -113,26 +146,14 @@ class Server:
         self.process.terminate()
         self.process.wait()
 
-    def run(self, *arguments):
-        return subprocess.run([self.tenora, *arguments], env=self.environment, capture_output=True, text=True)
-
-    def encode(self, text):
-        return json.loads(self.run("tokenize", "--json", text).stdout)["token_ids"]
-
-    def score(self, adapter, sequences):
-        arguments = ["score", "--json", "--omit-token-text"] + (["--adapter", adapter] if adapter else [])
-        for ids in sequences:
-            arguments += ["--ids", ",".join(map(str, ids))]
-        done = self.run(*arguments)
-        done.check_returncode()
-        return [[token["logprob"] for token in json.loads(line)["logprobs"]] for line in done.stdout.splitlines()]
-
 
 @torch.no_grad()
 def score(model, sequences):
     scores = []
     for ids in sequences:
-        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+        # A prompt that was tuned has logits too, before those of the ids.
+        logits = model(torch.tensor([ids])).logits[0, -len(ids):]
+        logprobs = torch.log_softmax(logits.float(), -1)
         scores.append([logprobs[i, ids[i + 1]].item() for i in range(len(ids) - 1)])
     return scores
 
@@ -172,39 +193,81 @@ def save(base, name, folder, sequences):
         yield converted, score(PeftModel.from_pretrained(base.fresh(), folder / converted).eval(), sequences)
 
 
-def main(tenora, path, wanted):
-    base, failed = Base(path), False
-    with tempfile.TemporaryDirectory() as scratch, Server(tenora, path, f"{scratch}/data") as server:
-        folder = pathlib.Path(scratch)
-        sequences = [server.encode(text) for text in TEXTS]
+def compare(name, effect, left, right):
+    """Prints a line of the table; gives whether it is usual."""
+    mean, largest = distance(left, right)
+    print(f"| {name} | {effect} | {mean:.4f} | {largest:.4f} | |", flush=True)
+    return mean <= USUAL
+
+
+def check_folders(base, tenora, folders, sequences, plain, adapter):
+    """Holds saved adapters against what `tenora` scores: `adapter`, where it is told, else each once it is imported."""
+    fine = True
+    for number, folder in enumerate(folders):
+        scores = score(PeftModel.from_pretrained(base.fresh(), folder).eval(), sequences)
+        if not adapter:
+            tenora.ask("adapters", "import", f"folder-{number}", folder)
+        effect = f"{distance(scores, plain)[0]:.3f}"
+        fine &= compare(folder.name, effect, tenora.score(adapter or f"folder-{number}", sequences), scores)
+    return fine
+
+
+def check_cases(base, server, folder, cases, sequences, plain):
+    """Saves each case with PEFT, and holds what Tenora makes of it against the model in memory."""
+    def show(name, scores, refusal_is_right):
+        adapter = name.replace("_", "-")
+        done = server.run("adapters", "import", "--publish", "live", adapter, folder / name)
+        if done.returncode:
+            print(f"| {name} | | | | {done.stderr.strip().splitlines()[-1][:160]} |", flush=True)
+            return refusal_is_right
+        if scores is None:
+            print(f"| {name} | | | | taken |", flush=True)
+            return False
+        return compare(name, f"{distance(scores, plain)[0]:.3f}", server.score(adapter, sequences), scores) and not refusal_is_right
+
+    fine = True
+    for name in TAKEN:
+        if not cases or name in cases:
+            for saved, scores in save(base, name, folder, sequences):
+                fine &= show(saved, scores, saved in ONLY_CONVERTED)
+    for name, config in REFUSED.items():
+        if not cases or name in cases:
+            get_peft_model(base.fresh(), config).save_pretrained(folder / name)
+            fine &= show(name, None, True)
+    return fine
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tenora", help="the program")
+    parser.add_argument("base", type=pathlib.Path, help="a GGUF file")
+    parser.add_argument("what", nargs="*", metavar="CASE|FOLDER", help="cases by name (default: all), or saved adapters")
+    parser.add_argument("--adapter", metavar="NAME", help="beside one folder: what the server of TENORA_SERVER, TENORA_TENANT and "
+                        "TENORA_KEY has under this name")
+    parser.add_argument("--ids", action="append", metavar="ID,ID...", help="score these ids (default: a few texts); may be repeated. "
+                        "The mean of a few tokens may be above the usual error")
+    arguments = parser.parse_args()
+    cases = [word for word in arguments.what if word in TAKEN or word in REFUSED]
+    folders = [pathlib.Path(word) for word in arguments.what if word not in cases]
+    for folder in folders:
+        if not (folder / "adapter_config.json").exists():
+            parser.error(f"{folder} is neither a case nor a folder with an adapter_config.json")
+    if cases and folders or arguments.adapter and len(folders) != 1:
+        parser.error("cases or folders, and with --adapter one folder")
+    path = arguments.base.resolve()
+    base = Base(path)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        tenora = Client(arguments.tenora) if arguments.adapter else stack.enter_context(Server(arguments.tenora, path, f"{scratch}/data"))
+        sequences = [[int(i) for i in ids.split(",")] for ids in arguments.ids or []] or [tenora.encode(text) for text in TEXTS]
         plain = score(base.fresh(), sequences)
         print("| folder | effect | mean difference | largest | |\n|---|---|---|---|---|")
-        mean, largest = distance(server.score(None, sequences), plain)
-        print(f"| the base | | {mean:.4f} | {largest:.4f} | |")
-
-        def show(name, scores, refusal_is_right):
-            adapter = name.replace("_", "-")
-            done = server.run("adapters", "import", "--publish", "live", adapter, folder / name)
-            if done.returncode:
-                print(f"| {name} | | | | {done.stderr.strip().splitlines()[-1][:160]} |", flush=True)
-                return refusal_is_right
-            if scores is None:
-                print(f"| {name} | | | | taken |", flush=True)
-                return False
-            mean, largest = distance(server.score(adapter, sequences), scores)
-            print(f"| {name} | {distance(scores, plain)[0]:.3f} | {mean:.4f} | {largest:.4f} | |", flush=True)
-            return mean <= USUAL and not refusal_is_right
-
-        for name in TAKEN:
-            if not wanted or name in wanted:
-                for saved, scores in save(base, name, folder, sequences):
-                    failed |= not show(saved, scores, saved in ONLY_CONVERTED)
-        for name, config in REFUSED.items():
-            if not wanted or name in wanted:
-                get_peft_model(base.fresh(), config).save_pretrained(folder / name)
-                failed |= not show(name, None, True)
-    return failed
+        compare("the base", "", tenora.score(None, sequences), plain)
+        if folders:
+            fine = check_folders(base, tenora, folders, sequences, plain, arguments.adapter)
+        else:
+            fine = check_cases(base, tenora, pathlib.Path(scratch), cases, sequences, plain)
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], pathlib.Path(sys.argv[2]).resolve(), sys.argv[3:]))
+    sys.exit(main())
