@@ -70,7 +70,7 @@ fn main() {
             ids: &ids[..step.rows],
             start: step.before,
             blocks: &tables[s],
-            lora: None,
+            adapter: None,
             logits: Readout::Last,
         };
         let spans: Vec<_> = (0..step.sequences).map(span).collect();

@@ -5,7 +5,7 @@
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a bench fails by them")]
 
-use tenora::adapter::Lora;
+use tenora::adapter::Adapter;
 use tenora::device::{self, DeviceSpec};
 use tenora::kernels::testing::{median, seconds};
 use tenora::model::Model;
@@ -26,7 +26,7 @@ fn main() {
     let path = tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base");
     let cpu = DeviceSpec::Cpu.open().expect("the CPU");
     let (model, _) = Model::load(&path, &cpu, None).expect("the base loads");
-    let lora = Lora::fresh(&LoraSpec::default(), model.shape(), 1).expect("an adapter");
+    let adapter = Adapter::fresh(&LoraSpec::default(), model.shape(), 1).expect("an adapter");
     let kinds = [
         Kind { name: "served products", options: ForwardOptions::default() },
         Kind {
@@ -42,8 +42,8 @@ fn main() {
     let mut times = vec![Vec::new(); kinds.len()];
     for round in 0..=ROUNDS {
         for ((kind, workspace), times) in kinds.iter().zip(&workspaces).zip(&mut times) {
-            let options = ForwardOptions { lora: Some(&lora), ..kind.options };
-            let time = seconds(|| step(&model, options, &lora, workspace));
+            let options = ForwardOptions { adapter: Some(&adapter), ..kind.options };
+            let time = seconds(|| step(&model, options, &adapter, workspace));
             // The first one fetches its memory.
             if round > 0 {
                 times.push(time);
@@ -58,10 +58,10 @@ fn main() {
 }
 
 /// The passes of a step, two records each.
-fn step(model: &Model, options: ForwardOptions<'_>, lora: &Lora, workspace: &Workspace) {
+fn step(model: &Model, options: ForwardOptions<'_>, adapter: &Adapter, workspace: &Workspace) {
     let record = |record: usize| (0..TOKENS).map(move |i| ((i * 7919 + record * 31) % model.vocab_size()) as u32);
     let records: Vec<Vec<u32>> = (0..RECORDS).map(|i| record(i).collect()).collect();
-    let mut gradients = lora.zeros_like();
+    let mut gradients = adapter.zeros_like();
     for records in records.chunks(RECORDS / 2) {
         let ids: Vec<&[u32]> = records.iter().map(Vec::as_slice).collect();
         let wanted: Vec<_> = (0..ids.len()).flat_map(|record| (0..TOKENS - 1).map(move |i| (record, i))).collect();

@@ -170,21 +170,25 @@ put("safetensors_and_config", "expression", adapter(1, ["self_attn.k_proj"], tar
 put("safetensors_and_config", "other-kind", adapter(1, ["self_attn.v_proj"], peft_type="LOHA"))
 
 
-def packed(sites, rank=1):
-    """The packed form of an adapter of ones: A padded and B in tiles of 16 outputs, each from a multiple of 32 values on."""
+def packed(sites, rank=1, scaled=0):
+    """The packed form of an adapter of ones: A padded and B in tiles of 16 outputs, and what is scaled (1: the input, 2 and 3: the output) in
+    float32, each from a multiple of 32 values of two bytes on."""
     pad = lambda n: -(-n // 32) * 32
     length = 0
-    file = b"tenora packed 01" + hashlib.sha256(b"fuzz").hexdigest().encode() + struct.pack("=I", len(sites))
+    file = b"tenora packed 02" + hashlib.sha256(b"fuzz").hexdigest().encode() + struct.pack("=I", len(sites))
     for site in sites:
         inputs, outputs = list(DIMS.values())[site % 7]
-        file += struct.pack("=IIf", site, rank, 2.0)
+        file += struct.pack("=IIfI", site, rank, 2.0, scaled)
         length += pad(rank * inputs) + pad(-(-outputs // 16) * 16 * rank)
+        length += pad(2 * {0: 0, 1: inputs}.get(scaled, outputs))
     file += struct.pack("=H", 0x3F80) * length
     return struct.pack("<Q", 2 * length) + file + struct.pack("=I", zlib.crc32(file))
 
 
 put("packed_file", "two-sites", packed([0, 8]))
 put("packed_file", "one-layer", packed(range(7), rank=2))
+put("packed_file", "pairs-and-scales", packed(range(7), rank=2, scaled=3))
+put("packed_file", "scales-alone", packed([6], rank=0, scaled=1))
 
 # Datasets.
 

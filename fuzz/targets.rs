@@ -5,7 +5,7 @@
 use std::io::Write as _;
 use std::sync::{Arc, LazyLock};
 
-use tenora::adapter::{BaseShape, PackedLora};
+use tenora::adapter::{BaseShape, PackedAdapter, RowNorms};
 use tenora::config::Limits;
 use tenora::data::{Numbered, Reader, Record};
 use tenora::hub::Package;
@@ -79,7 +79,8 @@ pub fn safetensors_and_config(data: &[u8]) -> bool {
     let package = Package { config: config.to_vec(), tensors: tensors.to_vec() };
     let checked = package.check(shape(), 64);
     let Ok(lora) = package.read(shape(), 64) else { return false };
-    let packed = PackedLora::new(&lora, shape()).expect("what can be read can be packed");
+    let norms: RowNorms = lora.pairs().map(|(site, pair)| (site, vec![1.0; pair.b.len() / pair.rank])).collect();
+    let packed = PackedAdapter::new(&lora, shape(), &norms).expect("what can be read can be packed");
     assert_eq!(
         checked.expect("what can be read can be measured").memory_bytes,
         packed.byte_size(),
@@ -93,7 +94,7 @@ pub fn safetensors_and_config(data: &[u8]) -> bool {
 pub fn packed_file(data: &[u8]) -> bool {
     let Some((bytes, file)) = data.split_first_chunk::<8>() else { return false };
     let bytes = u64::from_le_bytes(*bytes) & 0xff_ffff;
-    let read = |file: &[u8]| PackedLora::from_file(file, Digest::of(b"fuzz"), bytes, shape()).is_ok();
+    let read = |file: &[u8]| PackedAdapter::from_file(file, Digest::of(b"fuzz"), bytes, shape()).is_ok();
     let as_it_is = read(file);
     let mut sealed = file[..file.len().saturating_sub(4)].to_vec();
     sealed.extend(crc32fast::hash(&sealed).to_ne_bytes());

@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::adapter::{Initialisation, Lora, PackedLora};
+use crate::adapter::{Adapter, Initialisation, PackedAdapter, RowNorms};
 use crate::api::{self, auth::OPERATOR_TENANT};
 use crate::config::{Config, Limits};
 use crate::device::{self, Compute};
@@ -217,12 +217,16 @@ fn store_options(config: &Config) -> store::Options {
 struct ParityGate(Parity);
 
 impl PublishGate for ParityGate {
-    fn check(&self, packed: &Arc<PackedLora>, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport> {
-        self.0.measure(packed, lora, probes)
+    fn check(&self, packed: &Arc<PackedAdapter>, adapter: &Arc<Adapter>, probes: &[Vec<u32>]) -> Result<ParityReport> {
+        self.0.measure(packed, adapter, probes)
     }
 
-    fn plain_form(&self, lora: &Lora, initialisation: Initialisation) -> Result<Option<Lora>> {
-        self.0.plain_form(lora, initialisation)
+    fn plain_form(&self, adapter: &Adapter, initialisation: Initialisation) -> Result<Option<Adapter>> {
+        self.0.plain_form(adapter, initialisation)
+    }
+
+    fn row_norms(&self, adapter: &Adapter) -> Result<RowNorms> {
+        Ok(self.0.row_norms(adapter))
     }
 }
 

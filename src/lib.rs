@@ -13,7 +13,7 @@
 //! The same parts work without a server. A base is immutable and shared; what varies is an argument:
 //!
 //! ```
-//! use tenora::adapter::{Lora, PackedLora};
+//! use tenora::adapter::{Adapter, PackedAdapter, RowNorms};
 //! use tenora::model::Model;
 //! use tenora::request::{ChatMessage, LoraSpec};
 //!
@@ -24,8 +24,8 @@
 //! let ids = text.encode_chat(&[message], true)?;
 //! assert_eq!(ids.iter().filter(|id| text.is_end(**id)).count(), 1, "content never yields control tokens");
 //!
-//! let lora = Lora::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, model.shape(), 7)?;
-//! assert_eq!(PackedLora::new(&lora, model.shape())?.rank(), 4);
+//! let lora = Adapter::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, model.shape(), 7)?;
+//! assert_eq!(PackedAdapter::new(&lora, model.shape(), &RowNorms::new())?.rank(), 4);
 //! # Ok(())
 //! # }
 //! ```

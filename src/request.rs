@@ -352,6 +352,72 @@ impl Target {
     }
 }
 
+/// What an adapter does to the base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdapterKind {
+    /// Adds a product of two small matrices to linear layers.
+    Lora,
+    /// As LoRA, and gives each row of the sum a norm of its own.
+    Dora,
+    /// Multiplies what goes into linear layers, or comes out of them.
+    Ia3,
+}
+
+impl AdapterKind {
+    /// All kinds.
+    pub const ALL: [Self; 3] = [Self::Lora, Self::Dora, Self::Ia3];
+
+    /// Returns its name: `lora` and so on.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lora => "lora",
+            Self::Dora => "dora",
+            Self::Ia3 => "ia3",
+        }
+    }
+
+    /// Returns the kind of a name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+/// How a fresh adapter is shaped.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TunerSpec {
+    /// LoRA, and DoRA.
+    Lora(LoraSpec),
+    /// (IA)3.
+    Ia3(Ia3Spec),
+}
+
+impl Default for TunerSpec {
+    fn default() -> Self {
+        Self::Lora(LoraSpec::default())
+    }
+}
+
+impl From<LoraSpec> for TunerSpec {
+    fn from(spec: LoraSpec) -> Self {
+        Self::Lora(spec)
+    }
+}
+
+impl From<Ia3Spec> for TunerSpec {
+    fn from(spec: Ia3Spec) -> Self {
+        Self::Ia3(spec)
+    }
+}
+
+/// How a fresh (IA)3 is shaped.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Ia3Spec {
+    /// Sorted; empty is PEFT's choice, which is that of the paper: keys, values and `down_proj`, the last one's input.
+    pub targets: Vec<Target>,
+    /// Those of the targets of which the input is scaled and not the output; sorted.
+    pub feedforward: Vec<Target>,
+}
+
 /// How a fresh LoRA is shaped.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraSpec {
@@ -367,11 +433,21 @@ pub struct LoraSpec {
     pub layers: Option<Vec<u32>>,
     /// Divides by the square root of the rank.
     pub use_rslora: bool,
+    /// Gives each row a magnitude of its own (DoRA).
+    pub use_dora: bool,
 }
 
 impl Default for LoraSpec {
     fn default() -> Self {
-        Self { rank: 8, alpha: 16.0, dropout: 0.0, targets: Vec::new(), layers: None, use_rslora: false }
+        Self {
+            rank: 8,
+            alpha: 16.0,
+            dropout: 0.0,
+            targets: Vec::new(),
+            layers: None,
+            use_rslora: false,
+            use_dora: false,
+        }
     }
 }
 
@@ -379,7 +455,7 @@ impl Default for LoraSpec {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Start {
     /// With a new adapter that changes nothing yet.
-    Fresh(LoraSpec),
+    Fresh(TunerSpec),
     /// Resolved when the job was accepted.
     From(VersionName),
 }

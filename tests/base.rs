@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::{TestServer, Transport};
 use futures::StreamExt as _;
-use tenora::adapter::Lora;
+use tenora::adapter::Adapter;
 use tenora::api::proto::generation_service_client::GenerationServiceClient;
 use tenora::api::proto::*;
 use tenora::app::Base;
@@ -43,13 +43,13 @@ async fn serve() -> (TestServer, String) {
 fn random_package(seed: u64) -> Package {
     let (model, _) = base();
     let spec = Spec { rank: 16, alpha: 16.0, ..Spec::default() };
-    let mut lora = Lora::fresh(&spec, model.shape(), seed).expect("an adapter");
-    for (i, layer) in lora.layers.values_mut().enumerate() {
+    let mut lora = Adapter::fresh(&spec, model.shape(), seed).expect("an adapter");
+    for (i, layer) in lora.pairs_mut().map(|(_, pair)| pair).enumerate() {
         for (j, b) in layer.b.iter_mut().enumerate() {
             *b = (((seed as usize + i) * 7919 + j * 104_729) as f32).sin() * 0.01;
         }
     }
-    Package::from_lora(&lora, model.shape()).expect("files")
+    Package::from_adapter(&lora, model.shape()).expect("files")
 }
 
 /// The ids of an answer and the bits of their log-probabilities.

@@ -9,13 +9,15 @@ use std::sync::{Arc, OnceLock};
 #[path = "server/common.rs"]
 #[expect(dead_code, reason = "the server's own tests use the rest")]
 mod common;
+#[path = "golden/tuners.rs"]
+mod tuners;
 #[path = "golden/values.rs"]
 mod values;
 
 use common::TestServer;
 use serde_json::Value;
-use tenora::adapter::format::Package;
-use tenora::adapter::{Lora, PackedLora};
+use tenora::adapter::peft::Package;
+use tenora::adapter::{Adapter, PackedAdapter, RowNorms};
 use tenora::api::proto::{
     GenerateRequest, ScoreInput, ScoreRequest, Stopping, TokenIds, generate_request, score_input,
 };
@@ -37,7 +39,8 @@ fn folder() -> PathBuf {
 
 /// `None` where a folder of other values has no such file: it may hold a part of them.
 fn file(name: &str) -> Option<Value> {
-    const FILES: [&str; 5] = ["tokens.json", "score.json", "generate.json", "sft.json", "dpo.json"];
+    const FILES: [&str; 7] =
+        ["tokens.json", "score.json", "generate.json", "sft.json", "dpo.json", "tuners.json", "training.json"];
     let folder = folder();
     let others = std::env::var_os("TENORA_GOLDEN").is_some();
     assert!(FILES.iter().any(|file| folder.join(file).is_file()), "{} holds no golden values", folder.display());
@@ -65,7 +68,7 @@ fn package(name: &str) -> Package {
     values::package(&folder().join("adapters").join(name))
 }
 
-fn adapter(name: &str) -> Option<Lora> {
+fn adapter(name: &str) -> Option<Adapter> {
     if name == "base" {
         return None;
     }
@@ -82,16 +85,23 @@ fn entries(file: &Value) -> Vec<(&str, &Value)> {
 }
 
 /// All logits of a sequence on the serving path, `[ids.len(), vocab]`, in chunks of `chunk`.
-fn served_logits(ids: &[u32], lora: Option<&Lora>, chunk: usize) -> Vec<Vec<f32>> {
+fn served_logits(ids: &[u32], adapter: Option<&Adapter>, chunk: usize) -> Vec<Vec<f32>> {
     let model = &base().0;
-    let lora = lora.map(|lora| Arc::new(PackedLora::new(lora, model.shape()).expect("the adapter fits")));
+    let adapter = adapter.map(|adapter| {
+        Arc::new(PackedAdapter::new(adapter, model.shape(), &RowNorms::new()).expect("the adapter fits"))
+    });
     let layout = KvLayout { block_tokens: 16, blocks: ids.len().div_ceil(16), dtype: KvDtype::F16 };
     let mut exec = model.executor(layout).expect("an executor");
     let blocks: Vec<u32> = (0..layout.blocks as u32).rev().collect();
     let mut rows = Vec::new();
     for (i, part) in ids.chunks(chunk).enumerate() {
-        let span =
-            SequenceChunk { ids: part, start: i * chunk, blocks: &blocks, lora: lora.as_ref(), logits: Readout::All };
+        let span = SequenceChunk {
+            ids: part,
+            start: i * chunk,
+            blocks: &blocks,
+            adapter: adapter.as_ref(),
+            logits: Readout::All,
+        };
         let logits = exec.forward(&[span]).expect("a forward");
         rows.extend(logits.chunks_exact(model.vocab_size()).map(<[f32]>::to_vec));
     }
@@ -163,14 +173,14 @@ fn the_float32_reference_gives_the_golden_logprobs() {
     let Some(score) = file("score.json") else { return };
     let model = &base().0;
     for (name, entry) in entries(&score) {
-        let lora = adapter(name);
+        let adapter = adapter(name);
         let ids = ids(&entry["ids"]);
         let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
-        let logprobs = model.token_logprobs(&[&ids], &wanted, exact(lora.as_ref())).expect("scores");
+        let logprobs = model.token_logprobs(&[&ids], &wanted, exact(adapter.as_ref())).expect("scores");
         for (i, (got, want)) in logprobs.iter().zip(floats(&entry["logprobs"])).enumerate() {
             assert!((f64::from(*got) - want).abs() <= 2e-3, "{name} {i}: {got} {want}");
         }
-        let logits = model.logits(&[&ids], &[(0, ids.len() - 1)], exact(lora.as_ref())).expect("logits");
+        let logits = model.logits(&[&ids], &[(0, ids.len() - 1)], exact(adapter.as_ref())).expect("logits");
         let logprobs = log_softmax(&logits);
         let mut want: Vec<usize> = entry["next_top20"].as_array().expect("a list")[..10]
             .iter()
@@ -186,9 +196,9 @@ fn the_serving_path_stays_close_to_the_golden_logprobs() {
     let Some(score) = file("score.json") else { return };
     let (mut sum, mut count) = (0.0, 0);
     for (name, entry) in entries(&score) {
-        let lora = adapter(name);
+        let adapter = adapter(name);
         let ids = ids(&entry["ids"]);
-        let logits = served_logits(&ids, lora.as_ref(), 7);
+        let logits = served_logits(&ids, adapter.as_ref(), 7);
         for (i, want) in floats(&entry["logprobs"]).into_iter().enumerate() {
             sum += (log_softmax(&logits[i])[ids[i + 1] as usize] - want).abs();
             count += 1;
@@ -200,8 +210,8 @@ fn the_serving_path_stays_close_to_the_golden_logprobs() {
 }
 
 /// Whole sequences in float32.
-fn exact(lora: Option<&Lora>) -> ForwardOptions<'_> {
-    ForwardOptions { lora, products: Products::Exact, ..ForwardOptions::default() }
+fn exact(adapter: Option<&Adapter>) -> ForwardOptions<'_> {
+    ForwardOptions { adapter, products: Products::Exact, ..ForwardOptions::default() }
 }
 
 /// prompt ++ completion, the completion in the loss.
@@ -275,7 +285,7 @@ fn sft_follows_the_golden_curve() {
     for after in sft["after"].as_array().expect("scores after training") {
         let ids = ids(&after["ids"]);
         let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
-        let logprobs = base().0.token_logprobs(&[&ids], &wanted, exact(Some(&outcome.lora)));
+        let logprobs = base().0.token_logprobs(&[&ids], &wanted, exact(Some(&outcome.adapter)));
         for (got, want) in logprobs.expect("scores").iter().zip(floats(&after["logprobs"])) {
             assert!((f64::from(*got) - want).abs() <= 1e-2, "after training: {got} {want}");
         }
@@ -362,11 +372,11 @@ struct Answer<'a> {
 
 fn answers(generate: &Value) -> Vec<Answer<'_>> {
     let answer = |(adapter_name, entry): (_, &Value)| {
-        let lora = adapter(adapter_name);
+        let adapter = adapter(adapter_name);
         let (prompt, greedy) = (ids(&entry["prompt_ids"]), ids(&entry["greedy_ids"]));
         let sequence = [&prompt[..], &greedy[..]].concat();
         let wanted: Vec<_> = (prompt.len() - 1..sequence.len() - 1).map(|i| (0, i)).collect();
-        let logits = base().0.logits(&[&sequence], &wanted, exact(lora.as_ref())).expect("logits");
+        let logits = base().0.logits(&[&sequence], &wanted, exact(adapter.as_ref())).expect("logits");
         let gap = |row: &[f32]| {
             let logprobs = log_softmax(row);
             let [a, b] = top(&logprobs, 2)[..] else { panic!("two tokens") };

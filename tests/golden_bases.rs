@@ -15,8 +15,8 @@ mod values;
 use common::TestServer;
 use futures::StreamExt as _;
 use serde_json::Value;
-use tenora::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
-use tenora::adapter::{Lora, PackedLora};
+use tenora::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
+use tenora::adapter::{Adapter, PackedAdapter, RowNorms};
 use tenora::api::proto::{ExportAdapterRequest, export_adapter_response};
 use tenora::data::Examples;
 use tenora::device::Arbiter;
@@ -76,7 +76,7 @@ impl Base {
         values::package(&self.folder.join(name))
     }
 
-    fn adapter(&self, name: &str) -> Lora {
+    fn adapter(&self, name: &str) -> Adapter {
         self.package(name).read(self.model.shape(), 256).unwrap_or_else(|e| panic!("{}: {e}", self.folder.display()))
     }
 
@@ -93,11 +93,11 @@ impl Base {
 
     /// The largest difference on the float32 path.
     fn float_difference(&self) -> f64 {
-        let lora = self.adapter("adapter");
+        let adapter = self.adapter("adapter");
         let differences = self.scored().into_iter().flat_map(|(adapted, scored)| {
             let wanted: Vec<_> = (0..scored.ids.len() - 1).map(|i| (0, i)).collect();
-            let lora = adapted.then_some(&lora);
-            let exact = ForwardOptions { lora, products: Products::Exact, ..ForwardOptions::default() };
+            let adapter = adapted.then_some(&adapter);
+            let exact = ForwardOptions { adapter, products: Products::Exact, ..ForwardOptions::default() };
             let logprobs = self.model.token_logprobs(&[&scored.ids], &wanted, exact).expect("scores");
             differences(&logprobs, &scored.logprobs)
         });
@@ -107,12 +107,14 @@ impl Base {
     /// The mean difference on the serving path, where the sequences are served together, in chunks; each must be, to the bit, what it is
     /// alone and whole.
     fn serving_difference(&self) -> f64 {
-        let lora = Arc::new(PackedLora::new(&self.adapter("adapter"), self.model.shape()).expect("it fits"));
+        let adapter = Arc::new(
+            PackedAdapter::new(&self.adapter("adapter"), self.model.shape(), &RowNorms::new()).expect("it fits"),
+        );
         let scored = self.scored();
         let (mut sum, mut count) = (0.0, 0);
-        let together = self.served(&scored, &lora, 13);
+        let together = self.served(&scored, &adapter, 13);
         for (one, together) in scored.into_iter().zip(together) {
-            let [alone] = &self.served(&[one], &lora, usize::MAX)[..] else { panic!("one") };
+            let [alone] = &self.served(&[one], &adapter, usize::MAX)[..] else { panic!("one") };
             assert!(
                 alone.0.iter().zip(&together.0).all(|(a, b)| a.to_bits() == b.to_bits()),
                 "{}: bits depend on the batch",
@@ -128,7 +130,7 @@ impl Base {
     fn served(
         &self,
         scored: &[(bool, Scored)],
-        lora: &Arc<PackedLora>,
+        adapter: &Arc<PackedAdapter>,
         chunk: usize,
     ) -> Vec<(Vec<f32>, Vec<f32>, Vec<f64>)> {
         let longest = scored.iter().map(|(_, scored)| scored.ids.len()).max().expect("sequences");
@@ -145,8 +147,8 @@ impl Base {
                 .map(|&i| {
                     let (adapted, Scored { ids, .. }) = &scored[i];
                     let ids = &ids[start..ids.len().min(start.saturating_add(chunk))];
-                    let lora = adapted.then_some(lora);
-                    SequenceChunk { ids, start, blocks: &tables[i], lora, logits: Readout::All }
+                    let adapter = adapted.then_some(adapter);
+                    SequenceChunk { ids, start, blocks: &tables[i], adapter, logits: Readout::All }
                 })
                 .collect();
             let rows = exec.forward(&spans).expect("a forward");

@@ -1,6 +1,6 @@
 //! Whether the base that an adapter names is the one that is served, as far as names tell.
 
-use crate::adapter::format::refuse;
+use crate::adapter::peft::refuse;
 use crate::error::Result;
 
 /// By which names a base is known, and what becomes of adapters that name another.

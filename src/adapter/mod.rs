@@ -1,16 +1,15 @@
-//! LoRA adapters: their tensors as they are trained ([`Lora`]), as they are served ([`packed`], also as a file), and as PEFT files ([`mod@format`]).
+//! Adapters: their tensors as they are trained ([`Adapter`]), as they are served ([`packed`], also as a file), and as PEFT files ([`mod@peft`]).
 
 mod base_name;
-pub mod format;
-mod lora;
 pub mod packed;
 mod packed_file;
-mod selection;
-mod settings;
-mod tensors;
+pub mod peft;
+mod shape;
+mod value;
 
 pub use crate::arch::decoder::Site;
 pub use base_name::BaseNames;
-pub use lora::{BaseShape, LinearShape, Lora, LoraLayer};
-pub use packed::PackedLora;
-pub use settings::{CONVERSION, Initialisation};
+pub use packed::PackedAdapter;
+pub use peft::lora::{CONVERSION, Initialisation};
+pub use shape::{BaseShape, LinearShape};
+pub use value::{Adapter, LowRank, RowNorms, ScaledSide, SiteDelta};

@@ -4,9 +4,10 @@
 //! - A as PEFT has it, `[rank][in]`: shrinking is a dot product for each value of the rank;
 //! - B as `[out / OUT_TILE][rank][OUT_TILE]`, the outputs padded with zeros: the outputs of one rank lie together, so expanding adds a
 //!   vector for each value of the rank;
-//! - the scale in float32, to be applied to what A gives: folded into a tensor it would be rounded with it.
+//! - the scale in float32, to be applied to what A gives: folded into a tensor it would be rounded with it;
+//! - what (IA)3 multiplies with, or DoRA ([`Scales`]), in float32.
 //!
-//! Where rounding to bf16 would show, a layer is packed as one of three times its rank (see [`PackedLora::precise`]): the kernels know of no
+//! Where rounding to bf16 would show, a layer is packed as one of three times its rank (see [`PackedAdapter::precise`]): the kernels know of no
 //! other form, so that all of them serve it, with the same bits.
 //!
 //! Rounding is to nearest, ties to even. What is not finite stays so and what overflows becomes infinite: no broken number looks good.
@@ -15,7 +16,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::adapter::{BaseShape, Lora, LoraLayer, Site};
+use crate::adapter::{Adapter, BaseShape, LowRank, RowNorms, ScaledSide, Site, SiteDelta};
 use crate::arch::decoder::SiteId;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::LoraPair;
@@ -29,20 +30,85 @@ const ALIGN: usize = 32;
 
 /// An adapter as it is served. Immutable; a clone shares the tensors.
 #[derive(Debug, Clone)]
-pub struct PackedLora {
+pub struct PackedAdapter {
     /// By [`BaseShape::index`]; layers beyond the last adapted one are left out.
     places: Arc<[Option<Place>]>,
     values: Arc<Values>,
     rank: usize,
+    has_scales: bool,
 }
 
-/// Where the pair of one layer lies.
+/// What is multiplied, element by element, at a linear layer y = W x + b.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scales<'a> {
+    /// x, `[in]`.
+    Input(&'a [f32]),
+    /// y, `[out]`.
+    Output(&'a [f32]),
+    /// y without b, the pair's product included, `[out]`: DoRA's magnitudes over the norms.
+    Product(&'a [f32]),
+}
+
+/// Which of [`Scales`] a place has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ScaledPart {
+    Input,
+    Output,
+    Product,
+}
+
+impl ScaledPart {
+    pub(super) const ALL: [Self; 3] = [Self::Input, Self::Output, Self::Product];
+
+    fn len(self, (inputs, outputs): (usize, usize)) -> usize {
+        if self == Self::Input { inputs } else { outputs }
+    }
+}
+
+/// What an adapter takes at a site.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SiteSize {
+    /// Where.
+    pub site: Site,
+    /// 0 where there is no pair.
+    pub rank: usize,
+    /// Which side has a scale for each value.
+    pub scaled: Option<ScaledSide>,
+}
+
+/// Where what belongs to one layer lies.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Place {
+    /// 0 where there is no pair.
     pub(super) rank: usize,
     pub(super) scale: f32,
     a: Range<usize>,
     b: Range<usize>,
+    pub(super) scaled: Option<(ScaledPart, Range<usize>)>,
+}
+
+/// What lies in a place, but for the values.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Layout {
+    pub(super) rank: usize,
+    pub(super) scale: f32,
+    pub(super) scaled: Option<ScaledPart>,
+}
+
+impl Layout {
+    /// Of a layer in a form of so many times its rank.
+    fn of(delta: &SiteDelta, times: usize) -> Self {
+        match delta {
+            SiteDelta::LowRank(LowRank { rank, scale, magnitude, .. }) => {
+                let scaled = magnitude.is_some().then_some(ScaledPart::Product);
+                Self { rank: times * rank, scale: *scale, scaled }
+            }
+            SiteDelta::Scaled { side, .. } => {
+                let part = if *side == ScaledSide::Input { ScaledPart::Input } else { ScaledPart::Output };
+                Self { rank: 0, scale: 0.0, scaled: Some(part) }
+            }
+        }
+    }
 }
 
 /// The tensors, from a multiple of 64 bytes on.
@@ -70,98 +136,138 @@ impl Values {
     }
 }
 
-/// Lengths of A and B of a layer of this rank as they are packed.
-fn lengths(rank: usize, (inputs, outputs): (usize, usize)) -> [usize; 2] {
-    [inputs * rank, outputs.next_multiple_of(OUT_TILE) * rank]
+/// Lengths of A, of B and of the scales of a layer as they are packed.
+fn lengths(layout: Layout, dims: (usize, usize)) -> [usize; 3] {
+    let (inputs, outputs) = dims;
+    let scales = layout.scaled.map_or(0, |part| part.len(dims) * VALUES_OF_A_FLOAT);
+    [inputs * layout.rank, outputs.next_multiple_of(OUT_TILE) * layout.rank, scales]
 }
 
-/// Bytes that an adapter of these sites, each with its rank, takes when it is packed.
-pub(super) fn adapter_bytes(sites: impl Iterator<Item = (Site, usize)>, shape: &BaseShape) -> u64 {
-    sites.map(|(site, rank)| layer_bytes(rank, shape.dims(site.target).unwrap_or_default())).sum()
+/// Values of two bytes that a float32 takes.
+const VALUES_OF_A_FLOAT: usize = 2;
+
+/// Bytes that an adapter of these sites takes when it is packed.
+pub(super) fn adapter_bytes(sites: impl IntoIterator<Item = SiteSize>, shape: &BaseShape) -> u64 {
+    let of_site = |SiteSize { site, rank, scaled }: SiteSize| {
+        // DoRA's scales and (IA)3's are as many.
+        let scaled = scaled.map(|side| if side == ScaledSide::Input { ScaledPart::Input } else { ScaledPart::Output });
+        layer_bytes(Layout { rank, scale: 0.0, scaled }, shape.dims(site.target).unwrap_or_default())
+    };
+    sites.into_iter().map(of_site).sum()
 }
 
-/// Bytes that a layer of this rank takes when it is packed.
-fn layer_bytes(rank: usize, dims: (usize, usize)) -> u64 {
-    lengths(rank, dims).iter().map(|len| 2 * len.next_multiple_of(ALIGN) as u64).sum()
+/// Bytes that a layer takes when it is packed.
+fn layer_bytes(layout: Layout, dims: (usize, usize)) -> u64 {
+    lengths(layout, dims).iter().map(|len| 2 * len.next_multiple_of(ALIGN) as u64).sum()
 }
 
 /// Bytes that an adapter takes in a form of so many times its rank.
-fn form_bytes(lora: &Lora, shape: &BaseShape, times: usize) -> u64 {
-    adapter_bytes(lora.layers.iter().map(|(site, layer)| (*site, times * layer.rank)), shape)
+fn form_bytes(adapter: &Adapter, shape: &BaseShape, times: usize) -> u64 {
+    let of_site = |(site, delta): (&Site, &SiteDelta)| {
+        layer_bytes(Layout::of(delta, times), shape.dims(site.target).unwrap_or_default())
+    };
+    adapter.sites.iter().map(of_site).sum()
 }
 
-impl PackedLora {
-    /// Packs an adapter that fits the base.
-    pub fn new(lora: &Lora, shape: &BaseShape) -> Result<Self> {
-        Self::in_form(lora, shape, 1, |layer| Cow::Borrowed(layer))
+impl PackedAdapter {
+    /// Packs an adapter that fits the base. `norms`: those that a DoRA's magnitudes are divided by, as `Model::row_norms` gives them.
+    ///
+    /// # Errors
+    /// An internal one where something does not fit, or a norm is missing.
+    pub fn new(adapter: &Adapter, shape: &BaseShape, norms: &RowNorms) -> Result<Self> {
+        Self::in_form(adapter, shape, norms, 1, |pair| Cow::Borrowed(pair))
     }
 
-    /// Packs each layer in a form of so many times its rank, one after the other.
+    /// Packs each pair in a form of so many times its rank, one after the other.
     fn in_form(
-        lora: &Lora,
+        adapter: &Adapter,
         shape: &BaseShape,
+        norms: &RowNorms,
         times: usize,
-        form: impl Fn(&LoraLayer) -> Cow<'_, LoraLayer>,
+        form: impl Fn(&LowRank) -> Cow<'_, LowRank>,
     ) -> Result<Self> {
-        let layers = lora.layers.iter().map(|(site, layer)| (*site, times * layer.rank, layer.scale));
+        let layers = adapter.sites.iter().map(|(site, delta)| (*site, Layout::of(delta, times)));
         let (places, len) = place(layers, shape).map_err(misfit)?;
         let mut values = Values::zeros(len);
-        for (site, layer) in &lora.layers {
+        for (site, delta) in &adapter.sites {
             let place = shape.index(*site).and_then(|at| places.get(at)?.as_ref());
             let (Some(place), Some(dims)) = (place, shape.dims(site.target)) else { return Err(misfit(*site)) };
-            pack(&form(layer), dims, place, values.get_mut()).ok_or_else(|| misfit(*site))?;
+            let packed = match delta {
+                SiteDelta::LowRank(pair) => {
+                    let scales = pair.magnitude.as_ref().map(|magnitude| over(magnitude, norms.get(site)?));
+                    pack(&form(pair), dims, place, values.get_mut()).and_then(|()| match scales {
+                        Some(scales) => put_scales(&scales?, place, values.get_mut()),
+                        None => Some(()),
+                    })
+                }
+                SiteDelta::Scaled { values: scales, .. } => put_scales(scales, place, values.get_mut()),
+            };
+            packed.ok_or_else(|| misfit(*site))?;
         }
         Ok(Self::of(places, values))
     }
 
     pub(super) fn of(places: Vec<Option<Place>>, values: Values) -> Self {
         let rank = places.iter().flatten().map(|place| place.rank).max().unwrap_or_default();
-        Self { places: places.into(), values: Arc::new(values), rank }
+        let has_scales = places.iter().flatten().any(|place| place.scaled.is_some());
+        Self { places: places.into(), values: Arc::new(values), rank, has_scales }
     }
 
-    /// What is to be added at the site of this number; `None` where the base stays as it is.
+    /// What is to be added at the site of this number; `None` where nothing is.
     pub fn pair(&self, site: SiteId) -> Option<LoraPair<'_>> {
-        let place = self.places.get(site)?.as_ref()?;
+        let place = self.places.get(site)?.as_ref().filter(|place| place.rank > 0)?;
         let values = self.values.get();
         let (a, b) = (&values[place.a.clone()], &values[place.b.clone()]);
         Some(LoraPair { rank: place.rank, scale: place.scale, a, b })
+    }
+
+    /// What is to be multiplied at the site of this number; `None` where nothing is.
+    pub fn scales(&self, site: SiteId) -> Option<Scales<'_>> {
+        let (part, range) = self.places.get(site)?.as_ref()?.scaled.clone()?;
+        let scales = bytemuck::cast_slice(&self.values.get()[range]);
+        Some(match part {
+            ScaledPart::Input => Scales::Input(scales),
+            ScaledPart::Output => Scales::Output(scales),
+            ScaledPart::Product => Scales::Product(scales),
+        })
+    }
+
+    /// Returns whether it multiplies anything anywhere.
+    pub fn has_scales(&self) -> bool {
+        self.has_scales
     }
 
     /// Packs an adapter in twice the bits. A value x is held as hi + lo, hi its nearest bf16 and lo that of what is left: A = Ah + Al and
     /// B = Bh + Bl, and of B A all is kept but Bl Al, a part in 2^18. Bh Ah + Bh Al + Bl Ah is the product of [Bh Bh Bl] and
     /// [Ah; Al; Ah], an adapter of three times the rank whose values are bf16. For adapters whose product is small beside its factors, such as
     /// those made from differences of large ones (PiSSA converted to plain LoRA).
-    pub fn precise(lora: &Lora, shape: &BaseShape) -> Result<Self> {
-        Self::in_form(lora, shape, PRECISE_TIMES, |layer| Cow::Owned(in_two_parts(layer)))
+    ///
+    /// # Errors
+    /// As of [`PackedAdapter::new`].
+    pub fn precise(adapter: &Adapter, shape: &BaseShape, norms: &RowNorms) -> Result<Self> {
+        Self::in_form(adapter, shape, norms, PRECISE_TIMES, |pair| Cow::Owned(in_two_parts(pair)))
     }
 
-    /// Returns the bytes that [`PackedLora::precise`] takes.
-    pub fn precise_bytes(lora: &Lora, shape: &BaseShape) -> u64 {
-        form_bytes(lora, shape, PRECISE_TIMES)
+    /// Returns the bytes that [`PackedAdapter::precise`] takes.
+    pub fn precise_bytes(adapter: &Adapter, shape: &BaseShape) -> u64 {
+        form_bytes(adapter, shape, PRECISE_TIMES)
     }
 
     /// Whether packing an adapter in bf16 changes any of its values.
-    pub fn rounds(lora: &Lora) -> bool {
+    pub fn rounds(adapter: &Adapter) -> bool {
         let rounds = |values: &[f32]| values.iter().any(|x| x.to_bits() & 0xffff != 0);
-        lora.layers.values().any(|layer| rounds(&layer.a) || rounds(&layer.b))
+        adapter.pairs().any(|(_, pair)| rounds(&pair.a) || rounds(&pair.b))
     }
 
     /// Packs an adapter in the form that has so many bytes: as it was published.
-    pub fn of_size(lora: &Lora, shape: &BaseShape, bytes: u64) -> Result<Self> {
-        if form_bytes(lora, shape, 1) == bytes { Self::new(lora, shape) } else { Self::precise(lora, shape) }
-    }
-
-    /// The rounded values in PEFT's order.
-    pub fn to_lora(&self, shape: &BaseShape) -> Lora {
-        let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-        let layers = shape.sites().enumerate().filter_map(|(at, site)| {
-            let LoraPair { rank, scale, a, b } = self.pair(at)?;
-            let a = a.iter().map(|bits| value(*bits)).collect();
-            let of = |i: usize| (i / rank / OUT_TILE * rank + i % rank) * OUT_TILE + i / rank % OUT_TILE;
-            let b = (0..b.len()).map(|i| value(b[of(i)])).collect();
-            Some((site, LoraLayer { rank, alpha: scale, scale, a, b }))
-        });
-        Lora { layers: layers.collect(), spec: Default::default() }
+    ///
+    /// # Errors
+    /// As of [`PackedAdapter::new`].
+    pub fn of_size(adapter: &Adapter, shape: &BaseShape, norms: &RowNorms, bytes: u64) -> Result<Self> {
+        match form_bytes(adapter, shape, 1) == bytes {
+            true => Self::new(adapter, shape, norms),
+            false => Self::precise(adapter, shape, norms),
+        }
     }
 
     pub(super) fn places(&self) -> &[Option<Place>] {
@@ -187,15 +293,15 @@ fn misfit(site: Site) -> Error {
     Error::internal(format!("an adapter does not fit the base at {site:?}"))
 }
 
-/// Places for layers of (site, rank, scale), and the length of all. Fails with a site that the base does not have.
+/// Places for layers, and the length of all. Fails with a site that the base does not have.
 pub(super) fn place(
-    layers: impl Iterator<Item = (Site, usize, f32)>,
+    layers: impl Iterator<Item = (Site, Layout)>,
     shape: &BaseShape,
 ) -> Result<(Vec<Option<Place>>, usize), Site> {
     let (mut places, mut end) = (Vec::new(), 0);
-    for (site, rank, scale) in layers {
+    for (site, layout) in layers {
         let (Some(at), Some(dims)) = (shape.index(site), shape.dims(site.target)) else { return Err(site) };
-        let [a, b] = lengths(rank, dims).map(|len| {
+        let [a, b, scales] = lengths(layout, dims).map(|len| {
             let start = end;
             end += len.next_multiple_of(ALIGN);
             start..start + len
@@ -203,13 +309,27 @@ pub(super) fn place(
         if places.len() <= at {
             places.resize(at + 1, None);
         }
-        places[at] = Some(Place { rank, scale, a, b });
+        let Layout { rank, scale, scaled } = layout;
+        places[at] = Some(Place { rank, scale, a, b, scaled: scaled.map(|part| (part, scales)) });
     }
     Ok((places, end))
 }
 
-/// Writes a layer into its place; `None` where it does not fit.
-fn pack(layer: &LoraLayer, (inputs, outputs): (usize, usize), place: &Place, values: &mut [u16]) -> Option<()> {
+/// Each magnitude over its row's norm; `None` where they are not as many.
+fn over(magnitude: &[f32], norms: &[f32]) -> Option<Vec<f32>> {
+    let each = magnitude.iter().zip(norms).map(|(magnitude, norm)| magnitude / norm);
+    (magnitude.len() == norms.len()).then(|| each.collect())
+}
+
+/// Writes scales into their place; `None` where they do not fit.
+fn put_scales(scales: &[f32], place: &Place, values: &mut [u16]) -> Option<()> {
+    let (_, range) = place.scaled.clone()?;
+    let to: &mut [f32] = bytemuck::cast_slice_mut(values.get_mut(range)?);
+    (to.len() == scales.len()).then(|| to.copy_from_slice(scales))
+}
+
+/// Writes a pair into its place; `None` where it does not fit.
+fn pack(layer: &LowRank, (inputs, outputs): (usize, usize), place: &Place, values: &mut [u16]) -> Option<()> {
     let rank = layer.rank;
     if rank == 0 || layer.a.len() != rank * inputs || layer.b.len() != outputs * rank {
         return None;
@@ -225,8 +345,8 @@ fn pack(layer: &LoraLayer, (inputs, outputs): (usize, usize), place: &Place, val
 /// How many times the rank twice the bits take.
 const PRECISE_TIMES: usize = 3;
 
-/// The layer of three times the rank that holds hi and lo of each value, see [`PackedLora::precise`].
-fn in_two_parts(layer: &LoraLayer) -> LoraLayer {
+/// The layer of three times the rank that holds hi and lo of each value, see [`PackedAdapter::precise`].
+fn in_two_parts(layer: &LowRank) -> LowRank {
     let high = |x: &f32| f32::from_bits(u32::from(round(*x)) << 16);
     let low = |x: &f32| x - high(x);
     let rank = layer.rank;
@@ -235,7 +355,7 @@ fn in_two_parts(layer: &LoraLayer) -> LoraLayer {
     let rows = layer.b.chunks_exact(rank.max(1));
     let b = rows
         .flat_map(|row| [row.iter().map(high), row.iter().map(high)].into_iter().flatten().chain(row.iter().map(low)));
-    LoraLayer { rank: PRECISE_TIMES * rank, alpha: layer.alpha, scale: layer.scale, a, b: b.collect() }
+    LowRank { rank: PRECISE_TIMES * rank, b: b.collect(), a, magnitude: None, ..*layer }
 }
 
 /// Rows and columns that are transposed at a time: they fit the first-level cache, and the compiler keeps them in registers.
@@ -275,14 +395,12 @@ fn round(x: f32) -> u16 {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use half::bf16;
     use proptest::prelude::*;
 
     use super::*;
     use crate::ids::Digest;
-    use crate::request::LoraSpec;
+    use crate::request::{Ia3Spec, LoraSpec, TunerSpec};
 
     fn shape() -> BaseShape {
         let dims = [(8, 8), (8, 20), (24, 4), (9, 17), (8, 16), (31, 33), (16, 8)];
@@ -299,7 +417,7 @@ mod tests {
         (0..len as u64).map(value).collect()
     }
 
-    /// A and B in the order of [`LoraLayer`], and all padding.
+    /// A and B in the order of [`LowRank`], and all padding.
     fn unpack(layer: LoraPair<'_>, outputs: usize) -> (Vec<u16>, Vec<u16>, Vec<u16>) {
         let (mut b, mut padding) = (vec![0; outputs * layer.rank], Vec::new());
         for (at, value) in layer.b.iter().enumerate() {
@@ -322,15 +440,14 @@ mod tests {
                 let site = Site { layer, target: shape.linears[target].target };
                 let (inputs, outputs) = shape.dims(site.target).unwrap();
                 let (a, b) = (values(rank * inputs, seed ^ i as u64), values(outputs * rank, !seed ^ i as u64));
-                (site, LoraLayer { rank, alpha: 1.0, scale: 0.3 + i as f32, a, b })
+                (site, LowRank { rank, alpha: 1.0, scale: 0.3 + i as f32, a, b, magnitude: None })
             };
-            let layers: BTreeMap<_, _> = sites.iter().enumerate().map(layer).collect();
-            let lora = Lora { spec: LoraSpec::default(), layers };
-            let packed = PackedLora::new(&lora, &shape).unwrap();
+            let adapter = Adapter::lora(LoraSpec::default(), sites.iter().enumerate().map(layer));
+            let packed = PackedAdapter::new(&adapter, &shape, &RowNorms::new()).unwrap();
             prop_assert!(packed.pair(shape.sites().count()).is_none());
             for (id, site) in shape.sites().enumerate() {
-                let (Some(layer), Some(found)) = (lora.layers.get(&site), packed.pair(id)) else {
-                    prop_assert_eq!(lora.layers.contains_key(&site), packed.pair(id).is_some());
+                let (Some(layer), Some(found)) = (adapter.pair(site), packed.pair(id)) else {
+                    prop_assert_eq!(adapter.pair(site).is_some(), packed.pair(id).is_some());
                     continue;
                 };
                 prop_assert_eq!((found.rank, found.scale), (layer.rank, layer.scale));
@@ -339,7 +456,7 @@ mod tests {
                 prop_assert!(padding.iter().all(|x| *x == 0));
                 prop_assert!([found.a, found.b].iter().all(|tensor| tensor.as_ptr().addr() % 64 == 0));
             }
-            let ranks = lora.layers.iter().map(|(site, layer)| (layer.rank, layer_bytes(layer.rank, shape.dims(site.target).unwrap())));
+            let ranks = adapter.sites.iter().map(|(site, delta)| (Layout::of(delta, 1), shape.dims(site.target).unwrap())).map(|(layout, dims)| (layout.rank, layer_bytes(layout, dims)));
             let (ranks, bytes): (Vec<_>, Vec<_>) = ranks.unzip();
             prop_assert_eq!((packed.rank(), packed.byte_size()), (*ranks.iter().max().unwrap(), bytes.iter().sum::<u64>()));
         }
@@ -349,6 +466,46 @@ mod tests {
             let x = f32::from_bits(bits);
             prop_assert_eq!(round(x), bf16::from_f32(x).to_bits());
         }
+    }
+
+    /// The rounded values in PEFT's order.
+    fn rounded_pairs(packed: &PackedAdapter, shape: &BaseShape) -> Adapter {
+        let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+        let pairs = shape.sites().enumerate().filter_map(|(at, site)| {
+            let LoraPair { rank, scale, a, b } = packed.pair(at)?;
+            let a = a.iter().map(|bits| value(*bits)).collect();
+            let of = |i: usize| (i / rank / OUT_TILE * rank + i % rank) * OUT_TILE + i / rank % OUT_TILE;
+            let b = (0..b.len()).map(|i| value(b[of(i)])).collect();
+            Some((site, LowRank { rank, alpha: scale, scale, a, b, magnitude: None }))
+        });
+        Adapter::lora(LoraSpec::default(), pairs)
+    }
+
+    /// What is scaled lies beside the pairs, in float32; a DoRA's magnitudes are divided by the norms of the base's rows.
+    #[test]
+    fn scales_are_packed_as_they_are() {
+        let (shape, norms) = (shape(), RowNorms::new());
+        let mut scales = Adapter::fresh(&Ia3Spec::default(), &shape, 1).unwrap();
+        scales.tensors_mut().flatten().enumerate().for_each(|(i, x)| *x = 1.0 + i as f32 / 1000.0);
+        let packed = PackedAdapter::new(&scales, &shape, &norms).unwrap();
+        assert!(packed.has_scales() && packed.rank() == 0);
+        for (id, site) in shape.sites().enumerate() {
+            let want = match scales.sites.get(&site) {
+                Some(SiteDelta::Scaled { side: ScaledSide::Input, values }) => Some(Scales::Input(values)),
+                Some(SiteDelta::Scaled { side: ScaledSide::Output, values }) => Some(Scales::Output(values)),
+                _ => None,
+            };
+            assert_eq!((packed.scales(id), packed.pair(id)), (want, None));
+        }
+        let spec = LoraSpec { rank: 3, use_dora: true, ..LoraSpec::default() };
+        let mut dora = Adapter::fresh(&spec, &shape, 1).unwrap();
+        assert!(PackedAdapter::new(&dora, &shape, &norms).is_err(), "without norms");
+        let norms: RowNorms = dora.pairs().map(|(site, pair)| (site, vec![0.5; pair.b.len() / 3])).collect();
+        dora.set_magnitudes(&norms);
+        let packed = PackedAdapter::new(&dora, &shape, &norms).unwrap();
+        let of_first = packed.scales(0).unwrap();
+        assert_eq!((of_first, packed.pair(0).unwrap().rank), (Scales::Product(&[1.0; 8]), 3));
+        assert_eq!(packed.byte_size(), TunerSpec::from(spec).memory_bytes(&shape).unwrap());
     }
 
     /// Where B A is a small difference of large products, bf16 loses it and two parts keep it.
@@ -361,28 +518,32 @@ mod tests {
         // Two ranks that cancel but for a thousandth.
         let a = (0..2 * inputs).map(|i| wave(i % inputs, 0.7) * 5.0).collect::<Vec<_>>();
         let b = |o: usize| [wave(o, 0.3) * 5.0, -wave(o, 0.3) * 5.0 + 0.005 * wave(o, 1.1)];
-        let layer = LoraLayer { rank: 2, alpha: 2.0, scale: 0.7, a, b: (0..outputs).flat_map(b).collect() };
-        let lora = Lora { spec: LoraSpec::default(), layers: [(site, layer)].into() };
-        let product = |lora: &Lora| -> Vec<f64> {
-            let layer = &lora.layers[&site];
+        let layer =
+            LowRank { rank: 2, alpha: 2.0, scale: 0.7, a, b: (0..outputs).flat_map(b).collect(), magnitude: None };
+        let adapter = Adapter::lora(LoraSpec::default(), [(site, layer)]);
+        let product = |adapter: &Adapter| -> Vec<f64> {
+            let layer = adapter.pair(site).unwrap();
             let at = |o: usize, i: usize, k: usize| {
                 f64::from(layer.b[o * layer.rank + k]) * f64::from(layer.a[k * inputs + i])
             };
             let cell = |cell: usize| (0..layer.rank).map(|k| at(cell / inputs, cell % inputs, k)).sum();
             (0..outputs * inputs).map(cell).collect()
         };
-        let wanted = product(&lora);
-        let error = |packed: &PackedLora| {
-            let found = product(&packed.to_lora(&shape));
+        let wanted = product(&adapter);
+        let error = |packed: &PackedAdapter| {
+            let found = product(&rounded_pairs(packed, &shape));
             let size: f64 = wanted.iter().map(|x| x.abs()).sum();
             found.iter().zip(&wanted).map(|(x, y)| (x - y).abs()).sum::<f64>() / size
         };
-        let (plain, precise) = (PackedLora::new(&lora, &shape).unwrap(), PackedLora::precise(&lora, &shape).unwrap());
+        let (plain, precise) = (
+            PackedAdapter::new(&adapter, &shape, &RowNorms::new()).unwrap(),
+            PackedAdapter::precise(&adapter, &shape, &RowNorms::new()).unwrap(),
+        );
         assert!(error(&plain) > 0.5, "{}", error(&plain));
         assert!(error(&precise) < 0.01, "{}", error(&precise));
         assert_eq!((plain.rank(), precise.rank()), (2, 6));
         for form in [plain, precise] {
-            let again = PackedLora::of_size(&lora, &shape, form.byte_size()).unwrap();
+            let again = PackedAdapter::of_size(&adapter, &shape, &RowNorms::new(), form.byte_size()).unwrap();
             let id = shape.index(site).unwrap();
             assert_eq!(again.pair(id), form.pair(id), "it is made again as it was");
         }
@@ -391,10 +552,10 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let shape = shape();
-        let lora = Lora::fresh(&LoraSpec { rank: 2, ..LoraSpec::default() }, &shape, 1).unwrap();
-        let mut short = lora.clone();
-        short.layers.values_mut().for_each(|layer| layer.a.truncate(1));
-        assert!(PackedLora::new(&short, &shape).is_err());
-        assert!(PackedLora::new(&lora, &shape).is_ok());
+        let adapter = Adapter::fresh(&LoraSpec { rank: 2, ..LoraSpec::default() }, &shape, 1).unwrap();
+        let mut short = adapter.clone();
+        short.pairs_mut().map(|(_, pair)| pair).for_each(|layer| layer.a.truncate(1));
+        assert!(PackedAdapter::new(&short, &shape, &RowNorms::new()).is_err());
+        assert!(PackedAdapter::new(&adapter, &shape, &RowNorms::new()).is_ok());
     }
 }

@@ -1,7 +1,7 @@
-//! [`PackedLora`] as a file, so that a version is brought into memory by one read and no arithmetic. It is derived from a version's
+//! [`PackedAdapter`] as a file, so that a version is brought into memory by one read and no arithmetic. It is derived from a version's
 //! PEFT files, which stay what counts: one that is missing, damaged, of another format or of another machine's byte order is made again.
 //!
-//! The file: [`MAGIC`], the version's digest, the number of layers, (index, rank, scale) of each, the tensors as they lie in memory, and a
+//! The file: [`MAGIC`], the version's digest, the number of layers, (index, rank, scale, what else is scaled) of each, the tensors as they lie in memory, and a
 //! CRC-32 of all that. A checksum and not SHA-256: it is there to find damage, and SHA-256 takes six times as long as all the rest of a
 //! load. What the digest promises was checked when the file was made.
 
@@ -9,12 +9,12 @@ use std::io::{self, Read};
 
 use crc32fast::Hasher;
 
-use crate::adapter::packed::{Values, place};
-use crate::adapter::{BaseShape, PackedLora, Site};
+use crate::adapter::packed::{Layout, ScaledPart, Values, place};
+use crate::adapter::{BaseShape, PackedAdapter, Site};
 use crate::ids::Digest;
 
 /// Ends in the number of the format.
-const MAGIC: &[u8; 16] = b"tenora packed 01";
+const MAGIC: &[u8; 16] = b"tenora packed 02";
 
 /// Bytes read and hashed at a time: they are still in the cache when they are hashed.
 const PIECE: usize = 256 << 10;
@@ -24,7 +24,7 @@ fn damaged(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-impl PackedLora {
+impl PackedAdapter {
     /// The file of the version of this digest.
     pub fn to_file(&self, digest: Digest) -> Vec<u8> {
         let layers = self.places().iter().enumerate().filter_map(|(at, place)| Some((at, place.as_ref()?)));
@@ -32,7 +32,11 @@ impl PackedLora {
         file.extend(digest.hex().bytes());
         file.extend((layers.clone().count() as u32).to_ne_bytes());
         for (at, place) in layers {
-            file.extend([at as u32, place.rank as u32, place.scale.to_bits()].iter().flat_map(|x| x.to_ne_bytes()));
+            // 0 where nothing is.
+            let part = |part| 1 + ScaledPart::ALL.iter().position(|of| *of == part).unwrap_or_default();
+            let scaled = place.scaled.as_ref().map_or(0, |of| part(of.0));
+            let numbers = [at as u32, place.rank as u32, place.scale.to_bits(), scaled as u32];
+            file.extend(numbers.iter().flat_map(|x| x.to_ne_bytes()));
         }
         file.extend(bytemuck::cast_slice::<u16, u8>(self.values()));
         let checksum = crc32fast::hash(&file);
@@ -50,9 +54,17 @@ impl PackedLora {
             return Err(damaged("is of another format or another version"));
         }
         let sites = shape.layers as usize * shape.linears.len();
-        let layers = (0..(file.number()? as usize).min(sites))
-            .map(|_| Ok((site(file.number()?, shape)?, file.number()? as usize, f32::from_bits(file.number()?))))
-            .collect::<io::Result<Vec<_>>>()?;
+        let count = (file.number()? as usize).min(sites);
+        let mut layer = || {
+            let site = site(file.number()?, shape)?;
+            let (rank, scale) = (file.number()? as usize, f32::from_bits(file.number()?));
+            let scaled = match (file.number()? as usize).checked_sub(1) {
+                None => None,
+                Some(part) => Some(*ScaledPart::ALL.get(part).ok_or_else(|| damaged("scales what it cannot"))?),
+            };
+            Ok((site, Layout { rank, scale, scaled }))
+        };
+        let layers = (0..count).map(|_| layer()).collect::<io::Result<Vec<_>>>()?;
         let (places, len) = place(layers.into_iter(), shape).map_err(|_| lacks())?;
         // Before anything is allocated for it.
         if 2 * len as u64 != bytes {
@@ -102,24 +114,37 @@ impl<R: Read> Checked<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::Lora;
-    use crate::request::{LoraSpec, Target};
+    use crate::adapter::{Adapter, RowNorms};
+    use crate::request::{Ia3Spec, LoraSpec, Target};
 
-    fn adapter() -> (PackedLora, BaseShape) {
+    fn adapter() -> (PackedAdapter, BaseShape) {
         let dims = [(8, 8), (8, 20), (24, 4), (9, 17), (8, 16), (31, 33), (16, 8)];
         let shape = BaseShape::llama("base", Digest::of(b""), 2, dims);
         let spec = LoraSpec { rank: 3, targets: vec![Target::QProj, Target::DownProj], ..LoraSpec::default() };
-        (PackedLora::new(&Lora::fresh(&spec, &shape, 1).unwrap(), &shape).unwrap(), shape)
+        (PackedAdapter::new(&Adapter::fresh(&spec, &shape, 1).unwrap(), &shape, &RowNorms::new()).unwrap(), shape)
+    }
+
+    /// Pairs and what is scaled beside them, and scales alone.
+    fn adapters() -> Vec<(PackedAdapter, BaseShape)> {
+        let (plain, shape) = adapter();
+        let dora = LoraSpec { rank: 2, use_dora: true, ..LoraSpec::default() };
+        let mut dora = Adapter::fresh(&dora, &shape, 1).unwrap();
+        let norms: RowNorms = dora.pairs().map(|(site, pair)| (site, vec![2.0; pair.b.len() / 2])).collect();
+        dora.pairs_mut().for_each(|(_, pair)| pair.magnitude.iter_mut().flatten().for_each(|x| *x = 3.0));
+        let ia3 = Adapter::fresh(&Ia3Spec::default(), &shape, 1).unwrap();
+        let packed = |adapter| PackedAdapter::new(&adapter, &shape, &norms).unwrap();
+        [plain, packed(dora), packed(ia3)].into_iter().map(|packed| (packed, shape.clone())).collect()
     }
 
     #[test]
     fn a_file_gives_back_what_it_was_made_from() {
-        let (packed, shape) = adapter();
-        let file = packed.to_file(Digest::of(b"x"));
-        let read = PackedLora::from_file(&file[..], Digest::of(b"x"), packed.byte_size(), &shape).unwrap();
-        assert_eq!((read.rank(), read.byte_size()), (packed.rank(), packed.byte_size()));
-        for site in 0..shape.sites().count() {
-            assert_eq!(read.pair(site), packed.pair(site));
+        for (packed, shape) in adapters() {
+            let file = packed.to_file(Digest::of(b"x"));
+            let read = PackedAdapter::from_file(&file[..], Digest::of(b"x"), packed.byte_size(), &shape).unwrap();
+            assert_eq!((read.rank(), read.byte_size()), (packed.rank(), packed.byte_size()));
+            for site in 0..shape.sites().count() {
+                assert_eq!((read.pair(site), read.scales(site)), (packed.pair(site), packed.scales(site)));
+            }
         }
     }
 
@@ -127,7 +152,7 @@ mod tests {
     fn no_damage_passes() {
         let (packed, shape) = adapter();
         let file = packed.to_file(Digest::of(b"x"));
-        let read = |file: &[u8], of: &[u8], bytes| PackedLora::from_file(file, Digest::of(of), bytes, &shape);
+        let read = |file: &[u8], of: &[u8], bytes| PackedAdapter::from_file(file, Digest::of(of), bytes, &shape);
         assert!(read(&file, b"y", packed.byte_size()).is_err(), "another version's");
         assert!(read(&file, b"x", packed.byte_size() + 64).is_err());
         for len in [0, 10, 90, file.len() / 2, file.len() - 1] {

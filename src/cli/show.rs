@@ -316,6 +316,12 @@ fn recipe(spec: &proto::TrainRequest) -> Value {
             value["target_modules"] = json!(lora.target_modules);
             value["layers_to_transform"] = json!(lora.layers_to_transform);
             value["use_rslora"] = json!(lora.use_rslora);
+            value["use_dora"] = json!(lora.use_dora);
+        }
+        Some(Start::Ia3(ia3)) => {
+            value["tuner"] = json!("ia3");
+            value["target_modules"] = json!(ia3.target_modules);
+            value["feedforward_modules"] = json!(ia3.feedforward_modules);
         }
         None => {}
     }

@@ -25,12 +25,12 @@ pub(super) struct Args {
     #[arg(long, short)]
     adapter: String,
     /// Continue from this adapter's live version, or ADAPTER/versions/N; its shape is kept [default: a fresh adapter]
-    #[arg(long, value_name = "VERSION", conflicts_with_all = ["rank", "alpha", "dropout", "targets", "layers", "rslora"])]
+    #[arg(long, value_name = "VERSION", conflicts_with_all = ["tuner", "rank", "alpha", "dropout", "targets", "layers", "rslora", "feedforward"])]
     from: Option<String>,
     #[command(flatten)]
     objective: Objective,
     #[command(flatten)]
-    lora: Lora,
+    tuner: Tuner,
     #[command(flatten)]
     hyperparameters: Hyperparameters,
     /// What becomes of records that are longer than --max-length.
@@ -63,8 +63,11 @@ struct Objective {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "LoRA")]
-struct Lora {
+#[command(next_help_heading = "Adapter")]
+struct Tuner {
+    /// What a fresh adapter is.
+    #[arg(long, value_enum, default_value = "lora")]
+    tuner: TunerKind,
     /// Rank of the adapter's matrices [default: 8]
     #[arg(long)]
     rank: Option<u32>,
@@ -74,7 +77,7 @@ struct Lora {
     /// Of the adapter's input, in [0, 1) [default: 0]
     #[arg(long)]
     dropout: Option<f32>,
-    /// q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all-linear [default: all-linear]
+    /// q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all-linear [default: all-linear, of ia3 k_proj, v_proj and down_proj]
     #[arg(long, value_delimiter = ',', value_name = "MODULE,...")]
     targets: Vec<String>,
     /// Layers that get an adapter, counted from 0 [default: all]
@@ -83,6 +86,20 @@ struct Lora {
     /// Scale by alpha / sqrt(rank).
     #[arg(long)]
     rslora: bool,
+    /// Of ia3: those of --targets of which the input is scaled, and not the output [default: down_proj, where --targets is left out]
+    #[arg(long, value_delimiter = ',', value_name = "MODULE,...", requires = "targets")]
+    feedforward: Vec<String>,
+}
+
+/// The kinds of adapters that can be trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum TunerKind {
+    /// A product of two small matrices is added to linear layers.
+    Lora,
+    /// As lora, with a magnitude for each row of the layer.
+    Dora,
+    /// What comes out of linear layers, or goes into them, is scaled.
+    Ia3,
 }
 
 #[derive(Debug, clap::Args)]
@@ -167,7 +184,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
         objective: Some(args.objective.proto()),
         start: Some(match &args.from {
             Some(from) => proto::train_request::Start::FromVersion(connection.name("adapters", from)?),
-            None => proto::train_request::Start::Lora(args.lora.proto()),
+            None => args.tuner.proto()?,
         }),
         hyperparameters: Some(args.hyperparameters.proto()),
         publish: args.publish.proto() as i32,
@@ -273,15 +290,42 @@ impl Objective {
     }
 }
 
-impl Lora {
-    fn proto(&self) -> proto::LoraSpec {
-        proto::LoraSpec {
+impl Tuner {
+    fn proto(&self) -> Result<proto::train_request::Start> {
+        use proto::train_request::Start;
+        if self.tuner == TunerKind::Ia3 {
+            self.check_ia3()?;
+            return Ok(Start::Ia3(proto::Ia3Spec {
+                target_modules: self.targets.clone(),
+                feedforward_modules: self.feedforward.clone(),
+            }));
+        }
+        if !self.feedforward.is_empty() {
+            return Err(Failure::other("--feedforward is a setting of --tuner ia3".to_owned()));
+        }
+        Ok(Start::Lora(proto::LoraSpec {
             rank: self.rank,
             alpha: self.alpha,
             dropout: self.dropout,
             target_modules: self.targets.clone(),
             layers_to_transform: self.layers.clone(),
             use_rslora: self.rslora,
+            use_dora: self.tuner == TunerKind::Dora,
+        }))
+    }
+
+    /// Refuses what (IA)3 has not, in place of passing it over.
+    fn check_ia3(&self) -> Result<()> {
+        let given = [
+            ("--rank", self.rank.is_some()),
+            ("--alpha", self.alpha.is_some()),
+            ("--dropout", self.dropout.is_some()),
+            ("--layers", !self.layers.is_empty()),
+            ("--rslora", self.rslora),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            Some((name, _)) => Err(Failure::other(format!("{name} is no setting of --tuner ia3"))),
+            None => Ok(()),
         }
     }
 }

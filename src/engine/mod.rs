@@ -50,7 +50,7 @@ use prefix::{CacheNamespace, PrefixHashes};
 use run::{EngineLoop, Message};
 use sampler::TokenCounts;
 use scheduler::{Scheduler, SchedulerConfig, SequenceRequest};
-use sequence::{Adapter, Generation, Scoring, Sequence, Work};
+use sequence::{Generation, Scoring, Sequence, SequenceAdapter, Work};
 use stats::Figures;
 use tickets::{Ticket, Tickets};
 use warm::Warm;
@@ -363,8 +363,8 @@ impl Engine {
     }
 }
 
-fn adapter_of(version: Option<Arc<VersionRow>>) -> Adapter {
-    version.map_or(Adapter::Base, Adapter::Wanted)
+fn adapter_of(version: Option<Arc<VersionRow>>) -> SequenceAdapter {
+    version.map_or(SequenceAdapter::Base, SequenceAdapter::Wanted)
 }
 
 /// Errors name the input.

@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 
 use crate::device::Arbiter;
 use crate::engine::scheduler::{Readiness, ScheduledChunk, Scheduler, SequenceRequest};
-use crate::engine::sequence::{Adapter, Next, Sequence, StepOutput};
+use crate::engine::sequence::{Next, Sequence, SequenceAdapter, StepOutput};
 use crate::engine::stats;
 use crate::engine::warm::{Wanted, Warm};
 use crate::error::{Error, Result};
@@ -123,7 +123,7 @@ impl EngineLoop {
             sequence.figures.preempted();
         }
         for id in scheduler.next_in_line(PREFETCHED_TENANTS) {
-            if let Some(Sequence { adapter: Adapter::Wanted(row), .. }) = sequences.get(&id) {
+            if let Some(Sequence { adapter: SequenceAdapter::Wanted(row), .. }) = sequences.get(&id) {
                 warm.prefetch(id, row);
             }
         }
@@ -228,7 +228,7 @@ impl EngineLoop {
         if let Some(deadline) = sequence.deadline {
             self.deadlines.remove(&(deadline, id));
         }
-        if let Adapter::Wanted(row) = &sequence.adapter {
+        if let SequenceAdapter::Wanted(row) = &sequence.adapter {
             self.warm.forget(id, row);
         }
         Some(sequence)
@@ -325,8 +325,8 @@ fn resume_followers(sequence: &mut Sequence, scheduler: &mut Scheduler) {
 fn readiness(id: u64, sequences: &mut HashMap<u64, Sequence>, warm: &mut Warm) -> Readiness {
     let Some(sequence) = sequences.get_mut(&id) else { return Readiness::Gone };
     let lease = match &sequence.adapter {
-        Adapter::Base | Adapter::Leased(_) => None,
-        Adapter::Wanted(row) => match warm.lease(id, row) {
+        SequenceAdapter::Base | SequenceAdapter::Leased(_) => None,
+        SequenceAdapter::Wanted(row) => match warm.lease(id, row) {
             Wanted::Lease(lease) => Some(lease),
             Wanted::Loading => return Readiness::Loading,
             Wanted::Later => return Readiness::Later,
@@ -337,7 +337,7 @@ fn readiness(id: u64, sequences: &mut HashMap<u64, Sequence>, warm: &mut Warm) -
         return Readiness::Gone;
     }
     if let Some(lease) = lease
-        && let Adapter::Wanted(row) = std::mem::replace(&mut sequence.adapter, Adapter::Leased(lease))
+        && let SequenceAdapter::Wanted(row) = std::mem::replace(&mut sequence.adapter, SequenceAdapter::Leased(lease))
     {
         warm.forget(id, &row);
     }
@@ -358,11 +358,11 @@ fn fill<'a>(
                 ids: sequence.ids.get(planned.start..planned.start + planned.count)?,
                 start: planned.start,
                 blocks: scheduler.blocks_of(planned)?,
-                lora: match &sequence.adapter {
-                    Adapter::Base => None,
-                    Adapter::Leased(lease) => Some(lease.packed()),
+                adapter: match &sequence.adapter {
+                    SequenceAdapter::Base => None,
+                    SequenceAdapter::Leased(lease) => Some(lease.packed()),
                     // Never the base in its place.
-                    Adapter::Wanted(_) => return None,
+                    SequenceAdapter::Wanted(_) => return None,
                 },
                 logits: sequence.logit_rows(planned.completes),
             })

@@ -29,7 +29,7 @@ use crate::text::{Decoder, Text};
 pub struct Sequence {
     pub ids: Vec<u32>,
     pub deadline: Option<Instant>,
-    pub adapter: Adapter,
+    pub adapter: SequenceAdapter,
     /// Counts the request against the limits for as long as one of its sequences lives.
     pub ticket: Arc<Ticket>,
     pub figures: Figures,
@@ -38,7 +38,7 @@ pub struct Sequence {
 
 /// What a sequence runs under.
 #[derive(Debug)]
-pub enum Adapter {
+pub enum SequenceAdapter {
     Base,
     /// A version that its name meant when it came. While it waits it holds nothing of it.
     Wanted(Arc<VersionRow>),
@@ -242,7 +242,7 @@ impl Sequence {
     /// Ends it because its adapter could not be loaded.
     pub fn fail_unloaded(self, error: &Error) {
         let error = match (&self.adapter, error) {
-            (Adapter::Wanted(row), Error::NotFound { .. }) => {
+            (SequenceAdapter::Wanted(row), Error::NotFound { .. }) => {
                 let message = "was deleted before the request could start; name another version and send it again";
                 Error::precondition("VERSION_DELETED", &row.name, message)
             }

@@ -16,8 +16,8 @@ use tempfile::TempDir;
 
 use super::answer::UnreadEvents;
 use super::*;
-use crate::adapter::format::Package;
-use crate::adapter::{Initialisation, Lora, PackedLora};
+use crate::adapter::peft::Package;
+use crate::adapter::{Adapter, Initialisation, PackedAdapter};
 use crate::config::KvCacheType;
 use crate::hub::{NewVersion, PublishGate};
 use crate::ids::{AdapterName, TenantId};
@@ -31,7 +31,7 @@ use crate::store::Store;
 struct PassingGate;
 
 impl PublishGate for PassingGate {
-    fn check(&self, _packed: &Arc<PackedLora>, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, _packed: &Arc<PackedAdapter>, _lora: &Arc<Adapter>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         Ok(ParityReport {
             tokens: 256,
             mean_abs_difference: 0.0,
@@ -41,7 +41,7 @@ impl PublishGate for PassingGate {
         })
     }
 
-    fn plain_form(&self, _lora: &Lora, _initialisation: Initialisation) -> Result<Option<Lora>> {
+    fn plain_form(&self, _lora: &Adapter, _initialisation: Initialisation) -> Result<Option<Adapter>> {
         Ok(None)
     }
 }
@@ -89,13 +89,13 @@ async fn make_world((model, text): (Arc<Model>, Arc<Text>)) -> World {
         LoraSpec { rank: 7, ..LoraSpec::default() },
     ];
     for (i, spec) in specs.iter().enumerate() {
-        let mut lora = Lora::fresh(spec, model.shape(), i as u64).unwrap();
-        for layer in lora.layers.values_mut() {
+        let mut lora = Adapter::fresh(spec, model.shape(), i as u64).unwrap();
+        for layer in lora.pairs_mut().map(|(_, pair)| pair) {
             layer.b.iter_mut().enumerate().for_each(|(j, b)| *b = ((i + 3 * j) as f32).sin() * 0.2);
         }
         let new = NewVersion {
             adapter: AdapterName::new(&id, &format!("a{i}")).unwrap(),
-            package: Package::from_lora(&lora, model.shape()).unwrap(),
+            package: Package::from_adapter(&lora, model.shape()).unwrap(),
             probes: Vec::new(),
             publish: Publish::Auto,
             job: None,
@@ -334,14 +334,14 @@ struct Bare {
 }
 
 /// Sends a sequence of 20 tokens to a bare loop.
-fn submit(bare: &Bare, adapter: Adapter, max_tokens: u32) -> UnreadEvents {
+fn submit(bare: &Bare, adapter: SequenceAdapter, max_tokens: u32) -> UnreadEvents {
     submit_with(bare, adapter, max_tokens, 0, &|_| ()).1
 }
 
 /// As [`submit`], with a priority and a change; gives the sequence's id too.
 fn submit_with(
     bare: &Bare,
-    adapter: Adapter,
+    adapter: SequenceAdapter,
     max_tokens: u32,
     priority: i32,
     change: &dyn Fn(&mut Generation),
@@ -389,9 +389,9 @@ fn a_steady_step_allocates_nothing() {
             let adapter = match adapter {
                 Some(name) => {
                     let name = format!("tenants/t/adapters/{name}").parse().unwrap();
-                    Adapter::Wanted(Arc::new(w.hub.resolve(&w.tenant, &name).await.unwrap()))
+                    SequenceAdapter::Wanted(Arc::new(w.hub.resolve(&w.tenant, &name).await.unwrap()))
                 }
-                None => Adapter::Base,
+                None => SequenceAdapter::Base,
             };
             readers.push(submit(&bare, adapter, 60));
         }
@@ -415,7 +415,7 @@ fn after_a_panic_of_the_loop_everything_has_an_end_and_the_pool_is_whole() {
         let layout = KvLayout { block_tokens: 8, blocks: 16, dtype: KvDtype::F16 };
         let faulty = Box::new(Faulty { steps: 3, logits: Vec::new() });
         let (mut state, bare) = bare_loop(layout, faulty);
-        let readers: Vec<_> = (0..3).map(|_| submit(&bare, Adapter::Base, 5)).collect();
+        let readers: Vec<_> = (0..3).map(|_| submit(&bare, SequenceAdapter::Base, 5)).collect();
         assert!(state.turn());
         assert!(state.scheduler.blocks().used() > 0);
         state.start_over();

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use crate::adapter::PackedLora;
+use crate::adapter::PackedAdapter;
 use crate::hub::budget::{Budget, Reservation};
 use crate::hub::stats;
 use crate::ids::TenantId;
@@ -48,7 +48,7 @@ struct Entry {
 /// A version in host memory.
 #[derive(Debug)]
 struct Kept {
-    packed: PackedLora,
+    packed: PackedAdapter,
     /// Given back when it leaves.
     _reserved: Reservation,
 }
@@ -137,7 +137,7 @@ impl Ledger {
 
     /// Keeps a version that leaves the device, where it fits. The tensors are shared, not copied; whoever holds a copy of them on the
     /// device holds it by the lease's `Arc`, which is not this one.
-    pub(super) fn keep(&self, uid: &str, packed: &PackedLora) {
+    pub(super) fn keep(&self, uid: &str, packed: &PackedAdapter) {
         let Some(reserved) = self.budget.reserve(packed.byte_size(), || self.evict_one()) else { return };
         let kept = Kept { packed: packed.clone(), _reserved: reserved };
         let mut entries = lock(&self.entries);
@@ -191,12 +191,12 @@ pub(super) struct Taken<'a> {
     ledger: &'a Ledger,
     uid: &'a str,
     /// Taken when it is used up.
-    packed: Option<PackedLora>,
+    packed: Option<PackedAdapter>,
 }
 
 impl Taken<'_> {
     /// Returns the version; it does not go back.
-    pub(super) fn use_up(mut self) -> Option<PackedLora> {
+    pub(super) fn use_up(mut self) -> Option<PackedAdapter> {
         self.packed.take()
     }
 }

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::adapter::PackedLora;
-use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use crate::adapter::PackedAdapter;
+use crate::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
 use crate::error::{Error, Result};
 use crate::hub::ledger::Taken;
 use crate::hub::residents::Resident;
@@ -63,28 +63,34 @@ impl Hub {
     }
 
     /// Reads its files.
-    async fn fetch(&self, row: &VersionRow) -> Result<PackedLora> {
+    async fn fetch(&self, row: &VersionRow) -> Result<PackedAdapter> {
         match self.read_packed(row).await {
             Ok(packed) => Ok(packed),
             Err(error) => self.pack_again(row, error).await,
         }
     }
 
-    async fn read_packed(&self, row: &VersionRow) -> Result<PackedLora> {
+    async fn read_packed(&self, row: &VersionRow) -> Result<PackedAdapter> {
         let (blobs, key) = (self.store.blobs().clone(), format!("{}/{PACKED_FILE}", row.blob));
         let (digest, bytes, shape) = (row.digest, row.memory_bytes, Arc::clone(&self.shape));
-        blocking(move || PackedLora::from_file(blobs.open_file(&key)?, digest, bytes, &shape).map_err(Error::at(&key)))
-            .await
+        blocking(move || {
+            PackedAdapter::from_file(blobs.open_file(&key)?, digest, bytes, &shape).map_err(Error::at(&key))
+        })
+        .await
     }
 
     /// From the PEFT files, which are checked in full.
-    async fn pack_again(&self, row: &VersionRow, why: Error) -> Result<PackedLora> {
+    async fn pack_again(&self, row: &VersionRow, why: Error) -> Result<PackedAdapter> {
         let package = self.read_package(row).await?;
         tracing::warn!(version = %row.name, error = %why, "its packed file cannot be used and is made again");
         let shape = Arc::clone(&self.shape);
         // The limit on ranks is for what comes in: a version that exists loads whatever the limit is now.
         let bytes = row.memory_bytes;
-        let pack = move || PackedLora::of_size(&package.read(&shape, u64::MAX)?, &shape, bytes);
+        let gate = Arc::clone(&self.gate);
+        let pack = move || {
+            let adapter = package.read(&shape, u64::MAX)?;
+            PackedAdapter::of_size(&adapter, &shape, &gate.row_norms(&adapter)?, bytes)
+        };
         let packed = blocking(pack).await?;
         let custody = self.store.custody(row.name.tenant(), &row.blob).await;
         let written = self.write_packed(&row.blob, row.digest, &packed).await;
@@ -98,7 +104,7 @@ impl Hub {
     }
 
     /// Puts the packed file beside the PEFT files, in place of one that is there. The caller has the blob's custody.
-    pub(super) async fn write_packed(&self, blob: &str, digest: Digest, packed: &PackedLora) -> Result<()> {
+    pub(super) async fn write_packed(&self, blob: &str, digest: Digest, packed: &PackedAdapter) -> Result<()> {
         let packed = packed.clone();
         let file = blocking(move || Ok(packed.to_file(digest))).await?;
         self.store.blobs().replace(&format!("{blob}/{PACKED_FILE}"), file).await

@@ -31,13 +31,13 @@ pub use share::Claim;
 use share::Shares;
 
 pub use crate::adapter::BaseShape;
-pub use crate::adapter::format::{
+pub use crate::adapter::peft::{
     CONFIG_FILE, MAX_CONFIG_BYTES, Package, TENSORS_FILE, check_beginning, most_file_bytes,
 };
 pub use ledger::{Residency, Tier};
 pub use stats::HubStats;
 
-use crate::adapter::{Initialisation, Lora, PackedLora};
+use crate::adapter::{Adapter, Initialisation, PackedAdapter, RowNorms};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, Tenant, TenantId, VersionName};
@@ -48,12 +48,17 @@ use crate::work::spawn_uncancellable;
 
 /// Judges a version before it exists. Injected by `app`, so that the hub needs no model.
 pub trait PublishGate: Send + Sync {
-    /// Compares serving `packed` with training's use of `lora`, of which it was made, on at least 256 scored tokens; blocking, seconds of
+    /// Compares serving `packed` with training's use of `adapter`, of which it was made, on at least 256 scored tokens; blocking, seconds of
     /// compute. `probes`: sequences of ids to score (a job's validation rows); empty: the built-in probe set.
-    fn check(&self, packed: &Arc<PackedLora>, lora: &Arc<Lora>, probes: &[Vec<u32>]) -> Result<ParityReport>;
+    fn check(&self, packed: &Arc<PackedAdapter>, adapter: &Arc<Adapter>, probes: &[Vec<u32>]) -> Result<ParityReport>;
 
     /// Gives the adapter for the base as it is, of one that began as a part of the base; `None` where it is that already. Blocking.
-    fn plain_form(&self, lora: &Lora, initialisation: Initialisation) -> Result<Option<Lora>>;
+    fn plain_form(&self, adapter: &Adapter, initialisation: Initialisation) -> Result<Option<Adapter>>;
+
+    /// Gives the norms that a DoRA's magnitudes are divided by, of the rows of the base and the adapter together. Blocking.
+    fn row_norms(&self, _adapter: &Adapter) -> Result<RowNorms> {
+        Ok(RowNorms::new())
+    }
 }
 
 /// An adapter on its way to become a version.
@@ -121,7 +126,7 @@ impl Lease {
     }
 
     /// What serves.
-    pub fn packed(&self) -> &Arc<PackedLora> {
+    pub fn packed(&self) -> &Arc<PackedAdapter> {
         &self.held.resident.packed
     }
 }

@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
-use crate::adapter::{Lora, PackedLora};
+use crate::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
+use crate::adapter::{Adapter, PackedAdapter, RowNorms};
 use crate::error::{Error, Result};
 use crate::hub::budget::Reservation;
 use crate::hub::residents::{PendingVersion, Resident};
@@ -30,8 +30,9 @@ const WORTH_TWICE_THE_BITS: f32 = 0.7;
 struct Checked {
     new: NewVersion,
     /// As it is trained, and as it is served.
-    lora: Lora,
-    packed: PackedLora,
+    adapter: Adapter,
+    norms: RowNorms,
+    packed: PackedAdapter,
     digest: Digest,
 }
 
@@ -81,7 +82,7 @@ impl Hub {
             };
             if let Some(plain) = plain {
                 check_plain_rank(checked.rank, max_rank)?;
-                new.package = Package::from_lora(&plain, &shape)?;
+                new.package = Package::from_adapter(&plain, &shape)?;
                 new.note = Some(CONVERTED.to_owned());
                 checked = new.package.check(&shape, max_rank)?;
             }
@@ -96,11 +97,12 @@ impl Hub {
             return Ok(row);
         }
         let reserved = self.residents.room(bytes).await?;
-        let shape = Arc::clone(&self.shape);
+        let (shape, gate) = (Arc::clone(&self.shape), Arc::clone(&self.gate));
         let checked = blocking(move || {
-            let lora = new.package.read(&shape, max_rank)?;
-            let packed = PackedLora::new(&lora, &shape)?;
-            Ok(Checked { new, lora, packed, digest })
+            let adapter = new.package.read(&shape, max_rank)?;
+            let norms = gate.row_norms(&adapter)?;
+            let packed = PackedAdapter::new(&adapter, &shape, &norms)?;
+            Ok(Checked { new, adapter, norms, packed, digest })
         })
         .await?;
         let tenant = checked.new.adapter.tenant.clone();
@@ -115,7 +117,7 @@ impl Hub {
 
     /// The steps that leave something, each given back unless the last one commits.
     async fn make_version(&self, checked: Checked, reserved: Reservation, blob: &str) -> Result<VersionRow> {
-        let Checked { new, lora, packed, digest } = checked;
+        let Checked { new, adapter, norms, packed, digest } = checked;
         let tenant = &new.adapter.tenant;
         // Again with the custody: the same call may have been under way.
         if let Some(row) = self.published_before(&new, digest).await? {
@@ -125,8 +127,8 @@ impl Hub {
         self.store.blobs().put(&format!("{blob}/{CONFIG_FILE}"), new.package.config).await?;
         self.store.blobs().put(&format!("{blob}/{TENSORS_FILE}"), new.package.tensors).await?;
 
-        let (rank, targets) = rank_and_targets(&lora);
-        let probed = Probed { lora: Arc::new(lora), probes: Arc::new(new.probes) };
+        let (kind, (rank, targets)) = (adapter.kind(), rank_and_targets(&adapter));
+        let probed = Probed { adapter: Arc::new(adapter), norms: Arc::new(norms), probes: Arc::new(new.probes) };
         let plain = self.measure(tenant, digest, packed, reserved, &probed).await?;
         let Measured { uid, unnamed, parity } = self.better_form(plain, tenant, digest, probed).await?;
         judge(&new.adapter, &parity, new.job.is_some())?;
@@ -141,6 +143,7 @@ impl Hub {
             base_digest: self.shape.digest,
             template_digest: self.template_digest,
             size_bytes,
+            kind,
             rank,
             targets,
             parity,
@@ -178,15 +181,15 @@ impl Hub {
         &self,
         tenant: &TenantId,
         digest: Digest,
-        packed: PackedLora,
+        packed: PackedAdapter,
         reserved: Reservation,
         probed: &Probed,
     ) -> Result<Measured<'_>> {
         let uid = random_id();
         let unnamed = self.residents.admit(&uid, tenant, Resident::new(digest, packed, reserved));
         let (gate, packed) = (Arc::clone(&self.gate), Arc::clone(&unnamed.resident().packed));
-        let Probed { lora, probes } = probed.clone();
-        let parity = blocking(move || gate.check(&packed, &lora, &probes)).await?;
+        let Probed { adapter, probes, .. } = probed.clone();
+        let parity = blocking(move || gate.check(&packed, &adapter, &probes)).await?;
         Ok(Measured { uid, unnamed, parity })
     }
 
@@ -202,8 +205,8 @@ impl Hub {
         if plain.parity.mean_abs_difference <= ROUNDING_SHOWS {
             return Ok(plain);
         }
-        let (lora, shape) = (Arc::clone(&probed.lora), Arc::clone(&self.shape));
-        let size = move || Ok(PackedLora::rounds(&lora).then(|| PackedLora::precise_bytes(&lora, &shape)));
+        let (adapter, shape) = (Arc::clone(&probed.adapter), Arc::clone(&self.shape));
+        let size = move || Ok(PackedAdapter::rounds(&adapter).then(|| PackedAdapter::precise_bytes(&adapter, &shape)));
         let Some(bytes) = blocking(size).await? else { return Ok(plain) };
         let reserved = match self.residents.room(bytes).await {
             Ok(reserved) => reserved,
@@ -213,8 +216,8 @@ impl Hub {
             }
             Err(error) => return Err(error),
         };
-        let (lora, shape) = (Arc::clone(&probed.lora), Arc::clone(&self.shape));
-        let precise = blocking(move || PackedLora::precise(&lora, &shape)).await?;
+        let (Probed { adapter, norms, .. }, shape) = (probed.clone(), Arc::clone(&self.shape));
+        let precise = blocking(move || PackedAdapter::precise(&adapter, &shape, &norms)).await?;
         let precise = self.measure(tenant, digest, precise, reserved, &probed).await?;
         let worth = plain.parity.mean_abs_difference * WORTH_TWICE_THE_BITS;
         Ok(if precise.parity.mean_abs_difference <= worth { precise } else { plain })
@@ -224,7 +227,8 @@ impl Hub {
 /// What is measured, and on what.
 #[derive(Clone)]
 struct Probed {
-    lora: Arc<Lora>,
+    adapter: Arc<Adapter>,
+    norms: Arc<RowNorms>,
     probes: Arc<Vec<Vec<u32>>>,
 }
 
@@ -255,8 +259,8 @@ fn judge(adapter: &AdapterName, parity: &ParityReport, trained: bool) -> Result<
 }
 
 /// The largest rank, and the targets in PEFT's words, sorted.
-fn rank_and_targets(lora: &Lora) -> (u32, Vec<String>) {
-    let rank = lora.layers.values().map(|layer| layer.rank).max().unwrap_or_default();
-    let targets: BTreeSet<_> = lora.layers.keys().map(|site| site.target.name().to_owned()).collect();
+fn rank_and_targets(adapter: &Adapter) -> (u32, Vec<String>) {
+    let rank = adapter.pairs().map(|(_, pair)| pair.rank).max().unwrap_or_default();
+    let targets: BTreeSet<_> = adapter.sites.keys().map(|site| site.target.name().to_owned()).collect();
     (rank as u32, targets.into_iter().collect())
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use dashmap::DashMap;
 use tokio::sync::OnceCell;
 
-use crate::adapter::PackedLora;
+use crate::adapter::PackedAdapter;
 use crate::error::{Error, Result};
 use crate::hub::budget::{Budget, NotifyOnDrop, Reservation};
 use crate::hub::ledger::{Ledger, Residency, Tier};
@@ -22,13 +22,13 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Resident {
     pub(super) digest: Digest,
-    pub(super) packed: Arc<PackedLora>,
+    pub(super) packed: Arc<PackedAdapter>,
     /// Given back when the version leaves memory.
     _reserved: Reservation,
 }
 
 impl Resident {
-    pub(super) fn new(digest: Digest, packed: PackedLora, reserved: Reservation) -> Self {
+    pub(super) fn new(digest: Digest, packed: PackedAdapter, reserved: Reservation) -> Self {
         Self { digest, packed: Arc::new(packed), _reserved: reserved }
     }
 }

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use super::load::PACKED_FILE;
 use super::*;
-use crate::adapter::{BaseNames, Initialisation, LoraLayer, Site};
+use crate::adapter::{BaseNames, Initialisation, LowRank, Site};
 use crate::request::{LoraSpec, Target};
 
 /// Ranks of an adapter of one unit: they are packed without padding.
@@ -48,13 +48,13 @@ impl FakeGate {
 }
 
 impl PublishGate for FakeGate {
-    fn check(&self, _packed: &Arc<PackedLora>, _lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
+    fn check(&self, _packed: &Arc<PackedAdapter>, _lora: &Arc<Adapter>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let _open = self.opened.wait_while(self.shut.lock().unwrap(), |shut| *shut).unwrap();
         self.report.lock().unwrap().clone()
     }
 
-    fn plain_form(&self, _lora: &Lora, _initialisation: Initialisation) -> Result<Option<Lora>> {
+    fn plain_form(&self, _lora: &Adapter, _initialisation: Initialisation) -> Result<Option<Adapter>> {
         Ok(None)
     }
 }
@@ -91,7 +91,7 @@ impl Bench {
     fn new_version(&self, adapter: &str, units: usize, fill: f32) -> NewVersion {
         NewVersion {
             adapter: AdapterName::new(self.tenant.id(), adapter).unwrap(),
-            package: Package::from_lora(&lora(units, fill), &shape(b"base")).unwrap(),
+            package: Package::from_adapter(&lora(units, fill), &shape(b"base")).unwrap(),
             probes: Vec::new(),
             publish: Publish::Auto,
             job: None,
@@ -145,16 +145,23 @@ async fn add_tenant(store: &Store, id: &str) -> Tenant {
     Tenant::proven(id)
 }
 
-fn lora(units: usize, fill: f32) -> Lora {
+fn lora(units: usize, fill: f32) -> Adapter {
     let rank = RANKS * units;
     let spec = LoraSpec { rank: rank as u32, alpha: rank as f32, targets: vec![Target::QProj], ..LoraSpec::default() };
-    let layer = LoraLayer { rank, alpha: rank as f32, scale: 1.0, a: vec![fill; rank * 4], b: vec![-fill; rank * 4] };
-    Lora { spec, layers: [(Site { layer: 0, target: Target::QProj }, layer)].into() }
+    let layer = LowRank {
+        rank,
+        alpha: rank as f32,
+        scale: 1.0,
+        a: vec![fill; rank * 4],
+        b: vec![-fill; rank * 4],
+        magnitude: None,
+    };
+    Adapter::lora(spec, [(Site { layer: 0, target: Target::QProj }, layer)])
 }
 
 /// Asserts that a lease serves this adapter.
-fn assert_serves(lease: &Lease, lora: &Lora) {
-    let want = PackedLora::new(lora, &shape(b"base")).unwrap();
+fn assert_serves(lease: &Lease, lora: &Adapter) {
+    let want = PackedAdapter::new(lora, &shape(b"base"), &RowNorms::new()).unwrap();
     assert_eq!(lease.packed().byte_size(), want.byte_size());
     for site in 0..shape(b"base").linears.len() {
         assert_eq!(lease.packed().pair(site), want.pair(site));

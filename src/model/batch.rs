@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::adapter::PackedLora;
+use crate::adapter::PackedAdapter;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::groups::first_read;
@@ -70,7 +70,7 @@ pub struct SequenceChunk<'a> {
     /// `start + ids.len()` positions. Positions below `start` hold KV already. What no row of these can read may be [`NO_PAGE`].
     pub blocks: &'a [u32],
     /// `None` is the base.
-    pub lora: Option<&'a Arc<PackedLora>>,
+    pub adapter: Option<&'a Arc<PackedAdapter>>,
     /// The rows whose logits are wanted.
     pub logits: Readout,
 }

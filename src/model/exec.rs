@@ -7,7 +7,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::adapter::PackedLora;
+use crate::adapter::PackedAdapter;
+use crate::adapter::packed::Scales;
 use crate::arch::decoder::{Attend, Merge, NormId, Part, SiteId, Step, StepExecutor, next_sites};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{
@@ -91,9 +92,11 @@ struct Rows {
     tables: Vec<u32>,
     /// All rows, in groups of one adapter.
     groups: Vec<RowGroup>,
-    adapters: Vec<Arc<PackedLora>>,
+    adapters: Vec<Arc<PackedAdapter>>,
     /// The largest rank of the adapters.
     rank: usize,
+    /// Each row's adapter; empty where none of the batch multiplies anything.
+    scaled: Vec<Option<usize>>,
     /// The rows that are wanted beyond the last layer, ascending; and one base group for each.
     kept: Vec<usize>,
     kept_groups: Vec<RowGroup>,
@@ -130,20 +133,59 @@ impl Rows {
                 let (position, blocks) = (span.start + at, span.blocks.len() / groups);
                 self.tiles.push(Tile { first: first + at, count, position, table, blocks });
             }
-            let adapter = span.lora.map(|lora| self.number(lora));
+            let adapter = span.adapter.map(|adapter| self.number(adapter));
             self.group(first..self.ids.len(), adapter);
             self.kept.extend(self.ids.len() - span.logits.count(span.ids.len())..self.ids.len());
         }
         self.kept_groups.extend((0..self.kept.len()).map(|first| RowGroup { first, count: 1, adapter: None }));
-        self.rank = self.adapters.iter().map(|lora| lora.rank()).max().unwrap_or(0);
+        self.rank = self.adapters.iter().map(|adapter| adapter.rank()).max().unwrap_or(0);
+        self.scaled.clear();
+        if self.adapters.iter().any(|adapter| adapter.has_scales()) {
+            self.scaled.extend(self.groups.iter().flat_map(|group| std::iter::repeat_n(group.adapter, group.count)));
+        }
+    }
+
+    /// What is multiplied in a row at a site.
+    fn scales(&self, row: usize, site: SiteId) -> Option<Scales<'_>> {
+        self.adapters[(*self.scaled.get(row)?)?].scales(site)
+    }
+
+    /// Multiplies a row of what goes into the layers at these sites.
+    fn scale_input(&self, row: usize, sites: &Range<SiteId>, x: &mut [f32]) {
+        // Only a layer that shares its input with no other has such scales.
+        if let Some(Scales::Input(scales)) = self.scales(row, sites.start) {
+            x.iter_mut().zip(scales).for_each(|(x, scale)| *x *= scale);
+        }
+    }
+
+    /// Multiplies the rows of what has come out of the layer at a site, `[rows, out]`.
+    fn scale_output(&self, site: SiteId, bias: Option<&[f32]>, y: &mut [f32]) {
+        let Some(width) = y.len().checked_div(self.scaled.len()) else { return };
+        for (row, y) in y.chunks_exact_mut(width).enumerate() {
+            match (self.scales(row, site), bias) {
+                (Some(Scales::Output(scales)), _) | (Some(Scales::Product(scales)), None) => {
+                    y.iter_mut().zip(scales).for_each(|(y, scale)| *y *= scale);
+                }
+                (Some(Scales::Product(scales)), Some(bias)) => {
+                    let values = y.iter_mut().zip(scales).zip(bias);
+                    values.for_each(|((y, scale), bias)| *y = scale * (*y - bias) + bias);
+                }
+                (Some(Scales::Input(_)) | None, _) => {}
+            }
+        }
+    }
+
+    /// Whether what comes out of a site is multiplied in a row.
+    fn scales_output(&self, row: usize, site: SiteId) -> bool {
+        matches!(self.scales(row, site), Some(Scales::Output(_) | Scales::Product(_)))
     }
 
     /// The adapter's number in this batch.
-    fn number(&mut self, lora: &Arc<PackedLora>) -> usize {
-        if let Some(at) = self.adapters.iter().rposition(|known| Arc::ptr_eq(known, lora)) {
+    fn number(&mut self, adapter: &Arc<PackedAdapter>) -> usize {
+        if let Some(at) = self.adapters.iter().rposition(|known| Arc::ptr_eq(known, adapter)) {
             return at;
         }
-        self.adapters.push(lora.clone());
+        self.adapters.push(adapter.clone());
         self.adapters.len() - 1
     }
 
@@ -173,6 +215,8 @@ struct Buffers {
     /// The input of the next frozen layers, quantised; and shrunk by the adapters.
     quantized: QuantizedRows,
     shrunk: Vec<f32>,
+    /// Rows of the residual stream that wait for what is added to them to be multiplied.
+    aside: Vec<f32>,
     attention: AttentionScratch,
 }
 
@@ -183,6 +227,7 @@ impl Buffers {
             input: Vec::new(),
             quantized: QuantizedRows::new(model.formats()),
             shrunk: Vec::new(),
+            aside: Vec::new(),
             attention: AttentionScratch::default(),
         }
     }
@@ -222,7 +267,7 @@ impl Rows {
 
     /// What each adapter has at each site of the model, `[sites, adapters]`.
     fn pairs<'a>(&'a self, sites: usize, pairs: &mut Vec<Option<LoraPair<'a>>>) {
-        pairs.extend((0..sites).flat_map(|site| self.adapters.iter().map(move |lora| lora.pair(site))));
+        pairs.extend((0..sites).flat_map(|site| self.adapters.iter().map(move |adapter| adapter.pair(site))));
     }
 }
 
@@ -255,7 +300,7 @@ impl ExecPass<'_> {
     ) {
         let (model, rows) = (self.model, self.rows);
         let Buffers { outs: buffers, quantized, shrunk, .. } = &mut *self.buffers;
-        let mut of_sites = sites.clone();
+        let (mut of_sites, first) = (sites.clone(), sites.start);
         let mut layers = outs(buffers).map(|y| {
             let site = of_sites.next().unwrap_or(sites.start);
             let matrix = model.matrix(site);
@@ -269,6 +314,28 @@ impl ExecPass<'_> {
         }
         let next = Next { matrices, adapters: next_adapters.as_ref() };
         cpu::linear(self.team, quantized, &mut layers, adapters, next);
+        if !accumulate && !rows.scaled.is_empty() {
+            layers.iter_mut().zip(first..).for_each(|(layer, site)| rows.scale_output(site, layer.bias, layer.y));
+        }
+    }
+
+    /// Adds a layer to the residual stream where its output is multiplied in some rows: theirs wait aside, and start from zero.
+    fn add_scaled(&mut self, site: SiteId, next: Range<SiteId>) {
+        let (model, rows, width) = (self.model, self.rows, self.model.config().hidden_size);
+        let Buffers { outs: Outs { x, .. }, aside, .. } = &mut *self.buffers;
+        let is_scaled = |row: &usize| rows.scales_output(*row, site);
+        aside.clear();
+        for row in (0..rows.count()).filter(is_scaled) {
+            let x = &mut x[row * width..][..width];
+            aside.extend_from_slice(x);
+            x.fill(0.0);
+        }
+        self.linear(site..site + 1, next, true, |outs| [&mut outs.x]);
+        let Buffers { outs: Outs { x, .. }, aside, .. } = &mut *self.buffers;
+        rows.scale_output(site, model.bias(site), x);
+        for (row, aside) in (0..rows.count()).filter(is_scaled).zip(aside.chunks_exact(width)) {
+            x[row * width..][..width].iter_mut().zip(aside).for_each(|(x, aside)| *x += aside);
+        }
     }
 
     fn embed(&mut self, scale: f32) {
@@ -315,7 +382,7 @@ impl ExecPass<'_> {
         let (model, rows) = (self.model, self.rows);
         let KvPlace { group, slot } = self.groups.place(attend.layer);
         let (width, tile) = (model.config().qkv_widths()[0], |i| rows.tile(i, group));
-        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk, attention } = &mut *self.buffers;
+        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk, attention, .. } = &mut *self.buffers;
         let eps = model.config().norm_eps;
         let angles = attend.rope.map(|rope| move |position| model.ropes[rope].at(position));
         let factor = attend.temperature.map(|by| move |position| by.at(position));
@@ -328,24 +395,32 @@ impl ExecPass<'_> {
         let input = resized(input, rows.count(), width);
         let kv = self.kv.slot(slot);
         cpu::attention(self.team, rows.tiles.len(), tile, q, kv, attend.spec, (attention, input));
-        let adapters = self.adapted.at(next);
+        let adapters = self.adapted.at(next.clone());
         let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
-        cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, |_, _| {});
+        let scaled = |row: usize, x: &mut [f32]| rows.scale_input(row, &next, x);
+        cpu::prepare(self.team, &rows.groups, (input, width), quantized, adapters, scaled);
     }
 
     /// Gives y, prepared for the next sites.
     fn gate(&mut self, activation: Activation, next: Range<SiteId>) {
         let width = self.model.config().intermediate_size;
         let Buffers { outs: Outs { gate, up, .. }, quantized, shrunk, .. } = &mut *self.buffers;
-        let gated = |row: usize, gate: &mut [f32]| cpu::gated_row(activation, gate, &up[row * width..][..width]);
-        let adapters = self.adapted.at(next);
+        let rows = self.rows;
+        let gated = |row: usize, gate: &mut [f32]| {
+            cpu::gated_row(activation, gate, &up[row * width..][..width]);
+            rows.scale_input(row, &next, gate);
+        };
+        let adapters = self.adapted.at(next.clone());
         let adapters = adapters.as_ref().map(|adapters| (adapters, shrunk));
-        cpu::prepare(self.team, &self.rows.groups, (gate, width), quantized, adapters, gated);
+        cpu::prepare(self.team, &rows.groups, (gate, width), quantized, adapters, gated);
     }
 
     /// Adds the output layer of y to x.
     fn output(&mut self, site: SiteId, merge: Merge, next: Range<SiteId>) {
         let sites = site..site + 1;
+        if merge == Merge::Add && (0..self.rows.count()).any(|row| self.rows.scales_output(row, site)) {
+            return self.add_scaled(site, next);
+        }
         if merge == Merge::Add {
             return self.linear(sites, next, true, |outs| [&mut outs.x]);
         }
@@ -411,7 +486,7 @@ impl StepExecutor for ExecPass<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::Lora;
+    use crate::adapter::{Adapter, RowNorms};
     use crate::model::batch::{KvDtype, Readout};
     use crate::request::LoraSpec;
 
@@ -419,13 +494,13 @@ mod tests {
     #[test]
     fn an_overflow_is_never_taken_for_zeros() {
         let (model, _) = Model::tiny(1);
-        let mut lora = Lora::fresh(&LoraSpec::default(), model.shape(), 5).unwrap();
-        lora.layers.values_mut().for_each(|layer| layer.b.fill(1e38));
-        let lora = Arc::new(PackedLora::new(&lora, model.shape()).unwrap());
+        let mut adapter = Adapter::fresh(&LoraSpec::default(), model.shape(), 5).unwrap();
+        adapter.pairs_mut().map(|(_, pair)| pair).for_each(|layer| layer.b.fill(1e38));
+        let adapter = Arc::new(PackedAdapter::new(&adapter, model.shape(), &RowNorms::new()).unwrap());
         let (groups, layout) = (model.kv_groups(), KvLayout { block_tokens: 4, blocks: 4, dtype: KvDtype::F16 });
         let mut exec = Exec::new(model, layout, groups).unwrap();
-        let span = |ids, start, lora| SequenceChunk { ids, start, blocks: &[2, 0], lora, logits: Readout::All };
-        assert!(exec.forward(&[span(&[1, 2, 3], 0, Some(&lora))]).unwrap().iter().all(|x| x.is_nan()));
+        let span = |ids, start, adapter| SequenceChunk { ids, start, blocks: &[2, 0], adapter, logits: Readout::All };
+        assert!(exec.forward(&[span(&[1, 2, 3], 0, Some(&adapter))]).unwrap().iter().all(|x| x.is_nan()));
         assert!(exec.forward(&[span(&[4], 3, None)]).unwrap().iter().all(|x| x.is_nan()), "nor by a later row");
         assert!(exec.forward(&[span(&[1, 2, 3], 0, None)]).unwrap().iter().all(|x| x.is_finite()));
     }
@@ -437,7 +512,7 @@ mod tests {
         let mut exec = Exec::new(model.clone(), layout, model.kv_groups()).unwrap();
         let mut all = Vec::new();
         for (at, ids) in ids.chunks(chunk).enumerate() {
-            let span = SequenceChunk { ids, start: at * chunk, blocks: &blocks, lora: None, logits: Readout::All };
+            let span = SequenceChunk { ids, start: at * chunk, blocks: &blocks, adapter: None, logits: Readout::All };
             all.extend_from_slice(exec.forward(&[span]).unwrap());
         }
         let of_row = |(row, id): (&[f32], &u32)| f64::from(row[*id as usize]) - crate::kernels::log_sum_exp(row);

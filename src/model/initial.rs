@@ -6,11 +6,12 @@
 //! gives (`path_initial_model_for_weight_conversion`). A config may also keep the initialisation's name when its tensors are converted or
 //! others, so they are looked at: where taking the part out makes the sum of all changes smaller, they hold it still.
 
-use crate::adapter::{CONVERSION, Initialisation, Lora, LoraLayer, Site};
+use crate::adapter::{Adapter, CONVERSION, Initialisation, LowRank, Site};
 use crate::arch::decoder::SiteId;
 use crate::error::{Error, Result};
 use crate::kernels::gemm::{self, Mat, Out};
 use crate::model::Model;
+use crate::request::{LoraSpec, TunerSpec};
 
 /// Rounds of the search for singular vectors before it is looked whether it has ended, and how often that is looked at most.
 const ROUNDS: usize = 4;
@@ -40,21 +41,22 @@ struct Part {
 /// PiSSA's fast search, whose result PEFT itself does not find again.
 pub(super) fn plain_form(
     model: &Model,
-    lora: &Lora,
+    lora: &Adapter,
     initialisation: Initialisation,
     yield_to_serving: &dyn Fn(),
-) -> Result<Option<Lora>> {
-    let part_of = |(site, layer): (&Site, &LoraLayer)| {
+) -> Result<Option<Adapter>> {
+    let TunerSpec::Lora(spec) = &lora.spec else { return Ok(None) };
+    let part_of = |(site, layer)| {
         yield_to_serving();
         let misfit = || Error::internal(format!("an adapter does not fit the base at {site:?}"));
-        let id = model.shape().index(*site).ok_or_else(misfit)?;
-        Ok((*site, part(model, id, layer, initialisation, yield_to_serving)))
+        let id = model.shape().index(site).ok_or_else(misfit)?;
+        Ok((site, layer, part(model, id, layer, initialisation, yield_to_serving)))
     };
-    let parts: Vec<(Site, Part)> = lora.layers.iter().map(part_of).collect::<Result<_>>()?;
+    let parts: Vec<(Site, &LowRank, Part)> = lora.pairs().map(part_of).collect::<Result<_>>()?;
     // (The changes' product with the parts, the parts' square): |change - part|^2 < |change|^2 where the product is over half the square.
     let mut held = (0.0, 0.0);
-    for (site, part) in &parts {
-        let (product, square) = overlap(&lora.layers[site], part, weight(&lora.layers[site], initialisation));
+    for (_, layer, part) in &parts {
+        let (product, square) = overlap(layer, part, weight(layer, initialisation));
         held = (held.0 + product, held.1 + square);
     }
     if held.0 <= 0.5 * held.1 {
@@ -71,25 +73,22 @@ pub(super) fn plain_form(
         );
         return Err(Error::invalid_because("UNSUPPORTED_SETTING", "init_lora_weights", message));
     }
-    let doubled = |layer: &LoraLayer| if lora.spec.use_rslora { layer.alpha * 2_f32.sqrt() } else { layer.alpha * 2.0 };
-    let layers = parts.into_iter().map(|(site, part)| {
-        let layer = &lora.layers[&site];
-        (site, without(layer, part, weight(layer, initialisation), doubled(layer)))
-    });
-    let layers = layers.collect();
-    let mut spec = lora.spec.clone();
-    spec.rank *= 2;
-    spec.alpha *= if spec.use_rslora { 2_f32.sqrt() } else { 2.0 };
-    Ok(Some(Lora { spec, layers }))
+    let doubled = |layer: &LowRank| if spec.use_rslora { layer.alpha * 2_f32.sqrt() } else { layer.alpha * 2.0 };
+    let pairs = parts.into_iter();
+    let pairs =
+        pairs.map(|(site, layer, part)| (site, without(layer, part, weight(layer, initialisation), doubled(layer))));
+    let (rank, alpha) = (2 * spec.rank, spec.alpha * if spec.use_rslora { 2_f32.sqrt() } else { 2.0 });
+    let plain = LoraSpec { rank, alpha, ..spec.clone() };
+    Ok(Some(Adapter::lora(plain, pairs)))
 }
 
 /// What the part is multiplied by: PiSSA takes the adapter's scale out of it, OLoRA leaves it in.
-fn weight(layer: &LoraLayer, initialisation: Initialisation) -> f32 {
+fn weight(layer: &LowRank, initialisation: Initialisation) -> f32 {
     if initialisation == Initialisation::Olora { layer.scale } else { 1.0 }
 }
 
 /// The layer with its part taken out.
-fn without(layer: &LoraLayer, part: Part, weight: f32, alpha: f32) -> LoraLayer {
+fn without(layer: &LowRank, part: Part, weight: f32, alpha: f32) -> LowRank {
     let by = if layer.scale == 0.0 { 0.0 } else { weight / layer.scale };
     let mut a = layer.a.clone();
     a.extend(part.a.iter().map(|x| x * by));
@@ -99,11 +98,11 @@ fn without(layer: &LoraLayer, part: Part, weight: f32, alpha: f32) -> LoraLayer 
     let rows = layer.b.chunks_exact(layer.rank).zip(part.u.chunks_exact(part.rank));
     let b =
         rows.flat_map(|(b, u)| b.iter().copied().chain(u.iter().map(|x| -x)).chain(std::iter::repeat_n(0.0, missing)));
-    LoraLayer { rank: 2 * layer.rank, alpha, scale: layer.scale, a, b: b.collect() }
+    LowRank { rank: 2 * layer.rank, alpha, scale: layer.scale, a, b: b.collect(), magnitude: layer.magnitude.clone() }
 }
 
 /// (The product of scale B A and the part, the part's square), both summed over all elements.
-fn overlap(layer: &LoraLayer, part: &Part, weight: f32) -> (f64, f64) {
+fn overlap(layer: &LowRank, part: &Part, weight: f32) -> (f64, f64) {
     let inputs = layer.a.len() / layer.rank;
     let mut bu = vec![0.0; layer.rank * part.rank];
     gemm::mul_tn(out(&mut bu, part.rank), Mat::dense(&layer.b, layer.rank), Mat::dense(&part.u, part.rank), false);
@@ -123,7 +122,7 @@ fn out(data: &mut [f32], stride: usize) -> Out<'_> {
 fn part(
     model: &Model,
     site: SiteId,
-    layer: &LoraLayer,
+    layer: &LowRank,
     initialisation: Initialisation,
     yield_to_serving: &dyn Fn(),
 ) -> Part {
@@ -156,7 +155,7 @@ fn singular(
     w: &[f32],
     (outputs, inputs): (usize, usize),
     rank: usize,
-    start: &LoraLayer,
+    start: &LowRank,
     yield_to_serving: &dyn Fn(),
 ) -> Part {
     let (b, b_rank) = (&start.b, start.rank);
@@ -371,7 +370,7 @@ mod tests {
     }
 
     /// scale B A, in full.
-    fn change(layer: &LoraLayer) -> Vec<f64> {
+    fn change(layer: &LowRank) -> Vec<f64> {
         let inputs = layer.a.len() / layer.rank;
         let at =
             |o: usize, i: usize, k: usize| f64::from(layer.b[o * layer.rank + k]) * f64::from(layer.a[k * inputs + i]);
@@ -408,16 +407,16 @@ mod tests {
             [(Initialisation::Pissa, false), (Initialisation::Olora, false), (Initialisation::Pissa, true)]
         {
             let spec = LoraSpec { rank: 4, alpha: 12.0, use_rslora, ..LoraSpec::default() };
-            let mut lora = Lora::fresh(&spec, model.shape(), 3).unwrap();
+            let mut lora = Adapter::fresh(&spec, model.shape(), 3).unwrap();
             let mut expected = Vec::new();
-            for (site, layer) in &mut lora.layers {
-                let start = LoraLayer { b: vec![1.0; layer.b.len()], ..layer.clone() };
+            for (site, layer) in lora.pairs_mut() {
+                let start = LowRank { b: vec![1.0; layer.b.len()], ..layer.clone() };
                 let Part { u, a, .. } =
-                    part(&model, model.shape().index(*site).unwrap(), &start, initialisation, &|| {});
+                    part(&model, model.shape().index(site).unwrap(), &start, initialisation, &|| {});
                 let by = weight(layer, initialisation) / layer.scale;
                 let wave = |i: usize| 0.01 * (i as f32 * 0.37).sin();
-                let taken = LoraLayer { a: a.iter().map(|x| x * by).collect(), b: u.clone(), ..layer.clone() };
-                let (w, inputs) = dense(&model, *site);
+                let taken = LowRank { a: a.iter().map(|x| x * by).collect(), b: u.clone(), ..layer.clone() };
+                let (w, inputs) = dense(&model, site);
                 if initialisation == Initialisation::Pissa {
                     let exact = largest(&w, inputs, 4);
                     let error = change(&taken).iter().zip(&exact).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
@@ -426,14 +425,15 @@ mod tests {
                 layer.a = taken.a.iter().enumerate().map(|(i, x)| x + wave(i)).collect();
                 layer.b = taken.b.iter().enumerate().map(|(i, x)| x + wave(i + 5)).collect();
                 let moved = change(layer).iter().zip(change(&taken)).map(|(x, y)| x - y).collect::<Vec<_>>();
-                expected.push((*site, moved));
+                expected.push((site, moved));
             }
             let plain =
                 plain_form(&model, &lora, initialisation, &|| {}).unwrap().expect("it holds a part of the base");
             for (site, moved) in expected {
-                let layer = &plain.layers[&site];
-                assert_eq!((layer.rank, plain.spec.rank), (8, 8));
-                assert!((plain.spec.scale(layer.alpha, 8) / layer.scale - 1.0).abs() < 1e-6);
+                let layer = plain.pair(site).unwrap();
+                let TunerSpec::Lora(spec) = &plain.spec else { panic!() };
+                assert_eq!((layer.rank, spec.rank), (8, 8));
+                assert!((spec.scale(layer.alpha, 8) / layer.scale - 1.0).abs() < 1e-6);
                 let error = change(layer).iter().zip(&moved).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
                 assert!(error < 1e-3, "{initialisation:?} {site:?}: {error}");
             }
@@ -473,14 +473,14 @@ mod tests {
 
     fn cannot_be_found_again(initialisation: Initialisation) {
         let (model, _) = Model::tiny(1);
-        let mut lora = Lora::fresh(&LoraSpec { rank: 4, alpha: 4.0, ..LoraSpec::default() }, model.shape(), 3).unwrap();
-        lora.layers
-            .values_mut()
-            .for_each(|l| l.b.iter_mut().enumerate().for_each(|(i, b)| *b = 0.1 * (i as f32 * 0.7).sin()));
+        let mut lora =
+            Adapter::fresh(&LoraSpec { rank: 4, alpha: 4.0, ..LoraSpec::default() }, model.shape(), 3).unwrap();
+        lora.pairs_mut()
+            .for_each(|(_, l)| l.b.iter_mut().enumerate().for_each(|(i, b)| *b = 0.1 * (i as f32 * 0.7).sin()));
         assert!(plain_form(&model, &lora, initialisation, &|| {}).unwrap().is_none());
-        for (site, layer) in &mut lora.layers {
+        for (site, layer) in lora.pairs_mut() {
             let Part { u, a, .. } =
-                part(&model, model.shape().index(*site).unwrap(), layer, Initialisation::Pissa, &|| {});
+                part(&model, model.shape().index(site).unwrap(), layer, Initialisation::Pissa, &|| {});
             (layer.a, layer.b) = (a, u);
         }
         let refused = plain_form(&model, &lora, initialisation, &|| {}).unwrap_err().to_string();

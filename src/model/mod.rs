@@ -92,7 +92,7 @@ impl Model {
         let ids = [0, last / 3, last / 2, last];
         let ids = &ids[..ids.len().min(self.context_length())];
         let mut exec = self.executor(KvLayout { block_tokens: ids.len(), blocks: 1, dtype: KvDtype::F16 })?;
-        let span = SequenceChunk { ids, start: 0, blocks: &[0], lora: None, logits: Readout::All };
+        let span = SequenceChunk { ids, start: 0, blocks: &[0], adapter: None, logits: Readout::All };
         if exec.forward(&[span])?.iter().all(|logit| logit.is_finite()) {
             return Ok(());
         }

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use crate::adapter::{Initialisation, Lora, PackedLora};
+use crate::adapter::{Adapter, Initialisation, PackedAdapter, RowNorms};
 use crate::device::Compute;
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
@@ -68,7 +68,7 @@ impl Parity {
 
     /// Scores `probes` (where they hold fewer than 256 tokens to score: the built-in ones) with and without the adapter: serving `served`,
     /// and training with `trained`, of which it was made. Takes seconds of compute, and gives way to serving.
-    pub fn measure(&self, served: &Arc<PackedLora>, trained: &Lora, probes: &[Vec<u32>]) -> Result<ParityReport> {
+    pub fn measure(&self, served: &Arc<PackedAdapter>, trained: &Adapter, probes: &[Vec<u32>]) -> Result<ParityReport> {
         let own;
         let (probes, base) = if scored(probes) >= MIN_TOKENS {
             let probes = limited(probes, MAX_TOKENS);
@@ -94,16 +94,22 @@ impl Parity {
     ///
     /// # Errors
     /// UNSUPPORTED_SETTING where that part cannot be found again.
-    pub fn plain_form(&self, lora: &Lora, initialisation: Initialisation) -> Result<Option<Lora>> {
+    pub fn plain_form(&self, adapter: &Adapter, initialisation: Initialisation) -> Result<Option<Adapter>> {
         let permit = self.compute.training.train();
-        initial::plain_form(&self.model, lora, initialisation, &|| permit.yield_to_serving())
+        initial::plain_form(&self.model, adapter, initialisation, &|| permit.yield_to_serving())
+    }
+
+    /// Gives the norms that a DoRA's magnitudes are divided by; see [`Model::row_norms`].
+    pub fn row_norms(&self, adapter: &Adapter) -> RowNorms {
+        let permit = self.compute.training.train();
+        self.model.row_norms(adapter, Some(&permit))
     }
 
     fn base_scores(&self, probes: &[Vec<u32>]) -> Result<BaseScores> {
         Ok(BaseScores { serve: self.serve(probes, None)?, train: self.train(probes, None)? })
     }
 
-    fn serve(&self, probes: &[Vec<u32>], lora: Option<&Arc<PackedLora>>) -> Result<(Logprobs, Fingerprint)> {
+    fn serve(&self, probes: &[Vec<u32>], adapter: Option<&Arc<PackedAdapter>>) -> Result<(Logprobs, Fingerprint)> {
         let permit = self.compute.serving.train();
         let longest = probes.iter().map(Vec::len).max().unwrap_or(0);
         let layout = KvLayout { block_tokens: CHUNK, blocks: longest.div_ceil(CHUNK), dtype: KvDtype::F16 };
@@ -113,7 +119,7 @@ impl Parity {
         for ids in probes {
             for start in (0..ids.len()).step_by(CHUNK) {
                 let chunk = &ids[start..ids.len().min(start + CHUNK)];
-                let span = SequenceChunk { ids: chunk, start, blocks: &blocks, lora, logits: Readout::All };
+                let span = SequenceChunk { ids: chunk, start, blocks: &blocks, adapter, logits: Readout::All };
                 let logits = exec.forward(&[span])?;
                 for (row, target) in logits.chunks_exact(self.model.vocab_size()).zip(&ids[start + 1..]) {
                     logprobs.push((f64::from(row[*target as usize]) - log_sum_exp(row)) as f32);
@@ -126,14 +132,14 @@ impl Parity {
         Ok((logprobs, fingerprint))
     }
 
-    fn train(&self, probes: &[Vec<u32>], lora: Option<&Lora>) -> Result<Logprobs> {
+    fn train(&self, probes: &[Vec<u32>], adapter: Option<&Adapter>) -> Result<Logprobs> {
         let permit = self.compute.training.train();
         let ids: Vec<&[u32]> = probes.iter().map(Vec::as_slice).collect();
         let wanted: Vec<_> =
             ids.iter().enumerate().flat_map(|(s, ids)| (0..ids.len().saturating_sub(1)).map(move |i| (s, i))).collect();
         // In float32: what serving is compared with shares no kernel with it.
         let options =
-            ForwardOptions { lora, permit: Some(&permit), products: Products::Exact, ..ForwardOptions::default() };
+            ForwardOptions { adapter, permit: Some(&permit), products: Products::Exact, ..ForwardOptions::default() };
         self.model.token_logprobs(&ids, &wanted, options)
     }
 }
@@ -190,29 +196,30 @@ fn limited(probes: &[impl AsRef<[u32]>], enough: usize) -> Vec<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::SiteDelta;
     use crate::request::LoraSpec;
 
-    fn setup() -> (Parity, Lora) {
+    fn setup() -> (Parity, Adapter) {
         let (model, text) = Model::tiny(1);
-        let mut lora = Lora::fresh(&LoraSpec::default(), model.shape(), 5).unwrap();
-        for (i, layer) in lora.layers.values_mut().enumerate() {
+        let mut adapter = Adapter::fresh(&LoraSpec::default(), model.shape(), 5).unwrap();
+        for (i, layer) in adapter.pairs_mut().map(|(_, pair)| pair).enumerate() {
             layer.b.iter_mut().enumerate().for_each(|(j, b)| *b = ((i * 31 + j) as f32).sin() * 0.1);
         }
-        (Parity::new(model, &text, Compute::new(true, 0.5)).unwrap(), lora)
+        (Parity::new(model, &text, Compute::new(true, 0.5)).unwrap(), adapter)
     }
 
-    fn packed(lora: &Lora, parity: &Parity) -> Arc<PackedLora> {
-        Arc::new(PackedLora::new(lora, parity.model.shape()).unwrap())
+    fn packed(adapter: &Adapter, parity: &Parity) -> Arc<PackedAdapter> {
+        Arc::new(PackedAdapter::new(adapter, parity.model.shape(), &RowNorms::new()).unwrap())
     }
 
     #[test]
     fn a_sound_adapter_passes() {
-        let (parity, lora) = setup();
-        let report = parity.measure(&packed(&lora, &parity), &lora, &[]).unwrap();
+        let (parity, adapter) = setup();
+        let report = parity.measure(&packed(&adapter, &parity), &adapter, &[]).unwrap();
         assert!(report.tokens as usize >= MIN_TOKENS && !report.no_effect, "{report:?}");
         assert!(report.mean_abs_difference <= report.threshold, "{report:?}");
         let probes: Vec<Vec<u32>> = (0..4).map(|s| (0..100).map(|i| (i * 7 + s) % 256).collect()).collect();
-        let report = parity.measure(&packed(&lora, &parity), &lora, &probes).unwrap();
+        let report = parity.measure(&packed(&adapter, &parity), &adapter, &probes).unwrap();
         assert_eq!(report.tokens, 396);
         assert!(report.mean_abs_difference <= report.threshold, "{report:?}");
     }
@@ -220,44 +227,44 @@ mod tests {
     /// The planted fault: serving skips one layer's adapter.
     #[test]
     fn a_skipped_layer_is_refused() {
-        let (parity, lora) = setup();
-        let mut faulty = lora.clone();
-        faulty.layers.retain(|site, _| site.layer != 1);
-        let report = parity.measure(&packed(&faulty, &parity), &lora, &[]).unwrap();
+        let (parity, adapter) = setup();
+        let mut faulty = adapter.clone();
+        faulty.sites.retain(|site, _| site.layer != 1);
+        let report = parity.measure(&packed(&faulty, &parity), &adapter, &[]).unwrap();
         assert!(report.mean_abs_difference > report.threshold, "{report:?}");
     }
 
     #[test]
     fn an_adapter_that_is_not_served_is_refused_however_small() {
-        let (parity, mut lora) = setup();
-        let unserved = Lora { layers: Default::default(), ..lora.clone() };
-        lora.layers.values_mut().for_each(|layer| layer.b.iter_mut().for_each(|b| *b *= 1e-3));
-        assert!(parity.measure(&packed(&unserved, &parity), &lora, &[]).is_err());
+        let (parity, mut adapter) = setup();
+        let unserved = Adapter { sites: Default::default(), ..adapter.clone() };
+        adapter.pairs_mut().map(|(_, pair)| pair).for_each(|layer| layer.b.iter_mut().for_each(|b| *b *= 1e-3));
+        assert!(parity.measure(&packed(&unserved, &parity), &adapter, &[]).is_err());
     }
 
     #[test]
     fn a_zero_adapter_has_no_effect() {
-        let (parity, lora) = setup();
+        let (parity, adapter) = setup();
         let (model, _) = Model::tiny(1);
-        let zero = Lora::fresh(&lora.spec, model.shape(), 5).unwrap();
+        let zero = Adapter::fresh(&adapter.spec, model.shape(), 5).unwrap();
         assert!(parity.measure(&packed(&zero, &parity), &zero, &[]).unwrap().no_effect);
     }
 
     #[test]
     fn an_exploding_adapter_is_refused() {
-        let (parity, mut lora) = setup();
-        lora.layers.values_mut().for_each(|layer| layer.b.iter_mut().for_each(|b| *b = 1e38));
-        assert!(parity.measure(&packed(&lora, &parity), &lora, &[]).is_err());
+        let (parity, mut adapter) = setup();
+        adapter.pairs_mut().map(|(_, pair)| pair).for_each(|layer| layer.b.iter_mut().for_each(|b| *b = 1e38));
+        assert!(parity.measure(&packed(&adapter, &parity), &adapter, &[]).is_err());
     }
 
     /// Where B A is a small difference of large products bf16 loses it, and twice the bits serve it at the error that the same change has when
     /// its factors are small.
     #[test]
     fn twice_the_bits_are_served_at_the_usual_error() {
-        let (parity, lora) = setup();
+        let (parity, adapter) = setup();
         let shape = parity.model.shape().clone();
-        let (mut cancelling, mut small) = (lora.clone(), lora);
-        for (i, (site, layer)) in cancelling.layers.iter_mut().enumerate() {
+        let (mut cancelling, mut small) = (adapter.clone(), adapter);
+        for (i, (site, layer)) in cancelling.pairs_mut().enumerate() {
             let ((inputs, outputs), rank) = (shape.dims(site.target).unwrap(), layer.rank);
             let half = rank / 2;
             let wave = |at: usize, by: f32| ((at + 17 * i) as f32 * by).sin();
@@ -266,13 +273,13 @@ mod tests {
             let b = |at: usize, k: usize| [3.0, -3.0][k / half] * wave(at + 577 * (k % half), 0.43);
             layer.a = (0..rank * inputs).map(|j| a(j / inputs, j % inputs)).collect();
             layer.b = (0..rank * outputs).map(|j| b(j / rank, j % rank)).collect();
-            let same = small.layers.get_mut(site).unwrap();
+            let Some(SiteDelta::LowRank(same)) = small.sites.get_mut(&site) else { panic!() };
             same.a = (0..rank * inputs).map(|j| (j / inputs / half) as f32 * part(j % inputs)).collect();
             same.b.clone_from(&layer.b);
         }
         for scale in [2.0, 4.0, 16.0] {
-            cancelling.layers.values_mut().chain(small.layers.values_mut()).for_each(|layer| layer.scale = scale);
-            let precise = Arc::new(PackedLora::precise(&cancelling, &shape).unwrap());
+            cancelling.pairs_mut().chain(small.pairs_mut()).for_each(|(_, layer)| layer.scale = scale);
+            let precise = Arc::new(PackedAdapter::precise(&cancelling, &shape, &RowNorms::new()).unwrap());
             let difference = |form, of| parity.measure(&form, of, &[]).unwrap().mean_abs_difference;
             let plain = difference(packed(&cancelling, &parity), &cancelling);
             let (precise, usual) = (difference(precise, &cancelling), difference(packed(&small, &parity), &small));

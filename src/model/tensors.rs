@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 
 use super::batch::{Best, Executor, KvDtype, KvLayout, SequenceChunk};
 use super::rope::RopeTable;
-use crate::adapter::PackedLora;
+use crate::adapter::PackedAdapter;
 use crate::arch::config::{AttentionConfig, LogitConfig, ModelConfig, Temperature};
 use crate::arch::decoder::{Attend, Merge, NormId, SiteId, Step, StepExecutor};
 use crate::error::{Error, Result};
@@ -117,7 +117,7 @@ impl TensorExec {
         // All layers are one group, of which nothing is given back.
         self.layout.check_spans(&self.model, &[None], spans)?;
         let held = |span: &SequenceChunk<'_>| {
-            span.lora.map(|lora| self.adapters.get(lora, &*self.kernels, &self.model)).transpose()
+            span.adapter.map(|lora| self.adapters.get(lora, &*self.kernels, &self.model)).transpose()
         };
         let loras: Vec<Option<Arc<DeviceLora>>> = spans.iter().map(held).collect::<Result<_>>()?;
         let rows = spans.iter().zip(&loras).map(|(span, lora)| Rows {
@@ -165,10 +165,15 @@ impl Executor for TensorExec {
 
 /// The adapters on the device, for as long as someone holds them on the host.
 #[derive(Debug, Default)]
-struct Adapters(Vec<(Weak<PackedLora>, Arc<DeviceLora>)>);
+struct Adapters(Vec<(Weak<PackedAdapter>, Arc<DeviceLora>)>);
 
 impl Adapters {
-    fn get(&mut self, lora: &Arc<PackedLora>, kernels: &dyn TensorKernels, model: &Model) -> Result<Arc<DeviceLora>> {
+    fn get(
+        &mut self,
+        lora: &Arc<PackedAdapter>,
+        kernels: &dyn TensorKernels,
+        model: &Model,
+    ) -> Result<Arc<DeviceLora>> {
         self.0.retain(|(held, _)| held.strong_count() > 0);
         if let Some((_, found)) = self.0.iter().find(|(held, _)| std::ptr::eq(held.as_ptr(), Arc::as_ptr(lora))) {
             return Ok(found.clone());
@@ -180,7 +185,11 @@ impl Adapters {
 }
 
 /// Brings an adapter to the device as it is served.
-fn upload(lora: &PackedLora, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
+fn upload(lora: &PackedAdapter, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
+    if lora.has_scales() {
+        let message = "is of a kind that a GPU does not serve yet: serve it with --device cpu, or train a LoRA";
+        return Err(Error::invalid_because("UNSUPPORTED_KIND", "adapter", message));
+    }
     let sites = (0..model.decoder().sites.len()).map(|site| lora.pair(site));
     Ok(kernels.adapter(&sites.collect::<Vec<_>>())?)
 }
@@ -332,6 +341,7 @@ mod tests {
     use std::ops::Range;
 
     use super::*;
+    use crate::adapter::RowNorms;
     use crate::kernels::log_sum_exp;
     use crate::model::batch::Readout;
     use crate::request::LoraSpec;
@@ -341,12 +351,12 @@ mod tests {
         TensorExec::new(model.clone(), weights, layout).unwrap()
     }
 
-    fn adapter(model: &Model, spec: &LoraSpec) -> Arc<PackedLora> {
-        let mut lora = crate::adapter::Lora::fresh(spec, model.shape(), 5).unwrap();
-        for (i, layer) in lora.layers.values_mut().enumerate() {
+    fn adapter(model: &Model, spec: &LoraSpec) -> Arc<PackedAdapter> {
+        let mut lora = crate::adapter::Adapter::fresh(spec, model.shape(), 5).unwrap();
+        for (i, layer) in lora.pairs_mut().map(|(_, pair)| pair).enumerate() {
             layer.b.iter_mut().enumerate().for_each(|(j, b)| *b = ((i * 31 + j) as f32).sin() * 0.1);
         }
-        Arc::new(PackedLora::new(&lora, model.shape()).unwrap())
+        Arc::new(PackedAdapter::new(&lora, model.shape(), &RowNorms::new()).unwrap())
     }
 
     fn logprobs(logits: &[f32], vocab: usize) -> Vec<f32> {
@@ -378,11 +388,11 @@ mod tests {
         let narrow = adapter(&model, &narrow);
         let ids: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 258).collect();
         let blocks: [Vec<u32>; 3] = [vec![7, 2, 20, 5], vec![0, 9, 3], vec![11, 23, 1]];
-        let span = |sequence: usize, range: Range<usize>, logits, lora| SequenceChunk {
+        let span = |sequence: usize, range: Range<usize>, logits, adapter| SequenceChunk {
             ids: &ids[sequence * 3..][range.clone()],
             start: range.start,
             blocks: &blocks[sequence],
-            lora,
+            adapter,
             logits,
         };
         let steps = [
@@ -415,7 +425,7 @@ mod tests {
     fn the_best_ids_are_those_of_the_logits() {
         let (model, _) = Model::tiny(1);
         let mut exec = on_the_cpu(&model, KvLayout { block_tokens: 4, blocks: 4, dtype: KvDtype::F16 });
-        let span = |logits| SequenceChunk { ids: &[1, 2, 3], start: 0, blocks: &[2, 0], lora: None, logits };
+        let span = |logits| SequenceChunk { ids: &[1, 2, 3], start: 0, blocks: &[2, 0], adapter: None, logits };
         let logits = exec.forward(&[span(Readout::All)]).unwrap().to_vec();
         let best = exec.forward_best(&[span(Readout::All)]).unwrap().unwrap();
         assert_eq!(best.len(), 3);

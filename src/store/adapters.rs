@@ -9,7 +9,7 @@ use sqlx::{Row, SqliteConnection};
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, TenantId, VersionName};
-use crate::request::{ParityReport, Publish};
+use crate::request::{AdapterKind, ParityReport, Publish};
 use crate::store::requests::Claim;
 use crate::store::rows::{count, ended, from_json, from_millis, int, now, require_tenant, to_json};
 use crate::store::{Listed, Page, Store, documents, jobs, random_id};
@@ -64,7 +64,9 @@ pub struct VersionRow {
     pub template_digest: Digest,
     /// Bytes of the tensors as stored.
     pub size_bytes: u64,
-    /// The largest of its sites.
+    /// What it does to the base.
+    pub kind: AdapterKind,
+    /// The largest of its sites; 0 where it has none.
     pub rank: u32,
     /// PEFT's words, sorted.
     pub targets: Vec<String>,
@@ -379,8 +381,8 @@ fn too_many(limit: &'static str, what: String) -> Error {
 async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &VersionRow) -> Result<()> {
     sqlx::query(
         "INSERT INTO versions (uid, tenant, adapter, version, digest, base_digest, template_digest, size_bytes, memory_bytes,
-         rank, targets, parity, job, metrics, blob, create_time, held_reason, note)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+         rank, targets, parity, job, metrics, blob, create_time, held_reason, note, kind)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )
     .bind(&draft.uid)
     .bind(name.tenant().as_str())
@@ -400,6 +402,7 @@ async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &Versi
     .bind(now())
     .bind(&draft.held_reason)
     .bind(&draft.note)
+    .bind(draft.kind.name())
     .execute(db)
     .await?;
     Ok(())
@@ -472,6 +475,7 @@ fn version_row(row: &SqliteRow) -> Result<VersionRow> {
         base_digest: digest("base_digest")?,
         template_digest: digest("template_digest")?,
         size_bytes: count(row, "size_bytes")?,
+        kind: adapter_kind(row.try_get("kind")?)?,
         rank: row.try_get("rank")?,
         targets: from_json(row.try_get("targets")?)?,
         parity: documents::read_parity(row.try_get("parity")?)?,
@@ -485,4 +489,9 @@ fn version_row(row: &SqliteRow) -> Result<VersionRow> {
         note: row.try_get("note")?,
         live: row.try_get("live")?,
     })
+}
+
+fn adapter_kind(name: &str) -> Result<AdapterKind> {
+    let unknown = || Error::internal(format!("catalogue: a version is of kind {name:?}, which a newer build wrote"));
+    AdapterKind::from_name(name).ok_or_else(unknown)
 }

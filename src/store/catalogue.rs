@@ -38,6 +38,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (5, "training results", include_str!("migrations/0005_training_results.sql")),
     (6, "version notes", include_str!("migrations/0006_version_notes.sql")),
     (7, "unpacked sizes", include_str!("migrations/0007_unpacked_sizes.sql")),
+    (8, "adapter kinds", include_str!("migrations/0008_adapter_kinds.sql")),
 ];
 
 #[derive(Debug)]

@@ -15,8 +15,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, DatasetName, TenantId, VersionName};
 use crate::request::{
-    Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, ParityReport, Publish, Start,
-    Target, TooLong, TrainingData, metric,
+    Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, ParityReport, Publish,
+    Start, Target, TooLong, TrainingData, TunerSpec, metric,
 };
 use crate::store::rows::{from_json, to_json};
 
@@ -268,14 +268,17 @@ impl From<ObjectiveDocument> for Objective {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum StartDocument {
+    /// A LoRA, which was once the only kind.
     Fresh(LoraDocument),
+    Ia3(Ia3Document),
     From(VersionDocument),
 }
 
 impl From<&Start> for StartDocument {
     fn from(start: &Start) -> Self {
         match start {
-            Start::Fresh(lora) => Self::Fresh(lora.into()),
+            Start::Fresh(TunerSpec::Lora(lora)) => Self::Fresh(lora.into()),
+            Start::Fresh(TunerSpec::Ia3(ia3)) => Self::Ia3(ia3.into()),
             Start::From(version) => Self::From(version.into()),
         }
     }
@@ -285,7 +288,8 @@ impl TryFrom<StartDocument> for Start {
     type Error = Error;
     fn try_from(document: StartDocument) -> Result<Self> {
         Ok(match document {
-            StartDocument::Fresh(lora) => Self::Fresh(lora.into()),
+            StartDocument::Fresh(lora) => Self::Fresh(TunerSpec::Lora(lora.into())),
+            StartDocument::Ia3(ia3) => Self::Fresh(TunerSpec::Ia3(ia3.into())),
             StartDocument::From(version) => Self::From(version.try_into()?),
         })
     }
@@ -299,11 +303,13 @@ struct LoraDocument {
     targets: Vec<TargetWord>,
     layers: Option<Vec<u32>>,
     use_rslora: bool,
+    #[serde(default)]
+    use_dora: bool,
 }
 
 impl From<&LoraSpec> for LoraDocument {
     fn from(lora: &LoraSpec) -> Self {
-        let LoraSpec { rank, alpha, dropout, targets, layers, use_rslora } = lora;
+        let LoraSpec { rank, alpha, dropout, targets, layers, use_rslora, use_dora } = lora;
         Self {
             rank: *rank,
             alpha: *alpha,
@@ -311,15 +317,38 @@ impl From<&LoraSpec> for LoraDocument {
             targets: targets.iter().map(|target| (*target).into()).collect(),
             layers: layers.clone(),
             use_rslora: *use_rslora,
+            use_dora: *use_dora,
         }
     }
 }
 
 impl From<LoraDocument> for LoraSpec {
     fn from(document: LoraDocument) -> Self {
-        let LoraDocument { rank, alpha, dropout, targets, layers, use_rslora } = document;
+        let LoraDocument { rank, alpha, dropout, targets, layers, use_rslora, use_dora } = document;
         let targets = targets.into_iter().map(Target::from).collect();
-        Self { rank, alpha, dropout, targets, layers, use_rslora }
+        Self { rank, alpha, dropout, targets, layers, use_rslora, use_dora }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Ia3Document {
+    targets: Vec<TargetWord>,
+    feedforward: Vec<TargetWord>,
+}
+
+impl From<&Ia3Spec> for Ia3Document {
+    fn from(ia3: &Ia3Spec) -> Self {
+        let Ia3Spec { targets, feedforward } = ia3;
+        let words = |targets: &[Target]| targets.iter().map(|target| (*target).into()).collect();
+        Self { targets: words(targets), feedforward: words(feedforward) }
+    }
+}
+
+impl From<Ia3Document> for Ia3Spec {
+    fn from(document: Ia3Document) -> Self {
+        let Ia3Document { targets, feedforward } = document;
+        let targets_of = |words: Vec<TargetWord>| words.into_iter().map(Target::from).collect();
+        Self { targets: targets_of(targets), feedforward: targets_of(feedforward) }
     }
 }
 

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::config::Limits;
 use crate::ids::{AdapterName, AdapterRef, Digest, JobName, KeyName, TenantId, VersionName};
-use crate::request::{ParityReport, Publish};
+use crate::request::{AdapterKind, ParityReport, Publish};
 
 async fn open() -> (TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
@@ -36,6 +36,7 @@ fn new_version(adapter: &AdapterName, content: &str) -> NewVersionRow {
         base_digest: Digest::of(b"base"),
         template_digest: Digest::of(b"template"),
         size_bytes: 10,
+        kind: AdapterKind::Dora,
         rank: 4,
         targets: vec!["q_proj".into()],
         parity: ParityReport {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::adapter::Lora;
+use crate::adapter::Adapter;
 use crate::data::{Batches, Examples};
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
@@ -29,9 +29,9 @@ pub struct FitInputs<'a> {
     /// The frozen base.
     pub model: &'a Arc<Model>,
     /// The adapter's values before the first step; its spec holds the dropout.
-    pub start: &'a Lora,
+    pub start: &'a Adapter,
     /// What preferences are measured against: `None` is the base.
-    pub reference: Option<&'a Lora>,
+    pub reference: Option<&'a Adapter>,
     /// Not empty.
     pub train: &'a Examples,
     /// Of the same kind; may be empty.
@@ -103,7 +103,7 @@ impl CancelToken {
 #[derive(Debug, Clone, PartialEq)]
 pub struct FitOutcome {
     /// The trained adapter.
-    pub lora: Lora,
+    pub adapter: Adapter,
     /// `train_loss` of the last step, `eval_loss` of the last evaluation, and so on.
     pub metrics: BTreeMap<String, f64>,
     /// Why the result must not serve, where the training has gone wrong.
@@ -134,10 +134,10 @@ pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent)) -> Result<F
         Err(Error::Precondition { reason: DIVERGED, message, .. }) => Some(message),
         Err(error) => return Err(error),
     };
-    let lora = run.lora;
+    let adapter = run.adapter;
     match diverged {
-        Some(why) if !lora.is_finite() => Err(diverged_because(format!("{why}; its weights are not numbers"))),
-        diverged => Ok(FitOutcome { lora, metrics: run.metrics, diverged }),
+        Some(why) if !adapter.is_finite() => Err(diverged_because(format!("{why}; its weights are not numbers"))),
+        diverged => Ok(FitOutcome { adapter, metrics: run.metrics, diverged }),
     }
 }
 
@@ -149,9 +149,9 @@ struct Run<'a> {
     train: Box<dyn Objective + 'a>,
     validation: Box<dyn Objective + 'a>,
     workspace: Workspace,
-    lora: Lora,
+    adapter: Adapter,
     /// Of the mean loss over a step, in the adapter's shape.
-    gradients: Lora,
+    gradients: Adapter,
     optimizer: AdamW,
     /// Passes taken: the counter of the dropout masks.
     passes: u64,
@@ -162,7 +162,7 @@ struct Run<'a> {
     /// Of each step.
     losses: Vec<f64>,
     /// The weights that gave the last of them.
-    sound: Option<Lora>,
+    sound: Option<Adapter>,
 }
 
 /// Loss and what goes with it, summed over pieces.
@@ -210,7 +210,7 @@ impl<'a> Run<'a> {
             validation: objective(inputs.objective, inputs.validation)?,
             optimizer: AdamW::new(recipe.into(), inputs.start.tensors().map(<[f32]>::len)),
             workspace: Workspace::default(),
-            lora: inputs.start.clone(),
+            adapter: inputs.start.clone(),
             gradients: inputs.start.zeros_like(),
             passes: 0,
             started: Instant::now(),
@@ -251,8 +251,11 @@ impl<'a> Run<'a> {
             for piece in micro_batches(&**objective, examples, most) {
                 self.inputs.control.check()?;
                 let permit = self.inputs.arbiter.train();
-                let options =
-                    ForwardOptions { lora: self.inputs.reference, permit: Some(&permit), ..ForwardOptions::default() };
+                let options = ForwardOptions {
+                    adapter: self.inputs.reference,
+                    permit: Some(&permit),
+                    ..ForwardOptions::default()
+                };
                 let scores = score_examples(self.inputs.model, &**objective, piece, options, &self.workspace)?;
                 objective.take_reference(piece, &scores);
             }
@@ -263,7 +266,7 @@ impl<'a> Run<'a> {
     /// Goes back to the weights that gave the last loss that was a number, if any has.
     fn restore_sound_weights(&mut self) {
         if let Some(sound) = self.sound.take() {
-            self.lora = sound;
+            self.adapter = sound;
         }
     }
 
@@ -309,7 +312,7 @@ impl<'a> Run<'a> {
         let learning_rate = self.schedule.learning_rate(step - 1);
         clip(self.gradients.tensors_mut(), grad_norm, self.inputs.recipe.max_grad_norm);
         let permit = self.permit();
-        let tensors = self.lora.tensors_mut().zip(self.gradients.tensors());
+        let tensors = self.adapter.tensors_mut().zip(self.gradients.tensors());
         self.optimizer.step(tensors, learning_rate, &|| permit.yield_to_serving());
         drop(permit);
 
@@ -332,8 +335,10 @@ impl<'a> Run<'a> {
     /// Keeps the weights as they are now.
     fn keep_sound_weights(&mut self) {
         match &mut self.sound {
-            Some(sound) => sound.tensors_mut().zip(self.lora.tensors()).for_each(|(to, from)| to.copy_from_slice(from)),
-            None => self.sound = Some(self.lora.clone()),
+            Some(sound) => {
+                sound.tensors_mut().zip(self.adapter.tensors()).for_each(|(to, from)| to.copy_from_slice(from))
+            }
+            None => self.sound = Some(self.adapter.clone()),
         }
     }
 
@@ -352,11 +357,11 @@ impl<'a> Run<'a> {
 
     /// One pass: adds to the sums and to the gradient. Its activations end here.
     fn backward(&mut self, piece: &[usize], permit: &TrainPermit, sums: &mut Sums) -> Result<()> {
-        let rate = self.inputs.start.spec.dropout;
+        let rate = self.inputs.start.spec.dropout();
         let dropout = Dropout { rate, seed: self.inputs.recipe.seed, step: self.passes };
         self.passes += 1;
         let options = ForwardOptions {
-            lora: Some(&self.lora),
+            adapter: Some(&self.adapter),
             dropout: (rate > 0.0).then_some(dropout),
             permit: Some(permit),
             ..ForwardOptions::default()
@@ -401,7 +406,8 @@ impl<'a> Run<'a> {
         for piece in micro_batches(objective, examples, self.inputs.recipe.batch_size as usize) {
             go_on()?;
             let permit = self.permit();
-            let options = ForwardOptions { lora: Some(&self.lora), permit: Some(&permit), ..ForwardOptions::default() };
+            let options =
+                ForwardOptions { adapter: Some(&self.adapter), permit: Some(&permit), ..ForwardOptions::default() };
             let scores = score_examples(self.inputs.model, objective, piece, options, &self.workspace)?;
             sums.add(&objective.loss(piece, &scores)?);
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::adapter::{BaseShape, Lora};
+use crate::adapter::Adapter;
 use crate::config::Limits;
 use crate::data::{self, Encoded, Examples, Length, Split};
 use crate::device::Arbiter;
@@ -11,7 +11,7 @@ use crate::hub::Hub;
 use crate::ids::{AdapterRef, Tenant};
 use crate::memory::Memory;
 use crate::model::{Model, parity};
-use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start, TrainingData};
+use crate::request::{AdapterKind, Hyperparameters, JobSpec, LoraSpec, Objective, Start, TrainingData, TunerSpec};
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
 use crate::train::fit::CancelToken;
@@ -47,7 +47,7 @@ pub struct Checked {
 /// A job ready to run.
 #[derive(Debug)]
 pub struct Prepared {
-    pub start: Lora,
+    pub start: Adapter,
     /// Continues from a version, which is also what preferences are measured against.
     pub continued: bool,
     pub train: Examples,
@@ -76,9 +76,11 @@ impl TrainingContext {
         check_recipe(&spec.hyperparameters, &self.limits, self.model.context_length())?;
         let shape = self.model.shape();
         let bytes = match &spec.start {
-            Start::Fresh(lora) => {
-                check_lora(lora, shape, self.limits.max_rank)?;
-                lora.memory_bytes(shape)?
+            Start::Fresh(tuner) => {
+                if let TunerSpec::Lora(lora) = tuner {
+                    check_lora(lora, self.limits.max_rank)?;
+                }
+                tuner.memory_bytes(shape)?
             }
             Start::From(version) => {
                 tenant.check_owns(version.tenant())?;
@@ -113,10 +115,19 @@ impl TrainingContext {
         let Checked { dataset, .. } = self.check(tenant, spec).await?;
         let shape = self.model.shape();
         let (start, continued) = match &spec.start {
-            Start::Fresh(lora) => {
-                let (lora, shape, seed) = (lora.clone(), shape.clone(), spec.hyperparameters.seed);
-                // Random numbers for a large rank take long.
-                (blocking(move || Lora::fresh(&lora, &shape, seed)).await?, false)
+            Start::Fresh(tuner) => {
+                let (tuner, model, seed) = (tuner.clone(), self.model.clone(), spec.hyperparameters.seed);
+                let arbiter = self.arbiter.clone();
+                // Random numbers for a large rank take long, and so do norms.
+                let fresh = move || {
+                    let mut adapter = Adapter::fresh(&tuner, model.shape(), seed)?;
+                    if adapter.kind() == AdapterKind::Dora {
+                        let norms = model.row_norms(&adapter, Some(&arbiter.train()));
+                        adapter.set_magnitudes(&norms);
+                    }
+                    Ok(adapter)
+                };
+                (blocking(fresh).await?, false)
             }
             Start::From(version) => {
                 let (_, package) = self.hub.package(tenant, &AdapterRef::Version(version.clone())).await?;
@@ -183,10 +194,9 @@ fn check_objective(objective: Objective) -> Result<()> {
     rule((0.0..0.5).contains(&label_smoothing), "dpo.label_smoothing", "in [0, 0.5)")
 }
 
-fn check_lora(lora: &LoraSpec, shape: &BaseShape, max_rank: u64) -> Result<()> {
+fn check_lora(lora: &LoraSpec, max_rank: u64) -> Result<()> {
     rule((1..=max_rank).contains(&u64::from(lora.rank)), "lora.rank", format!("in 1..={max_rank} (limit max_rank)"))?;
-    rule(lora.alpha > 0.0, "lora.alpha", "positive")?;
-    lora.sites(shape).map(drop)
+    rule(lora.alpha > 0.0, "lora.alpha", "positive")
 }
 
 fn check_recipe(recipe: &Hyperparameters, limits: &Limits, context: usize) -> Result<()> {

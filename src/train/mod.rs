@@ -161,8 +161,8 @@ impl Trainer {
         }
         let checked = context.check(tenant, &spec).await?;
         // What was left to the base is said in the job.
-        if let Start::Fresh(lora) = &mut spec.start {
-            lora.targets = lora.targets_of(context.hub.shape())?;
+        if let Start::Fresh(tuner) = &mut spec.start {
+            tuner.fill_in(context.hub.shape())?;
         }
         let name = JobName::new(tenant.id(), &new_id())?;
         context.check_disk()?;

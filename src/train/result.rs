@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use crate::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::store::{JobRow, RESULT_MANIFEST, Store};

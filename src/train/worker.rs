@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::adapter::format::Package;
+use crate::adapter::peft::Package;
 use crate::error::{Error, Result};
 use crate::ids::{JobName, Tenant, TenantId};
 use crate::request::{JobEvent, JobState};
@@ -162,7 +162,7 @@ async fn train(
         };
         let outcome = fit(inputs, &mut |event| runtime.block_on(inner.report(&name, event)))?;
         Ok(TrainingResult {
-            package: Package::from_lora(&outcome.lora, inner.context.model.shape())?,
+            package: Package::from_adapter(&outcome.adapter, inner.context.model.shape())?,
             // JSON has no infinities.
             metrics: outcome.metrics.into_iter().filter(|(_, value)| value.is_finite()).collect(),
             probes: prepared.probes(),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde_json::Value;
-use tenora::adapter::format::{CONFIG_FILE, Package, TENSORS_FILE};
+use tenora::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
 use tenora::request::{Hyperparameters, LrSchedule};
 
 /// An adapter's folder.

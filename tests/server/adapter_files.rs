@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
-use tenora::adapter::{BaseShape, Lora, LoraLayer, Site};
+use tenora::adapter::{Adapter, BaseShape, LowRank, Site};
 use tenora::api::proto::*;
 use tenora::hub::{Package, TENSORS_FILE};
 use tenora::request::{LoraSpec, Target};
@@ -24,7 +24,7 @@ const ALPHA: f32 = 8.0;
 struct Case {
     name: &'static str,
     /// What the tensors are, by the sites that the config selects.
-    lora: Lora,
+    lora: Adapter,
     /// Put over the config of the plain form; null where the key is to be left out.
     config: Vec<(&'static str, Value)>,
     /// What the tensors are called, where PEFT would say `base_model.model.{module}.{lora_A or lora_B}.weight`.
@@ -47,16 +47,15 @@ fn values(len: usize, seed: usize) -> Vec<f32> {
 }
 
 /// An adapter of these sites, each with its rank and alpha.
-fn adapter(shape: &BaseShape, sites: impl Iterator<Item = (Site, u32, f32)>, rslora: bool) -> Lora {
+fn adapter(shape: &BaseShape, sites: impl Iterator<Item = (Site, u32, f32)>, rslora: bool) -> Adapter {
     let spec = LoraSpec { rank: RANK, alpha: ALPHA, use_rslora: rslora, ..LoraSpec::default() };
     let layers = sites.map(|(site, rank, alpha)| {
         let (inputs, outputs) = shape.dims(site.target).unwrap();
         let seed = site.layer as usize * 7 + site.target as usize;
         let (a, b) = (values(rank as usize * inputs, 2 * seed), values(outputs * rank as usize, 2 * seed + 1));
-        (site, LoraLayer { rank: rank as usize, alpha, scale: spec.scale(alpha, rank), a, b })
+        (site, LowRank { rank: rank as usize, alpha, scale: spec.scale(alpha, rank), a, b, magnitude: None })
     });
-    let layers: BTreeMap<_, _> = layers.collect();
-    Lora { spec, layers }
+    Adapter::lora(spec.clone(), layers)
 }
 
 fn module(site: Site) -> String {
@@ -78,17 +77,18 @@ impl Case {
     /// The files, as a trainer would leave them.
     fn package(&self, shape: &BaseShape) -> Package {
         let mut tensors = BTreeMap::new();
-        for (site, layer) in &self.lora.layers {
+        for (site, layer) in self.lora.pairs() {
             let (inputs, outputs) = shape.dims(site.target).unwrap();
             let mut put = |which, dims: [usize; 2], values: &[f32]| {
-                tensors.insert((self.rename)(&module(*site), which), (dims.to_vec(), encoded(values, self.dtype)));
+                tensors.insert((self.rename)(&module(site), which), (dims.to_vec(), encoded(values, self.dtype)));
             };
             put("lora_A", [layer.rank, inputs], &layer.a);
             put("lora_B", [outputs, layer.rank], &layer.b);
         }
         let views =
             tensors.iter().map(|(name, (dims, data))| (name, TensorView::new(self.dtype, dims.clone(), data).unwrap()));
-        let mut config: Value = serde_json::from_slice(&Package::from_lora(&self.lora, shape).unwrap().config).unwrap();
+        let mut config: Value =
+            serde_json::from_slice(&Package::from_adapter(&self.lora, shape).unwrap().config).unwrap();
         config["layers_to_transform"] = json!(null);
         config["rank_pattern"] = json!({});
         config["alpha_pattern"] = json!({});
@@ -117,17 +117,17 @@ struct Table<'a> {
 type Settings = Vec<(&'static str, Value)>;
 
 impl Table<'_> {
-    fn lora(&self, selects: impl Fn(u32, Target) -> bool) -> Lora {
+    fn lora(&self, selects: impl Fn(u32, Target) -> bool) -> Adapter {
         self.lora_of(|layer, target| selects(layer, target).then_some((RANK, ALPHA)), false)
     }
 
-    fn lora_of(&self, of: impl Fn(u32, Target) -> Option<(u32, f32)>, rslora: bool) -> Lora {
+    fn lora_of(&self, of: impl Fn(u32, Target) -> Option<(u32, f32)>, rslora: bool) -> Adapter {
         let sites = self.shape.sites();
         let sites = sites.filter_map(|site| of(site.layer, site.target).map(|(rank, alpha)| (site, rank, alpha)));
         adapter(self.shape, sites, rslora)
     }
 
-    fn add(&mut self, name: &'static str, lora: Lora, config: Settings) -> &mut Case {
+    fn add(&mut self, name: &'static str, lora: Adapter, config: Settings) -> &mut Case {
         self.cases.push(Case { name, lora, config, rename: peft, dtype: Dtype::F32, refused: None, spoil: None });
         self.cases.last_mut().unwrap()
     }
@@ -408,7 +408,6 @@ fn names(t: &mut Table<'_>) {
 fn refused_kinds(t: &mut Table<'_>) {
     const SETTING: &str = "UNSUPPORTED_SETTING";
     for (name, kind) in [
-        ("IA3", json!("IA3")),
         ("LoHa", json!("LOHA")),
         ("LoKr", json!("LOKR")),
         ("OFT", json!("OFT")),
@@ -426,8 +425,7 @@ fn refused_kinds(t: &mut Table<'_>) {
         t.refused(name, config, SETTING, &["peft_type", "LoRA"]).refused = Some((SETTING, &["peft_type"]));
     }
     for (name, key, value, advice) in [
-        ("DoRA", "use_dora", json!(true), &["use_dora", "merge"][..]),
-        ("QALoRA", "use_qalora", json!(true), &["use_qalora", "train again"]),
+        ("QALoRA", "use_qalora", json!(true), &["use_qalora", "train again"][..]),
         ("BD-LoRA", "use_bdlora", json!({"nblocks": 2}), &["use_bdlora", "train again"]),
         ("bias of LoRA", "lora_bias", json!(true), &["lora_bias", "train again"]),
         ("all biases", "bias", json!("all"), &["bias", "train again"]),
@@ -602,7 +600,7 @@ fn refused_files(t: &mut Table<'_>) {
     for (name, spoil, reason, holds) in spoilt {
         t.refused(name, vec![], reason, holds).spoil = Some(spoil);
     }
-    let renamed: [(&str, fn(&str, &str) -> String, &[&str]); 11] = [
+    let renamed: [(&str, fn(&str, &str) -> String, &[&str]); 10] = [
         (
             "two adapters",
             |m, w| peft(m, &format!("{w}.{}", if m.contains(".0.") { "one" } else { "two" })),
@@ -612,11 +610,6 @@ fn refused_files(t: &mut Table<'_>) {
             "two prefixes",
             |m, w| if m.contains(".0.") { peft(m, w) } else { format!("{m}.{w}.weight") },
             &["more than one adapter"],
-        ),
-        (
-            "magnitudes",
-            |m, w| if w == "lora_A" { format!("base_model.model.{m}.lora_magnitude_vector") } else { peft(m, w) },
-            &["DoRA", "merge"],
         ),
         (
             "biases",
@@ -648,20 +641,35 @@ fn refused_files(t: &mut Table<'_>) {
             |m, w| peft(&m.replace("q_proj", "qkv_proj"), w),
             &["linear layer", "trained on"],
         ),
-        ("a whole model", |m, _| format!("{m}.weight"), &["lora_A", "save the adapter alone"]),
+        ("a whole model", |m, _| format!("{m}.weight"), &["tensor of an adapter", "save the adapter alone"]),
     ];
     for (name, rename, holds) in renamed {
         t.refused(name, vec![], "EXTRA_TENSOR", holds).rename = rename;
     }
-    for (name, spoil) in
-        [("the same names in another wrapper", doubled as fn(&mut Package)), ("empty tensors", emptied)]
-    {
+    for (name, spoil) in [
+        ("the same names in another wrapper", doubled as fn(&mut Package)),
+        ("empty tensors", emptied),
+        ("magnitudes", with_magnitude),
+    ] {
         let (reason, holds): (_, &[&str]) = match name {
             "empty tensors" => ("SHAPE_MISMATCH", &["gather"]),
+            "magnitudes" => ("EXTRA_TENSOR", &["lora_magnitude_vector", "another kind"]),
             _ => ("EXTRA_TENSOR", &["more than one adapter"]),
         };
         t.refused(name, vec![], reason, holds).spoil = Some(spoil);
     }
+    t.refused(
+        "a DoRA without magnitudes",
+        vec![("use_dora", json!(true))],
+        "MISSING_TENSOR",
+        &["lora_magnitude_vector"],
+    );
+    t.refused(
+        "a LoRA's tensors and settings called IA3",
+        vec![("peft_type", json!("IA3"))],
+        "UNSUPPORTED_SETTING",
+        &["remove it"],
+    );
     t.refused("tensors of float64", vec![], "UNSUPPORTED_DTYPE", &["F64", "convert"]).dtype = Dtype::F64;
 }
 
@@ -672,6 +680,18 @@ fn doubled(package: &mut Package) {
         file.tensors().into_iter().flat_map(|(name, view)| [(format!("module.{name}"), view.clone()), (name, view)]);
     let doubled = safetensors::serialize(views, None).unwrap();
     package.tensors = doubled;
+}
+
+/// With a magnitude, of which the config says nothing.
+fn with_magnitude(package: &mut Package) {
+    let file = safetensors::SafeTensors::deserialize(&package.tensors).unwrap();
+    let (name, b) = file.iter().find(|(name, _)| name.ends_with("lora_B.weight")).unwrap();
+    let name = name.replace("lora_B.weight", "lora_magnitude_vector");
+    let values = vec![0; 4 * b.shape()[0]];
+    let magnitude = TensorView::new(Dtype::F32, vec![b.shape()[0]], &values).unwrap();
+    let views = file.tensors().into_iter().chain([(name, magnitude)]);
+    let more = safetensors::serialize(views, None).unwrap();
+    package.tensors = more;
 }
 
 /// The tensors as a process saves them that has none of their values.
@@ -714,7 +734,7 @@ async fn every_folder_is_served_as_its_plain_form_or_refused_with_advice() {
         make(&mut table);
     }
     assert!(table.cases.len() >= 120, "{}", table.cases.len());
-    let mut plain: Vec<(Lora, Vec<ScoreResult>)> = Vec::new();
+    let mut plain: Vec<(Adapter, Vec<ScoreResult>)> = Vec::new();
     let mut wrong = Vec::new();
     for case in &table.cases {
         let outcome = server.import(&key, "a", "case", &case.package(&shape)).await;
@@ -724,11 +744,11 @@ async fn every_folder_is_served_as_its_plain_form_or_refused_with_advice() {
             (None, Err(status)) => Err(format!("was refused: {}", status.message())),
             (None, Ok(_)) => {
                 let served = answers(&server, &key, "case").await;
-                let known = plain.iter().find(|(lora, _)| lora.layers == case.lora.layers);
+                let known = plain.iter().find(|(lora, _)| lora.sites == case.lora.sites);
                 let expected = match known {
                     Some((_, answers)) => answers.clone(),
                     None => {
-                        let package = Package::from_lora(&case.lora, &shape).unwrap();
+                        let package = Package::from_adapter(&case.lora, &shape).unwrap();
                         server.import(&key, "a", "plain", &package).await.unwrap();
                         plain.push((case.lora.clone(), answers(&server, &key, "plain").await));
                         plain.last().unwrap().1.clone()

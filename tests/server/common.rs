@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures::StreamExt as _;
 use tempfile::TempDir;
-use tenora::adapter::Lora;
+use tenora::adapter::Adapter;
 use tenora::api::Parts;
 use tenora::api::proto::adapter_service_client::AdapterServiceClient;
 use tenora::api::proto::base_service_client::BaseServiceClient;
@@ -291,14 +291,14 @@ pub fn config(data_dir: &std::path::Path) -> Config {
 
 /// An adapter that does something, a function of the seed.
 pub fn package(shape: &tenora::adapter::BaseShape, seed: u64) -> Package {
-    let mut lora = Lora::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, shape, seed).unwrap();
-    for (i, layer) in lora.layers.values_mut().enumerate() {
+    let mut lora = Adapter::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, shape, seed).unwrap();
+    for (i, layer) in lora.pairs_mut().map(|(_, pair)| pair).enumerate() {
         for (j, b) in layer.b.iter_mut().enumerate() {
             let x = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_mul((1000 * i + j + 1) as u64);
             *b = 0.1 * ((x >> 40) as f32 / (1 << 24) as f32 - 0.5);
         }
     }
-    Package::from_lora(&lora, shape).unwrap()
+    Package::from_adapter(&lora, shape).unwrap()
 }
 
 fn files_below(folder: &std::path::Path) -> Vec<std::path::PathBuf> {

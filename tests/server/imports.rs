@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
-use tenora::adapter::{BaseShape, Lora};
+use tenora::adapter::{Adapter, BaseShape};
 use tenora::api::proto::*;
 use tenora::hub::{CONFIG_FILE, Package, TENSORS_FILE};
 use tenora::request::LoraSpec;
@@ -41,8 +41,8 @@ fn of_another_base(shape: &BaseShape) -> Package {
     for linear in &mut other.linears {
         (linear.inputs, linear.outputs) = (linear.inputs * 2, linear.outputs * 2);
     }
-    let lora = Lora::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, &other, 1).unwrap();
-    Package::from_lora(&lora, &other).unwrap()
+    let lora = Adapter::fresh(&LoraSpec { rank: 4, ..LoraSpec::default() }, &other, 1).unwrap();
+    Package::from_adapter(&lora, &other).unwrap()
 }
 
 /// Each fault with what its error must name.
@@ -102,8 +102,8 @@ async fn bad_adapters_are_refused_by_name_and_leave_nothing() {
 /// undo ranks 0 and 1 but for a part.
 fn small_beside_its_factors(shape: &BaseShape, part: f32) -> Package {
     let spec = LoraSpec { rank: 4, alpha: 4.0, ..LoraSpec::default() };
-    let mut lora = Lora::fresh(&spec, shape, 1).unwrap();
-    for (i, (site, layer)) in lora.layers.iter_mut().enumerate() {
+    let mut lora = Adapter::fresh(&spec, shape, 1).unwrap();
+    for (i, (site, layer)) in lora.pairs_mut().enumerate() {
         let (inputs, outputs) = shape.dims(site.target).unwrap();
         let wave = |at: usize, by: f32| ((at + 17 * i) as f32 * by).sin();
         let a = |rank: usize, at: usize| {
@@ -113,7 +113,7 @@ fn small_beside_its_factors(shape: &BaseShape, part: f32) -> Package {
         layer.a = (0..4 * inputs).map(|j| a(j / inputs, j % inputs)).collect();
         layer.b = (0..4 * outputs).map(|j| b(j / 4, j % 4)).collect();
     }
-    Package::from_lora(&lora, shape).unwrap()
+    Package::from_adapter(&lora, shape).unwrap()
 }
 
 /// Where rounding to bf16 would show, a version is served in twice the bits, also after its packed file was lost; a usual one is not.

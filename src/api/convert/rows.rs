@@ -42,7 +42,7 @@ pub fn version(row: VersionRow, place: Residency) -> pb::AdapterVersion {
         base_digest: row.base_digest.to_string(),
         template_digest: row.template_digest.to_string(),
         size_bytes: row.size_bytes,
-        kind: "lora".to_owned(),
+        kind: row.kind.name().to_owned(),
         rank: row.rank,
         target_modules: row.targets,
         no_effect: row.parity.no_effect,

@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, Digest, TenantId, VersionName};
 use crate::request::metric::{ACCURACIES, MARGINS};
 use crate::request::{
-    Hyperparameters, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, Publish, Start, Target, TooLong,
-    TrainingData,
+    Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, Publish, Start, Target,
+    TooLong, TrainingData, TunerSpec,
 };
 use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
@@ -22,15 +22,17 @@ pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result
     let objective = objective(request)?;
     let start = match (&request.start, from) {
         (_, Some(version)) => Start::From(version),
-        (Some(pb::train_request::Start::Lora(lora)), None) => Start::Fresh(lora_spec(lora)?),
-        (_, None) => Start::Fresh(LoraSpec::default()),
+        (Some(pb::train_request::Start::Lora(lora)), None) => Start::Fresh(lora_spec(lora)?.into()),
+        (Some(pb::train_request::Start::Ia3(ia3)), None) => Start::Fresh(ia3_spec(ia3)?.into()),
+        (_, None) => Start::Fresh(TunerSpec::default()),
     };
+    let learning_rate = default_learning_rate(objective, &start);
     Ok(JobSpec {
         adapter: AdapterName::new(&tenant, &request.adapter_id)?,
         dataset: name("dataset", &request.dataset)?,
         objective,
         start,
-        hyperparameters: hyperparameters(request.hyperparameters.unwrap_or_default(), objective)?,
+        hyperparameters: hyperparameters(request.hyperparameters.unwrap_or_default(), learning_rate)?,
         publish: publish(request.publish)?,
         too_long: match known("too_long", request.too_long)? {
             pb::TooLong::Unspecified | pb::TooLong::Refuse => TooLong::Refuse,
@@ -73,14 +75,22 @@ fn lora_spec(message: &pb::LoraSpec) -> Result<LoraSpec> {
         rank: message.rank.unwrap_or(default.rank),
         alpha: message.alpha.unwrap_or(default.alpha),
         dropout: message.dropout.unwrap_or(default.dropout),
-        targets: targets(&message.target_modules)?,
+        targets: targets("lora.target_modules", &message.target_modules)?,
         layers: (!layers.is_empty()).then(|| layers.into_iter().collect()),
         use_rslora: message.use_rslora,
+        use_dora: message.use_dora,
+    })
+}
+
+fn ia3_spec(message: &pb::Ia3Spec) -> Result<Ia3Spec> {
+    Ok(Ia3Spec {
+        targets: targets("ia3.target_modules", &message.target_modules)?,
+        feedforward: targets("ia3.feedforward_modules", &message.feedforward_modules)?,
     })
 }
 
 /// Empty where every linear layer of the base is meant.
-fn targets(names: &[String]) -> Result<Vec<Target>> {
+fn targets(field: &str, names: &[String]) -> Result<Vec<Target>> {
     let mut targets = BTreeSet::new();
     let mut all = false;
     for (i, name) in names.iter().enumerate() {
@@ -89,7 +99,7 @@ fn targets(names: &[String]) -> Result<Vec<Target>> {
             (_, Some(target)) => drop(targets.insert(target)),
             (_, None) => {
                 let names = Target::ALL.map(Target::name).join(", ");
-                let field = format!("lora.target_modules[{i}]");
+                let field = format!("{field}[{i}]");
                 return Err(Error::invalid(field, format!("must be one of {names}, all-linear")));
             }
         }
@@ -97,11 +107,18 @@ fn targets(names: &[String]) -> Result<Vec<Target>> {
     Ok(if all { Vec::new() } else { targets.into_iter().collect() })
 }
 
-fn hyperparameters(message: pb::Hyperparameters, objective: Objective) -> Result<Hyperparameters> {
-    let learning_rate = match objective {
-        Objective::Sft => 2e-4,
-        Objective::Dpo { .. } => 5e-5,
-    };
+/// The peak rate where none is given.
+fn default_learning_rate(objective: Objective, start: &Start) -> f64 {
+    match (objective, start) {
+        // A factor for each value has to move much farther than a product of matrices.
+        (Objective::Sft, Start::Fresh(TunerSpec::Ia3(_))) => 5e-3,
+        (Objective::Dpo { .. }, Start::Fresh(TunerSpec::Ia3(_))) => 5e-4,
+        (Objective::Sft, _) => 2e-4,
+        (Objective::Dpo { .. }, _) => 5e-5,
+    }
+}
+
+fn hyperparameters(message: pb::Hyperparameters, learning_rate: f64) -> Result<Hyperparameters> {
     let schedule = match known("schedule", message.schedule).map_err(|e| at("hyperparameters.schedule", e))? {
         pb::LrSchedule::Unspecified | pb::LrSchedule::Cosine => LrSchedule::Cosine,
         pb::LrSchedule::Linear => LrSchedule::Linear,
@@ -162,6 +179,10 @@ fn trains_on(data: TrainingData) -> pb::TrainingJob {
     }
 }
 
+fn names(targets: &[Target]) -> Vec<String> {
+    targets.iter().map(|target| target.name().to_owned()).collect()
+}
+
 /// The request that asks for this, with nothing left to default.
 fn recipe(spec: &JobSpec) -> pb::TrainRequest {
     let objective = match spec.objective {
@@ -172,13 +193,18 @@ fn recipe(spec: &JobSpec) -> pb::TrainRequest {
     };
     let start = match &spec.start {
         Start::From(version) => pb::train_request::Start::FromVersion(version.to_string()),
-        Start::Fresh(lora) => pb::train_request::Start::Lora(pb::LoraSpec {
+        Start::Fresh(TunerSpec::Ia3(ia3)) => pb::train_request::Start::Ia3(pb::Ia3Spec {
+            target_modules: names(&ia3.targets),
+            feedforward_modules: names(&ia3.feedforward),
+        }),
+        Start::Fresh(TunerSpec::Lora(lora)) => pb::train_request::Start::Lora(pb::LoraSpec {
             rank: Some(lora.rank),
             alpha: Some(lora.alpha),
             dropout: Some(lora.dropout),
-            target_modules: lora.targets.iter().map(|target| target.name().to_owned()).collect(),
+            target_modules: names(&lora.targets),
             layers_to_transform: lora.layers.clone().unwrap_or_default(),
             use_rslora: lora.use_rslora,
+            use_dora: lora.use_dora,
         }),
     };
     let publish = match spec.publish {
@@ -304,7 +330,7 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_proto() {
         let spec = job_spec(&request(), None).unwrap();
-        assert_eq!(spec.start, Start::Fresh(LoraSpec::default()));
+        assert_eq!(spec.start, Start::Fresh(TunerSpec::default()));
         assert_eq!(spec.hyperparameters.learning_rate, 2e-4);
         assert_eq!((spec.hyperparameters.epochs, spec.hyperparameters.batch_size), (3, 4));
         assert_eq!(spec.hyperparameters.max_grad_norm, 1.0);
@@ -327,16 +353,16 @@ mod tests {
         let start = Some(pb::train_request::Start::Lora(lora));
         let too_long = pb::TooLong::Truncate.into();
         let spec = job_spec(&pb::TrainRequest { start, too_long, ..request() }, None).unwrap();
-        assert!(matches!(&spec.start, Start::Fresh(lora) if lora.layers == Some(vec![0, 2])
+        assert!(matches!(&spec.start, Start::Fresh(TunerSpec::Lora(lora)) if lora.layers == Some(vec![0, 2])
             && lora.targets == [Target::QProj, Target::VProj]));
         assert_eq!(job_spec(&recipe(&spec), None).unwrap(), spec);
     }
 
     #[test]
     fn all_linear_is_all_seven() {
-        assert_eq!(targets(&["all-linear".into(), "q_proj".into()]).unwrap(), []);
-        assert_eq!(targets(&[]).unwrap(), []);
-        let error = targets(&["q_proj".into(), "lm_head".into()]).unwrap_err();
+        assert_eq!(targets("t", &["all-linear".into(), "q_proj".into()]).unwrap(), []);
+        assert_eq!(targets("t", &[]).unwrap(), []);
+        let error = targets("lora.target_modules", &["q_proj".into(), "lm_head".into()]).unwrap_err();
         assert!(matches!(error, Error::Invalid { field, .. } if field == "lora.target_modules[1]"));
     }
 }

@@ -154,7 +154,7 @@ fn files(kind: &Kind, base: &proto::Base, index: u64) -> Result<Vec<(String, Vec
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::format::Package;
+    use crate::adapter::peft::Package;
     use crate::adapter::{BaseShape, LinearShape};
     use crate::ids::Digest;
 
@@ -198,8 +198,8 @@ mod tests {
             Package { config, tensors }.read(&shape(), 8).unwrap()
         };
         let lora = read(0);
-        assert_eq!(lora.layers.len(), 4);
-        for layer in lora.layers.values() {
+        assert_eq!(lora.sites.len(), 4);
+        for layer in lora.pairs().map(|(_, pair)| pair) {
             assert_eq!((layer.rank, layer.scale), (4, 1.0));
             assert!(layer.b.iter().any(|x| x.abs() > LARGEST_B / 4.0));
             assert!(layer.b.iter().all(|x| x.abs() <= LARGEST_B));

@@ -44,7 +44,7 @@ fn a_prompt_is_counted_when_all_of_it_is_computed() {
         let executor = w.model.executor(layout).unwrap();
         // A prompt of 20 tokens takes three steps of 8 rows.
         let (mut state, bare) = bare_loop_beside(w.hub.clone(), &tight(8, 40), layout, executor);
-        let _reader = submit(&bare, Adapter::Base, 4);
+        let _reader = submit(&bare, SequenceAdapter::Base, 4);
         let counted = [(); 4].map(|()| {
             assert!(state.turn());
             counters.get("tenora_prompt_tokens_total")

@@ -79,11 +79,11 @@ fn several_answers_keep_their_places_while_the_first_computes_the_prompt() {
         // A place for one, whose prompt takes several steps.
         let limits = Limits { max_step_rows: 8, ..tight(2, 40) };
         let (mut state, bare) = bare_loop_beside(w.hub.clone(), &limits, layout, executor);
-        let (first, _first) = submit_with(&bare, Adapter::Base, 3, 0, &|first| first.followers = 1..3);
+        let (first, _first) = submit_with(&bare, SequenceAdapter::Base, 3, 0, &|first| first.followers = 1..3);
         assert_eq!(first, 0);
-        let follow = |_| submit_with(&bare, Adapter::Base, 3, 0, &|other| other.follows = Some(0));
+        let follow = |_| submit_with(&bare, SequenceAdapter::Base, 3, 0, &|other| other.follows = Some(0));
         let _others = [1, 2].map(follow);
-        let _later = submit(&bare, Adapter::Base, 3);
+        let _later = submit(&bare, SequenceAdapter::Base, 3);
         let mut ended = Vec::new();
         assert!(state.turn());
         assert_eq!((state.scheduler.running(), state.scheduler.waiting()), (1, 3));
@@ -95,8 +95,8 @@ fn several_answers_keep_their_places_while_the_first_computes_the_prompt() {
         assert_eq!(ended, [0, 1, 2, 3]);
 
         // Where the first goes before it has computed the prompt, the next one does it.
-        let (first, reader) = submit_with(&bare, Adapter::Base, 3, 0, &|first| first.followers = 5..6);
-        let (other, _other) = submit_with(&bare, Adapter::Base, 3, 0, &|other| other.follows = Some(4));
+        let (first, reader) = submit_with(&bare, SequenceAdapter::Base, 3, 0, &|first| first.followers = 5..6);
+        let (other, _other) = submit_with(&bare, SequenceAdapter::Base, 3, 0, &|other| other.follows = Some(4));
         assert_eq!((first, other), (4, 5));
         assert!(state.turn());
         drop(reader);

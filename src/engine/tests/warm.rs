@@ -40,8 +40,8 @@ async fn cold_of_one_share(places: u64) -> Cold {
 }
 
 impl Cold {
-    fn wanted(&self, i: usize) -> Adapter {
-        Adapter::Wanted(self.rows[i].clone())
+    fn wanted(&self, i: usize) -> SequenceAdapter {
+        SequenceAdapter::Wanted(self.rows[i].clone())
     }
 
     fn turn(&mut self) {
@@ -68,7 +68,7 @@ impl Cold {
     /// The versions that sequences hold, and how many hold one.
     fn leased(&self) -> (BTreeSet<String>, usize) {
         let leases = self.state.sequences.values().filter_map(|sequence| match &sequence.adapter {
-            Adapter::Leased(lease) => Some(lease.name().to_string()),
+            SequenceAdapter::Leased(lease) => Some(lease.name().to_string()),
             _ => None,
         });
         let leases: Vec<String> = leases.collect();
@@ -106,7 +106,7 @@ fn a_version_is_not_kept_for_a_request_that_is_gone() {
 fn a_version_that_was_loaded_ahead_leaves_the_share_to_a_request_that_goes_before() {
     run(async {
         let mut cold = cold_of_one_share(1).await;
-        let mut readers = vec![submit(&cold.bare, Adapter::Base, 60)];
+        let mut readers = vec![submit(&cold.bare, SequenceAdapter::Base, 60)];
         cold.turn();
         readers.push(submit(&cold.bare, cold.wanted(0), 3));
         cold.turn();
@@ -125,7 +125,7 @@ fn a_version_that_was_loaded_ahead_is_held_by_nobody() {
     run(async {
         let limits = Limits { adapter_wait_seconds: 0, adapter_cache_percent_per_tenant: 100, ..Limits::default() };
         let mut cold = cold(1, u64::max, limits).await;
-        let mut readers = vec![submit(&cold.bare, Adapter::Base, 60)];
+        let mut readers = vec![submit(&cold.bare, SequenceAdapter::Base, 60)];
         cold.turn();
         readers.push(submit(&cold.bare, cold.wanted(0), 3));
         cold.turn();

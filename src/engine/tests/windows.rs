@@ -105,7 +105,7 @@ fn a_long_answer_holds_what_its_windows_show_and_its_steps_allocate_nothing() {
         let paging = Paging::new(8, limits.max_step_rows as usize, windows);
         state.scheduler = Scheduler::new(scheduler_config(layout, paging, &limits).unwrap());
         state.context = w.model.context_length();
-        let readers = [submit(&bare, Adapter::Base, 220), submit(&bare, Adapter::Base, 220)];
+        let readers = [submit(&bare, SequenceAdapter::Base, 220), submit(&bare, SequenceAdapter::Base, 220)];
         (0..10).for_each(|_| assert!(state.turn()));
         let mut most = 0;
         for _ in 0..200 {

@@ -1,4 +1,9 @@
-//! Linear layers as an adapter changes them, forward and backward: `y = x W^T + b + scale * (drop(x) A^T) B^T`, with gradients of x, A and B.
+//! Linear layers as an adapter changes them, forward and backward.
+//!
+//! - LoRA: `y = x W^T + b + scale * (drop(x) A^T) B^T`.
+//! - DoRA: `y = c * (x W^T + scale * (drop(x) A^T) B^T) + b`, c being the magnitudes over the norms of the rows of W + scale * B A. As in PEFT and
+//!   the paper's section 4.3, the norms are constants to the gradient.
+//! - (IA)3: `y = l * (x W^T + b)` or `y = (l * x) W^T + b`.
 
 use std::ops::Range;
 
@@ -6,7 +11,7 @@ use rayon::prelude::*;
 
 use super::buffers::Buffer;
 use super::{Scope, add};
-use crate::adapter::{Lora, LoraLayer};
+use crate::adapter::{Adapter, LowRank, RowNorms, ScaledSide, Site, SiteDelta};
 use crate::arch::decoder::SiteId;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
 use crate::random::{Purpose, Stream};
@@ -36,20 +41,33 @@ impl Dropout {
 
 impl Scope<'_> {
     /// Returns what the pass's adapter has at a site.
-    pub(super) fn adapted(&self, site: SiteId) -> Option<&LoraLayer> {
-        self.options.lora?.layers.get(&self.model.site(site))
+    pub(super) fn adapted(&self, site: SiteId) -> Option<&SiteDelta> {
+        self.options.adapter?.sites.get(&self.model.site(site))
     }
 
     /// Computes linear layers that share the input `x` `[rows, in]`, whose values stay as they are; gives `[rows, out]` of each.
     pub(super) fn linear(&self, x: &mut [f32], sites: Range<SiteId>) -> Vec<Buffer> {
-        let mut outputs = self.frozen(x, sites.clone());
+        let scaled = sites.clone().find_map(|site| match self.adapted(site) {
+            Some(SiteDelta::Scaled { side: ScaledSide::Input, values }) => Some(values),
+            _ => None,
+        });
+        let mut outputs = match scaled {
+            // The only layer of its input.
+            Some(by) => self.frozen(&mut self.scaled(x, by), sites.clone()),
+            None => self.frozen(x, sites.clone()),
+        };
         for (site, y) in sites.zip(&mut outputs) {
-            let Some(layer) = self.adapted(site) else { continue };
-            let shrunk = self.shrink(layer, &self.dropped(site, x));
-            let (shrunk, b) = (Mat::dense(&shrunk, layer.rank), Mat::dense(&layer.b, layer.rank));
-            let y = Out { stride: layer.b.len() / layer.rank, data: y, accumulate: true };
-            mul_nt(y, shrunk, b, true);
-            self.yield_to_serving();
+            match self.adapted(site) {
+                Some(SiteDelta::LowRank(pair)) => {
+                    self.add_pair(site, pair, x, y);
+                    if pair.magnitude.is_some() {
+                        self.scale_rows(site, pair, y);
+                    }
+                    self.yield_to_serving();
+                }
+                Some(SiteDelta::Scaled { side: ScaledSide::Output, values }) => multiply(y, values),
+                Some(SiteDelta::Scaled { side: ScaledSide::Input, .. }) | None => {}
+            }
         }
         outputs
     }
@@ -62,40 +80,146 @@ impl Scope<'_> {
         x: &[f32],
         dy: &[f32],
         dx: Option<&mut [f32]>,
-        gradients: &mut Lora,
+        gradients: &mut Adapter,
     ) {
         let matrix = self.model.matrix(site);
-        let mut dx = dx;
-        if let Some(dx) = dx.as_deref_mut() {
-            self.frozen_backward(matrix, dy, dx);
-        }
-        let gradient = gradients.layers.get_mut(&self.model.site(site));
-        let (Some(layer), Some(gradient)) = (self.adapted(site), gradient) else { return };
-        let LoraLayer { rank, scale, .. } = *layer;
-        let (input, dy) = (self.dropped(site, x), Mat::dense(dy, matrix.rows()));
-        let shrunk = self.shrink(layer, &input);
-        let db = Out { data: &mut gradient.b, stride: rank, accumulate: true };
-        mul_tn(db, dy, Mat::dense(&shrunk, rank), true);
-        let mut dshrunk = self.take(shrunk.len());
-        let out = Out { data: &mut dshrunk, stride: rank, accumulate: false };
-        mul(out, dy, Mat::dense(&layer.b, rank), true);
-        dshrunk.iter_mut().for_each(|d| *d *= scale);
-        let (dshrunk, width) = (Mat::dense(&dshrunk, rank), matrix.cols());
-        let da = Out { data: &mut gradient.a, stride: width, accumulate: true };
-        mul_tn(da, dshrunk, Mat::dense(&input, width), true);
-        if let Some(dx) = dx {
-            let a = Mat::dense(&layer.a, width);
-            match self.dropout() {
-                None => mul(Out { data: dx, stride: width, accumulate: true }, dshrunk, a, true),
-                Some(dropout) => {
-                    let mut dinput = self.take(dx.len());
-                    mul(Out { data: &mut dinput, stride: width, accumulate: false }, dshrunk, a, true);
-                    dropout.apply(site, &mut dinput);
-                    add(dx, &dinput);
+        let gradient = gradients.sites.get_mut(&self.model.site(site));
+        match (self.adapted(site), gradient) {
+            (Some(SiteDelta::LowRank(pair)), Some(SiteDelta::LowRank(gradient))) => {
+                let own;
+                let d = match &mut gradient.magnitude {
+                    Some(dm) => {
+                        own = self.magnitude_backward(site, pair, x, dy, dm);
+                        &own
+                    }
+                    None => dy,
+                };
+                self.pair_backward(site, pair, x, d, dx, gradient);
+            }
+            (
+                Some(SiteDelta::Scaled { side: ScaledSide::Output, values }),
+                Some(SiteDelta::Scaled { values: dl, .. }),
+            ) => {
+                let y = self.frozen_copy(site, x);
+                add_products(dl, dy, &y);
+                if let Some(dx) = dx {
+                    self.frozen_backward(matrix, &self.scaled(dy, values), dx);
+                }
+            }
+            (
+                Some(SiteDelta::Scaled { side: ScaledSide::Input, values }),
+                Some(SiteDelta::Scaled { values: dl, .. }),
+            ) => {
+                let mut d = self.zeros(x.len());
+                self.frozen_backward(matrix, dy, &mut d);
+                add_products(dl, &d, x);
+                if let Some(dx) = dx {
+                    multiply(&mut d, values);
+                    add(dx, &d);
+                }
+            }
+            _ => {
+                if let Some(dx) = dx {
+                    self.frozen_backward(matrix, dy, dx);
                 }
             }
         }
         self.yield_to_serving();
+    }
+
+    /// y += scale * (drop(x) A^T) B^T.
+    fn add_pair(&self, site: SiteId, pair: &LowRank, x: &[f32], y: &mut [f32]) {
+        let shrunk = self.shrink(pair, &self.dropped(site, x));
+        let (shrunk, b) = (Mat::dense(&shrunk, pair.rank), Mat::dense(&pair.b, pair.rank));
+        mul_nt(Out { stride: pair.b.len() / pair.rank, data: y, accumulate: true }, shrunk, b, true);
+    }
+
+    /// The backward of a frozen layer and a pair, from the gradient of their sum.
+    fn pair_backward(
+        &self,
+        site: SiteId,
+        pair: &LowRank,
+        x: &[f32],
+        dy: &[f32],
+        mut dx: Option<&mut [f32]>,
+        gradient: &mut LowRank,
+    ) {
+        let matrix = self.model.matrix(site);
+        if let Some(dx) = dx.as_deref_mut() {
+            self.frozen_backward(matrix, dy, dx);
+        }
+        let LowRank { rank, scale, .. } = *pair;
+        let (input, dy) = (self.dropped(site, x), Mat::dense(dy, matrix.rows()));
+        let shrunk = self.shrink(pair, &input);
+        let db = Out { data: &mut gradient.b, stride: rank, accumulate: true };
+        mul_tn(db, dy, Mat::dense(&shrunk, rank), true);
+        let mut dshrunk = self.take(shrunk.len());
+        let out = Out { data: &mut dshrunk, stride: rank, accumulate: false };
+        mul(out, dy, Mat::dense(&pair.b, rank), true);
+        dshrunk.iter_mut().for_each(|d| *d *= scale);
+        let (dshrunk, width) = (Mat::dense(&dshrunk, rank), matrix.cols());
+        let da = Out { data: &mut gradient.a, stride: width, accumulate: true };
+        mul_tn(da, dshrunk, Mat::dense(&input, width), true);
+        let Some(dx) = dx else { return };
+        let a = Mat::dense(&pair.a, width);
+        match self.dropout() {
+            None => mul(Out { data: dx, stride: width, accumulate: true }, dshrunk, a, true),
+            Some(dropout) => {
+                let mut dinput = self.take(dx.len());
+                mul(Out { data: &mut dinput, stride: width, accumulate: false }, dshrunk, a, true);
+                dropout.apply(site, &mut dinput);
+                add(dx, &dinput);
+            }
+        }
+    }
+
+    /// Multiplies each output but its bias by the magnitude over the norm of its row.
+    fn scale_rows(&self, site: SiteId, pair: &LowRank, y: &mut [f32]) {
+        let scales = self.row_scales(site, pair);
+        let bias = self.model.bias(site).unwrap_or_default();
+        each_row(y, scales.len(), |y| {
+            if bias.is_empty() {
+                return y.iter_mut().zip(&scales).for_each(|(y, scale)| *y *= scale);
+            }
+            y.iter_mut().zip(&scales).zip(bias).for_each(|((y, scale), bias)| *y = scale * (*y - bias) + bias);
+        });
+    }
+
+    /// Adds the gradient of a magnitude, and gives that of the sum it multiplies.
+    fn magnitude_backward(&self, site: SiteId, pair: &LowRank, x: &[f32], dy: &[f32], dm: &mut [f32]) -> Buffer {
+        let matrix = self.model.matrix(site);
+        let mut sum = self.products(&mut self.copied(x), &[(matrix, None)]).swap_remove(0);
+        self.add_pair(site, pair, x, &mut sum);
+        let mut dc = vec![0.0; dm.len()];
+        add_products(&mut dc, dy, &sum);
+        let norms = self.norms.get(&self.model.site(site)).map(Vec::as_slice).unwrap_or_default();
+        dm.iter_mut().zip(dc).zip(norms).for_each(|((dm, dc), norm)| *dm += dc / norm);
+        self.scaled(dy, &self.row_scales(site, pair))
+    }
+
+    /// The magnitudes over the norms, `[out]`.
+    fn row_scales(&self, site: SiteId, pair: &LowRank) -> Vec<f32> {
+        let norms = self.norms.get(&self.model.site(site));
+        let pairs = pair.magnitude.iter().flatten().zip(norms.into_iter().flatten());
+        pairs.map(|(magnitude, norm)| magnitude / norm).collect()
+    }
+
+    /// The frozen layer of an input that must stay.
+    fn frozen_copy(&self, site: SiteId, x: &[f32]) -> Buffer {
+        self.frozen(&mut self.copied(x), site..site + 1).swap_remove(0)
+    }
+
+    fn copied(&self, x: &[f32]) -> Buffer {
+        let mut copy = self.take(x.len());
+        copy.copy_from_slice(x);
+        copy
+    }
+
+    /// Rows times `by`, element by element.
+    fn scaled(&self, x: &[f32], by: &[f32]) -> Buffer {
+        let mut scaled = self.copied(x);
+        multiply(&mut scaled, by);
+        scaled
     }
 
     fn dropout(&self) -> Option<Dropout> {
@@ -105,20 +229,70 @@ impl Scope<'_> {
     /// The adapter's input.
     fn dropped<'x>(&self, site: SiteId, x: &'x [f32]) -> Input<'x> {
         let Some(dropout) = self.dropout() else { return Input::Whole(x) };
-        let mut input = self.take(x.len());
-        input.copy_from_slice(x);
+        let mut input = self.copied(x);
         dropout.apply(site, &mut input);
         Input::Dropped(input)
     }
 
     /// scale * input A^T, `[rows, rank]`.
-    fn shrink(&self, layer: &LoraLayer, input: &[f32]) -> Buffer {
-        let width = layer.a.len() / layer.rank;
-        let mut shrunk = self.take(input.len() / width * layer.rank);
-        let out = Out { data: &mut shrunk, stride: layer.rank, accumulate: false };
-        mul_nt(out, Mat::dense(input, width), Mat::dense(&layer.a, width), true);
-        shrunk.iter_mut().for_each(|h| *h *= layer.scale);
+    fn shrink(&self, pair: &LowRank, input: &[f32]) -> Buffer {
+        let width = pair.a.len() / pair.rank;
+        let mut shrunk = self.take(input.len() / width * pair.rank);
+        let out = Out { data: &mut shrunk, stride: pair.rank, accumulate: false };
+        mul_nt(out, Mat::dense(input, width), Mat::dense(&pair.a, width), true);
+        shrunk.iter_mut().for_each(|h| *h *= pair.scale);
         shrunk
+    }
+
+    /// Computes the norms of the rows of W + scale * B A of all sites with a magnitude, from the exact weights.
+    pub(super) fn row_norms(&self, adapter: &Adapter) -> RowNorms {
+        let with_magnitude = adapter.pairs().filter(|(_, pair)| pair.magnitude.is_some());
+        with_magnitude.filter_map(|(site, pair)| Some((site, self.norms_of(site, pair)?))).collect()
+    }
+
+    /// |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b, row by row of W and B.
+    fn norms_of(&self, site: Site, pair: &LowRank) -> Option<Vec<f32>> {
+        let matrix = self.model.matrix(self.model.shape().index(site)?);
+        let (rank, width) = (pair.rank, matrix.cols());
+        let a = Mat::dense(&pair.a, width);
+        let mut gram = vec![0.0; rank * rank];
+        mul_nt(Out { data: &mut gram, stride: rank, accumulate: false }, a, a, false);
+        let mut norms = vec![0.0; matrix.rows()];
+        self.pieces(matrix, rank, |from, dense| {
+            let rows = dense.len() / width;
+            let mut wa = self.take(rows * rank);
+            let out = Out { data: &mut wa, stride: rank, accumulate: false };
+            mul_nt(out, Mat::dense(dense, width), a, true);
+            let of_rows = dense.par_chunks_exact(width).zip(wa.par_chunks_exact(rank));
+            let of_rows = of_rows.zip(pair.b[from * rank..].par_chunks_exact(rank)).zip(&mut norms[from..from + rows]);
+            of_rows.for_each(|(((w, wa), b), norm)| {
+                let scale = f64::from(pair.scale);
+                let dot =
+                    |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+                let square =
+                    gram.chunks_exact(rank).zip(b).map(|(gram, b_k)| f64::from(*b_k) * dot(gram, b)).sum::<f64>();
+                *norm = (dot(w, w) + 2.0 * scale * dot(wa, b) + scale * scale * square).sqrt() as f32;
+            });
+        });
+        Some(norms)
+    }
+}
+
+/// Runs `f` over rows of so many values.
+fn each_row(x: &mut [f32], width: usize, f: impl Fn(&mut [f32]) + Send + Sync) {
+    x.par_chunks_exact_mut(width).with_min_len(8).for_each(f);
+}
+
+/// Multiplies each row by `by`, element by element.
+fn multiply(x: &mut [f32], by: &[f32]) {
+    each_row(x, by.len(), |x| x.iter_mut().zip(by).for_each(|(x, by)| *x *= by));
+}
+
+/// Adds to `sums` those of a b over the rows, element by element.
+fn add_products(sums: &mut [f32], a: &[f32], b: &[f32]) {
+    let width = sums.len();
+    for (a, b) in a.chunks_exact(width).zip(b.chunks_exact(width)) {
+        sums.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += a * b);
     }
 }
 
@@ -157,15 +331,19 @@ mod tests {
         let site = model.decoder().sites.len() - 1;
         let (inputs, outputs, rank, rows) = (96, 64, 3, 10);
         let (x, a, b) = (sinusoid(rows, inputs, 0.7), sinusoid(rank, inputs, 0.3), sinusoid(outputs, rank, 1.1));
-        let layer = LoraLayer { rank, alpha: 1.5, scale: 0.5, a: values(&a), b: values(&b) };
-        let lora = Lora { spec: LoraSpec::default(), layers: [(model.site(site), layer)].into() };
+        let layer = LowRank { rank, alpha: 1.5, scale: 0.5, a: values(&a), b: values(&b), magnitude: None };
+        let adapter = Adapter::lora(LoraSpec::default(), [(model.site(site), layer)]);
         let mut weights = vec![0.0; outputs * inputs];
         model.matrix(site).dequantize(0, &mut weights);
         let weights = tensor(&weights, (outputs, inputs));
         for dropout in [None, Some(Dropout { rate: 0.4, seed: 3, step: 5 })] {
-            let options =
-                ForwardOptions { lora: Some(&lora), dropout, products: Products::Exact, ..ForwardOptions::default() };
-            let scope = Scope { model: &model, workspace: &workspace, options };
+            let options = ForwardOptions {
+                adapter: Some(&adapter),
+                dropout,
+                products: Products::Exact,
+                ..ForwardOptions::default()
+            };
+            let scope = Scope::new(&model, &workspace, options);
             let mut mask = vec![1.0; rows * inputs];
             dropout.iter().for_each(|dropout| dropout.apply(site, &mut mask));
             assert_eq!(mask.contains(&0.0), dropout.is_some());
@@ -179,9 +357,10 @@ mod tests {
             assert_close(&scope.linear(&mut input, site..site + 1)[0], &plain);
             assert_eq!(input, values(&x));
             let (d, mut dx, mut of) =
-                (values(&sinusoid(rows, outputs, 0.21)), vec![0.0; rows * inputs], lora.zeros_like());
+                (values(&sinusoid(rows, outputs, 0.21)), vec![0.0; rows * inputs], adapter.zeros_like());
             scope.linear_backward(site, &input, &d, Some(&mut dx), &mut of);
-            let ours = [dx, of.layers[&model.site(site)].a.clone(), of.layers[&model.site(site)].b.clone()];
+            let pair = of.pair(model.site(site)).unwrap();
+            let ours = [dx, pair.a.clone(), pair.b.clone()];
             for (ours, plain) in ours.iter().zip(gradients(&plain, &d, &[x.clone(), a.clone(), b.clone()])) {
                 assert_close(ours, &plain);
             }

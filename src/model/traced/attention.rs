@@ -324,7 +324,7 @@ mod tests {
     #[test]
     fn attention_and_its_gradients_are_those_of_the_plain_form() {
         let (model, workspace) = (Model::tiny(1).0, Workspace::default());
-        let scope = Scope { model: &model, workspace: &workspace, options: ForwardOptions::default() };
+        let scope = Scope::new(&model, &workspace, ForwardOptions::default());
         let (dim, sequences) = (8, vec![0..2000, 2000..2007]);
         let plain = AttentionSpec::causal(2, dim);
         let capped = AttentionSpec { scale: 0.6, softcap: Some(1.5), window: Some(300), ..plain };
@@ -353,7 +353,7 @@ mod tests {
     #[test]
     fn what_heads_go_through_and_its_gradient_are_those_of_the_plain_form() {
         let (model, workspace) = (Model::tiny(1).0, Workspace::default());
-        let scope = Scope { model: &model, workspace: &workspace, options: ForwardOptions::default() };
+        let scope = Scope::new(&model, &workspace, ForwardOptions::default());
         let head_dim = model.config().attention.head_dim;
         let half = model.ropes[0].half();
         let sequence: Vec<u32> = (0..30).collect();

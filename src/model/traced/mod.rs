@@ -13,13 +13,15 @@ mod head;
 mod pass;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::adapter::Lora;
+use crate::adapter::{Adapter, RowNorms};
 use crate::device::TrainPermit;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::QuantizedRows;
@@ -45,7 +47,7 @@ pub enum Products {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ForwardOptions<'a> {
     /// `None` is the base.
-    pub lora: Option<&'a Lora>,
+    pub adapter: Option<&'a Adapter>,
     /// Dropped inputs of the adapter; none where it is evaluated.
     pub dropout: Option<Dropout>,
     /// By which it gives way to serving, at least every few milliseconds.
@@ -94,7 +96,7 @@ impl Model {
         workspace: &Workspace,
     ) -> Result<TokenScores> {
         let batch = Batch::new(self, sequences, wanted)?;
-        let scope = Scope { model: self, workspace, options };
+        let scope = Scope::new(self, workspace, options);
         Ok(scope.score(&mut pass::hidden(&scope, &batch)?, &batch.targets, None))
     }
 
@@ -117,7 +119,14 @@ impl Model {
         workspace: &'a Workspace,
     ) -> Result<Trace<'a>> {
         let batch = Batch::new(self, sequences, wanted)?;
-        Trace::new(Scope { model: self, workspace, options }, batch)
+        Trace::new(Scope::new(self, workspace, options), batch)
+    }
+
+    /// Computes the norms of the rows of W + scale * B A, by which a DoRA's magnitudes are divided. Empty for other adapters. Gives way to
+    /// serving.
+    pub fn row_norms(&self, adapter: &Adapter, permit: Option<&TrainPermit>) -> RowNorms {
+        let options = ForwardOptions { permit, ..ForwardOptions::default() };
+        Scope::new(self, &Workspace::default(), options).row_norms(adapter)
     }
 
     /// Computes all logits after position i, for every (sequence, i) in `wanted`: `[wanted.len(), vocab_size]`.
@@ -132,7 +141,7 @@ impl Model {
     ) -> Result<Vec<f32>> {
         let batch = Batch::of_rows(self, sequences, wanted)?;
         let workspace = Workspace::default();
-        let scope = Scope { model: self, workspace: &workspace, options };
+        let scope = Scope::new(self, &workspace, options);
         Ok(scope.logits(&mut pass::hidden(&scope, &batch)?).to_vec())
     }
 }
@@ -142,9 +151,19 @@ struct Scope<'a> {
     model: &'a Model,
     workspace: &'a Workspace,
     options: ForwardOptions<'a>,
+    /// Of the adapter's magnitudes.
+    norms: RowNorms,
 }
 
-impl Scope<'_> {
+impl<'a> Scope<'a> {
+    fn new(model: &'a Model, workspace: &'a Workspace, options: ForwardOptions<'a>) -> Self {
+        let mut scope = Self { model, workspace, options, norms: RowNorms::new() };
+        if let Some(adapter) = options.adapter {
+            scope.norms = scope.row_norms(adapter);
+        }
+        scope
+    }
+
     /// Returns `len` values, whatever they are.
     fn take(&self, len: usize) -> Buffer {
         self.workspace.buffers.take(len)

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::buffers::Buffer;
 use super::{Batch, Scope, TokenScores, add};
-use crate::adapter::Lora;
+use crate::adapter::Adapter;
 use crate::arch::decoder::{Merge, NormId, Part, Step, StepExecutor};
 use crate::error::{Error, Result};
 use crate::kernels::cpu;
@@ -79,7 +79,7 @@ impl<'a> Trace<'a> {
     ///
     /// # Errors
     /// An internal one where the pass had no adapter.
-    pub fn backward(self, derivatives: &[f32], gradients: &mut Lora) -> Result<()> {
+    pub fn backward(self, derivatives: &[f32], gradients: &mut Adapter) -> Result<()> {
         let Self { scope, batch, segments, slopes: mut d, .. } = self;
         let width = scope.model.config().hidden_size;
         for (row, derivative) in d.chunks_exact_mut(width).zip(derivatives) {
@@ -280,7 +280,7 @@ struct Backward<'a> {
     dy: Option<Buffer>,
     /// Those of q, k, v or of gate, up.
     projected: Vec<Buffer>,
-    gradients: &'a mut Lora,
+    gradients: &'a mut Adapter,
 }
 
 impl Backward<'_> {

@@ -48,12 +48,13 @@ fn specs() -> [JobSpec; 2] {
         targets: Target::ALL[..7].to_vec(),
         layers: Some(vec![1]),
         use_rslora: true,
+        use_dora: false,
     };
     let first = JobSpec {
         adapter: "tenants/acme/adapters/tone".parse().unwrap(),
         dataset: "tenants/acme/datasets/chats".parse().unwrap(),
         objective: Objective::Sft,
-        start: Start::Fresh(fresh),
+        start: Start::Fresh(fresh.into()),
         hyperparameters: recipe(),
         publish: Publish::Live,
         too_long: TooLong::Refuse,

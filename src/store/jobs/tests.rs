@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::ids::{DatasetName, Digest};
-use crate::request::{Hyperparameters, LoraSpec, LrSchedule, Objective, Publish, TooLong};
+use crate::request::{Hyperparameters, LrSchedule, Objective, Publish, TooLong, TunerSpec};
 use crate::store::{DatasetKind, NewDataset, Retention};
 
 fn tenant(id: &str) -> TenantId {
@@ -33,7 +33,7 @@ fn job(tenant: &TenantId, id: &str) -> NewJob {
         adapter: AdapterName::new(tenant, "a").unwrap(),
         dataset: DatasetName::new(tenant, "d").unwrap(),
         objective: Objective::Sft,
-        start: Start::Fresh(LoraSpec::default()),
+        start: Start::Fresh(TunerSpec::default()),
         hyperparameters,
         publish: Publish::Auto,
         too_long: TooLong::Refuse,

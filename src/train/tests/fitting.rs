@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::adapter::Lora;
+use crate::adapter::Adapter;
 use crate::data::{Examples, Preference, Record};
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
@@ -58,8 +58,8 @@ impl Bench {
         Examples::Dpo((0..n).map(pair).collect())
     }
 
-    fn start(&self, spec: LoraSpec) -> Lora {
-        Lora::fresh(&spec, self.model.shape(), 5).unwrap()
+    fn start(&self, spec: LoraSpec) -> Adapter {
+        Adapter::fresh(&spec, self.model.shape(), 5).unwrap()
     }
 
     fn fit(&self, run: &Run<'_>) -> Result<(FitOutcome, Vec<JobEvent>)> {
@@ -93,8 +93,8 @@ impl Bench {
 }
 
 struct Run<'a> {
-    start: &'a Lora,
-    reference: Option<&'a Lora>,
+    start: &'a Adapter,
+    reference: Option<&'a Adapter>,
     train: &'a Examples,
     validation: Option<&'a Examples>,
     objective: Objective,
@@ -103,7 +103,7 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(start: &'a Lora, train: &'a Examples, recipe: Hyperparameters) -> Self {
+    fn new(start: &'a Adapter, train: &'a Examples, recipe: Hyperparameters) -> Self {
         let objective = if matches!(train, Examples::Sft(_)) { Objective::Sft } else { DPO };
         Self { start, reference: None, train, validation: None, objective, recipe, stop_after: None }
     }
@@ -147,7 +147,7 @@ fn supervised_training_lowers_the_loss() {
     let curve = curve(&events);
     assert_eq!(curve.len(), 20);
     assert!(curve[19].0 < 0.8 * curve[0].0, "{curve:?}");
-    assert!(!outcome.lora.is_zero());
+    assert!(outcome.adapter.pairs().any(|(_, pair)| pair.b.iter().any(|x| *x != 0.0)));
     assert_eq!(outcome.metrics["train_loss"], curve[19].0);
 }
 
@@ -170,7 +170,7 @@ fn the_same_inputs_give_the_same_bits() {
     let (start, train) = (bench.start(LoraSpec { dropout: 0.3, ..lora() }), bench.chats(6));
     let run = |seed| {
         let recipe = Hyperparameters { seed, sequential: false, epochs: 2, ..recipe() };
-        bench.fit(&Run::new(&start, &train, recipe)).unwrap().0.lora
+        bench.fit(&Run::new(&start, &train, recipe)).unwrap().0.adapter
     };
     let first = run(1);
     assert_eq!(first, run(1));
@@ -185,7 +185,7 @@ fn evaluation_changes_nothing_but_the_report() {
     let (without, _) = bench.fit(&Run::new(&start, &train, recipe.clone())).unwrap();
     let run = Run { validation: Some(&validation), ..Run::new(&start, &train, recipe) };
     let (with, events) = bench.fit(&run).unwrap();
-    assert_eq!(with.lora, without.lora);
+    assert_eq!(with.adapter, without.adapter);
     assert_eq!(evaluated(&events), [2, 4, 5]);
     assert!(with.metrics["eval_loss"].is_finite());
 }
@@ -227,10 +227,10 @@ fn preferences_start_indifferent_and_learn_the_order() {
     assert!(close(first[0].0, 2_f64.ln()) && first[0].2.unwrap().abs() < 1e-4, "{first:?}");
     assert!(first[14].0 < first[0].0 && first[14].2 > Some(0.1), "{first:?}");
 
-    let run = Run { reference: Some(&trained.lora), ..Run::new(&trained.lora, &train, recipe.clone()) };
+    let run = Run { reference: Some(&trained.adapter), ..Run::new(&trained.adapter, &train, recipe.clone()) };
     let continued = curve(&bench.fit(&run).unwrap().1);
     assert!(close(continued[0].0, 2_f64.ln()), "a continued adapter is its own reference: {continued:?}");
-    let against_base = curve(&bench.fit(&Run::new(&trained.lora, &train, recipe)).unwrap().1);
+    let against_base = curve(&bench.fit(&Run::new(&trained.adapter, &train, recipe)).unwrap().1);
     assert!(against_base[0].2 > Some(0.1));
 }
 
@@ -249,7 +249,7 @@ fn a_stopped_run_takes_no_further_step() {
 fn a_run_that_diverges_says_so() {
     let bench = Bench::new();
     let mut start = bench.start(lora());
-    for layer in start.layers.values_mut() {
+    for layer in start.pairs_mut().map(|(_, pair)| pair) {
         layer.b.fill(f32::INFINITY);
     }
     let outcome = bench.fit(&Run::new(&start, &bench.chats(4), recipe()));
@@ -265,10 +265,10 @@ fn a_run_that_makes_everything_worse_has_diverged() {
     let taught = bench.fit(&Run::new(&start, &train, steps(1e-2, 60))).unwrap().0;
     assert_eq!(taught.diverged, None);
     for few_or_many in [1, 3, 12] {
-        let (outcome, _) = bench.fit(&Run::new(&taught.lora, &train, steps(1.0, few_or_many))).unwrap();
+        let (outcome, _) = bench.fit(&Run::new(&taught.adapter, &train, steps(1.0, few_or_many))).unwrap();
         let why = outcome.diverged.unwrap_or_else(|| panic!("{few_or_many} steps: {:?}", outcome.metrics));
         assert!(why.contains("lower the learning rate"), "{why}");
-        assert!(outcome.lora.is_finite() && outcome.lora != taught.lora);
+        assert!(outcome.adapter.is_finite() && outcome.adapter != taught.adapter);
     }
 }
 
@@ -278,12 +278,12 @@ fn a_run_without_numbers_gives_the_last_weights_that_had_some() {
     let bench = Bench::new();
     let (start, train, validation) = (bench.start(lora()), bench.chats(4), bench.chats(2));
     let steps = |learning_rate, steps| Hyperparameters { learning_rate, max_steps: Some(steps), ..recipe() };
-    let taught = bench.fit(&Run::new(&start, &train, steps(1e-2, 20))).unwrap().0.lora;
+    let taught = bench.fit(&Run::new(&start, &train, steps(1e-2, 20))).unwrap().0.adapter;
     // Found by the second step, by the evaluation after the first, by the comparison after the last.
     for (steps, validation) in [(steps(1e38, 3), None), (steps(1e38, 1), Some(&validation)), (steps(1e38, 1), None)] {
         let run = Run { validation, ..Run::new(&taught, &train, steps) };
         let (outcome, events) = bench.fit(&run).unwrap();
-        assert_eq!((curve(&events).len(), &outcome.lora), (1, &taught));
+        assert_eq!((curve(&events).len(), &outcome.adapter), (1, &taught));
         assert!(outcome.diverged.is_some_and(|why| why.contains("lower the learning rate")));
     }
 }
@@ -294,7 +294,7 @@ fn hard_records_at_the_end_are_no_divergence() {
     let bench = Bench::new();
     let (start, easy) = (bench.start(lora()), bench.chats(1));
     let steps = Hyperparameters { max_steps: Some(60), ..recipe() };
-    let taught = bench.fit(&Run::new(&start, &easy, steps)).unwrap().0.lora;
+    let taught = bench.fit(&Run::new(&start, &easy, steps)).unwrap().0.adapter;
     let mixed = bench.chats_of(["yes, sir ".to_owned(), "0123456789 XYZ".to_owned()].into_iter());
     let recipe = Hyperparameters { learning_rate: 1e-6, batch_size: 1, ..recipe() };
     let (outcome, events) = bench.fit(&Run::new(&taught, &mixed, recipe)).unwrap();

@@ -7,7 +7,7 @@ use futures::StreamExt;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{Connection, SqliteConnection};
 
-use crate::adapter::{Initialisation, Lora, PackedLora};
+use crate::adapter::{Adapter, Initialisation, PackedAdapter};
 use crate::config::Limits;
 use crate::data::Upload;
 use crate::device::Arbiter;
@@ -29,12 +29,17 @@ const PATIENCE: Duration = Duration::from_secs(120);
 struct PassingGate;
 
 impl PublishGate for PassingGate {
-    fn check(&self, _packed: &Arc<PackedLora>, lora: &Arc<Lora>, _probes: &[Vec<u32>]) -> Result<ParityReport> {
-        let no_effect = lora.is_zero();
+    fn check(
+        &self,
+        _packed: &Arc<PackedAdapter>,
+        adapter: &Arc<Adapter>,
+        _probes: &[Vec<u32>],
+    ) -> Result<ParityReport> {
+        let no_effect = adapter.pairs().all(|(_, pair)| pair.b.iter().all(|x| *x == 0.0));
         Ok(ParityReport { tokens: 256, mean_abs_difference: 0.0, mean_abs_effect: 1.0, threshold: 0.1, no_effect })
     }
 
-    fn plain_form(&self, _lora: &Lora, _initialisation: Initialisation) -> Result<Option<Lora>> {
+    fn plain_form(&self, _lora: &Adapter, _initialisation: Initialisation) -> Result<Option<Adapter>> {
         Ok(None)
     }
 }
@@ -160,7 +165,7 @@ impl Bench {
             adapter: AdapterName::new(self.tenant.id(), "a").unwrap(),
             dataset: DatasetName::new(self.tenant.id(), dataset).unwrap(),
             objective,
-            start: Start::Fresh(lora()),
+            start: Start::Fresh(lora().into()),
             hyperparameters: Hyperparameters { max_steps: Some(steps), validation_split: 0.25, ..recipe() },
             publish: Publish::Auto,
             too_long: TooLong::Refuse,
@@ -303,7 +308,7 @@ async fn what_cannot_be_trained_is_refused_or_fails_before_the_first_step() {
     assert!(matches!(submit(foreign).await, Err(Error::PermissionDenied)));
     assert!(matches!(submit(bench.spec("none", Objective::Sft, 1)).await, Err(Error::NotFound { .. })));
     let mut wide = sft();
-    wide.start = Start::Fresh(crate::request::LoraSpec { rank: 100_000, ..lora() });
+    wide.start = Start::Fresh(crate::request::LoraSpec { rank: 100_000, ..lora() }.into());
     assert!(matches!(submit(wide).await, Err(Error::Invalid { .. })));
 
     let mut short = sft();
@@ -641,7 +646,7 @@ async fn a_publication_without_room_waits_for_its_owner() {
     let shape = bench.parts.model.shape();
     let other = NewVersion {
         adapter: AdapterName::new(bench.tenant.id(), "a").unwrap(),
-        package: Package::from_lora(&Lora::fresh(&lora(), shape, 3).unwrap(), shape).unwrap(),
+        package: Package::from_adapter(&Adapter::fresh(&lora(), shape, 3).unwrap(), shape).unwrap(),
         probes: Vec::new(),
         publish: Publish::Auto,
         job: None,

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::adapter::format::{TENSORS_FILE, refuse};
-use crate::adapter::selection::module_name;
+use crate::adapter::peft::selection::module_name;
+use crate::adapter::peft::{TENSORS_FILE, refuse};
 use crate::adapter::{BaseShape, Site};
 use crate::error::{Error, Result};
 use crate::request::Target;
@@ -20,6 +20,9 @@ const LENGTH_BYTES: usize = 8;
 
 /// Most bytes that the header says of one tensor.
 const ENTRY_BYTES: u64 = 512;
+
+/// Most tensors of an adapter at a site.
+const MOST_PARTS: u64 = 3;
 
 /// Most bytes of a header beside its tensors: what trainers note in `__metadata__`.
 const NOTES_BYTES: u64 = 64 << 10;
@@ -33,13 +36,15 @@ const SHOWN: usize = 200;
 /// Most bytes of a file's header: what an adapter of every linear layer of the base needs. What has more is no adapter of it, and is
 /// refused before it is read: a header takes many times its size in memory.
 fn most_header_bytes(shape: &BaseShape) -> u64 {
-    NOTES_BYTES + ENTRY_BYTES * 2 * u64::from(shape.layers) * shape.linears.len() as u64
+    NOTES_BYTES + ENTRY_BYTES * MOST_PARTS * u64::from(shape.layers) * shape.linears.len() as u64
 }
 
 /// Most bytes of a whole file for this base, at the rank `max_rank` in float32.
 pub fn most_file_bytes(shape: &BaseShape, max_rank: u64) -> u64 {
     let values: u64 = shape.linears.iter().map(|linear| (linear.inputs + linear.outputs) as u64).sum();
-    let tensors = values.saturating_mul(u64::from(shape.layers)).saturating_mul(4).saturating_mul(max_rank);
+    // One more for magnitudes.
+    let each = max_rank.saturating_add(1);
+    let tensors = values.saturating_mul(u64::from(shape.layers)).saturating_mul(4).saturating_mul(each);
     tensors.saturating_add(most_header_bytes(shape)).saturating_add(LENGTH_BYTES as u64)
 }
 
@@ -71,10 +76,44 @@ pub(super) fn check_no_pointer(name: &str, file: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// A file that holds what it should: A and B by site, and how their names are made.
+/// A tensor that adapters have at a site, by the end of its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Part {
+    LoraA,
+    LoraB,
+    Magnitude,
+    Ia3,
+}
+
+impl Part {
+    const ALL: [Self; 4] = [Self::LoraA, Self::LoraB, Self::Magnitude, Self::Ia3];
+
+    /// PEFT's name of it, behind the module's.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::LoraA => "lora_A",
+            Self::LoraB => "lora_B",
+            Self::Magnitude => "lora_magnitude_vector",
+            Self::Ia3 => "ia3_l",
+        }
+    }
+
+    /// Whether "weight" may end the name, and must. PEFT keeps a magnitude in a module of its own, and saves it without.
+    fn takes_weight(self, weight: bool) -> bool {
+        match self {
+            Self::LoraA | Self::LoraB => weight,
+            Self::Magnitude => true,
+            Self::Ia3 => !weight,
+        }
+    }
+}
+
+/// A tensor of a file with its name.
+pub(super) type Named<'a> = (String, TensorView<'a>);
+
+/// A file that holds what it should: tensors by site, and how their names are made.
 pub(super) struct Tensors<'a> {
-    /// A, then B, each with its name.
-    pub(super) by_site: BTreeMap<Site, [Option<(String, TensorView<'a>)>; 2]>,
+    pub(super) by_site: BTreeMap<Site, BTreeMap<Part, Named<'a>>>,
     /// What the names of the base's modules begin with: "model." or nothing.
     pub(super) root: &'static str,
 }
@@ -89,13 +128,13 @@ pub(super) fn open(file: &[u8]) -> Result<SafeTensors<'_>> {
 }
 
 impl<'a> Tensors<'a> {
-    /// Reads the header; every tensor is A or B of a linear layer of the base.
+    /// Reads the header; every tensor is a part of an adapter of a linear layer of the base.
     pub(super) fn read(file: &'a [u8], shape: &BaseShape) -> Result<Self> {
         check_beginning(file, shape)?;
         // By name, so that of several faults it is always the same one that is named.
         let sorted: BTreeMap<_, _> = open(file)?.tensors().into_iter().collect();
         let mut form: Option<(Form, String)> = None;
-        let mut by_site: BTreeMap<Site, [Option<(String, TensorView<'a>)>; 2]> = BTreeMap::new();
+        let mut by_site: BTreeMap<Site, BTreeMap<Part, Named<'a>>> = BTreeMap::new();
         for (name, view) in sorted {
             let parsed = Name::parse(&name, shape)?;
             match &form {
@@ -109,8 +148,8 @@ impl<'a> Tensors<'a> {
                     return Err(refuse("EXTRA_TENSOR", shown(&name), message));
                 }
             }
-            let place = &mut by_site.entry(parsed.site).or_default()[parsed.which];
-            if let Some((first, _)) = place {
+            let place = by_site.entry(parsed.site).or_default();
+            if let Some((first, _)) = place.get(&parsed.part) {
                 // Names that differ by what wraps the model.
                 let message = format!(
                     "is another tensor of the same place as {}: the file holds more than one adapter; save one adapter by itself",
@@ -118,7 +157,7 @@ impl<'a> Tensors<'a> {
                 );
                 return Err(refuse("EXTRA_TENSOR", shown(&name), message));
             }
-            *place = Some((name, view));
+            place.insert(parsed.part, (name, view));
         }
         let root = form.map_or("model.", |(form, _)| form.root);
         Ok(Self { by_site, root })
@@ -130,8 +169,9 @@ fn shown(name: &str) -> String {
 }
 
 /// PEFT's name of a tensor.
-pub(super) fn tensor_name(site: Site, which: &str) -> String {
-    format!("base_model.model.{}.{which}.weight", module_name("model.", site))
+pub(super) fn tensor_name(site: Site, part: Part) -> String {
+    let end = if part.takes_weight(false) { "" } else { ".weight" };
+    format!("base_model.model.{}.{}{end}", module_name("model.", site), part.name())
 }
 
 /// What is the same in all names of a file.
@@ -148,8 +188,7 @@ struct Form {
 struct Name {
     form: Form,
     site: Site,
-    /// 0 is A, 1 is B.
-    which: usize,
+    part: Part,
 }
 
 impl Name {
@@ -161,12 +200,16 @@ impl Name {
     fn of_parts(parts: &[&str], shape: &BaseShape) -> Option<Self> {
         let at = parts.iter().rposition(|part| *part == "layers")?;
         let (head, tail) = (&parts[..at], &parts[at + 1..]);
-        let (layer, block, target, which, infix) = match *tail {
-            [layer, block, target, which, "weight"] => (layer, block, target, which, None),
-            [layer, block, target, which, infix, "weight"] => (layer, block, target, which, Some(infix.to_owned())),
+        let (tail, weight) = match tail {
+            [tail @ .., "weight"] => (tail, true),
+            tail => (tail, false),
+        };
+        let (layer, block, target, part, infix) = match *tail {
+            [layer, block, target, part] => (layer, block, target, part, None),
+            [layer, block, target, part, infix] => (layer, block, target, part, Some(infix.to_owned())),
             _ => return None,
         };
-        let which = ["lora_A", "lora_B"].iter().position(|w| *w == which)?;
+        let part = Part::ALL.into_iter().find(|of| of.name() == part).filter(|part| part.takes_weight(weight))?;
         let site = Site { layer: layer.parse().ok()?, target: Target::from_name(target)? };
         // The whole name of the module, so that no other block and no other spelling of the number passes.
         if shape.index(site).is_none() || module_name("", site) != format!("layers.{layer}.{block}.{target}") {
@@ -178,7 +221,7 @@ impl Name {
             _ => return None,
         };
         let head = head.iter().map(|part| (*part).to_owned()).collect();
-        Some(Self { form: Form { head, root, infix }, site, which })
+        Some(Self { form: Form { head, root, infix }, site, part })
     }
 }
 
@@ -191,8 +234,6 @@ fn why_not(parts: &[&str], shape: &BaseShape) -> String {
             "is of a model that PEFT has wrapped twice",
             "save the inner model, which get_peft_model was given the second time",
         )
-    } else if has("lora_magnitude_vector") {
-        ("belongs to a DoRA adapter", "merge the adapter into its base, or train it again without use_dora")
     } else if matches!(parts, [.., "embed_tokens" | "lm_head", "weight"]) {
         (
             "is the embedding or the head, which PEFT saves beside the adapter where the vocabulary was resized or modules_to_save names it",
@@ -202,14 +243,17 @@ fn why_not(parts: &[&str], shape: &BaseShape) -> String {
         ("changes the embedding or the head", "train again with modules of the layers only, and modules_to_save empty")
     } else if parts.last() == Some(&"bias") {
         ("is a bias", "train again with bias \"none\" and lora_bias false")
-    } else if has("lora_A") || has("lora_B") {
+    } else if Part::ALL.iter().any(|part| has(part.name())) {
         if layer.is_some_and(|layer| layer >= u64::from(shape.layers)) {
             ("is of a layer that this base does not have", "import it on a server that runs the base it was trained on")
         } else {
             ("is of no linear layer of this base", "import it on a server that runs the base it was trained on")
         }
     } else {
-        ("is no lora_A or lora_B of a linear layer of this base", "save the adapter alone, with PEFT's save_pretrained")
+        (
+            "is no tensor of an adapter of a linear layer of this base",
+            "save the adapter alone, with PEFT's save_pretrained",
+        )
     };
     format!("{what}, and nothing may be left unapplied; {advice}")
 }

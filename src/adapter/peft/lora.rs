@@ -1,74 +1,62 @@
-//! What `adapter_config.json` says that changes the meaning of the tensors. Every setting is one of four: it is read, it says nothing about
-//! the tensors, it has the value that turns it off, or it is refused by name.
+//! PEFT's `LoraConfig`: LoRA, rank-stabilised LoRA, DoRA.
 
 use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use crate::adapter::format::{CONFIG_FILE, MAX_CONFIG_BYTES, refuse};
-use crate::adapter::selection::{Pattern, Selection, module_name};
-use crate::adapter::tensors::check_no_pointer;
+use crate::adapter::peft::config::{Known, setting};
+use crate::adapter::peft::selection::{Pattern, Selection, module_name};
+use crate::adapter::peft::{Selected, Tensors as Wanted, refuse};
 use crate::adapter::{BaseShape, Site};
 use crate::error::Result;
 use crate::request::{LoraSpec, Target};
 
-/// Settings that are about the training, or about where the adapter comes from.
-const WITHOUT_MEANING: [&str; 16] = [
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    // Of a layer that stores its weight transposed; PEFT takes it for false at the base's layers.
-    "fan_in_fan_out",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-    "velora_config",
-];
-
-/// Settings that are read.
-const READ: [&str; 13] = [
-    "peft_type",
-    "init_lora_weights",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-];
-
-/// Settings that change what the tensors mean, and what helps.
-const REFUSED: [(&str, &str); 13] = [
-    ("use_dora", "DoRA is not served: merge the adapter into its base, or train it again without use_dora"),
-    ("use_qalora", "QALoRA is not served: train again without use_qalora"),
-    ("use_bdlora", "BD-LoRA is not served: train again without use_bdlora"),
-    ("lora_bias", "biases are not served: train again with lora_bias false"),
-    ("alora_invocation_tokens", "activated LoRA is not served: train again without alora_invocation_tokens"),
-    ("arrow_config", "Arrow routing is not served: import its adapters one by one"),
-    ("kasa_config", "KaSA changes the base: train again without kasa_config"),
-    ("monteclora_config", "MonteCLoRA is not served: train again without monteclora_config"),
-    ("layer_replication", "the base's layers are served as they are: train again without layer_replication"),
-    ("target_parameters", "only linear layers are adapted: train again with target_modules"),
-    (
-        "trainable_token_indices",
-        "the embedding is served as the base has it: train again without trainable_token_indices",
-    ),
-    ("megatron_config", "train again without Megatron's layers"),
-    ("modules_to_save", "whole layers are served as the base has them: train again with modules_to_save empty"),
-];
+/// The settings of a LoRA.
+const KNOWN: Known = Known {
+    read: &[
+        "init_lora_weights",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+    ],
+    without_meaning: &[
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "velora_config",
+    ],
+    refused: &[
+        ("use_qalora", "QALoRA is not served: train again without use_qalora"),
+        ("use_bdlora", "BD-LoRA is not served: train again without use_bdlora"),
+        ("lora_bias", "biases are not served: train again with lora_bias false"),
+        ("alora_invocation_tokens", "activated LoRA is not served: train again without alora_invocation_tokens"),
+        ("arrow_config", "Arrow routing is not served: import its adapters one by one"),
+        ("kasa_config", "KaSA changes the base: train again without kasa_config"),
+        ("monteclora_config", "MonteCLoRA is not served: train again without monteclora_config"),
+        ("layer_replication", "the base's layers are served as they are: train again without layer_replication"),
+        ("target_parameters", "only linear layers are adapted: train again with target_modules"),
+        (
+            "trainable_token_indices",
+            "the embedding is served as the base has it: train again without trainable_token_indices",
+        ),
+        ("megatron_config", "train again without Megatron's layers"),
+        ("modules_to_save", "whole layers are served as the base has them: train again with modules_to_save empty"),
+    ],
+};
 
 /// PEFT's initialisations that leave the base as it is where PEFT loads the adapter. LoftQ's base is the same base in fewer bits, as every base
 /// here is; what its adapter makes up for is a part of what was trained.
@@ -97,10 +85,9 @@ pub(super) struct Settings {
     alpha: f32,
     dropout: f32,
     use_rslora: bool,
+    use_dora: bool,
     /// `None` where the base stayed as it was.
     pub(super) initialisation: Option<Initialisation>,
-    /// What the base is called; it is no part of what the adapter is.
-    pub(super) base: Option<String>,
     selection: Selection,
     rank_pattern: Pattern,
     alpha_pattern: Pattern,
@@ -108,37 +95,28 @@ pub(super) struct Settings {
     selecting: Value,
 }
 
-/// A site with its own rank and alpha.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Selected {
-    pub(super) site: Site,
-    pub(super) rank: u32,
-    pub(super) alpha: f32,
-}
-
 impl Settings {
-    pub(super) fn read(config: &[u8]) -> Result<Self> {
-        let config = object(config)?;
-        check_kind(&config)?;
-        check_known(&config)?;
+    pub(super) fn read(config: &Map<String, Value>) -> Result<Self> {
+        KNOWN.check(config)?;
+        check_bias(config)?;
         let initialisation = initialisation(config.get("init_lora_weights"))?;
         let number = |value: &Value| value.as_f64().filter(|x| x.is_finite());
         let whole = |value: &Value| value.as_u64().and_then(|r| u32::try_from(r).ok()).filter(|r| *r > 0);
         let missing = |key: &str| refuse("INVALID_SETTING", key, "is missing; it is in every config that PEFT writes");
-        let rank = setting(&config, "r", "a whole number of at least 1", whole)?;
-        let alpha = setting(&config, "lora_alpha", "a number", number)?;
+        let rank = setting(config, "r", "a whole number of at least 1", whole)?;
+        let alpha = setting(config, "lora_alpha", "a number", number)?;
         let dropout = |value: &Value| number(value).filter(|x| (0.0..1.0).contains(x));
         let selecting = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"];
         Ok(Self {
             rank: rank.ok_or_else(|| missing("r"))?,
             alpha: alpha.ok_or_else(|| missing("lora_alpha"))? as f32,
-            dropout: setting(&config, "lora_dropout", "a number in [0, 1)", dropout)?.unwrap_or(0.0) as f32,
-            use_rslora: setting(&config, "use_rslora", "true or false", Value::as_bool)?.unwrap_or(false),
+            dropout: setting(config, "lora_dropout", "a number in [0, 1)", dropout)?.unwrap_or(0.0) as f32,
+            use_rslora: setting(config, "use_rslora", "true or false", Value::as_bool)?.unwrap_or(false),
+            use_dora: setting(config, "use_dora", "true or false", Value::as_bool)?.unwrap_or(false),
             initialisation,
-            base: config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
-            selection: Selection::read(&config)?,
-            rank_pattern: Pattern::read("rank_pattern", &config)?,
-            alpha_pattern: Pattern::read("alpha_pattern", &config)?,
+            selection: Selection::read(config)?,
+            rank_pattern: Pattern::read("rank_pattern", config)?,
+            alpha_pattern: Pattern::read("alpha_pattern", config)?,
             selecting: selecting.iter().map(|key| config.get(*key).cloned().unwrap_or_default()).collect(),
         })
     }
@@ -170,7 +148,8 @@ impl Settings {
             let name = module_name(root, site);
             let rank = self.rank_pattern.get(&name)?.map_or(self.rank, |rank| rank as u32);
             let alpha = self.alpha_pattern.get(&name)?.map_or(self.alpha, |alpha| alpha as f32);
-            Ok(Selected { site, rank, alpha })
+            let scale = self.scale(alpha, rank);
+            Ok(Selected { site, tensors: Wanted::Pair { rank: rank as usize, alpha, scale, magnitude: self.use_dora } })
         };
         self.selection.sites(root, shape)?.into_iter().map(own).collect()
     }
@@ -192,7 +171,12 @@ impl Settings {
             targets: targets.into_iter().collect(),
             layers,
             use_rslora: self.use_rslora,
+            use_dora: self.use_dora,
         }
+    }
+
+    fn scale(&self, alpha: f32, rank: u32) -> f32 {
+        LoraSpec { use_rslora: self.use_rslora, ..LoraSpec::default() }.scale(alpha, rank)
     }
 
     /// Gives a text that is equal for equal settings. What selects modules is in it as targets and layers where it says no more than that.
@@ -201,7 +185,12 @@ impl Settings {
         let (ranks, alphas): (Map<_, _>, Map<_, _>) = (object(&self.rank_pattern), object(&self.alpha_pattern));
         // Dropout means something to a job that continues from it.
         let of = |targets: Value, layers: Value| {
-            json!([self.rank, self.alpha, self.dropout, targets, layers, self.use_rslora, ranks, alphas]).to_string()
+            let mut all = json!([self.rank, self.alpha, self.dropout, targets, layers, self.use_rslora, ranks, alphas]);
+            // Digests of LoRAs are older than DoRA.
+            if let (true, Some(all)) = (self.use_dora, all.as_array_mut()) {
+                all.push("dora".into());
+            }
+            all.to_string()
         };
         match self.selection.plain() {
             Some((targets, layers)) => of(targets.iter().map(|t| t.name()).collect(), json!(layers)),
@@ -210,57 +199,8 @@ impl Settings {
     }
 }
 
-fn object(config: &[u8]) -> Result<Map<String, Value>> {
-    check_no_pointer(CONFIG_FILE, config)?;
-    if config.len() > MAX_CONFIG_BYTES {
-        let message = format!("is over {MAX_CONFIG_BYTES} bytes; send the config that PEFT wrote beside the tensors");
-        return Err(refuse("MALFORMED_CONFIG", CONFIG_FILE, message));
-    }
-    // Some editors begin a file with it.
-    let config = config.strip_prefix(b"\xef\xbb\xbf").unwrap_or(config);
-    serde_json::from_slice(config).map_err(|e| {
-        let message = format!("is not a JSON object ({e}); send the config that PEFT wrote beside the tensors");
-        refuse("MALFORMED_CONFIG", CONFIG_FILE, message)
-    })
-}
-
-/// Refuses what is no LoRA adapter, whatever else its config says: another kind's settings mean nothing here.
-fn check_kind(config: &Map<String, Value>) -> Result<()> {
-    let kind = match config.get("peft_type") {
-        Some(Value::String(kind)) if kind == "LORA" => return Ok(()),
-        Some(Value::String(kind)) => kind,
-        Some(Value::Null) | None => {
-            let message =
-                "is missing: this is not the config of an adapter; send the adapter_config.json that PEFT wrote";
-            return Err(refuse("UNSUPPORTED_SETTING", "peft_type", message));
-        }
-        Some(other) => {
-            let message = format!("is {other}; must be \"LORA\": send the adapter_config.json that PEFT wrote");
-            return Err(refuse("UNSUPPORTED_SETTING", "peft_type", message));
-        }
-    };
-    let kind: String = kind.chars().take(64).collect();
-    let message = format!(
-        "is {kind:?}; adapters of kind \"LORA\" are served: train it again with LoraConfig, or merge it into its base where its kind can be merged"
-    );
-    Err(refuse("UNSUPPORTED_SETTING", "peft_type", message))
-}
-
-fn check_known(config: &Map<String, Value>) -> Result<()> {
-    for (key, value) in config {
-        let known = READ.contains(&key.as_str()) || WITHOUT_MEANING.contains(&key.as_str());
-        if known || is_off(value) {
-            continue;
-        }
-        let value: String = value.to_string().chars().take(100).collect();
-        let unknown = "this setting is not known, and could change what the tensors mean: remove it from the config if it does not";
-        let advice = REFUSED.iter().find(|(name, _)| name == key).map_or(unknown, |(_, advice)| advice);
-        return Err(refuse(
-            "UNSUPPORTED_SETTING",
-            key.chars().take(100).collect::<String>(),
-            format!("is {value}; {advice}"),
-        ));
-    }
+/// Refuses biases that are trained.
+fn check_bias(config: &Map<String, Value>) -> Result<()> {
     match setting(config, "bias", "a text", Value::as_str)? {
         None | Some("none") => Ok(()),
         Some(other) => {
@@ -292,32 +232,5 @@ fn initialisation(value: Option<&Value>) -> Result<Option<Initialisation>> {
         _ => refused(
             "which is no initialisation that is known; set it to true if the tensors are those of a plain LoRA adapter",
         ),
-    }
-}
-
-/// Gives what a setting says, `None` where it says nothing; a value of another type is refused, never taken for the default.
-fn setting<'v, T>(
-    config: &'v Map<String, Value>,
-    key: &str,
-    want: &str,
-    read: impl Fn(&'v Value) -> Option<T>,
-) -> Result<Option<T>> {
-    match config.get(key) {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) => {
-            let shown: String = value.to_string().chars().take(100).collect();
-            read(value).map(Some).ok_or_else(|| refuse("INVALID_SETTING", key, format!("is {shown}; must be {want}")))
-        }
-    }
-}
-
-/// Whether a setting has the value that turns it off.
-fn is_off(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Object(map) => map.is_empty(),
-        Value::Array(list) => list.is_empty(),
-        Value::String(text) => text.is_empty(),
-        Value::Bool(true) | Value::Number(_) => false,
     }
 }

@@ -9,12 +9,12 @@
 //!
 //! Python's expressions are read as they are, look-around and references included. A match may take [`MAX_STEPS`] steps back and no more.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use fancy_regex::{CompileError, Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
-use crate::adapter::format::refuse;
+use crate::adapter::peft::refuse;
 use crate::adapter::{BaseShape, Site};
 use crate::error::Result;
 use crate::request::Target;
@@ -46,7 +46,7 @@ pub(super) fn module_name(root: &str, site: Site) -> String {
 
 /// A regular expression of Python's, with bounds on what it may cost.
 #[derive(Debug, Clone)]
-struct Expression(Regex);
+pub(super) struct Expression(Regex);
 
 impl Expression {
     /// `around` puts the expression between what PEFT puts it between.
@@ -246,6 +246,48 @@ impl Selection {
             }
         }
         Ok(sites)
+    }
+}
+
+/// Modules that are named by the ends of their names, whatever comes before, or by a regular expression for the whole name:
+/// `feedforward_modules`.
+#[derive(Debug, Clone)]
+pub(super) enum Ends {
+    List(Vec<String>),
+    Expression(&'static str, Expression),
+}
+
+impl Ends {
+    pub(super) fn read(field: &'static str, value: Option<&Value>) -> Result<Self> {
+        match value {
+            None | Some(Value::Null) => Ok(Self::List(Vec::new())),
+            Some(Value::String(text)) => Ok(Self::Expression(field, Expression::whole(field, text)?)),
+            Some(Value::Array(names)) => {
+                let wrong =
+                    |name: &Value| refuse("INVALID_SETTING", field, format!("holds {name}; must hold module names"));
+                let name = |name: &Value| name.as_str().map(str::to_owned).ok_or_else(|| wrong(name));
+                names.iter().map(name).collect::<Result<_>>().map(Self::List)
+            }
+            Some(other) => {
+                let message = format!("is {other}; must be a list of module names, or a regular expression");
+                Err(refuse("INVALID_SETTING", field, message))
+            }
+        }
+    }
+
+    /// Whether it names a module, by PEFT's name of it.
+    pub(super) fn matches(&self, name: &str) -> Result<bool> {
+        match self {
+            Self::List(ends) => Ok(ends.iter().any(|end| name.ends_with(end.as_str()))),
+            Self::Expression(field, expression) => expression.matches(field, name),
+        }
+    }
+
+    /// The targets of a list of their names, sorted.
+    pub(super) fn plain(&self) -> Option<Vec<Target>> {
+        let Self::List(names) = self else { return None };
+        let targets: Option<BTreeSet<Target>> = names.iter().map(|name| Target::from_name(name)).collect();
+        Some(targets?.into_iter().collect())
     }
 }
 

@@ -1,0 +1,582 @@
+//! PEFT folders: `adapter_config.json` and `adapter_model.safetensors`. Import is fail-closed: every tensor is consumed, every
+//! setting that changes the meaning is supported or refused by name, and shapes are checked before anything is allocated. Every refusal
+//! ends with what to do.
+//!
+//! A kind of file is a file here (`lora.rs`, `ia3.rs`): which settings it has, what they select, and what tensors there must be. The rest is the
+//! same for all.
+
+mod config;
+mod ia3;
+pub(super) mod lora;
+mod selection;
+mod tensors;
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+
+use safetensors::{Dtype, View};
+use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
+
+use crate::adapter::packed::{SiteSize, adapter_bytes};
+use crate::adapter::{Adapter, BaseShape, Initialisation, LowRank, ScaledSide, Site, SiteDelta};
+use crate::error::{Error, Result};
+use crate::ids::Digest;
+use crate::request::{LoraSpec, Target, TunerSpec};
+use selection::module_name;
+use tensors::{Named, Part, tensor_name, values};
+
+pub use tensors::{check_beginning, most_file_bytes};
+
+/// The name of the file of an adapter's settings, as PEFT writes it.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The name of the file of an adapter's tensors, as PEFT writes it.
+pub const TENSORS_FILE: &str = "adapter_model.safetensors";
+
+/// Most bytes of `adapter_config.json`.
+pub const MAX_CONFIG_BYTES: usize = 1 << 20;
+
+/// An adapter as files. What is stored, exported and hashed.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Package {
+    /// `adapter_config.json`.
+    pub config: Vec<u8>,
+    /// `adapter_model.safetensors`; float32 as trained, or the dtype that was imported.
+    pub tensors: Vec<u8>,
+}
+
+/// What is known of files that fit the base, before their values are looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckedPackage {
+    /// Bytes that the adapter takes where it serves.
+    pub memory_bytes: u64,
+    /// The largest of its sites.
+    pub rank: u32,
+    /// How the adapter began, where that took a part out of the base.
+    pub initialisation: Option<Initialisation>,
+    /// What its files call the base.
+    pub base: Option<String>,
+    /// See [`Package::digest`].
+    pub digest: Digest,
+}
+
+/// A refusal that names the tensor or field.
+pub(super) fn refuse(reason: &'static str, field: impl Into<String>, message: impl Into<String>) -> Error {
+    Error::invalid_because(reason, field, message)
+}
+
+/// A site that a config selects, and what its tensors are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Selected {
+    site: Site,
+    tensors: Tensors,
+}
+
+/// The tensors of a site.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Tensors {
+    /// A and B, and a magnitude where it is a DoRA.
+    Pair { rank: usize, alpha: f32, scale: f32, magnitude: bool },
+    /// What (IA)3 multiplies with.
+    Scales(ScaledSide),
+}
+
+impl Tensors {
+    /// What there must be, of which shape, at a layer of (in, out).
+    fn parts(self, (inputs, outputs): (usize, usize)) -> Vec<(Part, Vec<usize>)> {
+        match self {
+            Self::Pair { rank, magnitude, .. } => {
+                let pair = [(Part::LoraA, vec![rank, inputs]), (Part::LoraB, vec![outputs, rank])];
+                pair.into_iter().chain(magnitude.then(|| (Part::Magnitude, vec![outputs]))).collect()
+            }
+            Self::Scales(ScaledSide::Input) => vec![(Part::Ia3, vec![1, inputs])],
+            Self::Scales(ScaledSide::Output) => vec![(Part::Ia3, vec![outputs, 1])],
+        }
+    }
+
+    /// What they do, of their values in the order of the parts.
+    fn delta(self, mut values: impl Iterator<Item = Vec<f32>>) -> SiteDelta {
+        let mut next = || values.next().unwrap_or_default();
+        match self {
+            Self::Pair { rank, alpha, scale, magnitude } => {
+                let (a, b) = (next(), next());
+                SiteDelta::LowRank(LowRank { rank, alpha, scale, a, b, magnitude: magnitude.then(next) })
+            }
+            Self::Scales(side) => SiteDelta::Scaled { side, values: next() },
+        }
+    }
+}
+
+impl Selected {
+    fn size(&self) -> SiteSize {
+        let (rank, scaled) = match self.tensors {
+            Tensors::Pair { rank, magnitude, .. } => (rank, magnitude.then_some(ScaledSide::Output)),
+            Tensors::Scales(side) => (0, Some(side)),
+        };
+        SiteSize { site: self.site, rank, scaled }
+    }
+}
+
+/// A config of one of the kinds.
+#[derive(Debug)]
+struct Settings {
+    kind: Kind,
+    /// What the base is called; it is no part of what the adapter is.
+    base: Option<String>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Lora(lora::Settings),
+    Ia3(ia3::Settings),
+}
+
+/// Values of `peft_type` that are read.
+const KINDS: &str = "\"LORA\" and \"IA3\"";
+
+impl Settings {
+    fn read(config: &[u8]) -> Result<Self> {
+        let config = config::object(config)?;
+        let kind = match config.get("peft_type") {
+            Some(Value::String(kind)) if kind == "LORA" => Kind::Lora(lora::Settings::read(&config)?),
+            Some(Value::String(kind)) if kind == "IA3" => Kind::Ia3(ia3::Settings::read(&config)?),
+            other => return Err(unserved_kind(other)),
+        };
+        let base = config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
+        Ok(Self { kind, base })
+    }
+
+    fn check_ranks(&self, max_rank: u64) -> Result<()> {
+        match &self.kind {
+            Kind::Lora(settings) => settings.check_ranks(max_rank),
+            Kind::Ia3(_) => Ok(()),
+        }
+    }
+
+    fn initialisation(&self) -> Option<Initialisation> {
+        match &self.kind {
+            Kind::Lora(settings) => settings.initialisation,
+            Kind::Ia3(_) => None,
+        }
+    }
+
+    /// The sites that the config selects, where the names of the base's modules begin with `root`.
+    fn selected(&self, root: &str, shape: &BaseShape) -> Result<Vec<Selected>> {
+        match &self.kind {
+            Kind::Lora(settings) => settings.selected(root, shape),
+            Kind::Ia3(settings) => settings.selected(root, shape),
+        }
+    }
+
+    /// How a fresh adapter would be shaped to have these sites, about.
+    fn spec(&self, selected: &[Selected], shape: &BaseShape) -> TunerSpec {
+        match &self.kind {
+            Kind::Lora(settings) => settings.spec(selected, shape).into(),
+            Kind::Ia3(settings) => settings.spec(selected).into(),
+        }
+    }
+
+    /// What a digest begins with, and a text that is equal for equal settings.
+    fn canonical(&self) -> (&'static [u8], String) {
+        match &self.kind {
+            Kind::Lora(settings) => (b"tenora lora 2", settings.canonical()),
+            Kind::Ia3(settings) => (b"tenora ia3 1", settings.canonical()),
+        }
+    }
+}
+
+/// Refuses what is no kind of adapter that is served, whatever else its config says: another kind's settings mean nothing here.
+fn unserved_kind(kind: Option<&Value>) -> Error {
+    let message = match kind {
+        None | Some(Value::Null) => {
+            "is missing: this is not the config of an adapter; send the adapter_config.json that PEFT wrote".to_owned()
+        }
+        Some(Value::String(kind)) => {
+            let kind: String = kind.chars().take(64).collect();
+            format!(
+                "is {kind:?}; adapters of the kinds {KINDS} are served: train it again with one of these, or merge it into its base where its \
+                 kind can be merged"
+            )
+        }
+        Some(other) => format!("is {other}; must be one of {KINDS}: send the adapter_config.json that PEFT wrote"),
+    };
+    refuse("UNSUPPORTED_SETTING", "peft_type", message)
+}
+
+/// An adapter whose files fit the base: checked but for the values, which are in the files still.
+struct Fitted<'a> {
+    settings: Settings,
+    selected: Vec<Selected>,
+    /// The tensors of each that is selected, in the order of its parts.
+    found: Vec<Vec<Named<'a>>>,
+}
+
+impl<'a> Fitted<'a> {
+    /// Checks that the files hold all tensors of every site that the settings select, each of its shape, and no tensor beside them.
+    fn new(package: &'a Package, shape: &BaseShape, max_rank: u64) -> Result<Self> {
+        let settings = Settings::read(&package.config)?;
+        settings.check_ranks(max_rank)?;
+        let mut found = tensors::Tensors::read(&package.tensors, shape)?;
+        let selected = selected(&settings, &found, shape)?;
+        if selected.is_empty() {
+            let message = format!(
+                "selects no module of this base; its linear layers are {}: import the adapter on a server that runs the base it was \
+                 trained on",
+                shape.target_names()
+            );
+            return Err(refuse("UNSUPPORTED_SETTING", "target_modules", message));
+        }
+        let of_site = |Selected { site, tensors }: &Selected| {
+            let own = found.by_site.entry(*site).or_default();
+            let parts = tensors.parts(shape.dims(site.target).unwrap_or_default());
+            let parts = parts.into_iter().map(|(part, want)| {
+                let found = own.remove(&part).ok_or_else(|| missing(*site, part))?;
+                check_shape(&found, &want)?;
+                Ok(found)
+            });
+            parts.collect::<Result<Vec<_>>>()
+        };
+        let of_sites = selected.iter().map(of_site).collect::<Result<Vec<_>>>()?;
+        match found.by_site.values().flat_map(BTreeMap::values).next() {
+            Some((name, _)) => {
+                let message = "is not selected by the config, or of another kind than it says: the config is of another adapter; send the one \
+                               that was saved with these tensors";
+                Err(refuse("EXTRA_TENSOR", name, message))
+            }
+            None => Ok(Self { settings, selected, found: of_sites }),
+        }
+    }
+}
+
+/// What the config selects under the names that the file's tensors have; where that is nothing, under the base's names with its head or
+/// without.
+fn selected(settings: &Settings, found: &tensors::Tensors<'_>, shape: &BaseShape) -> Result<Vec<Selected>> {
+    let selected = settings.selected(found.root, shape)?;
+    if !selected.is_empty() {
+        return Ok(selected);
+    }
+    settings.selected(if found.root.is_empty() { "model." } else { "" }, shape)
+}
+
+/// Refuses a tensor of another shape than it must have.
+fn check_shape((name, view): &Named<'_>, want: &[usize]) -> Result<()> {
+    if view.shape().contains(&0) {
+        let message = "is empty: its values were on other devices when it was saved (ZeRO-3, FSDP); gather the parameters before \
+                       save_pretrained, and save it again";
+        return Err(refuse("SHAPE_MISMATCH", name, message));
+    }
+    if view.shape() != want {
+        let message = format!(
+            "has shape {:?}; for this base and the config it must be {want:?}: import it on a server that runs the base it was trained on, \
+             with the config that was saved with it",
+            view.shape()
+        );
+        return Err(refuse("SHAPE_MISMATCH", name, message));
+    }
+    Ok(())
+}
+
+/// A tensor that becomes bytes when it is written, one after the other.
+struct Floats<'a> {
+    shape: Vec<usize>,
+    values: &'a [f32],
+}
+
+impl View for Floats<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(self.values.iter().flat_map(|x| x.to_le_bytes()).collect())
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}
+
+impl Package {
+    /// The files of an adapter trained here, float32.
+    pub fn from_adapter(adapter: &Adapter, shape: &BaseShape) -> Result<Self> {
+        let mut views = BTreeMap::new();
+        for (site, delta) in &adapter.sites {
+            let dims = shape.dims(site.target).unwrap_or_default();
+            let parts = tensors_of(delta).parts(dims);
+            for ((part, shape), values) in parts.into_iter().zip(delta.tensors()) {
+                views.insert(tensor_name(*site, part), Floats { shape, values });
+            }
+        }
+        let metadata = [("format".to_owned(), "pt".to_owned())].into();
+        let tensors = safetensors::serialize(views, Some(metadata)).map_err(Error::internal)?;
+        let config = serde_json::to_vec_pretty(&config_json(adapter, shape)).map_err(Error::internal)?;
+        Ok(Self { config, tensors })
+    }
+
+    /// Checks everything and gives the adapter in float32. `max_rank` is the limit of that name.
+    pub fn read(&self, shape: &BaseShape, max_rank: u64) -> Result<Adapter> {
+        let Fitted { settings, selected, found } = Fitted::new(self, shape, max_rank)?;
+        let sites = selected.iter().zip(&found).map(|(selected, found)| {
+            let values = found.iter().map(|(name, view)| values(name, view)).collect::<Result<Vec<_>>>()?;
+            Ok((selected.site, selected.tensors.delta(values.into_iter())))
+        });
+        Ok(Adapter { sites: sites.collect::<Result<_>>()?, spec: settings.spec(&selected, shape) })
+    }
+
+    /// Checks everything but the values. `max_rank` is the limit of that name.
+    pub fn check(&self, shape: &BaseShape, max_rank: u64) -> Result<CheckedPackage> {
+        let Fitted { settings, selected, .. } = Fitted::new(self, shape, max_rank)?;
+        Ok(CheckedPackage {
+            memory_bytes: adapter_bytes(selected.iter().map(Selected::size), shape),
+            rank: selected.iter().map(|of| of.size().rank as u32).max().unwrap_or_default(),
+            initialisation: settings.initialisation(),
+            base: settings.base.clone(),
+            digest: self.digest_of(&settings)?,
+        })
+    }
+
+    /// Says in the config what the base is called, by which other tools load it. That is no part of what the adapter is.
+    pub fn name_base(&mut self, name: &str) -> Result<()> {
+        let mut config: Map<String, Value> = serde_json::from_slice(&self.config).map_err(Error::internal)?;
+        config.insert("base_model_name_or_path".to_owned(), name.into());
+        self.config = serde_json::to_vec_pretty(&config).map_err(Error::internal)?;
+        Ok(())
+    }
+
+    /// Over the sorted (name, dtype, shape, bytes) and the settings that change their meaning; not over JSON text.
+    pub fn digest(&self) -> Result<Digest> {
+        self.digest_of(&Settings::read(&self.config)?)
+    }
+
+    fn digest_of(&self, settings: &Settings) -> Result<Digest> {
+        let mut hasher = Sha256::new();
+        let mut field = |bytes: &[u8]| {
+            hasher.update((bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        let (tag, canonical) = settings.canonical();
+        field(tag);
+        field(canonical.as_bytes());
+        let sorted: BTreeMap<_, _> = tensors::open(&self.tensors)?.tensors().into_iter().collect();
+        for (name, view) in sorted {
+            field(name.as_bytes());
+            field(format!("{:?} {:?}", view.dtype(), view.shape()).as_bytes());
+            field(view.data());
+        }
+        Ok(hasher.into())
+    }
+}
+
+/// What a site's tensors are in a file.
+fn tensors_of(delta: &SiteDelta) -> Tensors {
+    match delta {
+        SiteDelta::LowRank(LowRank { rank, alpha, scale, magnitude, .. }) => {
+            Tensors::Pair { rank: *rank, alpha: *alpha, scale: *scale, magnitude: magnitude.is_some() }
+        }
+        SiteDelta::Scaled { side, .. } => Tensors::Scales(*side),
+    }
+}
+
+fn missing(site: Site, part: Part) -> Error {
+    let message = "is missing from adapter_model.safetensors, though the config selects its module; send the tensors and the config that were \
+                   saved together";
+    refuse("MISSING_TENSOR", tensor_name(site, part), message)
+}
+
+/// What selects exactly these sites, in PEFT's words: the names of the layers and, where those are not all or `name_layers`, their numbers,
+/// where that can say it; else the modules' whole names.
+fn selecting(sites: &[Site], name_layers: bool, shape: &BaseShape) -> (Vec<String>, Option<Vec<u32>>) {
+    let targets: BTreeSet<Target> = sites.iter().map(|site| site.target).collect();
+    let layers: BTreeSet<u32> = sites.iter().map(|site| site.layer).collect();
+    if sites.len() == targets.len() * layers.len() {
+        let all = layers.len() == shape.layers as usize;
+        let names = targets.iter().map(|target| target.name().to_owned()).collect();
+        (names, (!all || name_layers).then(|| layers.into_iter().collect()))
+    } else {
+        (whole_names(sites), None)
+    }
+}
+
+fn whole_names(sites: &[Site]) -> Vec<String> {
+    sites.iter().map(|site| module_name("model.", *site)).collect()
+}
+
+/// The config of an adapter trained here, in PEFT's words.
+fn config_json(adapter: &Adapter, shape: &BaseShape) -> Value {
+    match &adapter.spec {
+        TunerSpec::Lora(spec) => lora_json(spec, adapter, shape),
+        TunerSpec::Ia3(_) => ia3_json(adapter, shape),
+    }
+}
+
+/// Layers with a rank or alpha of their own keep it: a continued adapter is published as it was trained.
+fn lora_json(spec: &LoraSpec, adapter: &Adapter, shape: &BaseShape) -> Value {
+    let sites: Vec<Site> = adapter.sites.keys().copied().collect();
+    let (targets, layers) = selecting(&sites, spec.layers.is_some(), shape);
+    let own = |value: &dyn Fn(&LowRank) -> Option<Value>| -> Map<String, Value> {
+        adapter.pairs().filter_map(|(site, pair)| Some((module_name("model.", site), value(pair)?))).collect()
+    };
+    let ranks = own(&|pair| (pair.rank != spec.rank as usize).then(|| json!(pair.rank)));
+    let alphas = own(&|pair| (pair.alpha != spec.alpha).then(|| json!(pair.alpha)));
+    json!({
+        "alpha_pattern": alphas,
+        "auto_mapping": null,
+        "base_model_name_or_path": shape.name,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": layers,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": ranks,
+        "revision": null,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "use_dora": spec.use_dora,
+        "use_rslora": spec.use_rslora,
+    })
+}
+
+/// Modules are named one by one where the adapter has some layers only: this kind has no setting for layers.
+fn ia3_json(adapter: &Adapter, shape: &BaseShape) -> Value {
+    let names = |wanted: &dyn Fn(&SiteDelta) -> bool| {
+        let sites: Vec<Site> = adapter.sites.iter().filter(|(_, delta)| wanted(delta)).map(|(site, _)| *site).collect();
+        match selecting(&sites, false, shape) {
+            (targets, None) => targets,
+            (_, Some(_)) => whole_names(&sites),
+        }
+    };
+    let is_input = |delta: &SiteDelta| matches!(delta, SiteDelta::Scaled { side: ScaledSide::Input, .. });
+    json!({
+        "auto_mapping": null,
+        "base_model_name_or_path": shape.name,
+        "fan_in_fan_out": false,
+        "feedforward_modules": names(&is_input),
+        "inference_mode": true,
+        "init_ia3_weights": true,
+        "modules_to_save": null,
+        "peft_type": "IA3",
+        "revision": null,
+        "target_modules": names(&|_| true),
+        "task_type": "CAUSAL_LM",
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::LoraSpec;
+
+    fn shape() -> BaseShape {
+        let dims = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)];
+        BaseShape::llama("base", Digest::of(b""), 2, dims)
+    }
+
+    /// What a job continues from is what it publishes, ranks and scales of single layers included.
+    #[test]
+    fn files_give_back_the_adapter_they_were_made_from() {
+        let shape = shape();
+        let spec = LoraSpec { rank: 4, targets: vec![Target::QProj, Target::DownProj], ..LoraSpec::default() };
+        let mut lora = Adapter::fresh(&spec, &shape, 1).unwrap();
+        for (i, (site, layer)) in lora.pairs_mut().enumerate().skip(1) {
+            let (inputs, outputs) = shape.dims(site.target).unwrap();
+            layer.rank = 2 + i;
+            layer.alpha = 0.1 + i as f32;
+            layer.scale = spec.scale(layer.alpha, layer.rank as u32);
+            (layer.a, layer.b) = (vec![0.5; layer.rank * inputs], vec![i as f32; layer.rank * outputs]);
+        }
+        let package = Package::from_adapter(&lora, &shape).unwrap();
+        assert_eq!(package.read(&shape, 8).unwrap(), lora);
+        let mut again = Package::from_adapter(&package.read(&shape, 8).unwrap(), &shape).unwrap();
+        assert_eq!(again.digest().unwrap(), package.digest().unwrap());
+        again.name_base("owner/model").unwrap();
+        let config: Value = serde_json::from_slice(&again.config).unwrap();
+        assert_eq!(
+            (&config["base_model_name_or_path"], &config["task_type"]),
+            (&json!("owner/model"), &json!("CAUSAL_LM"))
+        );
+        assert_eq!(again.digest().unwrap(), package.digest().unwrap(), "what the base is called is no part of it");
+    }
+
+    /// An adapter of sites that no list of targets and layers selects is published as what it is.
+    #[test]
+    fn sites_that_are_no_grid_are_named_one_by_one() {
+        let shape = shape();
+        let mut lora = Adapter::fresh(&LoraSpec { rank: 2, ..LoraSpec::default() }, &shape, 1).unwrap();
+        lora.sites.retain(|site, _| (site.layer == 0) == (site.target == Target::VProj));
+        let read = Package::from_adapter(&lora, &shape).unwrap().read(&shape, 8).unwrap();
+        assert_eq!(read.sites, lora.sites);
+        let again = Package::from_adapter(&read, &shape).unwrap();
+        assert_eq!(again.read(&shape, 8).unwrap().sites, lora.sites);
+    }
+
+    /// Of every kind, whole and of some sites: what is published is what is read, and has one digest.
+    #[test]
+    fn files_of_every_kind_give_back_the_adapter_they_were_made_from() {
+        let shape = shape();
+        let dora = LoraSpec { rank: 2, use_dora: true, ..LoraSpec::default() };
+        let ia3 =
+            crate::request::Ia3Spec { targets: vec![Target::QProj, Target::OProj], feedforward: vec![Target::OProj] };
+        for tuner in [dora.into(), TunerSpec::Ia3(Default::default()), ia3.into()] {
+            let mut adapter = Adapter::fresh(&tuner, &shape, 1).unwrap();
+            adapter.spec.fill_in(&shape).unwrap();
+            adapter.tensors_mut().flatten().enumerate().for_each(|(i, x)| *x += i as f32);
+            let mut part = adapter.clone();
+            part.sites.retain(|site, _| (site.layer == 1) != (site.target == Target::OProj));
+            for adapter in [adapter, part] {
+                let package = Package::from_adapter(&adapter, &shape).unwrap();
+                let read = package.read(&shape, 8).unwrap();
+                assert_eq!(read.sites, adapter.sites);
+                let checked = package.check(&shape, 8).unwrap();
+                let norms = read.pairs().map(|(site, pair)| (site, vec![1.0; pair.b.len() / pair.rank])).collect();
+                let packed = crate::adapter::PackedAdapter::new(&read, &shape, &norms).unwrap();
+                assert_eq!(checked.memory_bytes, packed.byte_size());
+                let again = Package::from_adapter(&read, &shape).unwrap();
+                assert_eq!(again.digest().unwrap(), package.digest().unwrap());
+                assert_eq!(checked.digest, package.digest().unwrap());
+            }
+        }
+    }
+
+    /// An input that other layers share cannot be scaled for one of them.
+    #[test]
+    fn scales_of_shared_inputs_are_refused_by_name() {
+        let shape = shape();
+        let adapter = Adapter::fresh(&TunerSpec::Ia3(Default::default()), &shape, 1).unwrap();
+        let mut package = Package::from_adapter(&adapter, &shape).unwrap();
+        let mut config: Value = serde_json::from_slice(&package.config).unwrap();
+        config["feedforward_modules"] = json!(["k_proj", "down_proj"]);
+        package.config = serde_json::to_vec(&config).unwrap();
+        let refused = package.check(&shape, 8).unwrap_err().to_string();
+        assert!(refused.contains("feedforward_modules") && refused.contains("k_proj"), "{refused}");
+    }
+
+    /// Digests name what is stored, so what they are made of must stay as it was.
+    #[test]
+    fn what_digests_are_made_of_stays_as_it_was() {
+        let lora = Adapter::fresh(&LoraSpec { rank: 2, ..LoraSpec::default() }, &shape(), 1).unwrap();
+        let package = Package::from_adapter(&lora, &shape()).unwrap();
+        let canonical = |extra: Value| {
+            let mut config: Value = serde_json::from_slice(&package.config).unwrap();
+            extra.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+            Settings::read(&serde_json::to_vec(&config).unwrap()).unwrap().canonical().1
+        };
+        let all = r#"["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"]"#;
+        let plain = format!("[2,16.0,0.0,{all},null,false,{{}},{{}}]");
+        assert_eq!(canonical(json!({})), plain);
+        assert_eq!(canonical(json!({"target_modules": "all-linear", "layers_to_transform": []})), plain);
+        let some = json!({"target_modules": ["v_proj", "q_proj", "q_proj"], "layers_to_transform": [1, 0], "rank_pattern": {"v_proj": 4}});
+        assert_eq!(canonical(some), r#"[2,16.0,0.0,["q_proj","v_proj"],[0,1],false,{"v_proj":4.0},{}]"#);
+        let excluded = json!({"exclude_modules": ["o_proj"]});
+        assert_ne!(canonical(excluded), plain, "what else selects is in it too");
+    }
+}

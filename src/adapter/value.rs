@@ -1,0 +1,335 @@
+//! An adapter in memory: what it does at each site of the base, in float32, as it is trained.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::adapter::BaseShape;
+use crate::adapter::packed::{SiteSize, adapter_bytes};
+use crate::arch::decoder::Site;
+use crate::error::{Error, Result};
+use crate::random::{Purpose, Stream};
+use crate::request::{AdapterKind, Ia3Spec, LoraSpec, Target, TunerSpec};
+
+/// An adapter. Its gradient is a value of the same shape.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    /// What it was made with, or what its configuration says.
+    pub spec: TunerSpec,
+    /// The sites that it changes; others are as the base has them.
+    pub sites: BTreeMap<Site, SiteDelta>,
+}
+
+/// What an adapter does at a site, whose frozen layer is y = W x + b.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SiteDelta {
+    /// LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024).
+    LowRank(LowRank),
+    /// (IA)3 (Liu et al. 2022): what goes into the layer, or what comes out of it, is multiplied by these, element by element.
+    Scaled {
+        /// Where.
+        side: ScaledSide,
+        /// `[in]` or `[out]`.
+        values: Vec<f32>,
+    },
+}
+
+/// A pair of matrices: y += scale * B (A x). With a magnitude the sum of both products is multiplied, row by row of W, by the magnitude over
+/// the norm of the row of W + scale * B A.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LowRank {
+    /// The inner dimension of B A.
+    pub rank: usize,
+    /// The spec's, or this layer's own.
+    pub alpha: f32,
+    /// alpha / r, or alpha / sqrt(r) for a rank-stabilised adapter.
+    pub scale: f32,
+    /// `[rank, in]`, row-major.
+    pub a: Vec<f32>,
+    /// `[out, rank]`, row-major.
+    pub b: Vec<f32>,
+    /// `[out]`; `None` where it is no DoRA.
+    pub magnitude: Option<Vec<f32>>,
+}
+
+/// What of a layer (IA)3 multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScaledSide {
+    /// What goes in. Only of layers that share their input with no other.
+    Input,
+    /// What comes out, the bias included.
+    Output,
+}
+
+/// Norms of the rows of W + scale * B A, `[out]`, of each site with a magnitude.
+pub type RowNorms = BTreeMap<Site, Vec<f32>>;
+
+impl AdapterKind {
+    /// Returns the kind that a tuner makes.
+    pub fn of(spec: &TunerSpec) -> Self {
+        match spec {
+            TunerSpec::Lora(LoraSpec { use_dora: true, .. }) => Self::Dora,
+            TunerSpec::Lora(_) => Self::Lora,
+            TunerSpec::Ia3(_) => Self::Ia3,
+        }
+    }
+}
+
+impl TunerSpec {
+    /// Says what was left to the base.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where the base has no linear layer of a name.
+    pub fn fill_in(&mut self, shape: &BaseShape) -> Result<()> {
+        match self {
+            Self::Lora(spec) => spec.targets = spec.targets_of(shape)?,
+            Self::Ia3(spec) => {
+                let sites = spec.sites(shape)?;
+                let targets = |wanted: &dyn Fn(ScaledSide) -> bool| {
+                    let found = sites.iter().filter(|(_, side)| wanted(*side)).map(|(site, _)| site.target);
+                    found.collect::<BTreeSet<_>>().into_iter().collect()
+                };
+                *spec =
+                    Ia3Spec { targets: targets(&|_| true), feedforward: targets(&|side| side == ScaledSide::Input) };
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns what a fresh adapter of it takes where it serves, in bytes.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT names the field: no target, no layer, one that the base lacks, a number out of its range.
+    pub fn memory_bytes(&self, shape: &BaseShape) -> Result<u64> {
+        let sites: Vec<SiteSize> = match self {
+            Self::Lora(spec) => {
+                let size = |site| SiteSize {
+                    site,
+                    rank: spec.rank as usize,
+                    scaled: spec.use_dora.then_some(ScaledSide::Output),
+                };
+                spec.sites(shape)?.into_iter().map(size).collect()
+            }
+            Self::Ia3(spec) => {
+                let size = |(site, side)| SiteSize { site, rank: 0, scaled: Some(side) };
+                spec.sites(shape)?.into_iter().map(size).collect()
+            }
+        };
+        Ok(adapter_bytes(sites, shape))
+    }
+
+    /// Returns the share of an adapter's inputs that is dropped in training.
+    pub fn dropout(&self) -> f32 {
+        match self {
+            Self::Lora(spec) => spec.dropout,
+            Self::Ia3(_) => 0.0,
+        }
+    }
+}
+
+impl LoraSpec {
+    /// alpha / r, or alpha / sqrt(r).
+    pub fn scale(&self, alpha: f32, rank: u32) -> f32 {
+        alpha / if self.use_rslora { (rank as f32).sqrt() } else { rank as f32 }
+    }
+
+    /// The layers it adapts. Errors name the field: no target, no layer, a layer that the base lacks, rank 0.
+    pub fn sites(&self, shape: &BaseShape) -> Result<Vec<Site>> {
+        let layers = match &self.layers {
+            Some(layers) => layers.clone(),
+            None => (0..shape.layers).collect(),
+        };
+        if let Some(layer) = layers.iter().find(|layer| **layer >= shape.layers) {
+            let message = format!("layer {layer} does not exist; the base has {}, counted from 0", shape.layers);
+            return Err(Error::invalid("lora.layers_to_transform", message));
+        }
+        if self.rank == 0 {
+            return Err(Error::invalid("lora.rank", "must be at least 1"));
+        }
+        if !self.alpha.is_finite() {
+            return Err(Error::invalid("lora.alpha", "must be a finite number"));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::invalid("lora.dropout", "must be in [0, 1)"));
+        }
+        if layers.is_empty() {
+            return Err(Error::invalid("lora.target_modules", "selects no layer of the base"));
+        }
+        let targets = self.targets_of(shape)?;
+        Ok(layers.iter().flat_map(|&layer| targets.iter().map(move |&target| Site { layer, target })).collect())
+    }
+
+    /// Returns the linear layers of a block that it adapts, sorted.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where the base has none of that name.
+    pub fn targets_of(&self, shape: &BaseShape) -> Result<Vec<Target>> {
+        if let Some(target) = self.targets.iter().find(|target| shape.dims(**target).is_none()) {
+            let message = format!("{} is no linear layer of this base; it has {}", target.name(), shape.target_names());
+            return Err(Error::invalid("lora.target_modules", message));
+        }
+        let mut targets = if self.targets.is_empty() { shape.targets().collect() } else { self.targets.clone() };
+        targets.sort_unstable();
+        Ok(targets)
+    }
+}
+
+impl Ia3Spec {
+    /// Returns the sites that it changes, in order, and the side of each.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where the base has no linear layer of a name, and where an input is to be scaled that other layers share.
+    pub fn sites(&self, shape: &BaseShape) -> Result<Vec<(Site, ScaledSide)>> {
+        use Target::{DownProj, KProj, QkvProj, VProj};
+        for (field, targets) in [("target_modules", &self.targets), ("feedforward_modules", &self.feedforward)] {
+            if let Some(target) = targets.iter().find(|target| shape.dims(**target).is_none()) {
+                let (name, has) = (target.name(), shape.target_names());
+                let message = format!("{name} is no linear layer of this base; it has {has}");
+                return Err(Error::invalid(format!("ia3.{field}"), message));
+            }
+        }
+        let default = self.targets.is_empty();
+        let wanted = |target: Target| match default {
+            true => matches!(target, KProj | VProj | QkvProj | DownProj),
+            false => self.targets.contains(&target),
+        };
+        let feedforward =
+            |target: Target| if default { target == DownProj } else { self.feedforward.contains(&target) };
+        if let Some(target) = self.feedforward.iter().find(|target| !default && !self.targets.contains(target)) {
+            let message = format!("has {}, which target_modules has not", target.name());
+            return Err(Error::invalid("ia3.feedforward_modules", message));
+        }
+        let side = |site: Site| match feedforward(site.target) {
+            true if shape.shares_input(site.target) => Err(Error::invalid(
+                "ia3.feedforward_modules",
+                format!(
+                    "has {}, whose input is that of other layers too and cannot be scaled for it alone; name o_proj or down_proj",
+                    site.target.name()
+                ),
+            )),
+            true => Ok((site, ScaledSide::Input)),
+            false => Ok((site, ScaledSide::Output)),
+        };
+        shape.sites().filter(|site| wanted(site.target)).map(side).collect()
+    }
+}
+
+impl SiteDelta {
+    /// Returns the tensors that are trained, in a fixed order.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = &[f32]> {
+        let (first, second, third) = match self {
+            Self::LowRank(LowRank { a, b, magnitude, .. }) => (a, Some(b), magnitude.as_ref()),
+            Self::Scaled { values, .. } => (values, None, None),
+        };
+        [Some(first), second, third].into_iter().flatten().map(Vec::as_slice)
+    }
+
+    /// As [`SiteDelta::tensors`], to be changed.
+    fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        let (first, second, third) = match self {
+            Self::LowRank(LowRank { a, b, magnitude, .. }) => (a, Some(b), magnitude.as_mut()),
+            Self::Scaled { values, .. } => (values, None, None),
+        };
+        [Some(first), second, third].into_iter().flatten().map(Vec::as_mut_slice)
+    }
+}
+
+impl Adapter {
+    /// A LoRA of these pairs.
+    pub fn lora(spec: LoraSpec, pairs: impl IntoIterator<Item = (Site, LowRank)>) -> Self {
+        let sites = pairs.into_iter().map(|(site, pair)| (site, SiteDelta::LowRank(pair))).collect();
+        Self { spec: TunerSpec::Lora(spec), sites }
+    }
+
+    /// As PEFT starts one: of LoRA A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)) and B zero, of (IA)3 ones. A function of the seed
+    /// alone. DoRA's magnitudes are the norms of the base's rows, which whoever has the base fills in ([`Adapter::set_magnitudes`]).
+    pub fn fresh<S: Clone + Into<TunerSpec>>(spec: &S, shape: &BaseShape, seed: u64) -> Result<Self> {
+        let spec = spec.clone().into();
+        let sites = match &spec {
+            TunerSpec::Lora(spec) => fresh_pairs(spec, shape, seed)?,
+            TunerSpec::Ia3(spec) => {
+                let ones = |(site, side): (Site, ScaledSide)| {
+                    let (inputs, outputs) = shape.dims(site.target).unwrap_or_default();
+                    let len = if side == ScaledSide::Input { inputs } else { outputs };
+                    (site, SiteDelta::Scaled { side, values: vec![1.0; len] })
+                };
+                spec.sites(shape)?.into_iter().map(ones).collect()
+            }
+        };
+        Ok(Self { spec, sites })
+    }
+
+    /// Makes each magnitude the norm of its row, so that a fresh DoRA changes nothing.
+    pub fn set_magnitudes(&mut self, norms: &RowNorms) {
+        for (site, pair) in self.pairs_mut() {
+            if let (Some(magnitude), Some(norms)) = (&mut pair.magnitude, norms.get(&site)) {
+                magnitude.clone_from(norms);
+            }
+        }
+    }
+
+    /// Returns its kind.
+    pub fn kind(&self) -> AdapterKind {
+        AdapterKind::of(&self.spec)
+    }
+
+    /// Returns the pair of a site.
+    pub fn pair(&self, site: Site) -> Option<&LowRank> {
+        match self.sites.get(&site)? {
+            SiteDelta::LowRank(pair) => Some(pair),
+            SiteDelta::Scaled { .. } => None,
+        }
+    }
+
+    /// Returns the pairs of matrices.
+    pub fn pairs(&self) -> impl Iterator<Item = (Site, &LowRank)> {
+        self.sites.iter().filter_map(|(site, delta)| match delta {
+            SiteDelta::LowRank(pair) => Some((*site, pair)),
+            SiteDelta::Scaled { .. } => None,
+        })
+    }
+
+    /// As [`Adapter::pairs`], to be changed.
+    pub fn pairs_mut(&mut self) -> impl Iterator<Item = (Site, &mut LowRank)> {
+        self.sites.iter_mut().filter_map(|(site, delta)| match delta {
+            SiteDelta::LowRank(pair) => Some((*site, pair)),
+            SiteDelta::Scaled { .. } => None,
+        })
+    }
+
+    /// Returns the tensors that are trained, in a fixed order: by site; A, B, magnitude.
+    pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
+        self.sites.values().flat_map(SiteDelta::tensors)
+    }
+
+    /// As [`Adapter::tensors`], to be changed.
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        self.sites.values_mut().flat_map(SiteDelta::tensors_mut)
+    }
+
+    /// Returns an adapter of the same shape whose tensors are zero: where gradients are added up.
+    pub fn zeros_like(&self) -> Self {
+        let mut zeros = self.clone();
+        zeros.tensors_mut().for_each(|tensor| tensor.fill(0.0));
+        zeros
+    }
+
+    /// Returns whether every value is a number.
+    pub fn is_finite(&self) -> bool {
+        let scales = self.pairs().all(|(_, pair)| pair.scale.is_finite());
+        scales && self.tensors().flatten().all(|x| x.is_finite())
+    }
+}
+
+fn fresh_pairs(spec: &LoraSpec, shape: &BaseShape, seed: u64) -> Result<BTreeMap<Site, SiteDelta>> {
+    let stream = Stream::new(seed, Purpose::Initialisation);
+    let rank = spec.rank as usize;
+    let pairs = spec.sites(shape)?.into_iter().map(|site| {
+        let (inputs, outputs) = shape.dims(site.target).unwrap_or_default();
+        let bound = 1.0 / (inputs as f32).sqrt();
+        let place = shape.index(site).unwrap_or_default() as u64;
+        let a = (0..rank * inputs).map(|i| bound * (2.0 * stream.uniform(place, i as u32) - 1.0)).collect();
+        let (scale, magnitude) = (spec.scale(spec.alpha, spec.rank), spec.use_dora.then(|| vec![0.0; outputs]));
+        let pair = LowRank { rank, alpha: spec.alpha, scale, a, b: vec![0.0; outputs * rank], magnitude };
+        (site, SiteDelta::LowRank(pair))
+    });
+    Ok(pairs.collect())
+}

@@ -1,0 +1,289 @@
+//! Whole passes against a model in double precision, written as the definition says: a value at a time.
+
+use std::ops::Range;
+
+use super::*;
+use crate::adapter::{LowRank, ScaledSide, Site, SiteDelta};
+use crate::arch::decoder::{SiteId, Step};
+use crate::kernels::packed::PackedMatrix;
+use crate::request::{Ia3Spec, LoraSpec, Target, TunerSpec};
+
+/// The tiny model's weights in double precision.
+struct Exact<'m> {
+    model: &'m Model,
+    sites: Vec<Vec<f64>>,
+    head: Vec<f64>,
+    /// By which magnitudes are divided; held while values change, as training holds them.
+    norms: RowNorms,
+}
+
+/// An adapter in double precision: the values of its tensors, in their order.
+type Values = Vec<Vec<f64>>;
+
+fn dense(matrix: &PackedMatrix) -> Vec<f64> {
+    let mut values = vec![0.0; matrix.rows() * matrix.cols()];
+    matrix.dequantize(0, &mut values);
+    values.into_iter().map(f64::from).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// w x of each row of w.
+fn times(w: &[f64], x: &[f64]) -> Vec<f64> {
+    w.chunks_exact(x.len()).map(|w| dot(w, x)).collect()
+}
+
+fn exactly(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|x| f64::from(*x)).collect()
+}
+
+impl<'m> Exact<'m> {
+    fn new(model: &'m Model, adapter: &Adapter) -> Self {
+        let sites = (0..model.decoder().sites.len()).map(|site| dense(model.matrix(site))).collect();
+        Self { model, sites, head: dense(model.head()), norms: model.row_norms(adapter, None) }
+    }
+
+    fn norm(&self, x: &[f64], norm: usize) -> Vec<f64> {
+        let rms = (dot(x, x) / x.len() as f64 + f64::from(self.model.config().norm_eps)).sqrt();
+        x.iter().zip(self.model.norm(norm)).map(|(x, w)| x / rms * f64::from(*w)).collect()
+    }
+
+    fn linear(&self, site: SiteId, x: &[f64], adapter: &Adapter, values: &Values) -> Vec<f64> {
+        let name = self.model.site(site);
+        let first: usize = adapter.sites.range(..name).map(|(_, delta)| tensors(delta)).sum();
+        match adapter.sites.get(&name) {
+            None => times(&self.sites[site], x),
+            Some(SiteDelta::LowRank(LowRank { scale, magnitude, .. })) => {
+                let h = times(&values[first], x);
+                let pair = times(&values[first + 1], &h);
+                let sum =
+                    times(&self.sites[site], x).into_iter().zip(pair).map(|(y, pair)| y + f64::from(*scale) * pair);
+                match magnitude {
+                    None => sum.collect(),
+                    Some(_) => {
+                        let scales = values[first + 2].iter().zip(&self.norms[&name]).map(|(m, n)| m / f64::from(*n));
+                        sum.zip(scales).map(|(y, scale)| y * scale).collect()
+                    }
+                }
+            }
+            Some(SiteDelta::Scaled { side: ScaledSide::Input, .. }) => {
+                let x: Vec<f64> = x.iter().zip(&values[first]).map(|(x, scale)| x * scale).collect();
+                times(&self.sites[site], &x)
+            }
+            Some(SiteDelta::Scaled { side: ScaledSide::Output, .. }) => {
+                times(&self.sites[site], x).into_iter().zip(&values[first]).map(|(y, scale)| y * scale).collect()
+            }
+        }
+    }
+
+    /// The sum of the log-probabilities of a sequence's tokens but the first, each with its weight.
+    fn weighted_logprobs(&self, ids: &[u32], weights: &[f64], adapter: &Adapter, values: &Values) -> f64 {
+        let config = self.model.config();
+        let mut x: Vec<Vec<f64>> = Vec::new();
+        let (mut projected, mut y) = (Vec::new(), Vec::new());
+        for step in &self.model.decoder().steps {
+            match step {
+                Step::Embed { scale } => {
+                    let embed = |id: &u32| {
+                        let mut row = vec![0.0; config.hidden_size];
+                        self.model.embed(*id, *scale, &mut row);
+                        exactly(&row)
+                    };
+                    x = ids.iter().map(embed).collect();
+                }
+                Step::Project { norm, sites, .. } => {
+                    let of_row = |x: &Vec<f64>| {
+                        let normed = self.norm(x, *norm);
+                        sites.clone().map(|site| self.linear(site, &normed, adapter, values)).collect::<Vec<_>>()
+                    };
+                    projected = x.iter().map(of_row).collect();
+                }
+                Step::Attend(_) => y = self.attend(&projected),
+                Step::Gate { .. } => {
+                    let gated = |row: &Vec<Vec<f64>>| {
+                        row[0].iter().zip(&row[1]).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect()
+                    };
+                    y = projected.iter().map(gated).collect();
+                }
+                Step::Output { site, .. } => {
+                    for (x, y) in x.iter_mut().zip(&y) {
+                        let branch = self.linear(*site, y, adapter, values);
+                        x.iter_mut().zip(branch).for_each(|(x, y)| *x += y);
+                    }
+                }
+                Step::Select => {}
+                Step::Finish { norm } => x = x.iter().map(|x| self.norm(x, *norm)).collect(),
+            }
+        }
+        let of_token = |i: usize| {
+            let logits = times(&self.head, &x[i]);
+            let sum = logits.iter().map(|logit| logit.exp()).sum::<f64>();
+            weights[i] * (logits[ids[i + 1] as usize] - sum.ln())
+        };
+        (0..ids.len() - 1).map(of_token).sum()
+    }
+
+    fn attend(&self, qkv: &[Vec<Vec<f64>>]) -> Vec<Vec<f64>> {
+        let attention = self.model.config().attention;
+        let dim = attention.head_dim;
+        let turned = |position: usize, values: &[f64]| {
+            let (cos, sin) = self.model.ropes[0].at(position);
+            let head = |head: &[f64]| {
+                let half = cos.len();
+                let at = |i: usize| match i < half {
+                    true => head[i] * f64::from(cos[i]) - head[i + half] * f64::from(sin[i]),
+                    false => head[i] * f64::from(cos[i - half]) + head[i - half] * f64::from(sin[i - half]),
+                };
+                (0..dim).map(at).collect::<Vec<_>>()
+            };
+            values.chunks_exact(dim).map(head).collect::<Vec<_>>()
+        };
+        let q: Vec<_> = qkv.iter().enumerate().map(|(i, row)| turned(i, &row[0])).collect();
+        let k: Vec<_> = qkv.iter().enumerate().map(|(i, row)| turned(i, &row[1])).collect();
+        let group = attention.heads / attention.kv_heads;
+        let of_head = |row: usize, head: usize| {
+            let weight = |j: usize| (dot(&q[row][head], &k[j][head / group]) * f64::from(attention.scale)).exp();
+            let weights: Vec<f64> = (0..=row).map(weight).collect();
+            let sum: f64 = weights.iter().sum();
+            let value = |d: usize| (0..=row).map(|j| weights[j] / sum * qkv[j][2][head / group * dim + d]).sum::<f64>();
+            (0..dim).map(value).collect::<Vec<f64>>()
+        };
+        (0..qkv.len()).map(|row| (0..attention.heads).flat_map(|head| of_head(row, head)).collect()).collect()
+    }
+}
+
+fn tensors(delta: &SiteDelta) -> usize {
+    match delta {
+        SiteDelta::LowRank(pair) => 2 + usize::from(pair.magnitude.is_some()),
+        SiteDelta::Scaled { .. } => 1,
+    }
+}
+
+/// Tuners of every kind, of some sites each.
+fn tuners() -> Vec<TunerSpec> {
+    let lora = LoraSpec { rank: 3, alpha: 4.0, ..LoraSpec::default() };
+    vec![
+        lora.clone().into(),
+        LoraSpec {
+            use_rslora: true,
+            layers: Some(vec![1]),
+            targets: vec![Target::KProj, Target::OProj],
+            ..lora.clone()
+        }
+        .into(),
+        LoraSpec { use_dora: true, ..lora }.into(),
+        Ia3Spec::default().into(),
+        Ia3Spec { targets: vec![Target::QProj, Target::OProj, Target::UpProj], feedforward: vec![Target::OProj] }
+            .into(),
+    ]
+}
+
+/// An adapter of which no tensor is at its start.
+fn moved(model: &Model, tuner: &TunerSpec) -> Adapter {
+    let mut adapter = Adapter::fresh(tuner, model.shape(), 3).unwrap();
+    for (t, tensor) in adapter.tensors_mut().enumerate() {
+        tensor.iter_mut().enumerate().for_each(|(i, x)| *x += 0.1 * ((t * 31 + i) as f32 * 0.7).sin());
+    }
+    let norms = model.row_norms(&adapter, None);
+    for (site, pair) in adapter.pairs_mut() {
+        for (magnitude, norm) in pair.magnitude.iter_mut().flatten().zip(norms.get(&site).into_iter().flatten()) {
+            *magnitude = norm * (1.0 + *magnitude);
+        }
+    }
+    adapter
+}
+
+const SEQUENCES: [&[u32]; 2] = [&[3, 77, 12, 200, 5, 9, 41], &[250, 1, 1, 90]];
+
+fn all_wanted() -> Vec<(usize, usize)> {
+    let of_one = |(sequence, ids): (usize, &&[u32])| (0..ids.len() - 1).map(|i| (sequence, i)).collect::<Vec<_>>();
+    SEQUENCES.iter().enumerate().flat_map(of_one).collect()
+}
+
+/// What each log-probability counts in the loss.
+fn weight(i: usize) -> f64 {
+    0.3 + (i as f64 * 0.9).sin()
+}
+
+fn gradients(model: &Model, adapter: &Adapter, recompute_layers: Option<usize>) -> (TokenScores, Adapter) {
+    let workspace = Workspace::default();
+    let options = ForwardOptions {
+        adapter: Some(adapter),
+        products: Products::Exact,
+        recompute_layers,
+        ..ForwardOptions::default()
+    };
+    let wanted = all_wanted();
+    let trace = model.trace(&SEQUENCES, &wanted, options, &workspace).unwrap();
+    let (scores, mut gradients) = (trace.scores().clone(), adapter.zeros_like());
+    let derivatives: Vec<f32> = (0..wanted.len()).map(|i| weight(i) as f32).collect();
+    trace.backward(&derivatives, &mut gradients).unwrap();
+    (scores, gradients)
+}
+
+/// The rows of the scores that belong to each sequence.
+fn rows() -> [Range<usize>; 2] {
+    let first = SEQUENCES[0].len() - 1;
+    [0..first, first..first + SEQUENCES[1].len() - 1]
+}
+
+/// Of each kind: gradients against central differences, in the norm over the values that are looked at.
+#[test]
+fn gradients_of_every_kind_are_those_of_central_differences() {
+    let (model, _) = Model::tiny(1);
+    for tuner in tuners() {
+        let adapter = moved(&model, &tuner);
+        let exact = Exact::new(&model, &adapter);
+        let values: Values = adapter.tensors().map(exactly).collect();
+        let loss = |values: &Values| -> f64 {
+            let of_one = |(ids, rows): (&&[u32], Range<usize>)| {
+                let weights: Vec<f64> = rows.map(weight).collect();
+                exact.weighted_logprobs(ids, &weights, &adapter, values)
+            };
+            SEQUENCES.iter().zip(rows()).map(of_one).sum()
+        };
+        let (scores, gradients) = gradients(&model, &adapter, None);
+        let forward: f64 = scores.logprobs.iter().enumerate().map(|(i, x)| weight(i) * f64::from(*x)).sum();
+        assert!((forward - loss(&values)).abs() < 1e-5 * forward.abs(), "{tuner:?}: {forward} {}", loss(&values));
+        let (mut apart, mut size) = (0.0, 0.0);
+        for (t, gradient) in gradients.tensors().enumerate() {
+            // Some values of each tensor, at other places in each.
+            for i in (t % 7..gradient.len()).step_by(gradient.len() / 3 + 1) {
+                let at = |by: f64| {
+                    let mut values = values.clone();
+                    values[t][i] += by;
+                    loss(&values)
+                };
+                let difference = (at(1e-4) - at(-1e-4)) / 2e-4;
+                apart += (f64::from(gradient[i]) - difference).powi(2);
+                size += difference.powi(2);
+            }
+        }
+        let error = (apart / size).sqrt();
+        println!("{:5} relative error {error:.1e}", adapter.kind().name());
+        assert!(error <= 1e-5, "{tuner:?}: {error}");
+    }
+}
+
+/// Layers that are computed again give the same bits as those that are kept.
+#[test]
+fn recomputed_layers_change_no_bit() {
+    let (model, _) = Model::tiny_windowed(1);
+    for tuner in tuners() {
+        let adapter = moved(&model, &tuner);
+        let kept = gradients(&model, &adapter, None);
+        for layers in [1, 2, 3, 100] {
+            assert!(gradients(&model, &adapter, Some(layers)) == kept, "{tuner:?} {layers}");
+        }
+    }
+}
+
+/// A sequence of a site's names, in the order of an adapter's sites.
+#[test]
+fn sites_are_numbered_in_the_order_of_their_names() {
+    let (model, _) = Model::tiny(1);
+    let sites: Vec<Site> = (0..model.decoder().sites.len()).map(|site| model.site(site)).collect();
+    assert!(sites.is_sorted());
+}

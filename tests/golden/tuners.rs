@@ -1,0 +1,107 @@
+//! Every kind of adapter against PEFT's values: what its own files score, served and in float32, and how it is trained from fixed starts.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+use tenora::adapter::Adapter;
+use tenora::api::proto::{ScoreInput, ScoreRequest, TokenIds, score_input};
+use tenora::data::Examples;
+use tenora::request::Objective;
+
+use super::{adapter, assert_steps, base, entries, exact, example, file, floats, ids, served_name, train};
+
+/// Kinds of PEFT's that are not served yet.
+const NOT_YET: [&str; 2] = ["prompt", "prefix"];
+
+fn is_served(name: &str) -> bool {
+    !NOT_YET.iter().any(|kind| name.contains(kind))
+}
+
+#[test]
+fn the_float32_reference_gives_the_golden_logprobs_of_every_kind() {
+    let Some(tuners) = file("tuners.json") else { return };
+    let mut seen = 0;
+    for (name, entry) in entries(&tuners).into_iter().filter(|(name, _)| is_served(name)) {
+        let (adapter, ids) = (adapter(name), ids(&entry["ids"]));
+        let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
+        let logprobs = base().0.token_logprobs(&[&ids], &wanted, exact(adapter.as_ref())).expect("scores");
+        for (i, (got, want)) in logprobs.iter().zip(floats(&entry["logprobs"])).enumerate() {
+            assert!((f64::from(*got) - want).abs() <= 2e-3, "{name} {i}: {got} {want}");
+        }
+        seen += 1;
+    }
+    assert!(seen > 0);
+}
+
+/// Imported through the gate, scored alone and then all at once with the base, in one batch: the same bits, close to PEFT's.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_kind_is_served_beside_the_others_as_alone() {
+    let Some(tuners) = file("tuners.json") else { return };
+    let mut served: BTreeMap<String, Value> = tuners.as_object().expect("an object").clone().into_iter().collect();
+    served.retain(|name, _| is_served(name));
+    let (server, key) = super::serve(&json!(served)).await;
+    let client = server.generation(&key).await;
+    let score = |name: &str, list: &Value| {
+        let inputs = list.as_array().expect("a list").iter().map(|entry| {
+            let sequence = score_input::Sequence::TokenIds(TokenIds { ids: ids(&entry["ids"]) });
+            ScoreInput { sequence: Some(sequence) }
+        });
+        let request = ScoreRequest { adapter: served_name(name), inputs: inputs.collect(), ..Default::default() };
+        let mut client = client.clone();
+        async move { client.score(request).await.expect("scores").into_inner().results }
+    };
+    let mut alone = BTreeMap::new();
+    // The base beside them, on sequences of one of them.
+    let of_base = served.values().next().expect("an adapter").clone();
+    served.insert("base".to_owned(), of_base);
+    let all = || served.iter();
+    for (name, list) in all() {
+        alone.insert(name.clone(), score(name, list).await);
+    }
+    let together = futures::future::join_all(all().map(|(name, list)| score(name, list))).await;
+    for ((name, list), together) in all().zip(together) {
+        assert_eq!(alone[name], together, "{name}: bits depend on the batch");
+        if name == "base" {
+            continue;
+        }
+        let golden = list.as_array().expect("a list").iter().flat_map(|entry| floats(&entry["logprobs"]));
+        let scored = together.iter().flat_map(|result| result.logprobs.iter().map(|token| f64::from(token.logprob)));
+        let differences: Vec<f64> = golden.zip(scored).map(|(want, got)| (want - got).abs()).collect();
+        let mean = differences.iter().sum::<f64>() / differences.len() as f64;
+        println!("{name:8} mean absolute difference {mean:.4} nats over {} tokens", differences.len());
+        assert!(mean <= 0.02, "{name}: {mean}");
+    }
+}
+
+/// The curves of `training.json`, on the examples and by the recipe of `sft.json`.
+#[test]
+fn every_kind_follows_its_golden_curve() {
+    let (Some(training), Some(sft)) = (file("training.json"), file("sft.json")) else { return };
+    let examples: Vec<_> = sft["examples"].as_array().expect("examples").iter().collect();
+    let examples: Vec<_> =
+        examples.iter().map(|e| example(&ids(&e["prompt_ids"]), &ids(&e["completion_ids"]))).collect();
+    let of_kind = |(name, run): (&String, &Value)| {
+        (name.starts_with("sft_") && is_served(name)).then(|| (name.clone(), run.clone()))
+    };
+    let runs: Vec<(String, Value)> = training.as_object().expect("an object").iter().filter_map(of_kind).collect();
+    assert!(!runs.is_empty());
+    for (name, run) in runs {
+        let mut recipe = sft["recipe"].clone();
+        (recipe["lr"], recipe["init"]) = (run["lr"].clone(), run["start"].clone());
+        let batch = recipe["batch"].as_u64().expect("a batch") as usize;
+        let file = json!({"recipe": recipe, "curve": run["curve"]});
+        let (outcome, steps) = train(&file, &Examples::Sft(examples.clone()), Objective::Sft, batch);
+        println!("{name}");
+        assert_steps(run["curve"].as_array().expect("a curve"), &steps);
+        check_after(&outcome.adapter, &examples[0], &floats(&run["after_completion_logprobs_of_example_0"]), &name);
+    }
+}
+
+/// The log-probabilities of a completion after the training.
+fn check_after(adapter: &Adapter, example: &tenora::text::Conversation, golden: &[f64], name: &str) {
+    let wanted: Vec<_> = (1..example.ids.len()).filter(|i| example.in_loss[*i]).map(|i| (0, i - 1)).collect();
+    let logprobs = base().0.token_logprobs(&[&example.ids], &wanted, exact(Some(adapter))).expect("scores");
+    for (i, (got, want)) in logprobs.iter().zip(golden).enumerate() {
+        assert!((f64::from(*got) - want).abs() <= 2e-2, "{name} after training, {i}: {got} {want}");
+    }
+}
