@@ -7,6 +7,7 @@
 #![expect(non_camel_case_types, reason = "GGUF's names of the formats")]
 
 mod bfloat16;
+mod dynamic;
 pub(crate) mod float;
 mod float16;
 mod float32;
@@ -14,6 +15,8 @@ mod iq4_nl;
 mod iq4_xs;
 mod k_scales;
 mod layout;
+mod nested;
+mod normal_float;
 mod q2_k;
 mod q3_k;
 mod q4_0;
@@ -26,17 +29,22 @@ mod q6_k;
 mod q8_0;
 mod search;
 
+#[cfg(test)]
+mod golden;
+
 use candle_core::quantized::GgmlDType;
 
 use crate::cpu::lanes::MicroKernel;
 use crate::cpu::products::Multiply;
 
 pub use bfloat16::BF16;
-
+pub use dynamic::DYNAMIC_CODE;
 pub use float16::F16;
 pub use float32::F32;
 pub use iq4_nl::IQ4_NL;
 pub use iq4_xs::IQ4_XS;
+pub use nested::{NESTED_BLOCK, Nested, NestedScales};
+pub use normal_float::{NF4_CODE, NormalFloats, dequantize_nf4, quantize_nf4};
 pub use q2_k::Q2_K;
 pub use q3_k::Q3_K;
 pub use q4_0::Q4_0;
