@@ -8,6 +8,7 @@ pub mod cuda;
 pub mod error;
 pub mod format;
 pub mod gemm;
+pub mod nf4_packer;
 pub mod packed;
 pub mod spec;
 pub mod tensors;

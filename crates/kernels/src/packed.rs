@@ -3,10 +3,13 @@
 //! A tile is [`TILE_ROWS`] rows by one block of columns. In place of each row's `d, m, quants` a tile holds the 16 d, the
 //! 16 m where the format has them, and the quants so that four neighbours of each of the 16 rows lie together, which is
 //! what the dot product instructions of CPUs take; each format's file says where (`format`). Tiles of the same rows
-//! follow one another: a strip. No value changes.
+//! follow one another: a strip. No value changes. What all blocks of a matrix have in common, NF4's nested scales, lies
+//! beside the tiles.
 
 use rayon::prelude::*;
 
+use super::format::nested::{NestedScales, StripScales};
+use super::format::nf4;
 use super::format::{BlockFormat, QType, with_format};
 
 pub use super::format::TILE_ROWS;
@@ -23,24 +26,32 @@ pub struct PackedMatrix {
     rows: usize,
     cols: usize,
     lines: Vec<Line>,
+    /// Empty but for formats that have them.
+    nested: NestedScales,
 }
 
 /// The most bytes of a block.
 const MAX_BLOCK: usize = 256;
 
 impl PackedMatrix {
-    /// `file`: rows of `qtype.row_bytes(cols)` bytes as GGUF has them. `cols` is a multiple of the block's values.
+    /// `file`: rows of `qtype.row_bytes(cols)` bytes as GGUF has them, after `qtype.nested_bytes(rows, cols)` bytes of nested
+    /// scales. `cols` is a multiple of the block's values.
     pub fn pack(qtype: QType, rows: usize, cols: usize, file: &[u8]) -> Self {
-        let mut packer = Packer::new(qtype, rows, cols);
+        let (nested, file) = file.split_at(qtype.nested_bytes(rows, cols));
+        let mut packer = Packer::nested(qtype, rows, cols, nested);
         packer.push(file);
         packer.finish()
     }
 
-    /// The rows as GGUF has them.
+    /// What [`PackedMatrix::pack`] takes: the rows as GGUF has them, after the nested scales where the format has them.
     pub fn unpack(&self) -> Vec<u8> {
-        let row_bytes = self.qtype.row_bytes(self.cols);
-        let mut file = vec![0; self.rows * row_bytes];
-        for (row, out) in file.chunks_exact_mut(row_bytes).enumerate() {
+        let (row_bytes, from) = (self.qtype.row_bytes(self.cols), self.qtype.nested_bytes(self.rows, self.cols));
+        let mut file = vec![0; from + self.rows * row_bytes];
+        let (nested, rows) = file.split_at_mut(from);
+        if from > 0 {
+            nested.copy_from_slice(&self.nested.to_bytes());
+        }
+        for (row, out) in rows.chunks_exact_mut(row_bytes).enumerate() {
             let tiles = self.strip(row / TILE_ROWS);
             with_format!(self.qtype, F => {
                 for (tile, block) in tiles.chunks_exact(F::TILE_BYTES).zip(out.chunks_exact_mut(F::BYTES)) {
@@ -55,12 +66,17 @@ impl PackedMatrix {
     pub fn dequantize(&self, from: usize, out: &mut [f32]) {
         for (row, out) in (from..).zip(out.chunks_exact_mut(self.cols)) {
             let tiles = self.strip(row / TILE_ROWS);
-            with_format!(self.qtype, F => dequantize_row::<F>(tiles, row % TILE_ROWS, out));
+            with_format!(self.qtype, F => dequantize_row::<F>(tiles, row, &self.nested, out));
         }
     }
 
     /// Returns the bytes that a matrix takes.
     pub fn bytes_of(qtype: QType, rows: usize, cols: usize) -> usize {
+        Self::tile_bytes_of(qtype, rows, cols) + qtype.nested_bytes(rows, cols)
+    }
+
+    /// Returns the bytes of its tiles.
+    fn tile_bytes_of(qtype: QType, rows: usize, cols: usize) -> usize {
         let tiles = rows.div_ceil(TILE_ROWS) * (cols / qtype.block_values());
         (tiles * qtype.tile_bytes()).next_multiple_of(size_of::<Line>())
     }
@@ -95,6 +111,11 @@ impl PackedMatrix {
         &self.bytes()[i * self.strip_bytes()..]
     }
 
+    /// The nested scales from row `16 i` on.
+    pub(crate) fn nested_from(&self, i: usize) -> StripScales<'_> {
+        StripScales::new(&self.nested, i, self.cols / self.qtype.block_values())
+    }
+
     fn strip_bytes(&self) -> usize {
         self.cols / self.qtype.block_values() * self.qtype.tile_bytes()
     }
@@ -103,6 +124,18 @@ impl PackedMatrix {
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: a line is 64 bytes without padding, and bytes have no alignment.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), size_of_val(&*self.lines)) }
+    }
+
+    /// Gives an NF4 matrix its nested scales and each block, row by row, the code of its own.
+    pub(crate) fn set_scales(&mut self, nested: NestedScales, codes: &[u8]) {
+        let (strip_bytes, of_row) = (self.strip_bytes(), self.cols / self.qtype.block_values());
+        let strips = self.bytes_mut().par_chunks_exact_mut(strip_bytes).zip(codes.par_chunks(TILE_ROWS * of_row));
+        strips.for_each(|(strip, codes)| {
+            for (r, codes) in codes.chunks_exact(of_row).enumerate() {
+                nf4::put_scales(strip, r, codes);
+            }
+        });
+        self.nested = nested;
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
@@ -123,11 +156,18 @@ pub struct Packer {
 const MIN_BYTES: usize = 1 << 16;
 
 impl Packer {
-    /// A matrix without rows yet. `cols` is a multiple of the block's values.
+    /// A matrix without rows yet, of a format without nested scales. `cols` is a multiple of the block's values.
     pub fn new(qtype: QType, rows: usize, cols: usize) -> Self {
+        Self::nested(qtype, rows, cols, &[])
+    }
+
+    /// A matrix without rows yet, with the `qtype.nested_bytes(rows, cols)` bytes of its nested scales.
+    pub fn nested(qtype: QType, rows: usize, cols: usize, nested: &[u8]) -> Self {
         assert!(qtype.fits(cols), "rows are whole blocks");
-        let lines = vec![Line([0; 64]); PackedMatrix::bytes_of(qtype, rows, cols) / size_of::<Line>()];
-        Self { matrix: PackedMatrix { qtype, rows, cols, lines }, filled: 0 }
+        assert_eq!(nested.len(), qtype.nested_bytes(rows, cols), "a format with nested scales has them");
+        let lines = vec![Line([0; 64]); PackedMatrix::tile_bytes_of(qtype, rows, cols) / size_of::<Line>()];
+        let nested = NestedScales::of_bytes(nested);
+        Self { matrix: PackedMatrix { qtype, rows, cols, lines, nested }, filled: 0 }
     }
 
     /// Packs the rows that come next, any number of them, in the order of the file; on rayon's pool.
@@ -163,13 +203,18 @@ fn pack_row<F: BlockFormat>(row: &[u8], r: usize, strip: &mut [u8]) {
     }
 }
 
-/// The values of row `r` of a strip's tiles.
-fn dequantize_row<F: BlockFormat>(strip: &[u8], r: usize, out: &mut [f32]) {
+/// The values of a row, which lies in a strip's tiles.
+fn dequantize_row<F: BlockFormat>(strip: &[u8], row: usize, nested: &NestedScales, out: &mut [f32]) {
     let mut block = [0; MAX_BLOCK];
     let block = &mut block[..F::BYTES];
-    for (tile, out) in strip.chunks_exact(F::TILE_BYTES).zip(out.chunks_exact_mut(F::VALUES)) {
-        F::unpack(tile, r, block);
-        F::dequantize(block, out);
+    let first = row * (out.len() / F::VALUES);
+    for (t, (tile, out)) in strip.chunks_exact(F::TILE_BYTES).zip(out.chunks_exact_mut(F::VALUES)).enumerate() {
+        F::unpack(tile, row % TILE_ROWS, block);
+        if F::NESTED {
+            F::dequantize_nested(block, nested.of(first + t), out);
+        } else {
+            F::dequantize(block, out);
+        }
     }
 }
 
@@ -191,12 +236,19 @@ mod tests {
             let file = random_matrix(qtype, rows, cols, seed);
             let packed = PackedMatrix::pack(qtype, rows, cols, &file);
             prop_assert_eq!(packed.unpack(), file.clone());
+            let (nested, file) = file.split_at(qtype.nested_bytes(rows, cols));
             let strips = file.len().next_multiple_of(16 * qtype.row_bytes(cols));
             prop_assert!(packed.bytes().len() as f64 <= 1.06 * strips as f64 + 64.0, "{} of {strips} bytes", packed.bytes().len());
             let (mut got, mut want) = (vec![0.0; (rows - from) * cols], vec![0.0; (rows - from) * cols]);
             packed.dequantize(from, &mut got);
-            for (row, want) in file.chunks_exact(qtype.row_bytes(cols)).skip(from).zip(want.chunks_exact_mut(cols)) {
-                qtype.dequantize_row(row, want);
+            let nested = NestedScales::of_bytes(nested);
+            let each = file.chunks_exact(qtype.block_bytes()).enumerate().skip(from * blocks);
+            for ((i, block), want) in each.zip(want.chunks_exact_mut(qtype.block_values())) {
+                with_format!(qtype, F => if F::NESTED {
+                    F::dequantize_nested(block, nested.of(i), want);
+                } else {
+                    F::dequantize(block, want);
+                });
             }
             prop_assert_eq!(got, want);
         }
@@ -207,8 +259,8 @@ mod tests {
         ) {
             let (rows, cols) = (pieces.iter().sum(), qtype.block_values());
             let file = random_matrix(qtype, rows, cols, seed);
-            let mut packer = Packer::new(qtype, rows, cols);
-            let mut rest = &file[..];
+            let (nested, mut rest) = file.split_at(qtype.nested_bytes(rows, cols));
+            let mut packer = Packer::nested(qtype, rows, cols, nested);
             for piece in pieces {
                 let (now, later) = rest.split_at(piece * qtype.row_bytes(cols));
                 packer.push(now);

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::format::QType;
 use crate::cpu::Team;
 
-/// The bytes of a matrix of random blocks whose scales are small normal numbers.
+/// The bytes of a matrix of random blocks whose scales are small normal numbers, nested ones included.
 pub fn random_matrix(qtype: QType, rows: usize, cols: usize, seed: u64) -> Vec<u8> {
     let mut state = seed;
     let mut next = || {
@@ -19,7 +19,12 @@ pub fn random_matrix(qtype: QType, rows: usize, cols: usize, seed: u64) -> Vec<u
     for block in data.chunks_exact_mut(qtype.block_bytes()) {
         qtype.tame(block);
     }
-    data
+    let mut file = Vec::with_capacity(qtype.nested_bytes(rows, cols) + data.len());
+    while file.len() < qtype.nested_bytes(rows, cols) {
+        file.extend((0.05 + f32::from(next()) / 4096.0).to_le_bytes());
+    }
+    file.extend(data);
+    file
 }
 
 /// A number that looks random, of a seed and a place.

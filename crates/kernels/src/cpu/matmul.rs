@@ -8,7 +8,7 @@ use super::Shared;
 use super::ahead::Prefetcher;
 use super::lanes::MicroKernel;
 use super::lora::{Adapters, expand, expand_reads, shrink_reads};
-use super::products::run_strips;
+use super::products::{Strips, run_strips};
 use super::quantize::{AMX_ROWS, AmxBlock, PANEL, QuantizedRows};
 use super::simd::Level;
 use super::team::Team;
@@ -172,7 +172,8 @@ impl Job<'_, '_> {
         ahead.push(&later[..later.len().min(own)]);
         let (y, width, strip) = (self.y, self.matrix.rows(), strips.start);
         let out = Outputs { y, width, strip, bias: self.bias, accumulate: self.accumulate };
-        with_format!(self.matrix.qtype(), F => run_strips::<F>(level, &all[..own], (x, rows.clone()), ahead, out));
+        let of = Strips { tiles: &all[..own], nested: self.matrix.nested_from(strip) };
+        with_format!(self.matrix.qtype(), F => run_strips::<F>(level, of, (x, rows.clone()), ahead, out));
         if let Some((adapters, shrunk)) = self.adapted {
             for strip in strips {
                 // SAFETY: this task alone touches this strip of `y`.
@@ -271,13 +272,18 @@ mod tests {
             }
             let mut dense = vec![0.0; out * cols];
             w.dequantize(0, &mut dense);
+            // NF4's numbers are multiplied as integers of two bytes.
+            let rounding = if qtype == QType::NF4 { 2e-5 } else { 0.0 };
             for row in 0..rows {
                 let alone = product(Level::best(), &w, &QuantizedRows::of(&x[row * cols..][..cols], cols));
                 prop_assert_eq!(&alone[..], &y[row * out..][..out]);
                 for column in 0..out {
                     let terms = (0..cols).map(|i| q.value(row, i) * f64::from(dense[column * cols + i]));
                     let (want, size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
-                    prop_assert!((f64::from(y[row * out + column]) - want).abs() <= 1e-5 * size + 1e-5);
+                    let largest = dense[column * cols..][..cols].iter().fold(0.0f32, |a, b| a.max(b.abs()));
+                    let inputs: f64 = (0..cols).map(|i| q.value(row, i).abs()).sum();
+                    let most = 1e-5 * size + 1e-5 + rounding * f64::from(largest) * inputs;
+                    prop_assert!((f64::from(y[row * out + column]) - want).abs() <= most);
                 }
             }
         }
@@ -304,7 +310,7 @@ mod tests {
     /// More rows than pass over a strip together, in whole groups, panels and the rest.
     #[test]
     fn many_rows() {
-        for qtype in [QType::Q4_K, QType::Q6_K, QType::Q8_0] {
+        for qtype in [QType::Q4_K, QType::Q6_K, QType::Q8_0, QType::NF4] {
             let (out, cols, rows) = (3 * TILE_ROWS + 5, 512, 2 * MAX_PASS + 2 * PANEL + 3);
             let w = PackedMatrix::pack(qtype, out, cols, &random_matrix(qtype, out, cols, 5));
             let q = QuantizedRows::of(&sinusoid(rows * cols, 7), cols);
@@ -342,6 +348,27 @@ mod tests {
             let q = QuantizedRows::of(&[1e30; PANEL * 256], 256);
             for level in Level::all() {
                 assert_eq!(product(level, &w, &q), [0.0; PANEL], "{qtype:?} {level:?}");
+            }
+        }
+    }
+
+    /// NF4's zeros under a large scale, and its largest numbers, whose integers' sums are the largest that there are.
+    #[test]
+    fn extremes_of_nf4() {
+        for (codes, offset, x, want) in
+            [(0x77, 6e4f32, 1e30f32, 0.0f32), (0xFF, 1.0, 1.0, 64.0), (0x00, 1.0, 1.0, -64.0)]
+        {
+            // A scale code of zero: the scale is the offset.
+            let mut file = [offset.to_le_bytes(), 1f32.to_le_bytes()].concat();
+            file.push(127);
+            file.extend([codes; 32]);
+            let w = PackedMatrix::pack(QType::NF4, 1, 64, &file);
+            for (level, rows) in Level::all().flat_map(|level| [1, 2, PANEL].map(|rows| (level, rows))) {
+                for x in [x, -x] {
+                    let y = product(level, &w, &QuantizedRows::of(&vec![x; rows * 64], 64));
+                    let near = |y: &f32| (y - want * x.signum()).abs() <= 1e-3 * want.abs();
+                    assert!(y.iter().all(near), "{level:?} {codes} {x} {y:?}");
+                }
             }
         }
     }

@@ -8,23 +8,26 @@ use super::ahead::{PrefetchPlan, Prefetcher};
 use super::lanes::amx::{Amx, Exact};
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2Maddubs, Avx512Vnni};
-use super::lanes::{MicroKernel, Plain};
+use super::lanes::{EIGHTS, MicroKernel, Plain};
 use super::matmul::Outputs;
-use super::quantize::{Halves, PANEL, PanelBlock, QuantizedRows};
+use super::quantize::{Halves, PANEL, PanelBlock, PanelWords, QuantizedRows};
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use super::simd::{Level, unrolled};
 #[cfg(target_arch = "x86_64")]
 use super::tiles::{self, Unpacked};
 use crate::format::float::Float;
-use crate::format::{BLOCK, BlockFormat, Halved, Quants, Scaled, TILE_ROWS};
+use crate::format::nested::StripScales;
+use crate::format::{BLOCK, BlockFormat, Halved, Quants, Scaled, TILE_ROWS, Tabled};
 
 /// The tiles of S strips, and the blocks of a panel of activations that they are multiplied with.
 #[derive(Clone, Copy)]
 pub(crate) struct Operands<'a, const S: usize> {
     tiles: [&'a [u8]; S],
+    nested: [StripScales<'a>; S],
     panel: &'a [PanelBlock],
     halves: &'a [Halves],
+    words: &'a [PanelWords],
     /// The first of the rows of the panel.
     first: usize,
 }
@@ -45,6 +48,10 @@ impl<const S: usize> Operands<'_, S> {
 pub(crate) trait Multiply<F> {
     /// Whether it reads [`Halves`].
     const READS_HALVES: bool = false;
+    /// Whether it reads [`PanelWords`].
+    const READS_WORDS: bool = false;
+    /// Whether two strips share what is read of a panel where the machine has room for it.
+    const SIDE_BY_SIDE: bool = true;
 
     /// The sums of the rows `at..at + L::ROWS` of S strips with N rows of activations, in the activations' units; P of
     /// these are multiplied side by side.
@@ -264,11 +271,65 @@ impl<F: Float> Multiply<F> for Floats {
     }
 }
 
+/// For blocks of indices into a table of integers of two bytes, with a scale for all of a tile's columns.
+///
+/// AMX has no form of its own: products of two bytes by two bytes are exact in its tiles for four pairs of bytes and eight
+/// columns at a time, 16 products of tiles a quarter full, which the dot products of AVX-512 are as fast as.
+pub(crate) struct LookedUp;
+
+impl<F: Tabled> Multiply<F> for LookedUp {
+    const READS_WORDS: bool = true;
+    const SIDE_BY_SIDE: bool = false;
+
+    #[inline(always)]
+    fn sums<L: MicroKernel, const N: usize, const P: usize, const S: usize>(
+        l: L,
+        of: Operands<'_, S>,
+        at: usize,
+        ahead: &mut PrefetchPlan<'_>,
+    ) -> [[L::Float; N]; S] {
+        let mut sums = [[l.zero(); N]; S];
+        assert_eq!(of.panel.len(), of.words.len(), "the rows were quantised for this format");
+        let (mut nested, mut until) = ([[0.0; TILE_ROWS]; S], [0; S]);
+        let panel = of.panel.chunks_exact(F::VALUES / BLOCK).zip(of.words.chunks_exact(F::VALUES / BLOCK));
+        for (t, (blocks, words)) in panel.enumerate() {
+            let tiles = of.tiles_at::<F>(t);
+            unrolled!(s in S up to 2 => {
+                if t == until[s] {
+                    (nested[s], until[s]) = of.nested[s].at(t);
+                }
+                let d = F::scale(l, tiles[s], &nested[s], of.nested[s].offset(), at);
+                for (b, (block, words)) in blocks.iter().zip(words).enumerate() {
+                    if s == 0 {
+                        ahead.fetch();
+                    }
+                    let mut w = [l.look_up_words(F::indices(tiles[s], EIGHTS * b, at), F::TABLE); EIGHTS];
+                    for (eight, w) in w.iter_mut().enumerate().skip(1) {
+                        *w = l.look_up_words(F::indices(tiles[s], EIGHTS * b + eight, at), F::TABLE);
+                    }
+                    unrolled!(r in N => {
+                        let t = l.dot_words(&w, &words.0[of.first + r]);
+                        sums[s][r] = l.add_shifted(t, block.shift[of.first + r], d, sums[s][r]);
+                    });
+                }
+            });
+        }
+        sums
+    }
+}
+
+/// The tiles of one or two strips, one after the other, with the nested scales of their blocks.
+#[derive(Clone, Copy)]
+pub(super) struct Strips<'a> {
+    pub tiles: &'a [u8],
+    pub nested: StripScales<'a>,
+}
+
 /// All outputs of some strips for rows of activations, in groups.
 #[inline(always)]
 fn strips<L: MicroKernel, F: BlockFormat>(
     l: L,
-    tiles: &[u8],
+    Strips { tiles, nested }: Strips<'_>,
     (x, rows): (&QuantizedRows, Range<usize>),
     ahead: &Prefetcher,
     out: Outputs<'_>,
@@ -281,17 +342,19 @@ fn strips<L: MicroKernel, F: BlockFormat>(
                 const N: usize = $n;
                 while N <= L::GROUP && row + N <= rows.end {
                     for (strip, tiles) in tiles.chunks_exact(strip_bytes).enumerate() {
-                        group::<L, F, N, $p, 1>(l, [tiles], &mut ahead, x, row, out.of(strip));
+                        let nested = nested.later(strip);
+                        group::<L, F, N, $p, 1>(l, ([tiles], [nested]), &mut ahead, x, row, out.of(strip));
                     }
                     row += N;
                 }
             })*
         };
     }
-    if L::STRIPS == 2 && tiles.len() == 2 * strip_bytes {
+    if L::STRIPS == 2 && F::Kernel::SIDE_BY_SIDE && tiles.len() == 2 * strip_bytes {
         let (one, two) = tiles.split_at(strip_bytes);
         while row + PANEL <= rows.end {
-            group::<L, F, PANEL, 2, 2>(l, [one, two], &mut ahead, x, row, out);
+            let nested = [nested, nested.later(1)];
+            group::<L, F, PANEL, 2, 2>(l, ([one, two], nested), &mut ahead, x, row, out);
             row += PANEL;
         }
     }
@@ -302,13 +365,14 @@ fn strips<L: MicroKernel, F: BlockFormat>(
 #[inline(always)]
 fn group<L: MicroKernel, F: BlockFormat, const N: usize, const P: usize, const S: usize>(
     l: L,
-    tiles: [&[u8]; S],
+    (tiles, nested): ([&[u8]; S], [StripScales<'_>; S]),
     ahead: &mut PrefetchPlan<'_>,
     x: &QuantizedRows,
     row: usize,
     out: Outputs<'_>,
 ) {
-    let of = Operands { tiles, panel: x.panel(row / PANEL), halves: x.halves(row / PANEL), first: row % PANEL };
+    let (i, first) = (row / PANEL, row % PANEL);
+    let of = Operands { tiles, nested, panel: x.panel(i), halves: x.halves(i), words: x.words(i), first };
     assert!(of.first + N <= PANEL, "the rows lie in one panel");
     for at in (0..TILE_ROWS).step_by(L::ROWS) {
         let sums = F::Kernel::sums::<L, N, P, S>(l, of, at, ahead);
@@ -331,10 +395,10 @@ fn ready<L: MicroKernel, F: Scaled, const P: usize>(l: L, tile: &[u8], b: usize,
     }
 }
 
-/// The tiles of one or two strips, one after the other, times some rows of activations, in the form of a level.
+/// One or two strips times some rows of activations, in the form of a level.
 pub(super) fn run_strips<F: BlockFormat>(
     level: Level,
-    tiles: &[u8],
+    of: Strips<'_>,
     x: (&QuantizedRows, Range<usize>),
     ahead: &Prefetcher,
     out: Outputs<'_>,
@@ -343,37 +407,37 @@ pub(super) fn run_strips<F: BlockFormat>(
     {
         type Rows<'a> = (&'a QuantizedRows, Range<usize>);
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-        fn amx<F: BlockFormat>(tiles: &[u8], x: Rows<'_>, ahead: &Prefetcher, out: Outputs<'_>) {
+        fn amx<F: BlockFormat>(of: Strips<'_>, x: Rows<'_>, ahead: &Prefetcher, out: Outputs<'_>) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Amx::new() };
-            tiles::strips::<F>(proof, tiles, x, ahead, out);
+            tiles::strips::<F>(proof, of.tiles, x, ahead, out);
         }
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
-        fn avx512<F: BlockFormat>(tiles: &[u8], x: Rows<'_>, ahead: &Prefetcher, out: Outputs<'_>) {
+        fn avx512<F: BlockFormat>(of: Strips<'_>, x: Rows<'_>, ahead: &Prefetcher, out: Outputs<'_>) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx512::new() };
-            strips::<_, F>(Avx512Vnni::new(proof), tiles, x, ahead, out);
+            strips::<_, F>(Avx512Vnni::new(proof), of, x, ahead, out);
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn avx2<F: BlockFormat>(tiles: &[u8], x: Rows<'_>, ahead: &Prefetcher, out: Outputs<'_>) {
+        fn avx2<F: BlockFormat>(of: Strips<'_>, x: Rows<'_>, ahead: &Prefetcher, out: Outputs<'_>) {
             // SAFETY: this function is called where the machine has what it uses.
             let proof = unsafe { Avx2::new() };
-            strips::<_, F>(Avx2Maddubs::new(proof), tiles, x, ahead, out);
+            strips::<_, F>(Avx2Maddubs::new(proof), of, x, ahead, out);
         }
         let takes_tiles = F::Kernel::EXACT.is_some() && x.0.has_amx_blocks();
         match level {
             // SAFETY: nobody has a level that the machine lacks.
-            Level::Amx if takes_tiles => unsafe { amx::<F>(tiles, x, ahead, out) },
+            Level::Amx if takes_tiles => unsafe { amx::<F>(of, x, ahead, out) },
             // SAFETY: as above.
-            Level::Amx | Level::Avx512 => unsafe { avx512::<F>(tiles, x, ahead, out) },
+            Level::Amx | Level::Avx512 => unsafe { avx512::<F>(of, x, ahead, out) },
             // SAFETY: as above.
-            Level::Avx2 => unsafe { avx2::<F>(tiles, x, ahead, out) },
-            Level::Portable => strips::<_, F>(Plain, tiles, x, ahead, out),
+            Level::Avx2 => unsafe { avx2::<F>(of, x, ahead, out) },
+            Level::Portable => strips::<_, F>(Plain, of, x, ahead, out),
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = level;
-        strips::<_, F>(Plain, tiles, x, ahead, out);
+        strips::<_, F>(Plain, of, x, ahead, out);
     }
 }

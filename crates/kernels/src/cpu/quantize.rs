@@ -48,6 +48,14 @@ pub(crate) struct Halves {
     pub less: [[i32; PANEL]; 2],
 }
 
+/// A row's block as integers of two bytes, before the shift.
+pub(crate) type RowWords = [i16; BLOCK];
+
+/// The [`RowWords`] of a [`PanelBlock`]'s rows, for formats that read them in place of its bytes.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct PanelWords(pub [RowWords; PANEL]);
+
 /// Rows of an [`AmxBlock`].
 pub(super) const AMX_ROWS: usize = 16;
 
@@ -111,6 +119,8 @@ const EMPTY: PanelBlock = PanelBlock {
 const NO_AMX_BLOCK: AmxBlock =
     AmxBlock { parts: [[[0; BLOCK]; AMX_ROWS]; 2], sum: [0.0; AMX_ROWS], first_sum: [0.0; AMX_ROWS] };
 
+const NO_WORDS: PanelWords = PanelWords([[0; BLOCK]; PANEL]);
+
 const NO_HALVES: Halves = Halves { first_sum: [0.0; PANEL], less: [[0; PANEL]; 2] };
 
 /// Quantised rows `[rows, cols]`, in panels of 8 rows, the last one filled up.
@@ -122,6 +132,8 @@ pub struct QuantizedRows {
     panels: Vec<PanelBlock>,
     /// As many, where formats that read them are among those that the rows are multiplied with.
     halves: Option<Vec<Halves>>,
+    /// As `halves`.
+    words: Option<Vec<PanelWords>>,
     /// `[groups of 16 rows, blocks]`, where the machine has AMX and there are rows enough for it.
     amx: Vec<AmxBlock>,
     has_amx_blocks: bool,
@@ -136,6 +148,7 @@ pub(super) struct RowWriter {
     blocks: usize,
     panels: *mut PanelBlock,
     halves: Option<*mut Halves>,
+    words: Option<*mut PanelWords>,
     amx: Option<*mut AmxBlock>,
     units: *mut f32,
 }
@@ -148,12 +161,17 @@ unsafe impl Sync for RowWriter {}
 impl QuantizedRows {
     /// Returns room for rows that are multiplied with matrices of some formats.
     pub fn new(formats: impl IntoIterator<Item = QType>) -> Self {
-        let halves = formats.into_iter().any(QType::reads_halves).then(Vec::new);
+        let (mut halves, mut words) = (None, None);
+        for format in formats {
+            halves = halves.or(format.reads_halves().then(Vec::new));
+            words = words.or(format.reads_words().then(Vec::new));
+        }
         Self {
             rows: 0,
             blocks: 0,
             panels: Vec::new(),
             halves,
+            words,
             amx: Vec::new(),
             has_amx_blocks: false,
             units: Vec::new(),
@@ -167,10 +185,11 @@ impl QuantizedRows {
         let count = rows.div_ceil(PANEL) * blocks;
         let panels = with_room(&mut self.panels, count, EMPTY);
         let halves = self.halves.as_mut().map(|halves| with_room(halves, count, NO_HALVES));
+        let words = self.words.as_mut().map(|words| with_room(words, count, NO_WORDS));
         self.has_amx_blocks = Level::best() == Level::Amx && rows >= AMX_FROM;
         let amx = self.has_amx_blocks.then(|| with_room(&mut self.amx, rows.div_ceil(AMX_ROWS) * blocks, NO_AMX_BLOCK));
         self.units.resize(rows, 0.0);
-        RowWriter { rows, blocks, panels, halves, amx, units: self.units.as_mut_ptr() }
+        RowWriter { rows, blocks, panels, halves, words, amx, units: self.units.as_mut_ptr() }
     }
 
     /// Returns how many rows there are.
@@ -193,6 +212,12 @@ impl QuantizedRows {
     #[inline(always)]
     pub(super) fn halves(&self, i: usize) -> &[Halves] {
         self.halves.as_ref().map_or(&[], |halves| &halves[i * self.blocks..][..self.blocks])
+    }
+
+    /// As [`QuantizedRows::halves`].
+    #[inline(always)]
+    pub(super) fn words(&self, i: usize) -> &[PanelWords] {
+        self.words.as_ref().map_or(&[], |words| &words[i * self.blocks..][..self.blocks])
     }
 
     /// Whether there are [`QuantizedRows::amx_blocks`].
@@ -241,6 +266,7 @@ impl RowWriter {
             Place {
                 blocks: self.panels.add(row / PANEL * self.blocks),
                 halves: self.halves.map(|halves| halves.add(row / PANEL * self.blocks)),
+                words: self.words.map(|words| words.add(row / PANEL * self.blocks)),
                 amx: self.amx.map(|amx| amx.add(row / AMX_ROWS * self.blocks)),
                 row,
                 unit: &mut *self.units.add(row),
@@ -255,6 +281,7 @@ impl RowWriter {
 struct Place<'a> {
     blocks: *mut PanelBlock,
     halves: Option<*mut Halves>,
+    words: Option<*mut PanelWords>,
     amx: Option<*mut AmxBlock>,
     row: usize,
     unit: &'a mut f32,
@@ -296,6 +323,9 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
                 (*halves).less[0][in_panel] = -split.first_sum;
                 (*halves).less[1][in_panel] = split.first_sum - split.sum;
             }
+            if let Some(words) = to.words {
+                (*words.add(b)).0[in_panel] = joined(quants);
+            }
             if let Some(amx) = to.amx {
                 let amx = amx.add(b);
                 (*amx).parts[0][in_group] = widened(&quants[0], 7 + shift);
@@ -305,6 +335,16 @@ fn quantize<S: Simd>(s: S, x: &[f32], to: Place<'_>) {
             }
         }
     }
+}
+
+/// High and low bytes as the integers that they are.
+#[inline(always)]
+fn joined([high, low]: &[[i8; BLOCK]; 2]) -> RowWords {
+    let mut words = [0; BLOCK];
+    for ((word, high), low) in words.iter_mut().zip(high).zip(low) {
+        *word = 128 * i16::from(*high) + i16::from(*low);
+    }
+    words
 }
 
 /// Some bytes of a block, shifted, as a row of [`AmxBlock::parts`].
@@ -358,16 +398,17 @@ mod tests {
             // SAFETY: the rows are alive and written one by one.
             [1, PANEL + 1].into_iter().for_each(|row| unsafe { writer.write_at(level, row, x) });
             let row = |row: usize| {
-                let own = |(block, halves): (&PanelBlock, &Halves)| {
+                let own = |((block, halves), words): ((&PanelBlock, &Halves), &PanelWords)| {
                     let sums = (block.sum[1], halves.first_sum[1], block.less[1], halves.less.map(|half| half[1]));
-                    (block.quants[1], block.shift[1], sums, block.pairs[1])
+                    (block.quants[1], words.0[1], block.shift[1], sums, block.pairs[1])
                 };
                 let amx =
                     q.amx.iter().map(|block| (block.parts.map(|part| part[row]), block.sum[row], block.first_sum[row]));
                 // The quants of a row whose unit is not a number are anything.
                 let unit = q.unit(row);
                 (!unit.is_nan()).then(|| {
-                    let panels = q.panel(row / PANEL).iter().zip(q.halves(row / PANEL)).map(own).collect::<Vec<_>>();
+                    let panels = q.panel(row / PANEL).iter().zip(q.halves(row / PANEL)).zip(q.words(row / PANEL));
+                    let panels = panels.map(own).collect::<Vec<_>>();
                     (unit, panels, amx.collect::<Vec<_>>())
                 })
             };

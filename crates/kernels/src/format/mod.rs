@@ -1,10 +1,10 @@
-//! The block formats of GGUF that a base's matrices may have. Each has a file of its own, which says how the file's
-//! blocks lie in a tile and back, their exact values, and what the matmul's inner loop reads; the list of them is
+//! The block formats that a base's matrices may have: GGUF's, and NF4. Each has a file of its own, which says how the
+//! file's blocks lie in a tile and back, their exact values, and what the matmul's inner loop reads; the list of them is
 //! [`for_all_formats!`], the only place that names them all. To add a format: its file here, and its name in the list.
 //!
 //! A row is a run of blocks. All integers are little-endian; scales (`d`, `m`) are IEEE half precision.
 
-#![expect(non_camel_case_types, reason = "GGUF's names of the formats")]
+#![expect(non_camel_case_types, reason = "GGUF's names of its formats")]
 
 mod bfloat16;
 mod dynamic;
@@ -15,8 +15,9 @@ mod iq4_nl;
 mod iq4_xs;
 mod k_scales;
 mod layout;
-mod nested;
-mod normal_float;
+pub(crate) mod nested;
+pub(crate) mod nf4;
+pub(crate) mod normal_float;
 mod q2_k;
 mod q3_k;
 mod q4_0;
@@ -34,7 +35,7 @@ mod golden;
 
 use candle_core::quantized::GgmlDType;
 
-use crate::cpu::lanes::MicroKernel;
+use crate::cpu::lanes::{MicroKernel, WordTable};
 use crate::cpu::products::Multiply;
 
 pub use bfloat16::BF16;
@@ -44,6 +45,7 @@ pub use float32::F32;
 pub use iq4_nl::IQ4_NL;
 pub use iq4_xs::IQ4_XS;
 pub use nested::{NESTED_BLOCK, Nested, NestedScales};
+pub use nf4::NF4;
 pub use normal_float::{NF4_CODE, NormalFloats, dequantize_nf4, quantize_nf4};
 pub use q2_k::Q2_K;
 pub use q3_k::Q3_K;
@@ -69,7 +71,7 @@ pub(crate) const FOURS: usize = BLOCK / 4;
 macro_rules! for_all_formats {
     ({$($do:tt)*} $args:tt) => {
         $($do)*! {
-            $args F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS
+            $args F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS NF4
         }
     };
 }
@@ -79,7 +81,7 @@ pub(crate) type Quantizer = fn(&[f32], &mut [u8]);
 
 /// How one format is stored and multiplied. A tile is [`TILE_ROWS`] rows by [`VALUES`](BlockFormat::VALUES) columns.
 pub(crate) trait BlockFormat: Sized {
-    /// GGUF's name of it.
+    /// GGUF's name of it, or the name that it has in papers.
     const NAME: &'static str;
     /// GGUF's number of it, where it has one.
     const NUMBER: Option<u32>;
@@ -97,7 +99,9 @@ pub(crate) trait BlockFormat: Sized {
     const CANDLE: Option<GgmlDType> = None;
     /// Whether the GPU's kernels read it.
     const CUDA: bool = false;
-    /// Quantises the values of a block, all finite; `None` where we do not write the format.
+    /// Whether blocks' scales are quantised themselves, with numbers that belong to the matrix (see [`NestedScales`]).
+    const NESTED: bool = false;
+    /// Quantises the values of a block, all finite; `None` where we do not write the format, or not block by block.
     const QUANTIZE: Option<Quantizer> = None;
     /// What a tile's sums are made by.
     type Kernel: Multiply<Self>;
@@ -108,8 +112,13 @@ pub(crate) trait BlockFormat: Sized {
     /// Takes the block of row `r` out of a tile.
     fn unpack(tile: &[u8], r: usize, block: &mut [u8]);
 
-    /// The exact values of a block.
+    /// The exact values of a block; of one with a nested scale in units of that.
     fn dequantize(block: &[u8], out: &mut [f32]);
+
+    /// The exact values of a block with the nested scale that it has, if any.
+    fn dequantize_nested(block: &[u8], _: Nested, out: &mut [f32]) {
+        Self::dequantize(block, out);
+    }
 
     /// Whether all numbers of a block are finite.
     fn is_sound(block: &[u8]) -> bool {
@@ -165,6 +174,19 @@ pub(crate) trait Halved: BlockFormat {
     fn scales<L: MicroKernel>(l: L, tile: &[u8], b: usize, at: usize) -> ([L::Float; 2], Option<[L::Float; 2]>);
 }
 
+/// A format of blocks of indices into a table of 16 integers of two bytes, with nested scales.
+pub(crate) trait Tabled: BlockFormat {
+    /// What the indices stand for. Of eight products with the integers of activations the sum fits an int32.
+    const TABLE: &'static WordTable;
+
+    /// The indices of columns `8 eight..8 eight + 8` of a tile, of the rows from `at` on, as
+    /// [`MicroKernel::look_up_words`] takes them.
+    fn indices(tile: &[u8], eight: usize, at: usize) -> &[u8];
+
+    /// What the block's integers are multiplied by, with the nested scales of all rows and the offset.
+    fn scale<L: MicroKernel>(l: L, tile: &[u8], nested: &[f32; TILE_ROWS], offset: f32, at: usize) -> L::Float;
+}
+
 /// A half-precision number in a block.
 #[inline(always)]
 fn half_at(block: &[u8], at: usize) -> f32 {
@@ -174,11 +196,11 @@ fn half_at(block: &[u8], at: usize) -> f32 {
 /// The enumeration of the formats and what is asked of a format that is known at run time only.
 macro_rules! define {
     (() $($format:ident)*) => {
-        /// How a matrix's values are stored, by GGUF's names.
+        /// How a matrix's values are stored, by GGUF's names; NF4 is not GGUF's.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum QType {
             $(
-                #[doc = concat!("GGUF's ", stringify!($format), ".")]
+                #[doc = concat!("Blocks of ", stringify!($format), ".")]
                 $format,
             )*
         }
@@ -259,12 +281,13 @@ pub fn quantize(qtype: QType, row: &[f32], out: &mut [u8]) -> Option<Deviation> 
 const MAX_VALUES: usize = 256;
 
 impl QType {
-    /// Whether [`quantize`] writes the format.
+    /// Whether [`quantize`] writes the format. What NF4's scales are depends on the whole matrix: it is written by
+    /// [`Nf4Packer`](crate::nf4_packer::Nf4Packer).
     pub fn is_written(self) -> bool {
         with_format!(self, F => F::QUANTIZE.is_some())
     }
 
-    /// Returns GGUF's name of it.
+    /// Returns GGUF's name of it, or the name that it has in papers.
     pub fn name(self) -> &'static str {
         with_format!(self, F => F::NAME)
     }
@@ -314,9 +337,25 @@ impl QType {
         cols / self.block_values() * self.block_bytes()
     }
 
-    /// Whether the CPU's products need more of the activations than those of most formats do.
+    /// Whether blocks' scales are quantised by numbers that belong to the matrix.
+    pub fn is_nested(self) -> bool {
+        with_format!(self, F => F::NESTED)
+    }
+
+    /// Returns the bytes of what a matrix's blocks have in common, which come before its rows: the offset and the nested
+    /// scales (see [`NestedScales::to_bytes`]); zero for all formats but NF4.
+    pub fn nested_bytes(self, rows: usize, cols: usize) -> usize {
+        if self.is_nested() { NestedScales::bytes_of(rows * (cols / self.block_values())) } else { 0 }
+    }
+
+    /// Whether the CPU's products read the halves of the activations' blocks by themselves.
     pub(crate) fn reads_halves(self) -> bool {
         with_format!(self, F => <<F as BlockFormat>::Kernel as Multiply<F>>::READS_HALVES)
+    }
+
+    /// Whether the CPU's products read the activations as integers of two bytes.
+    pub(crate) fn reads_words(self) -> bool {
+        with_format!(self, F => <<F as BlockFormat>::Kernel as Multiply<F>>::READS_WORDS)
     }
 
     /// Whether rows may have this many values.
@@ -324,8 +363,10 @@ impl QType {
         cols.is_multiple_of(self.block_values())
     }
 
-    /// The exact values of one row: `row` holds `row_bytes(out.len())` bytes.
+    /// The exact values of one row: `row` holds `row_bytes(out.len())` bytes. Not for NF4, whose rows have not all that
+    /// their values are made of.
     pub fn dequantize_row(self, row: &[u8], out: &mut [f32]) {
+        assert!(!self.is_nested(), "the values of a row do not depend on its matrix");
         with_format!(self, F => {
             for (block, out) in row.chunks_exact(F::BYTES).zip(out.chunks_exact_mut(F::VALUES)) {
                 F::dequantize(block, out);
@@ -370,7 +411,8 @@ mod tests {
 
     #[test]
     fn values_are_those_of_another_implementation() {
-        assert!(QType::ALL.iter().eq(VALUES.iter().map(|(qtype, _)| qtype)), "every format has its values here");
+        let of_gguf = QType::ALL.iter().filter(|qtype| qtype.number().is_some());
+        assert!(of_gguf.eq(VALUES.iter().map(|(qtype, _)| qtype)), "every format of GGUF's has its values here");
         for (qtype, want) in VALUES {
             let file = random_matrix(qtype, 3, 1024, 11);
             let mut values = vec![0.0f32; 3 * 1024];
@@ -384,7 +426,8 @@ mod tests {
 
     #[test]
     fn numbers_that_are_not_finite_are_found() {
-        for qtype in QType::ALL.iter().copied() {
+        // Blocks of NF4 have no numbers.
+        for qtype in QType::ALL.iter().copied().filter(|qtype| *qtype != QType::NF4) {
             let sound = random_matrix(qtype, 1, 1024, 3);
             assert_eq!(qtype.broken_block(&sound), None);
             let last = sound.len() / qtype.block_bytes() - 1;

@@ -2,6 +2,7 @@
 //! their mean, are quantised themselves, to 8 bits in blocks of 256 with float32 scales of their own, the nested ones.
 //! Blocks are counted row by row and go on over the ends of rows.
 
+use super::TILE_ROWS;
 use super::dynamic::{DYNAMIC_CODE, dynamic_code_of};
 
 /// Scales that share a nested scale.
@@ -29,6 +30,9 @@ pub struct Nested {
 }
 
 impl Nested {
+    /// Scales are what their codes stand for.
+    pub(crate) const UNIT: Self = Self { scale: 1.0, offset: 0.0 };
+
     /// The scale that a code stands for, rounded as bitsandbytes does: the product, then the sum.
     pub fn scale_of(self, code: u8) -> f32 {
         DYNAMIC_CODE[usize::from(code)] * self.scale + self.offset
@@ -75,6 +79,47 @@ impl NestedScales {
     /// Whether every scale that a code can stand for is finite.
     pub fn is_sound(&self) -> bool {
         self.scales.iter().all(|scale| (scale.abs() + self.offset.abs()).is_finite())
+    }
+}
+
+/// The nested scales of a strip's rows, which begin anywhere within blocks of [`NESTED_BLOCK`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StripScales<'a> {
+    all: &'a NestedScales,
+    /// The number of the first row's first block.
+    first: usize,
+    /// Blocks of a row.
+    of_row: usize,
+}
+
+impl<'a> StripScales<'a> {
+    /// Those of rows of `of_row` blocks each, from the strip `strip` on.
+    pub fn new(all: &'a NestedScales, strip: usize, of_row: usize) -> Self {
+        Self { all, first: strip * TILE_ROWS * of_row, of_row }
+    }
+
+    /// Those of a later strip.
+    #[inline(always)]
+    pub fn later(self, strips: usize) -> Self {
+        Self { first: self.first + strips * TILE_ROWS * self.of_row, ..self }
+    }
+
+    /// The matrix's offset.
+    #[inline(always)]
+    pub fn offset(self) -> f32 {
+        self.all.offset
+    }
+
+    /// The nested scale of each row's block `t`, and the block from which on another row's, or all, are others. Rows beyond
+    /// the matrix's last one have zero.
+    pub fn at(self, t: usize) -> ([f32; TILE_ROWS], usize) {
+        let (mut scales, mut until) = ([0.0; TILE_ROWS], usize::MAX);
+        for (r, scale) in scales.iter_mut().enumerate() {
+            let block = self.first + r * self.of_row + t;
+            *scale = self.all.scales.get(block / NESTED_BLOCK).copied().unwrap_or_default();
+            until = until.min(t + NESTED_BLOCK - block % NESTED_BLOCK);
+        }
+        (scales, until)
     }
 }
 
@@ -155,6 +200,27 @@ mod tests {
         assert!(of(0.1, 0.2).is_sound());
         for (offset, scale) in [(f32::NAN, 1.0), (1.0, f32::INFINITY), (f32::MAX, f32::MAX), (f32::NEG_INFINITY, 0.0)] {
             assert!(!of(offset, scale).is_sound());
+        }
+    }
+
+    /// Strips begin anywhere within a nested block, and rows of 300 blocks cross more than one.
+    #[test]
+    fn strips_have_their_own_scales() {
+        for of_row in [1usize, 9, 24, 300] {
+            let blocks = 37 * of_row;
+            let all = NestedScales { offset: 0.0, scales: (0..blocks.div_ceil(256)).map(|i| 1.0 + i as f32).collect() };
+            for strip in 0..3 {
+                let (own, mut until) = (StripScales::new(&all, 0, of_row).later(strip), 0);
+                let mut scales = [0.0; TILE_ROWS];
+                for t in 0..of_row {
+                    if t == until {
+                        (scales, until) = own.at(t);
+                    }
+                    for (row, scale) in (TILE_ROWS * strip..37).zip(scales) {
+                        assert_eq!(scale, all.of(row * of_row + t).scale, "{of_row} {row} {t}");
+                    }
+                }
+            }
         }
     }
 }

@@ -57,13 +57,10 @@ fn plan<'a>(batch: impl Iterator<Item = Rows<'a>> + Clone, shape: HeadShape) -> 
 }
 
 /// The exact values of a matrix.
-fn dequantized(qtype: QType, cols: usize, bytes: &[u8]) -> Vec<f32> {
-    let row = |row: &[u8]| {
-        let mut values = vec![0.0; cols];
-        qtype.dequantize_row(row, &mut values);
-        values
-    };
-    bytes.chunks_exact(qtype.row_bytes(cols)).flat_map(row).collect()
+fn dequantized(matrix: &PackedMatrix) -> Vec<f32> {
+    let mut values = vec![0.0; matrix.rows() * matrix.cols()];
+    matrix.dequantize(0, &mut values);
+    values
 }
 
 /// Widths that are no multiple of 256 included, and more rows than one kernel takes; the exact embeddings too.
@@ -76,7 +73,7 @@ fn frozen_matrices() {
             let bytes = random_matrix(qtype, out, cols, 1);
             let packed = PackedMatrix::pack(qtype, out, cols, &bytes);
             let matrix = DeviceMatrix::new(&packed, kernels.device()).unwrap();
-            let exact = dequantized(qtype, cols, &bytes);
+            let exact = dequantized(&packed);
             let weights = Tensor::from_slice(&exact, (out, cols), &Device::Cpu).unwrap();
             let mut first: Table = Vec::new();
             for count in [1, 8, 9, 17, 64] {
@@ -109,8 +106,9 @@ fn candle_multiplies_odd_widths_rightly() {
         return println!("cuda:0 is skipped");
     };
     let bytes = random_matrix(QType::Q4_1, 200, 576, 1);
-    let matrix = DeviceMatrix::new(&PackedMatrix::pack(QType::Q4_1, 200, 576, &bytes), &device).unwrap();
-    let exact = dequantized(QType::Q4_1, 576, &bytes);
+    let packed = PackedMatrix::pack(QType::Q4_1, 200, 576, &bytes);
+    let matrix = DeviceMatrix::new(&packed, &device).unwrap();
+    let exact = dequantized(&packed);
     let weights = Tensor::from_vec(exact, (200, 576), &Device::Cpu).unwrap();
     for count in [1, 8, 9, 17, 64] {
         let x = values(count * 576, 2);

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Halves, MicroKernel, PanelBlock, Shift, four};
+use super::{EIGHTS, Halves, MicroKernel, PAIRS, PanelBlock, RowWords, Shift, WordTable, four, pair};
 use crate::cpu::simd::{Avx2, unrolled};
 use crate::format::{BLOCK, FOURS};
 
@@ -90,6 +90,7 @@ impl MicroKernel for Avx2Maddubs {
     const SECOND: u8 = 0;
     type Bytes = __m256i;
     type Quants = [__m256i; FOURS];
+    type Words = [__m256i; PAIRS];
     type Int = __m256i;
     type Float = __m256;
 
@@ -132,6 +133,12 @@ impl MicroKernel for Avx2Maddubs {
         unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes[..8].as_ptr().cast()))) }
     }
     #[inline(always)]
+    fn look_up_floats(self, bytes: &[u8], table: &[f32; 256]) -> __m256 {
+        let at = |i: usize| table[usize::from(bytes[i])];
+        // SAFETY: `self` proves the features.
+        unsafe { _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)) }
+    }
+    #[inline(always)]
     fn scale(self, a: __m256, by: f32) -> __m256 {
         // SAFETY: `self` proves the features.
         unsafe { _mm256_mul_ps(a, _mm256_set1_ps(by)) }
@@ -148,6 +155,14 @@ impl MicroKernel for Avx2Maddubs {
             let t = _mm256_castps_si256(_mm256_cvtepi32_ps(t));
             let t = _mm256_add_epi32(t, _mm256_set1_epi32(shift.0 as i32));
             _mm256_fmadd_ps(_mm256_castsi256_ps(t), d, c)
+        }
+    }
+    #[inline(always)]
+    fn add_shifted(self, a: __m256, shift: Shift, d: __m256, c: __m256) -> __m256 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let a = _mm256_add_epi32(_mm256_castps_si256(a), _mm256_set1_epi32(shift.0 as i32));
+            _mm256_fmadd_ps(_mm256_castsi256_ps(a), d, c)
         }
     }
     #[inline(always)]
@@ -223,6 +238,22 @@ impl MicroKernel for Avx2Maddubs {
     fn look_up(self, a: __m256i, table: &[u8; 16]) -> __m256i {
         // SAFETY: `self` proves the features, and what is read lies within the slice or array.
         unsafe { _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())), a) }
+    }
+    #[inline(always)]
+    fn look_up_words(self, nibbles: &[u8], table: &WordTable) -> Self::Words {
+        let nibbles = self.load_bytes(nibbles);
+        let mut words = [nibbles; PAIRS];
+        for (i, nibbles) in [nibbles, self.shift_right::<4>(nibbles)].into_iter().enumerate() {
+            let index = self.and(nibbles, 15);
+            let (low, high) = (self.look_up(index, &table.low), self.look_up(index, &table.high));
+            // SAFETY: `self` proves the features.
+            unsafe {
+                let byte = _mm256_set1_epi16(0xFF);
+                words[i] = _mm256_or_si256(_mm256_and_si256(low, byte), _mm256_slli_epi16::<8>(high));
+                words[2 + i] = _mm256_or_si256(_mm256_srli_epi16::<8>(low), _mm256_andnot_si256(byte, high));
+            }
+        }
+        words
     }
     #[inline(always)]
     fn ready_nibbles<const P: usize>(self, w: [__m256i; FOURS]) -> Self::Quants {
@@ -312,5 +343,20 @@ impl MicroKernel for Avx2Maddubs {
             let all = unsafe { _mm256_sll_epi32(all, _mm_cvtsi32_si128(shift as i32)) };
             centred.map_or(all, |halves| self.add_to(all, 128 * halves.less[half][first + r]))
         })
+    }
+    #[inline(always)]
+    fn dot_words(self, w: &[Self::Words; EIGHTS], x: &RowWords) -> __m256 {
+        let mut sums = [self.zero(); EIGHTS];
+        for (eight, (w, sum)) in w.iter().zip(&mut sums).enumerate() {
+            // SAFETY: `self` proves the features.
+            unsafe {
+                let mut t = _mm256_setzero_si256();
+                for (i, w) in w.iter().enumerate() {
+                    t = _mm256_add_epi32(t, _mm256_madd_epi16(*w, _mm256_set1_epi32(pair(x, PAIRS * eight + i))));
+                }
+                *sum = _mm256_cvtepi32_ps(t);
+            }
+        }
+        self.add(self.add(sums[0], sums[1]), self.add(sums[2], sums[3]))
     }
 }

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{Halves, MicroKernel, PANEL, PanelBlock, Shift, four};
+use super::{EIGHTS, Halves, MicroKernel, PAIRS, PANEL, PanelBlock, RowWords, Shift, WordTable, four};
 use crate::cpu::simd::{Avx512, unrolled};
 use crate::format::{BLOCK, FOURS};
 
@@ -40,6 +40,58 @@ fn in_turn(mut high: __m512i, mut low: __m512i) -> (__m512i, __m512i) {
         std::arch::asm!("/* {} {} */", inout(zmm_reg) high, inout(zmm_reg) low, options(nomem, nostack, preserves_flags));
     }
     (high, low)
+}
+
+/// The sums of eight columns' products of integers of two bytes each. Written out, since the compiler makes two
+/// instructions of each `vpdpwssd`, and a third that broadcasts.
+#[target_feature(enable = "avx512f,avx512vnni")]
+#[inline]
+fn sums_of_eight(w: &[[__m512i; PAIRS]; EIGHTS], x: &RowWords) -> [__m512i; EIGHTS] {
+    let [mut t0, mut t1, mut t2, mut t3] = [_mm512_setzero_si512(); EIGHTS];
+    // SAFETY: what is read is the array.
+    unsafe {
+        std::arch::asm!(
+            "vpdpwssd {t0}, {w00}, [{x}]{{1to16}}",
+            "vpdpwssd {t1}, {w10}, [{x} + 16]{{1to16}}",
+            "vpdpwssd {t2}, {w20}, [{x} + 32]{{1to16}}",
+            "vpdpwssd {t3}, {w30}, [{x} + 48]{{1to16}}",
+            "vpdpwssd {t0}, {w01}, [{x} + 4]{{1to16}}",
+            "vpdpwssd {t1}, {w11}, [{x} + 20]{{1to16}}",
+            "vpdpwssd {t2}, {w21}, [{x} + 36]{{1to16}}",
+            "vpdpwssd {t3}, {w31}, [{x} + 52]{{1to16}}",
+            "vpdpwssd {t0}, {w02}, [{x} + 8]{{1to16}}",
+            "vpdpwssd {t1}, {w12}, [{x} + 24]{{1to16}}",
+            "vpdpwssd {t2}, {w22}, [{x} + 40]{{1to16}}",
+            "vpdpwssd {t3}, {w32}, [{x} + 56]{{1to16}}",
+            "vpdpwssd {t0}, {w03}, [{x} + 12]{{1to16}}",
+            "vpdpwssd {t1}, {w13}, [{x} + 28]{{1to16}}",
+            "vpdpwssd {t2}, {w23}, [{x} + 44]{{1to16}}",
+            "vpdpwssd {t3}, {w33}, [{x} + 60]{{1to16}}",
+            t0 = inout(zmm_reg) t0,
+            t1 = inout(zmm_reg) t1,
+            t2 = inout(zmm_reg) t2,
+            t3 = inout(zmm_reg) t3,
+            w00 = in(zmm_reg) w[0][0],
+            w01 = in(zmm_reg) w[0][1],
+            w02 = in(zmm_reg) w[0][2],
+            w03 = in(zmm_reg) w[0][3],
+            w10 = in(zmm_reg) w[1][0],
+            w11 = in(zmm_reg) w[1][1],
+            w12 = in(zmm_reg) w[1][2],
+            w13 = in(zmm_reg) w[1][3],
+            w20 = in(zmm_reg) w[2][0],
+            w21 = in(zmm_reg) w[2][1],
+            w22 = in(zmm_reg) w[2][2],
+            w23 = in(zmm_reg) w[2][3],
+            w30 = in(zmm_reg) w[3][0],
+            w31 = in(zmm_reg) w[3][1],
+            w32 = in(zmm_reg) w[3][2],
+            w33 = in(zmm_reg) w[3][3],
+            x = in(reg) x.as_ptr(),
+            options(pure, readonly, nostack, preserves_flags),
+        );
+    }
+    [t0, t1, t2, t3]
 }
 
 impl Avx512Vnni {
@@ -173,6 +225,7 @@ impl MicroKernel for Avx512Vnni {
     const SECOND: u8 = 128;
     type Bytes = __m512i;
     type Quants = Quants;
+    type Words = [__m512i; PAIRS];
     type Int = __m512i;
     type Float = __m512;
 
@@ -214,6 +267,14 @@ impl MicroKernel for Avx512Vnni {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes[..16].as_ptr().cast()))) }
     }
     #[inline(always)]
+    fn look_up_floats(self, bytes: &[u8], table: &[f32; 256]) -> __m512 {
+        // SAFETY: `self` proves the features, what is read lies within the slice, and a byte is a place of the table.
+        unsafe {
+            let index = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes[..16].as_ptr().cast()));
+            _mm512_i32gather_ps::<4>(index, table.as_ptr())
+        }
+    }
+    #[inline(always)]
     fn scale(self, a: __m512, by: f32) -> __m512 {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_mul_ps(a, _mm512_set1_ps(by)) }
@@ -230,6 +291,14 @@ impl MicroKernel for Avx512Vnni {
             let t = _mm512_castps_si512(_mm512_cvtepi32_ps(t));
             let t = _mm512_add_epi32(t, _mm512_set1_epi32(shift.0 as i32));
             _mm512_fmadd_ps(_mm512_castsi512_ps(t), d, c)
+        }
+    }
+    #[inline(always)]
+    fn add_shifted(self, a: __m512, shift: Shift, d: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let a = _mm512_add_epi32(_mm512_castps_si512(a), _mm512_set1_epi32(shift.0 as i32));
+            _mm512_fmadd_ps(_mm512_castsi512_ps(a), d, c)
         }
     }
     #[inline(always)]
@@ -298,6 +367,21 @@ impl MicroKernel for Avx512Vnni {
     fn look_up(self, a: __m512i, table: &[u8; 16]) -> __m512i {
         // SAFETY: `self` proves the features, and what is read lies within the slice or array.
         unsafe { _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast())), a) }
+    }
+    #[inline(always)]
+    fn look_up_words(self, nibbles: &[u8], table: &WordTable) -> Self::Words {
+        let nibbles = self.load_bytes(nibbles);
+        // SAFETY: `self` proves the features, and what is read lies within the array.
+        unsafe {
+            // Twice the table: of an index of five bits the highest is the next nibble's.
+            let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(table.words.as_ptr().cast()));
+            [
+                _mm512_permutexvar_epi16(nibbles, table),
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(nibbles), table),
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(nibbles), table),
+                _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(nibbles), table),
+            ]
+        }
     }
     #[inline(always)]
     fn ready_nibbles<const P: usize>(self, mut w: [__m512i; FOURS]) -> Quants {
@@ -374,5 +458,14 @@ impl MicroKernel for Avx512Vnni {
     ) -> [[Self::Int; P]; S] {
         let start = centred.map_or(&[0; PANEL], |halves| &halves.less[half]);
         self.dot(q, x, first, start, HALF * half..HALF * (half + 1))
+    }
+    #[inline(always)]
+    fn dot_words(self, w: &[Self::Words; EIGHTS], x: &RowWords) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let [a, b, c, d] = sums_of_eight(w, x);
+            let first = _mm512_add_ps(_mm512_cvtepi32_ps(a), _mm512_cvtepi32_ps(b));
+            _mm512_add_ps(first, _mm512_add_ps(_mm512_cvtepi32_ps(c), _mm512_cvtepi32_ps(d)))
+        }
     }
 }

@@ -9,7 +9,7 @@ mod avx2;
 mod avx512;
 mod plain;
 
-use super::quantize::{Halves, PANEL, PanelBlock, Shift};
+use super::quantize::{Halves, PANEL, PanelBlock, RowWords, Shift};
 use crate::format::{FOURS, TILE_ROWS};
 
 #[cfg(target_arch = "x86_64")]
@@ -32,6 +32,8 @@ pub(crate) trait MicroKernel: Copy {
     type Bytes: Copy;
     /// A block's quants, ready for their products.
     type Quants: Copy;
+    /// Eight columns' integers of two bytes.
+    type Words: Copy;
     type Int: Copy;
     type Float: Copy;
 
@@ -46,12 +48,16 @@ pub(crate) trait MicroKernel: Copy {
     fn load_u8<const N: u32>(self, bytes: &[u8], mask: u8) -> Self::Float;
     /// The values of `ROWS` bytes with a sign.
     fn load_i8(self, bytes: &[u8]) -> Self::Float;
+    /// The table's entries for `ROWS` bytes.
+    fn look_up_floats(self, bytes: &[u8], table: &[f32; 256]) -> Self::Float;
     fn scale(self, a: Self::Float, by: f32) -> Self::Float;
     /// a * b + c, rounded once.
     fn mul_add(self, a: Self::Float, b: f32, c: Self::Float) -> Self::Float;
     /// (float(t) << shift) * d + c, the product and the sum rounded once together. The shift is added to the exponent,
     /// which costs less than to shift t; the least of numbers that makes of a zero is lost in any sum but that of zeros.
     fn add_product(self, t: Self::Int, shift: Shift, d: Self::Float, c: Self::Float) -> Self::Float;
+    /// (a << shift) * d + c, as [`MicroKernel::add_product`].
+    fn add_shifted(self, a: Self::Float, shift: Shift, d: Self::Float, c: Self::Float) -> Self::Float;
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
@@ -83,6 +89,10 @@ pub(crate) trait MicroKernel: Copy {
     fn add_where(self, a: Self::Bytes, bits: &[u8], by: u8) -> Self::Bytes;
     /// The table's entries for bytes below 16.
     fn look_up(self, a: Self::Bytes, table: &[u8; 16]) -> Self::Bytes;
+
+    /// The table's entries for `ROWS * 8` nibbles: of a row's four bytes, nibble i is column 2 i, nibble 4 + i column
+    /// 2 i + 1.
+    fn look_up_words(self, nibbles: &[u8], table: &WordTable) -> Self::Words;
 
     /// Quants of a block from 0 to 15, made ready for products with P rows.
     fn ready_nibbles<const P: usize>(self, w: [Self::Bytes; FOURS]) -> Self::Quants;
@@ -124,7 +134,41 @@ pub(crate) trait MicroKernel: Copy {
         x: &PanelBlock,
         first: usize,
     ) -> [[Self::Int; P]; S];
+    /// The sum of a block's 32 products of integers of two bytes, for one row of activations: of each eight the exact sum
+    /// as a float, s0 to s3, and of these (s0 + s1) + (s2 + s3).
+    fn dot_words(self, w: &[Self::Words; EIGHTS], x: &RowWords) -> Self::Float;
 }
+
+/// A table of integers of two bytes, also as bytes for look-ups of bytes.
+pub(crate) struct WordTable {
+    words: [i16; 16],
+    low: [u8; 16],
+    high: [u8; 16],
+}
+
+impl WordTable {
+    /// The table of some integers.
+    pub const fn new(words: [i16; 16]) -> Self {
+        let (mut low, mut high) = ([0; 16], [0; 16]);
+        let mut i = 0;
+        while i < 16 {
+            [low[i], high[i]] = words[i].to_le_bytes();
+            i += 1;
+        }
+        Self { words, low, high }
+    }
+
+    /// The integers.
+    pub const fn words(&self) -> &[i16; 16] {
+        &self.words
+    }
+}
+
+/// A block's groups of eight columns.
+pub(crate) const EIGHTS: usize = crate::format::BLOCK / 8;
+
+/// Pairs of columns in eight.
+const PAIRS: usize = 4;
 
 /// Where x's bytes `4 g..4 g + 4` begin, as one integer.
 #[cfg(target_arch = "x86_64")]
@@ -132,4 +176,12 @@ pub(crate) trait MicroKernel: Copy {
 fn four(x: &[i8; crate::format::BLOCK], g: usize) -> i32 {
     let [a, b, c, d] = x.as_chunks::<4>().0[g];
     i32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
+}
+
+/// x's integers `2 i..2 i + 2` as one.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn pair(x: &RowWords, i: usize) -> i32 {
+    let [a, b] = x.as_chunks::<2>().0[i];
+    i32::from(b) << 16 | i32::from(a as u16)
 }

@@ -1,6 +1,6 @@
 //! Any machine.
 
-use super::{Halves, MicroKernel, PanelBlock, Shift};
+use super::{EIGHTS, Halves, MicroKernel, PAIRS, PanelBlock, RowWords, Shift, WordTable};
 use crate::cpu::simd::f16_value;
 use crate::format::{BLOCK, FOURS, TILE_ROWS};
 
@@ -47,6 +47,7 @@ impl MicroKernel for Plain {
     const SECOND: u8 = 0;
     type Bytes = [u8; 4 * TILE_ROWS];
     type Quants = [Self::Bytes; FOURS];
+    type Words = [[i16; 2 * PAIRS]; TILE_ROWS];
     type Int = [i32; TILE_ROWS];
     type Float = [f32; TILE_ROWS];
 
@@ -75,6 +76,10 @@ impl MicroKernel for Plain {
         std::array::from_fn(|r| f32::from(bytes[r] as i8))
     }
     #[inline(always)]
+    fn look_up_floats(self, bytes: &[u8], table: &[f32; 256]) -> Self::Float {
+        std::array::from_fn(|r| table[usize::from(bytes[r])])
+    }
+    #[inline(always)]
     fn scale(self, a: Self::Float, by: f32) -> Self::Float {
         a.map(|a| a * by)
     }
@@ -85,6 +90,10 @@ impl MicroKernel for Plain {
     #[inline(always)]
     fn add_product(self, t: Self::Int, shift: Shift, d: Self::Float, c: Self::Float) -> Self::Float {
         std::array::from_fn(|r| f32::from_bits((t[r] as f32).to_bits().wrapping_add(shift.0)).mul_add(d[r], c[r]))
+    }
+    #[inline(always)]
+    fn add_shifted(self, a: Self::Float, shift: Shift, d: Self::Float, c: Self::Float) -> Self::Float {
+        std::array::from_fn(|r| f32::from_bits(a[r].to_bits().wrapping_add(shift.0)).mul_add(d[r], c[r]))
     }
     #[inline(always)]
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float {
@@ -137,6 +146,14 @@ impl MicroKernel for Plain {
     #[inline(always)]
     fn look_up(self, a: Self::Bytes, table: &[u8; 16]) -> Self::Bytes {
         a.map(|a| table[usize::from(a & 15)])
+    }
+    #[inline(always)]
+    fn look_up_words(self, nibbles: &[u8], table: &WordTable) -> Self::Words {
+        std::array::from_fn(|r| {
+            let row = u32::from_le_bytes(std::array::from_fn(|i| nibbles[4 * r + i]));
+            let nibble = |column: usize| row >> (4 * (column / 2 + column % 2 * PAIRS)) & 15;
+            std::array::from_fn(|column| table.words()[nibble(column) as usize])
+        })
     }
     #[inline(always)]
     fn ready_nibbles<const P: usize>(self, w: [Self::Bytes; FOURS]) -> Self::Quants {
@@ -199,6 +216,17 @@ impl MicroKernel for Plain {
                 let x = x.quants[first + i].each_ref().map(|part| &part[BLOCK / 2 * half..][..BLOCK / 2]);
                 self.dot(&w[FOURS / 2 * half..][..FOURS / 2], x, value)
             })
+        })
+    }
+    #[inline(always)]
+    fn dot_words(self, w: &[Self::Words; EIGHTS], x: &RowWords) -> Self::Float {
+        let x = x.as_chunks::<{ 2 * PAIRS }>().0;
+        std::array::from_fn(|r| {
+            let of_eight = |eight: usize| {
+                let pairs = w[eight][r].iter().zip(&x[eight]);
+                pairs.map(|(w, x)| i32::from(*w) * i32::from(*x)).sum::<i32>() as f32
+            };
+            (of_eight(0) + of_eight(1)) + (of_eight(2) + of_eight(3))
         })
     }
 }
