@@ -34,7 +34,8 @@ pub(super) struct Args {
     /// What exports call the base, for PEFT's tools: a repository of the hub, or a path [default: where the base is from, if that is known]
     #[arg(long, env = "TENORA_BASE_NAME", value_name = "NAME")]
     base_name: Option<String>,
-    /// Quantise the matrices of a base in f32, f16 or bf16 as it is loaded: q8_0, q4_k and so on. The error is logged [default: as they are]
+    /// Quantise the matrices of a base in f32, f16 or bf16 as it is loaded: q8_0, q4_k and so on; nf4 takes the linear layers of blocks of any
+    /// base, with double quantisation, as QLoRA does. The error is logged [default: as they are]
     #[arg(long, env = "TENORA_QUANTIZE", value_name = "FORMAT")]
     quantize: Option<String>,
     /// Refuse adapters whose files say that they were trained on another base; without it they get a note that says so.

@@ -98,7 +98,10 @@ impl Weights {
     /// Returns the bytes that the tensors take in memory.
     pub fn held_bytes(&self) -> u64 {
         let linears = self.linears.iter().map(|linear| &linear.matrix);
-        let matrices = linears.chain([&self.embedding]).chain(&self.head).map(|matrix| matrix.bytes().len());
+        let matrices = linears
+            .chain([&self.embedding])
+            .chain(&self.head)
+            .map(|matrix| PackedMatrix::bytes_of(matrix.qtype(), matrix.rows(), matrix.cols()));
         let biases = self.linears.iter().filter_map(|linear| linear.bias.as_ref());
         let factors = self.config.ropes.iter().map(|rope| rope.scaling.factors());
         let floats = self.norms.iter().chain(biases).map(Vec::len).chain(factors).sum::<usize>();

@@ -151,7 +151,8 @@ impl Sought<'_> {
             );
             return Err(unsupported(name, message));
         }
-        let (storage, served) = (info.storage.name, QType::ALL.iter().copied());
+        let (storage, served) =
+            (info.storage.name, QType::ALL.iter().copied().filter(|qtype| qtype.number().is_some()));
         if !slot.is_matrix() {
             let formats = self.form.vector_formats();
             let found = formats.iter().copied().find(|qtype| qtype.name() == storage);
@@ -159,8 +160,9 @@ impl Sought<'_> {
             return found.ok_or_else(|| unsupported(name, expected()));
         }
         let found = served.clone().find(|qtype| qtype.name() == storage);
-        let qtype = found
-            .ok_or_else(|| unsupported(name, format!("is stored as {storage}; {} are served", names(QType::ALL))))?;
+        let qtype = found.ok_or_else(|| {
+            unsupported(name, format!("is stored as {storage}; {} are served", names(&served.collect::<Vec<_>>())))
+        })?;
         if qtype.fits(cols) {
             return Ok(qtype);
         }

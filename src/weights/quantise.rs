@@ -1,11 +1,12 @@
-//! Quantising a base of floats as it is loaded, and what that costs.
+//! Quantising a base as it is loaded, and what that costs. Floats become any format that is written; NF4 (QLoRA) takes what is quantised
+//! already too, of the linear layers of blocks alone, as bitsandbytes does: embedding and head stay as they are.
 
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 use sha2::{Digest as _, Sha256};
 
-use super::plan::Planned;
+use super::plan::{Planned, Slot};
 use super::stream::float_values;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
@@ -23,9 +24,9 @@ pub(super) struct Quantiser {
 const OTHERWISE: QType = QType::Q8_0;
 
 impl Quantiser {
-    /// To a format by GGUF's name of it, in any case.
+    /// To a format by its name, GGUF's where that has one, in any case.
     pub(super) fn named(name: &str) -> Result<Self> {
-        let written = || QType::ALL.iter().copied().filter(|qtype| qtype.is_written());
+        let written = || QType::ALL.iter().copied().filter(|qtype| qtype.is_written() || *qtype == QType::NF4);
         let Some(format) = written().find(|qtype| qtype.name().eq_ignore_ascii_case(name)) else {
             let known = written().map(|qtype| qtype.name().to_lowercase()).collect::<Vec<_>>().join(", ");
             return Err(Error::invalid(
@@ -36,8 +37,12 @@ impl Quantiser {
         Ok(Self { format, cost: Mutex::default() })
     }
 
-    /// The format that a matrix is held in: what is quantised already stays as it is.
+    /// The format that a matrix is held in: what is quantised already stays as it is, unless NF4 is asked for.
     pub(super) fn format_of(&self, planned: &Planned) -> QType {
+        if self.format == QType::NF4 {
+            let taken = matches!(planned.slot, Slot::Matrix(_)) && QType::NF4.fits(planned.cols);
+            return if taken { QType::NF4 } else { planned.qtype };
+        }
         if !matches!(planned.qtype, QType::F32 | QType::F16 | QType::BF16) {
             return planned.qtype;
         }
@@ -58,6 +63,11 @@ impl Quantiser {
             },
         );
         let cost = of_rows.reduce(Deviation::default, |one, other| one + other);
+        self.add(cost);
+    }
+
+    /// Counts what a matrix has cost.
+    pub(super) fn add(&self, cost: Deviation) {
         let mut all = lock(&self.cost);
         *all = *all + cost;
     }

@@ -16,6 +16,7 @@ use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::kernels::format::QType;
+use crate::kernels::nf4_packer::Nf4Packer;
 use crate::kernels::packed::{PackedMatrix, Packer};
 
 /// About how many bytes are read at a time.
@@ -206,26 +207,64 @@ fn matrix(
     give_back: &Sender<Arc<Vec<u8>>>,
 ) -> Result<PackedMatrix> {
     let held = quantiser.map_or(planned.qtype, |quantiser| quantiser.format_of(planned));
-    let quantiser = quantiser.filter(|_| held != planned.qtype);
-    let mut packer = Packer::new(held, planned.rows, planned.cols);
-    let (mut ordered, mut quantised, mut row) = (Vec::new(), Vec::new(), 0);
+    match quantiser.filter(|_| held != planned.qtype) {
+        None => {
+            let mut packer = Packer::new(held, planned.rows, planned.cols);
+            each_piece(planned, next, give_back, |rows| packer.push(rows))?;
+            Ok(packer.finish())
+        }
+        Some(quantiser) if held == QType::NF4 => {
+            let mut packer = Nf4Packer::new(planned.rows, planned.cols);
+            let mut values = Vec::new();
+            each_piece(planned, next, give_back, |rows| {
+                exact_values(planned, rows, &mut values);
+                packer.push(&values);
+            })?;
+            let (matrix, cost) = packer.finish().map_err(|e| unsupported(&planned.name, e.to_string()))?;
+            quantiser.add(cost);
+            Ok(matrix)
+        }
+        Some(quantiser) => {
+            let mut packer = Packer::new(held, planned.rows, planned.cols);
+            let mut quantised = Vec::new();
+            each_piece(planned, next, give_back, |rows| {
+                quantiser.quantise(planned, rows, &mut quantised);
+                packer.push(&quantised);
+            })?;
+            Ok(packer.finish())
+        }
+    }
+}
+
+/// Takes a matrix's pieces, rows in Hugging Face's order.
+fn each_piece(
+    planned: &Planned,
+    next: &mut Next<'_>,
+    give_back: &Sender<Arc<Vec<u8>>>,
+    mut take: impl FnMut(&[u8]),
+) -> Result<()> {
+    let (mut ordered, mut row) = (Vec::new(), 0);
     while let Some(piece) = next()? {
         check_piece(planned, &piece, row)?;
         row += piece.len() / planned.row_bytes();
-        let mut rows: &[u8] = &piece;
         if planned.heads > 0 {
-            restore_order(planned, rows, &mut ordered);
-            rows = &ordered;
+            restore_order(planned, &piece, &mut ordered);
+            take(&ordered);
+        } else {
+            take(&piece);
         }
-        if let Some(quantiser) = quantiser {
-            quantiser.quantise(planned, rows, &mut quantised);
-            rows = &quantised;
-        }
-        packer.push(rows);
         // The reader is gone where it has read all.
         let _ = give_back.send(piece);
     }
-    Ok(packer.finish())
+    Ok(())
+}
+
+/// The values of rows of any format, on all cores.
+fn exact_values(planned: &Planned, rows: &[u8], values: &mut Vec<f32>) {
+    let (row_bytes, cols) = (planned.row_bytes(), planned.cols);
+    values.resize(rows.len() / row_bytes * cols, 0.0);
+    let of_rows = rows.par_chunks_exact(row_bytes).zip(values.par_chunks_exact_mut(cols));
+    of_rows.for_each(|(row, values)| planned.qtype.dequantize_row(row, values));
 }
 
 /// Refuses blocks whose numbers are none; the piece begins at `row`.

@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 use tenora::adapter::Adapter;
 use tenora::api::proto::{ScoreInput, ScoreRequest, TokenIds, score_input};
 use tenora::data::Examples;
+use tenora::device::DeviceSpec;
+use tenora::model::{LoadOptions, Model};
 use tenora::request::Objective;
 
 use super::{adapter, assert_steps, base, entries, exact, example, file, floats, ids, served_name, train};
@@ -103,5 +105,59 @@ fn check_after(adapter: &Adapter, example: &tenora::text::Conversation, golden: 
     let logprobs = base().0.token_logprobs(&[&example.ids], &wanted, exact(Some(adapter))).expect("scores");
     for (i, (got, want)) in logprobs.iter().zip(golden).enumerate() {
         assert!((f64::from(*got) - want).abs() <= 2e-2, "{name} after training, {i}: {got} {want}");
+    }
+}
+
+/// QLoRA: the linear layers in NF4, made as the base is loaded. It serves, passes the gate, and learns.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_nf4_base_serves_trains_and_passes_the_gate() {
+    let (Some(sft), Some(tuners)) = (file("sft.json"), file("tuners.json")) else { return };
+    let load = || {
+        let path = tenora::bases::resolve(tenora::bases::DEFAULT, |_| {}).expect("the default base can be fetched");
+        let options = LoadOptions { quantize: Some("nf4"), ..LoadOptions::default() };
+        Model::load_watched(&path, &DeviceSpec::Cpu.open().expect("the CPU"), options, &mut |_, _| {})
+            .expect("the default base loads")
+    };
+    let nf4 = std::thread::spawn(load).join().expect("loaded");
+    // Of a base whose linear layers alone have changed, what has gone is theirs: 5 bits a weight with Q4_1's scales.
+    let shape = nf4.0.shape();
+    let of_block: usize = shape.linears.iter().map(|linear| linear.inputs * linear.outputs).sum();
+    let weights = (of_block * shape.layers as usize) as f64;
+    let saved = base().0.held_bytes() as f64 - nf4.0.held_bytes() as f64;
+    let bits = 5.0 - 8.0 * saved / weights;
+    println!("NF4: {bits:.3} bits a weight of the linear layers");
+    assert!(bits <= 4.13, "{bits}");
+    let mut losses = Vec::new();
+    let conversations = sft["examples"].as_array().expect("examples").iter();
+    let conversations: Vec<_> =
+        conversations.map(|e| example(&ids(&e["prompt_ids"]), &ids(&e["completion_ids"]))).collect();
+    let start = adapter("sft_init").expect("an adapter");
+    let recipe = super::recipe(&sft["recipe"], 8, 4);
+    let inputs = tenora::train::fit::FitInputs {
+        model: &nf4.0,
+        start: &start,
+        reference: None,
+        train: &Examples::Sft(conversations),
+        validation: &Examples::Sft(Vec::new()),
+        objective: Objective::Sft,
+        recipe: &recipe,
+        arbiter: &tenora::device::Arbiter::new(0.5),
+        control: &tenora::train::fit::CancelToken::default(),
+    };
+    let mut observe = |event| {
+        if let tenora::request::JobEvent::Step { loss, .. } = event {
+            losses.push(loss);
+        }
+    };
+    tenora::train::fit::fit(inputs, &mut observe).expect("the run ends well");
+    // The same two batches take turns.
+    assert!(losses[6] < losses[0] - 0.1 && losses[7] < losses[1] - 0.1, "{losses:?}");
+    let server = super::TestServer::start_on(nf4, |config| config.limits = super::Limits::default()).await;
+    let key = server.tenant("golden").await;
+    for name in tuners.as_object().expect("an object").keys().filter(|name| is_served(name)) {
+        let imported = server.import(&key, "golden", name, &super::package(name)).await;
+        let version = imported.unwrap_or_else(|e| panic!("{name} passes the gate: {e}"));
+        let parity = version.parity.expect("the gate's figures");
+        println!("{name:8} {:.4} nats between serving and training", parity.mean_abs_difference);
     }
 }
