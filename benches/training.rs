@@ -15,6 +15,9 @@ use tenora::request::LoraSpec;
 const ROUNDS: usize = 7;
 const RECORDS: usize = 4;
 const TOKENS: usize = 256;
+/// A long record, and the layers of which one input is kept.
+const LONG: usize = 8192;
+const LONG_LAYERS: usize = 5;
 
 struct Kind {
     name: &'static str,
@@ -50,23 +53,44 @@ fn main() {
             }
         }
     }
+    let long = Workspace::default();
+    let options = ForwardOptions { adapter: Some(&adapter), recompute_layers: Some(LONG_LAYERS), ..Default::default() };
+    let time = seconds(|| pass(&model, &[record(&model, 0, LONG)], options, &mut adapter.zeros_like(), &long));
     println!("| pass | tokens/s | activations |\n|---|---|---|");
     for ((kind, workspace), times) in kinds.iter().zip(&workspaces).zip(times) {
         let speed = (RECORDS * TOKENS) as f64 / median(times);
         println!("| {} | {speed:.0} | {} MB |", kind.name, workspace.bytes() / 1_000_000);
     }
+    let (speed, bytes) = (LONG as f64 / time, long.bytes() / 1_000_000);
+    println!("| one record of {LONG} tokens, {LONG_LAYERS} layers at a time recomputed | {speed:.0} | {bytes} MB |");
+}
+
+/// Ids that are random enough.
+fn record(model: &Model, number: usize, len: usize) -> Vec<u32> {
+    (0..len).map(|i| ((i * 7919 + number * 31) % model.vocab_size()) as u32).collect()
 }
 
 /// The passes of a step, two records each.
 fn step(model: &Model, options: ForwardOptions<'_>, adapter: &Adapter, workspace: &Workspace) {
-    let record = |record: usize| (0..TOKENS).map(move |i| ((i * 7919 + record * 31) % model.vocab_size()) as u32);
-    let records: Vec<Vec<u32>> = (0..RECORDS).map(|i| record(i).collect()).collect();
+    let records: Vec<Vec<u32>> = (0..RECORDS).map(|number| record(model, number, TOKENS)).collect();
     let mut gradients = adapter.zeros_like();
     for records in records.chunks(RECORDS / 2) {
-        let ids: Vec<&[u32]> = records.iter().map(Vec::as_slice).collect();
-        let wanted: Vec<_> = (0..ids.len()).flat_map(|record| (0..TOKENS - 1).map(move |i| (record, i))).collect();
-        let trace = model.trace(&ids, &wanted, options, workspace).expect("a pass");
-        let derivatives = vec![-1.0 / wanted.len() as f32; wanted.len()];
-        trace.backward(&derivatives, &mut gradients).expect("a pass backward");
+        pass(model, records, options, &mut gradients, workspace);
     }
+}
+
+/// A pass forward and backward, every token in the loss.
+fn pass(
+    model: &Model,
+    records: &[Vec<u32>],
+    options: ForwardOptions<'_>,
+    gradients: &mut Adapter,
+    workspace: &Workspace,
+) {
+    let ids: Vec<&[u32]> = records.iter().map(Vec::as_slice).collect();
+    let of_record = |(record, ids): (usize, &&[u32])| (0..ids.len() - 1).map(move |i| (record, i)).collect::<Vec<_>>();
+    let wanted: Vec<_> = ids.iter().enumerate().flat_map(of_record).collect();
+    let trace = model.trace(&ids, &wanted, options, workspace).expect("a pass");
+    let derivatives = vec![-1.0 / wanted.len() as f32; wanted.len()];
+    trace.backward(&derivatives, gradients).expect("a pass backward");
 }

@@ -196,7 +196,7 @@ limits! {
     /// Jobs of one tenant that have not ended.
     max_jobs_per_tenant = 32, "jobs";
     /// Tokens of one record in training: a token takes a megabyte and more while its gradient is computed.
-    max_record_tokens = 2048, "tokens";
+    max_record_tokens = 8192, "tokens";
     /// Optimizer steps of one job.
     max_training_steps = 1_000_000, "steps";
     /// Tokens that all steps of one job see: one job at a time trains.

@@ -153,7 +153,7 @@ struct Hyperparameters {
     /// Steps between validations [default: once an epoch]
     #[arg(long)]
     eval_steps: Option<u32>,
-    /// Longest record, in tokens [default: the server's limit max_record_tokens, 2048 unless set, or the base's context]
+    /// Longest record, in tokens [default: the server's limit max_record_tokens, 8192 unless set, or the base's context]
     #[arg(long)]
     max_length: Option<u32>,
 }

@@ -418,7 +418,7 @@ impl ExecPass<'_> {
     /// Adds the output layer of y to x.
     fn output(&mut self, site: SiteId, merge: Merge, next: Range<SiteId>) {
         let sites = site..site + 1;
-        if merge == Merge::Add && (0..self.rows.count()).any(|row| self.rows.scales_output(row, site)) {
+        if merge == Merge::Add && (0..self.rows.scaled.len()).any(|row| self.rows.scales_output(row, site)) {
             return self.add_scaled(site, next);
         }
         if merge == Merge::Add {

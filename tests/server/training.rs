@@ -367,3 +367,97 @@ async fn a_job_tells_what_it_was_asked_for() {
     assert_eq!((done.records, done.validation_records, done.dropped_records), (4, 0, 0));
     server.stopped().await;
 }
+
+/// What an adapter answers, to the last bit.
+async fn scores(server: &TestServer, key: &str, adapter: &str) -> Vec<ScoreResult> {
+    let input = ScoreInput { sequence: Some(score_input::Sequence::Text("a question, and b an answer".into())) };
+    let request = ScoreRequest { adapter: adapter.into(), inputs: vec![input; 2], ..Default::default() };
+    server.generation(key).await.score(request).await.unwrap().into_inner().results
+}
+
+/// Fresh and continued; served in one batch with all others and the base as alone; exported, and imported under the same digest.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_kind_is_trained_and_served_beside_the_others_and_comes_back_whole() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "chats").await.unwrap();
+    let mut training = server.training(&key).await;
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let scaled_output = Ia3Spec { target_modules: names(&["o_proj"]), ..Default::default() };
+    let starts = [
+        ("lora", "lora", Start::Lora(LoraSpec { rank: Some(4), ..Default::default() })),
+        ("rslora", "lora", Start::Lora(LoraSpec { rank: Some(2), use_rslora: true, ..Default::default() })),
+        ("dora", "dora", Start::Lora(LoraSpec { rank: Some(4), use_dora: true, ..Default::default() })),
+        ("ia3", "ia3", Start::Ia3(Ia3Spec::default())),
+        ("ia3-of-outputs", "ia3", Start::Ia3(scaled_output)),
+    ];
+    let mut served = vec![String::new()];
+    for (id, kind, start) in &starts {
+        let request = TrainRequest { adapter_id: (*id).into(), start: Some(start.clone()), ..recipe("chats", SFT, 12) };
+        let (events, job) = run(&mut training, request).await;
+        let taken = steps(&events);
+        assert!(taken[11].loss < taken[0].loss, "{id}: {taken:?}");
+        let spec = job.spec.expect("a spec");
+        assert_eq!(std::mem::discriminant(&spec.start.expect("a start")), std::mem::discriminant(start));
+        let again = Some(Start::FromVersion(job.adapter_version.clone()));
+        let request = TrainRequest { adapter_id: (*id).into(), start: again, ..recipe("chats", SFT, 2) };
+        let (events, _) = run(&mut training, request).await;
+        assert!((steps(&events)[0].loss - taken[11].loss).abs() < 0.5, "{id} goes on from where it was");
+        let name = format!("tenants/a/adapters/{id}");
+        let request = ListAdapterVersionsRequest { parent: name.clone(), ..Default::default() };
+        let listed = server.adapters(&key).await.list_adapter_versions(request).await.unwrap().into_inner().versions;
+        assert!(listed.iter().all(|version| version.kind == *kind && !version.no_effect), "{listed:?}");
+        served.push(name);
+    }
+    let mut alone = Vec::new();
+    for name in &served {
+        alone.push(scores(&server, &key, name).await);
+    }
+    assert!((1..alone.len()).all(|i| !alone[..i].contains(&alone[i])), "each does something of its own");
+    let together = futures::future::join_all(served.iter().map(|name| scores(&server, &key, name))).await;
+    assert_eq!(together, alone, "bits depend on the batch");
+    for (name, scored) in served.iter().zip(&alone).skip(1) {
+        let request = ExportAdapterRequest { name: name.clone() };
+        let mut messages = server.adapters(&key).await.export_adapter(request).await.unwrap().into_inner();
+        let (mut files, mut exported) = (std::collections::BTreeMap::<String, Vec<u8>>::new(), None);
+        while let Some(message) = messages.message().await.unwrap() {
+            match message.part.unwrap() {
+                export_adapter_response::Part::Version(version) => exported = Some(version),
+                export_adapter_response::Part::Chunk(chunk) => {
+                    files.entry(chunk.filename).or_default().extend(chunk.data);
+                }
+            }
+        }
+        let files: Vec<_> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+        let id = format!("{}-again", name.rsplit('/').next().unwrap());
+        let imported = server.import_files(&key, "a", &id, &files).await.unwrap();
+        let exported = exported.expect("the version");
+        assert_eq!((imported.digest, imported.kind), (exported.digest, exported.kind));
+        assert_eq!(&scores(&server, &key, &format!("tenants/a/adapters/{id}")).await, scored);
+    }
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_kind_cannot_do_is_refused_by_name() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "chats").await.unwrap();
+    let mut training = server.training(&key).await;
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let ia3 = |targets: &[&str], feedforward: &[&str]| {
+        Start::Ia3(Ia3Spec { target_modules: names(targets), feedforward_modules: names(feedforward) })
+    };
+    for (start, field) in [
+        (ia3(&["q_proj"], &["q_proj"]), "ia3.feedforward_modules"),
+        (ia3(&["q_proj"], &["o_proj"]), "ia3.feedforward_modules"),
+        (ia3(&["qkv_proj"], &[]), "ia3.target_modules"),
+        (ia3(&["lm_head"], &[]), "ia3.target_modules[0]"),
+        (Start::Lora(LoraSpec { rank: Some(0), use_dora: true, ..Default::default() }), "lora.rank"),
+    ] {
+        let request = TrainRequest { start: Some(start), ..recipe("chats", SFT, 1) };
+        let refused = training.train(request).await.unwrap_err();
+        assert!(refused.code() == Code::InvalidArgument && refused.message().contains(field), "{field}: {refused:?}");
+    }
+    server.stopped().await;
+}

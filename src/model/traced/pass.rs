@@ -93,7 +93,7 @@ impl<'a> Trace<'a> {
     }
 }
 
-/// Takes some steps forward from a residual stream, and keeps what the backward needs: of the last `recompute_layers`, or of all.
+/// Takes some steps forward from a residual stream, and keeps what the backward needs: of all, or where layers are recomputed of the last at most.
 fn forward<'a>(
     scope: &'a Scope<'_>,
     batch: &'a Batch,
@@ -107,8 +107,14 @@ fn forward<'a>(
     let mut parts = parts(all, steps, recompute_layers).into_iter().peekable();
     while let Some(steps) = parts.next() {
         let x = forward.x.clone();
-        // The backward begins with the last ones.
-        forward.saved = (recompute_layers.is_none() || parts.peek().is_none()).then(Vec::new);
+        let keeps = match recompute_layers {
+            None => true,
+            // The backward begins with the last one.
+            Some(1) => parts.peek().is_none(),
+            // Several layers at once are what there is no room for.
+            Some(_) => false,
+        };
+        forward.saved = keeps.then(Vec::new);
         forward.run(&all[steps.clone()])?;
         segments.push(Segment { steps, x, saved: forward.saved.take() });
     }
