@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::adapter::peft::config::Known;
 use crate::adapter::peft::selection::{Ends, Selection, module_name};
-use crate::adapter::peft::{Selected, Tensors as Wanted, refuse};
+use crate::adapter::peft::{Selected, SiteTensors, refuse};
 use crate::adapter::{BaseShape, ScaledSide, Site};
 use crate::error::Result;
 use crate::request::{Ia3Spec, Target};
@@ -57,7 +57,7 @@ impl Settings {
                 return Err(refuse("UNSUPPORTED_SETTING", "feedforward_modules", message));
             }
             let side = if feedforward { ScaledSide::Input } else { ScaledSide::Output };
-            Ok(Selected { site, tensors: Wanted::Scales(side) })
+            Ok(Selected { site, tensors: SiteTensors::Scales(side) })
         };
         self.selection.sites(root, shape)?.into_iter().map(own).collect()
     }
@@ -69,7 +69,7 @@ impl Settings {
                 sites.iter().filter(|selected| wanted(selected)).map(|selected| selected.site.target).collect();
             targets.into_iter().collect()
         };
-        let is_input = |selected: &Selected| selected.tensors == Wanted::Scales(ScaledSide::Input);
+        let is_input = |selected: &Selected| selected.tensors == SiteTensors::Scales(ScaledSide::Input);
         Ia3Spec { targets: of(&|_| true), feedforward: of(&is_input) }
     }
 

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::adapter::peft::config::{Known, setting};
 use crate::adapter::peft::selection::{Pattern, Selection, module_name};
-use crate::adapter::peft::{Selected, Tensors as Wanted, refuse};
+use crate::adapter::peft::{Selected, SiteTensors, refuse};
 use crate::adapter::{BaseShape, Site};
 use crate::error::Result;
 use crate::request::{LoraSpec, Target};
@@ -149,7 +149,10 @@ impl Settings {
             let rank = self.rank_pattern.get(&name)?.map_or(self.rank, |rank| rank as u32);
             let alpha = self.alpha_pattern.get(&name)?.map_or(self.alpha, |alpha| alpha as f32);
             let scale = self.scale(alpha, rank);
-            Ok(Selected { site, tensors: Wanted::Pair { rank: rank as usize, alpha, scale, magnitude: self.use_dora } })
+            Ok(Selected {
+                site,
+                tensors: SiteTensors::Pair { rank: rank as usize, alpha, scale, magnitude: self.use_dora },
+            })
         };
         self.selection.sites(root, shape)?.into_iter().map(own).collect()
     }

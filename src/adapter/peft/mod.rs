@@ -69,19 +69,19 @@ pub(super) fn refuse(reason: &'static str, field: impl Into<String>, message: im
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Selected {
     site: Site,
-    tensors: Tensors,
+    tensors: SiteTensors,
 }
 
 /// The tensors of a site.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Tensors {
+enum SiteTensors {
     /// A and B, and a magnitude where it is a DoRA.
     Pair { rank: usize, alpha: f32, scale: f32, magnitude: bool },
     /// What (IA)3 multiplies with.
     Scales(ScaledSide),
 }
 
-impl Tensors {
+impl SiteTensors {
     /// What there must be, of which shape, at a layer of (in, out).
     fn parts(self, (inputs, outputs): (usize, usize)) -> Vec<(Part, Vec<usize>)> {
         match self {
@@ -110,8 +110,8 @@ impl Tensors {
 impl Selected {
     fn size(&self) -> SiteSize {
         let (rank, scaled) = match self.tensors {
-            Tensors::Pair { rank, magnitude, .. } => (rank, magnitude.then_some(ScaledSide::Output)),
-            Tensors::Scales(side) => (0, Some(side)),
+            SiteTensors::Pair { rank, magnitude, .. } => (rank, magnitude.then_some(ScaledSide::Output)),
+            SiteTensors::Scales(side) => (0, Some(side)),
         };
         SiteSize { site: self.site, rank, scaled }
     }
@@ -372,12 +372,12 @@ impl Package {
 }
 
 /// What a site's tensors are in a file.
-fn tensors_of(delta: &SiteDelta) -> Tensors {
+fn tensors_of(delta: &SiteDelta) -> SiteTensors {
     match delta {
         SiteDelta::LowRank(LowRank { rank, alpha, scale, magnitude, .. }) => {
-            Tensors::Pair { rank: *rank, alpha: *alpha, scale: *scale, magnitude: magnitude.is_some() }
+            SiteTensors::Pair { rank: *rank, alpha: *alpha, scale: *scale, magnitude: magnitude.is_some() }
         }
-        SiteDelta::Scaled { side, .. } => Tensors::Scales(*side),
+        SiteDelta::Scaled { side, .. } => SiteTensors::Scales(*side),
     }
 }
 
