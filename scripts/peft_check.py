@@ -45,7 +45,7 @@ def lora(r=4, alpha=8, modules=ALL, **settings):
     return LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=modules, **settings)
 
 
-# name: (config, what is added to B, what is added to A)
+# name: (config, what is added to B or to what a kind has in its place, what is added to A)
 TAKEN = {
     "plain": (lora(8, 16), 0.02, 0),
     "all_linear": (lora(modules="all-linear"), 0.02, 0),
@@ -66,20 +66,23 @@ TAKEN = {
     "pissa_rslora": (lora(8, 8, ["q_proj", "o_proj", "down_proj"], use_rslora=True, init_lora_weights="pissa"), 0.012, 0.012),
     "pissa_niter_16": (lora(8, 8, ["q_proj", "v_proj"], init_lora_weights="pissa_niter_16"), 0.02, 0.02),
     "olora": (lora(16, 16, init_lora_weights="olora"), 0.01, 0.01),
+    "dora": (lora(8, 16, use_dora=True), 0.02, 0),
+    "ia3": (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), 0.1, 0),
 }
+
+# Parts of the names of what is moved with B.
+MOVED = "lora_B", "lora_magnitude_vector", "ia3_l"
 
 # The part that was taken out of the base is not in the files.
 ONLY_CONVERTED = ["pissa_niter_16"]
 
 REFUSED = {
-    "dora": lora(modules=["q_proj"], use_dora=True),
     "bias": lora(modules=["q_proj"], bias="lora_only"),
     "lora_bias": lora(modules=["q_proj"], lora_bias=True),
     "whole_head": lora(modules=["q_proj"], modules_to_save=["lm_head"]),
     "token_rows": lora(modules=["q_proj"], trainable_token_indices=[1, 2]),
     "replicated_layers": lora(modules=["q_proj"], layer_replication=[[0, 4], [2, 6]]),
     "embedding": lora(modules=["q_proj", "embed_tokens"]),
-    "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "prompt_tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "prefix_tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "vera": VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj"]),
@@ -162,7 +165,7 @@ def score(model, sequences):
 def move(model, by_b, by_a):
     generator = torch.Generator().manual_seed(7)
     for name, values in model.named_parameters():
-        by = by_b if "lora_B" in name else by_a if "lora_A" in name else 0
+        by = by_a if "lora_A" in name else by_b if any(part in name for part in MOVED) else 0
         if by:
             values.add_(torch.randn(values.shape, generator=generator) * by)
 
@@ -177,7 +180,7 @@ def save(base, name, folder, sequences):
     config, by_b, by_a = TAKEN[name]
     torch.manual_seed(1)
     model = get_peft_model(base.fresh(), copy.deepcopy(config)).eval()
-    took_a_part = str(config.init_lora_weights).split("_")[0] in ("pissa", "olora")
+    took_a_part = str(getattr(config, "init_lora_weights", None)).split("_")[0] in ("pissa", "olora")
     start = folder / f"{name}-start"
     if took_a_part:
         model.peft_config["default"].init_lora_weights = True
