@@ -57,6 +57,15 @@ pub(super) enum ScaledPart {
     Product,
 }
 
+impl From<ScaledSide> for ScaledPart {
+    fn from(side: ScaledSide) -> Self {
+        match side {
+            ScaledSide::Input => Self::Input,
+            ScaledSide::Output => Self::Output,
+        }
+    }
+}
+
 impl ScaledPart {
     pub(super) const ALL: [Self; 3] = [Self::Input, Self::Output, Self::Product];
 
@@ -103,10 +112,7 @@ impl Layout {
                 let scaled = magnitude.is_some().then_some(ScaledPart::Product);
                 Self { rank: times * rank, scale: *scale, scaled }
             }
-            SiteDelta::Scaled { side, .. } => {
-                let part = if *side == ScaledSide::Input { ScaledPart::Input } else { ScaledPart::Output };
-                Self { rank: 0, scale: 0.0, scaled: Some(part) }
-            }
+            SiteDelta::Scaled { side, .. } => Self { rank: 0, scale: 0.0, scaled: Some((*side).into()) },
         }
     }
 }
@@ -150,7 +156,7 @@ const VALUES_OF_A_FLOAT: usize = 2;
 pub(super) fn adapter_bytes(sites: impl IntoIterator<Item = SiteSize>, shape: &BaseShape) -> u64 {
     let of_site = |SiteSize { site, rank, scaled }: SiteSize| {
         // DoRA's scales and (IA)3's are as many.
-        let scaled = scaled.map(|side| if side == ScaledSide::Input { ScaledPart::Input } else { ScaledPart::Output });
+        let scaled = scaled.map(ScaledPart::from);
         layer_bytes(Layout { rank, scale: 0.0, scaled }, shape.dims(site.target).unwrap_or_default())
     };
     sites.into_iter().map(of_site).sum()
@@ -194,7 +200,7 @@ impl PackedAdapter {
             let (Some(place), Some(dims)) = (place, shape.dims(site.target)) else { return Err(misfit(*site)) };
             let packed = match delta {
                 SiteDelta::LowRank(pair) => {
-                    let scales = pair.magnitude.as_ref().map(|magnitude| over(magnitude, norms.get(site)?));
+                    let scales = pair.magnitude.as_ref().map(|_| pair.row_scales(norms.get(site)?));
                     pack(&form(pair), dims, place, values.get_mut()).and_then(|()| match scales {
                         Some(scales) => put_scales(&scales?, place, values.get_mut()),
                         None => Some(()),
@@ -313,12 +319,6 @@ pub(super) fn place(
         places[at] = Some(Place { rank, scale, a, b, scaled: scaled.map(|part| (part, scales)) });
     }
     Ok((places, end))
-}
-
-/// Each magnitude over its row's norm; `None` where they are not as many.
-fn over(magnitude: &[f32], norms: &[f32]) -> Option<Vec<f32>> {
-    let each = magnitude.iter().zip(norms).map(|(magnitude, norm)| magnitude / norm);
-    (magnitude.len() == norms.len()).then(|| each.collect())
 }
 
 /// Writes scales into their place; `None` where they do not fit.

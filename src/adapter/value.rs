@@ -50,6 +50,14 @@ pub struct LowRank {
     pub magnitude: Option<Vec<f32>>,
 }
 
+impl LowRank {
+    /// Returns the magnitudes over the norms of their rows, `[out]`; `None` where there are none, or not as many norms.
+    pub fn row_scales(&self, norms: &[f32]) -> Option<Vec<f32>> {
+        let magnitude = self.magnitude.as_ref().filter(|magnitude| magnitude.len() == norms.len())?;
+        Some(magnitude.iter().zip(norms).map(|(magnitude, norm)| magnitude / norm).collect())
+    }
+}
+
 /// What of a layer (IA)3 multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScaledSide {

@@ -100,7 +100,7 @@ impl Scope<'_> {
                 Some(SiteDelta::Scaled { side: ScaledSide::Output, values }),
                 Some(SiteDelta::Scaled { values: dl, .. }),
             ) => {
-                let y = self.frozen_copy(site, x);
+                let y = self.frozen(&mut self.copied(x), site..site + 1).swap_remove(0);
                 add_products(dl, dy, &y);
                 if let Some(dx) = dx {
                     self.frozen_backward(matrix, &self.scaled(dy, values), dx);
@@ -199,14 +199,8 @@ impl Scope<'_> {
 
     /// The magnitudes over the norms, `[out]`.
     fn row_scales(&self, site: SiteId, pair: &LowRank) -> Vec<f32> {
-        let norms = self.norms.get(&self.model.site(site));
-        let pairs = pair.magnitude.iter().flatten().zip(norms.into_iter().flatten());
-        pairs.map(|(magnitude, norm)| magnitude / norm).collect()
-    }
-
-    /// The frozen layer of an input that must stay.
-    fn frozen_copy(&self, site: SiteId, x: &[f32]) -> Buffer {
-        self.frozen(&mut self.copied(x), site..site + 1).swap_remove(0)
+        let norms = self.norms.get(&self.model.site(site)).map(Vec::as_slice).unwrap_or_default();
+        pair.row_scales(norms).unwrap_or_default()
     }
 
     fn copied(&self, x: &[f32]) -> Buffer {
