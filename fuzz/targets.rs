@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock};
 use tenora::adapter::{BaseShape, PackedAdapter, RowNorms};
 use tenora::config::Limits;
 use tenora::data::{Numbered, Reader, Record};
-use tenora::hub::Package;
+use tenora::hub::{Package, SizeLimits};
 use tenora::ids::Digest;
 use tenora::model::Model;
 use tenora::request::ChatMessage;
@@ -77,8 +77,9 @@ pub fn folder(data: &[u8]) -> bool {
 pub fn safetensors_and_config(data: &[u8]) -> bool {
     let (config, tensors) = split(data);
     let package = Package { config: config.to_vec(), tensors: tensors.to_vec() };
-    let checked = package.check(shape(), 64);
-    let Ok(lora) = package.read(shape(), 64) else { return false };
+    let limits = SizeLimits { rank: 64, virtual_tokens: 64 };
+    let checked = package.check(shape(), limits);
+    let Ok(lora) = package.read(shape(), limits) else { return false };
     let norms: RowNorms = lora.pairs().map(|(site, pair)| (site, vec![1.0; pair.b.len() / pair.rank])).collect();
     let packed = PackedAdapter::new(&lora, shape(), &norms).expect("what can be read can be packed");
     assert_eq!(

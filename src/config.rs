@@ -164,6 +164,8 @@ limits! {
     max_adapter_bytes = 1024 * MIB, "bytes";
     /// Rank of an adapter.
     max_rank = 256, "rank";
+    /// Tokens that an adapter puts before a sequence.
+    max_virtual_tokens = 256, "tokens";
     /// Sequences decoded at once.
     max_running = 48, "sequences";
     /// Sequences of one tenant waiting or running: an answer is one, a score one for each input.

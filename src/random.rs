@@ -44,13 +44,23 @@ impl Stream {
 
     /// 32 random bits at a place.
     pub fn bits(&self, major: u64, minor: u32) -> u32 {
-        let key = [self.seed as u32, (self.seed >> 32) as u32];
-        philox4x32(key, [minor, major as u32, (major >> 32) as u32, self.purpose as u32])[0]
+        self.block(major, minor)[0]
     }
 
     /// Uniform in [0, 1), 24 bits.
     pub fn uniform(&self, major: u64, minor: u32) -> f32 {
         (self.bits(major, minor) >> 8) as f32 / 16_777_216.0
+    }
+
+    /// Standard normal (Box & Muller 1958), of two of the place's four numbers.
+    pub fn normal(&self, major: u64, minor: u32) -> f32 {
+        let [u, v, ..] = self.block(major, minor).map(|bits| f64::from(bits >> 8) / 16_777_216.0);
+        ((-2.0 * (1.0 - u).ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
+    }
+
+    fn block(&self, major: u64, minor: u32) -> [u32; 4] {
+        let key = [self.seed as u32, (self.seed >> 32) as u32];
+        philox4x32(key, [minor, major as u32, (major >> 32) as u32, self.purpose as u32])
     }
 }
 

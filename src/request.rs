@@ -221,6 +221,8 @@ pub struct Usage {
     pub completion_tokens: u32,
     /// Of the prompt's, those found in the prefix cache, where it is known.
     pub cached_tokens: Option<u32>,
+    /// Tokens that the adapter put before the prompt; they are not among the prompt's.
+    pub virtual_tokens: u32,
 }
 
 /// What a generation stream yields: `Started`, then deltas, then `Finished`. An `Err` ends the stream too.
@@ -232,6 +234,8 @@ pub enum GenerateEvent {
         version: Option<VersionName>,
         /// Tokens of the prompt.
         prompt_tokens: u32,
+        /// Tokens that the adapter put before it.
+        virtual_tokens: u32,
         /// What its tokens are drawn with; `None` where they are not drawn.
         seed: Option<u64>,
     },
@@ -361,11 +365,15 @@ pub enum AdapterKind {
     Dora,
     /// Multiplies what goes into linear layers, or comes out of them.
     Ia3,
+    /// Puts trained embeddings before the sequence.
+    Prompt,
+    /// Puts trained keys and values before the sequence, in every layer.
+    Prefix,
 }
 
 impl AdapterKind {
     /// All kinds.
-    pub const ALL: [Self; 3] = [Self::Lora, Self::Dora, Self::Ia3];
+    pub const ALL: [Self; 5] = [Self::Lora, Self::Dora, Self::Ia3, Self::Prompt, Self::Prefix];
 
     /// Returns its name: `lora` and so on.
     pub fn name(self) -> &'static str {
@@ -373,6 +381,8 @@ impl AdapterKind {
             Self::Lora => "lora",
             Self::Dora => "dora",
             Self::Ia3 => "ia3",
+            Self::Prompt => "prompt",
+            Self::Prefix => "prefix",
         }
     }
 
@@ -389,6 +399,10 @@ pub enum TunerSpec {
     Lora(LoraSpec),
     /// (IA)3.
     Ia3(Ia3Spec),
+    /// Prompt tuning.
+    Prompt(PromptSpec),
+    /// Prefix tuning.
+    Prefix(PrefixSpec),
 }
 
 impl Default for TunerSpec {
@@ -407,6 +421,64 @@ impl From<Ia3Spec> for TunerSpec {
     fn from(spec: Ia3Spec) -> Self {
         Self::Ia3(spec)
     }
+}
+
+impl From<PromptSpec> for TunerSpec {
+    fn from(spec: PromptSpec) -> Self {
+        Self::Prompt(spec)
+    }
+}
+
+impl From<PrefixSpec> for TunerSpec {
+    fn from(spec: PrefixSpec) -> Self {
+        Self::Prefix(spec)
+    }
+}
+
+/// How a fresh prompt of virtual tokens is shaped (Lester et al. 2021).
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptSpec {
+    /// Tokens before the sequence.
+    pub virtual_tokens: u32,
+    /// What they begin as.
+    pub init: VirtualInit,
+}
+
+/// How a fresh prefix of virtual tokens is shaped (Li & Liang 2021).
+#[derive(Debug, Clone, PartialEq)]
+pub struct PrefixSpec {
+    /// Tokens before the sequence.
+    pub virtual_tokens: u32,
+    /// What they begin as; where they are reparametrised, random.
+    pub init: VirtualInit,
+    /// The inner width of the two layers through which the keys and values are trained; `None` trains them as they are.
+    pub projection: Option<u32>,
+}
+
+/// Virtual tokens of a fresh adapter, unless it says how many.
+const VIRTUAL_TOKENS: u32 = 16;
+
+impl Default for PromptSpec {
+    fn default() -> Self {
+        Self { virtual_tokens: VIRTUAL_TOKENS, init: VirtualInit::Random }
+    }
+}
+
+impl Default for PrefixSpec {
+    fn default() -> Self {
+        Self { virtual_tokens: VIRTUAL_TOKENS, init: VirtualInit::Random, projection: None }
+    }
+}
+
+/// What virtual tokens begin as: what the base makes of real ones, repeated or cut to their number.
+#[derive(Debug, Clone, PartialEq)]
+pub enum VirtualInit {
+    /// Tokens that the seed draws from the vocabulary.
+    Random,
+    /// The tokens of a text.
+    Text(String),
+    /// These tokens.
+    Ids(Vec<u32>),
 }
 
 /// How a fresh (IA)3 is shaped.

@@ -16,7 +16,7 @@ mod values;
 
 use common::TestServer;
 use serde_json::Value;
-use tenora::adapter::peft::Package;
+use tenora::adapter::peft::{Package, SizeLimits};
 use tenora::adapter::{Adapter, PackedAdapter, RowNorms};
 use tenora::api::proto::{
     GenerateRequest, ScoreInput, ScoreRequest, Stopping, TokenIds, generate_request, score_input,
@@ -72,7 +72,7 @@ fn adapter(name: &str) -> Option<Adapter> {
     if name == "base" {
         return None;
     }
-    Some(package(name).read(base().0.shape(), 256).expect("the adapter is valid"))
+    Some(package(name).read(base().0.shape(), SizeLimits::NONE).expect("the adapter is valid"))
 }
 
 /// The entries of a file keyed by adapter: (adapter, entry).
@@ -258,13 +258,16 @@ fn train(file: &Value, examples: &Examples, objective: Objective, batch: usize) 
     (outcome, steps)
 }
 
-fn assert_steps(curve: &[Value], steps: &[Step]) {
+/// How far a gradient's norm may be from that of `sft.json` and `dpo.json`, as a share of it.
+const NORM: f64 = 0.01;
+
+fn assert_steps(curve: &[Value], steps: &[Step], share: f64) {
     assert_eq!(steps.len(), curve.len());
     for (i, (step, want)) in steps.iter().zip(curve).enumerate() {
         let number = |key: &str| want[key].as_f64().unwrap_or_else(|| panic!("step {i}: {key}"));
         assert!((step.loss - number("loss")).abs() <= 1e-3, "step {i}: loss {} {want}", step.loss);
         let norm = number("grad_norm");
-        assert!((step.grad_norm - norm).abs() <= 0.01 * norm, "step {i}: grad_norm {} {want}", step.grad_norm);
+        assert!((step.grad_norm - norm).abs() <= share * norm, "step {i}: grad_norm {} {want}", step.grad_norm);
         if let Some(margin) = want["margin"].as_f64() {
             let got = step.margin.expect("a margin");
             assert!((got - margin).abs() <= 2e-3, "step {i}: margin {got} {want}");
@@ -281,7 +284,7 @@ fn sft_follows_the_golden_curve() {
     let curve = sft["curve"].as_array().expect("a curve");
     let batch = sft["recipe"]["batch"].as_u64().expect("a batch") as usize;
     let (outcome, steps) = train(&sft, &examples, Objective::Sft, batch);
-    assert_steps(curve, &steps);
+    assert_steps(curve, &steps, NORM);
     for after in sft["after"].as_array().expect("scores after training") {
         let ids = ids(&after["ids"]);
         let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
@@ -338,7 +341,7 @@ fn dpo_follows_the_golden_curve() {
     let curve = dpo["curve"].as_array().expect("a curve");
     let objective = Objective::Dpo { beta, label_smoothing: 0.0 };
     let (_, steps) = train(&dpo, &Examples::Dpo(examples), objective, pairs.len());
-    assert_steps(curve, &steps);
+    assert_steps(curve, &steps, NORM);
 }
 
 /// Serves the default base and imports the adapters that a file has answers of.

@@ -15,7 +15,7 @@ mod values;
 use common::TestServer;
 use futures::StreamExt as _;
 use serde_json::Value;
-use tenora::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
+use tenora::adapter::peft::{CONFIG_FILE, Package, SizeLimits, TENSORS_FILE};
 use tenora::adapter::{Adapter, PackedAdapter, RowNorms};
 use tenora::api::proto::{ExportAdapterRequest, export_adapter_response};
 use tenora::data::Examples;
@@ -77,7 +77,9 @@ impl Base {
     }
 
     fn adapter(&self, name: &str) -> Adapter {
-        self.package(name).read(self.model.shape(), 256).unwrap_or_else(|e| panic!("{}: {e}", self.folder.display()))
+        self.package(name)
+            .read(self.model.shape(), SizeLimits::NONE)
+            .unwrap_or_else(|e| panic!("{}: {e}", self.folder.display()))
     }
 
     /// (whether with the adapter, sequence).

@@ -6,6 +6,7 @@ mod packed_file;
 pub mod peft;
 mod shape;
 mod value;
+mod virtual_tokens;
 
 pub use crate::arch::decoder::Site;
 pub use base_name::BaseNames;
@@ -13,3 +14,4 @@ pub use packed::PackedAdapter;
 pub use peft::lora::{CONVERSION, Initialisation};
 pub use shape::{BaseShape, LinearShape};
 pub use value::{Adapter, LowRank, RowNorms, ScaledSide, SiteDelta};
+pub use virtual_tokens::{VirtualForm, VirtualTokens};

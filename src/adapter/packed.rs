@@ -7,6 +7,8 @@
 //! - the scale in float32, to be applied to what A gives: folded into a tensor it would be rounded with it;
 //! - what (IA)3 multiplies with, or DoRA ([`Scales`]), in float32.
 //!
+//! Virtual tokens lie behind the layers, in float32.
+//!
 //! Where rounding to bf16 would show, a layer is packed as one of three times its rank (see [`PackedAdapter::precise`]): the kernels know of no
 //! other form, so that all of them serve it, with the same bits.
 //!
@@ -16,7 +18,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::adapter::{Adapter, BaseShape, LowRank, RowNorms, ScaledSide, Site, SiteDelta};
+use crate::adapter::{Adapter, BaseShape, LowRank, RowNorms, ScaledSide, Site, SiteDelta, VirtualForm};
 use crate::arch::decoder::SiteId;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::LoraPair;
@@ -36,6 +38,15 @@ pub struct PackedAdapter {
     values: Arc<Values>,
     rank: usize,
     has_scales: bool,
+    virtual_tokens: Option<VirtualPlace>,
+}
+
+/// Where virtual tokens lie.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct VirtualPlace {
+    pub(super) form: VirtualForm,
+    pub(super) count: usize,
+    range: Range<usize>,
 }
 
 /// What is multiplied, element by element, at a linear layer y = W x + b.
@@ -152,14 +163,28 @@ fn lengths(layout: Layout, dims: (usize, usize)) -> [usize; 3] {
 /// Values of two bytes that a float32 takes.
 const VALUES_OF_A_FLOAT: usize = 2;
 
-/// Bytes that an adapter of these sites takes when it is packed.
-pub(super) fn adapter_bytes(sites: impl IntoIterator<Item = SiteSize>, shape: &BaseShape) -> u64 {
+/// Bytes that an adapter of these sites and virtual tokens takes when it is packed.
+pub(super) fn adapter_bytes(
+    sites: impl IntoIterator<Item = SiteSize>,
+    virtual_tokens: Option<(VirtualForm, usize)>,
+    shape: &BaseShape,
+) -> u64 {
     let of_site = |SiteSize { site, rank, scaled }: SiteSize| {
         // DoRA's scales and (IA)3's are as many.
         let scaled = scaled.map(ScaledPart::from);
         layer_bytes(Layout { rank, scale: 0.0, scaled }, shape.dims(site.target).unwrap_or_default())
     };
-    sites.into_iter().map(of_site).sum()
+    sites.into_iter().map(of_site).sum::<u64>() + virtual_bytes(virtual_tokens, shape)
+}
+
+/// Bytes that virtual tokens take when they are packed.
+fn virtual_bytes(virtual_tokens: Option<(VirtualForm, usize)>, shape: &BaseShape) -> u64 {
+    virtual_tokens.map_or(0, |tokens| 2 * virtual_length(tokens, shape).next_multiple_of(ALIGN) as u64)
+}
+
+/// Values of two bytes that virtual tokens take.
+fn virtual_length((form, count): (VirtualForm, usize), shape: &BaseShape) -> usize {
+    count * form.width(shape) * VALUES_OF_A_FLOAT
 }
 
 /// Bytes that a layer takes when it is packed.
@@ -172,7 +197,12 @@ fn form_bytes(adapter: &Adapter, shape: &BaseShape, times: usize) -> u64 {
     let of_site = |(site, delta): (&Site, &SiteDelta)| {
         layer_bytes(Layout::of(delta, times), shape.dims(site.target).unwrap_or_default())
     };
-    adapter.sites.iter().map(of_site).sum()
+    adapter.sites.iter().map(of_site).sum::<u64>() + virtual_bytes(virtual_shape(adapter), shape)
+}
+
+/// The form of an adapter's virtual tokens, and their number.
+fn virtual_shape(adapter: &Adapter) -> Option<(VirtualForm, usize)> {
+    adapter.virtual_tokens.as_ref().map(|tokens| (tokens.form(), tokens.count))
 }
 
 impl PackedAdapter {
@@ -193,8 +223,12 @@ impl PackedAdapter {
         form: impl Fn(&LowRank) -> Cow<'_, LowRank>,
     ) -> Result<Self> {
         let layers = adapter.sites.iter().map(|(site, delta)| (*site, Layout::of(delta, times)));
-        let (places, len) = place(layers, shape).map_err(misfit)?;
+        let (places, virtual_place, len) = place(layers, virtual_shape(adapter), shape).map_err(misfit)?;
         let mut values = Values::zeros(len);
+        if let (Some(tokens), Some(place)) = (&adapter.virtual_tokens, &virtual_place) {
+            put_floats(&tokens.folded(), place.range.clone(), values.get_mut())
+                .ok_or_else(|| Error::internal("virtual tokens do not fit the base"))?;
+        }
         for (site, delta) in &adapter.sites {
             let place = shape.index(*site).and_then(|at| places.get(at)?.as_ref());
             let (Some(place), Some(dims)) = (place, shape.dims(site.target)) else { return Err(misfit(*site)) };
@@ -210,13 +244,40 @@ impl PackedAdapter {
             };
             packed.ok_or_else(|| misfit(*site))?;
         }
-        Ok(Self::of(places, values))
+        Ok(Self::of(places, virtual_place, values))
     }
 
-    pub(super) fn of(places: Vec<Option<Place>>, values: Values) -> Self {
+    pub(super) fn of(places: Vec<Option<Place>>, virtual_tokens: Option<VirtualPlace>, values: Values) -> Self {
         let rank = places.iter().flatten().map(|place| place.rank).max().unwrap_or_default();
         let has_scales = places.iter().flatten().any(|place| place.scaled.is_some());
-        Self { places: places.into(), values: Arc::new(values), rank, has_scales }
+        Self { places: places.into(), values: Arc::new(values), rank, has_scales, virtual_tokens }
+    }
+
+    /// Returns how many tokens it puts before a sequence.
+    pub fn virtual_count(&self) -> usize {
+        self.virtual_tokens.as_ref().map_or(0, |tokens| tokens.count)
+    }
+
+    /// The embedding of a virtual token, `[hidden_size]`; `None` where it has keys and values instead.
+    pub fn virtual_embedding(&self, token: usize) -> Option<&[f32]> {
+        self.virtual_values(VirtualForm::Embeddings, token)
+    }
+
+    /// The keys, as attention reads them, and the values of a virtual token in a layer, `[kv_width]` each; `None` where it has an embedding
+    /// instead.
+    pub fn virtual_kv(&self, token: usize, layer: usize, kv_width: usize) -> Option<(&[f32], &[f32])> {
+        let values = self.virtual_values(VirtualForm::KeysAndValues, token)?;
+        values.chunks_exact(2 * kv_width).nth(layer).map(|both| both.split_at(kv_width))
+    }
+
+    fn virtual_values(&self, form: VirtualForm, token: usize) -> Option<&[f32]> {
+        let place = self.virtual_tokens.as_ref().filter(|place| place.form == form)?;
+        let values: &[f32] = bytemuck::cast_slice(&self.values.get()[place.range.clone()]);
+        values.chunks_exact(values.len() / place.count).nth(token)
+    }
+
+    pub(super) fn virtual_place(&self) -> Option<&VirtualPlace> {
+        self.virtual_tokens.as_ref()
     }
 
     /// What is to be added at the site of this number; `None` where nothing is.
@@ -299,11 +360,15 @@ fn misfit(site: Site) -> Error {
     Error::internal(format!("an adapter does not fit the base at {site:?}"))
 }
 
-/// Places for layers, and the length of all. Fails with a site that the base does not have.
+/// Places for layers and for what stands before a sequence, and the length of all.
+type Places = (Vec<Option<Place>>, Option<VirtualPlace>, usize);
+
+/// Gives each layer its place, and virtual tokens theirs. Fails with a site that the base does not have.
 pub(super) fn place(
     layers: impl Iterator<Item = (Site, Layout)>,
+    virtual_tokens: Option<(VirtualForm, usize)>,
     shape: &BaseShape,
-) -> Result<(Vec<Option<Place>>, usize), Site> {
+) -> Result<Places, Site> {
     let (mut places, mut end) = (Vec::new(), 0);
     for (site, layout) in layers {
         let (Some(at), Some(dims)) = (shape.index(site), shape.dims(site.target)) else { return Err(site) };
@@ -318,14 +383,24 @@ pub(super) fn place(
         let Layout { rank, scale, scaled } = layout;
         places[at] = Some(Place { rank, scale, a, b, scaled: scaled.map(|part| (part, scales)) });
     }
-    Ok((places, end))
+    let virtual_place = virtual_tokens.map(|(form, count)| {
+        let start = end;
+        let len = virtual_length((form, count), shape);
+        end += len.next_multiple_of(ALIGN);
+        VirtualPlace { form, count, range: start..start + len }
+    });
+    Ok((places, virtual_place, end))
 }
 
 /// Writes scales into their place; `None` where they do not fit.
 fn put_scales(scales: &[f32], place: &Place, values: &mut [u16]) -> Option<()> {
-    let (_, range) = place.scaled.clone()?;
+    put_floats(scales, place.scaled.clone()?.1, values)
+}
+
+/// Writes float32 values; `None` where they do not fit.
+fn put_floats(floats: &[f32], range: Range<usize>, values: &mut [u16]) -> Option<()> {
     let to: &mut [f32] = bytemuck::cast_slice_mut(values.get_mut(range)?);
-    (to.len() == scales.len()).then(|| to.copy_from_slice(scales))
+    (to.len() == floats.len()).then(|| to.copy_from_slice(floats))
 }
 
 /// Writes a pair into its place; `None` where it does not fit.

@@ -1,7 +1,7 @@
 //! [`PackedAdapter`] as a file, so that a version is brought into memory by one read and no arithmetic. It is derived from a version's
 //! PEFT files, which stay what counts: one that is missing, damaged, of another format or of another machine's byte order is made again.
 //!
-//! The file: [`MAGIC`], the version's digest, the number of layers, (index, rank, scale, what else is scaled) of each, the tensors as they lie in memory, and a
+//! The file: [`MAGIC`], the version's digest, the form and the number of virtual tokens, the number of layers, (index, rank, scale, what else is scaled) of each, the tensors as they lie in memory, and a
 //! CRC-32 of all that. A checksum and not SHA-256: it is there to find damage, and SHA-256 takes six times as long as all the rest of a
 //! load. What the digest promises was checked when the file was made.
 
@@ -10,11 +10,11 @@ use std::io::{self, Read};
 use crc32fast::Hasher;
 
 use crate::adapter::packed::{Layout, ScaledPart, Values, place};
-use crate::adapter::{BaseShape, PackedAdapter, Site};
+use crate::adapter::{BaseShape, PackedAdapter, Site, VirtualForm};
 use crate::ids::Digest;
 
 /// Ends in the number of the format.
-const MAGIC: &[u8; 16] = b"tenora packed 02";
+const MAGIC: &[u8; 16] = b"tenora packed 03";
 
 /// Bytes read and hashed at a time: they are still in the cache when they are hashed.
 const PIECE: usize = 256 << 10;
@@ -30,6 +30,10 @@ impl PackedAdapter {
         let layers = self.places().iter().enumerate().filter_map(|(at, place)| Some((at, place.as_ref()?)));
         let mut file = MAGIC.to_vec();
         file.extend(digest.hex().bytes());
+        // 0 where there are none.
+        let form = |form| 1 + VirtualForm::ALL.iter().position(|of| *of == form).unwrap_or_default();
+        let (form, count) = self.virtual_place().map_or((0, 0), |place| (form(place.form), place.count));
+        file.extend([form as u32, count as u32].iter().flat_map(|x| x.to_ne_bytes()));
         file.extend((layers.clone().count() as u32).to_ne_bytes());
         for (at, place) in layers {
             // 0 where nothing is.
@@ -53,6 +57,19 @@ impl PackedAdapter {
         if magic != *MAGIC || of != digest.hex().as_bytes() {
             return Err(damaged("is of another format or another version"));
         }
+        let (form, count) = (file.number()? as usize, file.number()? as usize);
+        let virtual_tokens = match form.checked_sub(1) {
+            None => None,
+            Some(form) => {
+                let form =
+                    VirtualForm::ALL.get(form).ok_or_else(|| damaged("has virtual tokens of an unknown form"))?;
+                Some((*form, count))
+            }
+        };
+        // Before anything is computed with it.
+        if virtual_tokens.is_some_and(|(_, count)| count as u64 > bytes) {
+            return Err(damaged("does not fit the base"));
+        }
         let sites = shape.layers as usize * shape.linears.len();
         let count = (file.number()? as usize).min(sites);
         let mut layer = || {
@@ -65,7 +82,7 @@ impl PackedAdapter {
             Ok((site, Layout { rank, scale, scaled }))
         };
         let layers = (0..count).map(|_| layer()).collect::<io::Result<Vec<_>>>()?;
-        let (places, len) = place(layers.into_iter(), shape).map_err(|_| lacks())?;
+        let (places, virtual_place, len) = place(layers.into_iter(), virtual_tokens, shape).map_err(|_| lacks())?;
         // Before anything is allocated for it.
         if 2 * len as u64 != bytes {
             return Err(damaged("does not fit the base"));
@@ -78,7 +95,7 @@ impl PackedAdapter {
         if file.number()? != checksum {
             return Err(damaged("has another checksum than it says"));
         }
-        Ok(Self::of(places, values))
+        Ok(Self::of(places, virtual_place, values))
     }
 }
 

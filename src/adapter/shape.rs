@@ -18,6 +18,14 @@ pub struct BaseShape {
     pub layers: u32,
     /// The linear layers of a block, in the order in which they are computed; every block has the same.
     pub linears: Vec<LinearShape>,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Heads of queries.
+    pub heads: usize,
+    /// Heads of keys, and of values.
+    pub kv_heads: usize,
+    /// Values of a head.
+    pub head_dim: usize,
 }
 
 /// The shape of a linear layer.
@@ -44,7 +52,14 @@ impl BaseShape {
         let targets = [QProj, KProj, VProj, OProj, GateProj, UpProj, DownProj];
         let linears = targets.into_iter().zip(dims);
         let linears = linears.map(|(target, (inputs, outputs))| LinearShape { target, inputs, outputs }).collect();
-        Self { name: name.to_owned(), names: BaseNames::default(), digest, layers, linears }
+        let (hidden_size, heads, kv_heads, head_dim) = (dims[0].0, 1, 1, dims[1].1);
+        let (name, names) = (name.to_owned(), BaseNames::default());
+        Self { name, names, digest, layers, linears, hidden_size, heads, kv_heads, head_dim }
+    }
+
+    /// Returns how many values the keys of a position have in a layer; its values are as many.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
     }
 
     /// Returns (in, out) of a linear layer; `None` where the base has none of that name.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::adapter::BaseShape;
 use crate::adapter::packed::{SiteSize, adapter_bytes};
+use crate::adapter::virtual_tokens::{VirtualForm, VirtualTokens};
 use crate::arch::decoder::Site;
 use crate::error::{Error, Result};
 use crate::random::{Purpose, Stream};
@@ -16,6 +17,8 @@ pub struct Adapter {
     pub spec: TunerSpec,
     /// The sites that it changes; others are as the base has them.
     pub sites: BTreeMap<Site, SiteDelta>,
+    /// What it puts before a sequence.
+    pub virtual_tokens: Option<VirtualTokens>,
 }
 
 /// What an adapter does at a site, whose frozen layer is y = W x + b.
@@ -77,6 +80,8 @@ impl AdapterKind {
             TunerSpec::Lora(LoraSpec { use_dora: true, .. }) => Self::Dora,
             TunerSpec::Lora(_) => Self::Lora,
             TunerSpec::Ia3(_) => Self::Ia3,
+            TunerSpec::Prompt(_) => Self::Prompt,
+            TunerSpec::Prefix(_) => Self::Prefix,
         }
     }
 }
@@ -98,6 +103,7 @@ impl TunerSpec {
                 *spec =
                     Ia3Spec { targets: targets(&|_| true), feedforward: targets(&|side| side == ScaledSide::Input) };
             }
+            Self::Prompt(_) | Self::Prefix(_) => {}
         }
         Ok(())
     }
@@ -120,15 +126,16 @@ impl TunerSpec {
                 let size = |(site, side)| SiteSize { site, rank: 0, scaled: Some(side) };
                 spec.sites(shape)?.into_iter().map(size).collect()
             }
+            Self::Prompt(_) | Self::Prefix(_) => Vec::new(),
         };
-        Ok(adapter_bytes(sites, shape))
+        Ok(adapter_bytes(sites, VirtualForm::of(self), shape))
     }
 
     /// Returns the share of an adapter's inputs that is dropped in training.
     pub fn dropout(&self) -> f32 {
         match self {
             Self::Lora(spec) => spec.dropout,
-            Self::Ia3(_) => 0.0,
+            Self::Ia3(_) | Self::Prompt(_) | Self::Prefix(_) => 0.0,
         }
     }
 }
@@ -244,11 +251,11 @@ impl Adapter {
     /// A LoRA of these pairs.
     pub fn lora(spec: LoraSpec, pairs: impl IntoIterator<Item = (Site, LowRank)>) -> Self {
         let sites = pairs.into_iter().map(|(site, pair)| (site, SiteDelta::LowRank(pair))).collect();
-        Self { spec: TunerSpec::Lora(spec), sites }
+        Self { spec: TunerSpec::Lora(spec), sites, virtual_tokens: None }
     }
 
     /// As PEFT starts one: of LoRA A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)) and B zero, of (IA)3 ones. A function of the seed
-    /// alone. DoRA's magnitudes are the norms of the base's rows, which whoever has the base fills in ([`Adapter::set_magnitudes`]).
+    /// alone. What is the base's is zero until whoever has the base fills it in (`Model::begin`): DoRA's magnitudes, virtual tokens.
     pub fn fresh<S: Clone + Into<TunerSpec>>(spec: &S, shape: &BaseShape, seed: u64) -> Result<Self> {
         let spec = spec.clone().into();
         let sites = match &spec {
@@ -261,8 +268,10 @@ impl Adapter {
                 };
                 spec.sites(shape)?.into_iter().map(ones).collect()
             }
+            TunerSpec::Prompt(_) | TunerSpec::Prefix(_) => BTreeMap::new(),
         };
-        Ok(Self { spec, sites })
+        let virtual_tokens = VirtualTokens::fresh(&spec, shape, seed);
+        Ok(Self { spec, sites, virtual_tokens })
     }
 
     /// Makes each magnitude the norm of its row, so that a fresh DoRA changes nothing.
@@ -277,6 +286,11 @@ impl Adapter {
     /// Returns its kind.
     pub fn kind(&self) -> AdapterKind {
         AdapterKind::of(&self.spec)
+    }
+
+    /// Returns how many virtual tokens it puts before a sequence.
+    pub fn virtual_count(&self) -> usize {
+        self.virtual_tokens.as_ref().map_or(0, |tokens| tokens.count)
     }
 
     /// Returns the pair of a site.
@@ -303,14 +317,16 @@ impl Adapter {
         })
     }
 
-    /// Returns the tensors that are trained, in a fixed order: by site; A, B, magnitude.
+    /// Returns the tensors that are trained, in a fixed order: by site; A, B, magnitude. Then those of virtual tokens.
     pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
-        self.sites.values().flat_map(SiteDelta::tensors)
+        let virtual_tokens = self.virtual_tokens.iter().flat_map(VirtualTokens::tensors);
+        self.sites.values().flat_map(SiteDelta::tensors).chain(virtual_tokens)
     }
 
     /// As [`Adapter::tensors`], to be changed.
     pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
-        self.sites.values_mut().flat_map(SiteDelta::tensors_mut)
+        let virtual_tokens = self.virtual_tokens.iter_mut().flat_map(VirtualTokens::tensors_mut);
+        self.sites.values_mut().flat_map(SiteDelta::tensors_mut).chain(virtual_tokens)
     }
 
     /// Returns an adapter of the same shape whose tensors are zero: where gradients are added up.

@@ -109,7 +109,9 @@ impl Meter {
             self.seen.resize(at + 1, 0);
         }
         match event {
-            GenerateEvent::Started { prompt_tokens, .. } => self.used.prompt_tokens = *prompt_tokens,
+            GenerateEvent::Started { prompt_tokens, virtual_tokens, .. } => {
+                (self.used.prompt_tokens, self.used.virtual_tokens) = (*prompt_tokens, *virtual_tokens);
+            }
             GenerateEvent::Delta { tokens, .. } => self.seen[at] += tokens.len() as u32,
             GenerateEvent::Finished { usage, .. } => {
                 // Tokens that were held back to the end count too.

@@ -42,7 +42,7 @@ impl PeftUpload {
     }
 
     fn of(limits: &Limits, shape: &BaseShape, store: Store) -> Self {
-        let most = most_file_bytes(shape, limits.max_rank);
+        let most = most_file_bytes(shape, limits.into());
         let (config, tensors) = Default::default();
         let (limit, shape) = (limits.max_adapter_bytes, shape.clone());
         Self { config, tensors, limit, most, shape, spilled: None, spilled_bytes: 0, store }

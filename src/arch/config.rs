@@ -40,6 +40,9 @@ pub struct ModelConfig {
     pub fused_projections: bool,
     /// What embeddings are multiplied with.
     pub embedding_scale: f32,
+    /// What trained embeddings that stand before a sequence are multiplied with: the embedding's scale where the model applies it to whatever it
+    /// is given, and not the embedding layer itself.
+    pub virtual_scale: f32,
     /// What attention and the feed-forward network give is multiplied with, before it is added.
     pub residual_scale: f32,
     /// What becomes of logits.
@@ -132,6 +135,7 @@ impl ModelConfig {
             post_norms: false,
             fused_projections: false,
             embedding_scale: 1.0,
+            virtual_scale: 1.0,
             residual_scale: 1.0,
             logits: LogitConfig { scale: 1.0, softcap: None },
             ropes: vec![RopeConfig::read(settings, attention.head_dim)?],

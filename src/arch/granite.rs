@@ -12,6 +12,7 @@ pub const GRANITE: Architecture = Architecture {
     biased: &[],
     configure: |config, settings| {
         config.embedding_scale = settings.positive(keys::EMBEDDING_SCALE)?.unwrap_or(1.0);
+        config.virtual_scale = config.embedding_scale;
         config.residual_scale = settings.positive(keys::RESIDUAL_SCALE)?.unwrap_or(1.0);
         if let Some(scale) = settings.positive(keys::ATTENTION_SCALE)? {
             config.attention.scale = scale;

@@ -287,7 +287,8 @@ fn print_answer(answer: &Answer, of: usize) -> Result<()> {
 /// Tokens of a call.
 fn counts(usage: &proto::Usage) -> String {
     let cached = usage.cached_tokens.filter(|n| *n > 0).map(|n| format!(" ({n} cached)")).unwrap_or_default();
-    format!("prompt {}{cached} + answer {} tokens", usage.prompt_tokens, usage.completion_tokens)
+    let before = if usage.virtual_tokens > 0 { format!("virtual {} + ", usage.virtual_tokens) } else { String::new() };
+    format!("{before}prompt {}{cached} + answer {} tokens", usage.prompt_tokens, usage.completion_tokens)
 }
 
 /// Who answered, what it took, and why it ended. Of several answers each tells its own tokens only.
@@ -323,7 +324,7 @@ fn print_json(index: usize, of: usize, answer: &Answer) -> Result<()> {
 fn usage_json(usage: &proto::Usage) -> Value {
     json!({
         "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
-        "cached_tokens": usage.cached_tokens,
+        "cached_tokens": usage.cached_tokens, "virtual_tokens": usage.virtual_tokens,
     })
 }
 
@@ -357,7 +358,7 @@ mod tests {
     use super::*;
 
     fn answer(tokens: u32) -> Answer {
-        let usage = proto::Usage { prompt_tokens: 7, completion_tokens: 10, cached_tokens: Some(3) };
+        let usage = proto::Usage { prompt_tokens: 7, completion_tokens: 10, cached_tokens: Some(3), virtual_tokens: 2 };
         Answer { token_ids: (0..tokens).collect(), usage, ..Answer::default() }
     }
 
@@ -365,9 +366,12 @@ mod tests {
     fn one_answer_tells_what_the_call_took() {
         // Two tokens of a stop string were not sent.
         let answer = answer(8);
-        assert!(summary(&answer, 1).starts_with("base, prompt 7 (3 cached) + answer 10 tokens, first after 0 ms"));
+        assert!(summary(&answer, 1).starts_with("base, virtual 2 + prompt 7 (3 cached) + answer 10 tokens, first after 0 ms"));
         let value = json_of(0, 1, &answer);
-        assert_eq!(value["usage"], json!({ "prompt_tokens": 7, "completion_tokens": 10, "cached_tokens": 3 }));
+        assert_eq!(
+            value["usage"],
+            json!({ "prompt_tokens": 7, "completion_tokens": 10, "cached_tokens": 3, "virtual_tokens": 2 })
+        );
         assert!(value.get("call_usage").is_none());
     }
 

@@ -179,7 +179,7 @@ impl Show for proto::AdapterVersion {
         let metrics: serde_json::Map<_, _> = metrics.into_iter().map(|(k, v)| (k.clone(), json!(v))).collect();
         let mut value = json!({
             "name": self.name, "digest": self.digest, "base_digest": self.base_digest,
-            "template_digest": self.template_digest, "size_bytes": self.size_bytes, "kind": self.kind, "rank": self.rank,
+            "template_digest": self.template_digest, "size_bytes": self.size_bytes, "kind": self.kind, "rank": self.rank, "virtual_tokens": self.virtual_tokens,
             "target_modules": self.target_modules, "no_effect": self.no_effect, "parity": parity,
             "training_job": self.training_job, "create_time": time(&self.create_time), "metrics": metrics,
             "live": self.live,
@@ -299,6 +299,16 @@ fn objective(spec: &proto::TrainRequest) -> Option<&'static str> {
     })
 }
 
+/// What virtual tokens begin as.
+fn virtual_init(init: Option<&proto::VirtualTokensInit>) -> Value {
+    use proto::virtual_tokens_init::Tokens;
+    match init.and_then(|init| init.tokens.as_ref()) {
+        None => json!("random"),
+        Some(Tokens::Text(text)) => json!({ "text": text }),
+        Some(Tokens::TokenIds(ids)) => json!({ "token_ids": ids.ids }),
+    }
+}
+
 /// All that a training is a function of but its data.
 fn recipe(spec: &proto::TrainRequest) -> Value {
     use proto::train_request::{Objective, Start};
@@ -322,6 +332,17 @@ fn recipe(spec: &proto::TrainRequest) -> Value {
             value["tuner"] = json!("ia3");
             value["target_modules"] = json!(ia3.target_modules);
             value["feedforward_modules"] = json!(ia3.feedforward_modules);
+        }
+        Some(Start::PromptTuning(prompt)) => {
+            value["tuner"] = json!("prompt");
+            value["virtual_tokens"] = json!(prompt.num_virtual_tokens);
+            value["init"] = virtual_init(prompt.init.as_ref());
+        }
+        Some(Start::PrefixTuning(prefix)) => {
+            value["tuner"] = json!("prefix");
+            value["virtual_tokens"] = json!(prefix.num_virtual_tokens);
+            value["init"] = virtual_init(prefix.init.as_ref());
+            value["projection_size"] = json!(prefix.projection_size);
         }
         None => {}
     }

@@ -89,6 +89,18 @@ struct Tuner {
     /// Of ia3: those of --targets of which the input is scaled, and not the output [default: down_proj, where --targets is left out]
     #[arg(long, value_delimiter = ',', value_name = "MODULE,...", requires = "targets")]
     feedforward: Vec<String>,
+    /// Of prompt and prefix: tokens before the sequence [default: 16]
+    #[arg(long, value_name = "N")]
+    virtual_tokens: Option<u32>,
+    /// Of prompt and prefix: a text as whose tokens they begin [default: tokens drawn from the vocabulary]
+    #[arg(long, value_name = "TEXT")]
+    init_text: Option<String>,
+    /// Of prompt and prefix: ids of tokens as which they begin.
+    #[arg(long, value_delimiter = ',', value_name = "ID,...", conflicts_with = "init_text")]
+    init_ids: Vec<u32>,
+    /// Of prefix: train through two layers with so many values between them [default: train keys and values as they are]
+    #[arg(long, value_name = "SIZE")]
+    projection_size: Option<u32>,
 }
 
 /// The kinds of adapters that can be trained.
@@ -100,12 +112,16 @@ enum TunerKind {
     Dora,
     /// What comes out of linear layers, or goes into them, is scaled.
     Ia3,
+    /// Trained embeddings stand before the sequence.
+    Prompt,
+    /// Trained keys and values stand before the sequence, in every layer.
+    Prefix,
 }
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Hyperparameters")]
 struct Hyperparameters {
-    /// Peak learning rate [default: 2e-4, with --dpo 5e-5]
+    /// Peak learning rate [default: 2e-4, with --dpo 5e-5; of ia3, prompt and prefix 5e-3, with --dpo 5e-4]
     #[arg(long, visible_alias = "lr")]
     learning_rate: Option<f64>,
     /// Passes over the records [default: 3]
@@ -293,38 +309,61 @@ impl Objective {
 impl Tuner {
     fn proto(&self) -> Result<proto::train_request::Start> {
         use proto::train_request::Start;
-        if self.tuner == TunerKind::Ia3 {
-            self.check_ia3()?;
-            return Ok(Start::Ia3(proto::Ia3Spec {
+        self.check()?;
+        let (num_virtual_tokens, init) = (self.virtual_tokens, self.virtual_init());
+        Ok(match self.tuner {
+            TunerKind::Lora | TunerKind::Dora => Start::Lora(proto::LoraSpec {
+                rank: self.rank,
+                alpha: self.alpha,
+                dropout: self.dropout,
+                target_modules: self.targets.clone(),
+                layers_to_transform: self.layers.clone(),
+                use_rslora: self.rslora,
+                use_dora: self.tuner == TunerKind::Dora,
+            }),
+            TunerKind::Ia3 => Start::Ia3(proto::Ia3Spec {
                 target_modules: self.targets.clone(),
                 feedforward_modules: self.feedforward.clone(),
-            }));
-        }
-        if !self.feedforward.is_empty() {
-            return Err(Failure::other("--feedforward is a setting of --tuner ia3".to_owned()));
-        }
-        Ok(Start::Lora(proto::LoraSpec {
-            rank: self.rank,
-            alpha: self.alpha,
-            dropout: self.dropout,
-            target_modules: self.targets.clone(),
-            layers_to_transform: self.layers.clone(),
-            use_rslora: self.rslora,
-            use_dora: self.tuner == TunerKind::Dora,
-        }))
+            }),
+            TunerKind::Prompt => Start::PromptTuning(proto::PromptTuningSpec { num_virtual_tokens, init }),
+            TunerKind::Prefix => Start::PrefixTuning(proto::PrefixTuningSpec {
+                num_virtual_tokens,
+                init,
+                projection_size: self.projection_size.unwrap_or_default(),
+            }),
+        })
     }
 
-    /// Refuses what (IA)3 has not, in place of passing it over.
-    fn check_ia3(&self) -> Result<()> {
-        let given = [
-            ("--rank", self.rank.is_some()),
-            ("--alpha", self.alpha.is_some()),
-            ("--dropout", self.dropout.is_some()),
-            ("--layers", !self.layers.is_empty()),
-            ("--rslora", self.rslora),
+    fn virtual_init(&self) -> Option<proto::VirtualTokensInit> {
+        use proto::virtual_tokens_init::Tokens;
+        let tokens = match (&self.init_text, &self.init_ids[..]) {
+            (None, []) => return None,
+            (Some(text), _) => Tokens::Text(text.clone()),
+            (None, ids) => Tokens::TokenIds(proto::TokenIds { ids: ids.to_vec() }),
+        };
+        Some(proto::VirtualTokensInit { tokens: Some(tokens) })
+    }
+
+    /// Refuses what the kind has not, in place of passing it over.
+    fn check(&self) -> Result<()> {
+        use TunerKind::{Dora, Ia3, Lora, Prefix, Prompt};
+        let settings: [(&str, bool, &[TunerKind]); 10] = [
+            ("--rank", self.rank.is_some(), &[Lora, Dora]),
+            ("--alpha", self.alpha.is_some(), &[Lora, Dora]),
+            ("--dropout", self.dropout.is_some(), &[Lora, Dora]),
+            ("--layers", !self.layers.is_empty(), &[Lora, Dora]),
+            ("--rslora", self.rslora, &[Lora, Dora]),
+            ("--targets", !self.targets.is_empty(), &[Lora, Dora, Ia3]),
+            ("--feedforward", !self.feedforward.is_empty(), &[Ia3]),
+            ("--virtual-tokens", self.virtual_tokens.is_some(), &[Prompt, Prefix]),
+            ("--init-text or --init-ids", self.virtual_init().is_some(), &[Prompt, Prefix]),
+            ("--projection-size", self.projection_size.is_some(), &[Prefix]),
         ];
-        match given.iter().find(|(_, given)| *given) {
-            Some((name, _)) => Err(Failure::other(format!("{name} is no setting of --tuner ia3"))),
+        match settings.iter().find(|(_, given, kinds)| *given && !kinds.contains(&self.tuner)) {
+            Some((name, _, kinds)) => {
+                let kinds: Vec<_> = kinds.iter().map(|kind| format!("{kind:?}").to_lowercase()).collect();
+                Err(Failure::other(format!("{name} is a setting of --tuner {}", kinds.join(" and "))))
+            }
             None => Ok(()),
         }
     }

@@ -118,19 +118,24 @@ impl Engine {
     }
 
     /// The ids must fit the context with a token of the answer, and at their longest the whole KV cache. Gives how many they may become.
-    pub(super) fn check_length(&self, field: &str, ids: &[u32], answer: usize) -> Result<usize> {
+    pub(super) fn check_length(&self, field: &str, ids: &[u32], virtual_tokens: usize, answer: usize) -> Result<usize> {
         if ids.is_empty() {
             return Err(Error::invalid_because("PROMPT_EMPTY", field, "has no token"));
         }
         let EngineInfo { context, layout, paging, .. } = &self.info;
         let context = *context;
-        let room = ids.len() + answer.min(1);
-        if room > context {
+        let length = virtual_tokens + ids.len();
+        if length + answer.min(1) > context {
             let has = ids.len();
-            let message = format!("has {has} tokens; the base's context is {context} tokens, the answer's included");
+            let of_adapter = match virtual_tokens {
+                0 => String::new(),
+                count => format!(" and the {count} virtual tokens of the adapter"),
+            };
+            let message =
+                format!("has {has} tokens; the base's context is {context} tokens, the answer's{of_adapter} included");
             return Err(Error::invalid_because("PROMPT_TOO_LONG", field, message));
         }
-        let longest = (ids.len() + answer).min(context);
+        let longest = (length + answer).min(context);
         if paging.most(longest) > layout.blocks {
             let holds = paging.holds(layout.blocks, context);
             let message = format!(

@@ -37,7 +37,7 @@ use crate::hub::{Hub, VersionRow};
 use crate::ids::{AdapterRef, Digest, Tenant, TenantId};
 use crate::memory::Memory;
 use crate::model::Model;
-use crate::model::batch::{Executor, KvDtype, KvLayout};
+use crate::model::batch::{Executor, KvDtype, KvLayout, VIRTUAL_TOKEN};
 use crate::request::{GenerateEvent, GenerateSpec, Prompt, ScoreAnswer, ScoreSpec, Usage};
 use crate::text::Text;
 use crate::text::matcher::{HoldBack, Patterns};
@@ -175,14 +175,17 @@ impl Engine {
         let ticket = Arc::new(self.tickets.take(tenant.id(), u64::from(spec.sampling.n))?);
         let encode = |text: &Text, _: usize, prompt: &Prompt| text.encode_prompt(prompt);
         let ids = self.encode(vec![spec.prompt], encode, tenant.id(), &ticket).await?.pop().unwrap_or_default();
-        let longest = self.check_length("prompt", &ids, spec.stopping.max_tokens as usize)?;
         let version = self.resolve(tenant, spec.adapter.as_ref()).await?;
+        let virtual_tokens = virtual_tokens(version.as_deref());
+        let longest = self.check_length("prompt", &ids, virtual_tokens, spec.stopping.max_tokens as usize)?;
+        let counts = TokenCounts::new(&spec.sampling, &ids);
+        let prompt_tokens = ids.len() as u32;
+        let ids = behind_virtual(virtual_tokens, &ids, longest);
         let hashes = self.prefix_hashes(tenant, version.as_deref(), &ids, longest);
         let withheld = match spec.stopping.ignore_eos || spec.sampling.min_tokens == 0 {
             true => Vec::new(),
             false => self.text.ends().to_vec(),
         };
-        let counts = TokenCounts::new(&spec.sampling, &ids);
         // Else there is nothing to wait for.
         let shares = hashes.is_some();
         let (mut streams, mut submissions) = (Vec::new(), Vec::new());
@@ -193,11 +196,13 @@ impl Engine {
             let seed = (sampling.temperature > 0.0).then_some(sampling.seed);
             let account = self.memory.account(Some(tenant.id()));
             let (answer, events) = Answer::new(account, self.limits.max_unread_answer_bytes);
-            answer.send(GenerateEvent::Started { version: name, prompt_tokens: ids.len() as u32, seed })?;
+            let before = virtual_tokens as u32;
+            answer.send(GenerateEvent::Started { version: name, prompt_tokens, virtual_tokens: before, seed })?;
             let cancel = CancelOnDrop::new(self.inbox.clone(), id..id + 1);
             streams.push(Box::pin(AnswerStream { events, cancel }) as GenerateStream);
             let generation = Generation {
-                prompt_tokens: ids.len(),
+                prompt_length: ids.len(),
+                virtual_tokens,
                 cached_tokens: None,
                 sampling,
                 counts: counts.clone(),
@@ -206,7 +211,7 @@ impl Engine {
                 follows: (i > 0 && shares).then_some(ticket.ids.start),
                 followers: if i == 0 && shares { id + 1..ticket.ids.end } else { 0..0 },
                 logprobs: spec.logprobs,
-                decoder: self.text.decoder_after(&ids),
+                decoder: self.text.decoder_after(&ids[virtual_tokens..]),
                 hold_back: HoldBack::new(patterns.clone()),
                 open: Default::default(),
                 answer,
@@ -244,11 +249,12 @@ impl Engine {
         }
         let ticket = Arc::new(self.tickets.take(tenant.id(), spec.inputs.len() as u64)?);
         let inputs = self.encode(spec.inputs, encode_input, tenant.id(), &ticket).await?;
+        let row = self.resolve(tenant, spec.adapter.as_ref()).await?;
+        let virtual_tokens = virtual_tokens(row.as_deref());
         for (i, ids) in inputs.iter().enumerate() {
-            self.check_length(&format!("inputs[{i}]"), ids, 0)?;
+            self.check_length(&format!("inputs[{i}]"), ids, virtual_tokens, 0)?;
         }
         self.check_score_size(&inputs, spec.top_logprobs as usize)?;
-        let row = self.resolve(tenant, spec.adapter.as_ref()).await?;
         let version = row.as_ref().map(|row| row.name.clone());
         self.claim_places(&ticket)?;
         let mut cancel = CancelOnDrop::new(self.inbox.clone(), ticket.ids.clone());
@@ -256,9 +262,11 @@ impl Engine {
         let mut usage = Usage::default();
         for (id, ids) in ticket.ids.clone().zip(inputs) {
             usage.prompt_tokens += ids.len() as u32;
+            usage.virtual_tokens += virtual_tokens as u32;
+            let ids = behind_virtual(virtual_tokens, &ids, 0);
             let (sender, answer) = oneshot::channel();
             let top = spec.top_logprobs as usize;
-            let scoring = Scoring { top, logprobs: Vec::new(), answer: Some(sender), end: None };
+            let scoring = Scoring { top, virtual_tokens, logprobs: Vec::new(), answer: Some(sender), end: None };
             let work = Work::Score(Box::new(scoring));
             let (number, weight, priority, length) = (ticket.number, tenant.weight(), spec.priority, ids.len());
             // Every row's logits are asked for, so none can be left out, and such texts are seldom begun again.
@@ -361,6 +369,19 @@ impl Engine {
         let namespace = CacheNamespace { tenant: tenant.id(), base, template, version };
         (self.limits.prefix_cache_percent > 0).then(|| PrefixHashes::new(&namespace, layout.block_tokens, ids, longest))
     }
+}
+
+/// Tokens that a version puts before a sequence.
+fn virtual_tokens(version: Option<&VersionRow>) -> usize {
+    version.map_or(0, |version| version.virtual_tokens as usize)
+}
+
+/// The ids of a sequence behind those that stand for virtual tokens, with room for `longest` of all.
+fn behind_virtual(virtual_tokens: usize, ids: &[u32], longest: usize) -> Vec<u32> {
+    let mut all = Vec::with_capacity(longest.max(virtual_tokens + ids.len()));
+    all.resize(virtual_tokens, VIRTUAL_TOKEN);
+    all.extend_from_slice(ids);
+    all
 }
 
 fn adapter_of(version: Option<Arc<VersionRow>>) -> SequenceAdapter {

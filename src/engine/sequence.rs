@@ -56,7 +56,10 @@ pub enum Work {
 /// An answer being generated.
 #[derive(Debug)]
 pub struct Generation {
-    pub prompt_tokens: usize,
+    /// Tokens of the prompt, and what the adapter puts before it.
+    pub prompt_length: usize,
+    /// What the adapter puts before it.
+    pub virtual_tokens: usize,
     /// Of the prompt's, those that did not have to be computed; known from the first step on.
     pub cached_tokens: Option<usize>,
     pub sampling: Sampling,
@@ -102,6 +105,8 @@ impl Drop for Generation {
 #[derive(Debug)]
 pub struct Scoring {
     pub top: usize,
+    /// What the adapter puts before the sequence.
+    pub virtual_tokens: usize,
     /// Of the rows so far; a sequence that starts over scores only what is missing.
     pub logprobs: Vec<TokenLogprob>,
     /// Taken when the answer is sent.
@@ -199,14 +204,15 @@ impl Sequence {
         if let Work::Generate(generation) = &mut self.work
             && generation.cached_tokens.is_none()
         {
-            generation.cached_tokens = Some(planned.start);
-            stats::count_prompt(generation.prompt_tokens, planned.start);
+            let cached = planned.start.saturating_sub(generation.virtual_tokens);
+            generation.cached_tokens = Some(cached);
+            stats::count_prompt(generation.prompt_tokens(), cached);
         }
         match (&mut self.work, output) {
             (_, StepOutput::Nothing) => Next::Unchanged,
             (Work::Generate(generation), StepOutput::Token(token)) => {
-                if self.ids.len() == generation.prompt_tokens {
-                    self.figures.prompt(generation.prompt_tokens);
+                if self.ids.len() == generation.prompt_length {
+                    self.figures.prompt(generation.prompt_tokens());
                 }
                 self.ids.push(token.id);
                 self.figures.token(Instant::now());
@@ -215,8 +221,8 @@ impl Sequence {
             (Work::Score(scoring), StepOutput::Scores { logprobs, next }) => {
                 scoring.logprobs.extend(logprobs);
                 if planned.completes {
-                    self.figures.prompt(self.ids.len());
-                    scoring.finish(std::mem::take(&mut self.ids), next);
+                    self.figures.prompt(self.ids.len() - scoring.virtual_tokens);
+                    scoring.finish(self.ids.split_off(scoring.virtual_tokens), next);
                     return Next::Finished;
                 }
                 Next::Unchanged
@@ -272,7 +278,8 @@ impl Sequence {
 
 impl Scoring {
     fn read(&self, ids: &[u32], start: usize, logits: &[f32], vocab: usize) -> StepOutput {
-        let known = self.logprobs.len().saturating_sub(start);
+        // No row before the sequence's own is asked what follows.
+        let known = (self.virtual_tokens + self.logprobs.len()).saturating_sub(start);
         let rows: Vec<(usize, &[f32])> = (start..).zip(logits.chunks_exact(vocab)).skip(known).collect();
         let logprobs = rows.iter().filter_map(|(position, row)| Some((ids.get(position + 1)?, row)));
         let logprobs: Vec<_> = logprobs.map(|(target, row)| logprob(row, *target, self.top)).collect();
@@ -290,10 +297,15 @@ impl Scoring {
 }
 
 impl Generation {
+    /// Tokens of the prompt itself.
+    fn prompt_tokens(&self) -> usize {
+        self.prompt_length - self.virtual_tokens
+    }
+
     /// Draws the next token.
     fn read(&self, ids: &[u32], logits: &[f32]) -> StepOutput {
         let Self { sampling, withheld, .. } = self;
-        let early = ids.len() - self.prompt_tokens < sampling.min_tokens as usize;
+        let early = ids.len() - self.prompt_length < sampling.min_tokens as usize;
         let history = History { counts: self.counts.as_ref(), withheld: if early { withheld } else { &[] } };
         let Some(id) = sample(logits, history, sampling, ids.len()) else { return StepOutput::NonFinite };
         StepOutput::Token(TokenOut { id, logprob: self.logprobs.map(|top| logprob(logits, id, top as usize)) })
@@ -319,7 +331,7 @@ impl Generation {
             self.end = Some(Err(error));
             return Next::Failed;
         }
-        if length - self.prompt_tokens >= self.stopping.max_tokens as usize || length >= context {
+        if length - self.prompt_length >= self.stopping.max_tokens as usize || length >= context {
             self.finish(FinishReason::Length, None, length);
             return Next::Finished;
         }
@@ -343,7 +355,7 @@ impl Generation {
     /// Adds the text of the last of `length` tokens.
     fn add_text(&mut self, text: &str, length: usize) {
         self.open.text += text;
-        if length - self.prompt_tokens <= self.sampling.min_tokens as usize {
+        if length - self.prompt_length <= self.sampling.min_tokens as usize {
             self.open.early = self.open.text.len();
         }
     }
@@ -376,9 +388,10 @@ impl Generation {
 
     fn set_finished(&mut self, reason: FinishReason, stop: Option<StopCause>, length: usize) {
         let usage = Usage {
-            prompt_tokens: self.prompt_tokens as u32,
-            completion_tokens: (length - self.prompt_tokens) as u32,
+            prompt_tokens: self.prompt_tokens() as u32,
+            completion_tokens: (length - self.prompt_length) as u32,
             cached_tokens: self.cached_tokens.map(|tokens| tokens as u32),
+            virtual_tokens: self.virtual_tokens as u32,
         };
         self.end = Some(match self.unsent.take() {
             Some(error) => Err(error),

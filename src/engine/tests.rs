@@ -349,7 +349,8 @@ fn submit_with(
     let w = world();
     let (answer, reader) = Answer::new(Memory::new(1 << 30).account(None), 1 << 20);
     let mut generation = Generation {
-        prompt_tokens: 20,
+        prompt_length: 20,
+        virtual_tokens: 0,
         cached_tokens: None,
         sampling: Sampling::default(),
         counts: None,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::adapter::PackedAdapter;
-use crate::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
+use crate::adapter::peft::{CONFIG_FILE, Package, SizeLimits, TENSORS_FILE};
 use crate::error::{Error, Result};
 use crate::hub::ledger::Taken;
 use crate::hub::residents::Resident;
@@ -88,7 +88,7 @@ impl Hub {
         let bytes = row.memory_bytes;
         let gate = Arc::clone(&self.gate);
         let pack = move || {
-            let adapter = package.read(&shape, u64::MAX)?;
+            let adapter = package.read(&shape, SizeLimits::NONE)?;
             PackedAdapter::of_size(&adapter, &shape, &gate.row_norms(&adapter)?, bytes)
         };
         let packed = blocking(pack).await?;

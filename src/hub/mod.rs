@@ -32,7 +32,7 @@ use share::Shares;
 
 pub use crate::adapter::BaseShape;
 pub use crate::adapter::peft::{
-    CONFIG_FILE, MAX_CONFIG_BYTES, Package, TENSORS_FILE, check_beginning, most_file_bytes,
+    CONFIG_FILE, MAX_CONFIG_BYTES, Package, SizeLimits, TENSORS_FILE, check_beginning, most_file_bytes,
 };
 pub use ledger::{Residency, Tier};
 pub use stats::HubStats;

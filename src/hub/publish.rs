@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
+use crate::adapter::peft::{CONFIG_FILE, Package, SizeLimits, TENSORS_FILE};
 use crate::adapter::{Adapter, PackedAdapter, RowNorms};
 use crate::error::{Error, Result};
 use crate::hub::budget::Reservation;
@@ -63,12 +63,12 @@ impl Hub {
     }
 
     async fn run_publish(&self, new: NewVersion) -> Result<VersionRow> {
-        // The limit on ranks is for what comes in; a job was held to it when it was accepted.
-        let max_rank = if new.job.is_some() { u64::MAX } else { self.limits.max_rank };
+        // The limits on sizes are for what comes in; a job was held to it when it was accepted.
+        let limits = if new.job.is_some() { SizeLimits::NONE } else { (&self.limits).into() };
         let shape = Arc::clone(&self.shape);
         let (gate, mut new) = (Arc::clone(&self.gate), new);
         let (new, bytes, digest) = blocking(move || {
-            let mut checked = new.package.check(&shape, max_rank)?;
+            let mut checked = new.package.check(&shape, limits)?;
             // The base of a job is this one, whatever an adapter that it goes on with has called it.
             let warning = match checked.base.take().filter(|_| new.job.is_none()) {
                 Some(base) => shape.names.warning(&base)?,
@@ -76,15 +76,15 @@ impl Hub {
             };
             let plain = match checked.initialisation {
                 Some(initialisation) if new.job.is_none() => {
-                    gate.plain_form(&new.package.read(&shape, max_rank)?, initialisation)?
+                    gate.plain_form(&new.package.read(&shape, limits)?, initialisation)?
                 }
                 _ => None,
             };
             if let Some(plain) = plain {
-                check_plain_rank(checked.rank, max_rank)?;
+                check_plain_rank(checked.rank, limits.rank)?;
                 new.package = Package::from_adapter(&plain, &shape)?;
                 new.note = Some(CONVERTED.to_owned());
-                checked = new.package.check(&shape, max_rank)?;
+                checked = new.package.check(&shape, limits)?;
             }
             if let Some(warning) = warning {
                 new.note = Some(new.note.map_or(warning.clone(), |note| format!("{note}; {warning}")));
@@ -99,7 +99,7 @@ impl Hub {
         let reserved = self.residents.room(bytes).await?;
         let (shape, gate) = (Arc::clone(&self.shape), Arc::clone(&self.gate));
         let checked = blocking(move || {
-            let adapter = new.package.read(&shape, max_rank)?;
+            let adapter = new.package.read(&shape, limits)?;
             let norms = gate.row_norms(&adapter)?;
             let packed = PackedAdapter::new(&adapter, &shape, &norms)?;
             Ok(Checked { new, adapter, norms, packed, digest })
@@ -127,7 +127,8 @@ impl Hub {
         self.store.blobs().put(&format!("{blob}/{CONFIG_FILE}"), new.package.config).await?;
         self.store.blobs().put(&format!("{blob}/{TENSORS_FILE}"), new.package.tensors).await?;
 
-        let (kind, (rank, targets)) = (adapter.kind(), rank_and_targets(&adapter));
+        let (kind, virtual_tokens) = (adapter.kind(), adapter.virtual_count() as u32);
+        let (rank, targets) = rank_and_targets(&adapter);
         let probed = Probed { adapter: Arc::new(adapter), norms: Arc::new(norms), probes: Arc::new(new.probes) };
         let plain = self.measure(tenant, digest, packed, reserved, &probed).await?;
         let Measured { uid, unnamed, parity } = self.better_form(plain, tenant, digest, probed).await?;
@@ -146,6 +147,7 @@ impl Hub {
             kind,
             rank,
             targets,
+            virtual_tokens,
             parity,
             job: new.job,
             // JSON has no infinities.

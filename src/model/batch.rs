@@ -26,6 +26,9 @@ pub trait Executor: Send {
 /// Stands in a table where a sequence holds no page.
 pub const NO_PAGE: u32 = u32::MAX;
 
+/// Stands for an id at the positions that an adapter's virtual tokens take.
+pub const VIRTUAL_TOKEN: u32 = u32::MAX;
+
 /// The KV cache's size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
@@ -62,7 +65,7 @@ impl Readout {
 /// New tokens of one sequence.
 #[derive(Debug, Clone)]
 pub struct SequenceChunk<'a> {
-    /// The new ids, at positions `start..start + ids.len()`.
+    /// The new ids, at positions `start..start + ids.len()`; [`VIRTUAL_TOKEN`] at the first positions, where the adapter has virtual tokens.
     pub ids: &'a [u32],
     /// The position of the first id.
     pub start: usize,
@@ -79,6 +82,18 @@ impl SequenceChunk<'_> {
     /// Positions that its sequence has after it.
     pub fn end(&self) -> usize {
         self.start + self.ids.len()
+    }
+
+    /// How many of the new ids stand for virtual tokens of its adapter.
+    pub fn virtual_rows(&self) -> usize {
+        let count = self.adapter.map_or(0, |adapter| adapter.virtual_count());
+        count.saturating_sub(self.start).min(self.ids.len())
+    }
+
+    /// Whether the adapter's virtual tokens are where they must be, and nowhere else, and all other ids in the vocabulary.
+    fn has_known_ids(&self, vocab_size: usize) -> bool {
+        let (before, own) = self.ids.split_at(self.virtual_rows());
+        before.iter().all(|id| *id == VIRTUAL_TOKEN) && own.iter().all(|id| (*id as usize) < vocab_size)
     }
 }
 
@@ -112,7 +127,7 @@ impl KvLayout {
                 && span.blocks.len().is_multiple_of(windows.len())
                 && span.end() <= span.blocks.len() / windows.len() * self.block_tokens
                 && windows.iter().enumerate().all(|(group, window)| is_there(span, group, window))
-                && span.ids.iter().all(|id| (*id as usize) < model.vocab_size());
+                && span.has_known_ids(model.vocab_size());
             if !fits {
                 return Err(Error::internal("a span does not fit the context, its blocks or the vocabulary"));
             }

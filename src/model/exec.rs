@@ -17,7 +17,7 @@ use crate::kernels::cpu::{
 };
 use crate::kernels::spec::Activation;
 use crate::model::Model;
-use crate::model::batch::{Executor, KvLayout, SequenceChunk, reused};
+use crate::model::batch::{Executor, KvLayout, SequenceChunk, VIRTUAL_TOKEN, reused};
 use crate::model::groups::{KvGroups, KvPlace};
 use crate::model::kv::KvCache;
 
@@ -97,6 +97,8 @@ struct Rows {
     rank: usize,
     /// Each row's adapter; empty where none of the batch multiplies anything.
     scaled: Vec<Option<usize>>,
+    /// Rows of virtual tokens, their adapter's number with them.
+    virtual_rows: Vec<(Tile, usize)>,
     /// The rows that are wanted beyond the last layer, ascending; and one base group for each.
     kept: Vec<usize>,
     kept_groups: Vec<RowGroup>,
@@ -119,6 +121,7 @@ impl Rows {
         self.tables.clear();
         self.groups.clear();
         self.adapters.clear();
+        self.virtual_rows.clear();
         self.kept.clear();
         self.kept_groups.clear();
         for span in spans {
@@ -134,6 +137,10 @@ impl Rows {
                 self.tiles.push(Tile { first: first + at, count, position, table, blocks });
             }
             let adapter = span.adapter.map(|adapter| self.number(adapter));
+            if let (count @ 1.., Some(adapter)) = (span.virtual_rows(), adapter) {
+                let (position, blocks) = (span.start, span.blocks.len() / groups);
+                self.virtual_rows.push((Tile { first, count, position, table, blocks }, adapter));
+            }
             self.group(first..self.ids.len(), adapter);
             self.kept.extend(self.ids.len() - span.logits.count(span.ids.len())..self.ids.len());
         }
@@ -200,8 +207,8 @@ impl Rows {
     }
 
     /// As a layer of this group sees it.
-    fn tile(&self, i: usize, group: usize) -> RowTile<'_> {
-        let Tile { first, count, position, table, blocks } = self.tiles[i];
+    fn tile(&self, tile: Tile, group: usize) -> RowTile<'_> {
+        let Tile { first, count, position, table, blocks } = tile;
         RowTile { first, count, position, blocks: &self.tables[table + group * blocks..][..blocks] }
     }
 }
@@ -341,8 +348,35 @@ impl ExecPass<'_> {
     fn embed(&mut self, scale: f32) {
         let width = self.model.config().hidden_size;
         let x = resized(&mut self.buffers.outs.x, self.rows.count(), width);
-        for (x, id) in x.chunks_exact_mut(width).zip(&self.rows.ids) {
+        for (x, id) in x.chunks_exact_mut(width).zip(&self.rows.ids).filter(|(_, id)| **id != VIRTUAL_TOKEN) {
             self.model.embed(*id, scale, x);
+        }
+        for (tile, adapter) in &self.rows.virtual_rows {
+            let rows = x[tile.first * width..].chunks_exact_mut(width).take(tile.count);
+            for (x, token) in rows.zip(tile.position..) {
+                self.model.embed_virtual(self.rows.adapters[*adapter].virtual_embedding(token), x);
+            }
+        }
+    }
+
+    /// Puts the keys and values of a prefix in the cache, in the place of what its rows have put there.
+    fn store_prefixes(&mut self, layer: usize) {
+        let (model, rows) = (self.model, self.rows);
+        let KvPlace { group, slot } = self.groups.place(layer);
+        let width = model.shape().kv_width();
+        let Outs { q, k, v, .. } = &mut self.buffers.outs;
+        for (tile, adapter) in &rows.virtual_rows {
+            let prefix = |token| rows.adapters[*adapter].virtual_kv(token, layer, width);
+            if prefix(tile.position).is_none() {
+                continue;
+            }
+            let places = k.chunks_exact_mut(width).zip(v.chunks_exact_mut(width)).skip(tile.first);
+            for ((k, v), prefix) in places.zip((tile.position..tile.position + tile.count).filter_map(prefix)) {
+                k.copy_from_slice(prefix.0);
+                v.copy_from_slice(prefix.1);
+            }
+            let tile = |_| rows.tile(*tile, group);
+            cpu::rope_and_store(self.team, 1, tile, (q, k, v), self.kv.slot_mut(slot), HeadPrep::default());
         }
     }
 
@@ -381,8 +415,8 @@ impl ExecPass<'_> {
         // Everything is read back after rounding, this chunk's rows included: so a chunk's borders change no bit.
         let (model, rows) = (self.model, self.rows);
         let KvPlace { group, slot } = self.groups.place(attend.layer);
-        let (width, tile) = (model.config().qkv_widths()[0], |i| rows.tile(i, group));
-        let Buffers { outs: Outs { q, k, v, .. }, input, quantized, shrunk, attention, .. } = &mut *self.buffers;
+        let (width, tile) = (model.config().qkv_widths()[0], |i: usize| rows.tile(rows.tiles[i], group));
+        let Outs { q, k, v, .. } = &mut self.buffers.outs;
         let eps = model.config().norm_eps;
         let angles = attend.rope.map(|rope| move |position| model.ropes[rope].at(position));
         let factor = attend.temperature.map(|by| move |position| by.at(position));
@@ -392,6 +426,10 @@ impl ExecPass<'_> {
             q_factor: factor.as_ref().map(|factor| factor as _),
         };
         cpu::rope_and_store(self.team, rows.tiles.len(), tile, (q, k, v), self.kv.slot_mut(slot), prep);
+        if !rows.virtual_rows.is_empty() {
+            self.store_prefixes(attend.layer);
+        }
+        let Buffers { outs: Outs { q, .. }, input, quantized, shrunk, attention, .. } = &mut *self.buffers;
         let input = resized(input, rows.count(), width);
         let kv = self.kv.slot(slot);
         cpu::attention(self.team, rows.tiles.len(), tile, q, kv, attend.spec, (attention, input));

@@ -144,6 +144,10 @@ impl Model {
             digest: weights.digest,
             layers: config.layers.len() as u32,
             linears: weights.decoder.block_sites().iter().map(LinearShape::from).collect(),
+            hidden_size: config.hidden_size,
+            heads: config.attention.heads,
+            kv_heads: config.attention.kv_heads,
+            head_dim: config.attention.head_dim,
         };
         let ropes: Vec<_> = config.ropes.iter().map(|rope| RopeTable::new(rope, config.context_length)).collect();
         let on_device = match device {
@@ -261,6 +265,17 @@ impl Model {
         self.weights.embedding.dequantize(id as usize, out);
         if scale != 1.0 {
             out.iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+
+    /// A virtual token's row of the residual stream, `[hidden_size]`: of its embedding, or zeros where it has keys and values instead.
+    fn embed_virtual(&self, embedding: Option<&[f32]>, out: &mut [f32]) {
+        match embedding {
+            Some(embedding) => {
+                let scale = self.config().virtual_scale;
+                out.iter_mut().zip(embedding).for_each(|(out, x)| *out = scale * x);
+            }
+            None => out.fill(0.0),
         }
     }
 

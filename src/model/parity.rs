@@ -10,7 +10,7 @@ use crate::adapter::{Adapter, Initialisation, PackedAdapter, RowNorms};
 use crate::device::Compute;
 use crate::error::{Error, Result};
 use crate::kernels::log_sum_exp;
-use crate::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
+use crate::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk, VIRTUAL_TOKEN};
 use crate::model::traced::{ForwardOptions, Products};
 use crate::model::{Model, initial};
 use crate::request::ParityReport;
@@ -70,8 +70,16 @@ impl Parity {
     /// and training with `trained`, of which it was made. Takes seconds of compute, and gives way to serving.
     pub fn measure(&self, served: &Arc<PackedAdapter>, trained: &Adapter, probes: &[Vec<u32>]) -> Result<ParityReport> {
         let own;
-        let (probes, base) = if scored(probes) >= MIN_TOKENS {
-            let probes = limited(probes, MAX_TOKENS);
+        // Behind virtual tokens there is less room.
+        let room = self.model.context_length().saturating_sub(trained.virtual_count());
+        if room < 2 {
+            let message = format!("leaves no room in the base's context of {} tokens", self.model.context_length());
+            return Err(Error::invalid_because("TOO_MANY_VIRTUAL_TOKENS", "num_virtual_tokens", message));
+        }
+        let with_own = scored(probes) >= MIN_TOKENS;
+        let (probes, base) = if with_own || room < CHUNK {
+            let mut probes = if with_own { limited(probes, MAX_TOKENS) } else { self.probes.clone() };
+            probes.iter_mut().for_each(|ids| ids.truncate(room));
             own = (self.base_scores(&probes)?, probes);
             (&own.1, &own.0)
         } else {
@@ -111,16 +119,21 @@ impl Parity {
 
     fn serve(&self, probes: &[Vec<u32>], adapter: Option<&Arc<PackedAdapter>>) -> Result<(Logprobs, Fingerprint)> {
         let permit = self.compute.serving.train();
-        let longest = probes.iter().map(Vec::len).max().unwrap_or(0);
+        let before = adapter.map_or(0, |adapter| adapter.virtual_count());
+        let longest = before + probes.iter().map(Vec::len).max().unwrap_or(0);
         let layout = KvLayout { block_tokens: CHUNK, blocks: longest.div_ceil(CHUNK), dtype: KvDtype::F16 };
         let blocks: Vec<u32> = (0..layout.blocks as u32).collect();
         let mut exec = self.model.executor(layout)?;
         let (mut logprobs, mut fingerprint) = (Vec::new(), 0u64);
         for ids in probes {
+            let ids = [&vec![VIRTUAL_TOKEN; before], ids.as_slice()].concat();
             for start in (0..ids.len()).step_by(CHUNK) {
                 let chunk = &ids[start..ids.len().min(start + CHUNK)];
                 let span = SequenceChunk { ids: chunk, start, blocks: &blocks, adapter, logits: Readout::All };
                 let logits = exec.forward(&[span])?;
+                // Of virtual tokens nobody asks what follows.
+                let own = before.saturating_sub(start).min(chunk.len());
+                let (logits, start) = (&logits[own * self.model.vocab_size()..], start + own);
                 for (row, target) in logits.chunks_exact(self.model.vocab_size()).zip(&ids[start + 1..]) {
                     logprobs.push((f64::from(row[*target as usize]) - log_sum_exp(row)) as f32);
                 }

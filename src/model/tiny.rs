@@ -44,6 +44,7 @@ fn of_layers(seed: u64, vocab_size: usize, layers: Vec<LayerConfig>) -> Weights 
         post_norms: false,
         fused_projections: false,
         embedding_scale: 1.0,
+        virtual_scale: 1.0,
         residual_scale: 1.0,
         logits: LogitConfig { scale: 1.0, softcap: None },
         ropes: vec![RopeConfig { base: 10_000.0, dims: 16, scaling: RopeScaling::None, attention_factor: 1.0 }],

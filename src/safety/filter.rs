@@ -16,9 +16,9 @@ pub fn filter(mut events: GenerateStream, phrases: Patterns) -> GenerateStream {
         let mut usage = Usage::default();
         while let Some(event) = events.next().await {
             match event {
-                Ok(GenerateEvent::Started { version, prompt_tokens, seed }) => {
-                    usage.prompt_tokens = prompt_tokens;
-                    yield Ok(GenerateEvent::Started { version, prompt_tokens, seed });
+                Ok(GenerateEvent::Started { version, prompt_tokens, virtual_tokens, seed }) => {
+                    (usage.prompt_tokens, usage.virtual_tokens) = (prompt_tokens, virtual_tokens);
+                    yield Ok(GenerateEvent::Started { version, prompt_tokens, virtual_tokens, seed });
                 }
                 Ok(GenerateEvent::Delta { text, tokens }) => {
                     usage.completion_tokens += tokens.len() as u32;
@@ -63,6 +63,7 @@ mod tests {
     use crate::request::{TokenLogprob, TokenOut};
 
     const PROMPT_TOKENS: u32 = 7;
+    const VIRTUAL_TOKENS: u32 = 3;
 
     fn phrases(of: &[&str]) -> Patterns {
         Patterns::new(&of.iter().map(|p| p.to_string()).collect::<Vec<_>>(), true).unwrap()
@@ -74,12 +75,21 @@ mod tests {
     }
 
     fn started() -> Result<GenerateEvent> {
-        Ok(GenerateEvent::Started { version: None, prompt_tokens: PROMPT_TOKENS, seed: None })
+        Ok(GenerateEvent::Started {
+            version: None,
+            prompt_tokens: PROMPT_TOKENS,
+            virtual_tokens: VIRTUAL_TOKENS,
+            seed: None,
+        })
     }
 
     fn finished(reason: FinishReason, completion_tokens: usize) -> GenerateEvent {
-        let usage =
-            Usage { prompt_tokens: PROMPT_TOKENS, completion_tokens: completion_tokens as u32, cached_tokens: None };
+        let usage = Usage {
+            prompt_tokens: PROMPT_TOKENS,
+            completion_tokens: completion_tokens as u32,
+            virtual_tokens: VIRTUAL_TOKENS,
+            cached_tokens: None,
+        };
         GenerateEvent::Finished { reason, stop: None, usage }
     }
 

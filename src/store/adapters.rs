@@ -68,6 +68,8 @@ pub struct VersionRow {
     pub kind: AdapterKind,
     /// The largest of its sites; 0 where it has none.
     pub rank: u32,
+    /// Tokens that it puts before a sequence.
+    pub virtual_tokens: u32,
     /// PEFT's words, sorted.
     pub targets: Vec<String>,
     /// What the gate measured.
@@ -381,8 +383,8 @@ fn too_many(limit: &'static str, what: String) -> Error {
 async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &VersionRow) -> Result<()> {
     sqlx::query(
         "INSERT INTO versions (uid, tenant, adapter, version, digest, base_digest, template_digest, size_bytes, memory_bytes,
-         rank, targets, parity, job, metrics, blob, create_time, held_reason, note, kind)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+         rank, targets, parity, job, metrics, blob, create_time, held_reason, note, kind, virtual_tokens)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )
     .bind(&draft.uid)
     .bind(name.tenant().as_str())
@@ -403,6 +405,7 @@ async fn insert_row(db: &mut SqliteConnection, name: &VersionName, draft: &Versi
     .bind(&draft.held_reason)
     .bind(&draft.note)
     .bind(draft.kind.name())
+    .bind(draft.virtual_tokens)
     .execute(db)
     .await?;
     Ok(())
@@ -477,6 +480,7 @@ fn version_row(row: &SqliteRow) -> Result<VersionRow> {
         size_bytes: count(row, "size_bytes")?,
         kind: adapter_kind(row.try_get("kind")?)?,
         rank: row.try_get("rank")?,
+        virtual_tokens: row.try_get("virtual_tokens")?,
         targets: from_json(row.try_get("targets")?)?,
         parity: documents::read_parity(row.try_get("parity")?)?,
         job: job.map(str::parse).transpose()?,

@@ -39,6 +39,7 @@ const MIGRATIONS: &[(i64, &str, &str)] = &[
     (6, "version notes", include_str!("migrations/0006_version_notes.sql")),
     (7, "unpacked sizes", include_str!("migrations/0007_unpacked_sizes.sql")),
     (8, "adapter kinds", include_str!("migrations/0008_adapter_kinds.sql")),
+    (9, "virtual tokens", include_str!("migrations/0009_virtual_tokens.sql")),
 ];
 
 #[derive(Debug)]

@@ -15,8 +15,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, DatasetName, TenantId, VersionName};
 use crate::request::{
-    Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, ParityReport, Publish,
-    Start, Target, TooLong, TrainingData, TunerSpec, metric,
+    Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, ParityReport, PrefixSpec,
+    PromptSpec, Publish, Start, Target, TooLong, TrainingData, TunerSpec, VirtualInit, metric,
 };
 use crate::store::rows::{from_json, to_json};
 
@@ -271,6 +271,8 @@ enum StartDocument {
     /// A LoRA, which was once the only kind.
     Fresh(LoraDocument),
     Ia3(Ia3Document),
+    Prompt(PromptDocument),
+    Prefix(PrefixDocument),
     From(VersionDocument),
 }
 
@@ -279,6 +281,8 @@ impl From<&Start> for StartDocument {
         match start {
             Start::Fresh(TunerSpec::Lora(lora)) => Self::Fresh(lora.into()),
             Start::Fresh(TunerSpec::Ia3(ia3)) => Self::Ia3(ia3.into()),
+            Start::Fresh(TunerSpec::Prompt(prompt)) => Self::Prompt(prompt.into()),
+            Start::Fresh(TunerSpec::Prefix(prefix)) => Self::Prefix(prefix.into()),
             Start::From(version) => Self::From(version.into()),
         }
     }
@@ -290,6 +294,8 @@ impl TryFrom<StartDocument> for Start {
         Ok(match document {
             StartDocument::Fresh(lora) => Self::Fresh(TunerSpec::Lora(lora.into())),
             StartDocument::Ia3(ia3) => Self::Fresh(TunerSpec::Ia3(ia3.into())),
+            StartDocument::Prompt(prompt) => Self::Fresh(TunerSpec::Prompt(prompt.into())),
+            StartDocument::Prefix(prefix) => Self::Fresh(TunerSpec::Prefix(prefix.into())),
             StartDocument::From(version) => Self::From(version.try_into()?),
         })
     }
@@ -349,6 +355,70 @@ impl From<Ia3Document> for Ia3Spec {
         let Ia3Document { targets, feedforward } = document;
         let targets_of = |words: Vec<TargetWord>| words.into_iter().map(Target::from).collect();
         Self { targets: targets_of(targets), feedforward: targets_of(feedforward) }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct PromptDocument {
+    virtual_tokens: u32,
+    init: VirtualInitDocument,
+}
+
+impl From<&PromptSpec> for PromptDocument {
+    fn from(PromptSpec { virtual_tokens, init }: &PromptSpec) -> Self {
+        Self { virtual_tokens: *virtual_tokens, init: init.into() }
+    }
+}
+
+impl From<PromptDocument> for PromptSpec {
+    fn from(PromptDocument { virtual_tokens, init }: PromptDocument) -> Self {
+        Self { virtual_tokens, init: init.into() }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct PrefixDocument {
+    virtual_tokens: u32,
+    init: VirtualInitDocument,
+    projection: Option<u32>,
+}
+
+impl From<&PrefixSpec> for PrefixDocument {
+    fn from(PrefixSpec { virtual_tokens, init, projection }: &PrefixSpec) -> Self {
+        Self { virtual_tokens: *virtual_tokens, init: init.into(), projection: *projection }
+    }
+}
+
+impl From<PrefixDocument> for PrefixSpec {
+    fn from(PrefixDocument { virtual_tokens, init, projection }: PrefixDocument) -> Self {
+        Self { virtual_tokens, init: init.into(), projection }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum VirtualInitDocument {
+    Random,
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+impl From<&VirtualInit> for VirtualInitDocument {
+    fn from(init: &VirtualInit) -> Self {
+        match init {
+            VirtualInit::Random => Self::Random,
+            VirtualInit::Text(text) => Self::Text(text.clone()),
+            VirtualInit::Ids(ids) => Self::Ids(ids.clone()),
+        }
+    }
+}
+
+impl From<VirtualInitDocument> for VirtualInit {
+    fn from(document: VirtualInitDocument) -> Self {
+        match document {
+            VirtualInitDocument::Random => Self::Random,
+            VirtualInitDocument::Text(text) => Self::Text(text),
+            VirtualInitDocument::Ids(ids) => Self::Ids(ids),
+        }
     }
 }
 

@@ -38,6 +38,7 @@ fn new_version(adapter: &AdapterName, content: &str) -> NewVersionRow {
         size_bytes: 10,
         kind: AdapterKind::Dora,
         rank: 4,
+        virtual_tokens: 3,
         targets: vec!["q_proj".into()],
         parity: ParityReport {
             tokens: 256,

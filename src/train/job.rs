@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::adapter::Adapter;
+use crate::adapter::peft::SizeLimits;
+use crate::adapter::{Adapter, VirtualForm};
 use crate::config::Limits;
 use crate::data::{self, Encoded, Examples, Length, Split};
 use crate::device::Arbiter;
@@ -11,7 +12,8 @@ use crate::hub::Hub;
 use crate::ids::{AdapterRef, Tenant};
 use crate::memory::Memory;
 use crate::model::{Model, parity};
-use crate::request::{AdapterKind, Hyperparameters, JobSpec, LoraSpec, Objective, Start, TrainingData, TunerSpec};
+use crate::random::{Purpose, Stream};
+use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start, TrainingData, TunerSpec, VirtualInit};
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
 use crate::train::fit::CancelToken;
@@ -73,14 +75,11 @@ impl TrainingContext {
         tenant.check_owns(&spec.adapter.tenant)?;
         tenant.check_owns(&spec.dataset.tenant)?;
         check_objective(spec.objective)?;
-        check_recipe(&spec.hyperparameters, &self.limits, self.model.context_length())?;
         let shape = self.model.shape();
-        let bytes = match &spec.start {
+        let (bytes, virtual_tokens) = match &spec.start {
             Start::Fresh(tuner) => {
-                if let TunerSpec::Lora(lora) = tuner {
-                    check_lora(lora, self.limits.max_rank)?;
-                }
-                tuner.memory_bytes(shape)?
+                self.check_tuner(tuner)?;
+                (tuner.memory_bytes(shape)?, VirtualForm::of(tuner).map_or(0, |(_, count)| count))
             }
             Start::From(version) => {
                 tenant.check_owns(version.tenant())?;
@@ -89,9 +88,10 @@ impl TrainingContext {
                     let message = "was made for another base; start from a version of this one or from a fresh adapter";
                     return Err(Error::precondition("BASE_MISMATCH", version, message));
                 }
-                row.memory_bytes
+                (row.memory_bytes, row.virtual_tokens as usize)
             }
         };
+        check_recipe(&spec.hyperparameters, &self.limits, self.room(virtual_tokens))?;
         // What would refuse the version in the end refuses the job now.
         self.hub.check_size(bytes)?;
         self.store.check_room(&spec.adapter, &self.limits).await?;
@@ -102,6 +102,58 @@ impl TrainingContext {
         let schedule = Schedule::new(recipe, records - Split::held_out(records, recipe.validation_split));
         check_schedule(&schedule, &self.limits)?;
         Ok(Checked { dataset, total_steps: schedule.total_steps })
+    }
+
+    fn check_tuner(&self, tuner: &TunerSpec) -> Result<()> {
+        let (limits, context) = (&self.limits, self.model.context_length());
+        match tuner {
+            TunerSpec::Lora(lora) => check_lora(lora, limits.max_rank),
+            TunerSpec::Ia3(_) => Ok(()),
+            TunerSpec::Prompt(prompt) => {
+                check_virtual_tokens("prompt_tuning", prompt.virtual_tokens, limits, context)?;
+                self.first_ids("prompt_tuning", prompt.virtual_tokens, &prompt.init, 0).map(drop)
+            }
+            TunerSpec::Prefix(prefix) => {
+                check_virtual_tokens("prefix_tuning", prefix.virtual_tokens, limits, context)?;
+                let size = prefix.projection.is_none_or(|size| (1..=MAX_PROJECTION).contains(&size));
+                rule(size, "prefix_tuning.projection_size", format!("at most {MAX_PROJECTION}"))?;
+                let random = prefix.projection.is_none() || prefix.init == VirtualInit::Random;
+                rule(
+                    random,
+                    "prefix_tuning.init",
+                    "unset with a projection_size: what is reparametrised begins at random",
+                )?;
+                self.first_ids("prefix_tuning", prefix.virtual_tokens, &prefix.init, 0).map(drop)
+            }
+        }
+    }
+
+    /// The real tokens that so many virtual tokens begin as.
+    fn first_ids(&self, field: &str, count: u32, init: &VirtualInit, seed: u64) -> Result<Vec<u32>> {
+        let (vocab, count) = (self.model.vocab_size() as u64, count as usize);
+        let ids = match init {
+            VirtualInit::Random => {
+                let stream = Stream::new(seed, Purpose::Initialisation);
+                let draw = |i| ((u64::from(stream.bits(u64::MAX, i)) * vocab) >> 32) as u32;
+                (0..count as u32).map(draw).collect()
+            }
+            VirtualInit::Text(text) => {
+                // More would be cut off.
+                let most = count.saturating_mul(MAX_TOKEN_BYTES);
+                rule(text.len() <= most, &format!("{field}.init.text"), format!("at most {most} bytes long"))?;
+                self.text.encode_plain(text)?
+            }
+            VirtualInit::Ids(ids) => ids.clone(),
+        };
+        let known = ids.iter().all(|id| u64::from(*id) < vocab);
+        rule(known, &format!("{field}.init.token_ids"), format!("less than {vocab}, the size of the vocabulary"))?;
+        rule(!ids.is_empty(), &format!("{field}.init"), "given with at least one token, or left out")?;
+        Ok(ids.into_iter().cycle().take(count).collect())
+    }
+
+    /// Positions of the context behind so many virtual tokens.
+    fn room(&self, virtual_tokens: usize) -> usize {
+        self.model.context_length().saturating_sub(virtual_tokens)
     }
 
     /// Fails where the disk is nearly full: a result that cannot be saved is hours lost. Limit `min_free_disk_bytes`.
@@ -116,15 +168,22 @@ impl TrainingContext {
         let shape = self.model.shape();
         let (start, continued) = match &spec.start {
             Start::Fresh(tuner) => {
-                let (tuner, model, seed) = (tuner.clone(), self.model.clone(), spec.hyperparameters.seed);
-                let arbiter = self.arbiter.clone();
+                let (context, tuner, seed) = (self.clone(), tuner.clone(), spec.hyperparameters.seed);
                 // Random numbers for a large rank take long, and so do norms.
                 let fresh = move || {
-                    let mut adapter = Adapter::fresh(&tuner, model.shape(), seed)?;
-                    if adapter.kind() == AdapterKind::Dora {
-                        let norms = model.row_norms(&adapter, Some(&arbiter.train()));
-                        adapter.set_magnitudes(&norms);
-                    }
+                    let mut adapter = Adapter::fresh(&tuner, context.model.shape(), seed)?;
+                    let ids = match &tuner {
+                        TunerSpec::Prompt(spec) => {
+                            context.first_ids("prompt_tuning", spec.virtual_tokens, &spec.init, seed)?
+                        }
+                        TunerSpec::Prefix(spec) => {
+                            context.first_ids("prefix_tuning", spec.virtual_tokens, &spec.init, seed)?
+                        }
+                        TunerSpec::Lora(_) | TunerSpec::Ia3(_) => Vec::new(),
+                    };
+                    let permit = context.arbiter.train();
+                    context.model.begin(&mut adapter, &ids, Some(&permit))?;
+                    drop(permit);
                     Ok(adapter)
                 };
                 (blocking(fresh).await?, false)
@@ -133,7 +192,7 @@ impl TrainingContext {
                 let (_, package) = self.hub.package(tenant, &AdapterRef::Version(version.clone())).await?;
                 let shape = shape.clone();
                 // The limit on ranks is for what comes in: a version that exists can be continued whatever the limit is now.
-                (blocking(move || package.read(&shape, u64::MAX)).await?, true)
+                (blocking(move || package.read(&shape, SizeLimits::NONE)).await?, true)
             }
         };
         // Until its records are ids; those of the one job that runs are not counted any more.
@@ -144,7 +203,7 @@ impl TrainingContext {
         };
         let file = data::open(&self.store, &dataset).await?;
         let recipe = spec.hyperparameters.clone();
-        let max = max_length(&recipe, &self.limits, self.model.context_length());
+        let max = max_length(&recipe, &self.limits, self.room(start.virtual_count()));
         let length = Length { max, too_long: spec.too_long };
         let (text, limits) = (self.text.clone(), self.limits.clone());
         let encode = move || {
@@ -164,6 +223,12 @@ impl TrainingContext {
         Ok(Prepared { start, continued, train, validation, data, total_steps })
     }
 }
+
+/// Most values between the two layers of a reparametrised prefix.
+const MAX_PROJECTION: u32 = 4096;
+
+/// Most bytes of a text for each virtual token that begins as one of its tokens.
+const MAX_TOKEN_BYTES: usize = 256;
 
 /// The longest record, in tokens.
 fn max_length(recipe: &Hyperparameters, limits: &Limits, context: usize) -> usize {
@@ -192,6 +257,19 @@ fn check_objective(objective: Objective) -> Result<()> {
     let Objective::Dpo { beta, label_smoothing } = objective else { return Ok(()) };
     rule(beta > 0.0 && beta.is_finite(), "dpo.beta", "positive")?;
     rule((0.0..0.5).contains(&label_smoothing), "dpo.label_smoothing", "in [0, 0.5)")
+}
+
+fn check_virtual_tokens(field: &str, count: u32, limits: &Limits, context: usize) -> Result<()> {
+    let most = limits.max_virtual_tokens;
+    let in_range = (1..=most).contains(&u64::from(count));
+    let field = format!("{field}.num_virtual_tokens");
+    rule(in_range, &field, format!("in 1..={most} (limit max_virtual_tokens)"))?;
+    // A record has two tokens at least.
+    rule(
+        count as usize + 2 <= context,
+        &field,
+        format!("at most {}, which leaves room in the base's context", context.saturating_sub(2)),
+    )
 }
 
 fn check_lora(lora: &LoraSpec, max_rank: u64) -> Result<()> {

@@ -12,18 +12,11 @@ use tenora::request::Objective;
 
 use super::{adapter, assert_steps, base, entries, exact, example, file, floats, ids, served_name, train};
 
-/// Kinds of PEFT's that are not served yet.
-const NOT_YET: [&str; 2] = ["prompt", "prefix"];
-
-fn is_served(name: &str) -> bool {
-    !NOT_YET.iter().any(|kind| name.contains(kind))
-}
-
 #[test]
 fn the_float32_reference_gives_the_golden_logprobs_of_every_kind() {
     let Some(tuners) = file("tuners.json") else { return };
     let mut seen = 0;
-    for (name, entry) in entries(&tuners).into_iter().filter(|(name, _)| is_served(name)) {
+    for (name, entry) in entries(&tuners) {
         let (adapter, ids) = (adapter(name), ids(&entry["ids"]));
         let wanted: Vec<_> = (0..ids.len() - 1).map(|i| (0, i)).collect();
         let logprobs = base().0.token_logprobs(&[&ids], &wanted, exact(adapter.as_ref())).expect("scores");
@@ -40,7 +33,6 @@ fn the_float32_reference_gives_the_golden_logprobs_of_every_kind() {
 async fn every_kind_is_served_beside_the_others_as_alone() {
     let Some(tuners) = file("tuners.json") else { return };
     let mut served: BTreeMap<String, Value> = tuners.as_object().expect("an object").clone().into_iter().collect();
-    served.retain(|name, _| is_served(name));
     let (server, key) = super::serve(&json!(served)).await;
     let client = server.generation(&key).await;
     let score = |name: &str, list: &Value| {
@@ -82,9 +74,7 @@ fn every_kind_follows_its_golden_curve() {
     let examples: Vec<_> = sft["examples"].as_array().expect("examples").iter().collect();
     let examples: Vec<_> =
         examples.iter().map(|e| example(&ids(&e["prompt_ids"]), &ids(&e["completion_ids"]))).collect();
-    let of_kind = |(name, run): (&String, &Value)| {
-        (name.starts_with("sft_") && is_served(name)).then(|| (name.clone(), run.clone()))
-    };
+    let of_kind = |(name, run): (&String, &Value)| name.starts_with("sft_").then(|| (name.clone(), run.clone()));
     let runs: Vec<(String, Value)> = training.as_object().expect("an object").iter().filter_map(of_kind).collect();
     assert!(!runs.is_empty());
     for (name, run) in runs {
@@ -94,7 +84,8 @@ fn every_kind_follows_its_golden_curve() {
         let file = json!({"recipe": recipe, "curve": run["curve"]});
         let (outcome, steps) = train(&file, &Examples::Sft(examples.clone()), Objective::Sft, batch);
         println!("{name}");
-        assert_steps(run["curve"].as_array().expect("a curve"), &steps);
+        // Tokens that are free take large steps, and what is rounded is seen in those that follow.
+        assert_steps(run["curve"].as_array().expect("a curve"), &steps, 0.02);
         check_after(&outcome.adapter, &examples[0], &floats(&run["after_completion_logprobs_of_example_0"]), &name);
     }
 }
@@ -154,7 +145,7 @@ async fn an_nf4_base_serves_trains_and_passes_the_gate() {
     assert!(losses[6] < losses[0] - 0.1 && losses[7] < losses[1] - 0.1, "{losses:?}");
     let server = super::TestServer::start_on(nf4, |config| config.limits = super::Limits::default()).await;
     let key = server.tenant("golden").await;
-    for name in tuners.as_object().expect("an object").keys().filter(|name| is_served(name)) {
+    for name in tuners.as_object().expect("an object").keys() {
         let imported = server.import(&key, "golden", name, &super::package(name)).await;
         let version = imported.unwrap_or_else(|e| panic!("{name} passes the gate: {e}"));
         let parity = version.parity.expect("the gate's figures");

@@ -47,7 +47,10 @@ async fn what_is_used_is_counted() {
     let answered = answer(&mut client, generate("", "hello", 7)).await.unwrap();
     assert_eq!(
         (answered.usage, answered.reason),
-        (Usage { prompt_tokens: 5, completion_tokens: 7, cached_tokens: Some(0) }, FinishReason::Length)
+        (
+            Usage { prompt_tokens: 5, completion_tokens: 7, cached_tokens: Some(0), virtual_tokens: 0 },
+            FinishReason::Length
+        )
     );
     let input = ScoreInput { sequence: Some(score_input::Sequence::Text("abc".into())) };
     client.score(ScoreRequest { inputs: vec![input], ..Default::default() }).await.unwrap();

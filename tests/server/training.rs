@@ -4,10 +4,11 @@ use tenora::api::proto::train_request::{Objective, Start};
 use tenora::api::proto::training_event::Event;
 use tenora::api::proto::training_service_client::TrainingServiceClient;
 use tenora::api::proto::upload_preferences_request::Part;
+use tenora::api::proto::virtual_tokens_init::Tokens;
 use tenora::api::proto::*;
 use tonic::{Code, Status, Streaming};
 
-use super::common::{TestServer, Transport, reason};
+use super::common::{TestServer, Transport, answer, generate, reason};
 
 const LINE: &str = "{\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":\"no\"}\n";
 const SFT: Objective = Objective::Sft(SftSpec {});
@@ -390,6 +391,11 @@ async fn every_kind_is_trained_and_served_beside_the_others_and_comes_back_whole
         ("dora", "dora", Start::Lora(LoraSpec { rank: Some(4), use_dora: true, ..Default::default() })),
         ("ia3", "ia3", Start::Ia3(Ia3Spec::default())),
         ("ia3-of-outputs", "ia3", Start::Ia3(scaled_output)),
+        // More than a block of the KV cache, and less.
+        ("prompt", "prompt", prompt_of_text(20)),
+        ("short-prompt", "prompt", Start::PromptTuning(PromptTuningSpec { num_virtual_tokens: Some(3), init: None })),
+        ("prefix", "prefix", prefix(18, 0)),
+        ("projected-prefix", "prefix", prefix(5, 8)),
     ];
     let mut served = vec![String::new()];
     for (id, kind, start) in &starts {
@@ -438,6 +444,51 @@ async fn every_kind_is_trained_and_served_beside_the_others_and_comes_back_whole
     server.stopped().await;
 }
 
+fn prompt_of_text(count: u32) -> Start {
+    let init = Some(VirtualTokensInit { tokens: Some(Tokens::Text("Answer in rhymes.".into())) });
+    Start::PromptTuning(PromptTuningSpec { num_virtual_tokens: Some(count), init })
+}
+
+fn prompt_of(tokens: Tokens) -> Start {
+    let init = Some(VirtualTokensInit { tokens: Some(tokens) });
+    Start::PromptTuning(PromptTuningSpec { num_virtual_tokens: None, init })
+}
+
+fn prefix(count: u32, projection_size: u32) -> Start {
+    Start::PrefixTuning(PrefixTuningSpec { num_virtual_tokens: Some(count), init: None, projection_size })
+}
+
+/// Virtual tokens take positions, and are told apart from the prompt's in what is counted.
+#[tokio::test(flavor = "multi_thread")]
+async fn virtual_tokens_are_no_tokens_of_the_prompt() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "chats").await.unwrap();
+    let mut training = server.training(&key).await;
+    let request = TrainRequest { adapter_id: "x".into(), start: Some(prefix(20, 0)), ..recipe("chats", SFT, 2) };
+    run(&mut training, request).await;
+    let mut generation = server.generation(&key).await;
+    let request = |adapter: &str, ids: &[u32]| {
+        let prompt = Some(generate_request::Prompt::TokenIds(TokenIds { ids: ids.to_vec() }));
+        GenerateRequest { prompt, ..generate(adapter, "", 3) }
+    };
+    let ids: Vec<u32> = (0..40).collect();
+    let mut usages = Vec::new();
+    for adapter in ["", "tenants/a/adapters/x", "tenants/a/adapters/x"] {
+        usages.push(answer(&mut generation, request(adapter, &ids)).await.unwrap().usage);
+    }
+    let counted = |usage: &Usage| (usage.prompt_tokens, usage.completion_tokens, usage.virtual_tokens);
+    assert_eq!(usages.iter().map(counted).collect::<Vec<_>>(), [(40, 3, 0), (40, 3, 20), (40, 3, 20)]);
+    assert_eq!(usages[1].cached_tokens, Some(0));
+    assert!(usages[2].cached_tokens > Some(0) && usages[2].cached_tokens < Some(40), "{usages:?}");
+    // What fits the base's context no longer does behind them.
+    let long: Vec<u32> = (0..240).collect();
+    answer(&mut generation, request("", &long)).await.unwrap();
+    let refused = answer(&mut generation, request("tenants/a/adapters/x", &long)).await.unwrap_err();
+    assert!(refused.message().contains("20 virtual tokens"), "{refused:?}");
+    server.stopped().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_kind_cannot_do_is_refused_by_name() {
     let server = TestServer::start().await;
@@ -454,6 +505,12 @@ async fn what_a_kind_cannot_do_is_refused_by_name() {
         (ia3(&["qkv_proj"], &[]), "ia3.target_modules"),
         (ia3(&["lm_head"], &[]), "ia3.target_modules[0]"),
         (Start::Lora(LoraSpec { rank: Some(0), use_dora: true, ..Default::default() }), "lora.rank"),
+        (prompt_of_text(0), "prompt_tuning.num_virtual_tokens"),
+        (prompt_of_text(257), "max_virtual_tokens"),
+        (prompt_of_text(255), "context"),
+        (prompt_of(Tokens::Text(String::new())), "prompt_tuning.init"),
+        (prompt_of(Tokens::TokenIds(TokenIds { ids: vec![1, 1 << 20] })), "prompt_tuning.init.token_ids"),
+        (prefix(4, 4097), "prefix_tuning.projection_size"),
     ] {
         let request = TrainRequest { start: Some(start), ..recipe("chats", SFT, 1) };
         let refused = training.train(request).await.unwrap_err();

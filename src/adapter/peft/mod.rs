@@ -2,14 +2,15 @@
 //! setting that changes the meaning is supported or refused by name, and shapes are checked before anything is allocated. Every refusal
 //! ends with what to do.
 //!
-//! A kind of file is a file here (`lora.rs`, `ia3.rs`): which settings it has, what they select, and what tensors there must be. The rest is the
-//! same for all.
+//! A kind of file is a file here (`lora.rs`, `ia3.rs`, `virtual_tokens.rs`): which settings it has, what they select, and what tensors there must
+//! be. The rest is the same for all.
 
 mod config;
 mod ia3;
 pub(super) mod lora;
 mod selection;
 mod tensors;
+mod virtual_tokens;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,7 +20,10 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::adapter::packed::{SiteSize, adapter_bytes};
-use crate::adapter::{Adapter, BaseShape, Initialisation, LowRank, ScaledSide, Site, SiteDelta};
+use crate::adapter::{
+    Adapter, BaseShape, Initialisation, LowRank, ScaledSide, Site, SiteDelta, VirtualForm, VirtualTokens,
+};
+use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::request::{LoraSpec, Target, TunerSpec};
@@ -35,6 +39,26 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 
 /// Most bytes of `adapter_config.json`.
 pub const MAX_CONFIG_BYTES: usize = 1 << 20;
+
+/// The largest adapters that are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SizeLimits {
+    /// The largest rank: limit `max_rank`.
+    pub rank: u64,
+    /// Most virtual tokens: limit `max_virtual_tokens`.
+    pub virtual_tokens: u64,
+}
+
+impl SizeLimits {
+    /// For adapters that have been taken before.
+    pub const NONE: Self = Self { rank: u64::MAX, virtual_tokens: u64::MAX };
+}
+
+impl From<&Limits> for SizeLimits {
+    fn from(limits: &Limits) -> Self {
+        Self { rank: limits.max_rank, virtual_tokens: limits.max_virtual_tokens }
+    }
+}
 
 /// An adapter as files. What is stored, exported and hashed.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -129,34 +153,39 @@ struct Settings {
 enum Kind {
     Lora(lora::Settings),
     Ia3(ia3::Settings),
+    Virtual(virtual_tokens::Settings),
 }
 
 /// Values of `peft_type` that are read.
-const KINDS: &str = "\"LORA\" and \"IA3\"";
+const KINDS: &str = "\"LORA\", \"IA3\", \"PROMPT_TUNING\" and \"PREFIX_TUNING\"";
 
 impl Settings {
     fn read(config: &[u8]) -> Result<Self> {
         let config = config::object(config)?;
+        let of_tokens = |form| virtual_tokens::Settings::read(form, &config).map(Kind::Virtual);
         let kind = match config.get("peft_type") {
             Some(Value::String(kind)) if kind == "LORA" => Kind::Lora(lora::Settings::read(&config)?),
             Some(Value::String(kind)) if kind == "IA3" => Kind::Ia3(ia3::Settings::read(&config)?),
+            Some(Value::String(kind)) if kind == "PROMPT_TUNING" => of_tokens(VirtualForm::Embeddings)?,
+            Some(Value::String(kind)) if kind == "PREFIX_TUNING" => of_tokens(VirtualForm::KeysAndValues)?,
             other => return Err(unserved_kind(other)),
         };
         let base = config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
         Ok(Self { kind, base })
     }
 
-    fn check_ranks(&self, max_rank: u64) -> Result<()> {
+    fn check_size(&self, limits: SizeLimits) -> Result<()> {
         match &self.kind {
-            Kind::Lora(settings) => settings.check_ranks(max_rank),
+            Kind::Lora(settings) => settings.check_ranks(limits.rank),
             Kind::Ia3(_) => Ok(()),
+            Kind::Virtual(settings) => settings.check_size(limits),
         }
     }
 
     fn initialisation(&self) -> Option<Initialisation> {
         match &self.kind {
             Kind::Lora(settings) => settings.initialisation,
-            Kind::Ia3(_) => None,
+            Kind::Ia3(_) | Kind::Virtual(_) => None,
         }
     }
 
@@ -165,6 +194,7 @@ impl Settings {
         match &self.kind {
             Kind::Lora(settings) => settings.selected(root, shape),
             Kind::Ia3(settings) => settings.selected(root, shape),
+            Kind::Virtual(_) => Ok(Vec::new()),
         }
     }
 
@@ -173,6 +203,7 @@ impl Settings {
         match &self.kind {
             Kind::Lora(settings) => settings.spec(selected, shape).into(),
             Kind::Ia3(settings) => settings.spec(selected).into(),
+            Kind::Virtual(settings) => settings.spec(),
         }
     }
 
@@ -181,6 +212,10 @@ impl Settings {
         match &self.kind {
             Kind::Lora(settings) => (b"tenora lora 2", settings.canonical()),
             Kind::Ia3(settings) => (b"tenora ia3 1", settings.canonical()),
+            Kind::Virtual(settings) => match settings.form {
+                VirtualForm::Embeddings => (b"tenora prompt 1", settings.canonical()),
+                VirtualForm::KeysAndValues => (b"tenora prefix 1", settings.canonical()),
+            },
         }
     }
 }
@@ -209,13 +244,19 @@ struct Fitted<'a> {
     selected: Vec<Selected>,
     /// The tensors of each that is selected, in the order of its parts.
     found: Vec<Vec<Named<'a>>>,
+    /// What stands before a sequence: its form, how many, and their tensor.
+    virtual_tokens: Option<(VirtualForm, usize, Named<'a>)>,
 }
 
 impl<'a> Fitted<'a> {
     /// Checks that the files hold all tensors of every site that the settings select, each of its shape, and no tensor beside them.
-    fn new(package: &'a Package, shape: &BaseShape, max_rank: u64) -> Result<Self> {
+    fn new(package: &'a Package, shape: &BaseShape, limits: SizeLimits) -> Result<Self> {
         let settings = Settings::read(&package.config)?;
-        settings.check_ranks(max_rank)?;
+        settings.check_size(limits)?;
+        if let Kind::Virtual(tokens) = &settings.kind {
+            let virtual_tokens = Some((tokens.form, tokens.count, tokens.find(&package.tensors, shape)?));
+            return Ok(Self { settings, selected: Vec::new(), found: Vec::new(), virtual_tokens });
+        }
         let mut found = tensors::Tensors::read(&package.tensors, shape)?;
         let selected = selected(&settings, &found, shape)?;
         if selected.is_empty() {
@@ -243,7 +284,7 @@ impl<'a> Fitted<'a> {
                                that was saved with these tensors";
                 Err(refuse("EXTRA_TENSOR", name, message))
             }
-            None => Ok(Self { settings, selected, found: of_sites }),
+            None => Ok(Self { settings, selected, found: of_sites, virtual_tokens: None }),
         }
     }
 }
@@ -279,7 +320,7 @@ fn check_shape((name, view): &Named<'_>, want: &[usize]) -> Result<()> {
 /// A tensor that becomes bytes when it is written, one after the other.
 struct Floats<'a> {
     shape: Vec<usize>,
-    values: &'a [f32],
+    values: Cow<'a, [f32]>,
 }
 
 impl View for Floats<'_> {
@@ -296,7 +337,7 @@ impl View for Floats<'_> {
     }
 
     fn data_len(&self) -> usize {
-        size_of_val(self.values)
+        size_of_val(&*self.values)
     }
 }
 
@@ -308,8 +349,12 @@ impl Package {
             let dims = shape.dims(site.target).unwrap_or_default();
             let parts = tensors_of(delta).parts(dims);
             for ((part, shape), values) in parts.into_iter().zip(delta.tensors()) {
-                views.insert(tensor_name(*site, part), Floats { shape, values });
+                views.insert(tensor_name(*site, part), Floats { shape, values: values.into() });
             }
+        }
+        if let Some(tokens) = &adapter.virtual_tokens {
+            let shape = vec![tokens.count, tokens.form().width(shape)];
+            views.insert(virtual_tokens::TENSOR.to_owned(), Floats { shape, values: tokens.folded() });
         }
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         let tensors = safetensors::serialize(views, Some(metadata)).map_err(Error::internal)?;
@@ -317,21 +362,27 @@ impl Package {
         Ok(Self { config, tensors })
     }
 
-    /// Checks everything and gives the adapter in float32. `max_rank` is the limit of that name.
-    pub fn read(&self, shape: &BaseShape, max_rank: u64) -> Result<Adapter> {
-        let Fitted { settings, selected, found } = Fitted::new(self, shape, max_rank)?;
+    /// Checks everything and gives the adapter in float32.
+    pub fn read(&self, shape: &BaseShape, limits: SizeLimits) -> Result<Adapter> {
+        let Fitted { settings, selected, found, virtual_tokens } = Fitted::new(self, shape, limits)?;
         let sites = selected.iter().zip(&found).map(|(selected, found)| {
             let values = found.iter().map(|(name, view)| values(name, view)).collect::<Result<Vec<_>>>()?;
             Ok((selected.site, selected.tensors.delta(values.into_iter())))
         });
-        Ok(Adapter { sites: sites.collect::<Result<_>>()?, spec: settings.spec(&selected, shape) })
+        let sites = sites.collect::<Result<_>>()?;
+        let virtual_tokens = match virtual_tokens {
+            Some((form, count, (name, view))) => Some(VirtualTokens::of(form, count, values(&name, &view)?)),
+            None => None,
+        };
+        Ok(Adapter { sites, virtual_tokens, spec: settings.spec(&selected, shape) })
     }
 
-    /// Checks everything but the values. `max_rank` is the limit of that name.
-    pub fn check(&self, shape: &BaseShape, max_rank: u64) -> Result<CheckedPackage> {
-        let Fitted { settings, selected, .. } = Fitted::new(self, shape, max_rank)?;
+    /// Checks everything but the values.
+    pub fn check(&self, shape: &BaseShape, limits: SizeLimits) -> Result<CheckedPackage> {
+        let Fitted { settings, selected, virtual_tokens, .. } = Fitted::new(self, shape, limits)?;
+        let virtual_tokens = virtual_tokens.map(|(form, count, _)| (form, count));
         Ok(CheckedPackage {
-            memory_bytes: adapter_bytes(selected.iter().map(Selected::size), shape),
+            memory_bytes: adapter_bytes(selected.iter().map(Selected::size), virtual_tokens, shape),
             rank: selected.iter().map(|of| of.size().rank as u32).max().unwrap_or_default(),
             initialisation: settings.initialisation(),
             base: settings.base.clone(),
@@ -410,6 +461,10 @@ fn config_json(adapter: &Adapter, shape: &BaseShape) -> Value {
     match &adapter.spec {
         TunerSpec::Lora(spec) => lora_json(spec, adapter, shape),
         TunerSpec::Ia3(_) => ia3_json(adapter, shape),
+        TunerSpec::Prompt(_) | TunerSpec::Prefix(_) => match &adapter.virtual_tokens {
+            Some(tokens) => virtual_tokens::config_json(tokens.form(), tokens.count, shape),
+            None => Value::Null,
+        },
     }
 }
 
@@ -474,7 +529,9 @@ fn ia3_json(adapter: &Adapter, shape: &BaseShape) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::LoraSpec;
+    use crate::request::{LoraSpec, PrefixSpec, PromptSpec, VirtualInit};
+
+    const LIMITS: SizeLimits = SizeLimits { rank: 8, virtual_tokens: 8 };
 
     fn shape() -> BaseShape {
         let dims = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)];
@@ -495,8 +552,8 @@ mod tests {
             (layer.a, layer.b) = (vec![0.5; layer.rank * inputs], vec![i as f32; layer.rank * outputs]);
         }
         let package = Package::from_adapter(&lora, &shape).unwrap();
-        assert_eq!(package.read(&shape, 8).unwrap(), lora);
-        let mut again = Package::from_adapter(&package.read(&shape, 8).unwrap(), &shape).unwrap();
+        assert_eq!(package.read(&shape, LIMITS).unwrap(), lora);
+        let mut again = Package::from_adapter(&package.read(&shape, LIMITS).unwrap(), &shape).unwrap();
         assert_eq!(again.digest().unwrap(), package.digest().unwrap());
         again.name_base("owner/model").unwrap();
         let config: Value = serde_json::from_slice(&again.config).unwrap();
@@ -513,10 +570,10 @@ mod tests {
         let shape = shape();
         let mut lora = Adapter::fresh(&LoraSpec { rank: 2, ..LoraSpec::default() }, &shape, 1).unwrap();
         lora.sites.retain(|site, _| (site.layer == 0) == (site.target == Target::VProj));
-        let read = Package::from_adapter(&lora, &shape).unwrap().read(&shape, 8).unwrap();
+        let read = Package::from_adapter(&lora, &shape).unwrap().read(&shape, LIMITS).unwrap();
         assert_eq!(read.sites, lora.sites);
         let again = Package::from_adapter(&read, &shape).unwrap();
-        assert_eq!(again.read(&shape, 8).unwrap().sites, lora.sites);
+        assert_eq!(again.read(&shape, LIMITS).unwrap().sites, lora.sites);
     }
 
     /// Of every kind, whole and of some sites: what is published is what is read, and has one digest.
@@ -526,7 +583,10 @@ mod tests {
         let dora = LoraSpec { rank: 2, use_dora: true, ..LoraSpec::default() };
         let ia3 =
             crate::request::Ia3Spec { targets: vec![Target::QProj, Target::OProj], feedforward: vec![Target::OProj] };
-        for tuner in [dora.into(), TunerSpec::Ia3(Default::default()), ia3.into()] {
+        let prompt = PromptSpec { virtual_tokens: 3, init: VirtualInit::Random };
+        let prefix = PrefixSpec { virtual_tokens: 3, ..PrefixSpec::default() };
+        let tuners = [dora.into(), TunerSpec::Ia3(Default::default()), ia3.into(), prompt.into(), prefix.into()];
+        for tuner in tuners {
             let mut adapter = Adapter::fresh(&tuner, &shape, 1).unwrap();
             adapter.spec.fill_in(&shape).unwrap();
             adapter.tensors_mut().flatten().enumerate().for_each(|(i, x)| *x += i as f32);
@@ -534,9 +594,9 @@ mod tests {
             part.sites.retain(|site, _| (site.layer == 1) != (site.target == Target::OProj));
             for adapter in [adapter, part] {
                 let package = Package::from_adapter(&adapter, &shape).unwrap();
-                let read = package.read(&shape, 8).unwrap();
-                assert_eq!(read.sites, adapter.sites);
-                let checked = package.check(&shape, 8).unwrap();
+                let read = package.read(&shape, LIMITS).unwrap();
+                assert_eq!((&read.sites, &read.virtual_tokens), (&adapter.sites, &adapter.virtual_tokens));
+                let checked = package.check(&shape, LIMITS).unwrap();
                 let norms = read.pairs().map(|(site, pair)| (site, vec![1.0; pair.b.len() / pair.rank])).collect();
                 let packed = crate::adapter::PackedAdapter::new(&read, &shape, &norms).unwrap();
                 assert_eq!(checked.memory_bytes, packed.byte_size());
@@ -545,6 +605,50 @@ mod tests {
                 assert_eq!(checked.digest, package.digest().unwrap());
             }
         }
+    }
+
+    /// What a prefix was trained through is not published with it.
+    #[test]
+    fn a_reparametrised_prefix_is_published_folded() {
+        let shape = shape();
+        let spec = PrefixSpec { virtual_tokens: 2, projection: Some(5), ..PrefixSpec::default() };
+        let trained = Adapter::fresh(&spec, &shape, 1).unwrap();
+        assert_eq!(trained.tensors().count(), 5);
+        let read = Package::from_adapter(&trained, &shape).unwrap().read(&shape, LIMITS).unwrap();
+        let [folded] = read.tensors().collect::<Vec<_>>()[..] else { panic!() };
+        assert_eq!(folded, &*trained.virtual_tokens.unwrap().folded());
+        assert_eq!(folded.len(), 2 * 2 * 2 * 4);
+    }
+
+    /// What is no prompt of this base is refused by name.
+    #[test]
+    fn virtual_tokens_that_do_not_fit_are_refused() {
+        let shape = shape();
+        let spec = PrefixSpec { virtual_tokens: 3, ..PrefixSpec::default() };
+        let package = Package::from_adapter(&Adapter::fresh(&spec, &shape, 1).unwrap(), &shape).unwrap();
+        let refused = |change: &dyn Fn(&mut Package, &mut Value)| {
+            let mut package = package.clone();
+            let mut config: Value = serde_json::from_slice(&package.config).unwrap();
+            change(&mut package, &mut config);
+            package.config = serde_json::to_vec(&config).unwrap();
+            package.check(&shape, LIMITS).unwrap_err().to_string()
+        };
+        for (key, value, named) in [
+            ("num_virtual_tokens", json!(9), "max_virtual_tokens"),
+            ("num_virtual_tokens", json!(2), "prompt_embeddings"),
+            ("num_virtual_tokens", json!(0), "num_virtual_tokens"),
+            ("num_virtual_tokens", json!(null), "num_virtual_tokens"),
+            ("num_attention_heads", json!(2), "num_attention_heads"),
+            ("num_transformer_submodules", json!(2), "num_transformer_submodules"),
+            ("modules_to_save", json!(["lm_head"]), "modules_to_save"),
+            ("peft_type", json!("PROMPT_TUNING"), "prompt_embeddings"),
+        ] {
+            let error = refused(&|_, config| config[key] = value.clone());
+            assert!(error.contains(named), "{key} {value}: {error}");
+        }
+        let other = Package::from_adapter(&Adapter::fresh(&LoraSpec::default(), &shape, 1).unwrap(), &shape).unwrap();
+        let error = refused(&|package, _| package.tensors = other.tensors.clone());
+        assert!(error.contains("prompt_embeddings"), "{error}");
     }
 
     /// An input that other layers share cannot be scaled for one of them.
@@ -556,7 +660,7 @@ mod tests {
         let mut config: Value = serde_json::from_slice(&package.config).unwrap();
         config["feedforward_modules"] = json!(["k_proj", "down_proj"]);
         package.config = serde_json::to_vec(&config).unwrap();
-        let refused = package.check(&shape, 8).unwrap_err().to_string();
+        let refused = package.check(&shape, LIMITS).unwrap_err().to_string();
         assert!(refused.contains("feedforward_modules") && refused.contains("k_proj"), "{refused}");
     }
 

@@ -10,8 +10,8 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::adapter::peft::selection::module_name;
-use crate::adapter::peft::{TENSORS_FILE, refuse};
-use crate::adapter::{BaseShape, Site};
+use crate::adapter::peft::{SizeLimits, TENSORS_FILE, refuse};
+use crate::adapter::{BaseShape, Site, VirtualForm};
 use crate::error::{Error, Result};
 use crate::request::Target;
 
@@ -39,13 +39,14 @@ fn most_header_bytes(shape: &BaseShape) -> u64 {
     NOTES_BYTES + ENTRY_BYTES * MOST_PARTS * u64::from(shape.layers) * shape.linears.len() as u64
 }
 
-/// Most bytes of a whole file for this base, at the rank `max_rank` in float32.
-pub fn most_file_bytes(shape: &BaseShape, max_rank: u64) -> u64 {
+/// Most bytes of a whole file for this base within the limits, in float32.
+pub fn most_file_bytes(shape: &BaseShape, limits: SizeLimits) -> u64 {
     let values: u64 = shape.linears.iter().map(|linear| (linear.inputs + linear.outputs) as u64).sum();
     // One more for magnitudes.
-    let each = max_rank.saturating_add(1);
-    let tensors = values.saturating_mul(u64::from(shape.layers)).saturating_mul(4).saturating_mul(each);
-    tensors.saturating_add(most_header_bytes(shape)).saturating_add(LENGTH_BYTES as u64)
+    let of_sites = values.saturating_mul(u64::from(shape.layers)).saturating_mul(limits.rank.saturating_add(1));
+    let width = VirtualForm::Embeddings.width(shape).max(VirtualForm::KeysAndValues.width(shape)) as u64;
+    let values = of_sites.max(limits.virtual_tokens.saturating_mul(width));
+    values.saturating_mul(4).saturating_add(most_header_bytes(shape)).saturating_add(LENGTH_BYTES as u64)
 }
 
 /// Checks the length that a file says its header has, as soon as so much of the file is there.
@@ -125,6 +126,30 @@ pub(super) fn open(file: &[u8]) -> Result<SafeTensors<'_>> {
             format!("is truncated or not a safetensors file ({e}); save the adapter with PEFT's save_pretrained, or copy it again");
         refuse("MALFORMED_SAFETENSORS", TENSORS_FILE, message)
     })
+}
+
+/// Gives the tensor of this name, the only one that the file may have.
+///
+/// # Errors
+/// MISSING_TENSOR where it is not there, EXTRA_TENSOR where another one is.
+pub(super) fn alone<'a>(file: &'a [u8], name: &str, shape: &BaseShape) -> Result<Named<'a>> {
+    check_beginning(file, shape)?;
+    let mut sorted: BTreeMap<_, _> = open(file)?.tensors().into_iter().collect();
+    let Some(view) = sorted.remove(name) else {
+        let message =
+            "is missing from adapter_model.safetensors; send the tensors and the config that were saved together";
+        return Err(refuse("MISSING_TENSOR", name, message));
+    };
+    match sorted.keys().next() {
+        Some(other) => {
+            let message = format!(
+                "is beside {name}, which is all that an adapter of this kind has, and nothing may be left unapplied; save the adapter alone, \
+                 with PEFT's save_pretrained"
+            );
+            Err(refuse("EXTRA_TENSOR", shown(other), message))
+        }
+        None => Ok((name.to_owned(), view)),
+    }
 }
 
 impl<'a> Tensors<'a> {

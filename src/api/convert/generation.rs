@@ -111,6 +111,7 @@ fn usage_of(usage: Usage) -> pb::Usage {
         prompt_tokens: usage.prompt_tokens,
         completion_tokens: usage.completion_tokens,
         cached_tokens: usage.cached_tokens,
+        virtual_tokens: usage.virtual_tokens,
     }
 }
 

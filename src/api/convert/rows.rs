@@ -44,6 +44,7 @@ pub fn version(row: VersionRow, place: Residency) -> pb::AdapterVersion {
         size_bytes: row.size_bytes,
         kind: row.kind.name().to_owned(),
         rank: row.rank,
+        virtual_tokens: row.virtual_tokens,
         target_modules: row.targets,
         no_effect: row.parity.no_effect,
         parity: Some(parity(row.parity)),

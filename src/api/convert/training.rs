@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, Digest, TenantId, VersionName};
 use crate::request::metric::{ACCURACIES, MARGINS};
 use crate::request::{
-    Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, Publish, Start, Target,
-    TooLong, TrainingData, TunerSpec,
+    Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, PrefixSpec, PromptSpec,
+    Publish, Start, Target, TooLong, TrainingData, TunerSpec, VirtualInit,
 };
 use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
@@ -24,6 +24,8 @@ pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result
         (_, Some(version)) => Start::From(version),
         (Some(pb::train_request::Start::Lora(lora)), None) => Start::Fresh(lora_spec(lora)?.into()),
         (Some(pb::train_request::Start::Ia3(ia3)), None) => Start::Fresh(ia3_spec(ia3)?.into()),
+        (Some(pb::train_request::Start::PromptTuning(prompt)), None) => Start::Fresh(prompt_spec(prompt).into()),
+        (Some(pb::train_request::Start::PrefixTuning(prefix)), None) => Start::Fresh(prefix_spec(prefix).into()),
         (_, None) => Start::Fresh(TunerSpec::default()),
     };
     let learning_rate = default_learning_rate(objective, &start);
@@ -89,6 +91,42 @@ fn ia3_spec(message: &pb::Ia3Spec) -> Result<Ia3Spec> {
     })
 }
 
+fn prompt_spec(message: &pb::PromptTuningSpec) -> PromptSpec {
+    let default = PromptSpec::default();
+    PromptSpec {
+        virtual_tokens: message.num_virtual_tokens.unwrap_or(default.virtual_tokens),
+        init: virtual_init(message.init.as_ref()),
+    }
+}
+
+fn prefix_spec(message: &pb::PrefixTuningSpec) -> PrefixSpec {
+    let default = PrefixSpec::default();
+    PrefixSpec {
+        virtual_tokens: message.num_virtual_tokens.unwrap_or(default.virtual_tokens),
+        init: virtual_init(message.init.as_ref()),
+        projection: (message.projection_size > 0).then_some(message.projection_size),
+    }
+}
+
+fn virtual_init(message: Option<&pb::VirtualTokensInit>) -> VirtualInit {
+    use pb::virtual_tokens_init::Tokens;
+    match message.and_then(|message| message.tokens.as_ref()) {
+        None => VirtualInit::Random,
+        Some(Tokens::Text(text)) => VirtualInit::Text(text.clone()),
+        Some(Tokens::TokenIds(ids)) => VirtualInit::Ids(ids.ids.clone()),
+    }
+}
+
+fn virtual_init_message(init: &VirtualInit) -> Option<pb::VirtualTokensInit> {
+    use pb::virtual_tokens_init::Tokens;
+    let tokens = match init {
+        VirtualInit::Random => return None,
+        VirtualInit::Text(text) => Tokens::Text(text.clone()),
+        VirtualInit::Ids(ids) => Tokens::TokenIds(pb::TokenIds { ids: ids.clone() }),
+    };
+    Some(pb::VirtualTokensInit { tokens: Some(tokens) })
+}
+
 /// Empty where every linear layer of the base is meant.
 fn targets(field: &str, names: &[String]) -> Result<Vec<Target>> {
     let mut targets = BTreeSet::new();
@@ -110,9 +148,9 @@ fn targets(field: &str, names: &[String]) -> Result<Vec<Target>> {
 /// The peak rate where none is given.
 fn default_learning_rate(objective: Objective, start: &Start) -> f64 {
     match (objective, start) {
-        // A factor for each value has to move much farther than a product of matrices.
-        (Objective::Sft, Start::Fresh(TunerSpec::Ia3(_))) => 5e-3,
-        (Objective::Dpo { .. }, Start::Fresh(TunerSpec::Ia3(_))) => 5e-4,
+        // A factor for each value, or a token that is free, has to move much farther than a product of matrices.
+        (Objective::Sft, Start::Fresh(TunerSpec::Ia3(_) | TunerSpec::Prompt(_) | TunerSpec::Prefix(_))) => 5e-3,
+        (Objective::Dpo { .. }, Start::Fresh(TunerSpec::Ia3(_) | TunerSpec::Prompt(_) | TunerSpec::Prefix(_))) => 5e-4,
         (Objective::Sft, _) => 2e-4,
         (Objective::Dpo { .. }, _) => 5e-5,
     }
@@ -193,6 +231,15 @@ fn recipe(spec: &JobSpec) -> pb::TrainRequest {
     };
     let start = match &spec.start {
         Start::From(version) => pb::train_request::Start::FromVersion(version.to_string()),
+        Start::Fresh(TunerSpec::Prompt(prompt)) => pb::train_request::Start::PromptTuning(pb::PromptTuningSpec {
+            num_virtual_tokens: Some(prompt.virtual_tokens),
+            init: virtual_init_message(&prompt.init),
+        }),
+        Start::Fresh(TunerSpec::Prefix(prefix)) => pb::train_request::Start::PrefixTuning(pb::PrefixTuningSpec {
+            num_virtual_tokens: Some(prefix.virtual_tokens),
+            init: virtual_init_message(&prefix.init),
+            projection_size: prefix.projection.unwrap_or_default(),
+        }),
         Start::Fresh(TunerSpec::Ia3(ia3)) => pb::train_request::Start::Ia3(pb::Ia3Spec {
             target_modules: names(&ia3.targets),
             feedforward_modules: names(&ia3.feedforward),

@@ -154,7 +154,7 @@ fn files(kind: &Kind, base: &proto::Base, index: u64) -> Result<Vec<(String, Vec
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::peft::Package;
+    use crate::adapter::peft::{Package, SizeLimits};
     use crate::adapter::{BaseShape, LinearShape};
     use crate::ids::Digest;
 
@@ -195,7 +195,7 @@ mod tests {
         let read = |index| {
             let files = files(&kind, &base(), index).unwrap();
             let [(_, config), (_, tensors)] = <[_; 2]>::try_from(files).unwrap();
-            Package { config, tensors }.read(&shape(), 8).unwrap()
+            Package { config, tensors }.read(&shape(), SizeLimits::NONE).unwrap()
         };
         let lora = read(0);
         assert_eq!(lora.sites.len(), 4);

@@ -38,25 +38,37 @@ impl Scope<'_> {
     /// are projected.
     pub(super) fn attend(&self, batch: &Batch, attend: &Attend, [q, k, v]: [&[f32]; 3]) -> Buffer {
         let q = self.prepared(batch, q, Preparation::of_queries(attend));
-        let k = self.prepared(batch, k, Preparation::of_keys(attend));
+        let mut k = self.keys(batch, attend, k);
+        let own = self.with_prefix(batch, attend.layer, &mut k, v);
         let mut y = self.zeros(q.len());
-        Attention::new(self, batch, attend).forward([&q, &k, v], &mut y);
+        Attention::new(self, batch, attend).forward([&q, &k, own.as_deref().unwrap_or(v)], &mut y);
         y
     }
 
-    /// Computes the gradients of q, k and v, as they are projected, from that of the answers.
+    /// The keys as queries meet them, from what is projected.
+    pub(super) fn keys(&self, batch: &Batch, attend: &Attend, k: &[f32]) -> Buffer {
+        self.prepared(batch, k, Preparation::of_keys(attend))
+    }
+
+    /// Computes the gradients of q, k and v, as they are projected, from that of the answers; that of a prefix is added to `d_prefix`.
     pub(super) fn attend_backward(
         &self,
         batch: &Batch,
         attend: &Attend,
         [q, k, v]: [&[f32]; 3],
         dy: &[f32],
+        d_prefix: &mut [f32],
     ) -> [Buffer; 3] {
         let (of_q, of_k) = (Preparation::of_queries(attend), Preparation::of_keys(attend));
-        let (turned_q, turned_k) = (self.prepared(batch, q, of_q), self.prepared(batch, k, of_k));
+        let (turned_q, mut turned_k) = (self.prepared(batch, q, of_q), self.prepared(batch, k, of_k));
+        let own = self.with_prefix(batch, attend.layer, &mut turned_k, v);
         let [mut dq, mut dk, mut dv] = [q, k, v].map(|values| self.zeros(values.len()));
-        Attention::new(self, batch, attend).backward([&turned_q, &turned_k, v], dy, [&mut dq, &mut dk, &mut dv]);
+        let qkv = [&turned_q, &turned_k, own.as_deref().unwrap_or(v)];
+        Attention::new(self, batch, attend).backward(qkv, dy, [&mut dq, &mut dk, &mut dv]);
         drop((turned_q, turned_k));
+        if own.is_some() {
+            self.prefix_backward(batch, attend.layer, [&mut dk, &mut dv], d_prefix);
+        }
         [self.prepare_backward(batch, q, dq, of_q), self.prepare_backward(batch, k, dk, of_k), dv]
     }
 
@@ -357,7 +369,7 @@ mod tests {
         let head_dim = model.config().attention.head_dim;
         let half = model.ropes[0].half();
         let sequence: Vec<u32> = (0..30).collect();
-        let mut batch = Batch::of_rows(&model, &[&sequence], &[]).unwrap();
+        let mut batch = Batch::of_rows(&scope, &[&sequence], &[]).unwrap();
         batch.positions.iter_mut().for_each(|position| *position *= 7);
         let temperature = Temperature { beta: 0.4, original_context: 16 };
         let by = Preparation { norm: None, rope: Some(0), temperature: Some(temperature) };

@@ -15,17 +15,20 @@ mod pass;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod virtual_tokens;
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::adapter::{Adapter, RowNorms};
+use crate::adapter::{Adapter, RowNorms, VirtualForm};
 use crate::device::TrainPermit;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::QuantizedRows;
 use crate::model::Model;
+use crate::model::batch::VIRTUAL_TOKEN;
 pub use adapted::Dropout;
 use buffers::{Buffer, Buffers};
 pub use pass::Trace;
@@ -95,8 +98,8 @@ impl Model {
         options: ForwardOptions<'_>,
         workspace: &Workspace,
     ) -> Result<TokenScores> {
-        let batch = Batch::new(self, sequences, wanted)?;
         let scope = Scope::new(self, workspace, options);
+        let batch = Batch::new(&scope, sequences, wanted)?;
         Ok(scope.score(&mut pass::hidden(&scope, &batch)?, &batch.targets, None))
     }
 
@@ -118,8 +121,9 @@ impl Model {
         options: ForwardOptions<'a>,
         workspace: &'a Workspace,
     ) -> Result<Trace<'a>> {
-        let batch = Batch::new(self, sequences, wanted)?;
-        Trace::new(Scope::new(self, workspace, options), batch)
+        let scope = Scope::new(self, workspace, options);
+        let batch = Batch::new(&scope, sequences, wanted)?;
+        Trace::new(scope, batch)
     }
 
     /// Computes the norms of the rows of W + scale * B A, by which a DoRA's magnitudes are divided. Empty for other adapters. Gives way to
@@ -139,9 +143,9 @@ impl Model {
         wanted: &[(usize, usize)],
         options: ForwardOptions<'_>,
     ) -> Result<Vec<f32>> {
-        let batch = Batch::of_rows(self, sequences, wanted)?;
         let workspace = Workspace::default();
         let scope = Scope::new(self, &workspace, options);
+        let batch = Batch::of_rows(&scope, sequences, wanted)?;
         Ok(scope.logits(&mut pass::hidden(&scope, &batch)?).to_vec())
     }
 }
@@ -153,11 +157,15 @@ struct Scope<'a> {
     options: ForwardOptions<'a>,
     /// Of the adapter's magnitudes.
     norms: RowNorms,
+    /// The adapter's virtual tokens, `[count, width]`.
+    virtual_tokens: Option<(VirtualForm, Cow<'a, [f32]>)>,
 }
 
 impl<'a> Scope<'a> {
     fn new(model: &'a Model, workspace: &'a Workspace, options: ForwardOptions<'a>) -> Self {
-        let mut scope = Self { model, workspace, options, norms: RowNorms::new() };
+        let tokens = options.adapter.and_then(|adapter| adapter.virtual_tokens.as_ref());
+        let virtual_tokens = tokens.map(|tokens| (tokens.form(), tokens.folded()));
+        let mut scope = Self { model, workspace, options, norms: RowNorms::new(), virtual_tokens };
         if let Some(adapter) = options.adapter {
             scope.norms = scope.row_norms(adapter);
         }
@@ -180,8 +188,9 @@ impl<'a> Scope<'a> {
     }
 }
 
-/// Whole sequences, end to end in one list of rows.
+/// Whole sequences, end to end in one list of rows; each behind the adapter's virtual tokens.
 struct Batch {
+    /// [`VIRTUAL_TOKEN`] where one stands.
     ids: Vec<u32>,
     positions: Vec<usize>,
     /// The rows of each sequence.
@@ -193,17 +202,18 @@ struct Batch {
 
 impl Batch {
     /// The rows of the sequences, of which those before the wanted tokens reach the head.
-    fn new(model: &Model, sequences: &[&[u32]], wanted: &[(usize, usize)]) -> Result<Self> {
+    fn new(scope: &Scope<'_>, sequences: &[&[u32]], wanted: &[(usize, usize)]) -> Result<Self> {
         let target = |&(sequence, i): &(usize, usize)| sequences.get(sequence).and_then(|ids| ids.get(i + 1)).copied();
         let targets: Option<Vec<u32>> = wanted.iter().map(target).collect();
         let targets = targets.ok_or_else(|| Error::internal("a wanted log-probability lies outside its sequence"))?;
-        Ok(Self { targets, ..Self::of_rows(model, sequences, wanted)? })
+        Ok(Self { targets, ..Self::of_rows(scope, sequences, wanted)? })
     }
 
     /// As [`Batch::new`], without targets.
-    fn of_rows(model: &Model, sequences: &[&[u32]], wanted: &[(usize, usize)]) -> Result<Self> {
+    fn of_rows(scope: &Scope<'_>, sequences: &[&[u32]], wanted: &[(usize, usize)]) -> Result<Self> {
+        let (model, before) = (scope.model, scope.options.adapter.map_or(0, Adapter::virtual_count));
         let fits = |ids: &&[u32]| {
-            ids.len() <= model.context_length() && ids.iter().all(|id| (*id as usize) < model.vocab_size())
+            before + ids.len() <= model.context_length() && ids.iter().all(|id| (*id as usize) < model.vocab_size())
         };
         if !sequences.iter().all(fits) {
             return Err(Error::internal("a sequence does not fit the context or the vocabulary"));
@@ -211,13 +221,15 @@ impl Batch {
         let mut rows = Vec::with_capacity(sequences.len());
         let mut next = 0;
         for ids in sequences {
-            rows.push(next..next + ids.len());
-            next += ids.len();
+            let len = before + ids.len();
+            rows.push(next..next + len);
+            next += len;
         }
+        let behind = |ids: &&[u32]| [&vec![VIRTUAL_TOKEN; before], *ids].concat();
         Ok(Self {
-            ids: sequences.concat(),
-            positions: sequences.iter().flat_map(|ids| 0..ids.len()).collect(),
-            selected: wanted.iter().map(|&(sequence, i)| rows[sequence].start + i).collect(),
+            ids: sequences.iter().flat_map(behind).collect(),
+            positions: rows.iter().flat_map(|rows| 0..rows.len()).collect(),
+            selected: wanted.iter().map(|&(sequence, i)| rows[sequence].start + before + i).collect(),
             sequences: rows,
             targets: Vec::new(),
         })

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use super::buffers::Buffer;
 use super::{Batch, Scope, TokenScores, add};
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, VirtualForm};
 use crate::arch::decoder::{Merge, NormId, Part, Step, StepExecutor};
 use crate::error::{Error, Result};
 use crate::kernels::cpu;
+use crate::model::batch::VIRTUAL_TOKEN;
 
 /// What the backward needs of a step.
 enum Saved {
@@ -38,6 +39,22 @@ pub(super) fn hidden(scope: &Scope<'_>, batch: &Batch) -> Result<Buffer> {
     let mut forward = Forward::new(scope, batch, None);
     forward.run(&scope.model.decoder().steps)?;
     forward.into_hidden()
+}
+
+/// Hands on the keys, as attention reads them, and the values of each layer, `[rows, kv_width]`.
+pub(super) fn keys_and_values(
+    scope: &Scope<'_>,
+    batch: &Batch,
+    mut take: impl FnMut(usize, &[f32], &[f32]),
+) -> Result<()> {
+    let mut forward = Forward::new(scope, batch, None);
+    for step in &scope.model.decoder().steps {
+        if let (Step::Attend(attend), [_, k, v]) = (step, &forward.projected[..]) {
+            take(attend.layer, &scope.keys(batch, attend, k), v);
+        }
+        forward.take(step, &[])?;
+    }
+    Ok(())
 }
 
 /// A pass forward, whose gradients can be had.
@@ -85,11 +102,23 @@ impl<'a> Trace<'a> {
         for (row, derivative) in d.chunks_exact_mut(width).zip(derivatives) {
             row.iter_mut().for_each(|d| *d *= derivative);
         }
-        let adapted = |step: &Step| step.sites().any(|site| scope.adapted(site).is_some());
-        let first = scope.model.decoder().steps.iter().position(adapted).ok_or_else(absent)?;
-        let mut backward =
-            Backward { scope: &scope, batch: &batch, first, dx: d, dy: None, projected: Vec::new(), gradients };
-        backward.segments(segments)
+        let form = scope.virtual_tokens.as_ref().map(|(form, _)| *form);
+        let trained = |step: &Step| match step {
+            Step::Embed { .. } => form == Some(VirtualForm::Embeddings),
+            Step::Attend(_) => form == Some(VirtualForm::KeysAndValues),
+            step => step.sites().any(|site| scope.adapted(site).is_some()),
+        };
+        let first = scope.model.decoder().steps.iter().position(trained).ok_or_else(absent)?;
+        let d_virtual = vec![0.0; scope.virtual_tokens.as_ref().map_or(0, |(_, values)| values.len())];
+        let (dy, projected) = (None, Vec::new());
+        let mut backward = Backward { scope: &scope, batch: &batch, first, dx: d, dy, projected, d_virtual, gradients };
+        backward.segments(segments)?;
+        let Backward { d_virtual, gradients, .. } = backward;
+        let tokens = scope.options.adapter.and_then(|adapter| adapter.virtual_tokens.as_ref());
+        if let (Some(tokens), Some(gradient)) = (tokens, &mut gradients.virtual_tokens) {
+            tokens.backward(&d_virtual, gradient);
+        }
+        Ok(())
     }
 }
 
@@ -177,9 +206,10 @@ impl<'a> Forward<'a> {
     fn embed(&self, scale: f32) -> Buffer {
         let width = self.scope.model.config().hidden_size;
         let mut x = self.scope.take(self.batch.len() * width);
-        for (out, id) in x.chunks_exact_mut(width).zip(&self.batch.ids) {
+        for (out, id) in x.chunks_exact_mut(width).zip(&self.batch.ids).filter(|(_, id)| **id != VIRTUAL_TOKEN) {
             self.scope.model.embed(*id, scale, out);
         }
+        self.scope.embed_virtual(self.batch, &mut x);
         x
     }
 
@@ -286,6 +316,8 @@ struct Backward<'a> {
     dy: Option<Buffer>,
     /// Those of q, k, v or of gate, up.
     projected: Vec<Buffer>,
+    /// That of the virtual tokens, `[count, width]`.
+    d_virtual: Vec<f32>,
     gradients: &'a mut Adapter,
 }
 
@@ -334,12 +366,15 @@ impl Backward<'_> {
                 (Step::Attend(attend), Saved::Attend { qkv }) => {
                     let dy = self.dy.take().ok_or_else(absent)?;
                     let qkv = qkv.each_ref().map(|values| &values[..]);
-                    self.projected = self.scope.attend_backward(self.batch, attend, qkv, &dy).into();
+                    self.projected =
+                        self.scope.attend_backward(self.batch, attend, qkv, &dy, &mut self.d_virtual).into();
                 }
                 (Step::Project { norm, sites, .. }, Saved::Normed { x }) => {
                     self.project(step, *norm, sites.clone(), &x)
                 }
-                (Step::Embed { .. }, Saved::Nothing) => {}
+                (Step::Embed { .. }, Saved::Nothing) => {
+                    self.scope.embed_virtual_backward(self.batch, &self.dx, &mut self.d_virtual);
+                }
                 _ => return Err(absent()),
             }
         }

@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use super::*;
-use crate::adapter::{LowRank, ScaledSide, Site, SiteDelta};
+use crate::adapter::{LowRank, ScaledSide, Site, SiteDelta, VirtualForm};
 use crate::arch::decoder::{SiteId, Step};
 use crate::kernels::packed::PackedMatrix;
-use crate::request::{Ia3Spec, LoraSpec, Target, TunerSpec};
+use crate::request::{Ia3Spec, LoraSpec, PrefixSpec, PromptSpec, Target, TunerSpec, VirtualInit};
 
 /// The tiny model's weights in double precision.
 struct Exact<'m> {
@@ -78,9 +78,37 @@ impl<'m> Exact<'m> {
         }
     }
 
+    /// The adapter's virtual tokens, `[count][width]`, and whether they are embeddings.
+    fn virtual_tokens(&self, adapter: &Adapter, values: &Values) -> Option<(bool, Vec<Vec<f64>>)> {
+        let tokens = adapter.virtual_tokens.as_ref()?;
+        let first: usize = adapter.sites.values().map(tensors).sum();
+        let folded = match &values[first..] {
+            [values] => values.clone(),
+            [embeddings, down, down_bias, up, up_bias] => {
+                let layer = |w: &[f64], bias: &[f64], x: &[f64]| -> Vec<f64> {
+                    times(w, x).iter().zip(bias).map(|(y, bias)| y + bias).collect()
+                };
+                let token = |e: &[f64]| {
+                    let inner: Vec<f64> = layer(down, down_bias, e).iter().map(|x| x.tanh()).collect();
+                    layer(up, up_bias, &inner)
+                };
+                embeddings.chunks_exact(embeddings.len() / tokens.count).flat_map(token).collect()
+            }
+            _ => panic!(),
+        };
+        let width = folded.len() / tokens.count;
+        Some((tokens.form() == VirtualForm::Embeddings, folded.chunks_exact(width).map(<[f64]>::to_vec).collect()))
+    }
+
     /// The sum of the log-probabilities of a sequence's tokens but the first, each with its weight.
     fn weighted_logprobs(&self, ids: &[u32], weights: &[f64], adapter: &Adapter, values: &Values) -> f64 {
         let config = self.model.config();
+        let before = self.virtual_tokens(adapter, values);
+        let (prompt, prefix) = match before {
+            Some((true, prompt)) => (prompt, Vec::new()),
+            Some((false, prefix)) => (Vec::new(), prefix),
+            None => (Vec::new(), Vec::new()),
+        };
         let mut x: Vec<Vec<f64>> = Vec::new();
         let (mut projected, mut y) = (Vec::new(), Vec::new());
         for step in &self.model.decoder().steps {
@@ -91,7 +119,7 @@ impl<'m> Exact<'m> {
                         self.model.embed(*id, *scale, &mut row);
                         exactly(&row)
                     };
-                    x = ids.iter().map(embed).collect();
+                    x = prompt.iter().cloned().chain(ids.iter().map(embed)).collect();
                 }
                 Step::Project { norm, sites, .. } => {
                     let of_row = |x: &Vec<f64>| {
@@ -100,7 +128,7 @@ impl<'m> Exact<'m> {
                     };
                     projected = x.iter().map(of_row).collect();
                 }
-                Step::Attend(_) => y = self.attend(&projected),
+                Step::Attend(attend) => y = self.attend(&projected, &prefix, attend.layer),
                 Step::Gate { .. } => {
                     let gated = |row: &Vec<Vec<f64>>| {
                         row[0].iter().zip(&row[1]).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect()
@@ -118,14 +146,15 @@ impl<'m> Exact<'m> {
             }
         }
         let of_token = |i: usize| {
-            let logits = times(&self.head, &x[i]);
+            let logits = times(&self.head, &x[prompt.len() + i]);
             let sum = logits.iter().map(|logit| logit.exp()).sum::<f64>();
             weights[i] * (logits[ids[i + 1] as usize] - sum.ln())
         };
         (0..ids.len() - 1).map(of_token).sum()
     }
 
-    fn attend(&self, qkv: &[Vec<Vec<f64>>]) -> Vec<Vec<f64>> {
+    /// Attention's answers, of queries behind a prefix.
+    fn attend(&self, qkv: &[Vec<Vec<f64>>], prefix: &[Vec<f64>], layer: usize) -> Vec<Vec<f64>> {
         let attention = self.model.config().attention;
         let dim = attention.head_dim;
         let turned = |position: usize, values: &[f64]| {
@@ -140,14 +169,20 @@ impl<'m> Exact<'m> {
             };
             values.chunks_exact(dim).map(head).collect::<Vec<_>>()
         };
-        let q: Vec<_> = qkv.iter().enumerate().map(|(i, row)| turned(i, &row[0])).collect();
-        let k: Vec<_> = qkv.iter().enumerate().map(|(i, row)| turned(i, &row[1])).collect();
+        let (n, width) = (prefix.len(), attention.kv_heads * dim);
+        let heads = |values: &[f64]| values.chunks_exact(dim).map(<[f64]>::to_vec).collect::<Vec<_>>();
+        let of_prefix =
+            |part: usize| prefix.iter().map(move |token| heads(&token[(2 * layer + part) * width..][..width]));
+        let q: Vec<_> = qkv.iter().enumerate().map(|(i, row)| turned(n + i, &row[0])).collect();
+        let own_k = qkv.iter().enumerate().map(|(i, row)| turned(n + i, &row[1]));
+        let k: Vec<_> = of_prefix(0).chain(own_k).collect();
+        let v: Vec<_> = of_prefix(1).chain(qkv.iter().map(|row| heads(&row[2]))).collect();
         let group = attention.heads / attention.kv_heads;
         let of_head = |row: usize, head: usize| {
             let weight = |j: usize| (dot(&q[row][head], &k[j][head / group]) * f64::from(attention.scale)).exp();
-            let weights: Vec<f64> = (0..=row).map(weight).collect();
+            let weights: Vec<f64> = (0..=n + row).map(weight).collect();
             let sum: f64 = weights.iter().sum();
-            let value = |d: usize| (0..=row).map(|j| weights[j] / sum * qkv[j][2][head / group * dim + d]).sum::<f64>();
+            let value = |d: usize| (0..=n + row).map(|j| weights[j] / sum * v[j][head / group][d]).sum::<f64>();
             (0..dim).map(value).collect::<Vec<f64>>()
         };
         (0..qkv.len()).map(|row| (0..attention.heads).flat_map(|head| of_head(row, head)).collect()).collect()
@@ -164,6 +199,7 @@ fn tensors(delta: &SiteDelta) -> usize {
 /// Tuners of every kind, of some sites each.
 fn tuners() -> Vec<TunerSpec> {
     let lora = LoraSpec { rank: 3, alpha: 4.0, ..LoraSpec::default() };
+    let prefix = PrefixSpec { virtual_tokens: 3, ..PrefixSpec::default() };
     vec![
         lora.clone().into(),
         LoraSpec {
@@ -177,12 +213,18 @@ fn tuners() -> Vec<TunerSpec> {
         Ia3Spec::default().into(),
         Ia3Spec { targets: vec![Target::QProj, Target::OProj, Target::UpProj], feedforward: vec![Target::OProj] }
             .into(),
+        PromptSpec { virtual_tokens: 3, init: VirtualInit::Random }.into(),
+        prefix.clone().into(),
+        PrefixSpec { projection: Some(5), ..prefix }.into(),
     ]
 }
 
 /// An adapter of which no tensor is at its start.
 fn moved(model: &Model, tuner: &TunerSpec) -> Adapter {
     let mut adapter = Adapter::fresh(tuner, model.shape(), 3).unwrap();
+    model.begin(&mut adapter, &[7, 30, 211], None).unwrap();
+    // Shares of their norms, below.
+    adapter.pairs_mut().for_each(|(_, pair)| pair.magnitude.iter_mut().for_each(|magnitude| magnitude.fill(0.0)));
     for (t, tensor) in adapter.tensors_mut().enumerate() {
         tensor.iter_mut().enumerate().for_each(|(i, x)| *x += 0.1 * ((t * 31 + i) as f32 * 0.7).sin());
     }
@@ -277,6 +319,30 @@ fn recomputed_layers_change_no_bit() {
         for layers in [1, 2, 3, 100] {
             assert!(gradients(&model, &adapter, Some(layers)) == kept, "{tuner:?} {layers}");
         }
+    }
+}
+
+/// Virtual tokens that have not been trained say what the tokens say that they began as.
+#[test]
+fn fresh_virtual_tokens_are_the_tokens_that_they_began_as() {
+    let (model, _) = Model::tiny(1);
+    let (before, ids) = ([7, 30, 211], [3, 77, 12, 200]);
+    fn exact(adapter: Option<&Adapter>) -> ForwardOptions<'_> {
+        ForwardOptions { adapter, products: Products::Exact, ..ForwardOptions::default() }
+    }
+    let wanted = |from: usize, len: usize| (from..len - 1).map(|i| (0, i)).collect::<Vec<_>>();
+    let whole = [&before[..], &ids].concat();
+    let want = model.token_logprobs(&[&whole], &wanted(3, whole.len()), exact(None)).unwrap();
+    let specs: [TunerSpec; 2] = [
+        PromptSpec { virtual_tokens: 3, init: VirtualInit::Random }.into(),
+        PrefixSpec { virtual_tokens: 3, ..PrefixSpec::default() }.into(),
+    ];
+    for spec in specs {
+        let mut adapter = Adapter::fresh(&spec, model.shape(), 1).unwrap();
+        model.begin(&mut adapter, &before, None).unwrap();
+        let got = model.token_logprobs(&[&ids], &wanted(0, ids.len()), exact(Some(&adapter))).unwrap();
+        // A prefix is computed by the kernels that serve, whose inputs are rounded.
+        assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-3), "{spec:?} {got:?} {want:?}");
     }
 }
 
