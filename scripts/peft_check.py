@@ -68,10 +68,13 @@ TAKEN = {
     "olora": (lora(16, 16, init_lora_weights="olora"), 0.01, 0.01),
     "dora": (lora(8, 16, use_dora=True), 0.02, 0),
     "ia3": (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), 0.1, 0),
+    "prompt_tuning": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20), 0.1, 0),
+    "prefix_tuning": (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), 0.1, 0),
+    "prefix_projection": (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=64, prefix_projection=True), 0.1, 0),
 }
 
 # Parts of the names of what is moved with B.
-MOVED = "lora_B", "lora_magnitude_vector", "ia3_l"
+MOVED = "lora_B", "lora_magnitude_vector", "ia3_l", "prompt_encoder"
 
 # The part that was taken out of the base is not in the files.
 ONLY_CONVERTED = ["pissa_niter_16"]
@@ -83,8 +86,6 @@ REFUSED = {
     "token_rows": lora(modules=["q_proj"], trainable_token_indices=[1, 2]),
     "replicated_layers": lora(modules=["q_proj"], layer_replication=[[0, 4], [2, 6]]),
     "embedding": lora(modules=["q_proj", "embed_tokens"]),
-    "prompt_tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    "prefix_tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "vera": VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj"]),
     "loha": LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]),
     "adalora": AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10),

@@ -369,11 +369,13 @@ pub enum AdapterKind {
     Prompt,
     /// Puts trained keys and values before the sequence, in every layer.
     Prefix,
+    /// Puts small networks behind attention and the feed-forward network.
+    Bottleneck,
 }
 
 impl AdapterKind {
     /// All kinds.
-    pub const ALL: [Self; 5] = [Self::Lora, Self::Dora, Self::Ia3, Self::Prompt, Self::Prefix];
+    pub const ALL: [Self; 6] = [Self::Lora, Self::Dora, Self::Ia3, Self::Prompt, Self::Prefix, Self::Bottleneck];
 
     /// Returns its name: `lora` and so on.
     pub fn name(self) -> &'static str {
@@ -383,6 +385,7 @@ impl AdapterKind {
             Self::Ia3 => "ia3",
             Self::Prompt => "prompt",
             Self::Prefix => "prefix",
+            Self::Bottleneck => "bottleneck",
         }
     }
 
@@ -403,6 +406,8 @@ pub enum TunerSpec {
     Prompt(PromptSpec),
     /// Prefix tuning.
     Prefix(PrefixSpec),
+    /// Bottleneck adapters.
+    Bottleneck(BottleneckSpec),
 }
 
 impl Default for TunerSpec {
@@ -432,6 +437,67 @@ impl From<PromptSpec> for TunerSpec {
 impl From<PrefixSpec> for TunerSpec {
     fn from(spec: PrefixSpec) -> Self {
         Self::Prefix(spec)
+    }
+}
+
+impl From<BottleneckSpec> for TunerSpec {
+    fn from(spec: BottleneckSpec) -> Self {
+        Self::Bottleneck(spec)
+    }
+}
+
+/// How fresh bottleneck adapters are shaped: what a layer gives, plus `up act(down y + down_bias) + up_bias` of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BottleneckSpec {
+    /// Values between down and up.
+    pub size: u32,
+    /// Where in a block.
+    pub placement: Placement,
+    /// The non-linearity between down and up.
+    pub non_linearity: NonLinearity,
+    /// Sorted; `None` is all.
+    pub layers: Option<Vec<u32>>,
+}
+
+impl Default for BottleneckSpec {
+    fn default() -> Self {
+        Self { size: 32, placement: Placement::FeedForward, non_linearity: NonLinearity::Silu, layers: None }
+    }
+}
+
+/// Where bottleneck adapters are in a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// Behind the feed-forward network (Pfeiffer et al. 2021).
+    FeedForward,
+    /// Behind attention, and behind the feed-forward network (Houlsby et al. 2019).
+    Both,
+}
+
+/// What a bottleneck adapter's inner values go through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NonLinearity {
+    /// x * sigmoid(x).
+    Silu,
+    /// x * Phi(x), by its approximation with tanh.
+    Gelu,
+}
+
+impl NonLinearity {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Silu, Self::Gelu];
+
+    /// Returns its name: `silu` and so on.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Silu => "silu",
+            Self::Gelu => "gelu",
+        }
+    }
+
+    /// Returns the one of a name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|of| of.name() == name)
     }
 }
 

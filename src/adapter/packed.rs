@@ -5,7 +5,8 @@
 //! - B as `[out / OUT_TILE][rank][OUT_TILE]`, the outputs padded with zeros: the outputs of one rank lie together, so expanding adds a
 //!   vector for each value of the rank;
 //! - the scale in float32, to be applied to what A gives: folded into a tensor it would be rounded with it;
-//! - what (IA)3 multiplies with, or DoRA ([`Scales`]), in float32.
+//! - what (IA)3 multiplies with, or DoRA ([`Scales`]), in float32;
+//! - of a bottleneck adapter down as A, up as B, and their biases in float32.
 //!
 //! Virtual tokens lie behind the layers, in float32.
 //!
@@ -18,11 +19,13 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::adapter::{Adapter, BaseShape, LowRank, RowNorms, ScaledSide, Site, SiteDelta, VirtualForm};
+use crate::adapter::{Adapter, BaseShape, Bottleneck, LowRank, RowNorms, ScaledSide, Site, SiteDelta, VirtualForm};
 use crate::arch::decoder::SiteId;
 use crate::error::{Error, Result};
-use crate::kernels::cpu::LoraPair;
+use crate::kernels::cpu::{self, LoraPair};
 use crate::kernels::packed::TILE_ROWS;
+use crate::kernels::spec::Activation;
+use crate::request::NonLinearity;
 
 /// Outputs in a tile of B.
 const OUT_TILE: usize = TILE_ROWS;
@@ -37,7 +40,7 @@ pub struct PackedAdapter {
     places: Arc<[Option<Place>]>,
     values: Arc<Values>,
     rank: usize,
-    has_scales: bool,
+    changes_rows: bool,
     virtual_tokens: Option<VirtualPlace>,
 }
 
@@ -85,15 +88,13 @@ impl ScaledPart {
     }
 }
 
-/// What an adapter takes at a site.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct SiteSize {
-    /// Where.
-    pub site: Site,
-    /// 0 where there is no pair.
-    pub rank: usize,
-    /// Which side has a scale for each value.
-    pub scaled: Option<ScaledSide>,
+impl From<NonLinearity> for Activation {
+    fn from(non_linearity: NonLinearity) -> Self {
+        match non_linearity {
+            NonLinearity::Silu => Self::Silu,
+            NonLinearity::Gelu => Self::GeluTanh,
+        }
+    }
 }
 
 /// Where what belongs to one layer lies.
@@ -105,6 +106,8 @@ pub(super) struct Place {
     a: Range<usize>,
     b: Range<usize>,
     pub(super) scaled: Option<(ScaledPart, Range<usize>)>,
+    /// The pair is down and up, and these are their biases.
+    pub(super) bottleneck: Option<(NonLinearity, [Range<usize>; 2])>,
 }
 
 /// What lies in a place, but for the values.
@@ -113,17 +116,39 @@ pub(super) struct Layout {
     pub(super) rank: usize,
     pub(super) scale: f32,
     pub(super) scaled: Option<ScaledPart>,
+    /// The pair is down and up, on what the layer gives.
+    pub(super) bottleneck: Option<NonLinearity>,
 }
 
 impl Layout {
+    /// Of A and B, and a magnitude.
+    pub(super) fn pair(rank: usize, scale: f32, magnitude: bool) -> Self {
+        Self { rank, scale, scaled: magnitude.then_some(ScaledPart::Product), bottleneck: None }
+    }
+
+    /// Of what (IA)3 multiplies with.
+    pub(super) fn scales(side: ScaledSide) -> Self {
+        Self { rank: 0, scale: 0.0, scaled: Some(side.into()), bottleneck: None }
+    }
+
+    /// Of a bottleneck adapter.
+    pub(super) fn bottleneck(size: usize, non_linearity: NonLinearity) -> Self {
+        Self { rank: size, scale: 1.0, scaled: None, bottleneck: Some(non_linearity) }
+    }
+
+    /// The inputs and outputs of the pair, at a layer of (in, out).
+    fn pair_dims(self, (inputs, outputs): (usize, usize)) -> (usize, usize) {
+        (if self.bottleneck.is_some() { outputs } else { inputs }, outputs)
+    }
+
     /// Of a layer in a form of so many times its rank.
     fn of(delta: &SiteDelta, times: usize) -> Self {
         match delta {
             SiteDelta::LowRank(LowRank { rank, scale, magnitude, .. }) => {
-                let scaled = magnitude.is_some().then_some(ScaledPart::Product);
-                Self { rank: times * rank, scale: *scale, scaled }
+                Self::pair(times * rank, *scale, magnitude.is_some())
             }
-            SiteDelta::Scaled { side, .. } => Self { rank: 0, scale: 0.0, scaled: Some((*side).into()) },
+            SiteDelta::Scaled { side, .. } => Self::scales(*side),
+            SiteDelta::Bottleneck(bottleneck) => Self::bottleneck(bottleneck.size(), bottleneck.non_linearity),
         }
     }
 }
@@ -153,11 +178,12 @@ impl Values {
     }
 }
 
-/// Lengths of A, of B and of the scales of a layer as they are packed.
-fn lengths(layout: Layout, dims: (usize, usize)) -> [usize; 3] {
-    let (inputs, outputs) = dims;
+/// Lengths of A, of B, of the scales and of a bottleneck's biases of a layer as they are packed.
+fn lengths(layout: Layout, dims: (usize, usize)) -> [usize; 5] {
+    let (inputs, outputs) = layout.pair_dims(dims);
     let scales = layout.scaled.map_or(0, |part| part.len(dims) * VALUES_OF_A_FLOAT);
-    [inputs * layout.rank, outputs.next_multiple_of(OUT_TILE) * layout.rank, scales]
+    let biases = layout.bottleneck.map_or([0; 2], |_| [layout.rank, outputs].map(|len| len * VALUES_OF_A_FLOAT));
+    [inputs * layout.rank, outputs.next_multiple_of(OUT_TILE) * layout.rank, scales, biases[0], biases[1]]
 }
 
 /// Values of two bytes that a float32 takes.
@@ -165,15 +191,11 @@ const VALUES_OF_A_FLOAT: usize = 2;
 
 /// Bytes that an adapter of these sites and virtual tokens takes when it is packed.
 pub(super) fn adapter_bytes(
-    sites: impl IntoIterator<Item = SiteSize>,
+    sites: impl IntoIterator<Item = (Site, Layout)>,
     virtual_tokens: Option<(VirtualForm, usize)>,
     shape: &BaseShape,
 ) -> u64 {
-    let of_site = |SiteSize { site, rank, scaled }: SiteSize| {
-        // DoRA's scales and (IA)3's are as many.
-        let scaled = scaled.map(ScaledPart::from);
-        layer_bytes(Layout { rank, scale: 0.0, scaled }, shape.dims(site.target).unwrap_or_default())
-    };
+    let of_site = |(site, layout): (Site, Layout)| layer_bytes(layout, shape.dims(site.target).unwrap_or_default());
     sites.into_iter().map(of_site).sum::<u64>() + virtual_bytes(virtual_tokens, shape)
 }
 
@@ -235,12 +257,14 @@ impl PackedAdapter {
             let packed = match delta {
                 SiteDelta::LowRank(pair) => {
                     let scales = pair.magnitude.as_ref().map(|_| pair.row_scales(norms.get(site)?));
-                    pack(&form(pair), dims, place, values.get_mut()).and_then(|()| match scales {
+                    let form = form(pair);
+                    pack(form.rank, [&form.a, &form.b], dims, place, values.get_mut()).and_then(|()| match scales {
                         Some(scales) => put_scales(&scales?, place, values.get_mut()),
                         None => Some(()),
                     })
                 }
                 SiteDelta::Scaled { values: scales, .. } => put_scales(scales, place, values.get_mut()),
+                SiteDelta::Bottleneck(bottleneck) => pack_bottleneck(bottleneck, dims.1, place, values.get_mut()),
             };
             packed.ok_or_else(|| misfit(*site))?;
         }
@@ -248,9 +272,11 @@ impl PackedAdapter {
     }
 
     pub(super) fn of(places: Vec<Option<Place>>, virtual_tokens: Option<VirtualPlace>, values: Values) -> Self {
-        let rank = places.iter().flatten().map(|place| place.rank).max().unwrap_or_default();
-        let has_scales = places.iter().flatten().any(|place| place.scaled.is_some());
-        Self { places: places.into(), values: Arc::new(values), rank, has_scales, virtual_tokens }
+        let pairs = places.iter().flatten().filter(|place| place.bottleneck.is_none());
+        let rank = pairs.map(|place| place.rank).max().unwrap_or_default();
+        let changes = |place: &Place| place.scaled.is_some() || place.bottleneck.is_some();
+        let changes_rows = places.iter().flatten().any(changes);
+        Self { places: places.into(), values: Arc::new(values), rank, changes_rows, virtual_tokens }
     }
 
     /// Returns how many tokens it puts before a sequence.
@@ -282,10 +308,24 @@ impl PackedAdapter {
 
     /// What is to be added at the site of this number; `None` where nothing is.
     pub fn pair(&self, site: SiteId) -> Option<LoraPair<'_>> {
-        let place = self.places.get(site)?.as_ref().filter(|place| place.rank > 0)?;
+        let place = self.places.get(site)?.as_ref().filter(|place| place.rank > 0 && place.bottleneck.is_none())?;
+        Some(self.pair_of(place))
+    }
+
+    fn pair_of(&self, place: &Place) -> LoraPair<'_> {
         let values = self.values.get();
         let (a, b) = (&values[place.a.clone()], &values[place.b.clone()]);
-        Some(LoraPair { rank: place.rank, scale: place.scale, a, b })
+        LoraPair { rank: place.rank, scale: place.scale, a, b }
+    }
+
+    /// What the outputs go through at the site of this number; `None` where there is nothing.
+    pub fn bottleneck(&self, site: SiteId) -> Option<cpu::Bottleneck<'_>> {
+        let place = self.places.get(site)?.as_ref()?;
+        let (non_linearity, biases) = place.bottleneck.as_ref()?;
+        let [down_bias, up_bias] =
+            biases.each_ref().map(|range| bytemuck::cast_slice(&self.values.get()[range.clone()]));
+        let activation = (*non_linearity).into();
+        Some(cpu::Bottleneck { pair: self.pair_of(place), down_bias, up_bias, activation })
     }
 
     /// What is to be multiplied at the site of this number; `None` where nothing is.
@@ -299,9 +339,9 @@ impl PackedAdapter {
         })
     }
 
-    /// Returns whether it multiplies anything anywhere.
-    pub fn has_scales(&self) -> bool {
-        self.has_scales
+    /// Returns whether it does anything anywhere but to add a product: multiplies, or puts a bottleneck behind a layer.
+    pub fn changes_rows(&self) -> bool {
+        self.changes_rows
     }
 
     /// Packs an adapter in twice the bits. A value x is held as hi + lo, hi its nearest bf16 and lo that of what is left: A = Ah + Al and
@@ -345,7 +385,7 @@ impl PackedAdapter {
         self.values.get()
     }
 
-    /// The largest of its layers.
+    /// The largest of its pairs.
     pub fn rank(&self) -> usize {
         self.rank
     }
@@ -372,7 +412,7 @@ pub(super) fn place(
     let (mut places, mut end) = (Vec::new(), 0);
     for (site, layout) in layers {
         let (Some(at), Some(dims)) = (shape.index(site), shape.dims(site.target)) else { return Err(site) };
-        let [a, b, scales] = lengths(layout, dims).map(|len| {
+        let [a, b, scales, down_bias, up_bias] = lengths(layout, dims).map(|len| {
             let start = end;
             end += len.next_multiple_of(ALIGN);
             start..start + len
@@ -380,8 +420,10 @@ pub(super) fn place(
         if places.len() <= at {
             places.resize(at + 1, None);
         }
-        let Layout { rank, scale, scaled } = layout;
-        places[at] = Some(Place { rank, scale, a, b, scaled: scaled.map(|part| (part, scales)) });
+        let Layout { rank, scale, scaled, bottleneck } = layout;
+        let scaled = scaled.map(|part| (part, scales));
+        let bottleneck = bottleneck.map(|non_linearity| (non_linearity, [down_bias, up_bias]));
+        places[at] = Some(Place { rank, scale, a, b, scaled, bottleneck });
     }
     let virtual_place = virtual_tokens.map(|(form, count)| {
         let start = end;
@@ -403,15 +445,28 @@ fn put_floats(floats: &[f32], range: Range<usize>, values: &mut [u16]) -> Option
     (to.len() == floats.len()).then(|| to.copy_from_slice(floats))
 }
 
-/// Writes a pair into its place; `None` where it does not fit.
-fn pack(layer: &LowRank, (inputs, outputs): (usize, usize), place: &Place, values: &mut [u16]) -> Option<()> {
-    let rank = layer.rank;
-    if rank == 0 || layer.a.len() != rank * inputs || layer.b.len() != outputs * rank {
+/// Writes a bottleneck of so many outputs into its place; `None` where it does not fit.
+fn pack_bottleneck(bottleneck: &Bottleneck, outputs: usize, place: &Place, values: &mut [u16]) -> Option<()> {
+    let (_, [down_bias, up_bias]) = place.bottleneck.clone()?;
+    put_floats(&bottleneck.down_bias, down_bias, values)?;
+    put_floats(&bottleneck.up_bias, up_bias, values)?;
+    pack(bottleneck.size(), [&bottleneck.down, &bottleneck.up], (outputs, outputs), place, values)
+}
+
+/// Writes A and B into their place; `None` where they do not fit.
+fn pack(
+    rank: usize,
+    [a, b]: [&[f32]; 2],
+    (inputs, outputs): (usize, usize),
+    place: &Place,
+    values: &mut [u16],
+) -> Option<()> {
+    if rank == 0 || a.len() != rank * inputs || b.len() != outputs * rank {
         return None;
     }
-    values.get_mut(place.a.clone())?.iter_mut().zip(&layer.a).for_each(|(to, from)| *to = round(*from));
+    values.get_mut(place.a.clone())?.iter_mut().zip(a).for_each(|(to, from)| *to = round(*from));
     let tiles = values.get_mut(place.b.clone())?.chunks_exact_mut(rank * OUT_TILE);
-    for (rows, tile) in layer.b.chunks(OUT_TILE * rank).zip(tiles) {
+    for (rows, tile) in b.chunks(OUT_TILE * rank).zip(tiles) {
         transpose(rows, rank, tile, OUT_TILE);
     }
     Some(())
@@ -563,7 +618,7 @@ mod tests {
         let mut scales = Adapter::fresh(&Ia3Spec::default(), &shape, 1).unwrap();
         scales.tensors_mut().flatten().enumerate().for_each(|(i, x)| *x = 1.0 + i as f32 / 1000.0);
         let packed = PackedAdapter::new(&scales, &shape, &norms).unwrap();
-        assert!(packed.has_scales() && packed.rank() == 0);
+        assert!(packed.changes_rows() && packed.rank() == 0);
         for (id, site) in shape.sites().enumerate() {
             let want = match scales.sites.get(&site) {
                 Some(SiteDelta::Scaled { side: ScaledSide::Input, values }) => Some(Scales::Input(values)),

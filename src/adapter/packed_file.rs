@@ -1,7 +1,7 @@
 //! [`PackedAdapter`] as a file, so that a version is brought into memory by one read and no arithmetic. It is derived from a version's
 //! PEFT files, which stay what counts: one that is missing, damaged, of another format or of another machine's byte order is made again.
 //!
-//! The file: [`MAGIC`], the version's digest, the form and the number of virtual tokens, the number of layers, (index, rank, scale, what else is scaled) of each, the tensors as they lie in memory, and a
+//! The file: [`MAGIC`], the version's digest, the form and the number of virtual tokens, the number of layers, (index, rank, scale, what else is scaled, the non-linearity of a bottleneck) of each, the tensors as they lie in memory, and a
 //! CRC-32 of all that. A checksum and not SHA-256: it is there to find damage, and SHA-256 takes six times as long as all the rest of a
 //! load. What the digest promises was checked when the file was made.
 
@@ -12,6 +12,7 @@ use crc32fast::Hasher;
 use crate::adapter::packed::{Layout, ScaledPart, Values, place};
 use crate::adapter::{BaseShape, PackedAdapter, Site, VirtualForm};
 use crate::ids::Digest;
+use crate::request::NonLinearity;
 
 /// Ends in the number of the format.
 const MAGIC: &[u8; 16] = b"tenora packed 03";
@@ -39,7 +40,9 @@ impl PackedAdapter {
             // 0 where nothing is.
             let part = |part| 1 + ScaledPart::ALL.iter().position(|of| *of == part).unwrap_or_default();
             let scaled = place.scaled.as_ref().map_or(0, |of| part(of.0));
-            let numbers = [at as u32, place.rank as u32, place.scale.to_bits(), scaled as u32];
+            let non_linearity = |which| 1 + NonLinearity::ALL.iter().position(|of| *of == which).unwrap_or_default();
+            let bottleneck = place.bottleneck.as_ref().map_or(0, |of| non_linearity(of.0));
+            let numbers = [at as u32, place.rank as u32, place.scale.to_bits(), scaled as u32, bottleneck as u32];
             file.extend(numbers.iter().flat_map(|x| x.to_ne_bytes()));
         }
         file.extend(bytemuck::cast_slice::<u16, u8>(self.values()));
@@ -79,7 +82,13 @@ impl PackedAdapter {
                 None => None,
                 Some(part) => Some(*ScaledPart::ALL.get(part).ok_or_else(|| damaged("scales what it cannot"))?),
             };
-            Ok((site, Layout { rank, scale, scaled }))
+            let bottleneck = match (file.number()? as usize).checked_sub(1) {
+                None => None,
+                Some(which) => {
+                    Some(*NonLinearity::ALL.get(which).ok_or_else(|| damaged("has an unknown non-linearity"))?)
+                }
+            };
+            Ok((site, Layout { rank, scale, scaled, bottleneck }))
         };
         let layers = (0..count).map(|_| layer()).collect::<io::Result<Vec<_>>>()?;
         let (places, virtual_place, len) = place(layers.into_iter(), virtual_tokens, shape).map_err(|_| lacks())?;
@@ -132,7 +141,7 @@ impl<R: Read> Checked<R> {
 mod tests {
     use super::*;
     use crate::adapter::{Adapter, RowNorms};
-    use crate::request::{Ia3Spec, LoraSpec, Target};
+    use crate::request::{BottleneckSpec, Ia3Spec, LoraSpec, PrefixSpec, Target};
 
     fn adapter() -> (PackedAdapter, BaseShape) {
         let dims = [(8, 8), (8, 20), (24, 4), (9, 17), (8, 16), (31, 33), (16, 8)];
@@ -149,8 +158,15 @@ mod tests {
         let norms: RowNorms = dora.pairs().map(|(site, pair)| (site, vec![2.0; pair.b.len() / 2])).collect();
         dora.pairs_mut().for_each(|(_, pair)| pair.magnitude.iter_mut().flatten().for_each(|x| *x = 3.0));
         let ia3 = Adapter::fresh(&Ia3Spec::default(), &shape, 1).unwrap();
+        let placement = crate::request::Placement::Both;
+        let bottleneck = BottleneckSpec { size: 3, placement, ..BottleneckSpec::default() };
+        let bottleneck = Adapter::fresh(&bottleneck, &shape, 1).unwrap();
+        let prefix = PrefixSpec { virtual_tokens: 3, ..PrefixSpec::default() };
+        let mut prefix = Adapter::fresh(&prefix, &shape, 1).unwrap();
+        prefix.tensors_mut().flatten().enumerate().for_each(|(i, x)| *x = i as f32);
         let packed = |adapter| PackedAdapter::new(&adapter, &shape, &norms).unwrap();
-        [plain, packed(dora), packed(ia3)].into_iter().map(|packed| (packed, shape.clone())).collect()
+        let others = [dora, ia3, bottleneck, prefix].map(packed);
+        std::iter::once(plain).chain(others).map(|packed| (packed, shape.clone())).collect()
     }
 
     #[test]
@@ -159,8 +175,11 @@ mod tests {
             let file = packed.to_file(Digest::of(b"x"));
             let read = PackedAdapter::from_file(&file[..], Digest::of(b"x"), packed.byte_size(), &shape).unwrap();
             assert_eq!((read.rank(), read.byte_size()), (packed.rank(), packed.byte_size()));
+            assert_eq!(read.virtual_count(), packed.virtual_count());
+            assert_eq!(read.virtual_kv(2, 1, 20), packed.virtual_kv(2, 1, 20));
             for site in 0..shape.sites().count() {
                 assert_eq!((read.pair(site), read.scales(site)), (packed.pair(site), packed.scales(site)));
+                assert_eq!(read.bottleneck(site), packed.bottleneck(site));
             }
         }
     }

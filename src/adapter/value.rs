@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::adapter::BaseShape;
-use crate::adapter::packed::{SiteSize, adapter_bytes};
+use crate::adapter::packed::{Layout, adapter_bytes};
 use crate::adapter::virtual_tokens::{VirtualForm, VirtualTokens};
 use crate::arch::decoder::Site;
 use crate::error::{Error, Result};
 use crate::random::{Purpose, Stream};
-use crate::request::{AdapterKind, Ia3Spec, LoraSpec, Target, TunerSpec};
+use crate::request::{AdapterKind, BottleneckSpec, Ia3Spec, LoraSpec, NonLinearity, Placement, Target, TunerSpec};
 
 /// An adapter. Its gradient is a value of the same shape.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +33,30 @@ pub enum SiteDelta {
         /// `[in]` or `[out]`.
         values: Vec<f32>,
     },
+    /// A bottleneck adapter (Houlsby et al. 2019): what comes out of the layer goes through it.
+    Bottleneck(Bottleneck),
+}
+
+/// A small network behind a layer: y += up act(down y + down_bias) + up_bias.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Bottleneck {
+    /// The non-linearity.
+    pub non_linearity: NonLinearity,
+    /// `[size, out]`, row-major.
+    pub down: Vec<f32>,
+    /// `[size]`.
+    pub down_bias: Vec<f32>,
+    /// `[out, size]`, row-major.
+    pub up: Vec<f32>,
+    /// `[out]`.
+    pub up_bias: Vec<f32>,
+}
+
+impl Bottleneck {
+    /// Returns how many values there are between down and up.
+    pub fn size(&self) -> usize {
+        self.down_bias.len()
+    }
 }
 
 /// A pair of matrices: y += scale * B (A x). With a magnitude the sum of both products is multiplied, row by row of W, by the magnitude over
@@ -82,6 +106,7 @@ impl AdapterKind {
             TunerSpec::Ia3(_) => Self::Ia3,
             TunerSpec::Prompt(_) => Self::Prompt,
             TunerSpec::Prefix(_) => Self::Prefix,
+            TunerSpec::Bottleneck(_) => Self::Bottleneck,
         }
     }
 }
@@ -103,7 +128,7 @@ impl TunerSpec {
                 *spec =
                     Ia3Spec { targets: targets(&|_| true), feedforward: targets(&|side| side == ScaledSide::Input) };
             }
-            Self::Prompt(_) | Self::Prefix(_) => {}
+            Self::Prompt(_) | Self::Prefix(_) | Self::Bottleneck(_) => {}
         }
         Ok(())
     }
@@ -113,18 +138,17 @@ impl TunerSpec {
     /// # Errors
     /// INVALID_ARGUMENT names the field: no target, no layer, one that the base lacks, a number out of its range.
     pub fn memory_bytes(&self, shape: &BaseShape) -> Result<u64> {
-        let sites: Vec<SiteSize> = match self {
+        let sites: Vec<(Site, Layout)> = match self {
             Self::Lora(spec) => {
-                let size = |site| SiteSize {
-                    site,
-                    rank: spec.rank as usize,
-                    scaled: spec.use_dora.then_some(ScaledSide::Output),
-                };
-                spec.sites(shape)?.into_iter().map(size).collect()
+                let layout = Layout::pair(spec.rank as usize, 0.0, spec.use_dora);
+                spec.sites(shape)?.into_iter().map(|site| (site, layout)).collect()
             }
             Self::Ia3(spec) => {
-                let size = |(site, side)| SiteSize { site, rank: 0, scaled: Some(side) };
-                spec.sites(shape)?.into_iter().map(size).collect()
+                spec.sites(shape)?.into_iter().map(|(site, side)| (site, Layout::scales(side))).collect()
+            }
+            Self::Bottleneck(spec) => {
+                let layout = Layout::bottleneck(spec.size as usize, spec.non_linearity);
+                spec.sites(shape)?.into_iter().map(|site| (site, layout)).collect()
             }
             Self::Prompt(_) | Self::Prefix(_) => Vec::new(),
         };
@@ -135,7 +159,7 @@ impl TunerSpec {
     pub fn dropout(&self) -> f32 {
         match self {
             Self::Lora(spec) => spec.dropout,
-            Self::Ia3(_) | Self::Prompt(_) | Self::Prefix(_) => 0.0,
+            Self::Ia3(_) | Self::Prompt(_) | Self::Prefix(_) | Self::Bottleneck(_) => 0.0,
         }
     }
 }
@@ -148,14 +172,7 @@ impl LoraSpec {
 
     /// The layers it adapts. Errors name the field: no target, no layer, a layer that the base lacks, rank 0.
     pub fn sites(&self, shape: &BaseShape) -> Result<Vec<Site>> {
-        let layers = match &self.layers {
-            Some(layers) => layers.clone(),
-            None => (0..shape.layers).collect(),
-        };
-        if let Some(layer) = layers.iter().find(|layer| **layer >= shape.layers) {
-            let message = format!("layer {layer} does not exist; the base has {}, counted from 0", shape.layers);
-            return Err(Error::invalid("lora.layers_to_transform", message));
-        }
+        let layers = layers_of("lora", self.layers.as_deref(), shape)?;
         if self.rank == 0 {
             return Err(Error::invalid("lora.rank", "must be at least 1"));
         }
@@ -184,6 +201,36 @@ impl LoraSpec {
         let mut targets = if self.targets.is_empty() { shape.targets().collect() } else { self.targets.clone() };
         targets.sort_unstable();
         Ok(targets)
+    }
+}
+
+/// The layers that are meant.
+fn layers_of(field: &str, layers: Option<&[u32]>, shape: &BaseShape) -> Result<Vec<u32>> {
+    let layers = layers.map_or_else(|| (0..shape.layers).collect(), <[u32]>::to_vec);
+    match layers.iter().find(|layer| **layer >= shape.layers) {
+        Some(layer) => {
+            let message = format!("layer {layer} does not exist; the base has {}, counted from 0", shape.layers);
+            Err(Error::invalid(format!("{field}.layers_to_transform"), message))
+        }
+        None => Ok(layers),
+    }
+}
+
+impl BottleneckSpec {
+    /// Returns the sites behind which there is one, in order.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT where the base lacks a layer, and for a size of 0.
+    pub fn sites(&self, shape: &BaseShape) -> Result<Vec<Site>> {
+        let layers = layers_of("bottleneck", self.layers.as_deref(), shape)?;
+        if self.size == 0 {
+            return Err(Error::invalid("bottleneck.bottleneck_size", "must be at least 1"));
+        }
+        let targets: &[Target] = match self.placement {
+            Placement::FeedForward => &[Target::DownProj],
+            Placement::Both => &[Target::OProj, Target::DownProj],
+        };
+        Ok(layers.iter().flat_map(|&layer| targets.iter().map(move |&target| Site { layer, target })).collect())
     }
 }
 
@@ -230,20 +277,26 @@ impl Ia3Spec {
 impl SiteDelta {
     /// Returns the tensors that are trained, in a fixed order.
     pub(super) fn tensors(&self) -> impl Iterator<Item = &[f32]> {
-        let (first, second, third) = match self {
-            Self::LowRank(LowRank { a, b, magnitude, .. }) => (a, Some(b), magnitude.as_ref()),
-            Self::Scaled { values, .. } => (values, None, None),
+        let tensors = match self {
+            Self::LowRank(LowRank { a, b, magnitude, .. }) => [Some(a), Some(b), magnitude.as_ref(), None],
+            Self::Scaled { values, .. } => [Some(values), None, None, None],
+            Self::Bottleneck(Bottleneck { down, down_bias, up, up_bias, .. }) => {
+                [Some(down), Some(down_bias), Some(up), Some(up_bias)]
+            }
         };
-        [Some(first), second, third].into_iter().flatten().map(Vec::as_slice)
+        tensors.into_iter().flatten().map(Vec::as_slice)
     }
 
     /// As [`SiteDelta::tensors`], to be changed.
     fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
-        let (first, second, third) = match self {
-            Self::LowRank(LowRank { a, b, magnitude, .. }) => (a, Some(b), magnitude.as_mut()),
-            Self::Scaled { values, .. } => (values, None, None),
+        let tensors = match self {
+            Self::LowRank(LowRank { a, b, magnitude, .. }) => [Some(a), Some(b), magnitude.as_mut(), None],
+            Self::Scaled { values, .. } => [Some(values), None, None, None],
+            Self::Bottleneck(Bottleneck { down, down_bias, up, up_bias, .. }) => {
+                [Some(down), Some(down_bias), Some(up), Some(up_bias)]
+            }
         };
-        [Some(first), second, third].into_iter().flatten().map(Vec::as_mut_slice)
+        tensors.into_iter().flatten().map(Vec::as_mut_slice)
     }
 }
 
@@ -254,8 +307,8 @@ impl Adapter {
         Self { spec: TunerSpec::Lora(spec), sites, virtual_tokens: None }
     }
 
-    /// As PEFT starts one: of LoRA A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)) and B zero, of (IA)3 ones. A function of the seed
-    /// alone. What is the base's is zero until whoever has the base fills it in (`Model::begin`): DoRA's magnitudes, virtual tokens.
+    /// As PEFT starts one: of LoRA A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)) and B zero, of (IA)3 ones; of a bottleneck down as A, and
+    /// zero all else. A function of the seed alone. What is the base's is zero until whoever has the base fills it in (`Model::begin`): DoRA's magnitudes, virtual tokens.
     pub fn fresh<S: Clone + Into<TunerSpec>>(spec: &S, shape: &BaseShape, seed: u64) -> Result<Self> {
         let spec = spec.clone().into();
         let sites = match &spec {
@@ -268,6 +321,7 @@ impl Adapter {
                 };
                 spec.sites(shape)?.into_iter().map(ones).collect()
             }
+            TunerSpec::Bottleneck(spec) => fresh_bottlenecks(spec, shape, seed)?,
             TunerSpec::Prompt(_) | TunerSpec::Prefix(_) => BTreeMap::new(),
         };
         let virtual_tokens = VirtualTokens::fresh(&spec, shape, seed);
@@ -297,7 +351,7 @@ impl Adapter {
     pub fn pair(&self, site: Site) -> Option<&LowRank> {
         match self.sites.get(&site)? {
             SiteDelta::LowRank(pair) => Some(pair),
-            SiteDelta::Scaled { .. } => None,
+            SiteDelta::Scaled { .. } | SiteDelta::Bottleneck(_) => None,
         }
     }
 
@@ -305,7 +359,7 @@ impl Adapter {
     pub fn pairs(&self) -> impl Iterator<Item = (Site, &LowRank)> {
         self.sites.iter().filter_map(|(site, delta)| match delta {
             SiteDelta::LowRank(pair) => Some((*site, pair)),
-            SiteDelta::Scaled { .. } => None,
+            SiteDelta::Scaled { .. } | SiteDelta::Bottleneck(_) => None,
         })
     }
 
@@ -313,7 +367,7 @@ impl Adapter {
     pub fn pairs_mut(&mut self) -> impl Iterator<Item = (Site, &mut LowRank)> {
         self.sites.iter_mut().filter_map(|(site, delta)| match delta {
             SiteDelta::LowRank(pair) => Some((*site, pair)),
-            SiteDelta::Scaled { .. } => None,
+            SiteDelta::Scaled { .. } | SiteDelta::Bottleneck(_) => None,
         })
     }
 
@@ -343,14 +397,31 @@ impl Adapter {
     }
 }
 
+/// `rank` rows over the `inputs` of a site, uniform in +-1/sqrt(inputs).
+fn uniform_rows(stream: Stream, site: Site, (rank, inputs): (usize, usize), shape: &BaseShape) -> Vec<f32> {
+    let bound = 1.0 / (inputs as f32).sqrt();
+    let place = shape.index(site).unwrap_or_default() as u64;
+    (0..rank * inputs).map(|i| bound * (2.0 * stream.uniform(place, i as u32) - 1.0)).collect()
+}
+
+fn fresh_bottlenecks(spec: &BottleneckSpec, shape: &BaseShape, seed: u64) -> Result<BTreeMap<Site, SiteDelta>> {
+    let (stream, size) = (Stream::new(seed, Purpose::Initialisation), spec.size as usize);
+    let of_site = |site: Site| {
+        let (_, outputs) = shape.dims(site.target).unwrap_or_default();
+        let down = uniform_rows(stream, site, (size, outputs), shape);
+        let [down_bias, up, up_bias] = [size, outputs * size, outputs].map(|len| vec![0.0; len]);
+        let bottleneck = Bottleneck { non_linearity: spec.non_linearity, down, down_bias, up, up_bias };
+        (site, SiteDelta::Bottleneck(bottleneck))
+    };
+    Ok(spec.sites(shape)?.into_iter().map(of_site).collect())
+}
+
 fn fresh_pairs(spec: &LoraSpec, shape: &BaseShape, seed: u64) -> Result<BTreeMap<Site, SiteDelta>> {
     let stream = Stream::new(seed, Purpose::Initialisation);
     let rank = spec.rank as usize;
     let pairs = spec.sites(shape)?.into_iter().map(|site| {
         let (inputs, outputs) = shape.dims(site.target).unwrap_or_default();
-        let bound = 1.0 / (inputs as f32).sqrt();
-        let place = shape.index(site).unwrap_or_default() as u64;
-        let a = (0..rank * inputs).map(|i| bound * (2.0 * stream.uniform(place, i as u32) - 1.0)).collect();
+        let a = uniform_rows(stream, site, (rank, inputs), shape);
         let (scale, magnitude) = (spec.scale(spec.alpha, spec.rank), spec.use_dora.then(|| vec![0.0; outputs]));
         let pair = LowRank { rank, alpha: spec.alpha, scale, a, b: vec![0.0; outputs * rank], magnitude };
         (site, SiteDelta::LowRank(pair))

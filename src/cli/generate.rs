@@ -366,7 +366,10 @@ mod tests {
     fn one_answer_tells_what_the_call_took() {
         // Two tokens of a stop string were not sent.
         let answer = answer(8);
-        assert!(summary(&answer, 1).starts_with("base, virtual 2 + prompt 7 (3 cached) + answer 10 tokens, first after 0 ms"));
+        assert!(
+            summary(&answer, 1)
+                .starts_with("base, virtual 2 + prompt 7 (3 cached) + answer 10 tokens, first after 0 ms")
+        );
         let value = json_of(0, 1, &answer);
         assert_eq!(
             value["usage"],

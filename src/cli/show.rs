@@ -333,6 +333,13 @@ fn recipe(spec: &proto::TrainRequest) -> Value {
             value["target_modules"] = json!(ia3.target_modules);
             value["feedforward_modules"] = json!(ia3.feedforward_modules);
         }
+        Some(Start::Bottleneck(bottleneck)) => {
+            value["tuner"] = json!("bottleneck");
+            value["bottleneck_size"] = json!(bottleneck.bottleneck_size);
+            value["placement"] = json!(word(bottleneck.placement().as_str_name(), "BOTTLENECK_PLACEMENT_", "pfeiffer"));
+            value["non_linearity"] = json!(word(bottleneck.non_linearity().as_str_name(), "NON_LINEARITY_", "silu"));
+            value["layers_to_transform"] = json!(bottleneck.layers_to_transform);
+        }
         Some(Start::PromptTuning(prompt)) => {
             value["tuner"] = json!("prompt");
             value["virtual_tokens"] = json!(prompt.num_virtual_tokens);

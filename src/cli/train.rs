@@ -101,6 +101,15 @@ struct Tuner {
     /// Of prefix: train through two layers with so many values between them [default: train keys and values as they are]
     #[arg(long, value_name = "SIZE")]
     projection_size: Option<u32>,
+    /// Of bottleneck: values between down and up [default: 32]
+    #[arg(long, value_name = "SIZE")]
+    bottleneck_size: Option<u32>,
+    /// Of bottleneck: behind the feed-forward network (pfeiffer), or behind attention too (houlsby) [default: pfeiffer]
+    #[arg(long, value_enum)]
+    placement: Option<Placement>,
+    /// Of bottleneck: what is between down and up [default: silu]
+    #[arg(long, value_enum)]
+    non_linearity: Option<NonLinearity>,
 }
 
 /// The kinds of adapters that can be trained.
@@ -116,6 +125,20 @@ enum TunerKind {
     Prompt,
     /// Trained keys and values stand before the sequence, in every layer.
     Prefix,
+    /// Small networks stand behind the feed-forward network, or behind attention too.
+    Bottleneck,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Placement {
+    Pfeiffer,
+    Houlsby,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum NonLinearity {
+    Silu,
+    Gelu,
 }
 
 #[derive(Debug, clap::Args)]
@@ -331,6 +354,22 @@ impl Tuner {
                 init,
                 projection_size: self.projection_size.unwrap_or_default(),
             }),
+            TunerKind::Bottleneck => Start::Bottleneck(proto::BottleneckSpec {
+                bottleneck_size: self.bottleneck_size,
+                placement: match self.placement {
+                    None => proto::BottleneckPlacement::Unspecified,
+                    Some(Placement::Pfeiffer) => proto::BottleneckPlacement::Pfeiffer,
+                    Some(Placement::Houlsby) => proto::BottleneckPlacement::Houlsby,
+                }
+                .into(),
+                non_linearity: match self.non_linearity {
+                    None => proto::NonLinearity::Unspecified,
+                    Some(NonLinearity::Silu) => proto::NonLinearity::Silu,
+                    Some(NonLinearity::Gelu) => proto::NonLinearity::Gelu,
+                }
+                .into(),
+                layers_to_transform: self.layers.clone(),
+            }),
         })
     }
 
@@ -346,18 +385,21 @@ impl Tuner {
 
     /// Refuses what the kind has not, in place of passing it over.
     fn check(&self) -> Result<()> {
-        use TunerKind::{Dora, Ia3, Lora, Prefix, Prompt};
-        let settings: [(&str, bool, &[TunerKind]); 10] = [
+        use TunerKind::{Bottleneck, Dora, Ia3, Lora, Prefix, Prompt};
+        let settings: [(&str, bool, &[TunerKind]); 13] = [
             ("--rank", self.rank.is_some(), &[Lora, Dora]),
             ("--alpha", self.alpha.is_some(), &[Lora, Dora]),
             ("--dropout", self.dropout.is_some(), &[Lora, Dora]),
-            ("--layers", !self.layers.is_empty(), &[Lora, Dora]),
+            ("--layers", !self.layers.is_empty(), &[Lora, Dora, Bottleneck]),
             ("--rslora", self.rslora, &[Lora, Dora]),
             ("--targets", !self.targets.is_empty(), &[Lora, Dora, Ia3]),
             ("--feedforward", !self.feedforward.is_empty(), &[Ia3]),
             ("--virtual-tokens", self.virtual_tokens.is_some(), &[Prompt, Prefix]),
             ("--init-text or --init-ids", self.virtual_init().is_some(), &[Prompt, Prefix]),
             ("--projection-size", self.projection_size.is_some(), &[Prefix]),
+            ("--bottleneck-size", self.bottleneck_size.is_some(), &[Bottleneck]),
+            ("--placement", self.placement.is_some(), &[Bottleneck]),
+            ("--non-linearity", self.non_linearity.is_some(), &[Bottleneck]),
         ];
         match settings.iter().find(|(_, given, kinds)| *given && !kinds.contains(&self.tuner)) {
             Some((name, _, kinds)) => {

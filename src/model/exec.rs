@@ -95,8 +95,8 @@ struct Rows {
     adapters: Vec<Arc<PackedAdapter>>,
     /// The largest rank of the adapters.
     rank: usize,
-    /// Each row's adapter; empty where none of the batch multiplies anything.
-    scaled: Vec<Option<usize>>,
+    /// Each row's adapter; empty where none of the batch does anything but to add products.
+    changed: Vec<Option<usize>>,
     /// Rows of virtual tokens, their adapter's number with them.
     virtual_rows: Vec<(Tile, usize)>,
     /// The rows that are wanted beyond the last layer, ascending; and one base group for each.
@@ -146,15 +146,15 @@ impl Rows {
         }
         self.kept_groups.extend((0..self.kept.len()).map(|first| RowGroup { first, count: 1, adapter: None }));
         self.rank = self.adapters.iter().map(|adapter| adapter.rank()).max().unwrap_or(0);
-        self.scaled.clear();
-        if self.adapters.iter().any(|adapter| adapter.has_scales()) {
-            self.scaled.extend(self.groups.iter().flat_map(|group| std::iter::repeat_n(group.adapter, group.count)));
+        self.changed.clear();
+        if self.adapters.iter().any(|adapter| adapter.changes_rows()) {
+            self.changed.extend(self.groups.iter().flat_map(|group| std::iter::repeat_n(group.adapter, group.count)));
         }
     }
 
     /// What is multiplied in a row at a site.
     fn scales(&self, row: usize, site: SiteId) -> Option<Scales<'_>> {
-        self.adapters[(*self.scaled.get(row)?)?].scales(site)
+        self.adapters[(*self.changed.get(row)?)?].scales(site)
     }
 
     /// Multiplies a row of what goes into the layers at these sites.
@@ -167,7 +167,7 @@ impl Rows {
 
     /// Multiplies the rows of what has come out of the layer at a site, `[rows, out]`.
     fn scale_output(&self, site: SiteId, bias: Option<&[f32]>, y: &mut [f32]) {
-        let Some(width) = y.len().checked_div(self.scaled.len()) else { return };
+        let Some(width) = y.len().checked_div(self.changed.len()) else { return };
         for (row, y) in y.chunks_exact_mut(width).enumerate() {
             match (self.scales(row, site), bias) {
                 (Some(Scales::Output(scales)), _) | (Some(Scales::Product(scales)), None) => {
@@ -182,9 +182,15 @@ impl Rows {
         }
     }
 
-    /// Whether what comes out of a site is multiplied in a row.
-    fn scales_output(&self, row: usize, site: SiteId) -> bool {
+    /// What a row of what has come out of a site goes through.
+    fn bottleneck(&self, row: usize, site: SiteId) -> Option<cpu::Bottleneck<'_>> {
+        self.adapters[(*self.changed.get(row)?)?].bottleneck(site)
+    }
+
+    /// Whether more becomes of what comes out of a site in a row than that a product is added.
+    fn changes_output(&self, row: usize, site: SiteId) -> bool {
         matches!(self.scales(row, site), Some(Scales::Output(_) | Scales::Product(_)))
+            || self.bottleneck(row, site).is_some()
     }
 
     /// The adapter's number in this batch.
@@ -224,6 +230,8 @@ struct Buffers {
     shrunk: Vec<f32>,
     /// Rows of the residual stream that wait for what is added to them to be multiplied.
     aside: Vec<f32>,
+    /// Of bottleneck adapters.
+    inner: Vec<f32>,
     attention: AttentionScratch,
 }
 
@@ -235,6 +243,7 @@ impl Buffers {
             quantized: QuantizedRows::new(model.formats()),
             shrunk: Vec::new(),
             aside: Vec::new(),
+            inner: Vec::new(),
             attention: AttentionScratch::default(),
         }
     }
@@ -306,7 +315,7 @@ impl ExecPass<'_> {
         outs: impl FnOnce(&mut Outs) -> [&mut Vec<f32>; N],
     ) {
         let (model, rows) = (self.model, self.rows);
-        let Buffers { outs: buffers, quantized, shrunk, .. } = &mut *self.buffers;
+        let Buffers { outs: buffers, quantized, shrunk, inner, .. } = &mut *self.buffers;
         let (mut of_sites, first) = (sites.clone(), sites.start);
         let mut layers = outs(buffers).map(|y| {
             let site = of_sites.next().unwrap_or(sites.start);
@@ -321,26 +330,31 @@ impl ExecPass<'_> {
         }
         let next = Next { matrices, adapters: next_adapters.as_ref() };
         cpu::linear(self.team, quantized, &mut layers, adapters, next);
-        if !accumulate && !rows.scaled.is_empty() {
-            layers.iter_mut().zip(first..).for_each(|(layer, site)| rows.scale_output(site, layer.bias, layer.y));
+        if !accumulate && !rows.changed.is_empty() {
+            for (layer, site) in layers.iter_mut().zip(first..) {
+                rows.scale_output(site, layer.bias, layer.y);
+                let width = layer.matrix.rows();
+                cpu::bottleneck(self.team, |row| rows.bottleneck(row, site), (layer.y, width), inner);
+            }
         }
     }
 
-    /// Adds a layer to the residual stream where its output is multiplied in some rows: theirs wait aside, and start from zero.
-    fn add_scaled(&mut self, site: SiteId, next: Range<SiteId>) {
+    /// Adds a layer to the residual stream where its output is changed in some rows: theirs wait aside, and start from zero.
+    fn add_changed(&mut self, site: SiteId, next: Range<SiteId>) {
         let (model, rows, width) = (self.model, self.rows, self.model.config().hidden_size);
         let Buffers { outs: Outs { x, .. }, aside, .. } = &mut *self.buffers;
-        let is_scaled = |row: &usize| rows.scales_output(*row, site);
+        let is_changed = |row: &usize| rows.changes_output(*row, site);
         aside.clear();
-        for row in (0..rows.count()).filter(is_scaled) {
+        for row in (0..rows.count()).filter(is_changed) {
             let x = &mut x[row * width..][..width];
             aside.extend_from_slice(x);
             x.fill(0.0);
         }
         self.linear(site..site + 1, next, true, |outs| [&mut outs.x]);
-        let Buffers { outs: Outs { x, .. }, aside, .. } = &mut *self.buffers;
+        let Buffers { outs: Outs { x, .. }, aside, inner, .. } = &mut *self.buffers;
         rows.scale_output(site, model.bias(site), x);
-        for (row, aside) in (0..rows.count()).filter(is_scaled).zip(aside.chunks_exact(width)) {
+        cpu::bottleneck(self.team, |row| rows.bottleneck(row, site), (x, width), inner);
+        for (row, aside) in (0..rows.count()).filter(is_changed).zip(aside.chunks_exact(width)) {
             x[row * width..][..width].iter_mut().zip(aside).for_each(|(x, aside)| *x += aside);
         }
     }
@@ -456,8 +470,8 @@ impl ExecPass<'_> {
     /// Adds the output layer of y to x.
     fn output(&mut self, site: SiteId, merge: Merge, next: Range<SiteId>) {
         let sites = site..site + 1;
-        if merge == Merge::Add && (0..self.rows.scaled.len()).any(|row| self.rows.scales_output(row, site)) {
-            return self.add_scaled(site, next);
+        if merge == Merge::Add && (0..self.rows.changed.len()).any(|row| self.rows.changes_output(row, site)) {
+            return self.add_changed(site, next);
         }
         if merge == Merge::Add {
             return self.linear(sites, next, true, |outs| [&mut outs.x]);

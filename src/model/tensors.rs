@@ -186,7 +186,7 @@ impl Adapters {
 
 /// Brings an adapter to the device as it is served.
 fn upload(lora: &PackedAdapter, kernels: &dyn TensorKernels, model: &Model) -> Result<DeviceLora> {
-    if lora.has_scales() {
+    if lora.changes_rows() || lora.virtual_count() > 0 {
         let message = "is of a kind that a GPU does not serve yet: serve it with --device cpu, or train a LoRA";
         return Err(Error::invalid_because("UNSUPPORTED_KIND", "adapter", message));
     }

@@ -15,8 +15,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, DatasetName, TenantId, VersionName};
 use crate::request::{
-    Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, ParityReport, PrefixSpec,
-    PromptSpec, Publish, Start, Target, TooLong, TrainingData, TunerSpec, VirtualInit, metric,
+    BottleneckSpec, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, NonLinearity,
+    Objective, ParityReport, Placement, PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData,
+    TunerSpec, VirtualInit, metric,
 };
 use crate::store::rows::{from_json, to_json};
 
@@ -122,6 +123,8 @@ macro_rules! words {
 words!(PublishWord, Publish, Auto Live VersionOnly);
 words!(TooLongWord, TooLong, Refuse Drop Truncate);
 words!(TargetWord, Target, QProj KProj VProj OProj GateProj UpProj DownProj QkvProj GateUpProj);
+words!(PlacementWord, Placement, FeedForward Both);
+words!(NonLinearityWord, NonLinearity, Silu Gelu);
 words!(ScheduleWord, LrSchedule, Cosine Linear Constant);
 words!(StateWord, JobState, Queued Running Pausing Paused Interrupted Succeeded Failed Cancelling Cancelled);
 
@@ -273,6 +276,7 @@ enum StartDocument {
     Ia3(Ia3Document),
     Prompt(PromptDocument),
     Prefix(PrefixDocument),
+    Bottleneck(BottleneckDocument),
     From(VersionDocument),
 }
 
@@ -283,6 +287,7 @@ impl From<&Start> for StartDocument {
             Start::Fresh(TunerSpec::Ia3(ia3)) => Self::Ia3(ia3.into()),
             Start::Fresh(TunerSpec::Prompt(prompt)) => Self::Prompt(prompt.into()),
             Start::Fresh(TunerSpec::Prefix(prefix)) => Self::Prefix(prefix.into()),
+            Start::Fresh(TunerSpec::Bottleneck(bottleneck)) => Self::Bottleneck(bottleneck.into()),
             Start::From(version) => Self::From(version.into()),
         }
     }
@@ -296,6 +301,7 @@ impl TryFrom<StartDocument> for Start {
             StartDocument::Ia3(ia3) => Self::Fresh(TunerSpec::Ia3(ia3.into())),
             StartDocument::Prompt(prompt) => Self::Fresh(TunerSpec::Prompt(prompt.into())),
             StartDocument::Prefix(prefix) => Self::Fresh(TunerSpec::Prefix(prefix.into())),
+            StartDocument::Bottleneck(bottleneck) => Self::Fresh(TunerSpec::Bottleneck(bottleneck.into())),
             StartDocument::From(version) => Self::From(version.try_into()?),
         })
     }
@@ -419,6 +425,31 @@ impl From<VirtualInitDocument> for VirtualInit {
             VirtualInitDocument::Text(text) => Self::Text(text),
             VirtualInitDocument::Ids(ids) => Self::Ids(ids),
         }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct BottleneckDocument {
+    size: u32,
+    placement: PlacementWord,
+    non_linearity: NonLinearityWord,
+    layers: Option<Vec<u32>>,
+}
+
+impl From<&BottleneckSpec> for BottleneckDocument {
+    fn from(BottleneckSpec { size, placement, non_linearity, layers }: &BottleneckSpec) -> Self {
+        Self {
+            size: *size,
+            placement: (*placement).into(),
+            non_linearity: (*non_linearity).into(),
+            layers: layers.clone(),
+        }
+    }
+}
+
+impl From<BottleneckDocument> for BottleneckSpec {
+    fn from(BottleneckDocument { size, placement, non_linearity, layers }: BottleneckDocument) -> Self {
+        Self { size, placement: placement.into(), non_linearity: non_linearity.into(), layers }
     }
 }
 

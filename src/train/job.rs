@@ -109,6 +109,11 @@ impl TrainingContext {
         match tuner {
             TunerSpec::Lora(lora) => check_lora(lora, limits.max_rank),
             TunerSpec::Ia3(_) => Ok(()),
+            TunerSpec::Bottleneck(spec) => {
+                let in_range = (1..=limits.max_rank).contains(&u64::from(spec.size));
+                let text = format!("in 1..={} (limit max_rank)", limits.max_rank);
+                rule(in_range, "bottleneck.bottleneck_size", text)
+            }
             TunerSpec::Prompt(prompt) => {
                 check_virtual_tokens("prompt_tuning", prompt.virtual_tokens, limits, context)?;
                 self.first_ids("prompt_tuning", prompt.virtual_tokens, &prompt.init, 0).map(drop)
@@ -179,7 +184,7 @@ impl TrainingContext {
                         TunerSpec::Prefix(spec) => {
                             context.first_ids("prefix_tuning", spec.virtual_tokens, &spec.init, seed)?
                         }
-                        TunerSpec::Lora(_) | TunerSpec::Ia3(_) => Vec::new(),
+                        TunerSpec::Lora(_) | TunerSpec::Ia3(_) | TunerSpec::Bottleneck(_) => Vec::new(),
                     };
                     let permit = context.arbiter.train();
                     context.model.begin(&mut adapter, &ids, Some(&permit))?;

@@ -396,6 +396,8 @@ async fn every_kind_is_trained_and_served_beside_the_others_and_comes_back_whole
         ("short-prompt", "prompt", Start::PromptTuning(PromptTuningSpec { num_virtual_tokens: Some(3), init: None })),
         ("prefix", "prefix", prefix(18, 0)),
         ("projected-prefix", "prefix", prefix(5, 8)),
+        ("pfeiffer", "bottleneck", Start::Bottleneck(BottleneckSpec::default())),
+        ("houlsby", "bottleneck", houlsby(4)),
     ];
     let mut served = vec![String::new()];
     for (id, kind, start) in &starts {
@@ -442,6 +444,15 @@ async fn every_kind_is_trained_and_served_beside_the_others_and_comes_back_whole
         assert_eq!(&scores(&server, &key, &format!("tenants/a/adapters/{id}")).await, scored);
     }
     server.stopped().await;
+}
+
+fn houlsby(size: u32) -> Start {
+    Start::Bottleneck(BottleneckSpec {
+        bottleneck_size: Some(size),
+        placement: BottleneckPlacement::Houlsby.into(),
+        non_linearity: NonLinearity::Gelu.into(),
+        layers_to_transform: Vec::new(),
+    })
 }
 
 fn prompt_of_text(count: u32) -> Start {
@@ -511,6 +522,8 @@ async fn what_a_kind_cannot_do_is_refused_by_name() {
         (prompt_of(Tokens::Text(String::new())), "prompt_tuning.init"),
         (prompt_of(Tokens::TokenIds(TokenIds { ids: vec![1, 1 << 20] })), "prompt_tuning.init.token_ids"),
         (prefix(4, 4097), "prefix_tuning.projection_size"),
+        (houlsby(0), "bottleneck.bottleneck_size"),
+        (houlsby(257), "max_rank"),
     ] {
         let request = TrainRequest { start: Some(start), ..recipe("chats", SFT, 1) };
         let refused = training.train(request).await.unwrap_err();

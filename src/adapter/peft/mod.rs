@@ -2,9 +2,10 @@
 //! setting that changes the meaning is supported or refused by name, and shapes are checked before anything is allocated. Every refusal
 //! ends with what to do.
 //!
-//! A kind of file is a file here (`lora.rs`, `ia3.rs`, `virtual_tokens.rs`): which settings it has, what they select, and what tensors there must
+//! A kind of file is a file here (`lora.rs`, `ia3.rs`, `virtual_tokens.rs`, `bottleneck.rs`): which settings it has, what they select, and what tensors there must
 //! be. The rest is the same for all.
 
+mod bottleneck;
 mod config;
 mod ia3;
 pub(super) mod lora;
@@ -19,14 +20,14 @@ use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::adapter::packed::{SiteSize, adapter_bytes};
+use crate::adapter::packed::{Layout, adapter_bytes};
 use crate::adapter::{
-    Adapter, BaseShape, Initialisation, LowRank, ScaledSide, Site, SiteDelta, VirtualForm, VirtualTokens,
+    Adapter, BaseShape, Bottleneck, Initialisation, LowRank, ScaledSide, Site, SiteDelta, VirtualForm, VirtualTokens,
 };
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
-use crate::request::{LoraSpec, Target, TunerSpec};
+use crate::request::{LoraSpec, NonLinearity, Target, TunerSpec};
 use selection::module_name;
 use tensors::{Named, Part, tensor_name, values};
 
@@ -103,6 +104,8 @@ enum SiteTensors {
     Pair { rank: usize, alpha: f32, scale: f32, magnitude: bool },
     /// What (IA)3 multiplies with.
     Scales(ScaledSide),
+    /// Down, up and their biases.
+    Bottleneck { size: usize, non_linearity: NonLinearity },
 }
 
 impl SiteTensors {
@@ -115,6 +118,12 @@ impl SiteTensors {
             }
             Self::Scales(ScaledSide::Input) => vec![(Part::Ia3, vec![1, inputs])],
             Self::Scales(ScaledSide::Output) => vec![(Part::Ia3, vec![outputs, 1])],
+            Self::Bottleneck { size, .. } => vec![
+                (Part::Down, vec![size, outputs]),
+                (Part::DownBias, vec![size]),
+                (Part::Up, vec![outputs, size]),
+                (Part::UpBias, vec![outputs]),
+            ],
         }
     }
 
@@ -127,17 +136,30 @@ impl SiteTensors {
                 SiteDelta::LowRank(LowRank { rank, alpha, scale, a, b, magnitude: magnitude.then(next) })
             }
             Self::Scales(side) => SiteDelta::Scaled { side, values: next() },
+            Self::Bottleneck { non_linearity, .. } => {
+                let (down, down_bias, up, up_bias) = (next(), next(), next(), next());
+                SiteDelta::Bottleneck(Bottleneck { non_linearity, down, down_bias, up, up_bias })
+            }
         }
     }
 }
 
 impl Selected {
-    fn size(&self) -> SiteSize {
-        let (rank, scaled) = match self.tensors {
-            SiteTensors::Pair { rank, magnitude, .. } => (rank, magnitude.then_some(ScaledSide::Output)),
-            SiteTensors::Scales(side) => (0, Some(side)),
+    fn layout(&self) -> (Site, Layout) {
+        let layout = match self.tensors {
+            SiteTensors::Pair { rank, scale, magnitude, .. } => Layout::pair(rank, scale, magnitude),
+            SiteTensors::Scales(side) => Layout::scales(side),
+            SiteTensors::Bottleneck { size, non_linearity } => Layout::bottleneck(size, non_linearity),
         };
-        SiteSize { site: self.site, rank, scaled }
+        (self.site, layout)
+    }
+
+    /// 0 where there is no A and B.
+    fn rank(&self) -> u32 {
+        match self.tensors {
+            SiteTensors::Pair { rank, .. } => rank as u32,
+            SiteTensors::Scales(_) | SiteTensors::Bottleneck { .. } => 0,
+        }
     }
 }
 
@@ -154,10 +176,11 @@ enum Kind {
     Lora(lora::Settings),
     Ia3(ia3::Settings),
     Virtual(virtual_tokens::Settings),
+    Bottleneck(bottleneck::Settings),
 }
 
 /// Values of `peft_type` that are read.
-const KINDS: &str = "\"LORA\", \"IA3\", \"PROMPT_TUNING\" and \"PREFIX_TUNING\"";
+const KINDS: &str = "\"LORA\", \"IA3\", \"PROMPT_TUNING\", \"PREFIX_TUNING\" and \"BOTTLENECK\"";
 
 impl Settings {
     fn read(config: &[u8]) -> Result<Self> {
@@ -168,6 +191,7 @@ impl Settings {
             Some(Value::String(kind)) if kind == "IA3" => Kind::Ia3(ia3::Settings::read(&config)?),
             Some(Value::String(kind)) if kind == "PROMPT_TUNING" => of_tokens(VirtualForm::Embeddings)?,
             Some(Value::String(kind)) if kind == "PREFIX_TUNING" => of_tokens(VirtualForm::KeysAndValues)?,
+            Some(Value::String(kind)) if kind == "BOTTLENECK" => Kind::Bottleneck(bottleneck::Settings::read(&config)?),
             other => return Err(unserved_kind(other)),
         };
         let base = config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned);
@@ -179,13 +203,14 @@ impl Settings {
             Kind::Lora(settings) => settings.check_ranks(limits.rank),
             Kind::Ia3(_) => Ok(()),
             Kind::Virtual(settings) => settings.check_size(limits),
+            Kind::Bottleneck(settings) => settings.check_size(limits.rank),
         }
     }
 
     fn initialisation(&self) -> Option<Initialisation> {
         match &self.kind {
             Kind::Lora(settings) => settings.initialisation,
-            Kind::Ia3(_) | Kind::Virtual(_) => None,
+            Kind::Ia3(_) | Kind::Virtual(_) | Kind::Bottleneck(_) => None,
         }
     }
 
@@ -195,6 +220,7 @@ impl Settings {
             Kind::Lora(settings) => settings.selected(root, shape),
             Kind::Ia3(settings) => settings.selected(root, shape),
             Kind::Virtual(_) => Ok(Vec::new()),
+            Kind::Bottleneck(settings) => settings.selected(root, shape),
         }
     }
 
@@ -204,6 +230,7 @@ impl Settings {
             Kind::Lora(settings) => settings.spec(selected, shape).into(),
             Kind::Ia3(settings) => settings.spec(selected).into(),
             Kind::Virtual(settings) => settings.spec(),
+            Kind::Bottleneck(settings) => settings.spec(selected, shape).into(),
         }
     }
 
@@ -212,6 +239,7 @@ impl Settings {
         match &self.kind {
             Kind::Lora(settings) => (b"tenora lora 2", settings.canonical()),
             Kind::Ia3(settings) => (b"tenora ia3 1", settings.canonical()),
+            Kind::Bottleneck(settings) => (b"tenora bottleneck 1", settings.canonical()),
             Kind::Virtual(settings) => match settings.form {
                 VirtualForm::Embeddings => (b"tenora prompt 1", settings.canonical()),
                 VirtualForm::KeysAndValues => (b"tenora prefix 1", settings.canonical()),
@@ -382,8 +410,8 @@ impl Package {
         let Fitted { settings, selected, virtual_tokens, .. } = Fitted::new(self, shape, limits)?;
         let virtual_tokens = virtual_tokens.map(|(form, count, _)| (form, count));
         Ok(CheckedPackage {
-            memory_bytes: adapter_bytes(selected.iter().map(Selected::size), virtual_tokens, shape),
-            rank: selected.iter().map(|of| of.size().rank as u32).max().unwrap_or_default(),
+            memory_bytes: adapter_bytes(selected.iter().map(Selected::layout), virtual_tokens, shape),
+            rank: selected.iter().map(Selected::rank).max().unwrap_or_default(),
             initialisation: settings.initialisation(),
             base: settings.base.clone(),
             digest: self.digest_of(&settings)?,
@@ -429,6 +457,9 @@ fn tensors_of(delta: &SiteDelta) -> SiteTensors {
             SiteTensors::Pair { rank: *rank, alpha: *alpha, scale: *scale, magnitude: magnitude.is_some() }
         }
         SiteDelta::Scaled { side, .. } => SiteTensors::Scales(*side),
+        SiteDelta::Bottleneck(bottleneck) => {
+            SiteTensors::Bottleneck { size: bottleneck.size(), non_linearity: bottleneck.non_linearity }
+        }
     }
 }
 
@@ -461,6 +492,7 @@ fn config_json(adapter: &Adapter, shape: &BaseShape) -> Value {
     match &adapter.spec {
         TunerSpec::Lora(spec) => lora_json(spec, adapter, shape),
         TunerSpec::Ia3(_) => ia3_json(adapter, shape),
+        TunerSpec::Bottleneck(spec) => bottleneck::config_json(spec, adapter, shape),
         TunerSpec::Prompt(_) | TunerSpec::Prefix(_) => match &adapter.virtual_tokens {
             Some(tokens) => virtual_tokens::config_json(tokens.form(), tokens.count, shape),
             None => Value::Null,
@@ -529,7 +561,7 @@ fn ia3_json(adapter: &Adapter, shape: &BaseShape) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::{LoraSpec, PrefixSpec, PromptSpec, VirtualInit};
+    use crate::request::{BottleneckSpec, Ia3Spec, LoraSpec, Placement, PrefixSpec, PromptSpec, VirtualInit};
 
     const LIMITS: SizeLimits = SizeLimits { rank: 8, virtual_tokens: 8 };
 
@@ -581,11 +613,20 @@ mod tests {
     fn files_of_every_kind_give_back_the_adapter_they_were_made_from() {
         let shape = shape();
         let dora = LoraSpec { rank: 2, use_dora: true, ..LoraSpec::default() };
-        let ia3 =
-            crate::request::Ia3Spec { targets: vec![Target::QProj, Target::OProj], feedforward: vec![Target::OProj] };
+        let ia3 = Ia3Spec { targets: vec![Target::QProj, Target::OProj], feedforward: vec![Target::OProj] };
         let prompt = PromptSpec { virtual_tokens: 3, init: VirtualInit::Random };
         let prefix = PrefixSpec { virtual_tokens: 3, ..PrefixSpec::default() };
-        let tuners = [dora.into(), TunerSpec::Ia3(Default::default()), ia3.into(), prompt.into(), prefix.into()];
+        let houlsby = BottleneckSpec { size: 3, placement: Placement::Both, ..BottleneckSpec::default() };
+        let pfeiffer = BottleneckSpec { size: 2, layers: Some(vec![1]), ..BottleneckSpec::default() };
+        let tuners: [TunerSpec; 7] = [
+            dora.into(),
+            Ia3Spec::default().into(),
+            ia3.into(),
+            prompt.into(),
+            prefix.into(),
+            houlsby.into(),
+            pfeiffer.into(),
+        ];
         for tuner in tuners {
             let mut adapter = Adapter::fresh(&tuner, &shape, 1).unwrap();
             adapter.spec.fill_in(&shape).unwrap();

@@ -22,7 +22,7 @@ const LENGTH_BYTES: usize = 8;
 const ENTRY_BYTES: u64 = 512;
 
 /// Most tensors of an adapter at a site.
-const MOST_PARTS: u64 = 3;
+const MOST_PARTS: u64 = 4;
 
 /// Most bytes of a header beside its tensors: what trainers note in `__metadata__`.
 const NOTES_BYTES: u64 = 64 << 10;
@@ -84,27 +84,36 @@ pub(super) enum Part {
     LoraB,
     Magnitude,
     Ia3,
+    Down,
+    DownBias,
+    Up,
+    UpBias,
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::LoraA, Self::LoraB, Self::Magnitude, Self::Ia3];
+    const ALL: [Self; 8] =
+        [Self::LoraA, Self::LoraB, Self::Magnitude, Self::Ia3, Self::Down, Self::DownBias, Self::Up, Self::UpBias];
 
-    /// PEFT's name of it, behind the module's.
+    /// Its name, behind the module's.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::LoraA => "lora_A",
             Self::LoraB => "lora_B",
             Self::Magnitude => "lora_magnitude_vector",
             Self::Ia3 => "ia3_l",
+            Self::Down => "adapter_down",
+            Self::DownBias => "adapter_down_bias",
+            Self::Up => "adapter_up",
+            Self::UpBias => "adapter_up_bias",
         }
     }
 
     /// Whether "weight" may end the name, and must. PEFT keeps a magnitude in a module of its own, and saves it without.
     fn takes_weight(self, weight: bool) -> bool {
         match self {
-            Self::LoraA | Self::LoraB => weight,
+            Self::LoraA | Self::LoraB | Self::Down | Self::Up => weight,
             Self::Magnitude => true,
-            Self::Ia3 => !weight,
+            Self::Ia3 | Self::DownBias | Self::UpBias => !weight,
         }
     }
 }

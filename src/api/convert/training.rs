@@ -10,8 +10,9 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, Digest, TenantId, VersionName};
 use crate::request::metric::{ACCURACIES, MARGINS};
 use crate::request::{
-    Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, Objective, PrefixSpec, PromptSpec,
-    Publish, Start, Target, TooLong, TrainingData, TunerSpec, VirtualInit,
+    BottleneckSpec, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, NonLinearity,
+    Objective, Placement, PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData, TunerSpec,
+    VirtualInit,
 };
 use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
@@ -26,6 +27,9 @@ pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result
         (Some(pb::train_request::Start::Ia3(ia3)), None) => Start::Fresh(ia3_spec(ia3)?.into()),
         (Some(pb::train_request::Start::PromptTuning(prompt)), None) => Start::Fresh(prompt_spec(prompt).into()),
         (Some(pb::train_request::Start::PrefixTuning(prefix)), None) => Start::Fresh(prefix_spec(prefix).into()),
+        (Some(pb::train_request::Start::Bottleneck(bottleneck)), None) => {
+            Start::Fresh(bottleneck_spec(bottleneck)?.into())
+        }
         (_, None) => Start::Fresh(TunerSpec::default()),
     };
     let learning_rate = default_learning_rate(objective, &start);
@@ -105,6 +109,41 @@ fn prefix_spec(message: &pb::PrefixTuningSpec) -> PrefixSpec {
         virtual_tokens: message.num_virtual_tokens.unwrap_or(default.virtual_tokens),
         init: virtual_init(message.init.as_ref()),
         projection: (message.projection_size > 0).then_some(message.projection_size),
+    }
+}
+
+fn bottleneck_spec(message: &pb::BottleneckSpec) -> Result<BottleneckSpec> {
+    let default = BottleneckSpec::default();
+    let layers: BTreeSet<u32> = message.layers_to_transform.iter().copied().collect();
+    let known_in = |e| at("bottleneck", e);
+    Ok(BottleneckSpec {
+        size: message.bottleneck_size.unwrap_or(default.size),
+        placement: match known("placement", message.placement).map_err(known_in)? {
+            pb::BottleneckPlacement::Unspecified | pb::BottleneckPlacement::Pfeiffer => Placement::FeedForward,
+            pb::BottleneckPlacement::Houlsby => Placement::Both,
+        },
+        non_linearity: match known("non_linearity", message.non_linearity).map_err(known_in)? {
+            pb::NonLinearity::Unspecified | pb::NonLinearity::Silu => NonLinearity::Silu,
+            pb::NonLinearity::Gelu => NonLinearity::Gelu,
+        },
+        layers: (!layers.is_empty()).then(|| layers.into_iter().collect()),
+    })
+}
+
+fn bottleneck_message(spec: &BottleneckSpec) -> pb::BottleneckSpec {
+    let placement = match spec.placement {
+        Placement::FeedForward => pb::BottleneckPlacement::Pfeiffer,
+        Placement::Both => pb::BottleneckPlacement::Houlsby,
+    };
+    let non_linearity = match spec.non_linearity {
+        NonLinearity::Silu => pb::NonLinearity::Silu,
+        NonLinearity::Gelu => pb::NonLinearity::Gelu,
+    };
+    pb::BottleneckSpec {
+        bottleneck_size: Some(spec.size),
+        placement: placement.into(),
+        non_linearity: non_linearity.into(),
+        layers_to_transform: spec.layers.clone().unwrap_or_default(),
     }
 }
 
@@ -231,6 +270,7 @@ fn recipe(spec: &JobSpec) -> pb::TrainRequest {
     };
     let start = match &spec.start {
         Start::From(version) => pb::train_request::Start::FromVersion(version.to_string()),
+        Start::Fresh(TunerSpec::Bottleneck(spec)) => pb::train_request::Start::Bottleneck(bottleneck_message(spec)),
         Start::Fresh(TunerSpec::Prompt(prompt)) => pb::train_request::Start::PromptTuning(pb::PromptTuningSpec {
             num_virtual_tokens: Some(prompt.virtual_tokens),
             init: virtual_init_message(&prompt.init),

@@ -4,6 +4,7 @@
 //! - DoRA: `y = c * (x W^T + scale * (drop(x) A^T) B^T) + b`, c being the magnitudes over the norms of the rows of W + scale * B A. As in PEFT and
 //!   the paper's section 4.3, the norms are constants to the gradient.
 //! - (IA)3: `y = l * (x W^T + b)` or `y = (l * x) W^T + b`.
+//! - Bottleneck: `y = u + act(u down^T + down_bias) up^T + up_bias`, u being `x W^T + b`.
 
 use std::ops::Range;
 
@@ -11,8 +12,9 @@ use rayon::prelude::*;
 
 use super::buffers::Buffer;
 use super::{Scope, add};
-use crate::adapter::{Adapter, LowRank, RowNorms, ScaledSide, Site, SiteDelta};
+use crate::adapter::{Adapter, Bottleneck, LowRank, RowNorms, ScaledSide, Site, SiteDelta};
 use crate::arch::decoder::SiteId;
+use crate::kernels::cpu;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
 use crate::random::{Purpose, Stream};
 
@@ -66,6 +68,10 @@ impl Scope<'_> {
                     self.yield_to_serving();
                 }
                 Some(SiteDelta::Scaled { side: ScaledSide::Output, values }) => multiply(y, values),
+                Some(SiteDelta::Bottleneck(bottleneck)) => {
+                    self.add_bottleneck(bottleneck, y);
+                    self.yield_to_serving();
+                }
                 Some(SiteDelta::Scaled { side: ScaledSide::Input, .. }) | None => {}
             }
         }
@@ -118,6 +124,13 @@ impl Scope<'_> {
                     add(dx, &d);
                 }
             }
+            (Some(SiteDelta::Bottleneck(bottleneck)), Some(SiteDelta::Bottleneck(gradient))) => {
+                let u = self.frozen(&mut self.copied(x), site..site + 1).swap_remove(0);
+                let du = self.bottleneck_backward(bottleneck, &u, dy, gradient);
+                if let Some(dx) = dx {
+                    self.frozen_backward(matrix, &du, dx);
+                }
+            }
             _ => {
                 if let Some(dx) = dx {
                     self.frozen_backward(matrix, dy, dx);
@@ -125,6 +138,59 @@ impl Scope<'_> {
             }
         }
         self.yield_to_serving();
+    }
+
+    /// u down^T + down_bias, `[rows, size]`.
+    fn inner(&self, bottleneck: &Bottleneck, u: &[f32]) -> Buffer {
+        let (size, width) = (bottleneck.size(), bottleneck.up_bias.len());
+        let mut inner = self.take(u.len() / width * size);
+        each_row(&mut inner, size, |row| row.copy_from_slice(&bottleneck.down_bias));
+        let out = Out { data: &mut inner, stride: size, accumulate: true };
+        mul_nt(out, Mat::dense(u, width), Mat::dense(&bottleneck.down, width), true);
+        inner
+    }
+
+    /// y += act(y down^T + down_bias) up^T + up_bias.
+    fn add_bottleneck(&self, bottleneck: &Bottleneck, y: &mut [f32]) {
+        let (size, width) = (bottleneck.size(), bottleneck.up_bias.len());
+        let mut inner = self.inner(bottleneck, y);
+        let ones = self.ones(inner.len());
+        cpu::gated(bottleneck.non_linearity.into(), &mut inner, &ones);
+        each_row(y, width, |y| y.iter_mut().zip(&bottleneck.up_bias).for_each(|(y, bias)| *y += bias));
+        let out = Out { data: y, stride: width, accumulate: true };
+        mul_nt(out, Mat::dense(&inner, size), Mat::dense(&bottleneck.up, size), true);
+    }
+
+    /// Adds the gradients of a bottleneck's tensors, and gives that of what went in, from that of what came out.
+    fn bottleneck_backward(&self, bottleneck: &Bottleneck, u: &[f32], dy: &[f32], gradient: &mut Bottleneck) -> Buffer {
+        let (size, width) = (bottleneck.size(), bottleneck.up_bias.len());
+        let activation = bottleneck.non_linearity.into();
+        let mut inner = self.inner(bottleneck, u);
+        let mut activated = self.copied(&inner);
+        let mut ones = self.ones(inner.len());
+        cpu::gated(activation, &mut activated, &ones);
+        let dy_mat = Mat::dense(dy, width);
+        add_rows(&mut gradient.up_bias, dy);
+        let up = Out { data: &mut gradient.up, stride: size, accumulate: true };
+        mul_tn(up, dy_mat, Mat::dense(&activated, size), true);
+        let mut d_activated = activated;
+        let out = Out { data: &mut d_activated, stride: size, accumulate: false };
+        mul(out, dy_mat, Mat::dense(&bottleneck.up, size), true);
+        cpu::gated_backward(activation, &mut inner, &mut ones, &d_activated);
+        add_rows(&mut gradient.down_bias, &inner);
+        let d_inner = Mat::dense(&inner, size);
+        let down = Out { data: &mut gradient.down, stride: width, accumulate: true };
+        mul_tn(down, d_inner, Mat::dense(u, width), true);
+        let mut du = self.copied(dy);
+        let out = Out { data: &mut du, stride: width, accumulate: true };
+        mul(out, d_inner, Mat::dense(&bottleneck.down, width), true);
+        du
+    }
+
+    fn ones(&self, len: usize) -> Buffer {
+        let mut ones = self.take(len);
+        ones.fill(1.0);
+        ones
     }
 
     /// y += scale * (drop(x) A^T) B^T.
@@ -287,6 +353,13 @@ fn add_products(sums: &mut [f32], a: &[f32], b: &[f32]) {
     let width = sums.len();
     for (a, b) in a.chunks_exact(width).zip(b.chunks_exact(width)) {
         sums.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += a * b);
+    }
+}
+
+/// Adds rows up.
+fn add_rows(sums: &mut [f32], rows: &[f32]) {
+    for row in rows.chunks_exact(sums.len()) {
+        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
     }
 }
 

@@ -6,7 +6,9 @@ use super::*;
 use crate::adapter::{LowRank, ScaledSide, Site, SiteDelta, VirtualForm};
 use crate::arch::decoder::{SiteId, Step};
 use crate::kernels::packed::PackedMatrix;
-use crate::request::{Ia3Spec, LoraSpec, PrefixSpec, PromptSpec, Target, TunerSpec, VirtualInit};
+use crate::request::{
+    BottleneckSpec, Ia3Spec, LoraSpec, Placement, PrefixSpec, PromptSpec, Target, TunerSpec, VirtualInit,
+};
 
 /// The tiny model's weights in double precision.
 struct Exact<'m> {
@@ -67,6 +69,14 @@ impl<'m> Exact<'m> {
                         sum.zip(scales).map(|(y, scale)| y * scale).collect()
                     }
                 }
+            }
+            Some(SiteDelta::Bottleneck(_)) => {
+                let [down, down_bias, up, up_bias] = &values[first..first + 4] else { panic!() };
+                let u = times(&self.sites[site], x);
+                let inner = times(down, &u).into_iter().zip(down_bias).map(|(x, bias)| x + bias);
+                let inner: Vec<f64> = inner.map(|x| x / (1.0 + (-x).exp())).collect();
+                let added = times(up, &inner).into_iter().zip(up_bias).map(|(y, bias)| y + bias);
+                u.iter().zip(added).map(|(u, y)| u + y).collect()
             }
             Some(SiteDelta::Scaled { side: ScaledSide::Input, .. }) => {
                 let x: Vec<f64> = x.iter().zip(&values[first]).map(|(x, scale)| x * scale).collect();
@@ -193,6 +203,7 @@ fn tensors(delta: &SiteDelta) -> usize {
     match delta {
         SiteDelta::LowRank(pair) => 2 + usize::from(pair.magnitude.is_some()),
         SiteDelta::Scaled { .. } => 1,
+        SiteDelta::Bottleneck(_) => 4,
     }
 }
 
@@ -216,6 +227,7 @@ fn tuners() -> Vec<TunerSpec> {
         PromptSpec { virtual_tokens: 3, init: VirtualInit::Random }.into(),
         prefix.clone().into(),
         PrefixSpec { projection: Some(5), ..prefix }.into(),
+        BottleneckSpec { size: 3, placement: Placement::Both, ..BottleneckSpec::default() }.into(),
     ]
 }
 

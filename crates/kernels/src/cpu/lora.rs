@@ -227,15 +227,38 @@ fn expand_strip<S: Simd>(s: S, adapters: &Adapters<'_>, layer: usize, shrunk: &[
             // SAFETY: the holder has the strip's outputs of all rows.
             let y = unsafe { to.y.part(row * to.width + column, TILE_ROWS.min(to.width - column)) };
             let shrunk = &shrunk[row * adapters.rank..][..pair.rank];
-            if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
-                s.store(expanded(s, b, shrunk, s.load(y)), y);
-            } else {
-                let mut values = [0.0; LANES];
-                values[..y.len()].copy_from_slice(y);
-                s.store(expanded(s, b, shrunk, s.load(&values)), &mut values);
-                y.copy_from_slice(&values[..y.len()]);
-            }
+            add_expanded(s, b, shrunk, y);
         }
+    }
+}
+
+/// Outputs of B for so many of the layer: whole tiles.
+pub(super) fn padded(outputs: usize) -> usize {
+    outputs.next_multiple_of(TILE_ROWS)
+}
+
+/// Adds `B h` to a row of all outputs.
+pub(super) fn expand_row(level: Level, pair: LoraPair<'_>, shrunk: &[f32], y: &mut [f32]) {
+    dispatch!(level, expand_tiles, pair: LoraPair<'_>, shrunk: &[f32], y: &mut [f32]);
+}
+
+#[inline(always)]
+fn expand_tiles<S: Simd>(s: S, pair: LoraPair<'_>, shrunk: &[f32], y: &mut [f32]) {
+    for (y, b) in y.chunks_mut(TILE_ROWS).zip(pair.b.chunks_exact(pair.rank * TILE_ROWS)) {
+        add_expanded(s, b.as_chunks().0, shrunk, y);
+    }
+}
+
+/// Adds to the outputs of a tile, which of the last one may be fewer.
+#[inline(always)]
+fn add_expanded<S: Simd>(s: S, b: &[[u16; LANES]], shrunk: &[f32], y: &mut [f32]) {
+    if let Ok(y) = <&mut [f32; LANES]>::try_from(&mut *y) {
+        s.store(expanded(s, b, shrunk, s.load(y)), y);
+    } else {
+        let mut values = [0.0; LANES];
+        values[..y.len()].copy_from_slice(y);
+        s.store(expanded(s, b, shrunk, s.load(&values)), &mut values);
+        y.copy_from_slice(&values[..y.len()]);
     }
 }
 

@@ -6,6 +6,7 @@
 mod ahead;
 mod attend;
 mod attention;
+mod bottleneck;
 mod cells;
 mod kv;
 pub(crate) mod lanes;
@@ -22,6 +23,7 @@ mod team;
 pub(crate) mod tiles;
 
 pub use attention::{AttentionScratch, HEAD_DIM_STEP, MAX_GROUP, MAX_HEAD_DIM, attention};
+pub use bottleneck::{Bottleneck, bottleneck};
 pub use kv::{Angles, HeadNorms, HeadPrep, KvDtype, KvShape, KvView, KvViewMut, RowTile, rope_and_store};
 pub use lora::{Adapters, GROUP_ROWS, LoraPair, RowGroup, shrinks};
 pub use matmul::{Linear, MAX_LAYERS, Next, linear};
