@@ -16,6 +16,7 @@ import report
 import tenora
 from lines import LINES
 from training import Training
+from tuners import Tuners
 
 
 def main():
@@ -33,7 +34,7 @@ def main():
     if not tenora.BINARY.exists():
         raise SystemExit(f'{tenora.BINARY} is missing: cargo build --release, or say where it is with TENORA')
     if not arguments.base:
-        measure_all(LINES | {'training': Training(arguments.steps, arguments.python)}, arguments)
+        measure_all(LINES | {'training': Training(arguments.steps, arguments.python), 'tuners': Tuners()}, arguments)
     for path in arguments.base or []:
         measure_all(bases.lines(bases.Base(path)), arguments)
 

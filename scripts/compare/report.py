@@ -47,9 +47,21 @@ def table(unit, values):
     return text
 
 
+def grid(columns):
+    """The medians of what was measured of each side, a column for each unit."""
+    sides = list(next(iter(columns.values())))
+    text = f'| | {" | ".join(columns)} |\n|---|{"---|" * len(columns)}\n'
+    for side in sides:
+        # Four digits say enough, whatever the unit.
+        words = (f'{statistics.median(of[side]):.4g}' if side in of else '' for of in columns.values())
+        text += f'| {side} | {" | ".join(words)} |\n'
+    return text
+
+
 def section(title, tables, found, command):
-    """The tables of a line, and where, when and how it was measured."""
-    text = f'### {title}\n\n' + '\n'.join(table(unit, values) for unit, values in tables)
+    """The tables of a line, each written already or a unit with its values, and where, when and how it was measured."""
+    written = (of if isinstance(of, str) else table(*of) for of in tables)
+    text = f'### {title}\n\n' + '\n'.join(written)
     text += '\n' + ''.join(f'- {words}\n' for words in found)
     dirty = ' with changes' if run('git', 'status', '--porcelain', '--', 'src', 'crates', 'Cargo.toml', cwd=REPOSITORY).strip() else ''
     commit = run('git', 'rev-parse', '--short=12', 'HEAD', cwd=REPOSITORY).strip() + dirty
