@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, VirtualForm, VirtualTokens};
 use crate::data::{Batches, Examples};
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::traced::{Dropout, ForwardOptions, TokenScores, Workspace};
+use crate::model::traced::{Dropout, ForwardOptions, Products, TokenScores, Workspace};
 use crate::request::{self, Hyperparameters, JobEvent, metric};
 use crate::train::objective::{Dpo, DpoLoss, LossSum, Measures, Objective, Sft, wanted};
 use crate::train::optim::{AdamW, clip, global_norm};
@@ -369,6 +369,7 @@ impl<'a> Run<'a> {
             adapter: Some(&self.adapter),
             dropout: (rate > 0.0).then_some(dropout),
             permit: Some(permit),
+            products: products(&self.adapter),
             recompute_layers: (tokens > KEPT_TOKENS).then(|| recomputed_layers(self.inputs.model)),
             ..ForwardOptions::default()
         };
@@ -429,6 +430,15 @@ fn objective<'a>(spec: request::Objective, examples: &'a Examples) -> Result<Box
             Ok(Box::new(Dpo::new(pairs, loss)))
         }
         _ => Err(Error::internal("the examples are not of the kind the objective needs")),
+    }
+}
+
+/// How an adapter's frozen layers are multiplied in training. Embeddings that are free take steps as large as themselves, so that the rounding of
+/// what serves, of no account to other kinds, comes back a hundred times larger in the losses that follow.
+fn products(adapter: &Adapter) -> Products {
+    match adapter.virtual_tokens.as_ref().map(VirtualTokens::form) {
+        Some(VirtualForm::Embeddings) => Products::Exact,
+        Some(VirtualForm::KeysAndValues) | None => Products::Served,
     }
 }
 
