@@ -4,7 +4,7 @@
     python scripts/peft_check.py TENORA BASE.gguf FOLDER... [--adapter NAME] [--ids ID,ID...]
 
 Needs torch, transformers, peft, gguf and sentencepiece, and a Llama in GGUF; `scripts/peft-check` finds both. Prints the mean and the largest
-difference of log-probabilities, and ends with 1 where the mean of an adapter is above the usual error.
+difference of log-probabilities, and ends with 1 where the mean of an adapter is above the usual error, or a hundredth of its effect.
 
 With FOLDERs each is an adapter that PEFT loads over the base, whatever its kind: one that Tenora has exported, or any other. Tenora imports it into
 a server of its own; or scores what a running server has under NAME, which is where an export came from.
@@ -198,10 +198,11 @@ def save(base, name, folder, sequences):
 
 
 def compare(name, effect, left, right):
-    """Prints a line of the table; gives whether it is usual."""
+    """Prints a line of the table; gives whether it is usual. A prefix that nobody has trained turns the base upside down: of such an effect, nats
+    a token, a hundredth is."""
     mean, largest = distance(left, right)
-    print(f"| {name} | {effect} | {mean:.4f} | {largest:.4f} | |", flush=True)
-    return mean <= USUAL
+    print(f"| {name} | {effect:.3f} | {mean:.4f} | {largest:.4f} | |", flush=True)
+    return mean <= max(USUAL, 0.01 * effect)
 
 
 def check_folders(base, tenora, folders, sequences, plain, adapter):
@@ -211,7 +212,7 @@ def check_folders(base, tenora, folders, sequences, plain, adapter):
         scores = score(PeftModel.from_pretrained(base.fresh(), folder).eval(), sequences)
         if not adapter:
             tenora.ask("adapters", "import", f"folder-{number}", folder)
-        effect = f"{distance(scores, plain)[0]:.3f}"
+        effect, _ = distance(scores, plain)
         fine &= compare(folder.name, effect, tenora.score(adapter or f"folder-{number}", sequences), scores)
     return fine
 
@@ -227,7 +228,7 @@ def check_cases(base, server, folder, cases, sequences, plain):
         if scores is None:
             print(f"| {name} | | | | taken |", flush=True)
             return False
-        return compare(name, f"{distance(scores, plain)[0]:.3f}", server.score(adapter, sequences), scores) and not refusal_is_right
+        return compare(name, distance(scores, plain)[0], server.score(adapter, sequences), scores) and not refusal_is_right
 
     fine = True
     for name in TAKEN:
@@ -265,7 +266,7 @@ def main():
         sequences = [[int(i) for i in ids.split(",")] for ids in arguments.ids or []] or [tenora.encode(text) for text in TEXTS]
         plain = score(base.fresh(), sequences)
         print("| folder | effect | mean difference | largest | |\n|---|---|---|---|---|")
-        compare("the base", "", tenora.score(None, sequences), plain)
+        compare("the base", 0.0, tenora.score(None, sequences), plain)
         if folders:
             fine = check_folders(base, tenora, folders, sequences, plain, arguments.adapter)
         else:
