@@ -59,9 +59,9 @@ fn main() {
     println!("| pass | tokens/s | activations |\n|---|---|---|");
     for ((kind, workspace), times) in kinds.iter().zip(&workspaces).zip(times) {
         let speed = (RECORDS * TOKENS) as f64 / median(times);
-        println!("| {} | {speed:.0} | {} MB |", kind.name, workspace.bytes() / 1_000_000);
+        println!("| {} | {speed:.0} | {} MB |", kind.name, workspace.peak_bytes() / 1_000_000);
     }
-    let (speed, bytes) = (LONG as f64 / time, long.bytes() / 1_000_000);
+    let (speed, bytes) = (LONG as f64 / time, long.peak_bytes() / 1_000_000);
     println!("| one record of {LONG} tokens, {LONG_LAYERS} layers at a time recomputed | {speed:.0} | {bytes} MB |");
 }
 

@@ -197,8 +197,11 @@ limits! {
     adapter_wait_seconds = 10, "seconds";
     /// Jobs of one tenant that have not ended.
     max_jobs_per_tenant = 32, "jobs";
-    /// Tokens of one record in training: a token takes a megabyte and more while its gradient is computed.
+    /// Tokens of one record in training.
     max_record_tokens = 8192, "tokens";
+    /// Memory of a training: its adapter, gradients, optimizer and activations. A job that needs more at its smallest is refused. By default
+    /// about as much as all else that the server may take beside the base, so that both together fit a machine of 8 GB.
+    max_training_bytes = 4096 * MIB, "bytes";
     /// Optimizer steps of one job.
     max_training_steps = 1_000_000, "steps";
     /// Tokens that all steps of one job see: one job at a time trains.

@@ -660,6 +660,20 @@ pub struct Hyperparameters {
     pub eval_steps: Option<u32>,
     /// Tokens. `None`: the least of the limit `max_record_tokens` and the base's context.
     pub max_length: Option<u32>,
+    /// Which passes compute layers again in place of keeping what their backward needs.
+    pub gradient_checkpointing: GradientCheckpointing,
+}
+
+/// Which passes keep the inputs of some layers alone, and compute the rest again for the backward. No value changes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum GradientCheckpointing {
+    /// Those that would not fit the memory of a training.
+    #[default]
+    Auto,
+    /// All.
+    On,
+    /// None.
+    Off,
 }
 
 /// A training job as asked for, defaults filled in.
@@ -738,6 +752,36 @@ pub struct TrainingData {
     pub truncated: u64,
 }
 
+/// What a training holds in memory, bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TrainingMemory {
+    /// The adapter's values: as they begin, as they are, and as they last gave a loss that was a number.
+    pub adapter: u64,
+    /// Their gradients.
+    pub gradients: u64,
+    /// What the optimizer remembers of them, as far as it is in memory.
+    pub optimizer: u64,
+    /// What passes compute and keep.
+    pub activations: u64,
+}
+
+impl TrainingMemory {
+    /// Returns the sum.
+    pub fn total(&self) -> u64 {
+        let Self { adapter, gradients, optimizer, activations } = *self;
+        adapter.saturating_add(gradients).saturating_add(optimizer).saturating_add(activations)
+    }
+}
+
+/// How a training stays within the memory that it may take.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// What it will hold at the most.
+    pub memory: TrainingMemory,
+    /// Whether some pass computes layers again.
+    pub gradient_checkpointing: bool,
+}
+
 /// Names of what is measured beside the loss: those that TRL gives it.
 pub mod metric {
     /// SFT: share of the tokens in the loss that are the most likely one in their place.
@@ -798,6 +842,10 @@ pub enum JobEvent {
         /// What else the objective measures, by name.
         metrics: BTreeMap<String, f64>,
     },
+    /// The memory was planned, before the first update.
+    MemoryPlan(MemoryPlan),
+    /// What it has held at the most, after the last update.
+    MemoryPeak(TrainingMemory),
     /// A line for people.
     Message(String),
 }

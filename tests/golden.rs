@@ -28,9 +28,10 @@ use tenora::model::Model;
 use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 use tenora::model::traced::{ForwardOptions, Products};
 use tenora::request::metric::MARGINS;
-use tenora::request::{ChatMessage, JobEvent, Objective};
+use tenora::request::{ChatMessage, GradientCheckpointing, Hyperparameters, JobEvent, Objective};
 use tenora::text::{Conversation, Text};
 use tenora::train::fit::{CancelToken, FitInputs, FitOutcome, fit};
+use tenora::train::plan::plan;
 use values::{floats, ids, recipe};
 
 fn folder() -> PathBuf {
@@ -226,17 +227,30 @@ struct Step {
     margin: Option<f64>,
 }
 
-/// Trains through the code that `Train` runs, from the adapter that the file names, `adapters/sft_init` where it names none.
 fn train(file: &Value, examples: &Examples, objective: Objective, batch: usize) -> (FitOutcome, Vec<Step>) {
+    train_by(file, examples, objective, &golden_recipe(file, batch))
+}
+
+fn golden_recipe(file: &Value, batch: usize) -> Hyperparameters {
+    assert_eq!(file["recipe"]["schedule"], "constant", "the only schedule in the golden files");
+    recipe(&file["recipe"], file["curve"].as_array().expect("a curve").len(), batch)
+}
+
+/// Trains through the code that `Train` runs, from the adapter that the file names, `adapters/sft_init` where it names none.
+fn train_by(
+    file: &Value,
+    examples: &Examples,
+    objective: Objective,
+    recipe: &Hyperparameters,
+) -> (FitOutcome, Vec<Step>) {
     let init = file["recipe"]["init"].as_str().unwrap_or("adapters/sft_init");
     let start = adapter(init.trim_start_matches("adapters/")).expect("the starting adapter");
-    assert_eq!(file["recipe"]["schedule"], "constant", "the only schedule in the golden files");
-    let recipe = &recipe(&file["recipe"], file["curve"].as_array().expect("a curve").len(), batch);
     let (arbiter, control) = (Arbiter::new(0.5), CancelToken::default());
     let validation = match examples {
         Examples::Sft(_) => Examples::Sft(Vec::new()),
         Examples::Dpo(_) => Examples::Dpo(Vec::new()),
     };
+    let plan = plan(&base().0, &start, (examples, &validation), objective, recipe, u64::MAX).expect("it fits");
     let inputs = FitInputs {
         model: &base().0,
         start: &start,
@@ -245,6 +259,7 @@ fn train(file: &Value, examples: &Examples, objective: Objective, batch: usize) 
         validation: &validation,
         objective,
         recipe,
+        plan,
         arbiter: &arbiter,
         control: &control,
     };
@@ -275,12 +290,35 @@ fn assert_steps(curve: &[Value], steps: &[Step], share: f64) {
     }
 }
 
+fn sft_examples(sft: &Value) -> Examples {
+    let examples = sft["examples"].as_array().expect("examples").iter();
+    Examples::Sft(examples.map(|e| example(&ids(&e["prompt_ids"]), &ids(&e["completion_ids"]))).collect())
+}
+
+/// With layers computed again, to the bit; and in parts of a batch, so that other records lie beside each.
+#[test]
+fn sft_follows_the_golden_curve_in_all_its_ways() {
+    let Some(sft) = file("sft.json") else { return };
+    let (examples, curve) = (sft_examples(&sft), sft["curve"].as_array().expect("a curve"));
+    let plain = golden_recipe(&sft, sft["recipe"]["batch"].as_u64().expect("a batch") as usize);
+    let train = |recipe: &Hyperparameters| {
+        let (outcome, steps) = train_by(&sft, &examples, Objective::Sft, recipe);
+        assert_steps(curve, &steps, NORM);
+        outcome.adapter
+    };
+    let checkpointed = Hyperparameters { gradient_checkpointing: GradientCheckpointing::On, ..plain.clone() };
+    assert_eq!(train(&checkpointed), train(&plain));
+    // Two halves of a batch; and each record by itself, not packed with others.
+    for parts in [2, plain.batch_size] {
+        let batch_size = plain.batch_size / parts;
+        train(&Hyperparameters { batch_size, gradient_accumulation_steps: parts, ..plain.clone() });
+    }
+}
+
 #[test]
 fn sft_follows_the_golden_curve() {
     let Some(sft) = file("sft.json") else { return };
-    let examples = sft["examples"].as_array().expect("examples").iter();
-    let examples =
-        Examples::Sft(examples.map(|e| example(&ids(&e["prompt_ids"]), &ids(&e["completion_ids"]))).collect());
+    let examples = sft_examples(&sft);
     let curve = sft["curve"].as_array().expect("a curve");
     let batch = sft["recipe"]["batch"].as_u64().expect("a batch") as usize;
     let (outcome, steps) = train(&sft, &examples, Objective::Sft, batch);

@@ -27,6 +27,7 @@ use tenora::model::traced::{ForwardOptions, Products};
 use tenora::request::{JobEvent, Objective};
 use tenora::text::{Conversation, Text};
 use tenora::train::fit::{CancelToken, FitInputs, fit};
+use tenora::train::plan::plan;
 use values::{floats, ids, recipe};
 
 /// Of every log-probability on the float32 path, nats.
@@ -188,14 +189,18 @@ impl Base {
                 losses.push(loss as f32);
             }
         };
+        let start = self.adapter(sft["start"].as_str().expect("a start"));
+        let (train, validation) = (Examples::Sft(examples), Examples::Sft(Vec::new()));
+        let plan = plan(&self.model, &start, (&train, &validation), Objective::Sft, recipe, u64::MAX).expect("it fits");
         let inputs = FitInputs {
             model: &self.model,
-            start: &self.adapter(sft["start"].as_str().expect("a start")),
+            start: &start,
             reference: None,
-            train: &Examples::Sft(examples),
-            validation: &Examples::Sft(Vec::new()),
+            train: &train,
+            validation: &validation,
             objective: Objective::Sft,
             recipe,
+            plan,
             arbiter: &arbiter,
             control: &control,
         };

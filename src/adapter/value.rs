@@ -155,6 +155,45 @@ impl TunerSpec {
         Ok(adapter_bytes(sites, VirtualForm::of(self), shape))
     }
 
+    /// Returns how many values of a fresh adapter of it are trained.
+    ///
+    /// # Errors
+    /// As of [`TunerSpec::memory_bytes`].
+    pub fn parameters(&self, shape: &BaseShape) -> Result<usize> {
+        let dims = |site: &Site| shape.dims(site.target).unwrap_or_default();
+        Ok(match self {
+            Self::Lora(spec) => {
+                let of_dims = |(inputs, outputs)| {
+                    let magnitude = if spec.use_dora { outputs } else { 0 };
+                    spec.rank as usize * (inputs + outputs) + magnitude
+                };
+                spec.sites(shape)?.iter().map(dims).map(of_dims).sum()
+            }
+            Self::Ia3(spec) => {
+                let of_site = |(site, side): &(Site, ScaledSide)| match side {
+                    ScaledSide::Input => dims(site).0,
+                    ScaledSide::Output => dims(site).1,
+                };
+                spec.sites(shape)?.iter().map(of_site).sum()
+            }
+            Self::Bottleneck(spec) => {
+                let size = spec.size as usize;
+                spec.sites(shape)?.iter().map(dims).map(|(_, outputs)| 2 * size * outputs + size + outputs).sum()
+            }
+            Self::Prompt(spec) => spec.virtual_tokens as usize * VirtualForm::Embeddings.width(shape),
+            Self::Prefix(spec) => {
+                let (count, outputs) = (spec.virtual_tokens as usize, VirtualForm::KeysAndValues.width(shape));
+                match spec.projection {
+                    None => count * outputs,
+                    Some(width) => {
+                        let (inputs, width) = (shape.kv_width(), width as usize);
+                        count * inputs + width * (inputs + 1) + outputs * (width + 1)
+                    }
+                }
+            }
+        })
+    }
+
     /// Returns the share of an adapter's inputs that is dropped in training.
     pub fn dropout(&self) -> f32 {
         match self {
@@ -388,6 +427,11 @@ impl Adapter {
         let mut zeros = self.clone();
         zeros.tensors_mut().for_each(|tensor| tensor.fill(0.0));
         zeros
+    }
+
+    /// Returns how many values are trained.
+    pub fn parameters(&self) -> usize {
+        self.tensors().map(<[f32]>::len).sum()
     }
 
     /// Returns whether every value is a number.

@@ -361,6 +361,7 @@ fn recipe(spec: &proto::TrainRequest) -> Value {
         "weight_decay": all.weight_decay, "beta1": all.beta1, "beta2": all.beta2, "epsilon": all.epsilon,
         "max_grad_norm": all.max_grad_norm, "seed": all.seed, "sequential": all.sequential,
         "validation_split": short(all.validation_split), "eval_steps": all.eval_steps, "max_length": all.max_length,
+        "gradient_checkpointing": word(all.gradient_checkpointing().as_str_name(), "GRADIENT_CHECKPOINTING_", "auto"),
     });
     for (name, given) in hyperparameters.as_object().into_iter().flatten() {
         value[name] = given.clone();
@@ -503,6 +504,7 @@ mod tests {
             "learning_rate=0.00005 ",
             "beta2=0.999 ",
             "schedule=cosine ",
+            "gradient_checkpointing=auto ",
             "too_long=drop ",
             "publish=auto\n",
             "set_live            tenora adapters set-live tenants/a/adapters/x 3\n",

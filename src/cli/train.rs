@@ -195,6 +195,19 @@ struct Hyperparameters {
     /// Longest record, in tokens [default: the server's limit max_record_tokens, 8192 unless set, or the base's context]
     #[arg(long)]
     max_length: Option<u32>,
+    /// Which passes compute layers again in place of keeping them: less memory, more time, the same result.
+    #[arg(long, value_enum, default_value = "auto")]
+    gradient_checkpointing: Checkpointing,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Checkpointing {
+    /// Those that would not fit the server's limit max_training_bytes.
+    Auto,
+    /// All.
+    On,
+    /// None.
+    Off,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -258,10 +271,13 @@ fn validated(job: &proto::TrainingJob, json: bool) -> String {
     let proto::TrainingJob { total_steps, records, validation_records, tokens, .. } = *job;
     let (dropped, truncated) = (job.dropped_records, job.truncated_records);
     if json {
-        let value = serde_json::json!({
+        let mut value = serde_json::json!({
             "valid": true, "total_steps": total_steps, "records": records, "validation_records": validation_records,
             "tokens": tokens, "dropped_records": dropped, "truncated_records": truncated,
         });
+        if let Some(plan) = &job.memory_plan {
+            value["memory_plan"] = watch::plan_json(plan);
+        }
         return value.to_string();
     }
     let mut text = format!("valid: {total_steps} steps over {records} records");
@@ -273,6 +289,9 @@ fn validated(job: &proto::TrainingJob, json: bool) -> String {
         if count > 0 {
             text += &format!("; {count} records too long, {word}");
         }
+    }
+    if let Some(plan) = &job.memory_plan {
+        text += &format!("\n{}", watch::plan_text(plan));
     }
     text
 }
@@ -418,6 +437,11 @@ impl Hyperparameters {
             Schedule::Linear => proto::LrSchedule::Linear,
             Schedule::Constant => proto::LrSchedule::Constant,
         };
+        let gradient_checkpointing = match self.gradient_checkpointing {
+            Checkpointing::Auto => proto::GradientCheckpointing::Auto,
+            Checkpointing::On => proto::GradientCheckpointing::On,
+            Checkpointing::Off => proto::GradientCheckpointing::Off,
+        };
         proto::Hyperparameters {
             learning_rate: self.learning_rate,
             epochs: self.epochs,
@@ -436,6 +460,7 @@ impl Hyperparameters {
             validation_split: self.validation_split,
             eval_steps: self.eval_steps,
             max_length: self.max_length,
+            gradient_checkpointing: gradient_checkpointing.into(),
         }
     }
 }
@@ -454,6 +479,10 @@ mod tests {
             "valid: 6 steps over 9 records (1 more for validation), 1234 tokens in all; 2 records too long, dropped";
         assert_eq!(validated(&job, false), text);
         assert!(validated(&job, true).starts_with(r#"{"valid":true,"total_steps":6,"records":9"#));
+        let plan = proto::MemoryPlan { total_bytes: 7_000_000, gradient_checkpointing: true, ..Default::default() };
+        let job = proto::TrainingJob { memory_plan: Some(plan), ..job };
+        assert!(validated(&job, false).contains("\nmemory: 7 MB planned"), "{}", validated(&job, false));
+        assert!(validated(&job, true).contains(r#""total_bytes":7000000,"gradient_checkpointing":true"#));
     }
 
     #[test]

@@ -137,6 +137,8 @@ impl Progress {
                 let measured = measured_text(&evaluated.metrics);
                 self.line(&format!("  step {}: validation loss {:.4}{measured}", evaluated.step, evaluated.loss))?;
             }
+            Some(Event::MemoryPlan(plan)) => self.line(&format!("  {}", plan_text(plan)))?,
+            Some(Event::MemoryPeak(peak)) => self.line(&format!("  {}", peak_text(peak)))?,
             Some(Event::Message(text)) => self.line(&format!("  {}", printable(text)))?,
             Some(Event::State(change)) => self.bar.set_message(state(change.state()).to_lowercase()),
             None => {}
@@ -194,6 +196,36 @@ fn measured_text(metrics: &HashMap<String, f64>) -> String {
     text
 }
 
+/// The memory that a training takes, by parts.
+pub(super) fn plan_text(plan: &proto::MemoryPlan) -> String {
+    let parts = memory_parts([plan.adapter_bytes, plan.gradient_bytes, plan.optimizer_bytes, plan.activation_bytes]);
+    let how = if plan.gradient_checkpointing { "; layers are computed again" } else { "" };
+    format!("memory: {} MB planned ({parts}){how}", megabytes(plan.total_bytes))
+}
+
+fn peak_text(peak: &proto::MemoryPeak) -> String {
+    let parts = memory_parts([peak.adapter_bytes, peak.gradient_bytes, peak.optimizer_bytes, peak.activation_bytes]);
+    format!("memory: {} MB at the peak ({parts})", megabytes(peak.total_bytes))
+}
+
+fn memory_parts(bytes: [u64; 4]) -> String {
+    let [adapter, gradients, optimizer, activations] = bytes.map(megabytes);
+    format!("adapter {adapter}, gradients {gradients}, optimizer {optimizer}, activations {activations}")
+}
+
+/// To the nearest.
+fn megabytes(bytes: u64) -> u64 {
+    bytes.saturating_add(500_000) / 1_000_000
+}
+
+pub(super) fn plan_json(plan: &proto::MemoryPlan) -> Value {
+    json!({
+        "adapter_bytes": plan.adapter_bytes, "gradient_bytes": plan.gradient_bytes,
+        "optimizer_bytes": plan.optimizer_bytes, "activation_bytes": plan.activation_bytes,
+        "total_bytes": plan.total_bytes, "gradient_checkpointing": plan.gradient_checkpointing,
+    })
+}
+
 /// In the order of their names.
 fn metrics_json(metrics: &HashMap<String, f64>) -> Value {
     let sorted: BTreeMap<_, _> = metrics.iter().collect();
@@ -249,6 +281,15 @@ fn event_json(event: &proto::TrainingEvent) -> Value {
             json!({
                 "step": evaluated.step, "loss": evaluated.loss, "margin": evaluated.margin,
                 "accuracy": evaluated.accuracy, "metrics": metrics_json(&evaluated.metrics),
+            }),
+        ),
+        Some(Event::MemoryPlan(plan)) => ("memory_plan", plan_json(plan)),
+        Some(Event::MemoryPeak(peak)) => (
+            "memory_peak",
+            json!({
+                "adapter_bytes": peak.adapter_bytes, "gradient_bytes": peak.gradient_bytes,
+                "optimizer_bytes": peak.optimizer_bytes, "activation_bytes": peak.activation_bytes,
+                "total_bytes": peak.total_bytes,
             }),
         ),
         Some(Event::Message(text)) => ("message", json!(text)),

@@ -15,9 +15,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, DatasetName, TenantId, VersionName};
 use crate::request::{
-    BottleneckSpec, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, NonLinearity,
-    Objective, ParityReport, Placement, PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData,
-    TunerSpec, VirtualInit, metric,
+    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule,
+    MemoryPlan, NonLinearity, Objective, ParityReport, Placement, PrefixSpec, PromptSpec, Publish, Start, Target,
+    TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit, metric,
 };
 use crate::store::rows::{from_json, to_json};
 
@@ -126,12 +126,20 @@ words!(TargetWord, Target, QProj KProj VProj OProj GateProj UpProj DownProj QkvP
 words!(PlacementWord, Placement, FeedForward Both);
 words!(NonLinearityWord, NonLinearity, Silu Gelu);
 words!(ScheduleWord, LrSchedule, Cosine Linear Constant);
+words!(CheckpointingWord, GradientCheckpointing, Auto On Off);
 words!(StateWord, JobState, Queued Running Pausing Paused Interrupted Succeeded Failed Cancelling Cancelled);
 
 /// What there was before there was a choice.
 impl Default for TooLongWord {
     fn default() -> Self {
         Self::Refuse
+    }
+}
+
+/// What there was before there was a choice.
+impl Default for CheckpointingWord {
+    fn default() -> Self {
+        Self::Auto
     }
 }
 
@@ -472,6 +480,8 @@ struct RecipeDocument {
     validation_split: f32,
     eval_steps: Option<u32>,
     max_length: Option<u32>,
+    #[serde(default)]
+    gradient_checkpointing: CheckpointingWord,
 }
 
 impl From<&Hyperparameters> for RecipeDocument {
@@ -494,8 +504,9 @@ impl From<&Hyperparameters> for RecipeDocument {
             validation_split,
             eval_steps,
             max_length,
+            gradient_checkpointing,
         } = recipe.clone();
-        let schedule = schedule.into();
+        let (schedule, gradient_checkpointing) = (schedule.into(), gradient_checkpointing.into());
         Self {
             learning_rate,
             epochs,
@@ -514,6 +525,7 @@ impl From<&Hyperparameters> for RecipeDocument {
             validation_split,
             eval_steps,
             max_length,
+            gradient_checkpointing,
         }
     }
 }
@@ -538,8 +550,9 @@ impl From<RecipeDocument> for Hyperparameters {
             validation_split,
             eval_steps,
             max_length,
+            gradient_checkpointing,
         } = document;
-        let schedule = schedule.into();
+        let (schedule, gradient_checkpointing) = (schedule.into(), gradient_checkpointing.into());
         Self {
             learning_rate,
             epochs,
@@ -558,6 +571,7 @@ impl From<RecipeDocument> for Hyperparameters {
             validation_split,
             eval_steps,
             max_length,
+            gradient_checkpointing,
         }
     }
 }
@@ -602,7 +616,35 @@ enum EventBody {
         #[serde(flatten)]
         measured: MeasuredDocument,
     },
+    MemoryPlan {
+        #[serde(flatten)]
+        memory: MemoryDocument,
+        gradient_checkpointing: bool,
+    },
+    MemoryPeak(MemoryDocument),
     Message(String),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct MemoryDocument {
+    adapter: u64,
+    gradients: u64,
+    optimizer: u64,
+    activations: u64,
+}
+
+impl From<TrainingMemory> for MemoryDocument {
+    fn from(memory: TrainingMemory) -> Self {
+        let TrainingMemory { adapter, gradients, optimizer, activations } = memory;
+        Self { adapter, gradients, optimizer, activations }
+    }
+}
+
+impl From<MemoryDocument> for TrainingMemory {
+    fn from(document: MemoryDocument) -> Self {
+        let MemoryDocument { adapter, gradients, optimizer, activations } = document;
+        Self { adapter, gradients, optimizer, activations }
+    }
 }
 
 /// What is measured beside the loss. What 0.1.0 wrote has two of the measurements, by names of its own; it cannot read what this build writes.
@@ -658,6 +700,10 @@ impl From<&JobEvent> for EventBody {
                 measured: metrics.into(),
             },
             JobEvent::Evaluated { step, loss, metrics } => Self::Evaluated { step, loss, measured: metrics.into() },
+            JobEvent::MemoryPlan(MemoryPlan { memory, gradient_checkpointing }) => {
+                Self::MemoryPlan { memory: memory.into(), gradient_checkpointing }
+            }
+            JobEvent::MemoryPeak(memory) => Self::MemoryPeak(memory.into()),
             JobEvent::Message(text) => Self::Message(text),
         }
     }
@@ -691,6 +737,10 @@ impl TryFrom<EventBody> for JobEvent {
                 metrics: measured.into(),
             },
             EventBody::Evaluated { step, loss, measured } => Self::Evaluated { step, loss, metrics: measured.into() },
+            EventBody::MemoryPlan { memory, gradient_checkpointing } => {
+                Self::MemoryPlan(MemoryPlan { memory: memory.into(), gradient_checkpointing })
+            }
+            EventBody::MemoryPeak(memory) => Self::MemoryPeak(memory.into()),
             EventBody::Message(text) => Self::Message(text),
         })
     }

@@ -8,24 +8,18 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::adapter::{Adapter, VirtualForm, VirtualTokens};
+use crate::adapter::Adapter;
 use crate::data::{Batches, Examples};
 use crate::device::{Arbiter, TrainPermit};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::model::traced::{Dropout, ForwardOptions, Products, TokenScores, Workspace};
-use crate::request::{self, Hyperparameters, JobEvent, metric};
-use crate::train::objective::{Dpo, DpoLoss, LossSum, Measures, Objective, Sft, wanted};
+use crate::model::traced::{Dropout, ForwardOptions, TokenScores, Workspace};
+use crate::request::{self, Hyperparameters, JobEvent, MemoryPlan, TrainingMemory, metric};
+use crate::train::objective::{LossSum, Measures, Objective, objective, wanted};
 use crate::train::optim::{AdamW, clip, global_norm};
+use crate::train::passes::{pass_size, passes, products};
+use crate::train::plan::recompute_layers;
 use crate::train::schedule::Schedule;
-
-/// Most ids of one forward and backward pass, unless one example alone has more: bounds the memory of the activations. The loss is
-/// a sum over examples, so that cutting a batch into such pieces changes nothing but the rounding.
-const PIECE_TOKENS: usize = 512;
-
-/// Ids of a pass of which all that the backward needs is kept, some 0.9 MB each on the default base. Of a pass with more, one long record,
-/// layers are computed again.
-const KEPT_TOKENS: usize = 1024;
 
 /// What a run is a function of.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +38,8 @@ pub struct FitInputs<'a> {
     pub objective: request::Objective,
     /// The hyperparameters.
     pub recipe: &'a Hyperparameters,
+    /// What it may hold, as [`plan`](crate::train::plan::plan) has found for these examples.
+    pub plan: MemoryPlan,
     /// Whom it asks for compute.
     pub arbiter: &'a Arc<Arbiter>,
     /// By which it is told to end.
@@ -138,6 +134,7 @@ pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent)) -> Result<F
         Err(Error::Precondition { reason: DIVERGED, message, .. }) => Some(message),
         Err(error) => return Err(error),
     };
+    observe(JobEvent::MemoryPeak(run.memory()));
     let adapter = run.adapter;
     match diverged {
         Some(why) if !adapter.is_finite() => Err(diverged_because(format!("{why}; its weights are not numbers"))),
@@ -213,7 +210,7 @@ impl<'a> Run<'a> {
             train: objective(inputs.objective, inputs.train)?,
             validation: objective(inputs.objective, inputs.validation)?,
             optimizer: AdamW::new(recipe.into(), inputs.start.tensors().map(<[f32]>::len)),
-            workspace: Workspace::default(),
+            workspace: Workspace::with_room(inputs.plan.memory.activations),
             adapter: inputs.start.clone(),
             gradients: inputs.start.zeros_like(),
             passes: 0,
@@ -223,6 +220,19 @@ impl<'a> Run<'a> {
             losses: Vec::new(),
             sound: None,
         })
+    }
+
+    /// What it has held at the most.
+    fn memory(&self) -> TrainingMemory {
+        let values = (self.adapter.parameters() * size_of::<f32>()) as u64;
+        // Its beginning, itself, and what gave the last loss.
+        let copies = if self.losses.is_empty() { 2 } else { 3 };
+        TrainingMemory {
+            adapter: copies * values,
+            gradients: values,
+            optimizer: self.optimizer.bytes(),
+            activations: self.workspace.peak_bytes(),
+        }
     }
 
     /// The compute for one pass.
@@ -252,12 +262,13 @@ impl<'a> Run<'a> {
         let most = self.inputs.recipe.batch_size as usize;
         let validation: Vec<usize> = (0..self.validation.count()).collect();
         for (objective, examples) in [(&mut self.train, train), (&mut self.validation, validation.as_slice())] {
-            for piece in micro_batches(&**objective, examples, most) {
+            for piece in passes(&**objective, examples, most) {
                 self.inputs.control.check()?;
                 let permit = self.inputs.arbiter.train();
                 let options = ForwardOptions {
                     adapter: self.inputs.reference,
                     permit: Some(&permit),
+                    products: products(self.inputs.start),
                     ..ForwardOptions::default()
                 };
                 let scores = score_examples(self.inputs.model, &**objective, piece, options, &self.workspace)?;
@@ -351,7 +362,7 @@ impl<'a> Run<'a> {
         let weight = batch.iter().map(|example| self.train.weight(*example)).sum();
         let mut sums = Sums { weight, ..Sums::default() };
         self.gradients.tensors_mut().for_each(|gradient| gradient.fill(0.0));
-        for piece in micro_batches(&*self.train, batch, self.inputs.recipe.batch_size as usize) {
+        for piece in passes(&*self.train, batch, self.inputs.recipe.batch_size as usize) {
             self.inputs.control.check()?;
             let permit = self.permit();
             self.backward(piece, &permit, &mut sums)?;
@@ -364,18 +375,26 @@ impl<'a> Run<'a> {
         let rate = self.inputs.start.spec.dropout();
         let dropout = Dropout { rate, seed: self.inputs.recipe.seed, step: self.passes };
         self.passes += 1;
-        let tokens: usize = piece.iter().map(|example| self.train.tokens(*example)).sum();
         let options = ForwardOptions {
             adapter: Some(&self.adapter),
             dropout: (rate > 0.0).then_some(dropout),
             permit: Some(permit),
-            products: products(&self.adapter),
-            recompute_layers: (tokens > KEPT_TOKENS).then(|| recomputed_layers(self.inputs.model)),
+            products: products(self.inputs.start),
             ..ForwardOptions::default()
         };
+        let (model, room) = (self.inputs.model, self.inputs.plan.memory.activations);
+        let setting = self.inputs.recipe.gradient_checkpointing;
+        let recompute_layers = recompute_layers(
+            model,
+            pass_size(&*self.train, piece, self.adapter.virtual_count()),
+            options,
+            setting,
+            room,
+        );
+        let options = ForwardOptions { recompute_layers, ..options };
         let sequences = self.train.sequences(piece);
         let ids: Vec<&[u32]> = sequences.iter().map(|conversation| conversation.ids.as_slice()).collect();
-        let trace = self.inputs.model.trace(&ids, &wanted(&sequences), options, &self.workspace)?;
+        let trace = model.trace(&ids, &wanted(&sequences), options, &self.workspace)?;
         let mut part = self.train.loss(piece, trace.scores())?;
         sums.add(&part);
         part.derivatives.iter_mut().for_each(|slope| *slope = (f64::from(*slope) / sums.weight) as f32);
@@ -410,41 +429,20 @@ impl<'a> Run<'a> {
     fn score(&self, objective: &dyn Objective, examples: &[usize], go_on: impl Fn() -> Result<()>) -> Result<Sums> {
         let weight = examples.iter().map(|example| objective.weight(*example)).sum();
         let mut sums = Sums { weight, ..Sums::default() };
-        for piece in micro_batches(objective, examples, self.inputs.recipe.batch_size as usize) {
+        for piece in passes(objective, examples, self.inputs.recipe.batch_size as usize) {
             go_on()?;
             let permit = self.permit();
-            let options =
-                ForwardOptions { adapter: Some(&self.adapter), permit: Some(&permit), ..ForwardOptions::default() };
+            let options = ForwardOptions {
+                adapter: Some(&self.adapter),
+                permit: Some(&permit),
+                products: products(self.inputs.start),
+                ..ForwardOptions::default()
+            };
             let scores = score_examples(self.inputs.model, objective, piece, options, &self.workspace)?;
             sums.add(&objective.loss(piece, &scores)?);
         }
         Ok(sums)
     }
-}
-
-fn objective<'a>(spec: request::Objective, examples: &'a Examples) -> Result<Box<dyn Objective + 'a>> {
-    match (spec, examples) {
-        (request::Objective::Sft, Examples::Sft(examples)) => Ok(Box::new(Sft::new(examples))),
-        (request::Objective::Dpo { beta, label_smoothing }, Examples::Dpo(pairs)) => {
-            let loss = DpoLoss { beta: beta.into(), label_smoothing: label_smoothing.into() };
-            Ok(Box::new(Dpo::new(pairs, loss)))
-        }
-        _ => Err(Error::internal("the examples are not of the kind the objective needs")),
-    }
-}
-
-/// How an adapter's frozen layers are multiplied in training. Embeddings that are free take steps as large as themselves, so that the rounding of
-/// what serves, of no account to other kinds, comes back a hundred times larger in the losses that follow.
-fn products(adapter: &Adapter) -> Products {
-    match adapter.virtual_tokens.as_ref().map(VirtualTokens::form) {
-        Some(VirtualForm::Embeddings) => Products::Exact,
-        Some(VirtualForm::KeysAndValues) | None => Products::Served,
-    }
-}
-
-/// The layers of which one input is kept: as many as there are such inputs, so that both together are fewest (Chen et al. 2016).
-fn recomputed_layers(model: &Model) -> usize {
-    model.config().layers.len().isqrt()
 }
 
 /// Scores the tokens in the loss of some examples.
@@ -458,24 +456,6 @@ fn score_examples(
     let sequences = objective.sequences(examples);
     let ids: Vec<&[u32]> = sequences.iter().map(|conversation| conversation.ids.as_slice()).collect();
     model.score_tokens(&ids, &wanted(&sequences), options, workspace)
-}
-
-/// Cuts a batch into passes of at most `most` examples and [`PIECE_TOKENS`] ids, at least one example each.
-fn micro_batches<'b>(objective: &dyn Objective, batch: &'b [usize], most: usize) -> Vec<&'b [usize]> {
-    let mut batches = Vec::new();
-    let (mut start, mut tokens) = (0, 0);
-    for (end, example) in batch.iter().enumerate() {
-        let more = objective.tokens(*example);
-        if end > start && (tokens + more > PIECE_TOKENS || end - start >= most) {
-            batches.push(&batch[start..end]);
-            (start, tokens) = (end, 0);
-        }
-        tokens += more;
-    }
-    if start < batch.len() {
-        batches.push(&batch[start..]);
-    }
-    batches
 }
 
 fn diverged_because(message: String) -> Error {

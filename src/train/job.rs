@@ -13,10 +13,13 @@ use crate::ids::{AdapterRef, Tenant};
 use crate::memory::Memory;
 use crate::model::{Model, parity};
 use crate::random::{Purpose, Stream};
-use crate::request::{Hyperparameters, JobSpec, LoraSpec, Objective, Start, TrainingData, TunerSpec, VirtualInit};
+use crate::request::{
+    Hyperparameters, JobSpec, LoraSpec, MemoryPlan, Objective, Start, TrainingData, TunerSpec, VirtualInit,
+};
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
 use crate::train::fit::CancelToken;
+use crate::train::plan::{check_adapter, plan};
 use crate::train::schedule::Schedule;
 use crate::work::{block_holding, blocking};
 
@@ -56,6 +59,7 @@ pub struct Prepared {
     pub validation: Examples,
     pub data: TrainingData,
     pub total_steps: u32,
+    pub plan: MemoryPlan,
 }
 
 impl Prepared {
@@ -79,6 +83,7 @@ impl TrainingContext {
         let (bytes, virtual_tokens) = match &spec.start {
             Start::Fresh(tuner) => {
                 self.check_tuner(tuner)?;
+                check_adapter(tuner.parameters(shape)?, self.limits.max_training_bytes)?;
                 (tuner.memory_bytes(shape)?, VirtualForm::of(tuner).map_or(0, |(_, count)| count))
             }
             Start::From(version) => {
@@ -210,7 +215,8 @@ impl TrainingContext {
         let recipe = spec.hyperparameters.clone();
         let max = max_length(&recipe, &self.limits, self.room(start.virtual_count()));
         let length = Length { max, too_long: spec.too_long };
-        let (text, limits) = (self.text.clone(), self.limits.clone());
+        let (text, limits, model, objective) =
+            (self.text.clone(), self.limits.clone(), self.model.clone(), spec.objective);
         let encode = move || {
             let encoded = data::encode(file, &dataset, &text, length, || control.check())?;
             let Encoded { examples, dropped, truncated } = encoded;
@@ -222,10 +228,11 @@ impl TrainingContext {
             check_tokens(tokens.saturating_add(evaluated), &limits)?;
             let (records, validation_records) = (train.len() as u64, validation.len() as u64);
             let data = TrainingData { records, validation_records, tokens, dropped, truncated };
-            Ok::<_, Error>((train, validation, data, schedule.total_steps))
+            let plan = plan(&model, &start, (&train, &validation), objective, &recipe, limits.max_training_bytes)?;
+            let total_steps = schedule.total_steps;
+            Ok::<_, Error>(Prepared { start, continued, train, validation, data, total_steps, plan })
         };
-        let ((train, validation, data, total_steps), _) = block_holding(memory, encode).await?;
-        Ok(Prepared { start, continued, train, validation, data, total_steps })
+        Ok(block_holding(memory, encode).await?.0)
     }
 }
 

@@ -5,6 +5,8 @@ pub mod fit;
 mod job;
 pub mod objective;
 pub mod optim;
+mod passes;
+pub mod plan;
 mod publishing;
 mod result;
 pub mod schedule;
@@ -24,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
 use crate::ids::{JobName, Tenant};
-use crate::request::{JobEvent, JobSpec, JobState, Start, TrainingData};
+use crate::request::{JobEvent, JobSpec, JobState, MemoryPlan, Start, TrainingData};
 use crate::store::{JobEnd, JobRow, NewJob, RequestKey, StoredEvent};
 use crate::sync::lock;
 use crate::train::fit::CancelToken;
@@ -48,6 +50,8 @@ pub struct Validated {
     pub total_steps: u32,
     /// What it would train on.
     pub data: TrainingData,
+    /// The memory that it would take.
+    pub plan: MemoryPlan,
 }
 
 /// The handle to the trainer of a server. Cheap to clone.
@@ -148,8 +152,8 @@ impl Trainer {
     ///
     /// Those that the job would end with before its first step; CANCELLED.
     pub async fn validate(&self, tenant: &Tenant, spec: &JobSpec, control: Arc<CancelToken>) -> Result<Validated> {
-        let Prepared { total_steps, data, .. } = self.inner.context.prepare(tenant, spec, control).await?;
-        Ok(Validated { total_steps, data })
+        let Prepared { total_steps, data, plan, .. } = self.inner.context.prepare(tenant, spec, control).await?;
+        Ok(Validated { total_steps, data, plan })
     }
 
     /// Queues a job. The same request again, known by its id, gives the job it made; another one under the id is REQUEST_ID_REUSED.

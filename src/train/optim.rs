@@ -48,6 +48,16 @@ impl AdamW {
         Self { config, moments: lengths.into_iter().map(zeros).collect(), steps: 0 }
     }
 
+    /// Returns the bytes that the state of so many values takes.
+    pub fn bytes_of(values: usize) -> u64 {
+        (2 * values * size_of::<f32>()) as u64
+    }
+
+    /// Returns the bytes of its state.
+    pub fn bytes(&self) -> u64 {
+        Self::bytes_of(self.moments.iter().map(|moments| moments.first.len()).sum())
+    }
+
     /// Updates the tensors, each with its gradient. Calls `between` between two tensors.
     pub fn step<'t>(
         &mut self,

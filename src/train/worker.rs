@@ -120,6 +120,7 @@ async fn prepare(inner: &Inner, tenant: &Tenant, job: &JobRow, control: &Arc<Can
     inner.context.check_disk()?;
     let prepared = inner.context.prepare(tenant, &job.spec, control.clone()).await?;
     inner.report_data(&job.name, prepared.data, prepared.total_steps).await;
+    inner.report(&job.name, JobEvent::MemoryPlan(prepared.plan)).await;
     Ok(prepared)
 }
 
@@ -157,6 +158,7 @@ async fn train(
             validation: &prepared.validation,
             objective: spec.objective,
             recipe: &spec.hyperparameters,
+            plan: prepared.plan,
             arbiter: &inner.context.arbiter,
             control: &control,
         };

@@ -9,6 +9,7 @@ use tenora::data::Examples;
 use tenora::device::DeviceSpec;
 use tenora::model::{LoadOptions, Model};
 use tenora::request::Objective;
+use tenora::train::plan::plan;
 
 use super::{adapter, assert_steps, base, entries, exact, example, file, floats, ids, served_name, train};
 
@@ -124,14 +125,17 @@ async fn an_nf4_base_serves_trains_and_passes_the_gate() {
         conversations.map(|e| example(&ids(&e["prompt_ids"]), &ids(&e["completion_ids"]))).collect();
     let start = adapter("sft_init").expect("an adapter");
     let recipe = super::recipe(&sft["recipe"], 8, 4);
+    let (train, validation) = (Examples::Sft(conversations), Examples::Sft(Vec::new()));
+    let plan = plan(&nf4.0, &start, (&train, &validation), Objective::Sft, &recipe, u64::MAX).expect("it fits");
     let inputs = tenora::train::fit::FitInputs {
         model: &nf4.0,
         start: &start,
         reference: None,
-        train: &Examples::Sft(conversations),
-        validation: &Examples::Sft(Vec::new()),
+        train: &train,
+        validation: &validation,
         objective: Objective::Sft,
         recipe: &recipe,
+        plan,
         arbiter: &tenora::device::Arbiter::new(0.5),
         control: &tenora::train::fit::CancelToken::default(),
     };

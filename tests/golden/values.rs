@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use tenora::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
-use tenora::request::{Hyperparameters, LrSchedule};
+use tenora::request::{GradientCheckpointing, Hyperparameters, LrSchedule};
 
 /// An adapter's folder.
 pub fn package(folder: &Path) -> Package {
@@ -41,5 +41,6 @@ pub fn recipe(recipe: &Value, steps: usize, batch: usize) -> Hyperparameters {
         validation_split: 0.0,
         eval_steps: None,
         max_length: None,
+        gradient_checkpointing: GradientCheckpointing::Auto,
     }
 }

@@ -10,9 +10,9 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, Digest, TenantId, VersionName};
 use crate::request::metric::{ACCURACIES, MARGINS};
 use crate::request::{
-    BottleneckSpec, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule, NonLinearity,
-    Objective, Placement, PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData, TunerSpec,
-    VirtualInit,
+    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule,
+    MemoryPlan, NonLinearity, Objective, Placement, PrefixSpec, PromptSpec, Publish, Start, Target, TooLong,
+    TrainingData, TrainingMemory, TunerSpec, VirtualInit,
 };
 use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
@@ -201,6 +201,8 @@ fn hyperparameters(message: pb::Hyperparameters, learning_rate: f64) -> Result<H
         pb::LrSchedule::Linear => LrSchedule::Linear,
         pb::LrSchedule::Constant => LrSchedule::Constant,
     };
+    let checkpointing = known("gradient_checkpointing", message.gradient_checkpointing)
+        .map_err(|e| at("hyperparameters.gradient_checkpointing", e))?;
     Ok(Hyperparameters {
         learning_rate: message.learning_rate.unwrap_or(learning_rate),
         epochs: message.epochs.unwrap_or(3),
@@ -219,6 +221,11 @@ fn hyperparameters(message: pb::Hyperparameters, learning_rate: f64) -> Result<H
         validation_split: message.validation_split.unwrap_or(0.0),
         eval_steps: message.eval_steps,
         max_length: message.max_length,
+        gradient_checkpointing: match checkpointing {
+            pb::GradientCheckpointing::Unspecified | pb::GradientCheckpointing::Auto => GradientCheckpointing::Auto,
+            pb::GradientCheckpointing::On => GradientCheckpointing::On,
+            pb::GradientCheckpointing::Off => GradientCheckpointing::Off,
+        },
     })
 }
 
@@ -240,8 +247,33 @@ pub fn job(row: JobRow) -> pb::TrainingJob {
 }
 
 /// What `validate_only` answers: no job.
-pub fn validated(spec: &JobSpec, Validated { total_steps, data }: Validated) -> pb::TrainingJob {
-    pb::TrainingJob { spec: Some(recipe(spec)), total_steps, ..trains_on(data) }
+pub fn validated(spec: &JobSpec, Validated { total_steps, data, plan }: Validated) -> pb::TrainingJob {
+    let memory_plan = Some(memory_plan(plan));
+    pb::TrainingJob { spec: Some(recipe(spec)), total_steps, memory_plan, ..trains_on(data) }
+}
+
+fn memory_plan(plan: MemoryPlan) -> pb::MemoryPlan {
+    let MemoryPlan { memory, gradient_checkpointing } = plan;
+    let TrainingMemory { adapter, gradients, optimizer, activations } = memory;
+    pb::MemoryPlan {
+        adapter_bytes: adapter,
+        gradient_bytes: gradients,
+        optimizer_bytes: optimizer,
+        activation_bytes: activations,
+        total_bytes: memory.total(),
+        gradient_checkpointing,
+    }
+}
+
+fn memory_peak(memory: TrainingMemory) -> pb::MemoryPeak {
+    let TrainingMemory { adapter, gradients, optimizer, activations } = memory;
+    pb::MemoryPeak {
+        adapter_bytes: adapter,
+        gradient_bytes: gradients,
+        optimizer_bytes: optimizer,
+        activation_bytes: activations,
+        total_bytes: memory.total(),
+    }
 }
 
 fn trains_on(data: TrainingData) -> pb::TrainingJob {
@@ -323,6 +355,11 @@ fn hyperparameter_message(values: &Hyperparameters) -> pb::Hyperparameters {
         LrSchedule::Linear => pb::LrSchedule::Linear,
         LrSchedule::Constant => pb::LrSchedule::Constant,
     };
+    let checkpointing = match values.gradient_checkpointing {
+        GradientCheckpointing::Auto => pb::GradientCheckpointing::Auto,
+        GradientCheckpointing::On => pb::GradientCheckpointing::On,
+        GradientCheckpointing::Off => pb::GradientCheckpointing::Off,
+    };
     pb::Hyperparameters {
         learning_rate: Some(values.learning_rate),
         epochs: Some(values.epochs),
@@ -341,6 +378,7 @@ fn hyperparameter_message(values: &Hyperparameters) -> pb::Hyperparameters {
         validation_split: Some(values.validation_split),
         eval_steps: values.eval_steps,
         max_length: values.max_length,
+        gradient_checkpointing: checkpointing.into(),
     }
 }
 
@@ -395,6 +433,8 @@ pub fn event(StoredEvent { sequence, time, event }: StoredEvent) -> pb::Training
             accuracy: metrics.get(ACCURACIES).copied(),
             metrics: metrics.into_iter().collect(),
         }),
+        JobEvent::MemoryPlan(plan) => Event::MemoryPlan(memory_plan(plan)),
+        JobEvent::MemoryPeak(memory) => Event::MemoryPeak(memory_peak(memory)),
         JobEvent::Message(text) => Event::Message(text),
     };
     pb::TrainingEvent { sequence, time: timestamp(time), event: Some(event) }
@@ -421,6 +461,7 @@ mod tests {
         assert_eq!(spec.hyperparameters.learning_rate, 2e-4);
         assert_eq!((spec.hyperparameters.epochs, spec.hyperparameters.batch_size), (3, 4));
         assert_eq!(spec.hyperparameters.max_grad_norm, 1.0);
+        assert_eq!(spec.hyperparameters.gradient_checkpointing, GradientCheckpointing::Auto);
         let dpo = pb::train_request::Objective::Dpo(pb::DpoSpec::default());
         let spec = job_spec(&pb::TrainRequest { objective: Some(dpo), ..request() }, None).unwrap();
         assert_eq!(spec.objective, Objective::Dpo { beta: 0.1, label_smoothing: 0.0 });
@@ -439,7 +480,10 @@ mod tests {
         };
         let start = Some(pb::train_request::Start::Lora(lora));
         let too_long = pb::TooLong::Truncate.into();
-        let spec = job_spec(&pb::TrainRequest { start, too_long, ..request() }, None).unwrap();
+        let gradient_checkpointing = pb::GradientCheckpointing::On.into();
+        let hyperparameters = Some(pb::Hyperparameters { gradient_checkpointing, ..Default::default() });
+        let request = pb::TrainRequest { start, too_long, hyperparameters, ..request() };
+        let spec = job_spec(&request, None).unwrap();
         assert!(matches!(&spec.start, Start::Fresh(TunerSpec::Lora(lora)) if lora.layers == Some(vec![0, 2])
             && lora.targets == [Target::QProj, Target::VProj]));
         assert_eq!(job_spec(&recipe(&spec), None).unwrap(), spec);

@@ -269,7 +269,7 @@ impl Scope<'_> {
         pair.row_scales(norms).unwrap_or_default()
     }
 
-    fn copied(&self, x: &[f32]) -> Buffer {
+    pub(super) fn copied(&self, x: &[f32]) -> Buffer {
         let mut copy = self.take(x.len());
         copy.copy_from_slice(x);
         copy

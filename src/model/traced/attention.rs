@@ -6,7 +6,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::buffers::Buffer;
-use super::{Batch, PIECE_MACS, Scope};
+use super::{Batch, PIECE_MACS, PassSize, Scope};
 use crate::arch::config::{AttentionConfig, Temperature};
 use crate::arch::decoder::{Attend, NormId};
 use crate::kernels::cpu;
@@ -112,7 +112,7 @@ fn scale(batch: &Batch, x: &mut [f32], temperature: Option<Temperature>) {
 }
 
 /// Causal grouped-query attention within each sequence. q: `[rows, heads * head_dim]`, k and v: `[rows, kv_heads * head_dim]`.
-struct Attention<'a> {
+pub(super) struct Attention<'a> {
     spec: AttentionSpec,
     kv_heads: usize,
     head_dim: usize,
@@ -158,15 +158,16 @@ impl Task<'_> {
     }
 
     /// softmax(scores) under the causal mask and the window, `[queries, seen]`; and the capped scores, where there is a cap.
-    fn probabilities(&self, q: Mat<'_>, k: Mat<'_>) -> (Vec<f32>, Option<Vec<f32>>) {
+    fn probabilities(&self, q: Mat<'_>, k: Mat<'_>) -> (Buffer, Option<Buffer>) {
         let (seen, AttentionSpec { mut scale, softcap, .. }) = (self.seen(), self.op.spec);
-        let mut p = vec![0.0; self.queries.len() * seen.len()];
+        let scope = self.op.scope;
+        let mut p = scope.take(self.queries.len() * seen.len());
         mul_nt(Out { data: &mut p, stride: seen.len(), accumulate: false }, q, k, false);
         let capped = softcap.map(|cap| {
             p.iter_mut().for_each(|x| *x *= scale);
             cpu::softcap(&mut p, cap);
             scale = 1.0;
-            p.clone()
+            scope.copied(&p)
         });
         for (query, row) in self.queries.clone().zip(p.chunks_exact_mut(seen.len())) {
             let (row, after) = row.split_at_mut(query + 1 - seen.start);
@@ -178,20 +179,20 @@ impl Task<'_> {
     }
 
     /// One query head's answers, `[queries, head_dim]`.
-    fn forward(&self, q: Mat<'_>, k: Mat<'_>, v: Mat<'_>) -> Vec<f32> {
+    fn forward(&self, q: Mat<'_>, k: Mat<'_>, v: Mat<'_>) -> Buffer {
         let dim = self.op.head_dim;
-        let mut out = vec![0.0; self.queries.len() * dim];
+        let mut out = self.op.scope.take(self.queries.len() * dim);
         let (p, _) = self.probabilities(q, k);
         mul(Out { data: &mut out, stride: dim, accumulate: false }, Mat::dense(&p, self.seen().len()), v, false);
         out
     }
 
     /// The gradient of one query head, `[queries, head_dim]`; those of K and V, `[seen, head_dim]`, are added.
-    fn backward(&self, q: Mat<'_>, k: Mat<'_>, v: Mat<'_>, d: Mat<'_>, dk: &mut [f32], dv: &mut [f32]) -> Vec<f32> {
+    fn backward(&self, q: Mat<'_>, k: Mat<'_>, v: Mat<'_>, d: Mat<'_>, dk: &mut [f32], dv: &mut [f32]) -> Buffer {
         let (seen, dim) = (self.seen().len(), self.op.head_dim);
         let (p, capped) = self.probabilities(q, k);
         mul_tn(Out { data: dv, stride: dim, accumulate: true }, Mat::dense(&p, seen), d, false);
-        let mut ds = vec![0.0; p.len()];
+        let mut ds = self.op.scope.take(p.len());
         mul_nt(Out { data: &mut ds, stride: seen, accumulate: false }, d, v, false);
         for (ds, p) in ds.chunks_exact_mut(seen).zip(p.chunks_exact(seen)) {
             cpu::softmax_backward(p, ds, self.op.spec.scale);
@@ -199,7 +200,7 @@ impl Task<'_> {
         if let (Some(capped), Some(cap)) = (capped, self.op.spec.softcap) {
             cpu::softcap_backward(&capped, &mut ds, cap);
         }
-        let mut dq = vec![0.0; self.queries.len() * dim];
+        let mut dq = self.op.scope.take(self.queries.len() * dim);
         mul(Out { data: &mut dq, stride: dim, accumulate: false }, Mat::dense(&ds, seen), k, false);
         mul_tn(Out { data: dk, stride: dim, accumulate: true }, Mat::dense(&ds, seen), q, false);
         dq
@@ -214,7 +215,7 @@ impl Task<'_> {
         }
     }
 
-    fn add_queries(&self, parts: &[Vec<f32>], values: &mut [f32]) {
+    fn add_queries(&self, parts: &[Buffer], values: &mut [f32]) {
         for (head, part) in self.query_heads().zip(parts) {
             self.add(part, self.queries.clone(), values, self.op.spec.heads, head);
         }
@@ -226,7 +227,42 @@ impl Task<'_> {
 }
 
 /// Gradients of a task: of each query head, of K, of V.
-type TaskGradients = (Vec<Vec<f32>>, Vec<f32>, Vec<f32>);
+type TaskGradients = (Vec<Buffer>, Buffer, Buffer);
+
+/// Values that attention takes beside what goes in and what comes out.
+pub(super) struct Transients {
+    pub forward: usize,
+    pub backward: usize,
+}
+
+/// Multiply-adds of a task: the backward has five products.
+fn macs(heads: usize, queries: usize, seen: usize, head_dim: usize) -> usize {
+    5 * heads * queries * seen * head_dim
+}
+
+/// Queries of a task in a sequence of so many ids.
+fn queries_of_a_task(heads: usize, len: usize, head_dim: usize) -> usize {
+    (PIECE_MACS / 4 / macs(heads, 1, len, head_dim).max(1)).max(1)
+}
+
+impl Attention<'_> {
+    /// Returns what a pass takes at the most, which is at the end of its longest sequence.
+    pub(super) fn transients(spec: AttentionSpec, config: AttentionConfig, size: PassSize) -> Transients {
+        let (group, head_dim, longest) = (spec.heads / config.kv_heads, config.head_dim, size.longest.max(1));
+        let most = queries_of_a_task(group, longest, head_dim);
+        let queries = most.min(longest);
+        let seen = longest - spec.first_seen(longest - queries);
+        let all = config.kv_heads * longest.div_ceil(most) * size.tokens.div_ceil(longest);
+        let at_once = all.min(PIECE_MACS / macs(group, queries, seen, head_dim) + 1);
+        let scores = all.min(rayon::current_num_threads()) * queries * seen;
+        let capped = usize::from(spec.softcap.is_some());
+        let of_queries = at_once * group * queries * head_dim;
+        Transients {
+            forward: of_queries + (1 + capped) * scores,
+            backward: of_queries + at_once * 2 * seen * head_dim + (2 + capped) * scores,
+        }
+    }
+}
 
 impl<'a> Attention<'a> {
     fn new(scope: &'a Scope<'a>, batch: &'a Batch, attend: &Attend) -> Self {
@@ -236,9 +272,7 @@ impl<'a> Attention<'a> {
 
     fn tasks(&self) -> Vec<Task<'_>> {
         let of_sequence = |rows: &Range<usize>| {
-            // The backward has five products.
-            let macs_a_query = 5 * self.spec.heads / self.kv_heads * rows.len() * self.head_dim;
-            let most = (PIECE_MACS / 4 / macs_a_query.max(1)).max(1);
+            let most = queries_of_a_task(self.spec.heads / self.kv_heads, rows.len(), self.head_dim);
             let (start, len) = (rows.start, rows.len());
             let of_head = move |kv_head| {
                 (0..len).step_by(most).map(move |first| Task {
@@ -256,7 +290,7 @@ impl<'a> Attention<'a> {
     /// Runs the tasks, about [`PIECE_MACS`] at a time, and takes their results in order.
     fn run<R: Send>(&self, work: impl Fn(&Task<'_>) -> R + Sync, mut take: impl FnMut(&Task<'_>, R)) {
         let macs =
-            |task: &Task<'_>| 5 * task.query_heads().len() * task.queries.len() * task.seen().len() * self.head_dim;
+            |task: &Task<'_>| macs(task.query_heads().len(), task.queries.len(), task.seen().len(), self.head_dim);
         let tasks = self.tasks();
         let mut rest = &tasks[..];
         while !rest.is_empty() {
@@ -277,7 +311,7 @@ impl<'a> Attention<'a> {
 
     /// Adds each query's answer to `y`.
     fn forward(&self, [q, k, v]: [&[f32]; 3], y: &mut [f32]) {
-        let work = |task: &Task<'_>| -> Vec<Vec<f32>> {
+        let work = |task: &Task<'_>| -> Vec<Buffer> {
             let head = |head| task.forward(task.query(q, head), task.key(k), task.key(v));
             task.query_heads().map(head).collect()
         };
@@ -287,8 +321,7 @@ impl<'a> Attention<'a> {
     /// Adds the gradients of q, k and v to the last three, from that of the answers.
     fn backward(&self, [q, k, v]: [&[f32]; 3], d: &[f32], [dq, dk, dv]: [&mut [f32]; 3]) {
         let work = |task: &Task<'_>| -> TaskGradients {
-            let mut dk = vec![0.0; task.seen().len() * self.head_dim];
-            let mut dv = dk.clone();
+            let [mut dk, mut dv] = [0; 2].map(|_| self.scope.zeros(task.seen().len() * self.head_dim));
             let head = |head| {
                 let (q, d) = (task.query(q, head), task.query(d, head));
                 task.backward(q, task.key(k), task.key(v), d, &mut dk, &mut dv)

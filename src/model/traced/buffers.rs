@@ -6,30 +6,65 @@ use std::sync::{Arc, Mutex};
 use crate::sync::lock;
 
 /// A pool of float32 memory. A clone is the same pool.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Buffers(Arc<Mutex<Pool>>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Pool {
+    /// Those that came back first are first.
     free: Vec<Vec<f32>>,
-    /// Of all buffers, in use or free.
+    /// Bytes of all buffers, in use or free.
     bytes: u64,
+    /// The most that they have ever been.
+    peak: u64,
+    /// Bytes above which nothing free is kept.
+    room: u64,
 }
 
 /// How many times the values asked for a buffer may have.
 const MOST_TIMES: usize = 2;
 
+impl Pool {
+    fn take(&mut self, len: usize) -> Option<Vec<f32>> {
+        let fits = |of: &Vec<f32>| of.len() >= len && of.len() / MOST_TIMES <= len;
+        let found = self.free.iter().enumerate().filter(|(_, free)| fits(free)).min_by_key(|(_, free)| free.len());
+        let place = found.map(|(i, _)| i)?;
+        Some(self.free.remove(place))
+    }
+
+    /// Counts a new buffer, and gives up free ones that there is no room for beside it, which it returns.
+    fn add(&mut self, len: usize) -> Vec<Vec<f32>> {
+        self.bytes += bytes(len);
+        let mut given_up = Vec::new();
+        while self.bytes > self.room && !self.free.is_empty() {
+            let old = self.free.remove(0);
+            self.bytes -= bytes(old.len());
+            given_up.push(old);
+        }
+        self.peak = self.peak.max(self.bytes);
+        given_up
+    }
+}
+
+fn bytes(len: usize) -> u64 {
+    (len * size_of::<f32>()) as u64
+}
+
 impl Buffers {
+    /// Returns an empty pool, which keeps what comes back as long as all of it is at most so many bytes.
+    pub fn new(room: u64) -> Self {
+        Self(Arc::new(Mutex::new(Pool { free: Vec::new(), bytes: 0, peak: 0, room })))
+    }
+
     /// Returns `len` values, whatever they are.
     pub fn take(&self, len: usize) -> Buffer {
-        let fits = |of: &Vec<f32>| of.len() >= len && of.len() / MOST_TIMES <= len;
         let mut pool = lock(&self.0);
-        let found = pool.free.iter().enumerate().filter(|(_, free)| fits(free)).min_by_key(|(_, free)| free.len());
-        let values = match found.map(|(i, _)| i) {
-            Some(i) => pool.free.swap_remove(i),
+        let values = match pool.take(len) {
+            Some(values) => values,
             None => {
-                pool.bytes += (len * size_of::<f32>()) as u64;
+                let given_up = pool.add(len);
                 drop(pool);
+                drop(given_up);
                 vec![0.0; len]
             }
         };
@@ -43,9 +78,9 @@ impl Buffers {
         buffer
     }
 
-    /// Returns the bytes of all buffers, which are the most that were in use, about.
-    pub fn bytes(&self) -> u64 {
-        lock(&self.0).bytes
+    /// Returns the most bytes that there were at a time, in use or free.
+    pub fn peak(&self) -> u64 {
+        lock(&self.0).peak
     }
 }
 
@@ -83,7 +118,7 @@ mod tests {
 
     #[test]
     fn memory_that_came_back_is_used_again_where_it_is_not_much_too_large() {
-        let buffers = Buffers::default();
+        let buffers = Buffers::new(u64::MAX);
         let place = |buffer: &Buffer| buffer.as_ptr();
         let (large, small) = (buffers.take(100), buffers.take(10));
         let (of_large, of_small) = (place(&large), place(&small));
@@ -92,6 +127,17 @@ mod tests {
         assert_eq!((place(&again), again.len()), (of_large, 60));
         assert_eq!(place(&buffers.take(9)), of_small);
         assert_eq!(buffers.take(40).len(), 40, "what is in use is not given twice");
-        assert_eq!(buffers.bytes(), 4 * (100 + 10 + 40));
+        assert_eq!(buffers.peak(), 4 * (100 + 10 + 40));
+    }
+
+    #[test]
+    fn what_is_free_is_given_up_for_what_there_is_no_room_for_beside_it() {
+        let buffers = Buffers::new(4 * 100);
+        drop((buffers.take(30), buffers.take(60)));
+        let _small = [buffers.take(10), buffers.take(12)];
+        let _again = buffers.take(60);
+        assert_eq!(buffers.peak(), 4 * 100, "the one that came back first has gone");
+        let _large = buffers.take(200);
+        assert_eq!(buffers.peak(), 4 * (10 + 12 + 60 + 200), "what is in use is never refused");
     }
 }

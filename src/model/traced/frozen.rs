@@ -22,7 +22,7 @@ const SERVED_TIMES: usize = 4;
 impl Scope<'_> {
     /// Runs `f(first row, dequantised rows)` over pieces of `w` so small that `rows` activations against one take about [`PIECE_MACS`].
     pub(super) fn pieces(&self, w: &PackedMatrix, rows: usize, mut f: impl FnMut(usize, &[f32])) {
-        let piece = (PIECE_MACS / (w.cols() * rows.max(1))).max(1).next_multiple_of(64).min(w.rows()).min(4096);
+        let piece = piece_of(w, rows);
         let mut dense = self.take(piece * w.cols());
         for from in (0..w.rows()).step_by(piece) {
             let count = piece.min(w.rows() - from);
@@ -54,7 +54,7 @@ impl Scope<'_> {
     fn served(&self, x: &mut [f32], layers: &[Layer<'_>], products: &mut [Buffer]) {
         let width = layers[0].0.cols();
         let macs_a_row: usize = layers.iter().map(|(matrix, _)| matrix.rows() * width).sum();
-        let most = (SERVED_TIMES * PIECE_MACS / macs_a_row).max(1).next_multiple_of(64);
+        let most = served_rows(macs_a_row);
         let mut quantized = lock(&self.workspace.quantized);
         let quantized = quantized.get_or_insert_with(|| cpu::QuantizedRows::new(self.model.formats()));
         let mut from = 0;
@@ -93,4 +93,14 @@ impl Scope<'_> {
             mul(Out { data: dx, stride: w.cols(), accumulate: true }, dy, Mat::dense(dense, w.cols()), true);
         });
     }
+}
+
+/// Rows of a matrix that are dequantised at a time to be multiplied with so many rows.
+pub(super) fn piece_of(w: &PackedMatrix, rows: usize) -> usize {
+    (PIECE_MACS / (w.cols() * rows.max(1))).max(1).next_multiple_of(64).min(w.rows()).min(4096)
+}
+
+/// Rows that layers of so many weights in all are multiplied with by the serving kernels at a time.
+pub(super) fn served_rows(weights: usize) -> usize {
+    (SERVED_TIMES * PIECE_MACS / weights).max(1).next_multiple_of(64)
 }

@@ -14,7 +14,7 @@ impl Scope<'_> {
     /// gradient of each row's log-probability to its input: the row of W of the target less the mean of all by their probabilities.
     pub(super) fn score(&self, x: &mut [f32], targets: &[u32], mut slopes: Option<&mut [f32]>) -> TokenScores {
         let (width, vocab) = (self.model.config().hidden_size, self.model.vocab_size());
-        let most = (MAX_LOGITS / vocab).max(1);
+        let most = rows_at_a_time(vocab);
         let mut scores = TokenScores { logprobs: Vec::with_capacity(targets.len()), is_greedy: Vec::new() };
         for (i, (x, targets)) in x.chunks_mut(most * width).zip(targets.chunks(most)).enumerate() {
             let mut logits = self.logits(x);
@@ -56,4 +56,9 @@ impl Scope<'_> {
         slopes.fill(0.0);
         self.frozen_backward(self.model.head(), logits, slopes);
     }
+}
+
+/// Rows whose logits are held at a time.
+pub(super) fn rows_at_a_time(vocab: usize) -> usize {
+    (MAX_LOGITS / vocab).max(1)
 }

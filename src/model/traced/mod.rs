@@ -8,6 +8,7 @@
 mod adapted;
 mod attention;
 mod buffers;
+mod footprint;
 mod frozen;
 mod head;
 mod pass;
@@ -29,8 +30,10 @@ use crate::error::{Error, Result};
 use crate::kernels::cpu::QuantizedRows;
 use crate::model::Model;
 use crate::model::batch::VIRTUAL_TOKEN;
+use crate::sync::lock;
 pub use adapted::Dropout;
 use buffers::{Buffer, Buffers};
+pub use footprint::PassSize;
 pub use pass::Trace;
 
 /// Multiply-adds in float32 between two offers to give way: a few milliseconds on a core.
@@ -71,17 +74,28 @@ pub struct TokenScores {
 }
 
 /// The memory of passes over one model, which each leaves to the next.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Workspace {
     buffers: Buffers,
     /// Made by the first pass that needs it.
     quantized: Mutex<Option<QuantizedRows>>,
 }
 
+impl Default for Workspace {
+    fn default() -> Self {
+        Self::with_room(u64::MAX)
+    }
+}
+
 impl Workspace {
-    /// Returns the bytes of activations that it has, which are the most that its passes have needed, about.
-    pub fn bytes(&self) -> u64 {
-        self.buffers.bytes()
+    /// Returns one that keeps no memory from pass to pass that would make more than so many bytes. A pass that needs more takes it.
+    pub fn with_room(bytes: u64) -> Self {
+        Self { buffers: Buffers::new(bytes), quantized: Mutex::default() }
+    }
+
+    /// Returns the most bytes of activations that it has held at a time.
+    pub fn peak_bytes(&self) -> u64 {
+        self.buffers.peak() + lock(&self.quantized).as_ref().map_or(0, QuantizedRows::bytes)
     }
 }
 

@@ -136,13 +136,7 @@ fn forward<'a>(
     let mut parts = parts(all, steps, recompute_layers).into_iter().peekable();
     while let Some(steps) = parts.next() {
         let x = forward.x.clone();
-        let keeps = match recompute_layers {
-            None => true,
-            // The backward begins with the last one.
-            Some(1) => parts.peek().is_none(),
-            // Several layers at once are what there is no room for.
-            Some(_) => false,
-        };
+        let keeps = keeps(recompute_layers, parts.peek().is_none());
         forward.saved = keeps.then(Vec::new);
         forward.run(&all[steps.clone()])?;
         segments.push(Segment { steps, x, saved: forward.saved.take() });
@@ -150,8 +144,19 @@ fn forward<'a>(
     Ok((segments, forward))
 }
 
+/// Whether all that the backward needs is kept of a part of the steps.
+pub(super) fn keeps(recompute_layers: Option<usize>, is_last: bool) -> bool {
+    match recompute_layers {
+        None => true,
+        // The backward begins with the last one.
+        Some(1) => is_last,
+        // Several layers at once are what there is no room for.
+        Some(_) => false,
+    }
+}
+
 /// Cuts steps before every so many layers.
-fn parts(all: &[Step], steps: Range<usize>, layers: Option<usize>) -> Vec<Range<usize>> {
+pub(super) fn parts(all: &[Step], steps: Range<usize>, layers: Option<usize>) -> Vec<Range<usize>> {
     let Some(layers) = layers else { return vec![steps] };
     let begins = |step: &usize| matches!(all[*step], Step::Project { part: Part::Attention, .. });
     let mut cuts: Vec<usize> = steps.clone().filter(begins).step_by(layers.max(1)).collect();

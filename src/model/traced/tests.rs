@@ -365,3 +365,49 @@ fn sites_are_numbered_in_the_order_of_their_names() {
     let sites: Vec<Site> = (0..model.decoder().sites.len()).map(|site| model.site(site)).collect();
     assert!(sites.is_sorted());
 }
+
+/// What a pass is found to take beforehand is what its workspace holds in the end.
+#[test]
+fn a_pass_takes_what_was_found_beforehand() {
+    let (model, _) = Model::tiny_windowed(1);
+    let batches: [&[usize]; 3] = [&[64], &[100; 4], &[40, 7, 60, 9]];
+    let ways = [(None, None), (Some(1), Some(0.1)), (Some(2), None)];
+    for (tuner, lengths) in tuners().iter().flat_map(|tuner| batches.map(|lengths| (tuner, lengths))) {
+        let adapter = moved(&model, tuner);
+        assert_eq!(adapter.parameters(), tuner.parameters(model.shape()).unwrap());
+        let sequences: Vec<Vec<u32>> = lengths.iter().map(|len| (0..*len as u32).collect()).collect();
+        let ids: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
+        // Every token in the loss, or a few.
+        for every in [1, 9] {
+            let of_one = |(sequence, len): (usize, &usize)| {
+                (0..len - 1).step_by(every).map(move |i| (sequence, i)).collect::<Vec<_>>()
+            };
+            let wanted: Vec<(usize, usize)> = lengths.iter().enumerate().flat_map(of_one).collect();
+            let longest = lengths.iter().copied().max().unwrap();
+            let before = adapter.virtual_count();
+            let size = PassSize {
+                tokens: lengths.iter().map(|len| before + len).sum(),
+                longest: before + longest,
+                selected: wanted.len(),
+            };
+            for (recompute_layers, rate) in ways {
+                let dropout = rate.map(|rate| Dropout { rate, seed: 1, step: 1 });
+                let options =
+                    ForwardOptions { adapter: Some(&adapter), recompute_layers, dropout, ..ForwardOptions::default() };
+                let found = model.trace_bytes(size, options);
+                let workspace = Workspace::with_room(found);
+                for _ in 0..2 {
+                    let trace = model.trace(&ids, &wanted, options, &workspace).unwrap();
+                    trace.backward(&vec![1.0; wanted.len()], &mut adapter.zeros_like()).unwrap();
+                }
+                let scored = model.score_bytes(size, options);
+                let scoring = Workspace::with_room(scored);
+                model.score_tokens(&ids, &wanted, options, &scoring).unwrap();
+                for (found, workspace) in [(found, workspace), (scored, scoring)] {
+                    let part = workspace.peak_bytes() as f64 / found as f64;
+                    assert!((part - 1.0).abs() <= 0.15, "{tuner:?} {size:?} {options:?}: {part} of {found}");
+                }
+            }
+        }
+    }
+}

@@ -37,6 +37,7 @@ fn recipe() -> Hyperparameters {
         validation_split: 0.25,
         eval_steps: Some(1),
         max_length: Some(64),
+        gradient_checkpointing: GradientCheckpointing::Auto,
     }
 }
 
@@ -136,7 +137,9 @@ fn what_is_written_reads_back_and_says_its_version() {
         let text = write_spec(&spec).unwrap();
         assert_eq!((read_spec(&text).unwrap(), v(&text)), (spec, VERSION.into()));
     }
-    for event in events() {
+    let memory = TrainingMemory { adapter: 3, gradients: 1, optimizer: 2, activations: 70 };
+    let planned = JobEvent::MemoryPlan(MemoryPlan { memory, gradient_checkpointing: true });
+    for event in events().into_iter().chain([planned, JobEvent::MemoryPeak(memory)]) {
         let text = write_event(&event).unwrap();
         assert_eq!((read_event(&text).unwrap(), v(&text)), (event, VERSION.into()));
     }
@@ -155,11 +158,14 @@ fn every_word_reads_back() {
         assert_eq!(read_event(&write_event(&event).unwrap()).unwrap(), event);
         assert!(write_event(&event).unwrap().contains(&format!("{state:?}")), "the word is the one first stored");
     }
-    for schedule in [LrSchedule::Cosine, LrSchedule::Linear, LrSchedule::Constant] {
+    use GradientCheckpointing::{Auto, Off, On};
+    let schedules = [(LrSchedule::Cosine, Auto), (LrSchedule::Linear, On), (LrSchedule::Constant, Off)];
+    for (schedule, gradient_checkpointing) in schedules {
         for publish in [Publish::Auto, Publish::Live, Publish::VersionOnly] {
             let [spec, _] = specs();
             let too_long = if publish == Publish::Live { TooLong::Drop } else { TooLong::Truncate };
-            let spec = JobSpec { publish, too_long, hyperparameters: Hyperparameters { schedule, ..recipe() }, ..spec };
+            let hyperparameters = Hyperparameters { schedule, gradient_checkpointing, ..recipe() };
+            let spec = JobSpec { publish, too_long, hyperparameters, ..spec };
             assert_eq!(read_spec(&write_spec(&spec).unwrap()).unwrap(), spec);
         }
     }

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::ids::{DatasetName, Digest};
-use crate::request::{Hyperparameters, LrSchedule, Objective, Publish, TooLong, TunerSpec};
+use crate::request::{GradientCheckpointing, Hyperparameters, LrSchedule, Objective, Publish, TooLong, TunerSpec};
 use crate::store::{DatasetKind, NewDataset, Retention};
 
 fn tenant(id: &str) -> TenantId {
@@ -28,6 +28,7 @@ fn job(tenant: &TenantId, id: &str) -> NewJob {
         validation_split: 0.0,
         eval_steps: None,
         max_length: None,
+        gradient_checkpointing: GradientCheckpointing::Auto,
     };
     let spec = JobSpec {
         adapter: AdapterName::new(tenant, "a").unwrap(),

@@ -5,8 +5,10 @@ mod dpo;
 pub mod measures;
 mod sft;
 
-use crate::error::Result;
+use crate::data::Examples;
+use crate::error::{Error, Result};
 use crate::model::traced::TokenScores;
+use crate::request;
 use crate::text::Conversation;
 
 pub use dpo::{Dpo, DpoLoss};
@@ -38,6 +40,21 @@ pub trait Objective {
     /// Whether [`Objective::take_reference`] does anything.
     fn needs_reference(&self) -> bool {
         false
+    }
+}
+
+/// Returns the objective that a job names, over its examples.
+///
+/// # Errors
+/// An internal one where the examples are of another kind.
+pub(super) fn objective<'a>(spec: request::Objective, examples: &'a Examples) -> Result<Box<dyn Objective + 'a>> {
+    match (spec, examples) {
+        (request::Objective::Sft, Examples::Sft(examples)) => Ok(Box::new(Sft::new(examples))),
+        (request::Objective::Dpo { beta, label_smoothing }, Examples::Dpo(pairs)) => {
+            let loss = DpoLoss { beta: beta.into(), label_smoothing: label_smoothing.into() };
+            Ok(Box::new(Dpo::new(pairs, loss)))
+        }
+        _ => Err(Error::internal("the examples are not of the kind the objective needs")),
     }
 }
 

@@ -4,16 +4,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::adapter::Adapter;
+use crate::config::Limits;
 use crate::data::{Examples, Preference, Record};
 use crate::device::Arbiter;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::request::metric::*;
-use crate::request::{Hyperparameters, JobEvent, LoraSpec, Objective};
+use crate::request::{
+    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, LoraSpec, MemoryPlan, Objective,
+    Placement, PrefixSpec, PromptSpec, TrainingMemory, TunerSpec, VirtualInit,
+};
 use crate::store::DatasetKind;
 use crate::text::Text;
 use crate::train::fit::{CancelToken, DIVERGED_ABOVE, FitInputs, FitOutcome, fit};
 use crate::train::objective::loss_tokens;
+use crate::train::plan::plan;
 use crate::train::tests::{lora, recipe};
 
 const DPO: Objective = Objective::Dpo { beta: 0.1, label_smoothing: 0.0 };
@@ -78,6 +83,7 @@ impl Bench {
             validation: &none,
             objective: run.objective,
             recipe: &run.recipe,
+            plan: run.plan(&self.model, &none).unwrap(),
             arbiter: &self.arbiter,
             control: &control,
         };
@@ -100,12 +106,18 @@ struct Run<'a> {
     objective: Objective,
     recipe: Hyperparameters,
     stop_after: Option<u32>,
+    max_bytes: u64,
 }
 
 impl<'a> Run<'a> {
     fn new(start: &'a Adapter, train: &'a Examples, recipe: Hyperparameters) -> Self {
         let objective = if matches!(train, Examples::Sft(_)) { Objective::Sft } else { DPO };
-        Self { start, reference: None, train, validation: None, objective, recipe, stop_after: None }
+        let max_bytes = Limits::default().max_training_bytes;
+        Self { start, reference: None, train, validation: None, objective, recipe, stop_after: None, max_bytes }
+    }
+
+    fn plan(&self, model: &Model, validation: &Examples) -> Result<MemoryPlan> {
+        plan(model, self.start, (self.train, validation), self.objective, &self.recipe, self.max_bytes)
     }
 
     fn validation_or_none(&self) -> Examples {
@@ -383,4 +395,86 @@ fn few_steps_have_few_pairs_scored_by_the_reference() {
     };
     assert!(scored(2).contains(" 11 pairs"), "{}", scored(2));
     assert!(scored(7).contains(" 23 pairs"), "{}", scored(7));
+}
+
+/// Fresh adapters of every kind.
+fn starts(bench: &Bench) -> Vec<Adapter> {
+    use crate::request::Target::{DownProj, OProj, QProj};
+    let tuners: [TunerSpec; 8] = [
+        lora().into(),
+        LoraSpec { dropout: 0.1, ..lora() }.into(),
+        LoraSpec { use_dora: true, targets: vec![QProj, DownProj], ..lora() }.into(),
+        Ia3Spec::default().into(),
+        Ia3Spec { targets: vec![QProj, OProj], feedforward: vec![OProj] }.into(),
+        PromptSpec { virtual_tokens: 5, init: VirtualInit::Random }.into(),
+        PrefixSpec { virtual_tokens: 5, ..PrefixSpec::default() }.into(),
+        BottleneckSpec { size: 8, placement: Placement::Both, ..BottleneckSpec::default() }.into(),
+    ];
+    let start = |tuner: &TunerSpec| {
+        let mut adapter = Adapter::fresh(tuner, bench.model.shape(), 5).unwrap();
+        bench.model.begin(&mut adapter, &[7, 30, 211, 40, 11], None).unwrap();
+        adapter
+    };
+    tuners.iter().map(start).collect()
+}
+
+fn peak(events: &[JobEvent]) -> TrainingMemory {
+    let of_event = |event: &JobEvent| match event {
+        JobEvent::MemoryPeak(memory) => Some(*memory),
+        _ => None,
+    };
+    events.iter().find_map(of_event).unwrap()
+}
+
+/// Of each kind of adapter, with and without checkpointing, on batches of several shapes.
+#[test]
+fn a_run_holds_what_was_planned() {
+    use GradientCheckpointing::{Auto, Off, On};
+    let bench = Bench::new();
+    let mixed = bench.chats_of([1, 12, 3, 1, 6].iter().map(|times| "yes, sir ".repeat(*times)));
+    let batches = [(bench.chats(6), 4), (mixed, 2), (bench.pairs(4), 2)];
+    for (start, (train, batch_size)) in
+        starts(&bench).iter().flat_map(|start| batches.iter().map(move |of| (start, of)))
+    {
+        for gradient_checkpointing in [Auto, On, Off] {
+            let recipe =
+                Hyperparameters { batch_size: *batch_size, gradient_checkpointing, max_steps: Some(4), ..recipe() };
+            let validation = matches!(train, Examples::Sft(_)).then(|| bench.chats(2));
+            let run = Run { validation: validation.as_ref(), ..Run::new(start, train, recipe) };
+            let planned = run.plan(&bench.model, &run.validation_or_none()).unwrap();
+            let held = peak(&bench.fit(&run).unwrap().1);
+            for (planned, held) in
+                [(planned.memory.total(), held.total()), (planned.memory.activations, held.activations)]
+            {
+                let part = held as f64 / planned as f64;
+                assert!((part - 1.0).abs() <= 0.15, "{:?} {:?}: {part} of {planned}", start.spec, run.recipe);
+            }
+            assert_eq!(planned.gradient_checkpointing, gradient_checkpointing == On);
+        }
+    }
+}
+
+#[test]
+fn checkpointing_changes_no_bit_and_is_chosen_where_memory_is_short() {
+    use GradientCheckpointing::{Auto, Off, On};
+    let bench = Bench::new();
+    let train = bench.chats(6);
+    for start in starts(&bench) {
+        let run = |gradient_checkpointing, max_bytes| {
+            let recipe = Hyperparameters { gradient_checkpointing, epochs: 2, ..recipe() };
+            let run = Run { max_bytes, ..Run::new(&start, &train, recipe) };
+            let planned = run.plan(&bench.model, &run.validation_or_none());
+            planned.map(|planned| (planned, bench.fit(&run).unwrap()))
+        };
+        let (kept, (trained, events)) = run(Off, u64::MAX).unwrap();
+        let (least, (again, same)) = run(On, u64::MAX).unwrap();
+        assert_eq!((&again.adapter, curve(&same)), (&trained.adapter, curve(&events)));
+        assert!(least.memory.total() < kept.memory.total(), "{least:?} {kept:?}");
+        assert_eq!(run(Auto, kept.memory.total()).unwrap().0, kept);
+        let (chosen, (again, _)) = run(Auto, kept.memory.total() - 1).unwrap();
+        assert!(chosen.gradient_checkpointing && chosen.memory.total() < kept.memory.total(), "{chosen:?}");
+        assert_eq!(again.adapter, trained.adapter);
+        let refused = run(Off, kept.memory.total() / 4).unwrap_err().to_string();
+        assert!(refused.contains("max_training_bytes") && refused.contains("gradient_checkpointing"), "{refused}");
+    }
 }

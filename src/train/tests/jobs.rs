@@ -667,3 +667,47 @@ async fn a_publication_without_room_waits_for_its_owner() {
     assert_eq!((row.version.unwrap().version, row.live, bench.versions().await), (2, false, 2));
     bench.trainer.shutdown().await;
 }
+
+/// A job says what memory it will take before its first step, and after the last what it has taken.
+#[tokio::test]
+async fn a_job_tells_the_memory_that_it_plans_and_takes() {
+    let bench = Bench::new().await;
+    let spec = bench.spec("chats", Objective::Sft, 2);
+    let validated = bench.trainer.validate(&bench.tenant, &spec, Arc::default()).await.unwrap();
+    let job = bench.submit(spec).await;
+    let events = bench.events(&job, 0).await.into_iter().map(|event| event.event);
+    let told: Vec<JobEvent> = events
+        .filter(|event| matches!(event, JobEvent::MemoryPlan(_) | JobEvent::Step { .. } | JobEvent::MemoryPeak(_)))
+        .collect();
+    let [JobEvent::MemoryPlan(plan), JobEvent::Step { .. }, JobEvent::Step { .. }, JobEvent::MemoryPeak(peak)] =
+        &told[..]
+    else {
+        panic!("{told:?}");
+    };
+    assert_eq!(*plan, validated.plan);
+    assert_eq!(peak.adapter + peak.gradients, plan.memory.adapter + plan.memory.gradients);
+}
+
+/// What cannot fit is refused at once where the adapter alone shows it, else once the records are known.
+#[tokio::test]
+async fn a_job_that_does_not_fit_the_memory_is_refused() {
+    let with = async |max_training_bytes| Bench::with(Limits { max_training_bytes, ..Limits::default() }).await;
+    let refused = |result: Result<()>, advice: &str| match result {
+        Err(Error::Exhausted { limit: "max_training_bytes", message, retry_after: None }) => {
+            assert!(message.contains(advice), "{message}");
+        }
+        other => panic!("{other:?}"),
+    };
+    let bench = with(20_000).await;
+    let (spec, request) = (bench.spec("chats", Objective::Sft, 1), RequestKey::default());
+    refused(bench.trainer.submit(&bench.tenant, spec, &request).await.map(drop), "rank");
+    let bench = with(190_000).await;
+    let spec = bench.spec("chats", Objective::Sft, 1);
+    let validated = bench.trainer.validate(&bench.tenant, &spec, Arc::default());
+    refused(validated.await.map(drop), "max_length");
+    let job = bench.submit(spec).await;
+    bench.events(&job, 0).await;
+    let row = bench.parts.store.get_job(&job).await.unwrap();
+    assert_eq!(row.state, JobState::Failed);
+    assert!(row.error.is_some_and(|error| error.contains("max_training_bytes")));
+}

@@ -3,7 +3,7 @@
 mod fitting;
 mod jobs;
 
-use crate::request::{Hyperparameters, LoraSpec, LrSchedule};
+use crate::request::{GradientCheckpointing, Hyperparameters, LoraSpec, LrSchedule};
 
 /// A plain recipe: sequential, no warm-up, constant rate.
 pub fn recipe() -> Hyperparameters {
@@ -25,6 +25,7 @@ pub fn recipe() -> Hyperparameters {
         validation_split: 0.0,
         eval_steps: None,
         max_length: None,
+        gradient_checkpointing: GradientCheckpointing::Auto,
     }
 }
 

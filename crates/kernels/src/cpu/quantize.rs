@@ -186,10 +186,27 @@ impl QuantizedRows {
         let panels = with_room(&mut self.panels, count, EMPTY);
         let halves = self.halves.as_mut().map(|halves| with_room(halves, count, NO_HALVES));
         let words = self.words.as_mut().map(|words| with_room(words, count, NO_WORDS));
-        self.has_amx_blocks = Level::best() == Level::Amx && rows >= AMX_FROM;
+        self.has_amx_blocks = takes_amx(rows);
         let amx = self.has_amx_blocks.then(|| with_room(&mut self.amx, rows.div_ceil(AMX_ROWS) * blocks, NO_AMX_BLOCK));
         self.units.resize(rows, 0.0);
         RowWriter { rows, blocks, panels, halves, words, amx, units: self.units.as_mut_ptr() }
+    }
+
+    /// Returns the bytes that it holds, which are those of the largest use so far.
+    pub fn bytes(&self) -> u64 {
+        let halves = self.halves.as_ref().map_or(0, Vec::capacity) * size_of::<Halves>();
+        let words = self.words.as_ref().map_or(0, Vec::capacity) * size_of::<PanelWords>();
+        let blocks = self.panels.capacity() * size_of::<PanelBlock>() + self.amx.capacity() * size_of::<AmxBlock>();
+        (blocks + halves + words + self.units.capacity() * size_of::<f32>()) as u64
+    }
+
+    /// Returns the bytes that `rows` rows of `cols` columns take.
+    pub fn bytes_for(&self, rows: usize, cols: usize) -> u64 {
+        let halves = self.halves.as_ref().map_or(0, |_| size_of::<Halves>());
+        let words = self.words.as_ref().map_or(0, |_| size_of::<PanelWords>());
+        let panels = rows.div_ceil(PANEL) * (size_of::<PanelBlock>() + halves + words);
+        let amx = if takes_amx(rows) { rows.div_ceil(AMX_ROWS) * size_of::<AmxBlock>() } else { 0 };
+        ((panels + amx) * (cols / BLOCK) + rows * size_of::<f32>()) as u64
     }
 
     /// Returns how many rows there are.
@@ -238,10 +255,17 @@ impl QuantizedRows {
     }
 }
 
+/// Whether AMX multiplies so many rows.
+fn takes_amx(rows: usize) -> bool {
+    Level::best() == Level::Amx && rows >= AMX_FROM
+}
+
 /// Where `count` items begin. There may be more: steps with few and with many columns take turns, and what is given up
 /// would have to be cleared again.
 fn with_room<T: Copy>(items: &mut Vec<T>, count: usize, empty: T) -> *mut T {
     if items.len() < count {
+        // As many as there are, and not the double as a growing list takes.
+        items.reserve_exact(count - items.len());
         items.resize(count, empty);
     }
     items.as_mut_ptr()
