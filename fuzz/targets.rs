@@ -48,8 +48,22 @@ fn split(data: &[u8]) -> (&[u8], &[u8]) {
     rest.split_at(usize::from(u16::from_le_bytes(*length)).min(rest.len()))
 }
 
-/// A base as a whole: the file, its tokenizer and template, and the model over it.
+/// A base as a whole: the file, its tokenizer and template, and the model over it. One with a seal as it lies, and with its
+/// checksum put right, so that what the checksum protects is reached too.
 pub fn gguf(data: &[u8]) -> bool {
+    let as_it_is = base(data);
+    if !data.windows(SEAL.len()).any(|window| window == SEAL) {
+        return as_it_is;
+    }
+    let mut sealed = data[..data.len().saturating_sub(32)].to_vec();
+    sealed.extend(Digest::of(&sealed).as_ref());
+    base(&sealed) || as_it_is
+}
+
+/// What a file with a seal says of itself.
+const SEAL: &[u8] = b"tenora.quantized.digest";
+
+fn base(data: &[u8]) -> bool {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
     file.write_all(data).expect("a temporary file can be written");
     let Ok((_, text)) = Model::load(file.path(), &candle_core::Device::Cpu, None) else { return false };

@@ -249,6 +249,7 @@ mod tests {
             "policy set one two",
             "models fetch",
             "models inspect base.gguf --context 512 --json",
+            "models quantize base.gguf --to nf4 --output base-nf4.gguf",
             "bench --streams 16 --adapters distinct --rank 16 --rounds 5 --warm-up",
             "bench --rate 2 --duration 60 --prompt-tokens 64..512 -n 16..128 --adapters zipf --adapter-count 1000 --json",
         ] {

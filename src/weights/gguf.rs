@@ -5,9 +5,11 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use super::header::Header;
+use super::hf::{self, HfConfig};
 use super::metadata::Metadata;
 use super::plan::{FactorKind, Form, Plan, Slot, Sought};
 use super::quantise::Quantiser;
+use super::sealed::{Seal, folder_file};
 use super::stream::{self, Parts, Progress};
 use super::vocabulary::vocabulary;
 use super::{LinearWeights, Weights};
@@ -15,7 +17,7 @@ use crate::arch::config::ModelConfig;
 use crate::arch::decoder::{Decoder, NormKind, NormSpec, Site};
 use crate::arch::rope::RopeScaling;
 use crate::arch::settings::{ROPE_ORIGINAL_CONTEXT, Settings};
-use crate::arch::unsupported;
+use crate::arch::{Architecture, unsupported};
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::kernels::format::QType;
@@ -60,26 +62,110 @@ pub(super) fn read(
     progress: &mut Progress<'_>,
 ) -> Result<(Weights, Vocabulary)> {
     let header = Header::read(&mut file)?;
-    let metadata = Metadata::new(&header.metadata)?;
-    let vocabulary = vocabulary(&header.metadata)?;
-    let mut config = ModelConfig::read(metadata.architecture, &metadata, name, vocabulary.tokens.len())?;
+    let seal = Seal::read(&header, &mut file)?;
+    if seal.is_some() && quantiser.is_some() {
+        let message = "the base was quantised already, by `tenora models quantize`; serve it without --quantize, or quantise its source again";
+        return Err(Error::invalid("quantize", message));
+    }
+    let said = Said::by(&header)?;
+    let vocabulary = vocabulary_of(&header)?;
+    let mut config = said.model_config(name, vocabulary.tokens.len())?;
     let decoder = Decoder::new(&config);
-    let plan = plan(&metadata, &config, &decoder, &header);
+    let plan = said.plan(&config, &decoder, &header, seal.is_some());
     if let Some(problem) = plan.problems.into_iter().next() {
         return Err(problem);
     }
-    let bytes = file.seek(SeekFrom::End(0)).map_err(unreadable)?;
+    let bytes = match &seal {
+        Some(seal) => seal.bytes,
+        None => file.seek(SeekFrom::End(0)).map_err(unreadable)?,
+    };
     let (mut parts, digests) = stream::read(&mut [(file, bytes)], &plan.tensors, quantiser, progress)?;
-    take_factors(&mut parts, &mut config, &metadata)?;
-    let digest = digests.first().copied().unwrap_or_else(|| Digest::of(b""));
+    said.take_factors(&mut parts, &mut config)?;
+    let mut digest = digests.first().copied().unwrap_or_else(|| Digest::of(b""));
+    if let Some(seal) = seal {
+        digest = seal.check(digest)?;
+    }
     let digest = quantiser.map_or(digest, |quantiser| quantiser.end(digest));
-    Ok((parts.into_weights(config, decoder, metadata.called(), digest)?, vocabulary))
+    Ok((parts.into_weights(config, decoder, said.called()?, digest)?, vocabulary))
 }
 
-/// Looks for a file's tensors.
-pub(super) fn plan(metadata: &Metadata<'_>, config: &ModelConfig, decoder: &Decoder, header: &Header) -> Plan {
-    let (architecture, tensors) = (metadata.architecture, &header.tensors);
-    let mut plan = Sought { architecture, config, decoder, form: &Gguf, tensors }.plan();
+/// Reads what a file says of its text.
+pub(super) fn vocabulary_of(header: &Header) -> Result<Vocabulary> {
+    if folder_file(&header.metadata, hf::CONFIG).is_none() {
+        return vocabulary(&header.metadata);
+    }
+    let rows = header.tensors.get("token_embd.weight").and_then(|info| info.dims.get(1).copied());
+    let rows = rows.ok_or_else(|| unsupported("token_embd.weight", "is missing"))?;
+    hf::vocabulary(|name| folder_file(&header.metadata, name), rows)
+}
+
+/// Where a file says what it is.
+pub(super) enum Said<'a> {
+    /// In GGUF's keys.
+    Keys(Metadata<'a>),
+    /// In the `config.json` of the folder that it was made of.
+    Config(Box<HfConfig>),
+}
+
+impl<'a> Said<'a> {
+    pub(super) fn by(header: &'a Header) -> Result<Self> {
+        match folder_file(&header.metadata, hf::CONFIG) {
+            Some(json) => Ok(Self::Config(Box::new(HfConfig::read(json)?))),
+            None => Ok(Self::Keys(Metadata::new(&header.metadata)?)),
+        }
+    }
+
+    /// What the model is called.
+    pub(super) fn called(&self) -> Result<Vec<String>> {
+        match self {
+            Self::Keys(metadata) => Ok(metadata.called()),
+            Self::Config(config) => config.called(),
+        }
+    }
+
+    /// The numbers of a base of this name and so many tokens.
+    pub(super) fn model_config(&self, name: String, tokens: usize) -> Result<ModelConfig> {
+        match self {
+            Self::Keys(metadata) => ModelConfig::read(metadata.architecture, metadata, name, tokens),
+            Self::Config(config) => config.model_config(name),
+        }
+    }
+
+    /// Looks for the file's tensors.
+    pub(super) fn plan(&self, config: &ModelConfig, decoder: &Decoder, header: &Header, sealed: bool) -> Plan {
+        let (architecture, of_folder) = match self {
+            Self::Keys(metadata) => (metadata.architecture, false),
+            Self::Config(config) => (config.architecture, true),
+        };
+        let form = if sealed { Gguf::Sealed { of_folder } } else { Gguf::Plain };
+        plan(architecture, config, decoder, form, header)
+    }
+
+    /// Gives the rotation the factors of its frequencies, where the file has some.
+    fn take_factors(&self, parts: &mut Parts, config: &mut ModelConfig) -> Result<()> {
+        match self {
+            Self::Keys(metadata) => take_factors(parts, config, metadata),
+            Self::Config(_) => Ok(()),
+        }
+    }
+
+    /// Marks which factors a file has, whose values have not been read.
+    pub(super) fn mark_factors(&self, plan: &Plan, config: &mut ModelConfig) -> Result<()> {
+        let mut parts = Parts::default();
+        let factors = plan.tensors.iter().filter(|tensor| matches!(tensor.slot, Slot::Factors(_)));
+        factors.for_each(|tensor| parts.put_vector(tensor.slot, Vec::new()));
+        self.take_factors(&mut parts, config)
+    }
+}
+
+fn plan(
+    architecture: &'static Architecture,
+    config: &ModelConfig,
+    decoder: &Decoder,
+    form: Gguf,
+    Header { tensors, .. }: &Header,
+) -> Plan {
+    let mut plan = Sought { architecture, config, decoder, form: &form, tensors }.plan();
     let has = |name: &str| tensors.contains_key(name);
     if has("rope_factors_short.weight") != has("rope_factors_long.weight") {
         plan.problems.push(unsupported("rope_factors", "has only one of short and long: the file is damaged"));
@@ -87,7 +173,6 @@ pub(super) fn plan(metadata: &Metadata<'_>, config: &ModelConfig, decoder: &Deco
     plan
 }
 
-/// Gives the rotation the factors of its frequencies, where the file has some.
 fn take_factors(parts: &mut Parts, config: &mut ModelConfig, metadata: &Metadata<'_>) -> Result<()> {
     let asked = Settings::integer(metadata, ROPE_ORIGINAL_CONTEXT)?;
     let original_context = asked.unwrap_or(config.context_length);
@@ -100,16 +185,17 @@ fn take_factors(parts: &mut Parts, config: &mut ModelConfig, metadata: &Metadata
     Ok(())
 }
 
-/// Marks which factors a file has, whose values have not been read.
-pub(super) fn mark_factors(plan: &Plan, config: &mut ModelConfig, metadata: &Metadata<'_>) -> Result<()> {
-    let mut parts = Parts::default();
-    let factors = plan.tensors.iter().filter(|tensor| matches!(tensor.slot, Slot::Factors(_)));
-    factors.for_each(|tensor| parts.put_vector(tensor.slot, Vec::new()));
-    take_factors(&mut parts, config, metadata)
-}
-
 /// GGUF's names.
-pub(super) struct Gguf;
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Gguf {
+    /// As other tools write it.
+    Plain,
+    /// With a seal (`sealed.rs`): rows are in Hugging Face's order.
+    Sealed {
+        /// The factors of the rotation are in its `config.json`, and no tensors.
+        of_folder: bool,
+    },
+}
 
 impl Form for Gguf {
     fn tensor_name(&self, slot: Slot, decoder: &Decoder) -> Option<String> {
@@ -123,6 +209,7 @@ impl Form for Gguf {
             Slot::Matrix(id) => of_site(id, "weight"),
             Slot::Bias(id) => of_site(id, "bias"),
             Slot::Norm(id) => norm_name(&decoder.norms[id]),
+            Slot::Factors(_) if *self == (Self::Sealed { of_folder: true }) => return None,
             Slot::Factors(FactorKind::All) => "rope_freqs.weight".to_owned(),
             Slot::Factors(FactorKind::Short) => "rope_factors_short.weight".to_owned(),
             Slot::Factors(FactorKind::Long) => "rope_factors_long.weight".to_owned(),
@@ -130,7 +217,7 @@ impl Form for Gguf {
     }
 
     fn interleaves(&self) -> bool {
-        true
+        *self == Self::Plain
     }
 
     fn vector_formats(&self) -> &'static [QType] {

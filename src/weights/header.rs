@@ -9,7 +9,7 @@ use std::io::{Read, Seek, SeekFrom};
 
 use super::gguf::unreadable;
 use crate::error::{Error, Result};
-use crate::kernels::format::QType;
+use crate::kernels::format::{NestedScales, QType};
 
 /// Most bytes of a header. Vocabularies of 256,000 tokens take 10 MB.
 const MAX_HEADER_BYTES: u64 = 256 << 20;
@@ -24,17 +24,18 @@ const MAX_NAME_BYTES: u64 = 1 << 10;
 const MAX_DIMENSIONS: u32 = 4;
 
 /// Where tensors begin when the file says nothing of it.
-const DEFAULT_ALIGNMENT: u64 = 32;
+pub(super) const ALIGNMENT: u64 = 32;
 
 /// The largest alignment that is taken for one.
 const MAX_ALIGNMENT: u64 = 1 << 20;
 
-/// How a tensor's values are stored: blocks of so many values and so many bytes.
+/// How a tensor's values are stored: blocks of so many values and so many bytes, with nested scales before them or without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Storage {
     pub(super) name: &'static str,
     values: u64,
     bytes: u64,
+    nested: bool,
 }
 
 /// The types of tensors that are not served as matrices, by their numbers in the file; the others are in [`QType`].
@@ -68,14 +69,20 @@ impl Storage {
     pub(super) fn of(number: u32) -> Option<Self> {
         if let Some(qtype) = QType::of_number(number) {
             let (values, bytes) = qtype.file_block();
-            return Some(Self { name: qtype.name(), values: values as u64, bytes: bytes as u64 });
+            let (values, bytes) = (values as u64, bytes as u64);
+            return Some(Self { name: qtype.name(), values, bytes, nested: qtype.is_nested() });
         }
         let found = OTHER_STORAGES.iter().find(|(of, ..)| *of == number);
-        found.map(|(_, name, values, bytes)| Self { name, values: *values, bytes: *bytes })
+        found.map(|(_, name, values, bytes)| Self { name, values: *values, bytes: *bytes, nested: false })
     }
-}
 
-impl Storage {
+    /// Bytes of so many values, whole blocks; `None` where there can't be as many.
+    fn bytes_of(self, values: u64) -> Option<u64> {
+        let blocks = values / self.values;
+        let nested = if self.nested { NestedScales::bytes_of(usize::try_from(blocks).ok()?) } else { 0 };
+        blocks.checked_mul(self.bytes)?.checked_add(nested as u64)
+    }
+
     /// Bytes of a value, of formats of floats.
     pub(super) fn value_bytes(self) -> u64 {
         self.bytes / self.values
@@ -119,23 +126,29 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    /// All types; a type's place is its number in the file.
+    const ALL: [Self; 13] = [
+        Self::Integer { bytes: 1, signed: false },
+        Self::Integer { bytes: 1, signed: true },
+        Self::Integer { bytes: 2, signed: false },
+        Self::Integer { bytes: 2, signed: true },
+        Self::Integer { bytes: 4, signed: false },
+        Self::Integer { bytes: 4, signed: true },
+        Self::Float { bytes: 4 },
+        Self::Bool,
+        Self::Text,
+        Self::List,
+        Self::Integer { bytes: 8, signed: false },
+        Self::Integer { bytes: 8, signed: true },
+        Self::Float { bytes: 8 },
+    ];
+
     fn of(number: u32) -> Option<Self> {
-        Some(match number {
-            0 => Self::Integer { bytes: 1, signed: false },
-            1 => Self::Integer { bytes: 1, signed: true },
-            2 => Self::Integer { bytes: 2, signed: false },
-            3 => Self::Integer { bytes: 2, signed: true },
-            4 => Self::Integer { bytes: 4, signed: false },
-            5 => Self::Integer { bytes: 4, signed: true },
-            6 => Self::Float { bytes: 4 },
-            7 => Self::Bool,
-            8 => Self::Text,
-            9 => Self::List,
-            10 => Self::Integer { bytes: 8, signed: false },
-            11 => Self::Integer { bytes: 8, signed: true },
-            12 => Self::Float { bytes: 8 },
-            _ => return None,
-        })
+        Self::ALL.get(usize::try_from(number).ok()?).copied()
+    }
+
+    fn number(self) -> u32 {
+        Self::ALL.iter().position(|kind| *kind == self).unwrap_or_default() as u32
     }
 
     /// Bytes of a value; `None` where they differ.
@@ -269,7 +282,7 @@ impl Header {
 
 fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64> {
     match metadata.get("general.alignment") {
-        None => Ok(DEFAULT_ALIGNMENT),
+        None => Ok(ALIGNMENT),
         Some(Value::Integer(value)) if (8..=MAX_ALIGNMENT as i64).contains(value) && value.count_ones() == 1 => {
             Ok(*value as u64)
         }
@@ -433,10 +446,70 @@ impl<R: Read> Reader<'_, R> {
         let storage = Storage::of(number).ok_or_else(unknown)?;
         let values = dims.iter().try_fold(1_u64, |values, dim| values.checked_mul(*dim));
         let rows = dims.first().is_some_and(|row| row.is_multiple_of(storage.values));
-        let bytes =
-            values.filter(|values| rows && *values > 0).and_then(|v| (v / storage.values).checked_mul(storage.bytes));
+        let bytes = values.filter(|values| rows && *values > 0).and_then(|values| storage.bytes_of(values));
         let bytes = bytes
             .ok_or_else(|| broken(format!("the tensor {name} cannot have the shape {dims:?} as {}", storage.name)))?;
         Ok((name, TensorInfo { dims, storage, file: 0, start, bytes }))
+    }
+}
+
+/// Writes the header of a file of version 3 with these entries and tensors (name, dimensions, format), which follow it in their order, each at
+/// the next multiple of [`ALIGNMENT`].
+pub(super) fn write_header<'t>(
+    metadata: &BTreeMap<String, Value>,
+    tensors: impl ExactSizeIterator<Item = (&'t str, Vec<u64>, QType)>,
+) -> Vec<u8> {
+    let mut header = b"GGUF".to_vec();
+    header.extend(3_u32.to_le_bytes());
+    header.extend((tensors.len() as u64).to_le_bytes());
+    header.extend((metadata.len() as u64).to_le_bytes());
+    for (key, value) in metadata {
+        put_text(&mut header, key.as_bytes());
+        value.put(&mut header);
+    }
+    let mut at = 0_u64;
+    for (name, dims, qtype) in tensors {
+        put_text(&mut header, name.as_bytes());
+        header.extend((dims.len() as u32).to_le_bytes());
+        dims.iter().for_each(|dim| header.extend(dim.to_le_bytes()));
+        header.extend(qtype.number().to_le_bytes());
+        header.extend(at.to_le_bytes());
+        let bytes = Storage::of(qtype.number()).and_then(|storage| storage.bytes_of(dims.iter().product()));
+        at += bytes.unwrap_or_default().next_multiple_of(ALIGNMENT);
+    }
+    header
+}
+
+fn put_text(to: &mut Vec<u8>, text: &[u8]) {
+    to.extend((text.len() as u64).to_le_bytes());
+    to.extend(text);
+}
+
+impl Value {
+    /// Writes its type and itself, so that it is read as the same value.
+    fn put(&self, to: &mut Vec<u8>) {
+        let mut number = |kind: Kind, bytes: [u8; 8]| {
+            to.extend(kind.number().to_le_bytes());
+            to.extend(bytes);
+        };
+        match self {
+            Self::Integer(value) => number(Kind::Integer { bytes: 8, signed: true }, value.to_le_bytes()),
+            Self::Large => number(Kind::Integer { bytes: 8, signed: false }, u64::MAX.to_le_bytes()),
+            Self::Float(value) => number(Kind::Float { bytes: 8 }, value.to_le_bytes()),
+            Self::Bool(value) => {
+                to.extend(Kind::Bool.number().to_le_bytes());
+                to.push(u8::from(*value));
+            }
+            Self::Text(text) => {
+                to.extend(Kind::Text.number().to_le_bytes());
+                put_text(to, text);
+            }
+            Self::List(kind, count, data) => {
+                to.extend(Kind::List.number().to_le_bytes());
+                to.extend(kind.number().to_le_bytes());
+                to.extend((*count as u64).to_le_bytes());
+                to.extend(data);
+            }
+        }
     }
 }

@@ -8,6 +8,7 @@ mod metadata;
 mod outline;
 mod plan;
 mod quantise;
+mod sealed;
 mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -26,6 +27,7 @@ use crate::kernels::packed::PackedMatrix;
 use crate::text::Vocabulary;
 pub use outline::{FormatCount, Outline};
 use quantise::Quantiser;
+pub use sealed::Quantised;
 pub use stream::Progress;
 
 /// Reads the vocabulary of a GGUF file from its header, whatever tensors there are.
@@ -33,7 +35,7 @@ pub use stream::Progress;
 /// # Errors
 /// BASE_UNREADABLE, UNSUPPORTED_BASE or UNSUPPORTED_TOKENIZER where it cannot be read or is not known.
 pub fn read_vocabulary(file: &mut (impl Read + Seek)) -> Result<Vocabulary> {
-    vocabulary::vocabulary(&header::Header::read(file)?.metadata)
+    gguf::vocabulary_of(&header::Header::read(file)?)
 }
 
 /// A linear layer's tensors.

@@ -5,12 +5,11 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
-use super::gguf::{self, name_of, naming, unreadable};
+use super::gguf::{Said, name_of, naming, unreadable, vocabulary_of};
 use super::header::{Header, TensorInfo, Value};
 use super::hf::Folder;
-use super::metadata::Metadata;
 use super::plan::{Plan, Planned};
-use super::vocabulary::vocabulary;
+use super::sealed::Seal;
 use crate::arch::config::ModelConfig;
 use crate::arch::decoder::Decoder;
 use crate::error::{Error, Result};
@@ -65,7 +64,7 @@ impl Outline {
         let file_bytes = file.get_ref().metadata().map_err(unreadable)?.len();
         let header = Header::read(&mut file)?;
         let mut outline = Self { file_bytes, formats: formats(&header.tensors), ..Self::default() };
-        let tokens = match vocabulary(&header.metadata) {
+        let tokens = match vocabulary_of(&header) {
             Ok(vocabulary) => outline.vocabulary.insert(vocabulary).tokens.len(),
             Err(problem) => {
                 outline.problems.push(problem);
@@ -75,15 +74,17 @@ impl Outline {
                 }
             }
         };
-        let metadata = match Metadata::new(&header.metadata) {
-            Ok(metadata) => metadata,
+        let said =
+            Said::by(&header).and_then(|said| Ok((Seal::read(&header, &mut file)?.is_some(), said.called()?, said)));
+        let (sealed, called, said) = match said {
+            Ok(said) => said,
             Err(problem) => return Ok(outline.with(problem)),
         };
-        outline.called = metadata.called();
-        match ModelConfig::read(metadata.architecture, &metadata, name_of(path), tokens) {
+        outline.called = called;
+        match said.model_config(name_of(path), tokens) {
             Ok(mut config) => {
-                let plan = gguf::plan(&metadata, &config, &Decoder::new(&config), &header);
-                gguf::mark_factors(&plan, &mut config, &metadata)?;
+                let plan = said.plan(&config, &Decoder::new(&config), &header, sealed);
+                said.mark_factors(&plan, &mut config)?;
                 Ok(outline.planned(config, plan))
             }
             Err(problem) => Ok(outline.with(problem)),

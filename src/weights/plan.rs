@@ -42,7 +42,8 @@ pub(super) trait Form {
     /// What it calls a tensor; `None` where it has no such tensor.
     fn tensor_name(&self, slot: Slot, decoder: &Decoder) -> Option<String>;
 
-    /// Whether rows of q and k lie as the architecture says of GGUF, and not as Hugging Face has them.
+    /// Whether rows of q and k lie as the architecture says of GGUF, and not as Hugging Face has them. Nested scales are numbered over the rows as
+    /// they are served: there are none where rows move.
     fn interleaves(&self) -> bool;
 
     /// The formats in which it has norms, biases and factors.
@@ -151,8 +152,10 @@ impl Sought<'_> {
             );
             return Err(unsupported(name, message));
         }
-        let (storage, served) =
-            (info.storage.name, QType::ALL.iter().copied().filter(|qtype| qtype.number().is_some()));
+        let (storage, served) = (
+            info.storage.name,
+            QType::ALL.iter().copied().filter(|qtype| !(qtype.is_nested() && self.form.interleaves())),
+        );
         if !slot.is_matrix() {
             let formats = self.form.vector_formats();
             let found = formats.iter().copied().find(|qtype| qtype.name() == storage);

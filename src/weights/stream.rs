@@ -15,7 +15,7 @@ use super::quantise::Quantiser;
 use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
-use crate::kernels::format::QType;
+use crate::kernels::format::{NestedScales, QType};
 use crate::kernels::nf4_packer::Nf4Packer;
 use crate::kernels::packed::{PackedMatrix, Packer};
 
@@ -111,10 +111,11 @@ impl Reading<'_> {
         planned: &Planned,
     ) -> Result<ControlFlow<()>> {
         let mut left = usize::try_from(planned.info.bytes).map_err(Error::internal)?;
-        let piece = planned.piece_bytes();
+        let mut piece = if planned.qtype.is_nested() { planned.nested_bytes() } else { planned.piece_bytes() };
         while left > 0 {
             let mut bytes = self.spare.try_recv().ok().and_then(Arc::into_inner).unwrap_or_default();
             bytes.resize(piece.min(left), 0);
+            piece = planned.piece_bytes();
             file.read_exact(&mut bytes).map_err(unreadable)?;
             left -= bytes.len();
             let bytes = Arc::new(bytes);
@@ -140,9 +141,14 @@ fn skip(file: &mut impl Read, hasher: &mut Sha256, mut bytes: u64) -> Result<()>
 }
 
 impl Planned {
+    /// Bytes of the nested scales, a piece of their own before the rows, where the format has them.
+    fn nested_bytes(&self) -> usize {
+        self.qtype.nested_bytes(self.rows, self.cols)
+    }
+
     /// Bytes of a row as it is stored.
     fn row_bytes(&self) -> usize {
-        self.info.bytes as usize / self.rows
+        (self.info.bytes as usize - self.nested_bytes()) / self.rows
     }
 
     /// Rows that stay together.
@@ -209,7 +215,12 @@ fn matrix(
     let held = quantiser.map_or(planned.qtype, |quantiser| quantiser.format_of(planned));
     match quantiser.filter(|_| held != planned.qtype) {
         None => {
-            let mut packer = Packer::new(held, planned.rows, planned.cols);
+            let nested = if held.is_nested() { next()? } else { None };
+            let nested = nested.as_ref().map_or(&[][..], |bytes| bytes);
+            if !NestedScales::of_bytes(nested).is_sound() {
+                return Err(unsupported(&planned.name, "has a scale that is not a number: the file is damaged"));
+            }
+            let mut packer = Packer::nested(held, planned.rows, planned.cols, nested);
             each_piece(planned, next, give_back, |rows| packer.push(rows))?;
             Ok(packer.finish())
         }

@@ -11,7 +11,7 @@ use crate::bases;
 use crate::model::{Inspection, inspect};
 use crate::request::ChatMessage;
 use crate::text::{Text, TokenizerModel, Vocabulary};
-use crate::weights::FormatCount;
+use crate::weights::{FormatCount, Outline};
 
 /// Show what a base is, what it takes in memory, and whether it can be served and trained, or why not.
 ///
@@ -43,8 +43,15 @@ pub(super) async fn run(args: Args) -> Result<()> {
     }
 }
 
-fn megabytes(bytes: u64) -> String {
+pub(super) fn megabytes(bytes: u64) -> String {
     format!("{:.1} MB", bytes as f64 / 1e6)
+}
+
+/// How tensors are stored.
+pub(super) fn formats(outline: &Outline) -> String {
+    let count =
+        |FormatCount { format, tensors, bytes }: &FormatCount| format!("{format} {tensors} ({})", megabytes(*bytes));
+    outline.formats.iter().map(count).collect::<Vec<_>>().join(", ")
 }
 
 /// Lines of a name and a value.
@@ -58,9 +65,7 @@ fn as_text(path: &Path, found: &Inspection) -> String {
         lines.push(("architecture", config.architecture.to_owned()));
         lines.extend(config.describe());
     }
-    let count =
-        |FormatCount { format, tensors, bytes }: &FormatCount| format!("{format} {tensors} ({})", megabytes(*bytes));
-    lines.push(("tensors", outline.formats.iter().map(count).collect::<Vec<_>>().join(", ")));
+    lines.push(("tensors", formats(outline)));
     if let Some(vocabulary) = &outline.vocabulary {
         lines.extend(tokenizer(vocabulary, found.text.as_deref()));
     }

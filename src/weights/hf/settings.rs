@@ -8,11 +8,11 @@ use crate::error::{Error, Result};
 use crate::kernels::spec::Activation;
 
 /// A configuration, with what it says of the rotation in one place.
-pub(super) struct HfConfig {
+pub(in crate::weights) struct HfConfig {
     values: Map<String, Value>,
     /// Of the rotation: `rope_parameters`, or `rope_scaling` with what stands beside it.
     rope: Map<String, Value>,
-    pub(super) architecture: &'static Architecture,
+    pub(in crate::weights) architecture: &'static Architecture,
 }
 
 /// What stands beside `rope_scaling` where it does not stand in it.
@@ -20,7 +20,7 @@ const ROPE_KEYS: [&str; 3] = ["rope_theta", "partial_rotary_factor", "original_m
 
 impl HfConfig {
     /// Reads a configuration; of a model with several parts the text's.
-    pub(super) fn read(json: &[u8]) -> Result<Self> {
+    pub(in crate::weights) fn read(json: &[u8]) -> Result<Self> {
         let mut values = object("config.json", json)?;
         if let Some(Value::Object(text)) = values.remove("text_config") {
             values = text;

@@ -8,8 +8,8 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::arch::rope::{RopeConfig, RopeScaling};
-use crate::weights::gguf;
 use crate::weights::header::Header;
+use crate::weights::{gguf, sealed};
 
 /// Name, shape, values.
 type Tensor = (String, Vec<usize>, Vec<f32>);
@@ -138,6 +138,21 @@ fn a_folder_is_read_whole_or_in_shards_and_its_digest_covers_its_text() {
     assert!([after, templated, other].iter().all(|digest| *digest != before) && after != templated);
 }
 
+/// Gives a folder the tests' tokenizer, with this id for the end.
+fn put_tokenizer(dir: &Path, end: u32) {
+    let vocabulary = Vocabulary::tiny();
+    let vocab: serde_json::Map<_, _> = (0..256).map(|id| (vocabulary.tokens[id].clone(), json!(id))).collect();
+    let added = |id: u32, content: &str| json!({"id": id, "content": content, "special": true});
+    let tokenizer = json!({
+        "added_tokens": [added(256, "<|im_start|>"), added(end, "<|im_end|>")],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    });
+    let config = json!({"eos_token": "<|im_end|>", "chat_template": vocabulary.chat_template});
+    std::fs::write(dir.join(TOKENIZER), tokenizer.to_string()).unwrap();
+    std::fs::write(dir.join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
 /// With its tokenizer, as a server loads it.
 #[test]
 fn a_folder_is_served_with_its_tokenizer() {
@@ -145,20 +160,7 @@ fn a_folder_is_served_with_its_tokenizer() {
     let embedding = pieces.tensors.iter_mut().find(|tensor| tensor.0.contains("embed")).unwrap();
     (embedding.1, embedding.2) = (vec![260, 32], (0..260 * 32).map(|i| (i % 29) as f32 / 64.0).collect());
     let dir = pieces.write();
-    let vocabulary = Vocabulary::tiny();
-    let vocab: serde_json::Map<_, _> = (0..256).map(|id| (vocabulary.tokens[id].clone(), json!(id))).collect();
-    let tokenizer = |last: u32| {
-        let added = |id: u32, content: &str| json!({"id": id, "content": content, "special": true});
-        let file = json!({
-            "added_tokens": [added(256, "<|im_start|>"), added(last, "<|im_end|>")],
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true},
-            "model": {"type": "BPE", "vocab": vocab, "merges": []},
-        });
-        std::fs::write(dir.path().join(TOKENIZER), file.to_string()).unwrap();
-    };
-    let config = json!({"eos_token": "<|im_end|>", "chat_template": vocabulary.chat_template}).to_string();
-    std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
-    tokenizer(257);
+    put_tokenizer(dir.path(), 257);
     let load = || crate::model::Model::load(dir.path(), &candle_core::Device::Cpu, None);
     let (model, text) = load().unwrap();
     assert_eq!((model.vocab_size(), text.vocab_size(), text.eos()), (260, 260, 257));
@@ -166,7 +168,7 @@ fn a_folder_is_served_with_its_tokenizer() {
     let inspected = crate::model::inspect(dir.path(), Some(16)).unwrap();
     assert!(inspected.problems.is_empty(), "{:?}", inspected.problems);
     assert_eq!(inspected.outline.held_bytes, model.held_bytes());
-    tokenizer(260);
+    put_tokenizer(dir.path(), 260);
     let refused = load().map(drop).unwrap_err().to_string();
     assert!(refused.contains("the id 260, and the embedding has 260 rows"), "{refused}");
     std::fs::remove_file(dir.path().join(TOKENIZER)).unwrap();
@@ -514,4 +516,16 @@ fn folders_are_what_the_files_of_the_same_weights_are() {
     // All but Mistral 3, of which there is no golden base.
     let all = crate::arch::ARCHITECTURES.len() - 1;
     assert!(seen.len() == all || std::env::var_os("TENORA_GOLDEN_BASES").is_some(), "{seen:?}");
+}
+
+/// Folders of every architecture: what they say of themselves and their text goes into the file.
+#[test]
+fn a_file_that_is_quantised_from_a_folder_is_what_the_folder_is() {
+    for file in golden() {
+        let (weights, _) = gguf::load(&file, None, &mut |_, _| {}).unwrap();
+        let dir = folder_of(&file, &weights).write();
+        put_tokenizer(dir.path(), 257);
+        std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+        assert!(sealed::tests::check_comes_back(dir.path()) <= 4.13);
+    }
 }

@@ -35,7 +35,7 @@ pub(crate) trait Float: Sized {
 
 impl<F: Float> BlockFormat for F {
     const NAME: &'static str = F::NAME;
-    const NUMBER: Option<u32> = Some(F::NUMBER);
+    const NUMBER: u32 = F::NUMBER;
     const VALUES: usize = BLOCK;
     const FILE_VALUES: usize = 1;
     const BYTES: usize = F::SIZE * BLOCK;

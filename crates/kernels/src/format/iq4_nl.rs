@@ -27,7 +27,7 @@ const AT: usize = 2 * TILE_ROWS;
 
 impl BlockFormat for IQ4_NL {
     const NAME: &'static str = "IQ4_NL";
-    const NUMBER: Option<u32> = Some(20);
+    const NUMBER: u32 = 20;
     const VALUES: usize = 32;
     const BYTES: usize = 18;
     const TILE_BYTES: usize = AT + NIBBLES;

@@ -41,7 +41,7 @@ fn packed(scales: &[i8; PARTS]) -> [u8; 6] {
 
 impl BlockFormat for IQ4_XS {
     const NAME: &'static str = "IQ4_XS";
-    const NUMBER: Option<u32> = Some(23);
+    const NUMBER: u32 = 23;
     const VALUES: usize = 256;
     const BYTES: usize = BLOCK_AT + 128;
     const TILE_BYTES: usize = AT + PARTS * NIBBLES;

@@ -83,8 +83,8 @@ pub(crate) type Quantizer = fn(&[f32], &mut [u8]);
 pub(crate) trait BlockFormat: Sized {
     /// GGUF's name of it, or the name that it has in papers.
     const NAME: &'static str;
-    /// GGUF's number of it, where it has one.
-    const NUMBER: Option<u32>;
+    /// GGUF's number of it; of NF4, which GGUF does not have, one of ours.
+    const NUMBER: u32;
     /// Values of a block, a multiple of [`BLOCK`].
     const VALUES: usize;
     /// Values of a block as GGUF counts them; tensors that are not multiplied may have rows of as few.
@@ -292,14 +292,14 @@ impl QType {
         with_format!(self, F => F::NAME)
     }
 
-    /// Returns GGUF's number of it, where it has one.
-    pub fn number(self) -> Option<u32> {
+    /// Returns its number in a file's header: GGUF's, or ours of NF4.
+    pub fn number(self) -> u32 {
         with_format!(self, F => F::NUMBER)
     }
 
-    /// Returns the format of a number in GGUF, where it is served.
+    /// Returns the format of a number in a file's header, where it is served.
     pub fn of_number(number: u32) -> Option<Self> {
-        Self::ALL.iter().copied().find(|qtype| qtype.number() == Some(number))
+        Self::ALL.iter().copied().find(|qtype| qtype.number() == number)
     }
 
     /// Returns the values of a block.
@@ -411,7 +411,7 @@ mod tests {
 
     #[test]
     fn values_are_those_of_another_implementation() {
-        let of_gguf = QType::ALL.iter().filter(|qtype| qtype.number().is_some());
+        let of_gguf = QType::ALL.iter().filter(|qtype| !qtype.is_nested());
         assert!(of_gguf.eq(VALUES.iter().map(|(qtype, _)| qtype)), "every format of GGUF's has its values here");
         for (qtype, want) in VALUES {
             let file = random_matrix(qtype, 3, 1024, 11);
@@ -444,7 +444,7 @@ mod tests {
         for qtype in QType::ALL {
             let (tile, file) = (qtype.tile_bytes() as f64, (TILE_ROWS * qtype.block_bytes()) as f64);
             assert!((file..=1.06 * file).contains(&tile), "{qtype:?}: {tile} of {file}");
-            assert!(qtype.number().is_none_or(|number| QType::of_number(number) == Some(*qtype)));
+            assert_eq!(QType::of_number(qtype.number()), Some(*qtype));
         }
     }
 

@@ -64,7 +64,7 @@ pub(crate) fn put_scales(strip: &mut [u8], r: usize, codes: &[u8]) {
 
 impl BlockFormat for NF4 {
     const NAME: &'static str = "NF4";
-    const NUMBER: Option<u32> = None;
+    const NUMBER: u32 = u32::from_le_bytes(*b"TNF4");
     const VALUES: usize = VALUES;
     const BYTES: usize = 1 + VALUES / 2;
     const TILE_BYTES: usize = AT + VALUES / 8 * COLUMNS;

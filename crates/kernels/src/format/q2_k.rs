@@ -48,7 +48,7 @@ pub(super) fn put_twos(bytes: &mut [u8], b: usize, quants: &[u8; BLOCK]) {
 
 impl BlockFormat for Q2_K {
     const NAME: &'static str = "Q2_K";
-    const NUMBER: Option<u32> = Some(10);
+    const NUMBER: u32 = 10;
     const VALUES: usize = 256;
     const BYTES: usize = BLOCK_D + 4;
     const TILE_BYTES: usize = AT + PARTS * TWOS;

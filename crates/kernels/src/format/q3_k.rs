@@ -66,7 +66,7 @@ fn high(block: &[u8], b: usize) -> [u8; BLOCK] {
 
 impl BlockFormat for Q3_K {
     const NAME: &'static str = "Q3_K";
-    const NUMBER: Option<u32> = Some(11);
+    const NUMBER: u32 = 11;
     const VALUES: usize = 256;
     const BYTES: usize = BLOCK_D + 2;
     const TILE_BYTES: usize = AT + PARTS * PART;

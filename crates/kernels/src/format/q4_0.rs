@@ -23,7 +23,7 @@ fn quantize(x: &[f32], block: &mut [u8]) {
 
 impl BlockFormat for Q4_0 {
     const NAME: &'static str = "Q4_0";
-    const NUMBER: Option<u32> = Some(2);
+    const NUMBER: u32 = 2;
     const VALUES: usize = 32;
     const BYTES: usize = 18;
     const TILE_BYTES: usize = AT + NIBBLES;

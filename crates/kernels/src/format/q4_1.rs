@@ -27,7 +27,7 @@ fn quantize(x: &[f32], block: &mut [u8]) {
 
 impl BlockFormat for Q4_1 {
     const NAME: &'static str = "Q4_1";
-    const NUMBER: Option<u32> = Some(3);
+    const NUMBER: u32 = 3;
     const VALUES: usize = 32;
     const BYTES: usize = 20;
     const TILE_BYTES: usize = AT + NIBBLES;

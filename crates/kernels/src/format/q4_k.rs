@@ -37,7 +37,7 @@ fn quantize(x: &[f32], block: &mut [u8]) {
 
 impl BlockFormat for Q4_K {
     const NAME: &'static str = "Q4_K";
-    const NUMBER: Option<u32> = Some(12);
+    const NUMBER: u32 = 12;
     const VALUES: usize = 256;
     const BYTES: usize = 144;
     const TILE_BYTES: usize = k_scales::QUANTS + k_scales::PARTS * NIBBLES;

@@ -41,7 +41,7 @@ fn quantize(x: &[f32], block: &mut [u8]) {
 
 impl BlockFormat for Q5_0 {
     const NAME: &'static str = "Q5_0";
-    const NUMBER: Option<u32> = Some(6);
+    const NUMBER: u32 = 6;
     const VALUES: usize = 32;
     const BYTES: usize = 22;
     const TILE_BYTES: usize = HIGH + BITS;

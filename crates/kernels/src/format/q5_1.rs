@@ -33,7 +33,7 @@ fn quantize(x: &[f32], block: &mut [u8]) {
 
 impl BlockFormat for Q5_1 {
     const NAME: &'static str = "Q5_1";
-    const NUMBER: Option<u32> = Some(7);
+    const NUMBER: u32 = 7;
     const VALUES: usize = 32;
     const BYTES: usize = 24;
     const TILE_BYTES: usize = HIGH + BITS;

@@ -39,7 +39,7 @@ fn quantize(x: &[f32], block: &mut [u8]) {
 
 impl BlockFormat for Q5_K {
     const NAME: &'static str = "Q5_K";
-    const NUMBER: Option<u32> = Some(13);
+    const NUMBER: u32 = 13;
     const VALUES: usize = 256;
     const BYTES: usize = 176;
     const TILE_BYTES: usize = k_scales::QUANTS + k_scales::PARTS * PART;

@@ -101,7 +101,7 @@ fn put_quants(block: &mut [u8], b: usize, quants: &[u8; BLOCK]) {
 
 impl BlockFormat for Q6_K {
     const NAME: &'static str = "Q6_K";
-    const NUMBER: Option<u32> = Some(14);
+    const NUMBER: u32 = 14;
     const VALUES: usize = 256;
     const BYTES: usize = BLOCK_D + 2;
     const TILE_BYTES: usize = AT + PARTS * PART;

@@ -26,7 +26,7 @@ fn quantize(x: &[f32], block: &mut [u8]) {
 
 impl BlockFormat for Q8_0 {
     const NAME: &'static str = "Q8_0";
-    const NUMBER: Option<u32> = Some(8);
+    const NUMBER: u32 = 8;
     const VALUES: usize = 32;
     const BYTES: usize = 34;
     const TILE_BYTES: usize = AT + layout::BYTES;
