@@ -93,4 +93,13 @@ mod tests {
         }
         assert!((0..1000).all(|i| (0.0..1.0).contains(&Stream::new(7, Purpose::Order).uniform(i, 0))));
     }
+
+    #[test]
+    fn normals_have_their_moments() {
+        let x: Vec<f64> = (0..40_000).map(|i| Stream::new(3, Purpose::Initialisation).normal(1, i).into()).collect();
+        let moment = |power: i32| x.iter().map(|x| x.powi(power)).sum::<f64>() / x.len() as f64;
+        for (power, want, most) in [(1, 0.0, 0.02), (2, 1.0, 0.03), (3, 0.0, 0.06), (4, 3.0, 0.2)] {
+            assert!((moment(power) - want).abs() < most, "{power}: {}", moment(power));
+        }
+    }
 }

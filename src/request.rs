@@ -573,6 +573,29 @@ pub struct LoraSpec {
     pub use_rslora: bool,
     /// Gives each row a magnitude of its own (DoRA).
     pub use_dora: bool,
+    /// What a fresh pair is; of one that is there already, nothing.
+    pub init: LoraInit,
+}
+
+/// How the pairs of a fresh LoRA start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LoraInit {
+    /// A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), B zero.
+    #[default]
+    Default,
+    /// A normal with standard deviation 1/rank, B zero.
+    Gaussian,
+    /// As the largest singular values of the base's weights (Meng et al. 2024).
+    Pissa,
+    /// As the beginning of the QR decomposition of the base's weights (Büyükakyüz 2024).
+    Olora,
+}
+
+impl LoraInit {
+    /// Whether the pair starts as a part of the base, which is taken out of the base while it is trained.
+    pub fn is_of_base(self) -> bool {
+        matches!(self, Self::Pissa | Self::Olora)
+    }
 }
 
 impl Default for LoraSpec {
@@ -585,6 +608,7 @@ impl Default for LoraSpec {
             layers: None,
             use_rslora: false,
             use_dora: false,
+            init: LoraInit::Default,
         }
     }
 }

@@ -109,11 +109,18 @@ async fn scores(server: &TestServer, key: &str, adapter: &str) -> Vec<u32> {
     answer.results[0].logprobs.iter().map(|l| l.logprob.to_bits()).collect()
 }
 
-/// Trained here, exported, and imported again: PEFT's files, the same digest, the same scores to the bit.
+/// Trained here, exported, and imported again: PEFT's files, the same digest, the same scores to the bit. What began as a part of the base is
+/// a plain adapter of twice the rank.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trained_adapter_survives_export_and_import() {
     let (server, key) = serve().await;
     server.upload(&key, "t", "d").await.expect("uploaded");
+    for (init, rank) in [(LoraInit::Unspecified, 3), (LoraInit::Pissa, 6)] {
+        survives_export_and_import(&server, &key, init, rank).await;
+    }
+}
+
+async fn survives_export_and_import(server: &TestServer, key: &str, init: LoraInit, rank: u32) {
     let request = TrainRequest {
         parent: "tenants/t".into(),
         adapter_id: "a".into(),
@@ -122,6 +129,7 @@ async fn a_trained_adapter_survives_export_and_import() {
         start: Some(train_request::Start::Lora(LoraSpec {
             rank: Some(3),
             target_modules: vec!["q_proj".into(), "down_proj".into()],
+            init: init.into(),
             ..Default::default()
         })),
         hyperparameters: Some(Hyperparameters {
@@ -132,7 +140,7 @@ async fn a_trained_adapter_survives_export_and_import() {
         }),
         ..Default::default()
     };
-    let mut training = server.training(&key).await;
+    let mut training = server.training(key).await;
     let job = training.train(request).await.expect("a job").into_inner();
     let watch = WatchTrainingJobRequest { name: job.name.clone(), after_sequence: 0 };
     let events: Vec<_> = training.watch_training_job(watch).await.expect("events").into_inner().collect().await;
@@ -140,7 +148,7 @@ async fn a_trained_adapter_survives_export_and_import() {
     let job = training.get_training_job(GetTrainingJobRequest { name: job.name }).await.expect("the job").into_inner();
     assert_eq!(job.state(), JobState::Succeeded, "{}", job.error);
 
-    let mut adapters = server.adapters(&key).await;
+    let mut adapters = server.adapters(key).await;
     let request = ExportAdapterRequest { name: job.adapter_version.clone() };
     let mut parts = adapters.export_adapter(request).await.expect("an export").into_inner();
     let (mut version, mut config, mut tensors) = (None, Vec::new(), Vec::new());
@@ -156,7 +164,7 @@ async fn a_trained_adapter_survives_export_and_import() {
     }
     let version = version.expect("the version comes first");
     let settings: serde_json::Value = serde_json::from_slice(&config).expect("JSON");
-    assert_eq!((&settings["peft_type"], &settings["r"]), (&"LORA".into(), &3.into()));
+    assert_eq!((&settings["peft_type"], &settings["r"]), (&"LORA".into(), &rank.into()));
     let names = safetensors::SafeTensors::deserialize(&tensors).expect("safetensors");
     let mut names: Vec<_> = names.names().into_iter().map(String::from).collect();
     names.sort();
@@ -164,11 +172,11 @@ async fn a_trained_adapter_survives_export_and_import() {
     assert_eq!(names[0], "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight");
 
     let package = Package { config, tensors };
-    let again = server.import(&key, "t", "b", &package).await.expect("imported");
+    let again = server.import(key, "t", "b", &package).await.expect("imported");
     assert_eq!(again.digest, version.digest);
-    let trained = scores(&server, &key, &job.adapter_version).await;
-    assert_eq!(trained, scores(&server, &key, &again.name).await);
-    assert_ne!(trained, scores(&server, &key, "").await, "and they are not the base's");
+    let trained = scores(server, key, &job.adapter_version).await;
+    assert_eq!(trained, scores(server, key, &again.name).await);
+    assert_ne!(trained, scores(server, key, "").await, "and they are not the base's");
 }
 
 /// A request for one token: its id and the bits of its log-probability.

@@ -8,7 +8,9 @@ use crate::adapter::virtual_tokens::{VirtualForm, VirtualTokens};
 use crate::arch::decoder::Site;
 use crate::error::{Error, Result};
 use crate::random::{Purpose, Stream};
-use crate::request::{AdapterKind, BottleneckSpec, Ia3Spec, LoraSpec, NonLinearity, Placement, Target, TunerSpec};
+use crate::request::{
+    AdapterKind, BottleneckSpec, Ia3Spec, LoraInit, LoraSpec, NonLinearity, Placement, Target, TunerSpec,
+};
 
 /// An adapter. Its gradient is a value of the same shape.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,6 +85,15 @@ impl LowRank {
         let magnitude = self.magnitude.as_ref().filter(|magnitude| magnitude.len() == norms.len())?;
         Some(magnitude.iter().zip(norms).map(|(magnitude, norm)| magnitude / norm).collect())
     }
+
+    /// Returns the plain pair that adds scale * (B A - B0 A0), of one that began as B0 A0, of the same shape: `[B, -B0] [A; A0]`, with its
+    /// magnitude. The alpha is this pair's.
+    pub fn without(&self, start: &Self) -> Self {
+        let rows = self.b.chunks_exact(self.rank).zip(start.b.chunks_exact(start.rank));
+        let b = rows.flat_map(|(b, b0)| b.iter().copied().chain(b0.iter().map(|x| -x))).collect();
+        let a = [&self.a[..], &start.a].concat();
+        Self { rank: self.rank + start.rank, a, b, magnitude: self.magnitude.clone(), ..*self }
+    }
 }
 
 /// What of a layer (IA)3 multiplies.
@@ -140,7 +151,7 @@ impl TunerSpec {
     pub fn memory_bytes(&self, shape: &BaseShape) -> Result<u64> {
         let sites: Vec<(Site, Layout)> = match self {
             Self::Lora(spec) => {
-                let layout = Layout::pair(spec.rank as usize, 0.0, spec.use_dora);
+                let layout = Layout::pair(spec.published_rank() as usize, 0.0, spec.use_dora);
                 spec.sites(shape)?.into_iter().map(|site| (site, layout)).collect()
             }
             Self::Ia3(spec) => {
@@ -207,6 +218,11 @@ impl LoraSpec {
     /// alpha / r, or alpha / sqrt(r).
     pub fn scale(&self, alpha: f32, rank: u32) -> f32 {
         alpha / if self.use_rslora { (rank as f32).sqrt() } else { rank as f32 }
+    }
+
+    /// Returns the rank that a version has: twice the rank where it holds, negated, the part of the base that it began as.
+    pub fn published_rank(&self) -> u32 {
+        if self.init.is_of_base() { self.rank.saturating_mul(2) } else { self.rank }
     }
 
     /// The layers it adapts. Errors name the field: no target, no layer, a layer that the base lacks, rank 0.
@@ -347,7 +363,8 @@ impl Adapter {
     }
 
     /// As PEFT starts one: of LoRA A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)) and B zero, of (IA)3 ones; of a bottleneck down as A, and
-    /// zero all else. A function of the seed alone. What is the base's is zero until whoever has the base fills it in (`Model::begin`): DoRA's magnitudes, virtual tokens.
+    /// zero all else. A function of the seed alone. What is the base's is zero until whoever has the base fills it in (`Model::begin`): DoRA's magnitudes, virtual
+    /// tokens; and what pairs start as that start as a part of it (`Model::start_as_part`).
     pub fn fresh<S: Clone + Into<TunerSpec>>(spec: &S, shape: &BaseShape, seed: u64) -> Result<Self> {
         let spec = spec.clone().into();
         let sites = match &spec {
@@ -374,6 +391,24 @@ impl Adapter {
                 magnitude.clone_from(norms);
             }
         }
+    }
+
+    /// Returns whether its pairs, as its spec has them start, are a part of the base, which is taken out of it while they are trained.
+    pub fn is_of_base(&self) -> bool {
+        matches!(&self.spec, TunerSpec::Lora(spec) if spec.init.is_of_base())
+    }
+
+    /// Returns the LoRA that does on the base as it is what this one does where `start` has been taken out of the base, of the same sites: each
+    /// pair as [`LowRank::without`] gives it, of twice the rank.
+    pub fn without(&self, start: &Self) -> Self {
+        let TunerSpec::Lora(spec) = &self.spec else { return self.clone() };
+        let by = if spec.use_rslora { 2_f32.sqrt() } else { 2.0 };
+        let pairs = self.pairs().filter_map(|(site, pair)| {
+            let plain = pair.without(start.pair(site)?);
+            Some((site, LowRank { alpha: by * pair.alpha, ..plain }))
+        });
+        let spec = LoraSpec { rank: 2 * spec.rank, alpha: by * spec.alpha, init: LoraInit::Default, ..spec.clone() };
+        Self::lora(spec, pairs)
     }
 
     /// Returns its kind.
@@ -448,6 +483,12 @@ fn uniform_rows(stream: Stream, site: Site, (rank, inputs): (usize, usize), shap
     (0..rank * inputs).map(|i| bound * (2.0 * stream.uniform(place, i as u32) - 1.0)).collect()
 }
 
+/// `rank` rows over the `inputs` of a site, normal with standard deviation 1/rank.
+fn normal_rows(stream: Stream, site: Site, (rank, inputs): (usize, usize), shape: &BaseShape) -> Vec<f32> {
+    let place = shape.index(site).unwrap_or_default() as u64;
+    (0..rank * inputs).map(|i| stream.normal(place, i as u32) / rank as f32).collect()
+}
+
 fn fresh_bottlenecks(spec: &BottleneckSpec, shape: &BaseShape, seed: u64) -> Result<BTreeMap<Site, SiteDelta>> {
     let (stream, size) = (Stream::new(seed, Purpose::Initialisation), spec.size as usize);
     let of_site = |site: Site| {
@@ -465,7 +506,10 @@ fn fresh_pairs(spec: &LoraSpec, shape: &BaseShape, seed: u64) -> Result<BTreeMap
     let rank = spec.rank as usize;
     let pairs = spec.sites(shape)?.into_iter().map(|site| {
         let (inputs, outputs) = shape.dims(site.target).unwrap_or_default();
-        let a = uniform_rows(stream, site, (rank, inputs), shape);
+        let a = match spec.init {
+            LoraInit::Gaussian => normal_rows(stream, site, (rank, inputs), shape),
+            _ => uniform_rows(stream, site, (rank, inputs), shape),
+        };
         let (scale, magnitude) = (spec.scale(spec.alpha, spec.rank), spec.use_dora.then(|| vec![0.0; outputs]));
         let pair = LowRank { rank, alpha: spec.alpha, scale, a, b: vec![0.0; outputs * rank], magnitude };
         (site, SiteDelta::LowRank(pair))

@@ -25,7 +25,7 @@ pub(super) struct Args {
     #[arg(long, short)]
     adapter: String,
     /// Continue from this adapter's live version, or ADAPTER/versions/N; its shape is kept [default: a fresh adapter]
-    #[arg(long, value_name = "VERSION", conflicts_with_all = ["tuner", "rank", "alpha", "dropout", "targets", "layers", "rslora", "feedforward"])]
+    #[arg(long, value_name = "VERSION", conflicts_with_all = ["tuner", "rank", "alpha", "dropout", "targets", "layers", "rslora", "init", "feedforward"])]
     from: Option<String>,
     #[command(flatten)]
     objective: Objective,
@@ -86,6 +86,9 @@ struct Tuner {
     /// Scale by alpha / sqrt(rank).
     #[arg(long)]
     rslora: bool,
+    /// What the matrices of a fresh lora or dora start as [default: default]
+    #[arg(long, value_enum)]
+    init: Option<Init>,
     /// Of ia3: those of --targets of which the input is scaled, and not the output [default: down_proj, where --targets is left out]
     #[arg(long, value_delimiter = ',', value_name = "MODULE,...", requires = "targets")]
     feedforward: Vec<String>,
@@ -139,6 +142,19 @@ enum Placement {
 enum NonLinearity {
     Silu,
     Gelu,
+}
+
+/// How the matrices of a fresh adapter start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Init {
+    /// A uniform, B zero.
+    Default,
+    /// A normal with standard deviation 1 / rank, B zero.
+    Gaussian,
+    /// As the largest singular values of the layer's weights; the version has twice the rank.
+    Pissa,
+    /// As the beginning of the QR decomposition of the layer's weights; the version has twice the rank.
+    Olora,
 }
 
 #[derive(Debug, clap::Args)]
@@ -362,6 +378,13 @@ impl Tuner {
                 layers_to_transform: self.layers.clone(),
                 use_rslora: self.rslora,
                 use_dora: self.tuner == TunerKind::Dora,
+                init: match self.init {
+                    None | Some(Init::Default) => proto::LoraInit::Default,
+                    Some(Init::Gaussian) => proto::LoraInit::Gaussian,
+                    Some(Init::Pissa) => proto::LoraInit::Pissa,
+                    Some(Init::Olora) => proto::LoraInit::Olora,
+                }
+                .into(),
             }),
             TunerKind::Ia3 => Start::Ia3(proto::Ia3Spec {
                 target_modules: self.targets.clone(),
@@ -405,12 +428,13 @@ impl Tuner {
     /// Refuses what the kind has not, in place of passing it over.
     fn check(&self) -> Result<()> {
         use TunerKind::{Bottleneck, Dora, Ia3, Lora, Prefix, Prompt};
-        let settings: [(&str, bool, &[TunerKind]); 13] = [
+        let settings: [(&str, bool, &[TunerKind]); 14] = [
             ("--rank", self.rank.is_some(), &[Lora, Dora]),
             ("--alpha", self.alpha.is_some(), &[Lora, Dora]),
             ("--dropout", self.dropout.is_some(), &[Lora, Dora]),
             ("--layers", !self.layers.is_empty(), &[Lora, Dora, Bottleneck]),
             ("--rslora", self.rslora, &[Lora, Dora]),
+            ("--init", self.init.is_some(), &[Lora, Dora]),
             ("--targets", !self.targets.is_empty(), &[Lora, Dora, Ia3]),
             ("--feedforward", !self.feedforward.is_empty(), &[Ia3]),
             ("--virtual-tokens", self.virtual_tokens.is_some(), &[Prompt, Prefix]),

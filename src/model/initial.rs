@@ -5,13 +5,16 @@
 //! Here the base stays as it is, so the part goes into the adapter: [B, -B0] [A; A0], of twice the rank, which is what PEFT's own conversion
 //! gives (`path_initial_model_for_weight_conversion`). A config may also keep the initialisation's name when its tensors are converted or
 //! others, so they are looked at: where taking the part out makes the sum of all changes smaller, they hold it still.
+//!
+//! What is trained here starts in the same way ([`Model::start_as_part`]) and becomes a plain adapter when its training ends.
 
 use crate::adapter::{Adapter, CONVERSION, Initialisation, LowRank, Site};
 use crate::arch::decoder::SiteId;
+use crate::device::TrainPermit;
 use crate::error::{Error, Result};
 use crate::kernels::gemm::{self, Mat, Out};
 use crate::model::Model;
-use crate::request::{LoraSpec, TunerSpec};
+use crate::request::{LoraInit, LoraSpec, TunerSpec};
 
 /// Rounds of the search for singular vectors before it is looked whether it has ended, and how often that is looked at most.
 const ROUNDS: usize = 4;
@@ -34,6 +37,43 @@ struct Part {
     a: Vec<f32>,
 }
 
+impl Model {
+    /// Starts a fresh adapter, of which [`Adapter::is_of_base`] is true, as a part of the base: scale * B A is that part. Gives way to serving at
+    /// every layer, and asks `go_on` before.
+    ///
+    /// # Errors
+    /// Those of `go_on`; internal ones for an adapter of another base or start.
+    pub fn start_as_part(
+        &self,
+        adapter: &mut Adapter,
+        permit: &TrainPermit,
+        go_on: impl Fn() -> Result<()>,
+    ) -> Result<()> {
+        let initialisation = match &adapter.spec {
+            TunerSpec::Lora(LoraSpec { init: LoraInit::Pissa, .. }) => Initialisation::Pissa,
+            TunerSpec::Lora(LoraSpec { init: LoraInit::Olora, .. }) => Initialisation::Olora,
+            _ => return Err(Error::internal("the adapter starts as no part of the base")),
+        };
+        for (site, pair) in adapter.pairs_mut() {
+            go_on()?;
+            let id = self.shape().index(site).ok_or_else(|| misfit(site))?;
+            let part = part(self, id, pair, initialisation, &|| permit.yield_to_serving());
+            let factors = match initialisation {
+                // Both matrices take the root of the singular value.
+                Initialisation::Pissa => part.lengths().map(|length| (length / pair.scale).sqrt()).collect(),
+                _ => vec![1.0; part.rank],
+            };
+            let start = part.pair(pair, weight(pair, initialisation), &factors);
+            (pair.a, pair.b) = (start.a, start.b);
+        }
+        Ok(())
+    }
+}
+
+fn misfit(site: Site) -> Error {
+    Error::internal(format!("an adapter does not fit the base at {site:?}"))
+}
+
 /// Gives the adapter for the base as it is; `None` where it is that already.
 ///
 /// # Errors
@@ -48,8 +88,7 @@ pub(super) fn plain_form(
     let TunerSpec::Lora(spec) = &lora.spec else { return Ok(None) };
     let part_of = |(site, layer)| {
         yield_to_serving();
-        let misfit = || Error::internal(format!("an adapter does not fit the base at {site:?}"));
-        let id = model.shape().index(site).ok_or_else(misfit)?;
+        let id = model.shape().index(site).ok_or_else(|| misfit(site))?;
         Ok((site, layer, part(model, id, layer, initialisation, yield_to_serving)))
     };
     let parts: Vec<(Site, &LowRank, Part)> = lora.pairs().map(part_of).collect::<Result<_>>()?;
@@ -73,13 +112,11 @@ pub(super) fn plain_form(
         );
         return Err(Error::invalid_because("UNSUPPORTED_SETTING", "init_lora_weights", message));
     }
-    let doubled = |layer: &LowRank| if spec.use_rslora { layer.alpha * 2_f32.sqrt() } else { layer.alpha * 2.0 };
-    let pairs = parts.into_iter();
-    let pairs =
-        pairs.map(|(site, layer, part)| (site, without(layer, part, weight(layer, initialisation), doubled(layer))));
-    let (rank, alpha) = (2 * spec.rank, spec.alpha * if spec.use_rslora { 2_f32.sqrt() } else { 2.0 });
-    let plain = LoraSpec { rank, alpha, ..spec.clone() };
-    Ok(Some(Adapter::lora(plain, pairs)))
+    let starts = parts.into_iter().map(|(site, layer, part)| {
+        let factors = vec![1.0; part.rank];
+        (site, part.pair(layer, weight(layer, initialisation), &factors))
+    });
+    Ok(Some(lora.without(&Adapter::lora(spec.clone(), starts))))
 }
 
 /// What the part is multiplied by: PiSSA takes the adapter's scale out of it, OLoRA leaves it in.
@@ -87,18 +124,27 @@ fn weight(layer: &LowRank, initialisation: Initialisation) -> f32 {
     if initialisation == Initialisation::Olora { layer.scale } else { 1.0 }
 }
 
-/// The layer with its part taken out.
-fn without(layer: &LowRank, part: Part, weight: f32, alpha: f32) -> LowRank {
-    let by = if layer.scale == 0.0 { 0.0 } else { weight / layer.scale };
-    let mut a = layer.a.clone();
-    a.extend(part.a.iter().map(|x| x * by));
-    // Of a layer narrower than its rank there are fewer columns.
-    a.resize(2 * layer.a.len(), 0.0);
-    let missing = layer.rank - part.rank;
-    let rows = layer.b.chunks_exact(layer.rank).zip(part.u.chunks_exact(part.rank));
-    let b =
-        rows.flat_map(|(b, u)| b.iter().copied().chain(u.iter().map(|x| -x)).chain(std::iter::repeat_n(0.0, missing)));
-    LowRank { rank: 2 * layer.rank, alpha, scale: layer.scale, a, b: b.collect(), magnitude: layer.magnitude.clone() }
+impl Part {
+    /// The norms of the rows of `a`: singular values, where the part is made of those.
+    fn lengths(&self) -> impl Iterator<Item = f32> {
+        let length = |row: &[f32]| row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32;
+        self.a.chunks_exact(self.a.len() / self.rank).map(length)
+    }
+
+    /// The part times `weight` as a pair of a layer's scale and shape, whose columns of B are `u` times `factors`. Of a layer narrower than its
+    /// rank there are fewer columns; the rest are zeros.
+    fn pair(&self, layer: &LowRank, weight: f32, factors: &[f32]) -> LowRank {
+        let by = |factor: f32| if layer.scale * factor == 0.0 { 0.0 } else { weight / (layer.scale * factor) };
+        let rows = self.a.chunks_exact(self.a.len() / self.rank).zip(factors);
+        let mut a: Vec<f32> = rows.flat_map(|(row, factor)| row.iter().map(|x| x * by(*factor))).collect();
+        a.resize(layer.a.len(), 0.0);
+        let row = |u: &[f32]| -> Vec<f32> {
+            let values = u.iter().zip(factors).map(|(x, factor)| x * factor);
+            values.chain(std::iter::repeat_n(0.0, layer.rank - self.rank)).collect()
+        };
+        let b = self.u.chunks_exact(self.rank).flat_map(row).collect();
+        LowRank { a, b, magnitude: layer.magnitude.clone(), ..*layer }
+    }
 }
 
 /// (The product of scale B A and the part, the part's square), both summed over all elements.
@@ -150,7 +196,7 @@ fn part(
     Part { rank, u, a }
 }
 
-/// The largest `rank` singular values of W with their vectors, by subspace iteration; it starts from B, which began as them.
+/// The largest `rank` singular values of W with their vectors, by subspace iteration; it starts from B, which began as them, where that is not zero.
 fn singular(
     w: &[f32],
     (outputs, inputs): (usize, usize),
@@ -160,9 +206,10 @@ fn singular(
 ) -> Part {
     let (b, b_rank) = (&start.b, start.rank);
     let width = (2 * rank + SPARE).min(outputs).min(inputs);
+    // A fresh B is zero.
+    let known = if b.iter().any(|x| *x != 0.0) { b_rank.min(width) } else { 0 };
     let mut q = vec![0.0; outputs * width];
     for (row, (to, from)) in q.chunks_exact_mut(width).zip(b.chunks_exact(b_rank)).enumerate() {
-        let known = b_rank.min(width);
         to[..known].copy_from_slice(&from[..known]);
         for (k, x) in to.iter_mut().enumerate().skip(known) {
             *x = ((row * 31 + k * 7919 + 1) as f32 * 0.618_034).fract() - 0.5;

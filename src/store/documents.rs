@@ -15,9 +15,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, DatasetName, TenantId, VersionName};
 use crate::request::{
-    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule,
-    MemoryPlan, NonLinearity, Objective, ParityReport, Placement, PrefixSpec, PromptSpec, Publish, Start, Target,
-    TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit, metric,
+    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraInit, LoraSpec,
+    LrSchedule, MemoryPlan, NonLinearity, Objective, ParityReport, Placement, PrefixSpec, PromptSpec, Publish, Start,
+    Target, TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit, metric,
 };
 use crate::store::rows::{from_json, to_json};
 
@@ -127,6 +127,7 @@ words!(PlacementWord, Placement, FeedForward Both);
 words!(NonLinearityWord, NonLinearity, Silu Gelu);
 words!(ScheduleWord, LrSchedule, Cosine Linear Constant);
 words!(CheckpointingWord, GradientCheckpointing, Auto On Off);
+words!(InitWord, LoraInit, Default Gaussian Pissa Olora);
 words!(StateWord, JobState, Queued Running Pausing Paused Interrupted Succeeded Failed Cancelling Cancelled);
 
 /// What there was before there was a choice.
@@ -140,6 +141,12 @@ impl Default for TooLongWord {
 impl Default for CheckpointingWord {
     fn default() -> Self {
         Self::Auto
+    }
+}
+
+impl Default for InitWord {
+    fn default() -> Self {
+        LoraInit::Default.into()
     }
 }
 
@@ -325,11 +332,13 @@ struct LoraDocument {
     use_rslora: bool,
     #[serde(default)]
     use_dora: bool,
+    #[serde(default)]
+    init: InitWord,
 }
 
 impl From<&LoraSpec> for LoraDocument {
     fn from(lora: &LoraSpec) -> Self {
-        let LoraSpec { rank, alpha, dropout, targets, layers, use_rslora, use_dora } = lora;
+        let LoraSpec { rank, alpha, dropout, targets, layers, use_rslora, use_dora, init } = lora;
         Self {
             rank: *rank,
             alpha: *alpha,
@@ -338,15 +347,16 @@ impl From<&LoraSpec> for LoraDocument {
             layers: layers.clone(),
             use_rslora: *use_rslora,
             use_dora: *use_dora,
+            init: (*init).into(),
         }
     }
 }
 
 impl From<LoraDocument> for LoraSpec {
     fn from(document: LoraDocument) -> Self {
-        let LoraDocument { rank, alpha, dropout, targets, layers, use_rslora, use_dora } = document;
+        let LoraDocument { rank, alpha, dropout, targets, layers, use_rslora, use_dora, init } = document;
         let targets = targets.into_iter().map(Target::from).collect();
-        Self { rank, alpha, dropout, targets, layers, use_rslora, use_dora }
+        Self { rank, alpha, dropout, targets, layers, use_rslora, use_dora, init: init.into() }
     }
 }
 

@@ -26,7 +26,8 @@ use crate::train::schedule::Schedule;
 pub struct FitInputs<'a> {
     /// The frozen base.
     pub model: &'a Arc<Model>,
-    /// The adapter's values before the first step; its spec holds the dropout.
+    /// The adapter's values before the first step; its spec holds the dropout. One that is a part of the base ([`Adapter::is_of_base`]) is taken
+    /// out of it for as long as the run goes on.
     pub start: &'a Adapter,
     /// What preferences are measured against: `None` is the base.
     pub reference: Option<&'a Adapter>,
@@ -102,7 +103,7 @@ impl CancelToken {
 /// A finished run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FitOutcome {
-    /// The trained adapter.
+    /// The trained adapter, on the base as it is.
     pub adapter: Adapter,
     /// `train_loss` of the last step, `eval_loss` of the last evaluation, and so on.
     pub metrics: BTreeMap<String, f64>,
@@ -135,7 +136,10 @@ pub fn fit(inputs: FitInputs<'_>, observe: &mut dyn FnMut(JobEvent)) -> Result<F
         Err(error) => return Err(error),
     };
     observe(JobEvent::MemoryPeak(run.memory()));
-    let adapter = run.adapter;
+    let adapter = match run.without() {
+        Some(start) => run.adapter.without(start),
+        None => run.adapter,
+    };
     match diverged {
         Some(why) if !adapter.is_finite() => Err(diverged_because(format!("{why}; its weights are not numbers"))),
         diverged => Ok(FitOutcome { adapter, metrics: run.metrics, diverged }),
@@ -233,6 +237,11 @@ impl<'a> Run<'a> {
             optimizer: self.optimizer.bytes(),
             activations: self.workspace.peak_bytes(),
         }
+    }
+
+    /// What is taken out of the base.
+    fn without(&self) -> Option<&'a Adapter> {
+        Some(self.inputs.start).filter(|start| start.is_of_base())
     }
 
     /// The compute for one pass.
@@ -377,6 +386,7 @@ impl<'a> Run<'a> {
         self.passes += 1;
         let options = ForwardOptions {
             adapter: Some(&self.adapter),
+            without: self.without(),
             dropout: (rate > 0.0).then_some(dropout),
             permit: Some(permit),
             products: products(self.inputs.start),
@@ -434,6 +444,7 @@ impl<'a> Run<'a> {
             let permit = self.permit();
             let options = ForwardOptions {
                 adapter: Some(&self.adapter),
+                without: self.without(),
                 permit: Some(&permit),
                 products: products(self.inputs.start),
                 ..ForwardOptions::default()

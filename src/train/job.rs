@@ -52,6 +52,7 @@ pub struct Checked {
 /// A job ready to run.
 #[derive(Debug)]
 pub struct Prepared {
+    /// One that starts as a part of the base ([`Adapter::is_of_base`]) is still to be given that part.
     pub start: Adapter,
     /// Continues from a version, which is also what preferences are measured against.
     pub continued: bool,
@@ -285,7 +286,11 @@ fn check_virtual_tokens(field: &str, count: u32, limits: &Limits, context: usize
 }
 
 fn check_lora(lora: &LoraSpec, max_rank: u64) -> Result<()> {
-    rule((1..=max_rank).contains(&u64::from(lora.rank)), "lora.rank", format!("in 1..={max_rank} (limit max_rank)"))?;
+    let (most, why) = match lora.init.is_of_base() {
+        true => (max_rank / 2, "half the limit max_rank: the version has twice the rank"),
+        false => (max_rank, "limit max_rank"),
+    };
+    rule((1..=most).contains(&u64::from(lora.rank)), "lora.rank", format!("in 1..={most} ({why})"))?;
     rule(lora.alpha > 0.0, "lora.alpha", "positive")
 }
 

@@ -150,21 +150,27 @@ async fn train(
     let (inner, name, spec) = (inner.clone(), job.name.clone(), job.spec.clone());
     let runtime = tokio::runtime::Handle::current();
     let run = move || {
+        let observe = |event| runtime.block_on(inner.report(&name, event));
+        let (context, mut start) = (&inner.context, prepared.start.clone());
+        if start.is_of_base() {
+            observe(JobEvent::Message("computing the part of the base that the adapter starts as".into()));
+            context.model.start_as_part(&mut start, &context.arbiter.train(), || control.check())?;
+        }
         let inputs = FitInputs {
-            model: &inner.context.model,
-            start: &prepared.start,
-            reference: prepared.continued.then_some(&prepared.start),
+            model: &context.model,
+            start: &start,
+            reference: prepared.continued.then_some(&start),
             train: &prepared.train,
             validation: &prepared.validation,
             objective: spec.objective,
             recipe: &spec.hyperparameters,
             plan: prepared.plan,
-            arbiter: &inner.context.arbiter,
+            arbiter: &context.arbiter,
             control: &control,
         };
-        let outcome = fit(inputs, &mut |event| runtime.block_on(inner.report(&name, event)))?;
+        let outcome = fit(inputs, &mut |event| observe(event))?;
         Ok(TrainingResult {
-            package: Package::from_adapter(&outcome.adapter, inner.context.model.shape())?,
+            package: Package::from_adapter(&outcome.adapter, context.model.shape())?,
             // JSON has no infinities.
             metrics: outcome.metrics.into_iter().filter(|(_, value)| value.is_finite()).collect(),
             probes: prepared.probes(),

@@ -9,7 +9,7 @@ use crate::adapter::peft::selection::{Pattern, Selection, module_name};
 use crate::adapter::peft::{Selected, SiteTensors, refuse};
 use crate::adapter::{BaseShape, Site};
 use crate::error::Result;
-use crate::request::{LoraSpec, Target};
+use crate::request::{LoraInit, LoraSpec, Target};
 
 /// The settings of a LoRA.
 const KNOWN: Known = Known {
@@ -175,6 +175,7 @@ impl Settings {
             layers,
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,
+            init: LoraInit::Default,
         }
     }
 

@@ -10,9 +10,9 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, Digest, TenantId, VersionName};
 use crate::request::metric::{ACCURACIES, MARGINS};
 use crate::request::{
-    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraSpec, LrSchedule,
-    MemoryPlan, NonLinearity, Objective, Placement, PrefixSpec, PromptSpec, Publish, Start, Target, TooLong,
-    TrainingData, TrainingMemory, TunerSpec, VirtualInit,
+    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraInit, LoraSpec,
+    LrSchedule, MemoryPlan, NonLinearity, Objective, Placement, PrefixSpec, PromptSpec, Publish, Start, Target,
+    TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit,
 };
 use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
@@ -85,6 +85,12 @@ fn lora_spec(message: &pb::LoraSpec) -> Result<LoraSpec> {
         layers: (!layers.is_empty()).then(|| layers.into_iter().collect()),
         use_rslora: message.use_rslora,
         use_dora: message.use_dora,
+        init: match known("lora.init", message.init)? {
+            pb::LoraInit::Unspecified | pb::LoraInit::Default => LoraInit::Default,
+            pb::LoraInit::Gaussian => LoraInit::Gaussian,
+            pb::LoraInit::Pissa => LoraInit::Pissa,
+            pb::LoraInit::Olora => LoraInit::Olora,
+        },
     })
 }
 
@@ -324,6 +330,13 @@ fn recipe(spec: &JobSpec) -> pb::TrainRequest {
             layers_to_transform: lora.layers.clone().unwrap_or_default(),
             use_rslora: lora.use_rslora,
             use_dora: lora.use_dora,
+            init: match lora.init {
+                LoraInit::Default => pb::LoraInit::Default,
+                LoraInit::Gaussian => pb::LoraInit::Gaussian,
+                LoraInit::Pissa => pb::LoraInit::Pissa,
+                LoraInit::Olora => pb::LoraInit::Olora,
+            }
+            .into(),
         }),
     };
     let publish = match spec.publish {
@@ -476,6 +489,7 @@ mod tests {
             target_modules: vec!["v_proj".into(), "q_proj".into()],
             layers_to_transform: vec![2, 0, 2],
             use_rslora: true,
+            init: pb::LoraInit::Olora.into(),
             ..Default::default()
         };
         let start = Some(pb::train_request::Start::Lora(lora));

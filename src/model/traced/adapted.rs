@@ -3,6 +3,8 @@
 //! - LoRA: `y = x W^T + b + scale * (drop(x) A^T) B^T`.
 //! - DoRA: `y = c * (x W^T + scale * (drop(x) A^T) B^T) + b`, c being the magnitudes over the norms of the rows of W + scale * B A. As in PEFT and
 //!   the paper's section 4.3, the norms are constants to the gradient.
+//! - An adapter that began as a part of the base (PiSSA, OLoRA): W is the base without it, W - scale * B0 A0. Nothing of that part is dropped or
+//!   trained.
 //! - (IA)3: `y = l * (x W^T + b)` or `y = (l * x) W^T + b`.
 //! - Bottleneck: `y = u + act(u down^T + down_bias) up^T + up_bias`, u being `x W^T + b`.
 
@@ -193,11 +195,17 @@ impl Scope<'_> {
         ones
     }
 
-    /// y += scale * (drop(x) A^T) B^T.
+    /// Returns what is taken out of the base at a site.
+    fn taken_out(&self, site: SiteId) -> Option<&LowRank> {
+        self.options.without?.pair(self.model.site(site))
+    }
+
+    /// y += scale * (drop(x) A^T) B^T, less scale * (x A0^T) B0^T where that is taken out of the base.
     fn add_pair(&self, site: SiteId, pair: &LowRank, x: &[f32], y: &mut [f32]) {
-        let shrunk = self.shrink(pair, &self.dropped(site, x));
-        let (shrunk, b) = (Mat::dense(&shrunk, pair.rank), Mat::dense(&pair.b, pair.rank));
-        mul_nt(Out { stride: pair.b.len() / pair.rank, data: y, accumulate: true }, shrunk, b, true);
+        add_expanded(pair, &self.shrink(pair, pair.scale, &self.dropped(site, x)), y);
+        if let Some(start) = self.taken_out(site) {
+            add_expanded(start, &self.shrink(start, -start.scale, x), y);
+        }
     }
 
     /// The backward of a frozen layer and a pair, from the gradient of their sum.
@@ -215,14 +223,16 @@ impl Scope<'_> {
             self.frozen_backward(matrix, dy, dx);
         }
         let LowRank { rank, scale, .. } = *pair;
-        let (input, dy) = (self.dropped(site, x), Mat::dense(dy, matrix.rows()));
-        let shrunk = self.shrink(pair, &input);
+        let input = self.dropped(site, x);
+        if let (Some(start), Some(dx)) = (self.taken_out(site), dx.as_deref_mut()) {
+            let (dshrunk, width) = (self.shrunk_gradient(start, -start.scale, dy), matrix.cols());
+            let out = Out { data: dx, stride: width, accumulate: true };
+            mul(out, Mat::dense(&dshrunk, start.rank), Mat::dense(&start.a, width), true);
+        }
+        let shrunk = self.shrink(pair, scale, &input);
         let db = Out { data: &mut gradient.b, stride: rank, accumulate: true };
-        mul_tn(db, dy, Mat::dense(&shrunk, rank), true);
-        let mut dshrunk = self.take(shrunk.len());
-        let out = Out { data: &mut dshrunk, stride: rank, accumulate: false };
-        mul(out, dy, Mat::dense(&pair.b, rank), true);
-        dshrunk.iter_mut().for_each(|d| *d *= scale);
+        mul_tn(db, Mat::dense(dy, matrix.rows()), Mat::dense(&shrunk, rank), true);
+        let dshrunk = self.shrunk_gradient(pair, scale, dy);
         let (dshrunk, width) = (Mat::dense(&dshrunk, rank), matrix.cols());
         let da = Out { data: &mut gradient.a, stride: width, accumulate: true };
         mul_tn(da, dshrunk, Mat::dense(&input, width), true);
@@ -294,20 +304,37 @@ impl Scope<'_> {
         Input::Dropped(input)
     }
 
+    /// scale * dy B, `[rows, rank]`.
+    fn shrunk_gradient(&self, pair: &LowRank, scale: f32, dy: &[f32]) -> Buffer {
+        let outputs = pair.b.len() / pair.rank;
+        let mut dshrunk = self.take(dy.len() / outputs * pair.rank);
+        let out = Out { data: &mut dshrunk, stride: pair.rank, accumulate: false };
+        mul(out, Mat::dense(dy, outputs), Mat::dense(&pair.b, pair.rank), true);
+        dshrunk.iter_mut().for_each(|d| *d *= scale);
+        dshrunk
+    }
+
     /// scale * input A^T, `[rows, rank]`.
-    fn shrink(&self, pair: &LowRank, input: &[f32]) -> Buffer {
+    fn shrink(&self, pair: &LowRank, scale: f32, input: &[f32]) -> Buffer {
         let width = pair.a.len() / pair.rank;
         let mut shrunk = self.take(input.len() / width * pair.rank);
         let out = Out { data: &mut shrunk, stride: pair.rank, accumulate: false };
         mul_nt(out, Mat::dense(input, width), Mat::dense(&pair.a, width), true);
-        shrunk.iter_mut().for_each(|h| *h *= pair.scale);
+        shrunk.iter_mut().for_each(|h| *h *= scale);
         shrunk
     }
 
     /// Computes the norms of the rows of W + scale * B A of all sites with a magnitude, from the exact weights.
     pub(super) fn row_norms(&self, adapter: &Adapter) -> RowNorms {
         let with_magnitude = adapter.pairs().filter(|(_, pair)| pair.magnitude.is_some());
-        with_magnitude.filter_map(|(site, pair)| Some((site, self.norms_of(site, pair)?))).collect()
+        let norms = |(site, pair): (Site, &LowRank)| {
+            let norms = match self.options.without.and_then(|start| start.pair(site)) {
+                Some(start) => self.norms_of(site, &pair.without(start))?,
+                None => self.norms_of(site, pair)?,
+            };
+            Some((site, norms))
+        };
+        with_magnitude.filter_map(norms).collect()
     }
 
     /// |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b, row by row of W and B.
@@ -336,6 +363,12 @@ impl Scope<'_> {
         });
         Some(norms)
     }
+}
+
+/// y += shrunk B^T.
+fn add_expanded(pair: &LowRank, shrunk: &[f32], y: &mut [f32]) {
+    let (shrunk, b) = (Mat::dense(shrunk, pair.rank), Mat::dense(&pair.b, pair.rank));
+    mul_nt(Out { stride: pair.b.len() / pair.rank, data: y, accumulate: true }, shrunk, b, true);
 }
 
 /// Runs `f` over rows of so many values.

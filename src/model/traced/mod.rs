@@ -54,6 +54,8 @@ pub enum Products {
 pub struct ForwardOptions<'a> {
     /// `None` is the base.
     pub adapter: Option<&'a Adapter>,
+    /// What is taken out of the base: the adapter as it began, of one that began as a part of the base.
+    pub without: Option<&'a Adapter>,
     /// Dropped inputs of the adapter; none where it is evaluated.
     pub dropout: Option<Dropout>,
     /// By which it gives way to serving, at least every few milliseconds.

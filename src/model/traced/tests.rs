@@ -3,11 +3,13 @@
 use std::ops::Range;
 
 use super::*;
+use crate::adapter::peft::{Package, SizeLimits};
 use crate::adapter::{LowRank, ScaledSide, Site, SiteDelta, VirtualForm};
 use crate::arch::decoder::{SiteId, Step};
+use crate::device::Arbiter;
 use crate::kernels::packed::PackedMatrix;
 use crate::request::{
-    BottleneckSpec, Ia3Spec, LoraSpec, Placement, PrefixSpec, PromptSpec, Target, TunerSpec, VirtualInit,
+    BottleneckSpec, Ia3Spec, LoraInit, LoraSpec, Placement, PrefixSpec, PromptSpec, Target, TunerSpec, VirtualInit,
 };
 
 /// The tiny model's weights in double precision.
@@ -17,6 +19,8 @@ struct Exact<'m> {
     head: Vec<f64>,
     /// By which magnitudes are divided; held while values change, as training holds them.
     norms: RowNorms,
+    /// What is taken out of the base.
+    without: Option<&'m Adapter>,
 }
 
 /// An adapter in double precision: the values of its tensors, in their order.
@@ -42,9 +46,13 @@ fn exactly(values: &[f32]) -> Vec<f64> {
 }
 
 impl<'m> Exact<'m> {
-    fn new(model: &'m Model, adapter: &Adapter) -> Self {
+    fn new(model: &'m Model, adapter: &Adapter, without: Option<&'m Adapter>) -> Self {
         let sites = (0..model.decoder().sites.len()).map(|site| dense(model.matrix(site))).collect();
-        Self { model, sites, head: dense(model.head()), norms: model.row_norms(adapter, None) }
+        let norms = match without {
+            Some(start) => model.row_norms(&adapter.without(start), None),
+            None => model.row_norms(adapter, None),
+        };
+        Self { model, sites, head: dense(model.head()), norms, without }
     }
 
     fn norm(&self, x: &[f64], norm: usize) -> Vec<f64> {
@@ -59,7 +67,11 @@ impl<'m> Exact<'m> {
             None => times(&self.sites[site], x),
             Some(SiteDelta::LowRank(LowRank { scale, magnitude, .. })) => {
                 let h = times(&values[first], x);
-                let pair = times(&values[first + 1], &h);
+                let mut pair = times(&values[first + 1], &h);
+                if let Some(start) = self.without.and_then(|start| start.pair(name)) {
+                    let h = times(&exactly(&start.a), x);
+                    pair.iter_mut().zip(times(&exactly(&start.b), &h)).for_each(|(y, start)| *y -= start);
+                }
                 let sum =
                     times(&self.sites[site], x).into_iter().zip(pair).map(|(y, pair)| y + f64::from(*scale) * pair);
                 match magnitude {
@@ -220,7 +232,9 @@ fn tuners() -> Vec<TunerSpec> {
             ..lora.clone()
         }
         .into(),
-        LoraSpec { use_dora: true, ..lora }.into(),
+        LoraSpec { use_dora: true, ..lora.clone() }.into(),
+        LoraSpec { init: LoraInit::Pissa, ..lora.clone() }.into(),
+        LoraSpec { init: LoraInit::Olora, use_dora: true, ..lora }.into(),
         Ia3Spec::default().into(),
         Ia3Spec { targets: vec![Target::QProj, Target::OProj, Target::UpProj], feedforward: vec![Target::OProj] }
             .into(),
@@ -231,16 +245,30 @@ fn tuners() -> Vec<TunerSpec> {
     ]
 }
 
-/// An adapter of which no tensor is at its start.
-fn moved(model: &Model, tuner: &TunerSpec) -> Adapter {
+/// An adapter before its first step.
+fn fresh(model: &Model, tuner: &TunerSpec) -> Adapter {
     let mut adapter = Adapter::fresh(tuner, model.shape(), 3).unwrap();
     model.begin(&mut adapter, &[7, 30, 211], None).unwrap();
+    if adapter.is_of_base() {
+        model.start_as_part(&mut adapter, &Arbiter::new(0.5).train(), || Ok(())).unwrap();
+    }
+    adapter
+}
+
+/// What is taken out of the base for an adapter that began so.
+fn taken_out(start: &Adapter) -> Option<&Adapter> {
+    Some(start).filter(|start| start.is_of_base())
+}
+
+/// An adapter of which no tensor is at its start.
+fn moved(model: &Model, start: &Adapter) -> Adapter {
+    let mut adapter = start.clone();
     // Shares of their norms, below.
     adapter.pairs_mut().for_each(|(_, pair)| pair.magnitude.iter_mut().for_each(|magnitude| magnitude.fill(0.0)));
     for (t, tensor) in adapter.tensors_mut().enumerate() {
         tensor.iter_mut().enumerate().for_each(|(i, x)| *x += 0.1 * ((t * 31 + i) as f32 * 0.7).sin());
     }
-    let norms = model.row_norms(&adapter, None);
+    let norms = Exact::new(model, &adapter, taken_out(start)).norms;
     for (site, pair) in adapter.pairs_mut() {
         for (magnitude, norm) in pair.magnitude.iter_mut().flatten().zip(norms.get(&site).into_iter().flatten()) {
             *magnitude = norm * (1.0 + *magnitude);
@@ -261,10 +289,16 @@ fn weight(i: usize) -> f64 {
     0.3 + (i as f64 * 0.9).sin()
 }
 
-fn gradients(model: &Model, adapter: &Adapter, recompute_layers: Option<usize>) -> (TokenScores, Adapter) {
+fn gradients(
+    model: &Model,
+    adapter: &Adapter,
+    without: Option<&Adapter>,
+    recompute_layers: Option<usize>,
+) -> (TokenScores, Adapter) {
     let workspace = Workspace::default();
     let options = ForwardOptions {
         adapter: Some(adapter),
+        without,
         products: Products::Exact,
         recompute_layers,
         ..ForwardOptions::default()
@@ -288,8 +322,9 @@ fn rows() -> [Range<usize>; 2] {
 fn gradients_of_every_kind_are_those_of_central_differences() {
     let (model, _) = Model::tiny(1);
     for tuner in tuners() {
-        let adapter = moved(&model, &tuner);
-        let exact = Exact::new(&model, &adapter);
+        let start = fresh(&model, &tuner);
+        let adapter = moved(&model, &start);
+        let exact = Exact::new(&model, &adapter, taken_out(&start));
         let values: Values = adapter.tensors().map(exactly).collect();
         let loss = |values: &Values| -> f64 {
             let of_one = |(ids, rows): (&&[u32], Range<usize>)| {
@@ -298,7 +333,7 @@ fn gradients_of_every_kind_are_those_of_central_differences() {
             };
             SEQUENCES.iter().zip(rows()).map(of_one).sum()
         };
-        let (scores, gradients) = gradients(&model, &adapter, None);
+        let (scores, gradients) = gradients(&model, &adapter, taken_out(&start), None);
         let forward: f64 = scores.logprobs.iter().enumerate().map(|(i, x)| weight(i) * f64::from(*x)).sum();
         assert!((forward - loss(&values)).abs() < 1e-5 * forward.abs(), "{tuner:?}: {forward} {}", loss(&values));
         let (mut apart, mut size) = (0.0, 0.0);
@@ -326,10 +361,11 @@ fn gradients_of_every_kind_are_those_of_central_differences() {
 fn recomputed_layers_change_no_bit() {
     let (model, _) = Model::tiny_windowed(1);
     for tuner in tuners() {
-        let adapter = moved(&model, &tuner);
-        let kept = gradients(&model, &adapter, None);
+        let start = fresh(&model, &tuner);
+        let adapter = moved(&model, &start);
+        let kept = gradients(&model, &adapter, taken_out(&start), None);
         for layers in [1, 2, 3, 100] {
-            assert!(gradients(&model, &adapter, Some(layers)) == kept, "{tuner:?} {layers}");
+            assert!(gradients(&model, &adapter, taken_out(&start), Some(layers)) == kept, "{tuner:?} {layers}");
         }
     }
 }
@@ -358,6 +394,61 @@ fn fresh_virtual_tokens_are_the_tokens_that_they_began_as() {
     }
 }
 
+fn with<'a>(adapter: &'a Adapter, without: Option<&'a Adapter>) -> ForwardOptions<'a> {
+    ForwardOptions { adapter: Some(adapter), without, ..ForwardOptions::default() }
+}
+
+/// The largest difference of two adapters' logits.
+fn apart(model: &Model, one: ForwardOptions<'_>, other: ForwardOptions<'_>) -> f32 {
+    let logits = |options: ForwardOptions<'_>| {
+        let options = ForwardOptions { products: Products::Exact, ..options };
+        model.logits(&SEQUENCES, &all_wanted(), options).unwrap()
+    };
+    logits(one).iter().zip(logits(other)).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
+}
+
+/// A fresh one changes nothing; and what a moved one does while what it began as is out of the base, it does as a
+/// plain adapter on the base as it is.
+#[test]
+fn an_adapter_that_began_as_a_part_of_the_base_is_a_plain_one_on_the_base_as_it_is() {
+    let (model, _) = Model::tiny(1);
+    for tuner in tuners() {
+        let start = fresh(&model, &tuner);
+        let without = taken_out(&start);
+        if without.is_none() {
+            continue;
+        }
+        let changed = apart(&model, with(&start, without), ForwardOptions::default());
+        assert!(changed < 1e-4, "{tuner:?}: {changed}");
+        assert!(
+            apart(&model, with(&start, None), ForwardOptions::default()) > 0.1,
+            "{tuner:?}: the part is one that counts"
+        );
+        let adapter = moved(&model, &start);
+        let published = adapter.without(&start);
+        assert!(apart(&model, with(&adapter, without), with(&published, None)) < 1e-4, "{tuner:?}");
+        assert!(
+            apart(&model, with(&adapter, without), ForwardOptions::default()) > 0.1,
+            "{tuner:?}: it does something"
+        );
+        // Nothing of the part is dropped: of an adapter that is the part no more, nothing is left to drop.
+        let mut gone = start.clone();
+        gone.pairs_mut().for_each(|(_, pair)| pair.b.fill(0.0));
+        let dropout = Some(Dropout { rate: 0.5, seed: 1, step: 1 });
+        let dropped = ForwardOptions { dropout, ..with(&gone, without) };
+        assert_eq!(apart(&model, dropped, with(&gone, without)), 0.0, "{tuner:?}");
+        // What is exported says so in PEFT's words, and comes back as it is.
+        let limits = SizeLimits { rank: 6, ..SizeLimits::NONE };
+        let package = Package::from_adapter(&published, model.shape()).unwrap();
+        let read = package.read(model.shape(), limits).unwrap();
+        assert!(read.sites == published.sites, "{tuner:?}");
+        let checked = package.check(model.shape(), limits).unwrap();
+        let again = Package::from_adapter(&read, model.shape()).unwrap();
+        assert_eq!((checked.rank, checked.initialisation, checked.digest), (6, None, again.digest().unwrap()));
+        assert_eq!(checked.memory_bytes, tuner.memory_bytes(model.shape()).unwrap(), "{tuner:?}");
+    }
+}
+
 /// A sequence of a site's names, in the order of an adapter's sites.
 #[test]
 fn sites_are_numbered_in_the_order_of_their_names() {
@@ -373,7 +464,8 @@ fn a_pass_takes_what_was_found_beforehand() {
     let batches: [&[usize]; 3] = [&[64], &[100; 4], &[40, 7, 60, 9]];
     let ways = [(None, None), (Some(1), Some(0.1)), (Some(2), None)];
     for (tuner, lengths) in tuners().iter().flat_map(|tuner| batches.map(|lengths| (tuner, lengths))) {
-        let adapter = moved(&model, tuner);
+        let start = fresh(&model, tuner);
+        let adapter = moved(&model, &start);
         assert_eq!(adapter.parameters(), tuner.parameters(model.shape()).unwrap());
         let sequences: Vec<Vec<u32>> = lengths.iter().map(|len| (0..*len as u32).collect()).collect();
         let ids: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
@@ -392,13 +484,14 @@ fn a_pass_takes_what_was_found_beforehand() {
             };
             for (recompute_layers, rate) in ways {
                 let dropout = rate.map(|rate| Dropout { rate, seed: 1, step: 1 });
+                let (adapter, without) = (Some(&adapter), taken_out(&start));
                 let options =
-                    ForwardOptions { adapter: Some(&adapter), recompute_layers, dropout, ..ForwardOptions::default() };
+                    ForwardOptions { adapter, without, recompute_layers, dropout, ..ForwardOptions::default() };
                 let found = model.trace_bytes(size, options);
                 let workspace = Workspace::with_room(found);
                 for _ in 0..2 {
                     let trace = model.trace(&ids, &wanted, options, &workspace).unwrap();
-                    trace.backward(&vec![1.0; wanted.len()], &mut adapter.zeros_like()).unwrap();
+                    trace.backward(&vec![1.0; wanted.len()], &mut start.zeros_like()).unwrap();
                 }
                 let scored = model.score_bytes(size, options);
                 let scoring = Workspace::with_room(scored);

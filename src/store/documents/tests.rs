@@ -50,6 +50,7 @@ fn specs() -> [JobSpec; 2] {
         layers: Some(vec![1]),
         use_rslora: true,
         use_dora: false,
+        init: LoraInit::Default,
     };
     let first = JobSpec {
         adapter: "tenants/acme/adapters/tone".parse().unwrap(),
@@ -157,6 +158,11 @@ fn every_word_reads_back() {
         let event = JobEvent::State { state, error: None, version: None, live: Some(true) };
         assert_eq!(read_event(&write_event(&event).unwrap()).unwrap(), event);
         assert!(write_event(&event).unwrap().contains(&format!("{state:?}")), "the word is the one first stored");
+    }
+    for init in [LoraInit::Default, LoraInit::Gaussian, LoraInit::Pissa, LoraInit::Olora] {
+        let [spec, _] = specs();
+        let spec = JobSpec { start: Start::Fresh(LoraSpec { init, ..LoraSpec::default() }.into()), ..spec };
+        assert_eq!(read_spec(&write_spec(&spec).unwrap()).unwrap(), spec);
     }
     use GradientCheckpointing::{Auto, Off, On};
     let schedules = [(LrSchedule::Cosine, Auto), (LrSchedule::Linear, On), (LrSchedule::Constant, Off)];

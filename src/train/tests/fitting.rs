@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::request::metric::*;
 use crate::request::{
-    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, LoraSpec, MemoryPlan, Objective,
-    Placement, PrefixSpec, PromptSpec, TrainingMemory, TunerSpec, VirtualInit,
+    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, LoraInit, LoraSpec, MemoryPlan,
+    Objective, Placement, PrefixSpec, PromptSpec, TrainingMemory, TunerSpec, VirtualInit,
 };
 use crate::store::DatasetKind;
 use crate::text::Text;
@@ -125,6 +125,36 @@ impl<'a> Run<'a> {
             Examples::Sft(_) => Examples::Sft(Vec::new()),
             Examples::Dpo(_) => Examples::Dpo(Vec::new()),
         })
+    }
+}
+
+/// PiSSA and OLoRA are trained on the base without what they began as, and given as plain adapters on the base as it is. Nothing of the part
+/// that was taken out has moved, not by weight decay either.
+#[test]
+fn what_began_as_a_part_of_the_base_ends_as_a_plain_adapter() {
+    let (bench, recipe) = (Bench::new(), Hyperparameters { weight_decay: 0.1, epochs: 8, ..recipe() });
+    let train = bench.chats(6);
+    for init in [LoraInit::Pissa, LoraInit::Olora] {
+        let mut start = bench.start(LoraSpec { init, dropout: 0.1, ..lora() });
+        bench.model.start_as_part(&mut start, &bench.arbiter.train(), || Ok(())).unwrap();
+        let run = Run { validation: Some(&train), ..Run::new(&start, &train, recipe.clone()) };
+        let (outcome, events) = bench.fit(&run).unwrap();
+        let evaluated = outcome.metrics["eval_loss"];
+        assert!(evaluated < curve(&events)[0].0 - 0.1, "{init:?}: {evaluated}");
+        for (site, pair) in outcome.adapter.pairs() {
+            let began = start.pair(site).unwrap();
+            assert_eq!((pair.rank, pair.alpha, pair.scale), (8, 16.0, began.scale));
+            assert!(pair.a[began.a.len()..] == began.a, "{init:?} {site:?}");
+            let rows = pair.b.chunks_exact(8).zip(began.b.chunks_exact(4));
+            assert!(rows.clone().all(|(b, b0)| b[4..].iter().zip(b0).all(|(x, x0)| *x == -x0)), "{init:?} {site:?}");
+            assert!(rows.clone().any(|(b, b0)| b[..4] != *b0), "{init:?} {site:?}: it has learnt");
+        }
+        // By itself the plain adapter has the loss that the run has measured.
+        let still =
+            Hyperparameters { max_steps: Some(1), learning_rate: 1e-12, warmup_steps: Some(0), ..recipe.clone() };
+        let again = Run { validation: Some(&train), ..Run::new(&outcome.adapter, &train, still) };
+        let loss = bench.fit(&again).unwrap().0.metrics["eval_loss"];
+        assert!((loss - evaluated).abs() < 1e-3, "{init:?}: {loss} {evaluated}");
     }
 }
 

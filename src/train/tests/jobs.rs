@@ -17,7 +17,8 @@ use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant};
 use crate::memory::Memory;
 use crate::model::Model;
 use crate::request::{
-    Hyperparameters, JobEvent, JobSpec, JobState, Objective, ParityReport, Publish, Start, TooLong, TrainingData,
+    Hyperparameters, JobEvent, JobSpec, JobState, LoraInit, LoraSpec, Objective, ParityReport, Publish, Start, TooLong,
+    TrainingData,
 };
 use crate::store::{DatasetKind, JobRow, NewJob, Options, Page, RESULT_MANIFEST, RequestKey, Store, StoredEvent};
 use crate::train::tests::{lora, recipe};
@@ -253,6 +254,28 @@ async fn a_job_ends_as_a_version_and_a_continued_one_as_the_next() {
     bench.trainer.shutdown().await;
 }
 
+/// Its start is computed when it runs, and not when it is validated; its version is a plain LoRA, which is continued as one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_starts_as_a_part_of_the_base_ends_as_a_plain_version() {
+    let bench = Bench::new().await;
+    let mut spec = bench.spec("chats", Objective::Sft, 2);
+    spec.start = Start::Fresh(LoraSpec { init: LoraInit::Pissa, ..lora() }.into());
+    bench.trainer.validate(&bench.tenant, &spec, Arc::default()).await.unwrap();
+    let job = bench.submit(spec.clone()).await;
+    let events = bench.events(&job, 0).await;
+    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 2), "{events:?}");
+    bench.message(&job, "the part of the base that the adapter starts as").await;
+    let version = bench.parts.store.get_job(&job).await.unwrap().version.unwrap();
+    let row = bench.parts.store.get_version(&version).await.unwrap();
+    assert_eq!(row.rank, 2 * lora().rank);
+    let Start::Fresh(tuner) = &spec.start else { unreachable!() };
+    assert_eq!(row.memory_bytes, tuner.memory_bytes(bench.parts.model.shape()).unwrap());
+    spec.start = Start::From(version);
+    let job = bench.submit(spec).await;
+    assert_eq!(last_state(&bench.events(&job, 0).await), JobState::Succeeded);
+    bench.trainer.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn cancelling_publishes_nothing() {
     let bench = Bench::new().await;
@@ -308,8 +331,13 @@ async fn what_cannot_be_trained_is_refused_or_fails_before_the_first_step() {
     assert!(matches!(submit(foreign).await, Err(Error::PermissionDenied)));
     assert!(matches!(submit(bench.spec("none", Objective::Sft, 1)).await, Err(Error::NotFound { .. })));
     let mut wide = sft();
-    wide.start = Start::Fresh(crate::request::LoraSpec { rank: 100_000, ..lora() }.into());
+    wide.start = Start::Fresh(LoraSpec { rank: 100_000, ..lora() }.into());
     assert!(matches!(submit(wide).await, Err(Error::Invalid { .. })));
+    let mut twice = sft();
+    let rank = bench.parts.limits.max_rank as u32;
+    twice.start = Start::Fresh(LoraSpec { rank, init: LoraInit::Olora, ..lora() }.into());
+    let refused = submit(twice).await.unwrap_err().to_string();
+    assert!(refused.contains("lora.rank") && refused.contains("half the limit max_rank"), "{refused}");
 
     let mut short = sft();
     short.hyperparameters.max_length = Some(4);
