@@ -26,7 +26,7 @@ pub struct PassSize {
 }
 
 /// Part of a pass that its workspace may have more of: buffers are up to twice as large as what is asked of them.
-const SLACK: u64 = 16;
+const SLACK: u64 = 10;
 
 impl Model {
     /// Returns the bytes that a workspace needs for [`Model::trace`] and its backward.
