@@ -7,6 +7,7 @@
 
 use tenora::adapter::Adapter;
 use tenora::device::{self, DeviceSpec};
+use tenora::kernels::gemm::{Mat, Out, mul};
 use tenora::kernels::testing::{median, seconds};
 use tenora::model::Model;
 use tenora::model::traced::{ForwardOptions, Products, Workspace};
@@ -63,6 +64,27 @@ fn main() {
     }
     let (speed, bytes) = (LONG as f64 / time, long.peak_bytes() / 1_000_000);
     println!("| one record of {LONG} tokens, {LONG_LAYERS} layers at a time recomputed | {speed:.0} | {bytes} MB |");
+    let weights: usize = model.shape().linears.iter().map(|linear| linear.inputs * linear.outputs).sum();
+    // What the backward multiplies in float32 for a token in the loss: each frozen layer and the head once.
+    let macs = weights * model.shape().layers as usize + model.vocab_size() * model.config().hidden_size;
+    println!(
+        "\nfloat32: {:.0} M multiply-adds a token backward; gemm does {:.0} G a second",
+        macs as f64 / 1e6,
+        gemm() / 1e9
+    );
+}
+
+/// Multiply-adds a second of float32 products of a pass's size.
+fn gemm() -> f64 {
+    let (rows, inner, cols) = (RECORDS / 2 * TOKENS, 1536, 576);
+    let values = |len: usize| (0..len).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<f32>>();
+    let (a, b, mut out) = (values(rows * inner), values(inner * cols), vec![0.0; rows * cols]);
+    let mut times: Vec<f64> = Vec::new();
+    for _ in 0..50 {
+        let to = Out { data: &mut out, stride: cols, accumulate: false };
+        times.push(seconds(|| mul(to, Mat::dense(&a, inner), Mat::dense(&b, cols), true)));
+    }
+    (rows * inner * cols) as f64 / median(times)
 }
 
 /// Ids that are random enough.

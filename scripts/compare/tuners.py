@@ -99,7 +99,7 @@ class Trial:
         parameters = self.parameters()
         return {
             'parameters, thousands': parameters / 1e3,
-            'of the base, %': 100 * parameters / tenora.inspect(MODELS['Q4_1'])['parameters'],
+            'of the base, %': 100 * parameters / of_base(),
             'trained tokens/s': statistics.median(step['tokens_per_second'] for step in steps),
             'MB above the idle server': (peak - idle) / 1e6,
             'validation loss': evaluated[-1]['loss'],
@@ -134,6 +134,14 @@ class Trial:
                 self.server.client('adapters', 'import', f'kind-{number}', self.folder)
             options += ['--adapters', 'distinct', '--adapter-prefix', 'kind']
         return [self.server.generated_per_second(*options) for _ in range(rounds)]
+
+
+def of_base():
+    """The parameters of the default base's matrices."""
+    base = tenora.inspect(MODELS['Q4_1'])
+    hidden, heads, kv_heads = base['hidden_size'], base['heads'] * base['head_dim'], base['kv_heads'] * base['head_dim']
+    of_layer = hidden * (2 * heads + 2 * kv_heads + 3 * base['intermediate_size'])
+    return base['vocab_size'] * hidden + base['layers'] * of_layer
 
 
 def task():
