@@ -139,6 +139,8 @@ async fn parts_of((model, text): Base, store: Store, config: &Config) -> Result<
         text: text.clone(),
         memory: memory.clone(),
         arbiter: compute.training,
+        base: config.base.clone(),
+        allow_full_fine_tuning: config.allow_full_fine_tuning,
         limits: limits.clone(),
     })
     .await?;
@@ -308,6 +310,7 @@ mod tests {
             tls: None,
             allow_plaintext: false,
             adopt_orphans: false,
+            allow_full_fine_tuning: false,
             limits: Limits::default(),
         }
     }

@@ -43,6 +43,8 @@ pub struct Config {
     pub allow_plaintext: bool,
     /// Starts over blobs that the catalogue does not know, and moves them to the trash.
     pub adopt_orphans: bool,
+    /// Lets tenants train copies of the base's own tensors.
+    pub allow_full_fine_tuning: bool,
     /// Every limit.
     pub limits: Limits,
 }
@@ -206,6 +208,9 @@ limits! {
     max_training_steps = 1_000_000, "steps";
     /// Tokens that all steps of one job see: one job at a time trains.
     max_training_tokens = 100_000_000, "tokens";
+    /// Memory of a full fine-tuning's values, gradients, moments and copies of values, 24 bytes for each value that it trains. Only where
+    /// `--allow-full-fine-tuning` is set.
+    max_full_fine_tuning_bytes = 8192 * MIB, "bytes";
     /// Free space on the disk of the data folder without which no training starts: its result could not be saved.
     min_free_disk_bytes = 256 * MIB, "bytes";
     /// Time that a finished training goes on trying to publish its adapter; then the job is INTERRUPTED, and resuming it publishes.

@@ -371,11 +371,14 @@ pub enum AdapterKind {
     Prefix,
     /// Puts small networks behind attention and the feed-forward network.
     Bottleneck,
+    /// Takes trained copies of the base's own tensors in their place, which makes another model of it: no version is of this kind.
+    Full,
 }
 
 impl AdapterKind {
     /// All kinds.
-    pub const ALL: [Self; 6] = [Self::Lora, Self::Dora, Self::Ia3, Self::Prompt, Self::Prefix, Self::Bottleneck];
+    pub const ALL: [Self; 7] =
+        [Self::Lora, Self::Dora, Self::Ia3, Self::Prompt, Self::Prefix, Self::Bottleneck, Self::Full];
 
     /// Returns its name: `lora` and so on.
     pub fn name(self) -> &'static str {
@@ -386,6 +389,7 @@ impl AdapterKind {
             Self::Prompt => "prompt",
             Self::Prefix => "prefix",
             Self::Bottleneck => "bottleneck",
+            Self::Full => "full",
         }
     }
 
@@ -408,6 +412,8 @@ pub enum TunerSpec {
     Prefix(PrefixSpec),
     /// Bottleneck adapters.
     Bottleneck(BottleneckSpec),
+    /// Full fine-tuning.
+    Full(FullSpec),
 }
 
 impl Default for TunerSpec {
@@ -426,6 +432,30 @@ impl From<Ia3Spec> for TunerSpec {
     fn from(spec: Ia3Spec) -> Self {
         Self::Ia3(spec)
     }
+}
+
+impl From<FullSpec> for TunerSpec {
+    fn from(spec: FullSpec) -> Self {
+        Self::Full(spec)
+    }
+}
+
+/// What of the base full fine-tuning trains, and what becomes of it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct FullSpec {
+    /// These linear layers alone; `None`: every tensor, the embedding, the head, norms and biases too.
+    pub linear: Option<LinearLayers>,
+    /// The rank of the LoRA that is made of the change and published; `None`: the trained model is kept, to be exported.
+    pub extract_rank: Option<u32>,
+}
+
+/// Linear layers of the base's blocks.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LinearLayers {
+    /// Sorted; empty is every linear layer that the base has.
+    pub targets: Vec<Target>,
+    /// Sorted; `None` is all.
+    pub layers: Option<Vec<u32>>,
 }
 
 impl From<PromptSpec> for TunerSpec {
@@ -820,6 +850,8 @@ pub mod metric {
     pub const ACCURACIES: &str = "rewards/accuracies";
     /// DPO: mean of ln p(chosen), summed over the answer's tokens.
     pub const CHOSEN_LOGPS: &str = "logps/chosen";
+    /// Of a LoRA that was made of a full fine-tuning: the share of the change that it holds, as Frobenius norms. TRL has no name for it.
+    pub const EXTRACTED_SHARE: &str = "extracted_share";
     /// DPO: the same of the rejected answers.
     pub const REJECTED_LOGPS: &str = "logps/rejected";
 }

@@ -244,6 +244,9 @@ impl PackedAdapter {
         times: usize,
         form: impl Fn(&LowRank) -> Cow<'_, LowRank>,
     ) -> Result<Self> {
+        if !adapter.copies.is_empty() {
+            return Err(Error::internal("copies of the base's tensors are another model, which is not served"));
+        }
         let layers = adapter.sites.iter().map(|(site, delta)| (*site, Layout::of(delta, times)));
         let (places, virtual_place, len) = place(layers, virtual_shape(adapter), shape).map_err(misfit)?;
         let mut values = Values::zeros(len);

@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::adapter::BaseShape;
 use crate::adapter::packed::{Layout, adapter_bytes};
 use crate::adapter::virtual_tokens::{VirtualForm, VirtualTokens};
-use crate::arch::decoder::Site;
+use crate::arch::decoder::{Site, Slot};
 use crate::error::{Error, Result};
 use crate::random::{Purpose, Stream};
 use crate::request::{
-    AdapterKind, BottleneckSpec, Ia3Spec, LoraInit, LoraSpec, NonLinearity, Placement, Target, TunerSpec,
+    AdapterKind, BottleneckSpec, FullSpec, Ia3Spec, LinearLayers, LoraInit, LoraSpec, NonLinearity, Placement, Target,
+    TunerSpec,
 };
 
 /// An adapter. Its gradient is a value of the same shape.
@@ -21,6 +22,8 @@ pub struct Adapter {
     pub sites: BTreeMap<Site, SiteDelta>,
     /// What it puts before a sequence.
     pub virtual_tokens: Option<VirtualTokens>,
+    /// Copies of the base's tensors that take their place, row-major: full fine-tuning's, of which it has nothing else.
+    pub copies: BTreeMap<Slot, Vec<f32>>,
 }
 
 /// What an adapter does at a site, whose frozen layer is y = W x + b.
@@ -118,6 +121,7 @@ impl AdapterKind {
             TunerSpec::Prompt(_) => Self::Prompt,
             TunerSpec::Prefix(_) => Self::Prefix,
             TunerSpec::Bottleneck(_) => Self::Bottleneck,
+            TunerSpec::Full(_) => Self::Full,
         }
     }
 }
@@ -130,6 +134,10 @@ impl TunerSpec {
     pub fn fill_in(&mut self, shape: &BaseShape) -> Result<()> {
         match self {
             Self::Lora(spec) => spec.targets = spec.targets_of(shape)?,
+            Self::Full(FullSpec { linear: Some(linear), .. }) => {
+                linear.targets = targets_of(FULL, &linear.targets, shape)?;
+            }
+            Self::Full(FullSpec { linear: None, .. }) => {}
             Self::Ia3(spec) => {
                 let sites = spec.sites(shape)?;
                 let targets = |wanted: &dyn Fn(ScaledSide) -> bool| {
@@ -144,7 +152,7 @@ impl TunerSpec {
         Ok(())
     }
 
-    /// Returns what a fresh adapter of it takes where it serves, in bytes.
+    /// Returns what a fresh adapter of it takes where it serves, in bytes; of full fine-tuning what the LoRA does that is made of it.
     ///
     /// # Errors
     /// INVALID_ARGUMENT names the field: no target, no layer, one that the base lacks, a number out of its range.
@@ -162,11 +170,16 @@ impl TunerSpec {
                 spec.sites(shape)?.into_iter().map(|site| (site, layout)).collect()
             }
             Self::Prompt(_) | Self::Prefix(_) => Vec::new(),
+            Self::Full(FullSpec { extract_rank: None, .. }) => Vec::new(),
+            Self::Full(spec @ FullSpec { extract_rank: Some(rank), .. }) => {
+                let layout = Layout::pair(*rank as usize, 0.0, false);
+                spec.sites(shape)?.into_iter().map(|site| (site, layout)).collect()
+            }
         };
         Ok(adapter_bytes(sites, VirtualForm::of(self), shape))
     }
 
-    /// Returns how many values of a fresh adapter of it are trained.
+    /// Returns how many values of a fresh adapter of it are trained; of full fine-tuning `Model::trained_values` does.
     ///
     /// # Errors
     /// As of [`TunerSpec::memory_bytes`].
@@ -191,6 +204,7 @@ impl TunerSpec {
                 let size = spec.size as usize;
                 spec.sites(shape)?.iter().map(dims).map(|(_, outputs)| 2 * size * outputs + size + outputs).sum()
             }
+            Self::Full(_) => return Err(Error::internal("the base knows how many values its tensors have")),
             Self::Prompt(spec) => spec.virtual_tokens as usize * VirtualForm::Embeddings.width(shape),
             Self::Prefix(spec) => {
                 let (count, outputs) = (spec.virtual_tokens as usize, VirtualForm::KeysAndValues.width(shape));
@@ -209,7 +223,7 @@ impl TunerSpec {
     pub fn dropout(&self) -> f32 {
         match self {
             Self::Lora(spec) => spec.dropout,
-            Self::Ia3(_) | Self::Prompt(_) | Self::Prefix(_) | Self::Bottleneck(_) => 0.0,
+            Self::Ia3(_) | Self::Prompt(_) | Self::Prefix(_) | Self::Bottleneck(_) | Self::Full(_) => 0.0,
         }
     }
 }
@@ -227,7 +241,7 @@ impl LoraSpec {
 
     /// The layers it adapts. Errors name the field: no target, no layer, a layer that the base lacks, rank 0.
     pub fn sites(&self, shape: &BaseShape) -> Result<Vec<Site>> {
-        let layers = layers_of("lora", self.layers.as_deref(), shape)?;
+        let layers = layers_of(LORA, self.layers.as_deref(), shape)?;
         if self.rank == 0 {
             return Err(Error::invalid("lora.rank", "must be at least 1"));
         }
@@ -240,8 +254,7 @@ impl LoraSpec {
         if layers.is_empty() {
             return Err(Error::invalid("lora.target_modules", "selects no layer of the base"));
         }
-        let targets = self.targets_of(shape)?;
-        Ok(layers.iter().flat_map(|&layer| targets.iter().map(move |&target| Site { layer, target })).collect())
+        Ok(sites_of(&layers, &self.targets_of(shape)?))
     }
 
     /// Returns the linear layers of a block that it adapts, sorted.
@@ -249,14 +262,38 @@ impl LoraSpec {
     /// # Errors
     /// INVALID_ARGUMENT where the base has none of that name.
     pub fn targets_of(&self, shape: &BaseShape) -> Result<Vec<Target>> {
-        if let Some(target) = self.targets.iter().find(|target| shape.dims(**target).is_none()) {
-            let message = format!("{} is no linear layer of this base; it has {}", target.name(), shape.target_names());
-            return Err(Error::invalid("lora.target_modules", message));
-        }
-        let mut targets = if self.targets.is_empty() { shape.targets().collect() } else { self.targets.clone() };
-        targets.sort_unstable();
-        Ok(targets)
+        targets_of(LORA, &self.targets, shape)
     }
+}
+
+impl FullSpec {
+    /// Returns the linear layers that it trains.
+    ///
+    /// # Errors
+    /// INVALID_ARGUMENT names the field: a layer that the base lacks, in either sense.
+    pub fn sites(&self, shape: &BaseShape) -> Result<Vec<Site>> {
+        let Some(LinearLayers { targets, layers }) = &self.linear else { return Ok(shape.sites().collect()) };
+        Ok(sites_of(&layers_of(FULL, layers.as_deref(), shape)?, &targets_of(FULL, targets, shape)?))
+    }
+}
+
+/// The messages whose fields name layers, as errors call them.
+const LORA: &str = "lora";
+const FULL: &str = "full";
+
+/// The linear layers of a block that a field names, sorted, which is all where it is empty.
+fn targets_of(message: &str, targets: &[Target], shape: &BaseShape) -> Result<Vec<Target>> {
+    if let Some(target) = targets.iter().find(|target| shape.dims(**target).is_none()) {
+        let why = format!("{} is no linear layer of this base; it has {}", target.name(), shape.target_names());
+        return Err(Error::invalid(format!("{message}.target_modules"), why));
+    }
+    let mut targets = if targets.is_empty() { shape.targets().collect() } else { targets.to_vec() };
+    targets.sort_unstable();
+    Ok(targets)
+}
+
+fn sites_of(layers: &[u32], targets: &[Target]) -> Vec<Site> {
+    layers.iter().flat_map(|&layer| targets.iter().map(move |&target| Site { layer, target })).collect()
 }
 
 /// The layers that are meant.
@@ -359,12 +396,13 @@ impl Adapter {
     /// A LoRA of these pairs.
     pub fn lora(spec: LoraSpec, pairs: impl IntoIterator<Item = (Site, LowRank)>) -> Self {
         let sites = pairs.into_iter().map(|(site, pair)| (site, SiteDelta::LowRank(pair))).collect();
-        Self { spec: TunerSpec::Lora(spec), sites, virtual_tokens: None }
+        Self { spec: TunerSpec::Lora(spec), sites, virtual_tokens: None, copies: BTreeMap::new() }
     }
 
     /// As PEFT starts one: of LoRA A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)) and B zero, of (IA)3 ones; of a bottleneck down as A, and
-    /// zero all else. A function of the seed alone. What is the base's is zero until whoever has the base fills it in (`Model::begin`): DoRA's magnitudes, virtual
-    /// tokens; and what pairs start as that start as a part of it (`Model::start_as_part`).
+    /// zero all else. A function of the seed alone. What is the base's is zero until whoever has the base fills it in (`Model::begin`): DoRA's
+    /// magnitudes, virtual tokens; and what pairs start as that start as a part of it (`Model::start_as_part`). Of full fine-tuning that is all
+    /// (`Model::copies`), and there is nothing to begin with here.
     pub fn fresh<S: Clone + Into<TunerSpec>>(spec: &S, shape: &BaseShape, seed: u64) -> Result<Self> {
         let spec = spec.clone().into();
         let sites = match &spec {
@@ -379,9 +417,10 @@ impl Adapter {
             }
             TunerSpec::Bottleneck(spec) => fresh_bottlenecks(spec, shape, seed)?,
             TunerSpec::Prompt(_) | TunerSpec::Prefix(_) => BTreeMap::new(),
+            TunerSpec::Full(_) => return Err(Error::internal("copies of the base's tensors begin as these")),
         };
         let virtual_tokens = VirtualTokens::fresh(&spec, shape, seed);
-        Ok(Self { spec, sites, virtual_tokens })
+        Ok(Self { spec, sites, virtual_tokens, copies: BTreeMap::new() })
     }
 
     /// Makes each magnitude the norm of its row, so that a fresh DoRA changes nothing.
@@ -445,16 +484,18 @@ impl Adapter {
         })
     }
 
-    /// Returns the tensors that are trained, in a fixed order: by site; A, B, magnitude. Then those of virtual tokens.
+    /// Returns the tensors that are trained, in a fixed order: by site; A, B, magnitude. Then those of virtual tokens, then copies.
     pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
         let virtual_tokens = self.virtual_tokens.iter().flat_map(VirtualTokens::tensors);
-        self.sites.values().flat_map(SiteDelta::tensors).chain(virtual_tokens)
+        let copies = self.copies.values().map(Vec::as_slice);
+        self.sites.values().flat_map(SiteDelta::tensors).chain(virtual_tokens).chain(copies)
     }
 
     /// As [`Adapter::tensors`], to be changed.
     pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
         let virtual_tokens = self.virtual_tokens.iter_mut().flat_map(VirtualTokens::tensors_mut);
-        self.sites.values_mut().flat_map(SiteDelta::tensors_mut).chain(virtual_tokens)
+        let copies = self.copies.values_mut().map(Vec::as_mut_slice);
+        self.sites.values_mut().flat_map(SiteDelta::tensors_mut).chain(virtual_tokens).chain(copies)
     }
 
     /// Returns an adapter of the same shape whose tensors are zero: where gradients are added up.

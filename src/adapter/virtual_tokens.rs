@@ -51,7 +51,7 @@ impl VirtualForm {
         match spec {
             TunerSpec::Prompt(spec) => Some((Self::Embeddings, spec.virtual_tokens as usize)),
             TunerSpec::Prefix(spec) => Some((Self::KeysAndValues, spec.virtual_tokens as usize)),
-            TunerSpec::Lora(_) | TunerSpec::Ia3(_) | TunerSpec::Bottleneck(_) => None,
+            TunerSpec::Lora(_) | TunerSpec::Ia3(_) | TunerSpec::Bottleneck(_) | TunerSpec::Full(_) => None,
         }
     }
 }

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt as _;
 use tonic::{Request, Response, Streaming};
 
 use super::auth::caller_of;
-use super::paced::paced;
+use super::paced::{export_chunk, next_chunk, paced};
 use super::peft_upload::PeftUpload;
 use super::proto::adapter_service_server::AdapterService;
 use super::proto::{export_adapter_response as exported, import_adapter_request as imported};
@@ -19,9 +18,6 @@ use crate::hub::{CONFIG_FILE, NewVersion, Package, TENSORS_FILE};
 use crate::ids::{AdapterName, AdapterRef, TenantId, VersionName};
 use crate::store::{AdapterRow, VersionRow};
 use crate::work::run_holding;
-
-/// Most bytes of a file that one message of an export carries.
-const EXPORT_CHUNK: u64 = 256 << 10;
 
 pub struct Adapters(pub Arc<Shared>);
 
@@ -95,7 +91,7 @@ impl AdapterService for Adapters {
         let ((row, files), (place, bulk)) =
             run_holding((place, bulk), async move { hub.export(&tenant, &name).await }).await?;
         drop(bulk);
-        let size = (self.0.parts.limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK);
+        let size = export_chunk(&self.0.parts.limits);
         let version = self.version(row);
         let parts = async_stream::try_stream! {
             let _place = place;
@@ -103,14 +99,8 @@ impl AdapterService for Adapters {
             for data in files.config.chunks(size as usize) {
                 yield chunk(CONFIG_FILE, data.to_vec());
             }
-            let mut tensors = tokio::fs::File::from_std(files.tensors).take(0);
-            loop {
-                let mut data = Vec::new();
-                tensors.set_limit(size);
-                tensors.read_to_end(&mut data).await.map_err(Error::at(TENSORS_FILE))?;
-                if data.is_empty() {
-                    break;
-                }
+            let mut tensors = tokio::fs::File::from_std(files.tensors);
+            while let Some(data) = next_chunk(&mut tensors, TENSORS_FILE, size).await? {
                 yield chunk(TENSORS_FILE, data);
             }
         };

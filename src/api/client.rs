@@ -264,6 +264,8 @@ calls! {
         unary cancel_training_job(proto::CancelTrainingJobRequest) -> proto::TrainingJob;
         /// Queues an interrupted job again.
         unary resume_training_job(proto::ResumeTrainingJobRequest) -> proto::TrainingJob;
+        /// Streams the model that a job has made as a Hugging Face folder.
+        download export_trained_model(proto::ExportTrainedModelRequest) -> proto::ExportTrainedModelResponse;
         /// Deletes a job that has ended.
         unary delete_training_job(proto::DeleteTrainingJobRequest) -> proto::DeleteTrainingJobResponse;
     }

@@ -5,11 +5,29 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
+use tokio::fs::File;
+use tokio::io::AsyncReadExt as _;
 use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::Streamed;
+use crate::config::Limits;
 use crate::error::Error;
+
+/// Most bytes of a file that one message of an export carries.
+const EXPORT_CHUNK: u64 = 256 << 10;
+
+/// Returns how many bytes of a file one message of an export carries.
+pub fn export_chunk(limits: &Limits) -> u64 {
+    (limits.max_message_bytes / 2).clamp(1, EXPORT_CHUNK)
+}
+
+/// Reads up to `size` more bytes of a file; `None` at its end.
+pub async fn next_chunk(file: &mut File, name: &str, size: u64) -> Result<Option<Vec<u8>>, Error> {
+    let mut data = Vec::new();
+    file.take(size).read_to_end(&mut data).await.map_err(Error::at(name))?;
+    Ok((!data.is_empty()).then_some(data))
+}
 
 /// Sends messages from a task of its own, which ends, and lets go of all that it holds, where the client takes none for `idle`. The client
 /// is told so if it comes back.

@@ -1,18 +1,22 @@
 //! TrainingService: jobs and their events.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use tonic::{Request, Response};
 
 use super::auth::caller_of;
 use super::edge::draining;
+use super::paced::{export_chunk, next_chunk, paced};
+use super::proto::export_trained_model_response as exported;
 use super::proto::train_request::Start;
 use super::proto::training_service_server::TrainingService;
 use super::shared::Shared;
 use super::{Answer, Streamed, convert, proto as pb};
 use crate::error::Result;
 use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant, TenantId, VersionName};
+use crate::train::ModelFile;
 use crate::train::fit::CancelToken;
 use crate::work::run_holding;
 
@@ -31,6 +35,7 @@ impl Training {
 #[tonic::async_trait]
 impl TrainingService for Training {
     type WatchTrainingJobStream = Streamed<pb::TrainingEvent>;
+    type ExportTrainedModelStream = Streamed<pb::ExportTrainedModelResponse>;
 
     async fn train(&self, request: Request<pb::TrainRequest>) -> Answer<pb::TrainingJob> {
         let (_, call, request) = request.into_parts();
@@ -116,6 +121,30 @@ impl TrainingService for Training {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
         Ok(Response::new(convert::job(self.0.parts.trainer.resume(&tenant, &name).await?)))
+    }
+
+    async fn export_trained_model(
+        &self,
+        request: Request<pb::ExportTrainedModelRequest>,
+    ) -> Answer<Self::ExportTrainedModelStream> {
+        let name: JobName = convert::name("name", &request.get_ref().name)?;
+        let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
+        let place = self.0.reads.take(caller_of(request.extensions())?)?;
+        let (row, files) = self.0.parts.trainer.model_files(&tenant, &name).await?;
+        let size = export_chunk(&self.0.parts.limits);
+        let part = |part| pb::ExportTrainedModelResponse { part: Some(part) };
+        let parts = async_stream::try_stream! {
+            let _place = place;
+            yield part(exported::Part::Job(convert::job(row)));
+            for ModelFile { name, file } in files {
+                let mut file = tokio::fs::File::from_std(file);
+                while let Some(data) = next_chunk(&mut file, &name, size).await? {
+                    yield part(exported::Part::Chunk(pb::FileChunk { filename: name.clone(), data }));
+                }
+            }
+        };
+        let idle = Duration::from_secs(self.0.parts.limits.export_idle_seconds);
+        Ok(Response::new(paced(parts, idle)))
     }
 
     async fn delete_training_job(

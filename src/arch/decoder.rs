@@ -63,6 +63,41 @@ pub enum NormKind {
     Final,
 }
 
+/// A tensor of a base, by what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Slot {
+    /// `[vocab_size, hidden_size]`.
+    Embedding,
+    /// `[vocab_size, hidden_size]`, where it is not the embedding.
+    Head,
+    /// The matrix of a linear layer, `[out, in]`.
+    Matrix(SiteId),
+    /// The bias of a linear layer, `[out]`.
+    Bias(SiteId),
+    /// The weights of a norm.
+    Norm(NormId),
+    /// Of RoPE's frequencies.
+    Factors(FactorKind),
+}
+
+impl Slot {
+    /// Returns whether it is multiplied with, or looked up in.
+    pub fn is_matrix(self) -> bool {
+        matches!(self, Self::Embedding | Self::Head | Self::Matrix(_))
+    }
+}
+
+/// Which contexts some factors of frequencies are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FactorKind {
+    /// All.
+    All,
+    /// Those up to the original one.
+    Short,
+    /// Those beyond it.
+    Long,
+}
+
 /// The half of a block that a projection begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {

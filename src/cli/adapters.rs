@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use async_stream::stream;
-use tokio::io::AsyncWriteExt as _;
 use tokio_stream::StreamExt as _;
 
 use super::connection::Connection;
+use super::exported::ExportedFolder;
 use super::peft_folder::PeftFolder;
 use super::{Failure, Result, request_id, show};
 use crate::api::client::{Client, proto};
@@ -224,35 +224,15 @@ async fn export(client: &Client, request: proto::ExportAdapterRequest, folder: &
     use proto::export_adapter_response::Part;
     let mut parts = client.export_adapter(request).await?;
     let mut version = None;
-    let mut open: Option<(String, tokio::fs::File)> = None;
-    std::fs::create_dir_all(folder).map_err(Failure::at(folder))?;
+    let mut files = ExportedFolder::create(folder)?;
     while let Some(part) = parts.next().await {
         match part?.part {
             Some(Part::Version(given)) => version = Some(given),
-            Some(Part::Chunk(chunk)) => {
-                let path = folder.join(&chunk.filename);
-                let file = match &mut open {
-                    Some((name, file)) if *name == chunk.filename => file,
-                    _ => {
-                        let file = create(&path, &chunk.filename).await?;
-                        &mut open.insert((chunk.filename.clone(), file)).1
-                    }
-                };
-                file.write_all(&chunk.data).await.map_err(Failure::at(&path))?;
-                file.flush().await.map_err(Failure::at(&path))?;
-            }
+            Some(Part::Chunk(chunk)) => files.add(chunk).await?,
             None => {}
         }
     }
     version.ok_or_else(|| Failure::other("the server sent no version"))
-}
-
-/// A new file of an export. The name comes from the server: it must not leave the folder.
-async fn create(path: &Path, name: &str) -> Result<tokio::fs::File> {
-    if Path::new(name).file_name() != Some(name.as_ref()) {
-        return Err(Failure::other(format!("the server sent a file called {name:?}; nothing is written there")));
-    }
-    tokio::fs::File::create_new(path).await.map_err(Failure::at(path))
 }
 
 #[cfg(test)]

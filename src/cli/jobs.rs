@@ -1,15 +1,21 @@
 //! `tenora jobs`: training jobs after they have been started.
 
-use super::connection::Connection;
-use super::{Result, show, watch};
-use crate::api::client::proto;
+use std::path::{Path, PathBuf};
 
-/// Show, watch, cancel, resume and delete training jobs.
+use tokio_stream::StreamExt as _;
+
+use super::connection::Connection;
+use super::exported::ExportedFolder;
+use super::{Failure, Result, show, watch};
+use crate::api::client::{Client, proto};
+
+/// Show, watch, cancel, resume, export and delete training jobs.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   tenora jobs --tenant acme list
   tenora jobs watch tenants/acme/trainingJobs/JOB
-  tenora jobs --tenant acme cancel JOB")]
+  tenora jobs --tenant acme cancel JOB
+  tenora jobs --tenant acme export JOB ./model-folder")]
 pub(super) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -41,7 +47,14 @@ enum Command {
         /// The job: its id, or its name in full.
         job: String,
     },
-    /// Delete a job that has ended or is interrupted, with its events; its version stays.
+    /// Write the model that a full fine-tuning has made as a Hugging Face folder, in float32.
+    Export {
+        /// The job: its id, or its name in full.
+        job: String,
+        /// Made if there is none; files in it are not overwritten.
+        folder: PathBuf,
+    },
+    /// Delete a job that has ended or is interrupted, with its events and the model it made; its version stays.
     Delete {
         /// The job: its id, or its name in full.
         job: String,
@@ -70,6 +83,10 @@ pub(super) async fn run(args: Args) -> Result<()> {
             let request = proto::ResumeTrainingJobRequest { name: name(&job)? };
             show::one(json, &connection.client().await?.resume_training_job(request).await?)
         }
+        Command::Export { job, folder } => {
+            let request = proto::ExportTrainedModelRequest { name: name(&job)? };
+            show::one(json, &export(&connection.client().await?, request, &folder).await?)
+        }
         Command::Delete { job } => {
             let name = name(&job)?;
             connection
@@ -80,6 +97,25 @@ pub(super) async fn run(args: Args) -> Result<()> {
             show::done(json, "deleted", &name)
         }
     }
+}
+
+/// Writes a model's files into `folder`.
+async fn export(
+    client: &Client,
+    request: proto::ExportTrainedModelRequest,
+    folder: &Path,
+) -> Result<proto::TrainingJob> {
+    use proto::export_trained_model_response::Part;
+    let mut parts = client.export_trained_model(request).await?;
+    let (mut job, mut files) = (None, ExportedFolder::create(folder)?);
+    while let Some(part) = parts.next().await {
+        match part?.part {
+            Some(Part::Job(given)) => job = Some(given),
+            Some(Part::Chunk(chunk)) => files.add(chunk).await?,
+            None => {}
+        }
+    }
+    job.ok_or_else(|| Failure::other("the server sent no job"))
 }
 
 async fn list(connection: &Connection) -> Result<Vec<proto::TrainingJob>> {

@@ -5,6 +5,7 @@ mod base;
 mod bench;
 mod connection;
 mod datasets;
+mod exported;
 mod generate;
 mod jobs;
 mod keys;

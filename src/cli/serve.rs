@@ -81,6 +81,10 @@ pub(super) struct Args {
     /// Start although there are blobs that the catalogue does not know, and move them to trash/ in the data folder.
     #[arg(long)]
     adopt_orphans: bool,
+    /// Let tenants train copies of the base's own tensors (tenora train --tuner full), which is another model each time: within the limit
+    /// max_full_fine_tuning_bytes of memory, and as many bytes of disk as the base has in float32 for each that is kept.
+    #[arg(long, env = "TENORA_ALLOW_FULL_FINE_TUNING")]
+    allow_full_fine_tuning: bool,
     /// Set a limit; may be repeated. --list-limits shows them.
     #[arg(long = "limit", value_name = "NAME=VALUE", value_parser = parse_limit)]
     limits: Vec<(String, u64)>,
@@ -140,6 +144,7 @@ impl Args {
             tls: self.tls_cert.zip(self.tls_key).map(|(cert, key)| TlsFiles { cert, key }),
             allow_plaintext: self.allow_plaintext,
             adopt_orphans: self.adopt_orphans,
+            allow_full_fine_tuning: self.allow_full_fine_tuning,
             limits,
         };
         Ok(Some((config, listen)))

@@ -278,7 +278,7 @@ impl Show for proto::TrainingJob {
         let mut value = json!({
             "name": self.name, "state": state(self.state()), "objective": objective(&spec), "adapter_id": spec.adapter_id,
             "dataset": spec.dataset, "step": self.step, "total_steps": self.total_steps,
-            "adapter_version": self.adapter_version, "live": self.live, "error": self.error,
+            "adapter_version": self.adapter_version, "live": self.live, "has_model": self.has_model, "error": self.error,
             "create_time": time(&self.create_time), "start_time": time(&self.start_time), "end_time": time(&self.end_time),
             "records": self.records, "validation_records": self.validation_records, "tokens": self.tokens,
             "dropped_records": self.dropped_records, "truncated_records": self.truncated_records,
@@ -351,6 +351,12 @@ fn recipe(spec: &proto::TrainRequest) -> Value {
             value["virtual_tokens"] = json!(prefix.num_virtual_tokens);
             value["init"] = virtual_init(prefix.init.as_ref());
             value["projection_size"] = json!(prefix.projection_size);
+        }
+        Some(Start::Full(full)) => {
+            value["tuner"] = json!("full");
+            value["target_modules"] = json!(full.target_modules);
+            value["layers_to_transform"] = json!(full.layers_to_transform);
+            value["extract_rank"] = json!(full.extract_rank);
         }
         None => {}
     }

@@ -9,6 +9,10 @@ use super::{Failure, Result, datasets, request_id, show, watch};
 use crate::api::client::{Client, proto};
 use crate::ids::Digest;
 
+/// What shapes a fresh adapter, which one that is continued has already.
+const SHAPE: [&str; 10] =
+    ["tuner", "rank", "alpha", "dropout", "targets", "layers", "rslora", "init", "feedforward", "extract_rank"];
+
 /// Train an adapter and watch it.
 ///
 /// DATA is a file of records (JSON Lines, a JSON array; gzip too), uploaded first, or the name of a dataset. With --dpo its records are preference pairs. The new
@@ -25,7 +29,7 @@ pub(super) struct Args {
     #[arg(long, short)]
     adapter: String,
     /// Continue from this adapter's live version, or ADAPTER/versions/N; its shape is kept [default: a fresh adapter]
-    #[arg(long, value_name = "VERSION", conflicts_with_all = ["tuner", "rank", "alpha", "dropout", "targets", "layers", "rslora", "init", "feedforward"])]
+    #[arg(long, value_name = "VERSION", conflicts_with_all = SHAPE)]
     from: Option<String>,
     #[command(flatten)]
     objective: Objective,
@@ -77,7 +81,8 @@ struct Tuner {
     /// Of the adapter's input, in [0, 1) [default: 0]
     #[arg(long)]
     dropout: Option<f32>,
-    /// q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all-linear [default: all-linear, of ia3 k_proj, v_proj and down_proj]
+    /// q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or all-linear [default: all-linear, of ia3 k_proj, v_proj and down_proj, of
+    /// full every tensor, the embedding and the norms too, where --layers is left out as well]
     #[arg(long, value_delimiter = ',', value_name = "MODULE,...")]
     targets: Vec<String>,
     /// Layers that get an adapter, counted from 0 [default: all]
@@ -89,6 +94,9 @@ struct Tuner {
     /// What the matrices of a fresh lora or dora start as [default: default]
     #[arg(long, value_enum)]
     init: Option<Init>,
+    /// Of full: make a LoRA of this rank of the change and publish that [default: keep the model, to be exported]
+    #[arg(long, value_name = "RANK")]
+    extract_rank: Option<u32>,
     /// Of ia3: those of --targets of which the input is scaled, and not the output [default: down_proj, where --targets is left out]
     #[arg(long, value_delimiter = ',', value_name = "MODULE,...", requires = "targets")]
     feedforward: Vec<String>,
@@ -130,6 +138,9 @@ enum TunerKind {
     Prefix,
     /// Small networks stand behind the feed-forward network, or behind attention too.
     Bottleneck,
+    /// No adapter: copies of the base's own tensors, which make another model; the server must allow it. It is exported (tenora jobs export),
+    /// or becomes a LoRA by --extract-rank.
+    Full,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -160,7 +171,7 @@ enum Init {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Hyperparameters")]
 struct Hyperparameters {
-    /// Peak learning rate [default: 2e-4, with --dpo 5e-5; of ia3, prompt and prefix 5e-3, with --dpo 5e-4]
+    /// Peak learning rate [default: 2e-4, with --dpo 5e-5; of ia3, prompt and prefix 5e-3 and 5e-4, of full 2e-5 and 5e-6]
     #[arg(long, visible_alias = "lr")]
     learning_rate: Option<f64>,
     /// Passes over the records [default: 3]
@@ -412,6 +423,11 @@ impl Tuner {
                 .into(),
                 layers_to_transform: self.layers.clone(),
             }),
+            TunerKind::Full => Start::Full(proto::FullSpec {
+                target_modules: self.targets.clone(),
+                layers_to_transform: self.layers.clone(),
+                extract_rank: self.extract_rank,
+            }),
         })
     }
 
@@ -427,21 +443,22 @@ impl Tuner {
 
     /// Refuses what the kind has not, in place of passing it over.
     fn check(&self) -> Result<()> {
-        use TunerKind::{Bottleneck, Dora, Ia3, Lora, Prefix, Prompt};
-        let settings: [(&str, bool, &[TunerKind]); 14] = [
+        use TunerKind::{Bottleneck, Dora, Full, Ia3, Lora, Prefix, Prompt};
+        let settings: [(&str, bool, &[TunerKind]); 15] = [
             ("--rank", self.rank.is_some(), &[Lora, Dora]),
             ("--alpha", self.alpha.is_some(), &[Lora, Dora]),
             ("--dropout", self.dropout.is_some(), &[Lora, Dora]),
-            ("--layers", !self.layers.is_empty(), &[Lora, Dora, Bottleneck]),
+            ("--layers", !self.layers.is_empty(), &[Lora, Dora, Bottleneck, Full]),
             ("--rslora", self.rslora, &[Lora, Dora]),
             ("--init", self.init.is_some(), &[Lora, Dora]),
-            ("--targets", !self.targets.is_empty(), &[Lora, Dora, Ia3]),
+            ("--targets", !self.targets.is_empty(), &[Lora, Dora, Ia3, Full]),
             ("--feedforward", !self.feedforward.is_empty(), &[Ia3]),
             ("--virtual-tokens", self.virtual_tokens.is_some(), &[Prompt, Prefix]),
             ("--init-text or --init-ids", self.virtual_init().is_some(), &[Prompt, Prefix]),
             ("--projection-size", self.projection_size.is_some(), &[Prefix]),
             ("--bottleneck-size", self.bottleneck_size.is_some(), &[Bottleneck]),
             ("--placement", self.placement.is_some(), &[Bottleneck]),
+            ("--extract-rank", self.extract_rank.is_some(), &[Full]),
             ("--non-linearity", self.non_linearity.is_some(), &[Bottleneck]),
         ];
         match settings.iter().find(|(_, given, kinds)| *given && !kinds.contains(&self.tuner)) {

@@ -104,7 +104,10 @@ pub(super) fn summary(course: &TrainingHistory) -> String {
         }
         _ => "no steps".into(),
     };
-    format!("{loss}, published as {}", whether_live(&course.version, course.live))
+    match course.version.as_str() {
+        "" => format!("{loss}; the model is kept with the job, and `tenora jobs export` writes it as a folder"),
+        version => format!("{loss}, published as {}", whether_live(version, course.live)),
+    }
 }
 
 /// Mean tokens a second over all steps.

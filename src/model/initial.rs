@@ -31,10 +31,10 @@ const SPARE: usize = 16;
 
 /// What a layer's initialisation took out of the base, without the adapter's scale: the columns `u` `[out, rank]`, orthonormal, times `a`
 /// `[rank, in]`.
-struct Part {
-    rank: usize,
-    u: Vec<f32>,
-    a: Vec<f32>,
+pub(super) struct Part {
+    pub(super) rank: usize,
+    pub(super) u: Vec<f32>,
+    pub(super) a: Vec<f32>,
 }
 
 impl Model {
@@ -187,7 +187,7 @@ fn part(
         // Those of B, which training has moved a little.
         Initialisation::Corda => columns(&layer.b, layer.rank),
         Initialisation::Pissa | Initialisation::PissaSearched => {
-            return singular(&w, (outputs, inputs), rank, layer, yield_to_serving);
+            return singular(&w, (outputs, inputs), rank, &layer.b, yield_to_serving);
         }
     };
     orthonormalise(&mut u, rank);
@@ -196,21 +196,22 @@ fn part(
     Part { rank, u, a }
 }
 
-/// The largest `rank` singular values of W with their vectors, by subspace iteration; it starts from B, which began as them, where that is not zero.
-fn singular(
+/// The largest `rank` singular values of W with their vectors, by subspace iteration; it starts from `start` `[out, any]`, columns that are
+/// near the vectors, or from nothing.
+pub(super) fn singular(
     w: &[f32],
     (outputs, inputs): (usize, usize),
     rank: usize,
-    start: &LowRank,
+    start: &[f32],
     yield_to_serving: &dyn Fn(),
 ) -> Part {
-    let (b, b_rank) = (&start.b, start.rank);
+    let start_rank = start.len() / outputs;
     let width = (2 * rank + SPARE).min(outputs).min(inputs);
     // A fresh B is zero.
-    let known = if b.iter().any(|x| *x != 0.0) { b_rank.min(width) } else { 0 };
+    let known = if start.iter().any(|x| *x != 0.0) { start_rank.min(width) } else { 0 };
     let mut q = vec![0.0; outputs * width];
-    for (row, (to, from)) in q.chunks_exact_mut(width).zip(b.chunks_exact(b_rank)).enumerate() {
-        to[..known].copy_from_slice(&from[..known]);
+    for (row, to) in q.chunks_exact_mut(width).enumerate() {
+        to[..known].copy_from_slice(&start[row * start_rank..][..known]);
         for (k, x) in to.iter_mut().enumerate().skip(known) {
             *x = ((row * 31 + k * 7919 + 1) as f32 * 0.618_034).fract() - 0.5;
         }

@@ -3,6 +3,7 @@
 
 pub mod batch;
 mod exec;
+mod full;
 pub mod groups;
 mod initial;
 mod inspect;
@@ -21,7 +22,7 @@ use candle_core::Device;
 
 use crate::adapter::{BaseNames, BaseShape, LinearShape, Site};
 use crate::arch::config::{AttentionConfig, ModelConfig};
-use crate::arch::decoder::{Decoder, NormId, SiteId};
+use crate::arch::decoder::{Decoder, NormId, SiteId, Slot};
 use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{HEAD_DIM_STEP, KvShape, MAX_GROUP, MAX_HEAD_DIM};
@@ -258,6 +259,11 @@ impl Model {
     /// `[vocab_size, hidden_size]`.
     fn head(&self) -> &PackedMatrix {
         self.weights.head()
+    }
+
+    /// Which tensor the output matrix is.
+    fn head_slot(&self) -> Slot {
+        if self.weights.head.is_some() { Slot::Head } else { Slot::Embedding }
     }
 
     /// The exact embedding of an id times `scale`, `[hidden_size]`.

@@ -15,9 +15,10 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::error::{Error, Result};
 use crate::ids::{AdapterName, DatasetName, TenantId, VersionName};
 use crate::request::{
-    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraInit, LoraSpec,
-    LrSchedule, MemoryPlan, NonLinearity, Objective, ParityReport, Placement, PrefixSpec, PromptSpec, Publish, Start,
-    Target, TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit, metric,
+    BottleneckSpec, FullSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState,
+    LinearLayers, LoraInit, LoraSpec, LrSchedule, MemoryPlan, NonLinearity, Objective, ParityReport, Placement,
+    PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit,
+    metric,
 };
 use crate::store::rows::{from_json, to_json};
 
@@ -292,6 +293,7 @@ enum StartDocument {
     Prompt(PromptDocument),
     Prefix(PrefixDocument),
     Bottleneck(BottleneckDocument),
+    Full(FullDocument),
     From(VersionDocument),
 }
 
@@ -303,6 +305,7 @@ impl From<&Start> for StartDocument {
             Start::Fresh(TunerSpec::Prompt(prompt)) => Self::Prompt(prompt.into()),
             Start::Fresh(TunerSpec::Prefix(prefix)) => Self::Prefix(prefix.into()),
             Start::Fresh(TunerSpec::Bottleneck(bottleneck)) => Self::Bottleneck(bottleneck.into()),
+            Start::Fresh(TunerSpec::Full(full)) => Self::Full(full.into()),
             Start::From(version) => Self::From(version.into()),
         }
     }
@@ -317,6 +320,7 @@ impl TryFrom<StartDocument> for Start {
             StartDocument::Prompt(prompt) => Self::Fresh(TunerSpec::Prompt(prompt.into())),
             StartDocument::Prefix(prefix) => Self::Fresh(TunerSpec::Prefix(prefix.into())),
             StartDocument::Bottleneck(bottleneck) => Self::Fresh(TunerSpec::Bottleneck(bottleneck.into())),
+            StartDocument::Full(full) => Self::Fresh(TunerSpec::Full(full.into())),
             StartDocument::From(version) => Self::From(version.try_into()?),
         })
     }
@@ -468,6 +472,40 @@ impl From<&BottleneckSpec> for BottleneckDocument {
 impl From<BottleneckDocument> for BottleneckSpec {
     fn from(BottleneckDocument { size, placement, non_linearity, layers }: BottleneckDocument) -> Self {
         Self { size, placement: placement.into(), non_linearity: non_linearity.into(), layers }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct FullDocument {
+    linear: Option<LinearDocument>,
+    extract_rank: Option<u32>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LinearDocument {
+    targets: Vec<TargetWord>,
+    layers: Option<Vec<u32>>,
+}
+
+impl From<&FullSpec> for FullDocument {
+    fn from(full: &FullSpec) -> Self {
+        let FullSpec { linear, extract_rank } = full;
+        let document = |LinearLayers { targets, layers }: &LinearLayers| LinearDocument {
+            targets: targets.iter().map(|target| (*target).into()).collect(),
+            layers: layers.clone(),
+        };
+        Self { linear: linear.as_ref().map(document), extract_rank: *extract_rank }
+    }
+}
+
+impl From<FullDocument> for FullSpec {
+    fn from(document: FullDocument) -> Self {
+        let FullDocument { linear, extract_rank } = document;
+        let layers = |LinearDocument { targets, layers }| LinearLayers {
+            targets: targets.into_iter().map(Target::from).collect(),
+            layers,
+        };
+        Self { linear: linear.map(layers), extract_rank }
     }
 }
 

@@ -34,7 +34,7 @@ pub struct JobRow {
     /// Zeros until its records have been read.
     pub data: TrainingData,
     /// The folder of blobs that is its own from when it is first claimed until it has ended, for the adapter that it trains; whole once it
-    /// has the file [`RESULT_MANIFEST`].
+    /// has the file [`RESULT_MANIFEST`]. One that has made a model keeps it.
     pub result: Option<String>,
     /// When it was submitted.
     pub create_time: SystemTime,
@@ -42,6 +42,13 @@ pub struct JobRow {
     pub start_time: Option<SystemTime>,
     /// When it ended.
     pub end_time: Option<SystemTime>,
+}
+
+impl JobRow {
+    /// Returns whether it has made a model, which is in its folder.
+    pub fn has_model(&self) -> bool {
+        self.state == JobState::Succeeded && self.result.is_some()
+    }
 }
 
 /// The columns of a job, and whether its version is live.
@@ -69,6 +76,8 @@ pub struct JobEnd {
     pub version: Option<VersionName>,
     /// Why it failed.
     pub error: Option<String>,
+    /// What it has saved is a model, which it keeps.
+    pub keeps_result: bool,
 }
 
 /// An event as stored. `sequence` counts from 1 within its job.
@@ -199,7 +208,7 @@ impl Store {
                 }
                 Err(_) => {
                     let why = "its stored spec cannot be read by this build of the server; run the build that wrote it, and resume the job";
-                    let end = JobEnd { version: None, error: Some(why.to_owned()) };
+                    let end = JobEnd { error: Some(why.to_owned()), ..JobEnd::default() };
                     set_state(&mut tx, &name, JobState::Interrupted, &end).await?;
                 }
             }
@@ -248,13 +257,13 @@ impl Store {
         set_state(&mut tx, name, to, &end).await?;
         tx.commit().await?;
         log_state(name, to, &end);
-        if let Some(result) = result.filter(|_| to.is_final()) {
+        if let Some(result) = result.filter(|_| to.is_final() && !end.keeps_result) {
             self.collect_blobs(&[result]).await;
         }
         Ok(Some(to))
     }
 
-    /// Deletes a job that has ended or is interrupted, with its events and its saved result.
+    /// Deletes a job that has ended or is interrupted, with its events and its saved result or model.
     ///
     /// # Errors
     /// JOB_NOT_ENDED; NOT_FOUND.
@@ -358,11 +367,11 @@ impl Store {
                 (None, JobState::Cancelling) => (JobState::Cancelled, JobEnd::default()),
                 (None, _) => {
                     let why = if self.is_saved(result.as_deref()).await {
-                        "the process that ran it ended after the training; resume the job to publish its adapter"
+                        "the process that ran it ended after the training; resume the job to publish what it has saved"
                     } else {
                         "the process that ran it ended; resume the job to run it again"
                     };
-                    (JobState::Interrupted, JobEnd { version: None, error: Some(why.to_owned()) })
+                    (JobState::Interrupted, JobEnd { error: Some(why.to_owned()), ..JobEnd::default() })
                 }
             };
             set_state(&mut tx, &name, to, &end).await?;
@@ -484,7 +493,7 @@ async fn set_state(db: &mut SqliteConnection, name: &JobName, to: JobState, end:
     .bind(end.version.as_ref().map(|version| version.version))
     .bind(&end.error)
     .bind(ended.then(now))
-    .bind(to.is_final())
+    .bind(to.is_final() && !end.keeps_result)
     .bind(name.tenant.as_str())
     .bind(&name.job)
     .fetch_one(&mut *db)
@@ -501,7 +510,7 @@ fn log_state(name: &JobName, state: JobState, end: &JobEnd) {
 }
 
 fn state_event(state: JobState, end: &JobEnd, live: bool) -> JobEvent {
-    let JobEnd { version, error } = end.clone();
+    let JobEnd { version, error, .. } = end.clone();
     JobEvent::State { state, error, live: version.is_some().then_some(live), version }
 }
 
@@ -531,7 +540,7 @@ async fn made_end(db: &mut SqliteConnection, version: VersionName) -> Result<(Jo
             .await?;
     let error = held.map(|reason| held_error(&version, &reason));
     let state = if error.is_some() { JobState::Failed } else { JobState::Succeeded };
-    Ok((state, JobEnd { version: Some(version), error }))
+    Ok((state, JobEnd { version: Some(version), error, keeps_result: false }))
 }
 
 /// What a job says that has kept its version from going live.

@@ -39,12 +39,13 @@ impl Store {
             let sql = concat!(
                 "DELETE FROM jobs WHERE rowid IN (SELECT rowid FROM jobs WHERE state IN ",
                 ended!(),
-                " AND end_time < ? LIMIT ?)",
+                " AND end_time < ? LIMIT ?) RETURNING result",
             );
             jobs = self.delete_batches(sql, before(age), 1).await?;
         }
         if let Some(age) = retention.request_ids {
-            let sql = "DELETE FROM requests WHERE rowid IN (SELECT rowid FROM requests WHERE create_time < ? LIMIT ?)";
+            let sql = "DELETE FROM requests WHERE rowid IN (SELECT rowid FROM requests WHERE create_time < ? LIMIT ?) \
+                       RETURNING NULL";
             request_ids = self.delete_batches(sql, before(age), BATCH).await?;
         }
         if jobs + request_ids > 0 {
@@ -53,17 +54,19 @@ impl Store {
         Ok((jobs, request_ids))
     }
 
-    /// Runs a deletion of at most `batch` rows, with a time and that number, until there are none left.
+    /// Runs a deletion of at most `batch` rows, with a time and that number, until there are none left. It returns the blobs that they owned.
     async fn delete_batches(&self, sql: &'static str, before: i64, batch: u32) -> Result<u64> {
         let mut deleted = 0;
         loop {
             let mut tx = self.write().await?;
-            let done = sqlx::query(sql).bind(before).bind(batch).execute(&mut *tx).await?.rows_affected();
+            let done: Vec<Option<String>> =
+                sqlx::query_scalar(sql).bind(before).bind(batch).fetch_all(&mut *tx).await?;
             tx.commit().await?;
-            deleted += done;
-            if done == 0 {
+            deleted += done.len() as u64;
+            if done.is_empty() {
                 return Ok(deleted);
             }
+            self.collect_blobs(&done.into_iter().flatten().collect::<Vec<_>>()).await;
         }
     }
 }

@@ -1,5 +1,6 @@
 //! From a job's spec to what `fit` needs: who owns what, which settings make sense, and every record as ids.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::adapter::peft::SizeLimits;
@@ -14,12 +15,13 @@ use crate::memory::Memory;
 use crate::model::{Model, parity};
 use crate::random::{Purpose, Stream};
 use crate::request::{
-    Hyperparameters, JobSpec, LoraSpec, MemoryPlan, Objective, Start, TrainingData, TunerSpec, VirtualInit,
+    FullSpec, Hyperparameters, JobSpec, LoraSpec, MemoryPlan, Objective, Publish, Start, TrainingData, TrainingMemory,
+    TunerSpec, VirtualInit,
 };
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
 use crate::train::fit::CancelToken;
-use crate::train::plan::{check_adapter, plan};
+use crate::train::plan::{check_adapter, plan, without_passes};
 use crate::train::schedule::Schedule;
 use crate::work::{block_holding, blocking};
 
@@ -38,6 +40,10 @@ pub struct TrainingContext {
     pub memory: Arc<Memory>,
     /// Whom training asks for compute.
     pub arbiter: Arc<Arbiter>,
+    /// The file or folder that the base was read from.
+    pub base: PathBuf,
+    /// Lets tenants train copies of the base's own tensors.
+    pub allow_full_fine_tuning: bool,
     /// The limits that this server was started with.
     pub limits: Limits,
 }
@@ -83,8 +89,8 @@ impl TrainingContext {
         let shape = self.model.shape();
         let (bytes, virtual_tokens) = match &spec.start {
             Start::Fresh(tuner) => {
-                self.check_tuner(tuner)?;
-                check_adapter(tuner.parameters(shape)?, self.limits.max_training_bytes)?;
+                self.check_tuner(tuner, spec.publish)?;
+                check_adapter(self.parameters(tuner)?, self.limits.max_training_bytes)?;
                 (tuner.memory_bytes(shape)?, VirtualForm::of(tuner).map_or(0, |(_, count)| count))
             }
             Start::From(version) => {
@@ -110,11 +116,12 @@ impl TrainingContext {
         Ok(Checked { dataset, total_steps: schedule.total_steps })
     }
 
-    fn check_tuner(&self, tuner: &TunerSpec) -> Result<()> {
+    fn check_tuner(&self, tuner: &TunerSpec, publish: Publish) -> Result<()> {
         let (limits, context) = (&self.limits, self.model.context_length());
         match tuner {
             TunerSpec::Lora(lora) => check_lora(lora, limits.max_rank),
             TunerSpec::Ia3(_) => Ok(()),
+            TunerSpec::Full(full) => self.check_full(full, publish),
             TunerSpec::Bottleneck(spec) => {
                 let in_range = (1..=limits.max_rank).contains(&u64::from(spec.size));
                 let text = format!("in 1..={} (limit max_rank)", limits.max_rank);
@@ -167,9 +174,51 @@ impl TrainingContext {
         self.model.context_length().saturating_sub(virtual_tokens)
     }
 
-    /// Fails where the disk is nearly full: a result that cannot be saved is hours lost. Limit `min_free_disk_bytes`.
-    pub fn check_disk(&self) -> Result<()> {
-        self.store.blobs().check_free(self.limits.min_free_disk_bytes)
+    /// How many values of a fresh adapter are trained.
+    fn parameters(&self, tuner: &TunerSpec) -> Result<usize> {
+        match tuner {
+            TunerSpec::Full(full) => self.model.trained_values(full),
+            tuner => tuner.parameters(self.model.shape()),
+        }
+    }
+
+    /// Fails where a full fine-tuning is not allowed, takes more memory than it may, or would end in nothing.
+    fn check_full(&self, full: &FullSpec, publish: Publish) -> Result<()> {
+        if !self.allow_full_fine_tuning {
+            let message = "full fine-tuning makes another model and takes memory for all of it; ask the operator to start the server with \
+                           --allow-full-fine-tuning, or train an adapter";
+            return Err(Error::precondition("FULL_FINE_TUNING_NOT_ALLOWED", "full", message));
+        }
+        let (values, most) = (self.model.trained_values(full)?, self.limits.max_full_fine_tuning_bytes);
+        let memory = without_passes(values);
+        if memory.total() > most {
+            let TrainingMemory { adapter, gradients, optimizer, .. } = memory;
+            let message = format!(
+                "full fine-tuning of {values} values takes {} bytes of memory: {adapter} of the values, as they are and as they were, \
+                 {gradients} of gradients, {optimizer} of two moments; the server allows {most}: train fewer layers (target_modules, \
+                 layers_to_transform), or ask the operator for a higher limit",
+                memory.total()
+            );
+            return Err(Error::Exhausted { limit: "max_full_fine_tuning_bytes", message, retry_after: None });
+        }
+        let max_rank = self.limits.max_rank;
+        match full.extract_rank {
+            Some(rank) => {
+                let range = format!("in 1..={max_rank} (limit max_rank)");
+                rule((1..=max_rank).contains(&u64::from(rank)), "full.extract_rank", range)
+            }
+            None => {
+                rule(publish == Publish::Auto, "publish", "left out where no extract_rank makes a version")?;
+                self.model.check_folder(&self.base)
+            }
+        }
+    }
+
+    /// Fails where the disk is nearly full: a result that cannot be saved is hours lost. Limit `min_free_disk_bytes`, beside which there must be
+    /// room for a model that is kept.
+    pub fn check_disk(&self, spec: &JobSpec) -> Result<()> {
+        let model = if keeps_model(spec) { self.model.folder_bytes() } else { 0 };
+        self.store.blobs().check_free(self.limits.min_free_disk_bytes.saturating_add(model))
     }
 
     /// Loads the starting adapter and turns every record into ids, so that nothing about the data can fail once training runs. CANCELLED
@@ -182,6 +231,9 @@ impl TrainingContext {
                 let (context, tuner, seed) = (self.clone(), tuner.clone(), spec.hyperparameters.seed);
                 // Random numbers for a large rank take long, and so do norms.
                 let fresh = move || {
+                    if let TunerSpec::Full(full) = &tuner {
+                        return context.model.copies(full, &context.arbiter.train());
+                    }
                     let mut adapter = Adapter::fresh(&tuner, context.model.shape(), seed)?;
                     let ids = match &tuner {
                         TunerSpec::Prompt(spec) => {
@@ -190,7 +242,9 @@ impl TrainingContext {
                         TunerSpec::Prefix(spec) => {
                             context.first_ids("prefix_tuning", spec.virtual_tokens, &spec.init, seed)?
                         }
-                        TunerSpec::Lora(_) | TunerSpec::Ia3(_) | TunerSpec::Bottleneck(_) => Vec::new(),
+                        TunerSpec::Lora(_) | TunerSpec::Ia3(_) | TunerSpec::Bottleneck(_) | TunerSpec::Full(_) => {
+                            Vec::new()
+                        }
                     };
                     let permit = context.arbiter.train();
                     context.model.begin(&mut adapter, &ids, Some(&permit))?;
@@ -242,6 +296,11 @@ const MAX_PROJECTION: u32 = 4096;
 
 /// Most bytes of a text for each virtual token that begins as one of its tokens.
 const MAX_TOKEN_BYTES: usize = 256;
+
+/// Returns whether a job's result is a model, which it keeps.
+pub fn keeps_model(spec: &JobSpec) -> bool {
+    matches!(&spec.start, Start::Fresh(TunerSpec::Full(FullSpec { extract_rank: None, .. })))
+}
 
 /// The longest record, in tokens.
 fn max_length(recipe: &Hyperparameters, limits: &Limits, context: usize) -> usize {

@@ -3,6 +3,7 @@
 
 pub mod fit;
 mod job;
+mod model;
 pub mod objective;
 pub mod optim;
 mod passes;
@@ -13,6 +14,7 @@ pub mod schedule;
 mod worker;
 
 pub use job::TrainingContext;
+pub use model::ModelFile;
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -169,7 +171,7 @@ impl Trainer {
             tuner.fill_in(context.hub.shape())?;
         }
         let name = JobName::new(tenant.id(), &new_id())?;
-        context.check_disk()?;
+        context.check_disk(&spec)?;
         let job = NewJob { name, spec, total_steps: checked.total_steps };
         let row = context.store.insert_job(&job, request, context.limits.max_jobs_per_tenant).await?;
         self.inner.announce(&row.name);
@@ -195,6 +197,17 @@ impl Trainer {
             Ok(())
         })
         .await
+    }
+
+    /// Opens the files of the model that a job has made, in the order in which they are exported.
+    ///
+    /// # Errors
+    /// NO_MODEL where it has made none.
+    pub async fn model_files(&self, tenant: &Tenant, job: &JobName) -> Result<(JobRow, Vec<ModelFile>)> {
+        tenant.check_owns(&job.tenant)?;
+        let row = self.inner.context.store.get_job(job).await?;
+        let files = model::files(&self.inner.context.store, &row).await?;
+        Ok((row, files))
     }
 
     async fn run_cancel(&self, job: &JobName) -> Result<JobRow> {

@@ -65,8 +65,8 @@ pub fn check_adapter(parameters: usize, max_bytes: u64) -> Result<()> {
     Err(too_large(memory, 0, GradientCheckpointing::Auto, max_bytes))
 }
 
-/// What is there whatever the passes are.
-fn without_passes(parameters: usize) -> TrainingMemory {
+/// Returns what there is of so many values that are trained, whatever the passes are.
+pub(super) fn without_passes(parameters: usize) -> TrainingMemory {
     let values = (parameters * size_of::<f32>()) as u64;
     TrainingMemory {
         adapter: COPIES * values,

@@ -19,6 +19,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) enum Publication {
     Done(Box<VersionRow>),
+    /// A model, which is with the job.
+    Kept,
     /// The job waits for someone to resume it, for this reason.
     Postponed(String),
 }

@@ -6,13 +6,13 @@ use std::time::Duration;
 use crate::adapter::peft::Package;
 use crate::error::{Error, Result};
 use crate::ids::{JobName, Tenant, TenantId};
-use crate::request::{JobEvent, JobState};
+use crate::request::{FullSpec, JobEvent, JobState, TunerSpec, metric};
 use crate::store::{JobEnd, JobRow, UsageDelta, VersionRow, held_error};
-use crate::train::fit::{CancelToken, FitInputs, fit};
-use crate::train::job::Prepared;
+use crate::train::fit::{CancelToken, DIVERGED, FitInputs, FitOutcome, fit};
+use crate::train::job::{Prepared, keeps_model};
 use crate::train::publishing::{Publication, save_and_publish, shown};
 use crate::train::result::TrainingResult;
-use crate::train::{Inner, Running};
+use crate::train::{Inner, Running, TrainingContext, model};
 
 /// How often a run's tokens are counted, and its state looked at.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -20,6 +20,8 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_secs(15);
 /// Pause after the catalogue could not be read or written.
 const RETRY: Duration = Duration::from_secs(1);
+/// Pause after a model could not be saved.
+const SAVE_AGAIN: Duration = Duration::from_secs(30);
 
 /// Takes jobs until the trainer shuts down.
 pub(super) async fn run(inner: Arc<Inner>) {
@@ -93,10 +95,13 @@ async fn train_and_publish(
     job: &JobRow,
     control: &Arc<CancelToken>,
 ) -> Result<Publication> {
+    if keeps_model(&job.spec) {
+        return train_and_keep(inner, tenant, job, control).await;
+    }
     let result = match saved_result(inner, job, control).await {
         Ok(Some(result)) => result,
         Ok(None) => match prepare(inner, tenant, job, control).await {
-            Ok(prepared) => train(inner, job, Arc::new(prepared), control.clone()).await?,
+            Ok(prepared) => train(inner, job, prepared, control.clone(), adapter_of).await?,
             Err(error) if error.passes_by_itself() => return Ok(not_begun(&job.name, &error)),
             Err(error) => return Err(error),
         },
@@ -116,8 +121,43 @@ async fn train_and_publish(
     Ok(publication)
 }
 
+/// Trains a model and keeps it with the job; nothing is published.
+async fn train_and_keep(
+    inner: &Arc<Inner>,
+    tenant: &Tenant,
+    job: &JobRow,
+    control: &Arc<CancelToken>,
+) -> Result<Publication> {
+    match model::is_saved(&inner.context.store, job).await {
+        Ok(true) => return Ok(Publication::Kept),
+        Ok(false) => {}
+        Err(error) => return Ok(not_begun(&job.name, &error)),
+    }
+    let prepared = match prepare(inner, tenant, job, control).await {
+        Ok(prepared) => prepared,
+        Err(error) if error.passes_by_itself() => return Ok(not_begun(&job.name, &error)),
+        Err(error) => return Err(error),
+    };
+    let outcome = train(inner, job, prepared, control.clone(), |_, _, outcome| Ok(outcome)).await?;
+    if let Some(why) = outcome.diverged {
+        return Err(Error::precondition(DIVERGED, "the training run", format!("{why}; its model was not kept")));
+    }
+    let trained = Arc::new(outcome);
+    while let Err(error) = model::save(&inner.context, job, &trained).await {
+        tracing::warn!(job = %job.name, %error, "a trained model could not be saved; trying again");
+        let text = format!("not saved yet: {}; trying again", shown(&job.name, &error));
+        inner.report(&job.name, JobEvent::Message(text)).await;
+        control.pause(SAVE_AGAIN).await;
+        control.check()?;
+    }
+    control.saved();
+    inner.report(&job.name, JobEvent::Message("the trained model is saved; it can be exported".into())).await;
+    control.check()?;
+    Ok(Publication::Kept)
+}
+
 async fn prepare(inner: &Inner, tenant: &Tenant, job: &JobRow, control: &Arc<CancelToken>) -> Result<Prepared> {
-    inner.context.check_disk()?;
+    inner.context.check_disk(&job.spec)?;
     let prepared = inner.context.prepare(tenant, &job.spec, control.clone()).await?;
     inner.report_data(&job.name, prepared.data, prepared.total_steps).await;
     inner.report(&job.name, JobEvent::MemoryPlan(prepared.plan)).await;
@@ -140,26 +180,27 @@ async fn saved_result(inner: &Inner, job: &JobRow, control: &CancelToken) -> Res
     Ok(result)
 }
 
-/// `fit` on a thread of its own, its events recorded as they come.
-async fn train(
+/// `fit` on a thread of its own, its events recorded as they come; and what is made of what it gives.
+async fn train<T: Send + 'static>(
     inner: &Arc<Inner>,
     job: &JobRow,
-    prepared: Arc<Prepared>,
+    mut prepared: Prepared,
     control: Arc<CancelToken>,
-) -> Result<TrainingResult> {
+    make: impl FnOnce(&Inner, &Prepared, FitOutcome) -> Result<T> + Send + 'static,
+) -> Result<T> {
     let (inner, name, spec) = (inner.clone(), job.name.clone(), job.spec.clone());
     let runtime = tokio::runtime::Handle::current();
     let run = move || {
         let observe = |event| runtime.block_on(inner.report(&name, event));
-        let (context, mut start) = (&inner.context, prepared.start.clone());
-        if start.is_of_base() {
+        let context = &inner.context;
+        if prepared.start.is_of_base() {
             observe(JobEvent::Message("computing the part of the base that the adapter starts as".into()));
-            context.model.start_as_part(&mut start, &context.arbiter.train(), || control.check())?;
+            context.model.start_as_part(&mut prepared.start, &context.arbiter.train(), || control.check())?;
         }
         let inputs = FitInputs {
             model: &context.model,
-            start: &start,
-            reference: prepared.continued.then_some(&start),
+            start: &prepared.start,
+            reference: prepared.continued.then_some(&prepared.start),
             train: &prepared.train,
             validation: &prepared.validation,
             objective: spec.objective,
@@ -169,20 +210,34 @@ async fn train(
             control: &control,
         };
         let outcome = fit(inputs, &mut |event| observe(event))?;
-        Ok(TrainingResult {
-            package: Package::from_adapter(&outcome.adapter, context.model.shape())?,
-            // JSON has no infinities.
-            metrics: outcome.metrics.into_iter().filter(|(_, value)| value.is_finite()).collect(),
-            probes: prepared.probes(),
-            diverged: outcome.diverged,
-        })
+        make(&inner, &prepared, outcome)
     };
     tokio::task::spawn_blocking(run).await.map_err(|panic| Error::internal(format!("training: {panic}")))?
+}
+
+/// What a run has made, as it is published: of copies of the base's tensors the LoRA that comes nearest to their change.
+fn adapter_of(inner: &Inner, prepared: &Prepared, outcome: FitOutcome) -> Result<TrainingResult> {
+    let FitOutcome { mut adapter, mut metrics, diverged } = outcome;
+    let TrainingContext { model, arbiter, .. } = &inner.context;
+    if let TunerSpec::Full(FullSpec { extract_rank: Some(rank), .. }) = adapter.spec {
+        let (lora, share) = model.nearest_lora(&adapter, rank, &arbiter.train())?;
+        metrics.insert(metric::EXTRACTED_SHARE.to_owned(), share);
+        adapter = lora;
+    }
+    Ok(TrainingResult {
+        package: Package::from_adapter(&adapter, model.shape())?,
+        // JSON has no infinities.
+        metrics: metrics.into_iter().filter(|(_, value)| value.is_finite()).collect(),
+        probes: prepared.probes(),
+        diverged,
+    })
 }
 
 /// How a job ends.
 enum End {
     Succeeded(Box<VersionRow>),
+    /// With a model, which the job keeps.
+    Kept,
     /// Its version, where there is one, is not live.
     Failed {
         version: Option<Box<VersionRow>>,
@@ -202,10 +257,11 @@ impl End {
                     Self::Failed { version: Some(version), error }
                 }
             },
+            Ok(Publication::Kept) => Self::Kept,
             Ok(Publication::Postponed(why)) => Self::Stopped(why),
-            Err(Error::Cancelled) if saved => {
-                Self::Stopped("the server stopped after the training; resume the job to publish its adapter".to_owned())
-            }
+            Err(Error::Cancelled) if saved => Self::Stopped(
+                "the server stopped after the training; resume the job to publish what it has saved".to_owned(),
+            ),
             Err(Error::Cancelled) => Self::Stopped("the server stopped; resume the job to run it again".to_owned()),
             Err(error) => Self::Failed { version: None, error: shown(job, &error) },
         }
@@ -218,14 +274,15 @@ impl End {
         }
         Some(match self {
             Self::Succeeded(version) => {
-                (JobState::Succeeded, JobEnd { version: Some(version.name.clone()), error: None })
+                (JobState::Succeeded, JobEnd { version: Some(version.name.clone()), ..JobEnd::default() })
             }
+            Self::Kept => (JobState::Succeeded, JobEnd { keeps_result: true, ..JobEnd::default() }),
             Self::Failed { version, error } => {
                 let version = version.as_ref().map(|version| version.name.clone());
-                (JobState::Failed, JobEnd { version, error: Some(error.clone()) })
+                (JobState::Failed, JobEnd { version, error: Some(error.clone()), keeps_result: false })
             }
             Self::Stopped(_) if state == JobState::Cancelling => (JobState::Cancelled, JobEnd::default()),
-            Self::Stopped(why) => (JobState::Interrupted, JobEnd { version: None, error: Some(why.clone()) }),
+            Self::Stopped(why) => (JobState::Interrupted, JobEnd { error: Some(why.clone()), ..JobEnd::default() }),
         })
     }
 

@@ -19,12 +19,15 @@ mod vocabulary;
 use std::io::{Read, Seek};
 use std::path::Path;
 
+use rayon::prelude::*;
+
 use crate::arch::config::ModelConfig;
-use crate::arch::decoder::Decoder;
+use crate::arch::decoder::{Decoder, Slot};
 use crate::error::Result;
 use crate::ids::Digest;
 use crate::kernels::packed::PackedMatrix;
 use crate::text::Vocabulary;
+pub use hf::folder::{self, Put};
 pub use outline::{FormatCount, Outline};
 use quantise::Quantiser;
 pub use sealed::Quantised;
@@ -37,6 +40,9 @@ pub use stream::Progress;
 pub fn read_vocabulary(file: &mut (impl Read + Seek)) -> Result<Vocabulary> {
     gguf::vocabulary_of(&header::Header::read(file)?)
 }
+
+/// Rows that a task brings to float32.
+const ROWS_OF_A_TASK: usize = 16;
 
 /// A linear layer's tensors.
 #[derive(Debug)]
@@ -108,6 +114,52 @@ impl Weights {
         let factors = self.config.ropes.iter().map(|rope| rope.scaling.factors());
         let floats = self.norms.iter().chain(biases).map(Vec::len).chain(factors).sum::<usize>();
         (matrices.sum::<usize>() + floats * size_of::<f32>()) as u64
+    }
+
+    /// Returns the tensors that there are but RoPE's factors, in a fixed order.
+    pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
+        let linears = self.linears.iter().enumerate();
+        let linears = linears.flat_map(|(id, linear)| {
+            [Some(Slot::Matrix(id)), linear.bias.is_some().then_some(Slot::Bias(id))].into_iter().flatten()
+        });
+        let norms = (0..self.norms.len()).map(Slot::Norm);
+        [Slot::Embedding].into_iter().chain(linears).chain(norms).chain(self.head.is_some().then_some(Slot::Head))
+    }
+
+    /// Returns a tensor's shape: rows and columns, or a length. Empty where there is none.
+    pub fn dims(&self, slot: Slot) -> Vec<usize> {
+        match (self.matrix(slot), self.vector(slot)) {
+            (Some(matrix), _) => vec![matrix.rows(), matrix.cols()],
+            (None, Some(vector)) => vec![vector.len()],
+            (None, None) => Vec::new(),
+        }
+    }
+
+    /// Returns a tensor's values in float32, row by row. Empty where there is none.
+    pub fn values(&self, slot: Slot) -> Vec<f32> {
+        let Some(matrix) = self.matrix(slot) else { return self.vector(slot).unwrap_or_default().to_vec() };
+        let mut values = vec![0.0; matrix.rows() * matrix.cols()];
+        let rows = ROWS_OF_A_TASK * matrix.cols();
+        let part = |(i, part): (usize, &mut [f32])| matrix.dequantize(i * ROWS_OF_A_TASK, part);
+        values.par_chunks_mut(rows).enumerate().for_each(part);
+        values
+    }
+
+    fn matrix(&self, slot: Slot) -> Option<&PackedMatrix> {
+        match slot {
+            Slot::Embedding => Some(&self.embedding),
+            Slot::Head => self.head.as_ref(),
+            Slot::Matrix(id) => Some(&self.linears.get(id)?.matrix),
+            Slot::Bias(_) | Slot::Norm(_) | Slot::Factors(_) => None,
+        }
+    }
+
+    fn vector(&self, slot: Slot) -> Option<&[f32]> {
+        match slot {
+            Slot::Bias(id) => self.linears.get(id)?.bias.as_deref(),
+            Slot::Norm(id) => self.norms.get(id).map(Vec::as_slice),
+            Slot::Embedding | Slot::Head | Slot::Matrix(_) | Slot::Factors(_) => None,
+        }
     }
 
     /// Returns the output matrix: the file's own, or the embedding where it has none.

@@ -4,38 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::header::TensorInfo;
 use crate::arch::config::ModelConfig;
-use crate::arch::decoder::{Decoder, NormId, Site, SiteId};
+use crate::arch::decoder::{Decoder, FactorKind, Site, Slot};
 use crate::arch::{Architecture, unsupported};
 use crate::error::Error;
 use crate::kernels::format::QType;
 use crate::request::Target;
-
-/// What a tensor is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Slot {
-    Embedding,
-    Head,
-    Matrix(SiteId),
-    Bias(SiteId),
-    Norm(NormId),
-    /// Of RoPE's frequencies.
-    Factors(FactorKind),
-}
-
-impl Slot {
-    /// Whether it is multiplied with, or looked up in.
-    pub(super) fn is_matrix(self) -> bool {
-        matches!(self, Self::Embedding | Self::Head | Self::Matrix(_))
-    }
-}
-
-/// Which contexts some factors of frequencies are for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum FactorKind {
-    All,
-    Short,
-    Long,
-}
 
 /// How a kind of file names and stores the tensors.
 pub(super) trait Form {

@@ -6,8 +6,9 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 use sha2::{Digest as _, Sha256};
 
-use super::plan::{Planned, Slot};
+use super::plan::Planned;
 use super::stream::float_values;
+use crate::arch::decoder::Slot;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::kernels::format::{Deviation, QType, quantize};

@@ -20,9 +20,10 @@ use sha2::{Digest as _, Sha256};
 
 use super::gguf::{Gguf, naming, unreadable};
 use super::header::{ALIGNMENT, Header, TensorInfo, Value, write_header};
-use super::plan::{FactorKind, Form, Slot};
+use super::plan::Form;
 use super::stream::Progress;
 use super::{Weights, hf};
+use crate::arch::decoder::{FactorKind, Slot};
 use crate::arch::rope::RopeScaling;
 use crate::error::{Error, Result};
 use crate::ids::Digest;

@@ -10,8 +10,9 @@ use rayon::prelude::*;
 use sha2::{Digest as _, Sha256};
 
 use super::gguf::unreadable;
-use super::plan::{FactorKind, Planned, Slot, restored_order};
+use super::plan::{Planned, restored_order};
 use super::quantise::Quantiser;
+use crate::arch::decoder::{FactorKind, Slot};
 use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::ids::Digest;

@@ -274,6 +274,7 @@ pub fn config(data_dir: &std::path::Path) -> Config {
         base_name: None,
         quantize: None,
         strict_base: false,
+        allow_full_fine_tuning: true,
         context: None,
         device: DeviceSpec::Cpu,
         threads: 2,

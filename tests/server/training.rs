@@ -385,6 +385,8 @@ async fn every_kind_is_trained_and_served_beside_the_others_and_comes_back_whole
     let mut training = server.training(&key).await;
     let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
     let scaled_output = Ia3Spec { target_modules: names(&["o_proj"]), ..Default::default() };
+    // Every rank that the tiny model's layers have, so that it goes on from where it was.
+    let of_full = FullSpec { target_modules: names(&["all-linear"]), extract_rank: Some(64), ..Default::default() };
     let starts = [
         ("lora", "lora", Start::Lora(LoraSpec { rank: Some(4), ..Default::default() })),
         ("rslora", "lora", Start::Lora(LoraSpec { rank: Some(2), use_rslora: true, ..Default::default() })),
@@ -398,6 +400,7 @@ async fn every_kind_is_trained_and_served_beside_the_others_and_comes_back_whole
         ("projected-prefix", "prefix", prefix(5, 8)),
         ("pfeiffer", "bottleneck", Start::Bottleneck(BottleneckSpec::default())),
         ("houlsby", "bottleneck", houlsby(4)),
+        ("of-full", "lora", Start::Full(of_full)),
     ];
     let mut served = vec![String::new()];
     for (id, kind, start) in &starts {
@@ -529,5 +532,54 @@ async fn what_a_kind_cannot_do_is_refused_by_name() {
         let refused = training.train(request).await.unwrap_err();
         assert!(refused.code() == Code::InvalidArgument && refused.message().contains(field), "{field}: {refused:?}");
     }
+    server.stopped().await;
+}
+
+/// The model is streamed as a folder that is read as a base; the LoRA of a high rank scores about as it does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_fine_tuning_is_exported_or_becomes_a_lora_near_to_it() {
+    let server = TestServer::start().await;
+    let key = server.tenant("a").await;
+    server.upload(&key, "a", "chats").await.unwrap();
+    let mut training = server.training(&key).await;
+    let mut request = recipe("chats", SFT, 6);
+    request.hyperparameters.as_mut().unwrap().learning_rate = Some(1e-3);
+    let of = |extract_rank| {
+        Some(Start::Full(FullSpec { target_modules: vec!["all-linear".into()], extract_rank, ..Default::default() }))
+    };
+    let (events, kept) = run(&mut training, TrainRequest { start: of(None), ..request.clone() }).await;
+    let taken = steps(&events);
+    assert!(taken[5].loss < taken[0].loss, "{taken:?}");
+    assert!(kept.has_model && kept.adapter_version.is_empty() && live_at_the_end(&events).is_none());
+    let folder = tempfile::tempdir().unwrap();
+    let export = ExportTrainedModelRequest { name: kept.name.clone() };
+    let mut parts = training.export_trained_model(export.clone()).await.unwrap().into_inner();
+    let first = parts.message().await.unwrap().unwrap().part;
+    assert_eq!(first, Some(export_trained_model_response::Part::Job(kept.clone())));
+    while let Some(part) = parts.message().await.unwrap() {
+        let Some(export_trained_model_response::Part::Chunk(chunk)) = part.part else { panic!("{part:?}") };
+        let path = folder.path().join(chunk.filename);
+        let mut file = std::fs::File::options().create(true).append(true).open(path).unwrap();
+        std::io::Write::write_all(&mut file, &chunk.data).unwrap();
+    }
+    let trained = tenora::weights::Weights::from_folder(folder.path()).unwrap();
+    assert_eq!(trained.config.vocab_size, server.model.vocab_size());
+
+    // Every rank of the tiny model's layers: nothing of the change is left out.
+    let (_, made) = run(&mut training, TrainRequest { start: of(Some(64)), ..request.clone() }).await;
+    assert!(!made.has_model && made.adapter_version == format!("{ADAPTER}/versions/1"));
+    let request = ListAdapterVersionsRequest { parent: ADAPTER.into(), ..Default::default() };
+    let version =
+        server.adapters(&key).await.list_adapter_versions(request).await.unwrap().into_inner().versions.remove(0);
+    assert!(version.metrics["extracted_share"] > 0.999, "{version:?}");
+    assert_eq!(version.kind, "lora");
+    let none = training.export_trained_model(ExportTrainedModelRequest { name: made.name.clone() }).await.unwrap_err();
+    assert_eq!((none.code(), reason(&none).as_str()), (Code::FailedPrecondition, "NO_MODEL"));
+
+    let other = server.tenant("b").await;
+    let stranger = server.training(&other).await.export_trained_model(export.clone()).await.unwrap_err();
+    assert_eq!(stranger.code(), Code::PermissionDenied);
+    training.delete_training_job(DeleteTrainingJobRequest { name: kept.name }).await.unwrap();
+    assert_eq!(training.export_trained_model(export).await.unwrap_err().code(), Code::NotFound);
     server.stopped().await;
 }

@@ -386,7 +386,7 @@ impl Package {
         }
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         let tensors = safetensors::serialize(views, Some(metadata)).map_err(Error::internal)?;
-        let config = serde_json::to_vec_pretty(&config_json(adapter, shape)).map_err(Error::internal)?;
+        let config = serde_json::to_vec_pretty(&config_json(adapter, shape)?).map_err(Error::internal)?;
         Ok(Self { config, tensors })
     }
 
@@ -402,7 +402,8 @@ impl Package {
             Some((form, count, (name, view))) => Some(VirtualTokens::of(form, count, values(&name, &view)?)),
             None => None,
         };
-        Ok(Adapter { sites, virtual_tokens, spec: settings.spec(&selected, shape) })
+        let spec = settings.spec(&selected, shape);
+        Ok(Adapter { spec, sites, virtual_tokens, copies: BTreeMap::new() })
     }
 
     /// Checks everything but the values.
@@ -488,15 +489,16 @@ fn whole_names(sites: &[Site]) -> Vec<String> {
 }
 
 /// The config of an adapter trained here, in PEFT's words.
-fn config_json(adapter: &Adapter, shape: &BaseShape) -> Value {
+fn config_json(adapter: &Adapter, shape: &BaseShape) -> Result<Value> {
     match &adapter.spec {
-        TunerSpec::Lora(spec) => lora_json(spec, adapter, shape),
-        TunerSpec::Ia3(_) => ia3_json(adapter, shape),
-        TunerSpec::Bottleneck(spec) => bottleneck::config_json(spec, adapter, shape),
-        TunerSpec::Prompt(_) | TunerSpec::Prefix(_) => match &adapter.virtual_tokens {
+        TunerSpec::Lora(spec) => Ok(lora_json(spec, adapter, shape)),
+        TunerSpec::Ia3(_) => Ok(ia3_json(adapter, shape)),
+        TunerSpec::Bottleneck(spec) => Ok(bottleneck::config_json(spec, adapter, shape)),
+        TunerSpec::Prompt(_) | TunerSpec::Prefix(_) => Ok(match &adapter.virtual_tokens {
             Some(tokens) => virtual_tokens::config_json(tokens.form(), tokens.count, shape),
             None => Value::Null,
-        },
+        }),
+        TunerSpec::Full(_) => Err(Error::internal("copies of the base's tensors are no files of an adapter")),
     }
 }
 

@@ -10,12 +10,15 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, Digest, TenantId, VersionName};
 use crate::request::metric::{ACCURACIES, MARGINS};
 use crate::request::{
-    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState, LoraInit, LoraSpec,
-    LrSchedule, MemoryPlan, NonLinearity, Objective, Placement, PrefixSpec, PromptSpec, Publish, Start, Target,
-    TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit,
+    BottleneckSpec, FullSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState,
+    LinearLayers, LoraInit, LoraSpec, LrSchedule, MemoryPlan, NonLinearity, Objective, Placement, PrefixSpec,
+    PromptSpec, Publish, Start, Target, TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit,
 };
 use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
+
+/// What stands for every linear layer.
+const ALL_LINEAR: &str = "all-linear";
 
 /// The recipe of a request. `from` is the version that `from_version` means.
 pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result<JobSpec> {
@@ -30,6 +33,7 @@ pub fn job_spec(request: &pb::TrainRequest, from: Option<VersionName>) -> Result
         (Some(pb::train_request::Start::Bottleneck(bottleneck)), None) => {
             Start::Fresh(bottleneck_spec(bottleneck)?.into())
         }
+        (Some(pb::train_request::Start::Full(full)), None) => Start::Fresh(full_spec(full)?.into()),
         (_, None) => Start::Fresh(TunerSpec::default()),
     };
     let learning_rate = default_learning_rate(objective, &start);
@@ -172,18 +176,28 @@ fn virtual_init_message(init: &VirtualInit) -> Option<pb::VirtualTokensInit> {
     Some(pb::VirtualTokensInit { tokens: Some(tokens) })
 }
 
+fn full_spec(message: &pb::FullSpec) -> Result<FullSpec> {
+    let layers: BTreeSet<u32> = message.layers_to_transform.iter().copied().collect();
+    let everything = message.target_modules.is_empty() && layers.is_empty();
+    let linear = LinearLayers {
+        targets: targets("full.target_modules", &message.target_modules)?,
+        layers: (!layers.is_empty()).then(|| layers.into_iter().collect()),
+    };
+    Ok(FullSpec { linear: (!everything).then_some(linear), extract_rank: message.extract_rank })
+}
+
 /// Empty where every linear layer of the base is meant.
 fn targets(field: &str, names: &[String]) -> Result<Vec<Target>> {
     let mut targets = BTreeSet::new();
     let mut all = false;
     for (i, name) in names.iter().enumerate() {
         match (name.as_str(), Target::from_name(name)) {
-            ("all-linear", _) => all = true,
+            (ALL_LINEAR, _) => all = true,
             (_, Some(target)) => drop(targets.insert(target)),
             (_, None) => {
                 let names = Target::ALL.map(Target::name).join(", ");
                 let field = format!("{field}[{i}]");
-                return Err(Error::invalid(field, format!("must be one of {names}, all-linear")));
+                return Err(Error::invalid(field, format!("must be one of {names}, {ALL_LINEAR}")));
             }
         }
     }
@@ -196,6 +210,9 @@ fn default_learning_rate(objective: Objective, start: &Start) -> f64 {
         // A factor for each value, or a token that is free, has to move much farther than a product of matrices.
         (Objective::Sft, Start::Fresh(TunerSpec::Ia3(_) | TunerSpec::Prompt(_) | TunerSpec::Prefix(_))) => 5e-3,
         (Objective::Dpo { .. }, Start::Fresh(TunerSpec::Ia3(_) | TunerSpec::Prompt(_) | TunerSpec::Prefix(_))) => 5e-4,
+        // Every value of the base moves by itself, each about as far as the rate.
+        (Objective::Sft, Start::Fresh(TunerSpec::Full(_))) => 2e-5,
+        (Objective::Dpo { .. }, Start::Fresh(TunerSpec::Full(_))) => 5e-6,
         (Objective::Sft, _) => 2e-4,
         (Objective::Dpo { .. }, _) => 5e-5,
     }
@@ -238,6 +255,7 @@ fn hyperparameters(message: pb::Hyperparameters, learning_rate: f64) -> Result<H
 pub fn job(row: JobRow) -> pb::TrainingJob {
     pb::TrainingJob {
         live: row.live,
+        has_model: row.has_model(),
         name: row.name.to_string(),
         state: state(row.state).into(),
         spec: Some(recipe(&row.spec)),
@@ -298,6 +316,11 @@ fn names(targets: &[Target]) -> Vec<String> {
     targets.iter().map(|target| target.name().to_owned()).collect()
 }
 
+/// With all of them named as one: without a name every tensor is meant.
+fn linear_names(linear: &LinearLayers) -> Vec<String> {
+    if linear.targets.is_empty() { vec![ALL_LINEAR.to_owned()] } else { names(&linear.targets) }
+}
+
 /// The request that asks for this, with nothing left to default.
 fn recipe(spec: &JobSpec) -> pb::TrainRequest {
     let objective = match spec.objective {
@@ -321,6 +344,11 @@ fn recipe(spec: &JobSpec) -> pb::TrainRequest {
         Start::Fresh(TunerSpec::Ia3(ia3)) => pb::train_request::Start::Ia3(pb::Ia3Spec {
             target_modules: names(&ia3.targets),
             feedforward_modules: names(&ia3.feedforward),
+        }),
+        Start::Fresh(TunerSpec::Full(full)) => pb::train_request::Start::Full(pb::FullSpec {
+            target_modules: full.linear.as_ref().map(linear_names).unwrap_or_default(),
+            layers_to_transform: full.linear.as_ref().and_then(|linear| linear.layers.clone()).unwrap_or_default(),
+            extract_rank: full.extract_rank,
         }),
         Start::Fresh(TunerSpec::Lora(lora)) => pb::train_request::Start::Lora(pb::LoraSpec {
             rank: Some(lora.rank),
@@ -501,6 +529,19 @@ mod tests {
         assert!(matches!(&spec.start, Start::Fresh(TunerSpec::Lora(lora)) if lora.layers == Some(vec![0, 2])
             && lora.targets == [Target::QProj, Target::VProj]));
         assert_eq!(job_spec(&recipe(&spec), None).unwrap(), spec);
+        let full = |target_modules: &[&str], layers: &[u32]| {
+            let target_modules = target_modules.iter().map(|name| (*name).to_owned()).collect();
+            let full = pb::FullSpec { target_modules, layers_to_transform: layers.into(), extract_rank: Some(4) };
+            let start = Some(pb::train_request::Start::Full(full));
+            let spec = job_spec(&pb::TrainRequest { start, ..self::request() }, None).unwrap();
+            assert_eq!(job_spec(&recipe(&spec), None).unwrap(), spec);
+            let Start::Fresh(TunerSpec::Full(full)) = spec.start else { panic!("{:?}", spec.start) };
+            full.linear
+        };
+        assert_eq!(full(&[], &[]), None);
+        assert_eq!(full(&["all-linear"], &[]), Some(LinearLayers::default()));
+        assert_eq!(full(&[], &[1]), Some(LinearLayers { layers: Some(vec![1]), ..LinearLayers::default() }));
+        assert_eq!(full(&["q_proj"], &[]).unwrap().targets, [Target::QProj]);
     }
 
     #[test]

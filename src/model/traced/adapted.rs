@@ -7,6 +7,7 @@
 //!   trained.
 //! - (IA)3: `y = l * (x W^T + b)` or `y = (l * x) W^T + b`.
 //! - Bottleneck: `y = u + act(u down^T + down_bias) up^T + up_bias`, u being `x W^T + b`.
+//! - Full fine-tuning: the same with a W and a b of its own.
 
 use std::ops::Range;
 
@@ -15,7 +16,7 @@ use rayon::prelude::*;
 use super::buffers::Buffer;
 use super::{Scope, add};
 use crate::adapter::{Adapter, Bottleneck, LowRank, RowNorms, ScaledSide, Site, SiteDelta};
-use crate::arch::decoder::SiteId;
+use crate::arch::decoder::{SiteId, Slot};
 use crate::kernels::cpu;
 use crate::kernels::gemm::{Mat, Out, mul, mul_nt, mul_tn};
 use crate::random::{Purpose, Stream};
@@ -47,6 +48,11 @@ impl Scope<'_> {
     /// Returns what the pass's adapter has at a site.
     pub(super) fn adapted(&self, site: SiteId) -> Option<&SiteDelta> {
         self.options.adapter?.sites.get(&self.model.site(site))
+    }
+
+    /// Returns whether the pass's adapter changes a linear layer.
+    pub(super) fn changes(&self, site: SiteId) -> bool {
+        self.adapted(site).is_some() || self.copy_of(Slot::Matrix(site)).is_some()
     }
 
     /// Computes linear layers that share the input `x` `[rows, in]`, whose values stay as they are; gives `[rows, out]` of each.
@@ -90,9 +96,9 @@ impl Scope<'_> {
         dx: Option<&mut [f32]>,
         gradients: &mut Adapter,
     ) {
-        let matrix = self.model.matrix(site);
-        let gradient = gradients.sites.get_mut(&self.model.site(site));
-        match (self.adapted(site), gradient) {
+        let matrix = self.weight(site);
+        let Adapter { sites, copies, .. } = gradients;
+        match (self.adapted(site), sites.get_mut(&self.model.site(site))) {
             (Some(SiteDelta::LowRank(pair)), Some(SiteDelta::LowRank(gradient))) => {
                 let own;
                 let d = match &mut gradient.magnitude {
@@ -136,6 +142,13 @@ impl Scope<'_> {
             _ => {
                 if let Some(dx) = dx {
                     self.frozen_backward(matrix, dy, dx);
+                }
+                if let Some(dw) = copies.get_mut(&Slot::Matrix(site)) {
+                    self.copy_backward(matrix, x, dy, dw);
+                }
+                if let Some(db) = copies.get_mut(&Slot::Bias(site)) {
+                    let width = db.len();
+                    dy.chunks_exact(width).for_each(|dy| db.iter_mut().zip(dy).for_each(|(db, dy)| *db += dy));
                 }
             }
         }
@@ -218,7 +231,7 @@ impl Scope<'_> {
         mut dx: Option<&mut [f32]>,
         gradient: &mut LowRank,
     ) {
-        let matrix = self.model.matrix(site);
+        let matrix = self.weight(site);
         if let Some(dx) = dx.as_deref_mut() {
             self.frozen_backward(matrix, dy, dx);
         }
@@ -263,7 +276,7 @@ impl Scope<'_> {
 
     /// Adds the gradient of a magnitude, and gives that of the sum it multiplies.
     fn magnitude_backward(&self, site: SiteId, pair: &LowRank, x: &[f32], dy: &[f32], dm: &mut [f32]) -> Buffer {
-        let matrix = self.model.matrix(site);
+        let matrix = self.weight(site);
         let mut sum = self.products(&mut self.copied(x), &[(matrix, None)]).swap_remove(0);
         self.add_pair(site, pair, x, &mut sum);
         let mut dc = vec![0.0; dm.len()];
@@ -339,7 +352,7 @@ impl Scope<'_> {
 
     /// |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b, row by row of W and B.
     fn norms_of(&self, site: Site, pair: &LowRank) -> Option<Vec<f32>> {
-        let matrix = self.model.matrix(self.model.shape().index(site)?);
+        let matrix = self.weight(self.model.shape().index(site)?);
         let (rank, width) = (pair.rank, matrix.cols());
         let a = Mat::dense(&pair.a, width);
         let mut gram = vec![0.0; rank * rank];
@@ -382,7 +395,7 @@ fn multiply(x: &mut [f32], by: &[f32]) {
 }
 
 /// Adds to `sums` those of a b over the rows, element by element.
-fn add_products(sums: &mut [f32], a: &[f32], b: &[f32]) {
+pub(super) fn add_products(sums: &mut [f32], a: &[f32], b: &[f32]) {
     let width = sums.len();
     for (a, b) in a.chunks_exact(width).zip(b.chunks_exact(width)) {
         sums.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += a * b);

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::buffers::Buffer;
 use super::{Batch, PIECE_MACS, PassSize, Scope};
+use crate::adapter::Adapter;
 use crate::arch::config::{AttentionConfig, Temperature};
 use crate::arch::decoder::{Attend, NormId};
 use crate::kernels::cpu;
@@ -50,7 +51,8 @@ impl Scope<'_> {
         self.prepared(batch, k, Preparation::of_keys(attend))
     }
 
-    /// Computes the gradients of q, k and v, as they are projected, from that of the answers; that of a prefix is added to `d_prefix`.
+    /// Computes the gradients of q, k and v, as they are projected, from that of the answers; that of a prefix is added to `d_prefix`, and
+    /// those of the norms of heads that are trained to `gradients`.
     pub(super) fn attend_backward(
         &self,
         batch: &Batch,
@@ -58,6 +60,7 @@ impl Scope<'_> {
         [q, k, v]: [&[f32]; 3],
         dy: &[f32],
         d_prefix: &mut [f32],
+        gradients: &mut Adapter,
     ) -> [Buffer; 3] {
         let (of_q, of_k) = (Preparation::of_queries(attend), Preparation::of_keys(attend));
         let (turned_q, mut turned_k) = (self.prepared(batch, q, of_q), self.prepared(batch, k, of_k));
@@ -69,7 +72,8 @@ impl Scope<'_> {
         if own.is_some() {
             self.prefix_backward(batch, attend.layer, [&mut dk, &mut dv], d_prefix);
         }
-        [self.prepare_backward(batch, q, dq, of_q), self.prepare_backward(batch, k, dk, of_k), dv]
+        let dq = self.prepare_backward(batch, q, dq, of_q, gradients);
+        [dq, self.prepare_backward(batch, k, dk, of_k, gradients), dv]
     }
 
     /// Norms, rotates and scales heads, `[rows, heads * head_dim]`.
@@ -77,7 +81,7 @@ impl Scope<'_> {
         let (mut y, head_dim) = (self.take(x.len()), self.model.config().attention.head_dim);
         let width = x.len() / batch.len();
         match by.norm {
-            Some(norm) => cpu::rms_norm(x, self.model.norm(norm), self.model.config().norm_eps, &mut y),
+            Some(norm) => cpu::rms_norm(x, self.norm(norm), self.model.config().norm_eps, &mut y),
             None => y.copy_from_slice(x),
         }
         if let Some(table) = by.rope.map(|rope| &self.model.ropes[rope]) {
@@ -88,7 +92,14 @@ impl Scope<'_> {
     }
 
     /// The gradient of what [`Scope::prepared`] has made of x becomes that of x.
-    fn prepare_backward(&self, batch: &Batch, x: &[f32], mut d: Buffer, by: Preparation) -> Buffer {
+    fn prepare_backward(
+        &self,
+        batch: &Batch,
+        x: &[f32],
+        mut d: Buffer,
+        by: Preparation,
+        gradients: &mut Adapter,
+    ) -> Buffer {
         let (width, head_dim) = (x.len() / batch.len(), self.model.config().attention.head_dim);
         scale(batch, &mut d, by.temperature);
         if let Some(table) = by.rope.map(|rope| &self.model.ropes[rope]) {
@@ -96,7 +107,7 @@ impl Scope<'_> {
         }
         let Some(norm) = by.norm else { return d };
         let mut dx = self.zeros(x.len());
-        cpu::rms_norm_backward(x, self.model.norm(norm), self.model.config().norm_eps, &d, &mut dx);
+        self.norm_backward(x, norm, &d, &mut dx, gradients);
         dx
     }
 }
@@ -428,7 +439,8 @@ mod tests {
         let d = values(&sinusoid(30, 2 * head_dim, 0.11));
         let mut gradient = scope.take(d.len());
         gradient.copy_from_slice(&d);
-        let ours = scope.prepare_backward(&batch, &values(&x), gradient, by);
+        let mut none = Adapter::lora(Default::default(), []);
+        let ours = scope.prepare_backward(&batch, &values(&x), gradient, by, &mut none);
         assert_close(&ours, &gradients(&plain, &d, &[x])[0]);
     }
 }

@@ -4,14 +4,13 @@
 use std::ops::Range;
 
 use super::attention::{Attention, Transients};
-use super::frozen::{piece_of, served_rows};
+use super::frozen::{Weight, piece_of, served_rows};
 use super::head::rows_at_a_time;
 use super::pass::{keeps, parts};
 use super::{ForwardOptions, Products};
 use crate::adapter::{LowRank, ScaledSide, SiteDelta, VirtualForm};
-use crate::arch::decoder::{Attend, Merge, SiteId, Step};
+use crate::arch::decoder::{Attend, Merge, NormId, SiteId, Slot, Step};
 use crate::kernels::cpu::QuantizedRows;
-use crate::kernels::packed::PackedMatrix;
 use crate::model::Model;
 
 /// How large a pass is.
@@ -99,9 +98,9 @@ impl<'a> Footprint<'a> {
         };
         let steps = &model.decoder().steps;
         let trained = |step: &Step| match step {
-            Step::Embed { .. } => footprint.has(VirtualForm::Embeddings),
+            Step::Embed { .. } => footprint.has(VirtualForm::Embeddings) || footprint.copies(Slot::Embedding),
             Step::Attend(_) => footprint.has(VirtualForm::KeysAndValues),
-            step => step.sites().any(|site| footprint.adapted(site).is_some()),
+            step => step.sites().any(|site| footprint.changes(site)),
         };
         footprint.first = steps.iter().position(trained).unwrap_or(steps.len());
         for site in 0..model.decoder().sites.len() {
@@ -154,27 +153,61 @@ impl<'a> Footprint<'a> {
         self.options.adapter?.sites.get(&self.model.site(site))
     }
 
+    /// Whether the adapter has a copy that takes the place of a tensor.
+    fn copies(&self, slot: Slot) -> bool {
+        self.options.adapter.is_some_and(|adapter| adapter.copies.contains_key(&slot))
+    }
+
+    fn changes(&self, site: SiteId) -> bool {
+        self.adapted(site).is_some() || self.copies(Slot::Matrix(site))
+    }
+
+    fn weight(&self, site: SiteId) -> Weight<'a> {
+        self.copy_or(Slot::Matrix(site), Weight::Frozen(self.model.matrix(site)))
+    }
+
+    fn head(&self) -> Weight<'a> {
+        self.copy_or(self.model.head_slot(), Weight::Frozen(self.model.head()))
+    }
+
+    fn copy_or(&self, slot: Slot, frozen: Weight<'a>) -> Weight<'a> {
+        match self.options.adapter.and_then(|adapter| adapter.copies.get(&slot)) {
+            Some(values) => Weight::Copy { values, cols: frozen.cols() },
+            None => frozen,
+        }
+    }
+
     /// Values of the pieces in which a matrix is dequantised.
-    fn dense(&self, matrix: &PackedMatrix, rows: usize) -> usize {
-        piece_of(matrix, rows) * matrix.cols()
+    fn dense(&self, weight: Weight<'_>, rows: usize) -> usize {
+        match weight {
+            Weight::Frozen(_) => piece_of(weight, rows) * weight.cols(),
+            Weight::Copy { .. } => 0,
+        }
+    }
+
+    /// The gradient of a norm's weights, of so many values that are normed.
+    fn norm_backward(&mut self, norm: NormId, values: usize) {
+        if self.copies(Slot::Norm(norm)) {
+            self.pass_by(values);
+        }
     }
 
     /// The norms of the rows that magnitudes belong to.
     fn norms(&mut self, site: SiteId) {
         if let Some(SiteDelta::LowRank(LowRank { rank, magnitude: Some(_), .. })) = self.adapted(site) {
-            let matrix = self.model.matrix(site);
-            self.pass_by(piece_of(matrix, *rank) * (matrix.cols() + rank));
+            let weight = self.weight(site);
+            self.pass_by(piece_of(weight, *rank) * (weight.cols() + rank));
         }
     }
 
-    /// Frozen layers with so many weights in all, of some rows; their outputs are not counted.
-    fn products(&mut self, matrix: &PackedMatrix, weights: usize, rows: usize) {
-        match self.options.products {
-            Products::Served => {
+    /// One of some layers of which those that are frozen have so many weights in all, of some rows; its outputs are not counted.
+    fn products(&mut self, weight: Weight<'_>, weights: usize, rows: usize) {
+        match (weight, self.options.products) {
+            (Weight::Frozen(matrix), Products::Served) => {
                 let bytes = self.quantized.bytes_for(rows.min(served_rows(weights)), matrix.cols());
                 self.quantized_bytes = self.quantized_bytes.max(bytes);
             }
-            Products::Exact => self.pass_by(self.dense(matrix, rows)),
+            _ => self.pass_by(self.dense(weight, rows)),
         }
     }
 
@@ -185,11 +218,11 @@ impl<'a> Footprint<'a> {
 
     /// Adapted layers that share their input. Gives the values of their outputs, which are held.
     fn linear(&mut self, sites: Range<SiteId>) -> usize {
-        let model = self.model;
-        let matrices = || sites.clone().map(|site| model.matrix(site));
-        let outputs = self.take(self.rows(matrices().map(PackedMatrix::rows).sum()));
-        let weights = matrices().map(|matrix| matrix.rows() * matrix.cols()).sum();
-        for (site, matrix) in sites.clone().zip(matrices()) {
+        let of_sites: Vec<Weight<'_>> = sites.clone().map(|site| self.weight(site)).collect();
+        let outputs = self.take(self.rows(of_sites.iter().map(Weight::rows).sum()));
+        let frozen = of_sites.iter().filter(|weight| matches!(weight, Weight::Frozen(_)));
+        let weights = frozen.map(|weight| weight.rows() * weight.cols()).sum();
+        for (site, matrix) in sites.clone().zip(of_sites) {
             let inputs = self.rows(matrix.cols());
             let scaled = match self.adapted(site) {
                 Some(SiteDelta::Scaled { side: ScaledSide::Input, .. }) => self.take(inputs),
@@ -208,7 +241,7 @@ impl<'a> Footprint<'a> {
 
     /// The backward of an adapted layer.
     fn linear_backward(&mut self, site: SiteId, wants_dx: bool) {
-        let matrix = self.model.matrix(site);
+        let matrix = self.weight(site);
         let (inputs, outputs) = (self.rows(matrix.cols()), self.rows(matrix.rows()));
         let dense = if wants_dx { self.dense(matrix, self.size.tokens) } else { 0 };
         match self.adapted(site) {
@@ -320,7 +353,7 @@ impl<'a> Footprint<'a> {
                     Merge::Add | Merge::Scaled(_) => (branch, 0),
                 };
                 self.set_x(x);
-                let keeps_y = keeps && self.adapted(*site).is_some() && !self.is_gated(step);
+                let keeps_y = keeps && self.changes(*site) && !self.is_gated(step);
                 self.kept(branch, keeps) + self.kept(self.y, keeps_y)
             }
             Step::Select => {
@@ -348,13 +381,17 @@ impl<'a> Footprint<'a> {
 
     /// The head. With gradients, `dx` is what the backward begins with.
     fn score(&mut self, gradients: bool) {
-        let head = self.model.head();
+        let head = self.head();
         let rows = self.size.selected.min(rows_at_a_time(head.rows()));
         self.dx = if gradients { self.take(self.x) } else { 0 };
         let logits = self.take(rows * head.rows());
         self.products(head, head.rows() * head.cols(), rows);
         self.pass_by(if gradients { self.dense(head, rows) } else { 0 });
         self.give(logits);
+        if gradients && self.copies(self.model.head_slot()) {
+            // Once more, for the copy's own gradient.
+            self.pass_by(logits);
+        }
         self.set_x(0);
     }
 
@@ -399,13 +436,19 @@ impl<'a> Footprint<'a> {
         let (hidden, wants_dx) = (self.rows(self.hidden()), step > self.first);
         match &model.decoder().steps[step] {
             Step::Embed { .. } => {}
-            Step::Finish { .. } => self.set_dx(self.dx),
+            Step::Finish { norm } => {
+                self.norm_backward(*norm, 2 * self.dx);
+                self.set_dx(self.dx);
+            }
             Step::Select => self.set_dx(hidden),
             Step::Output { site, merge } => {
                 let inputs = self.rows(model.matrix(*site).cols());
-                let gated = self.adapted(*site).is_some() && self.is_gated(step);
+                let gated = self.changes(*site) && self.is_gated(step);
                 let y = self.take(if gated { inputs } else { 0 });
                 let d = self.take(if matches!(merge, Merge::Add) { 0 } else { hidden });
+                if let Merge::Normed(norm) = merge {
+                    self.norm_backward(*norm, hidden);
+                }
                 self.y = self.take(if wants_dx { inputs } else { 0 });
                 self.linear_backward(*site, wants_dx);
                 self.give(y + d);
@@ -424,15 +467,21 @@ impl<'a> Footprint<'a> {
                 self.pass_by(transients.backward);
                 self.give(prepared);
                 self.pass_by(if attend.norms.is_some() { q } else { 0 });
+                if let Some([norm, _]) = attend.norms {
+                    self.norm_backward(norm, 2 * q);
+                }
                 self.give(self.y + own);
             }
-            Step::Project { sites, .. } => {
+            Step::Project { norm, sites, .. } => {
                 let joined = self.take(if sites.len() == 1 { self.projected } else { 0 });
-                let adapted = sites.clone().any(|site| self.adapted(site).is_some());
+                let adapted = sites.clone().any(|site| self.changes(site));
                 let normed = self.take(if adapted { hidden } else { 0 });
                 let d = self.take(if wants_dx { hidden } else { 0 });
                 for site in sites.clone() {
                     self.linear_backward(site, wants_dx);
+                }
+                if wants_dx {
+                    self.norm_backward(*norm, hidden);
                 }
                 self.give(joined + normed + d + self.projected);
             }

@@ -26,7 +26,10 @@ impl Scope<'_> {
             scores.logprobs.extend(found.iter().map(|(logprob, _)| logprob));
             scores.is_greedy.extend(found.iter().map(|(_, greedy)| greedy));
             if let Some(slopes) = &mut slopes {
-                self.slopes(&mut logits, targets, &mut slopes[i * most * width..][..x.len()]);
+                self.logit_slopes(&mut logits, targets);
+                let slopes = &mut slopes[i * most * width..][..x.len()];
+                slopes.fill(0.0);
+                self.frozen_backward(self.head(), &logits, slopes);
             }
         }
         scores
@@ -34,15 +37,30 @@ impl Scope<'_> {
 
     /// Returns the logits of rows, `[rows, vocab_size]`.
     pub(super) fn logits(&self, x: &mut [f32]) -> Buffer {
-        let mut products = self.products(x, &[(self.model.head(), None)]);
+        let mut products = self.products(x, &[(self.head(), None)]);
         let mut logits = products.swap_remove(0);
         let config = self.model.config().logits;
         logits.par_chunks_exact_mut(self.model.vocab_size()).for_each(|logits| config.apply(logits));
         logits
     }
 
-    /// The gradients of the targets' log-probabilities to the head's input; of the logits nothing is left.
-    fn slopes(&self, logits: &mut [f32], targets: &[u32], slopes: &mut [f32]) {
+    /// Adds to `dw`, the gradient of a copy of the output matrix, from the derivatives of the loss by the log-probabilities. The logits are
+    /// computed again. `x`: as in [`Scope::score`].
+    pub(super) fn head_backward(&self, x: &mut [f32], targets: &[u32], derivatives: &[f32], dw: &mut [f32]) {
+        let (width, vocab) = (self.model.config().hidden_size, self.model.vocab_size());
+        let most = (MAX_LOGITS / vocab).max(1);
+        let rows = x.chunks_mut(most * width).zip(targets.chunks(most)).zip(derivatives.chunks(most));
+        for ((x, targets), derivatives) in rows {
+            let mut logits = self.logits(x);
+            self.logit_slopes(&mut logits, targets);
+            let scale = |(row, by): (&mut [f32], &f32)| row.iter_mut().for_each(|d| *d *= by);
+            logits.par_chunks_exact_mut(vocab).zip(derivatives).for_each(scale);
+            self.copy_backward(self.head(), x, &logits, dw);
+        }
+    }
+
+    /// Logits become the gradients of the targets' log-probabilities to them.
+    fn logit_slopes(&self, logits: &mut [f32], targets: &[u32]) {
         let (config, vocab) = (self.model.config().logits, self.model.vocab_size());
         logits.par_chunks_exact_mut(vocab).zip(targets).for_each(|(logits, target)| {
             let before = (!config.is_plain()).then(|| logits.to_vec());
@@ -53,8 +71,6 @@ impl Scope<'_> {
                 config.backward(&before, logits);
             }
         });
-        slopes.fill(0.0);
-        self.frozen_backward(self.model.head(), logits, slopes);
     }
 }
 

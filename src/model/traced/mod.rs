@@ -1,5 +1,5 @@
 //! Training and reference: whole sequences through the decoder's steps, forward and backward, in float32, with gradients for the adapter's
-//! tensors only.
+//! tensors only; copies of the base's tensors are such.
 //!
 //! A pass is an ordinary function over slices: what its backward needs of a step is kept by the step ([`pass`]), the inputs of linear layers
 //! and of attention; norms, gates and softmax are computed again. Where layers are recomputed (`recompute_layers`), a layer's input alone is
@@ -25,6 +25,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use crate::adapter::{Adapter, RowNorms, VirtualForm};
+use crate::arch::decoder::{NormId, Slot};
 use crate::device::TrainPermit;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::QuantizedRows;
@@ -195,6 +196,16 @@ impl<'a> Scope<'a> {
 
     fn zeros(&self, len: usize) -> Buffer {
         self.workspace.buffers.zeros(len)
+    }
+
+    /// What takes the place of a tensor of the base.
+    fn copy_of(&self, slot: Slot) -> Option<&[f32]> {
+        self.options.adapter?.copies.get(&slot).map(Vec::as_slice)
+    }
+
+    /// The weights of a norm.
+    fn norm(&self, norm: NormId) -> &[f32] {
+        self.copy_of(Slot::Norm(norm)).unwrap_or(self.model.norm(norm))
     }
 
     fn yield_to_serving(&self) {

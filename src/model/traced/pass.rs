@@ -4,10 +4,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::adapted::add_products;
 use super::buffers::Buffer;
 use super::{Batch, Scope, TokenScores, add};
 use crate::adapter::{Adapter, VirtualForm};
-use crate::arch::decoder::{Merge, NormId, Part, Step, StepExecutor};
+use crate::arch::decoder::{Merge, NormId, Part, Slot, Step, StepExecutor};
 use crate::error::{Error, Result};
 use crate::kernels::cpu;
 use crate::model::batch::VIRTUAL_TOKEN;
@@ -63,6 +64,8 @@ pub struct Trace<'a> {
     batch: Batch,
     segments: Vec<Segment>,
     scores: TokenScores,
+    /// The head's input of the wanted rows, where a copy of the output matrix is trained.
+    hidden: Option<Buffer>,
     /// The gradient of each log-probability to the head's input of its row, `[selected, hidden_size]`.
     slopes: Buffer,
 }
@@ -83,7 +86,8 @@ impl<'a> Trace<'a> {
         let mut hidden = hidden.into_hidden()?;
         let mut slopes = scope.take(hidden.len());
         let scores = scope.score(&mut hidden, &batch.targets, Some(&mut slopes));
-        Ok(Self { scope, batch, segments, scores, slopes })
+        let hidden = scope.copy_of(scope.model.head_slot()).is_some().then_some(hidden);
+        Ok(Self { scope, batch, segments, scores, hidden, slopes })
     }
 
     /// Returns the wanted tokens' scores, in their order.
@@ -97,16 +101,19 @@ impl<'a> Trace<'a> {
     /// # Errors
     /// An internal one where the pass had no adapter.
     pub fn backward(self, derivatives: &[f32], gradients: &mut Adapter) -> Result<()> {
-        let Self { scope, batch, segments, slopes: mut d, .. } = self;
+        let Self { scope, batch, segments, hidden, slopes: mut d, .. } = self;
+        if let (Some(mut x), Some(dw)) = (hidden, gradients.copies.get_mut(&scope.model.head_slot())) {
+            scope.head_backward(&mut x, &batch.targets, derivatives, dw);
+        }
         let width = scope.model.config().hidden_size;
         for (row, derivative) in d.chunks_exact_mut(width).zip(derivatives) {
             row.iter_mut().for_each(|d| *d *= derivative);
         }
         let form = scope.virtual_tokens.as_ref().map(|(form, _)| *form);
         let trained = |step: &Step| match step {
-            Step::Embed { .. } => form == Some(VirtualForm::Embeddings),
+            Step::Embed { .. } => form == Some(VirtualForm::Embeddings) || scope.copy_of(Slot::Embedding).is_some(),
             Step::Attend(_) => form == Some(VirtualForm::KeysAndValues),
-            step => step.sites().any(|site| scope.adapted(site).is_some()),
+            step => step.sites().any(|site| scope.changes(site)),
         };
         let first = scope.model.decoder().steps.iter().position(trained).ok_or_else(absent)?;
         let d_virtual = vec![0.0; scope.virtual_tokens.as_ref().map_or(0, |(_, values)| values.len())];
@@ -210,9 +217,13 @@ impl<'a> Forward<'a> {
 
     fn embed(&self, scale: f32) -> Buffer {
         let width = self.scope.model.config().hidden_size;
+        let copy = self.scope.copy_of(Slot::Embedding);
         let mut x = self.scope.take(self.batch.len() * width);
         for (out, id) in x.chunks_exact_mut(width).zip(&self.batch.ids).filter(|(_, id)| **id != VIRTUAL_TOKEN) {
-            self.scope.model.embed(*id, scale, out);
+            match copy {
+                Some(copy) => out.iter_mut().zip(&copy[*id as usize * width..]).for_each(|(out, x)| *out = scale * x),
+                None => self.scope.model.embed(*id, scale, out),
+            }
         }
         self.scope.embed_virtual(self.batch, &mut x);
         x
@@ -239,8 +250,19 @@ impl<'a> Forward<'a> {
 impl Scope<'_> {
     fn normed(&self, x: &[f32], norm: NormId) -> Buffer {
         let mut normed = self.take(x.len());
-        cpu::rms_norm(x, self.model.norm(norm), self.model.config().norm_eps, &mut normed);
+        cpu::rms_norm(x, self.norm(norm), self.model.config().norm_eps, &mut normed);
         normed
+    }
+
+    /// Adds the gradient of what is normed to `dx`, and that of the norm's own weights where they are trained.
+    pub(super) fn norm_backward(&self, x: &[f32], norm: NormId, d: &[f32], dx: &mut [f32], gradients: &mut Adapter) {
+        let eps = self.model.config().norm_eps;
+        cpu::rms_norm_backward(x, self.norm(norm), eps, d, dx);
+        if let Some(dw) = gradients.copies.get_mut(&Slot::Norm(norm)) {
+            let mut unit = self.take(x.len());
+            cpu::rms_norm(x, &vec![1.0; dw.len()], eps, &mut unit);
+            add_products(dw, d, &unit);
+        }
     }
 
     fn gated(&self, step: &Step, gate: &[f32], up: &[f32]) -> Result<Buffer> {
@@ -287,7 +309,7 @@ impl StepExecutor for Forward<'_> {
                 let (x, branch) = self.merged(&self.x()?, branch, *merge);
                 self.x = Some(Arc::new(x));
                 let gate_is_kept = matches!(self.saved.as_deref(), Some([.., Saved::Gate { .. }]));
-                let y = (scope.adapted(*site).is_some() && !gate_is_kept).then_some(y);
+                let y = (scope.changes(*site) && !gate_is_kept).then_some(y);
                 self.save(|| Saved::Output { y, branch });
             }
             Step::Select => {
@@ -350,13 +372,13 @@ impl Backward<'_> {
             match (&all[step], kept) {
                 (Step::Finish { norm }, Saved::Normed { x }) => {
                     let mut dx = self.scope.zeros(x.len());
-                    self.norm(&x, *norm, &self.dx, &mut dx);
+                    self.scope.norm_backward(&x, *norm, &self.dx, &mut dx, self.gradients);
                     self.dx = dx;
                 }
                 (Step::Select, Saved::Nothing) => self.select(),
                 (Step::Output { site, merge }, Saved::Output { y, branch }) => {
                     let y = match (y, saved.last()) {
-                        (None, Some(Saved::Gate { gate, up })) if self.scope.adapted(*site).is_some() => {
+                        (None, Some(Saved::Gate { gate, up })) if self.scope.changes(*site) => {
                             Some(self.scope.gated(&all[step - 1], gate, up)?)
                         }
                         (y, _) => y,
@@ -371,14 +393,16 @@ impl Backward<'_> {
                 (Step::Attend(attend), Saved::Attend { qkv }) => {
                     let dy = self.dy.take().ok_or_else(absent)?;
                     let qkv = qkv.each_ref().map(|values| &values[..]);
+                    let (d_prefix, gradients) = (&mut *self.d_virtual, &mut *self.gradients);
                     self.projected =
-                        self.scope.attend_backward(self.batch, attend, qkv, &dy, &mut self.d_virtual).into();
+                        self.scope.attend_backward(self.batch, attend, qkv, &dy, d_prefix, gradients).into();
                 }
                 (Step::Project { norm, sites, .. }, Saved::Normed { x }) => {
                     self.project(step, *norm, sites.clone(), &x)
                 }
-                (Step::Embed { .. }, Saved::Nothing) => {
+                (Step::Embed { scale }, Saved::Nothing) => {
                     self.scope.embed_virtual_backward(self.batch, &self.dx, &mut self.d_virtual);
+                    self.embed(*scale);
                 }
                 _ => return Err(absent()),
             }
@@ -386,10 +410,13 @@ impl Backward<'_> {
         Ok(())
     }
 
-    /// Adds the gradient of what is normed to `dx`.
-    fn norm(&self, x: &[f32], norm: NormId, d: &[f32], dx: &mut [f32]) {
-        let model = self.scope.model;
-        cpu::rms_norm_backward(x, model.norm(norm), model.config().norm_eps, d, dx);
+    /// Adds the gradient of a copy of the embedding.
+    fn embed(&mut self, scale: f32) {
+        let Some(d) = self.gradients.copies.get_mut(&Slot::Embedding) else { return };
+        let width = self.scope.model.config().hidden_size;
+        for (dx, id) in self.dx.chunks_exact(width).zip(&self.batch.ids) {
+            d[*id as usize * width..].iter_mut().zip(dx).for_each(|(d, dx)| *d += scale * dx);
+        }
     }
 
     fn select(&mut self) {
@@ -421,7 +448,7 @@ impl Backward<'_> {
             Merge::Normed(norm) => {
                 let branch = branch.ok_or_else(absent)?;
                 let mut d = scope.zeros(branch.len());
-                self.norm(&branch, norm, &self.dx, &mut d);
+                scope.norm_backward(&branch, norm, &self.dx, &mut d, self.gradients);
                 own = d;
                 &own
             }
@@ -438,15 +465,15 @@ impl Backward<'_> {
         let scope = self.scope;
         let projected = std::mem::take(&mut self.projected);
         let outputs = if sites.len() == 1 { vec![joined(scope, &projected, self.batch.len())] } else { projected };
-        let adapted = sites.clone().any(|site| scope.adapted(site).is_some());
-        let normed = adapted.then(|| scope.normed(x, norm));
+        let changed = sites.clone().any(|site| scope.changes(site));
+        let normed = changed.then(|| scope.normed(x, norm));
         let mut d = (step > self.first).then(|| scope.zeros(x.len()));
         for (site, dy) in sites.zip(&outputs) {
             scope.linear_backward(site, normed.as_deref().unwrap_or_default(), dy, d.as_deref_mut(), self.gradients);
         }
         if let Some(d) = d {
             let mut dx = std::mem::replace(&mut self.dx, scope.take(0));
-            self.norm(x, norm, &d, &mut dx);
+            scope.norm_backward(x, norm, &d, &mut dx, self.gradients);
             self.dx = dx;
         }
     }

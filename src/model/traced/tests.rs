@@ -5,11 +5,12 @@ use std::ops::Range;
 use super::*;
 use crate::adapter::peft::{Package, SizeLimits};
 use crate::adapter::{LowRank, ScaledSide, Site, SiteDelta, VirtualForm};
-use crate::arch::decoder::{SiteId, Step};
+use crate::arch::decoder::{SiteId, Slot, Step};
 use crate::device::Arbiter;
 use crate::kernels::packed::PackedMatrix;
 use crate::request::{
-    BottleneckSpec, Ia3Spec, LoraInit, LoraSpec, Placement, PrefixSpec, PromptSpec, Target, TunerSpec, VirtualInit,
+    BottleneckSpec, FullSpec, Ia3Spec, LinearLayers, LoraInit, LoraSpec, Placement, PrefixSpec, PromptSpec, Target,
+    TunerSpec, VirtualInit,
 };
 
 /// The tiny model's weights in double precision.
@@ -55,16 +56,18 @@ impl<'m> Exact<'m> {
         Self { model, sites, head: dense(model.head()), norms, without }
     }
 
-    fn norm(&self, x: &[f64], norm: usize) -> Vec<f64> {
+    fn norm(&self, x: &[f64], norm: usize, adapter: &Adapter, values: &Values) -> Vec<f64> {
         let rms = (dot(x, x) / x.len() as f64 + f64::from(self.model.config().norm_eps)).sqrt();
-        x.iter().zip(self.model.norm(norm)).map(|(x, w)| x / rms * f64::from(*w)).collect()
+        let weights =
+            copy(adapter, values, Slot::Norm(norm)).map_or_else(|| exactly(self.model.norm(norm)), Vec::clone);
+        x.iter().zip(weights).map(|(x, w)| x / rms * w).collect()
     }
 
     fn linear(&self, site: SiteId, x: &[f64], adapter: &Adapter, values: &Values) -> Vec<f64> {
         let name = self.model.site(site);
         let first: usize = adapter.sites.range(..name).map(|(_, delta)| tensors(delta)).sum();
         match adapter.sites.get(&name) {
-            None => times(&self.sites[site], x),
+            None => times(copy(adapter, values, Slot::Matrix(site)).unwrap_or(&self.sites[site]), x),
             Some(SiteDelta::LowRank(LowRank { scale, magnitude, .. })) => {
                 let h = times(&values[first], x);
                 let mut pair = times(&values[first + 1], &h);
@@ -137,6 +140,10 @@ impl<'m> Exact<'m> {
             match step {
                 Step::Embed { scale } => {
                     let embed = |id: &u32| {
+                        if let Some(copy) = copy(adapter, values, Slot::Embedding) {
+                            let row = &copy[*id as usize * config.hidden_size..][..config.hidden_size];
+                            return row.iter().map(|x| x * f64::from(*scale)).collect();
+                        }
                         let mut row = vec![0.0; config.hidden_size];
                         self.model.embed(*id, *scale, &mut row);
                         exactly(&row)
@@ -145,7 +152,7 @@ impl<'m> Exact<'m> {
                 }
                 Step::Project { norm, sites, .. } => {
                     let of_row = |x: &Vec<f64>| {
-                        let normed = self.norm(x, *norm);
+                        let normed = self.norm(x, *norm, adapter, values);
                         sites.clone().map(|site| self.linear(site, &normed, adapter, values)).collect::<Vec<_>>()
                     };
                     projected = x.iter().map(of_row).collect();
@@ -164,11 +171,12 @@ impl<'m> Exact<'m> {
                     }
                 }
                 Step::Select => {}
-                Step::Finish { norm } => x = x.iter().map(|x| self.norm(x, *norm)).collect(),
+                Step::Finish { norm } => x = x.iter().map(|x| self.norm(x, *norm, adapter, values)).collect(),
             }
         }
+        let head = copy(adapter, values, self.model.head_slot()).unwrap_or(&self.head);
         let of_token = |i: usize| {
-            let logits = times(&self.head, &x[prompt.len() + i]);
+            let logits = times(head, &x[prompt.len() + i]);
             let sum = logits.iter().map(|logit| logit.exp()).sum::<f64>();
             weights[i] * (logits[ids[i + 1] as usize] - sum.ln())
         };
@@ -211,6 +219,12 @@ impl<'m> Exact<'m> {
     }
 }
 
+/// The values of a copy of the base's tensor.
+fn copy<'v>(adapter: &Adapter, values: &'v Values, slot: Slot) -> Option<&'v Vec<f64>> {
+    let first: usize = adapter.sites.values().map(tensors).sum();
+    Some(&values[first + adapter.copies.keys().position(|key| *key == slot)?])
+}
+
 fn tensors(delta: &SiteDelta) -> usize {
     match delta {
         SiteDelta::LowRank(pair) => 2 + usize::from(pair.magnitude.is_some()),
@@ -242,12 +256,21 @@ fn tuners() -> Vec<TunerSpec> {
         prefix.clone().into(),
         PrefixSpec { projection: Some(5), ..prefix }.into(),
         BottleneckSpec { size: 3, placement: Placement::Both, ..BottleneckSpec::default() }.into(),
+        FullSpec::default().into(),
+        FullSpec {
+            linear: Some(LinearLayers { targets: vec![Target::VProj, Target::DownProj], layers: Some(vec![1]) }),
+            extract_rank: None,
+        }
+        .into(),
     ]
 }
 
 /// An adapter before its first step.
 fn fresh(model: &Model, tuner: &TunerSpec) -> Adapter {
-    let mut adapter = Adapter::fresh(tuner, model.shape(), 3).unwrap();
+    let mut adapter = match tuner {
+        TunerSpec::Full(spec) => model.copies(spec, &Arbiter::new(0.5).train()).unwrap(),
+        _ => Adapter::fresh(tuner, model.shape(), 3).unwrap(),
+    };
     model.begin(&mut adapter, &[7, 30, 211], None).unwrap();
     if adapter.is_of_base() {
         model.start_as_part(&mut adapter, &Arbiter::new(0.5).train(), || Ok(())).unwrap();
@@ -265,8 +288,10 @@ fn moved(model: &Model, start: &Adapter) -> Adapter {
     let mut adapter = start.clone();
     // Shares of their norms, below.
     adapter.pairs_mut().for_each(|(_, pair)| pair.magnitude.iter_mut().for_each(|magnitude| magnitude.fill(0.0)));
+    // Copies have values already, of which the embedding's are small.
+    let by = if adapter.copies.is_empty() { 0.1 } else { 0.01 };
     for (t, tensor) in adapter.tensors_mut().enumerate() {
-        tensor.iter_mut().enumerate().for_each(|(i, x)| *x += 0.1 * ((t * 31 + i) as f32 * 0.7).sin());
+        tensor.iter_mut().enumerate().for_each(|(i, x)| *x += by * ((t * 31 + i) as f32 * 0.7).sin());
     }
     let norms = Exact::new(model, &adapter, taken_out(start)).norms;
     for (site, pair) in adapter.pairs_mut() {
@@ -338,8 +363,10 @@ fn gradients_of_every_kind_are_those_of_central_differences() {
         assert!((forward - loss(&values)).abs() < 1e-5 * forward.abs(), "{tuner:?}: {forward} {}", loss(&values));
         let (mut apart, mut size) = (0.0, 0.0);
         for (t, gradient) in gradients.tensors().enumerate() {
-            // Some values of each tensor, at other places in each.
-            for i in (t % 7..gradient.len()).step_by(gradient.len() / 3 + 1) {
+            // Some values of each tensor, at other places in each; of the embedding also rows of ids that the sequences have.
+            let rows =
+                [1, 77].map(|id| id * model.config().hidden_size + 9).into_iter().filter(|i| *i < gradient.len());
+            for i in (t % 7..gradient.len()).step_by(gradient.len() / 3 + 1).chain(rows) {
                 let at = |by: f64| {
                     let mut values = values.clone();
                     values[t][i] += by;
@@ -354,6 +381,60 @@ fn gradients_of_every_kind_are_those_of_central_differences() {
         println!("{:5} relative error {error:.1e}", adapter.kind().name());
         assert!(error <= 1e-5, "{tuner:?}: {error}");
     }
+}
+
+/// What the tiny model does not have, on small bases: biases, norms of heads and of branches, a head of its own, caps. The loss changes along each
+/// tensor's gradient as that says.
+#[test]
+fn every_tensor_of_a_base_moves_the_loss_along_its_gradient() {
+    let mut kinds = std::collections::BTreeSet::new();
+    for name in ["qwen2-q4_k_m", "qwen3-q4_k_m", "gemma2-q4_k_m", "llama-bias-q4_0", "granite-q4_k_m"] {
+        let path = std::path::Path::new("tests/golden/bases").join(name).join("base.gguf");
+        let (model, _) = Model::load(&path, &candle_core::Device::Cpu, None).unwrap();
+        let adapter = moved(&model, &fresh(&model, &FullSpec::default().into()));
+        let (_, gradients) = gradients(&model, &adapter, None, None);
+        let loss = |adapter: &Adapter| -> f64 {
+            let options =
+                ForwardOptions { adapter: Some(adapter), products: Products::Exact, ..ForwardOptions::default() };
+            let logprobs = model.token_logprobs(&SEQUENCES, &all_wanted(), options).unwrap();
+            logprobs.iter().enumerate().map(|(i, x)| weight(i) * f64::from(*x)).sum()
+        };
+        for (slot, gradient) in &gradients.copies {
+            let size = dot(&exactly(gradient), &exactly(gradient)).sqrt();
+            // Far enough to be seen in 24 bits, where that is not far for the tensor.
+            let by = 0.02 / size;
+            let values = &adapter.copies[slot];
+            if by > 0.1 * dot(&exactly(values), &exactly(values)).sqrt() {
+                continue;
+            }
+            let at = |by: f64| {
+                let mut moved = adapter.clone();
+                let values = moved.copies.get_mut(slot).into_iter().flatten().zip(gradient);
+                values.for_each(|(x, d)| *x += (by / size * f64::from(*d)) as f32);
+                loss(&moved)
+            };
+            let slope = (at(by) - at(-by)) / (2.0 * by);
+            assert!((slope - size).abs() < 0.03 * size, "{name} {slot:?}: {slope} {size}");
+            kinds.insert(match slot {
+                Slot::Norm(norm) => format!("{:?}", model.decoder().norms[*norm].kind),
+                slot => format!("{slot:?}").split('(').next().unwrap_or_default().to_owned(),
+            });
+        }
+    }
+    let all = [
+        "Attention",
+        "Bias",
+        "Embedding",
+        "FeedForward",
+        "Final",
+        "Head",
+        "Key",
+        "Matrix",
+        "PostAttention",
+        "PostFeedForward",
+        "Query",
+    ];
+    assert!(kinds.iter().eq(all), "{kinds:?}");
 }
 
 /// Layers that are computed again give the same bits as those that are kept.

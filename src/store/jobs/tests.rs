@@ -265,7 +265,7 @@ async fn only_a_job_that_has_ended_can_be_deleted_and_its_events_go_with_it() {
     assert!(store.delete_job(&name).await.is_err(), "it runs");
     let blob = store.get_job(&name).await.unwrap().result.unwrap();
     store.blobs().put(&format!("{blob}/x"), vec![1]).await.unwrap();
-    let end = JobEnd { version: None, error: Some("stopped".into()) };
+    let end = JobEnd { error: Some("stopped".into()), ..JobEnd::default() };
     store.transition(&name, &[JobState::Running], JobState::Interrupted, end).await.unwrap().unwrap();
     store.delete_job(&name).await.unwrap();
     assert!(store.get_job(&name).await.is_err());

@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::request::metric::*;
 use crate::request::{
-    BottleneckSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, LoraInit, LoraSpec, MemoryPlan,
-    Objective, Placement, PrefixSpec, PromptSpec, TrainingMemory, TunerSpec, VirtualInit,
+    BottleneckSpec, FullSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, LinearLayers, LoraInit,
+    LoraSpec, MemoryPlan, Objective, Placement, PrefixSpec, PromptSpec, Target, TrainingMemory, TunerSpec, VirtualInit,
 };
 use crate::store::DatasetKind;
 use crate::text::Text;
@@ -445,7 +445,10 @@ fn starts(bench: &Bench) -> Vec<Adapter> {
         bench.model.begin(&mut adapter, &[7, 30, 211, 40, 11], None).unwrap();
         adapter
     };
-    tuners.iter().map(start).collect()
+    let linear = LinearLayers { targets: vec![QProj, DownProj], layers: None };
+    let full = [None, Some(linear)].map(|linear| FullSpec { linear, ..FullSpec::default() });
+    let copies = full.iter().map(|spec| bench.model.copies(spec, &bench.arbiter.train()).unwrap());
+    tuners.iter().map(start).chain(copies).collect()
 }
 
 fn peak(events: &[JobEvent]) -> TrainingMemory {
@@ -506,5 +509,24 @@ fn checkpointing_changes_no_bit_and_is_chosen_where_memory_is_short() {
         assert_eq!(again.adapter, trained.adapter);
         let refused = run(Off, kept.memory.total() / 4).unwrap_err().to_string();
         assert!(refused.contains("max_training_bytes") && refused.contains("gradient_checkpointing"), "{refused}");
+    }
+}
+
+/// All of it, and a few layers: nothing else of the base's tensors has a copy, and what has one moves.
+#[test]
+fn copies_of_the_base_learn_and_the_base_stays() {
+    let bench = Bench::new();
+    let train = bench.chats(8);
+    let linear = LinearLayers { targets: vec![Target::UpProj], layers: Some(vec![0]) };
+    for (spec, tensors) in [(FullSpec::default(), 20), (FullSpec { linear: Some(linear), ..FullSpec::default() }, 1)] {
+        let start = bench.model.copies(&spec, &bench.arbiter.train()).unwrap();
+        assert_eq!(start.tensors().count(), tensors);
+        let recipe = Hyperparameters { max_steps: Some(12), learning_rate: 1e-3, ..recipe() };
+        let (outcome, events) = bench.fit(&Run::new(&start, &train, recipe)).unwrap();
+        let losses: Vec<f64> = curve(&events).iter().map(|(loss, ..)| *loss).collect();
+        assert!(losses[11] < losses[0] - 0.05, "{spec:?}: {losses:?}");
+        let moved = outcome.adapter.tensors().zip(start.tensors()).all(|(now, before)| now != before);
+        assert!(moved && outcome.adapter.sites.is_empty());
+        assert_eq!(bench.model.copies(&spec, &bench.arbiter.train()).unwrap(), start, "the base is as it was");
     }
 }

@@ -17,8 +17,8 @@ use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant};
 use crate::memory::Memory;
 use crate::model::Model;
 use crate::request::{
-    Hyperparameters, JobEvent, JobSpec, JobState, LoraInit, LoraSpec, Objective, ParityReport, Publish, Start, TooLong,
-    TrainingData,
+    AdapterKind, FullSpec, Hyperparameters, JobEvent, JobSpec, JobState, LinearLayers, LoraInit, LoraSpec, Objective,
+    ParityReport, Publish, Start, TooLong, TrainingData,
 };
 use crate::store::{DatasetKind, JobRow, NewJob, Options, Page, RESULT_MANIFEST, RequestKey, Store, StoredEvent};
 use crate::train::tests::{lora, recipe};
@@ -80,7 +80,17 @@ impl Bench {
         let hub =
             Hub::new(store.clone(), model.shape().clone(), text.template_digest(), Arc::new(PassingGate), &limits);
         let memory = Memory::new(limits.max_request_memory_bytes);
-        let parts = TrainingContext { store, hub, model, text, memory, arbiter: Arbiter::new(0.5), limits };
+        let parts = TrainingContext {
+            store,
+            hub,
+            model,
+            text,
+            memory,
+            arbiter: Arbiter::new(0.5),
+            base: "tiny.gguf".into(),
+            allow_full_fine_tuning: true,
+            limits,
+        };
         let trainer = Trainer::start(parts.clone()).await.unwrap();
         Self { folder, parts, trainer, tenant }
     }
@@ -738,4 +748,104 @@ async fn a_job_that_does_not_fit_the_memory_is_refused() {
     let row = bench.parts.store.get_job(&job).await.unwrap();
     assert_eq!(row.state, JobState::Failed);
     assert!(row.error.is_some_and(|error| error.contains("max_training_bytes")));
+}
+
+fn full(mut spec: JobSpec, full: FullSpec) -> JobSpec {
+    spec.hyperparameters.learning_rate = 1e-3;
+    JobSpec { start: Start::Fresh(full.into()), ..spec }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn full_fine_tuning_is_refused_by_name_before_it_starts() {
+    let bench = Bench::new().await;
+    let all = full(bench.spec("chats", Objective::Sft, 1), FullSpec::default());
+    let forbidden = TrainingContext { allow_full_fine_tuning: false, ..bench.parts.clone() };
+    let refused = forbidden.check(&bench.tenant, &all).await;
+    assert!(matches!(refused, Err(Error::Precondition { reason: "FULL_FINE_TUNING_NOT_ALLOWED", .. })), "{refused:?}");
+    let values = bench.parts.model.trained_values(&FullSpec::default()).unwrap();
+    let mut small = bench.parts.clone();
+    let bytes = |of_value: usize| of_value * values;
+    small.limits.max_full_fine_tuning_bytes = bytes(24) as u64 - 1;
+    let refused = small.check(&bench.tenant, &all).await.unwrap_err();
+    assert!(matches!(&refused, Error::Exhausted { limit: "max_full_fine_tuning_bytes", .. }), "{refused:?}");
+    let (taken, of_values, gradients, moments) = (bytes(24), bytes(12), bytes(4), bytes(8));
+    let says = format!(
+        "full fine-tuning of {values} values takes {taken} bytes of memory: {of_values} of the values, as they are and as they were, \
+         {gradients} of gradients, {moments} of two moments"
+    );
+    assert!(refused.to_string().contains(&says), "{refused}");
+    let linear = LinearLayers { layers: Some(vec![0]), ..LinearLayers::default() };
+    small
+        .check(&bench.tenant, &full(all.clone(), FullSpec { linear: Some(linear), extract_rank: None }))
+        .await
+        .unwrap();
+
+    let field = async |spec: JobSpec| match bench.parts.check(&bench.tenant, &spec).await {
+        Err(Error::Invalid { field, .. }) => field,
+        other => panic!("{other:?}"),
+    };
+    let no_such = LinearLayers { layers: Some(vec![9]), ..LinearLayers::default() };
+    let no_such = FullSpec { linear: Some(no_such), extract_rank: None };
+    assert_eq!(field(full(all.clone(), no_such)).await, "full.layers_to_transform");
+    let wide = FullSpec { linear: None, extract_rank: Some(100_000) };
+    assert_eq!(field(full(all.clone(), wide)).await, "full.extract_rank");
+    assert_eq!(field(JobSpec { publish: Publish::Live, ..all }).await, "publish");
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trained_model_stays_with_its_job_over_a_crash_and_goes_with_it() {
+    let bench = Bench::new().await;
+    let job = bench.submit(full(bench.spec("chats", Objective::Sft, 2), FullSpec::default())).await;
+    let events = bench.events(&job, 0).await;
+    assert_eq!(last_state(&events), JobState::Succeeded, "{events:?}");
+    let says =
+        |part: &str| events.iter().any(|event| matches!(&event.event, JobEvent::Message(text) if text.contains(part)));
+    assert!(says("can be exported"), "{events:?}");
+    let row = bench.parts.store.get_job(&job).await.unwrap();
+    assert!(row.has_model() && row.version.is_none());
+    assert_eq!(bench.versions().await, 0);
+
+    // Before the job's end was written: it is interrupted, and resuming trains nothing again.
+    let bench = bench.after_a_crash("UPDATE jobs SET state = 'RUNNING', result = tenant || '/jobs/' || job").await;
+    bench.interrupted(&job).await;
+    let (none, before) = (bench.trainer.model_files(&bench.tenant, &job).await, events.len() as u64);
+    assert!(matches!(none, Err(Error::Precondition { reason: "NO_MODEL", .. })), "{none:?}");
+    bench.trainer.resume(&bench.tenant, &job).await.unwrap();
+    let events = bench.events(&job, before).await;
+    assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 0), "{events:?}");
+
+    let (row, files) = bench.trainer.model_files(&bench.tenant, &job).await.unwrap();
+    assert!(row.has_model());
+    let folder = tempfile::tempdir().unwrap();
+    for mut file in files {
+        let mut copy = std::fs::File::create(folder.path().join(file.name)).unwrap();
+        std::io::copy(&mut file.file, &mut copy).unwrap();
+    }
+    assert!(folder.path().join("README.md").is_file(), "a GGUF file's tokenizer is not written");
+    let read = crate::weights::Weights::from_folder(folder.path()).unwrap();
+    assert!(read.slots().count() == 20 && read.config.layers.len() == 2);
+    // Another start owns it still, and the job's deletion takes it along.
+    let bench = bench.after_a_crash("SELECT 1").await;
+    assert!(!bench.saved().await.is_empty());
+    bench.trainer.delete(&bench.tenant, &job).await.unwrap();
+    bench.nothing_saved().await;
+    bench.trainer.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_is_published_as_a_lora_of_the_rank_that_is_asked_for() {
+    let bench = Bench::new().await;
+    let spec = FullSpec { linear: Some(LinearLayers::default()), extract_rank: Some(4) };
+    let job = bench.submit(full(bench.spec("chats", Objective::Sft, 3), spec)).await;
+    let events = bench.events(&job, 0).await;
+    assert_eq!(last_state(&events), JobState::Succeeded, "{events:?}");
+    let row = bench.parts.store.get_job(&job).await.unwrap();
+    let made = bench.parts.store.get_version(&row.version.clone().unwrap()).await.unwrap();
+    assert_eq!((made.kind, made.rank), (AdapterKind::Lora, 4));
+    let share = made.metrics["extracted_share"];
+    assert!(share > 0.2 && share < 1.0, "{share}");
+    assert!(!row.has_model());
+    bench.nothing_saved().await;
+    bench.trainer.shutdown().await;
 }

@@ -1,5 +1,6 @@
 //! A Hugging Face folder as a base: `config.json`, a tokenizer, and safetensors in one file or in shards with an index.
 
+pub mod folder;
 mod rope;
 mod safetensors;
 mod settings;
@@ -17,11 +18,11 @@ use sha2::{Digest as _, Sha256};
 use super::Weights;
 use super::gguf::{name_of, naming};
 use super::header::TensorInfo;
-use super::plan::{Form, Plan, Slot, Sought};
+use super::plan::{Form, Plan, Sought};
 use super::quantise::Quantiser;
 use super::stream::{self, Progress};
 use crate::arch::config::ModelConfig;
-use crate::arch::decoder::{Decoder, NormKind, NormSpec, Site};
+use crate::arch::decoder::{Decoder, NormKind, NormSpec, Site, Slot};
 use crate::arch::unsupported;
 use crate::error::{Error, Result};
 use crate::ids::Digest;

@@ -480,6 +480,19 @@ fn close(got: &[f32], want: &[f32]) -> bool {
     got.len() == want.len() && got.iter().zip(want).all(|(got, want)| (got - want).abs() <= 1e-6 * want.abs().max(1e-3))
 }
 
+/// What is trained of a GGUF file can be kept as a folder, but where its architecture has no words here, or its file has only the factors that a
+/// scaling of frequencies has made.
+#[test]
+fn the_settings_of_a_file_are_written_or_refused() {
+    for file in golden() {
+        let (weights, _) = gguf::load(&file, None, &mut |_, _| {}).unwrap();
+        let unsaid = |rope: &RopeConfig| matches!(rope.scaling, RopeScaling::Factors(_) | RopeScaling::LongRope { .. });
+        let refused = weights.config.architecture == "phi3" || weights.config.ropes.iter().any(unsaid);
+        let written = folder::config(&weights, &file);
+        assert_eq!(written.is_err(), refused, "{}: {:?}", file.display(), written.err());
+    }
+}
+
 /// The same weights from a folder: every value, and every number of the configuration.
 #[test]
 fn folders_are_what_the_files_of_the_same_weights_are() {
