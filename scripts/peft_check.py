@@ -9,6 +9,9 @@ difference of log-probabilities, and ends with 1 where the mean of an adapter is
 With FOLDERs each is an adapter that PEFT loads over the base, whatever its kind: one that Tenora has exported, or any other. Tenora imports it into
 a server of its own; or scores what a running server has under NAME, which is where an export came from.
 
+A FOLDER with a config.json is a whole model, such as `tenora jobs export` writes: transformers opens it, and Tenora serves it as a base. Where it
+has no tokenizer, a copy of it gets the base's.
+
 Without, adapters are saved with PEFT in the forms that people have, and compared with the model that PEFT had in memory when it saved the folder;
 this takes a few minutes on 2 cores. A folder that is taken and must be refused ends with 1 too.
 """
@@ -26,7 +29,7 @@ import tempfile
 import torch
 from peft import (AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, VeraConfig,
                   get_peft_model)
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = [
     "The sea is salty because rivers carry minerals from the rocks, and the water leaves as vapour.",
@@ -217,6 +220,28 @@ def check_folders(base, tenora, folders, sequences, plain, adapter):
     return fine
 
 
+def with_tokenizer(folder, path, scratch):
+    """The folder of a model, or one of links to its files with the tokenizer of the GGUF file beside them."""
+    if (folder / "tokenizer.json").exists():
+        return folder
+    whole = scratch / f"{folder.name}-with-tokenizer"
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(whole)
+    for file in folder.resolve().iterdir():
+        (whole / file.name).symlink_to(file)
+    return whole
+
+
+def check_models(tenora, path, models, sequences, plain, scratch):
+    """Holds the log-probabilities of whole models that transformers opens against those of Tenora, which serves them as bases."""
+    fine = True
+    for folder in models:
+        whole = with_tokenizer(folder, path, scratch)
+        scores = score(AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).eval(), sequences)
+        with Server(tenora, whole, scratch / f"{folder.name}-data") as server:
+            fine &= compare(folder.name, distance(scores, plain)[0], server.score(None, sequences), scores)
+    return fine
+
+
 def check_cases(base, server, folder, cases, sequences, plain):
     """Saves each case with PEFT, and holds what Tenora makes of it against the model in memory."""
     def show(name, scores, refusal_is_right):
@@ -246,7 +271,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tenora", help="the program")
     parser.add_argument("base", type=pathlib.Path, help="a GGUF file")
-    parser.add_argument("what", nargs="*", metavar="CASE|FOLDER", help="cases by name (default: all), or saved adapters")
+    parser.add_argument("what", nargs="*", metavar="CASE|FOLDER", help="cases by name (default: all), or saved adapters and models")
     parser.add_argument("--adapter", metavar="NAME", help="beside one folder: what the server of TENORA_SERVER, TENORA_TENANT and "
                         "TENORA_KEY has under this name")
     parser.add_argument("--ids", action="append", metavar="ID,ID...", help="score these ids (default: a few texts); may be repeated. "
@@ -255,10 +280,12 @@ def main():
     cases = [word for word in arguments.what if word in TAKEN or word in REFUSED]
     folders = [pathlib.Path(word) for word in arguments.what if word not in cases]
     for folder in folders:
-        if not (folder / "adapter_config.json").exists():
-            parser.error(f"{folder} is neither a case nor a folder with an adapter_config.json")
-    if cases and folders or arguments.adapter and len(folders) != 1:
-        parser.error("cases or folders, and with --adapter one folder")
+        if not any((folder / name).exists() for name in ("adapter_config.json", "config.json")):
+            parser.error(f"{folder} is neither a case nor a folder with an adapter_config.json or a config.json")
+    models = [folder for folder in folders if not (folder / "adapter_config.json").exists()]
+    folders = [folder for folder in folders if folder not in models]
+    if cases and (folders or models) or arguments.adapter and (models or len(folders) != 1):
+        parser.error("cases or folders, and with --adapter one folder of an adapter")
     path = arguments.base.resolve()
     base = Base(path)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
@@ -267,8 +294,9 @@ def main():
         plain = score(base.fresh(), sequences)
         print("| folder | effect | mean difference | largest | |\n|---|---|---|---|---|")
         compare("the base", 0.0, tenora.score(None, sequences), plain)
-        if folders:
+        if folders or models:
             fine = check_folders(base, tenora, folders, sequences, plain, arguments.adapter)
+            fine &= check_models(arguments.tenora, path, models, sequences, plain, pathlib.Path(scratch))
         else:
             fine = check_cases(base, tenora, pathlib.Path(scratch), cases, sequences, plain)
     return 0 if fine else 1
