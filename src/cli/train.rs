@@ -10,8 +10,25 @@ use crate::api::client::{Client, proto};
 use crate::ids::Digest;
 
 /// What shapes a fresh adapter, which one that is continued has already.
-const SHAPE: [&str; 10] =
-    ["tuner", "rank", "alpha", "dropout", "targets", "layers", "rslora", "init", "feedforward", "extract_rank"];
+const SHAPE: [&str; 17] = [
+    "tuner",
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "layers",
+    "rslora",
+    "init",
+    "feedforward",
+    "virtual_tokens",
+    "init_text",
+    "init_ids",
+    "projection_size",
+    "bottleneck_size",
+    "placement",
+    "non_linearity",
+    "extract_rank",
+];
 
 /// Train an adapter and watch it.
 ///

