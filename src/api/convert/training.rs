@@ -321,7 +321,7 @@ fn linear_names(linear: &LinearLayers) -> Vec<String> {
     if linear.targets.is_empty() { vec![ALL_LINEAR.to_owned()] } else { names(&linear.targets) }
 }
 
-/// The request that asks for this, with nothing left to default.
+/// The request that asks for this, with nothing left to default but enums that came later: what a retry is known by must not change with them.
 fn recipe(spec: &JobSpec) -> pb::TrainRequest {
     let objective = match spec.objective {
         Objective::Sft => pb::train_request::Objective::Sft(pb::SftSpec {}),
@@ -359,7 +359,8 @@ fn recipe(spec: &JobSpec) -> pb::TrainRequest {
             use_rslora: lora.use_rslora,
             use_dora: lora.use_dora,
             init: match lora.init {
-                LoraInit::Default => pb::LoraInit::Default,
+                // A request's digest, by which a retry is known, is older than the choice.
+                LoraInit::Default => pb::LoraInit::Unspecified,
                 LoraInit::Gaussian => pb::LoraInit::Gaussian,
                 LoraInit::Pissa => pb::LoraInit::Pissa,
                 LoraInit::Olora => pb::LoraInit::Olora,
@@ -397,7 +398,8 @@ fn hyperparameter_message(values: &Hyperparameters) -> pb::Hyperparameters {
         LrSchedule::Constant => pb::LrSchedule::Constant,
     };
     let checkpointing = match values.gradient_checkpointing {
-        GradientCheckpointing::Auto => pb::GradientCheckpointing::Auto,
+        // As above: older than the choice.
+        GradientCheckpointing::Auto => pb::GradientCheckpointing::Unspecified,
         GradientCheckpointing::On => pb::GradientCheckpointing::On,
         GradientCheckpointing::Off => pb::GradientCheckpointing::Off,
     };
