@@ -170,17 +170,33 @@ put("safetensors_and_config", "expression", adapter(1, ["self_attn.k_proj"], tar
 put("safetensors_and_config", "other-kind", adapter(1, ["self_attn.v_proj"], peft_type="LOHA"))
 
 
-def packed(sites, rank=1, scaled=0):
-    """The packed form of an adapter of ones: A padded and B in tiles of 16 outputs, and what is scaled (1: the input, 2 and 3: the output) in
-    float32, each from a multiple of 32 values of two bytes on."""
+def virtual(kind, width):
+    """A file of two virtual tokens."""
+    config = {"peft_type": kind, "task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    values = struct.pack("<f", 0.5) * (2 * width)
+    return split(json.dumps(config), safetensors({"prompt_embeddings": ("F32", [2, width], values)}))
+
+
+put("safetensors_and_config", "prompt", virtual("PROMPT_TUNING", 64))
+# Keys and values of two layers.
+put("safetensors_and_config", "prefix", virtual("PREFIX_TUNING", 2 * 2 * 32))
+
+
+def packed(sites, rank=1, scaled=0, bottleneck=0, virtual=(0, 0)):
+    """The packed form of an adapter of ones: A padded and B in tiles of 16 outputs, what is scaled (1: the input, 2 and 3: the output) in
+    float32, a bottleneck's biases (its pair is on outputs), each from a multiple of 32 values of two bytes on; then virtual tokens, of a form (1:
+    embeddings, 2: keys and values) and so many."""
     pad = lambda n: -(-n // 32) * 32
     length = 0
-    file = b"tenora packed 02" + hashlib.sha256(b"fuzz").hexdigest().encode() + struct.pack("=I", len(sites))
+    file = b"tenora packed 03" + hashlib.sha256(b"fuzz").hexdigest().encode() + struct.pack("=III", *virtual, len(sites))
     for site in sites:
         inputs, outputs = list(DIMS.values())[site % 7]
-        file += struct.pack("=IIfI", site, rank, 2.0, scaled)
-        length += pad(rank * inputs) + pad(-(-outputs // 16) * 16 * rank)
+        file += struct.pack("=IIfII", site, rank, 2.0, scaled, bottleneck)
+        length += pad(rank * (outputs if bottleneck else inputs)) + pad(-(-outputs // 16) * 16 * rank)
         length += pad(2 * {0: 0, 1: inputs}.get(scaled, outputs))
+        length += pad(2 * rank) + pad(2 * outputs) if bottleneck else 0
+    form, count = virtual
+    length += pad(2 * count * (0, 64, 2 * 2 * 32)[form])
     file += struct.pack("=H", 0x3F80) * length
     return struct.pack("<Q", 2 * length) + file + struct.pack("=I", zlib.crc32(file))
 
@@ -189,6 +205,9 @@ put("packed_file", "two-sites", packed([0, 8]))
 put("packed_file", "one-layer", packed(range(7), rank=2))
 put("packed_file", "pairs-and-scales", packed(range(7), rank=2, scaled=3))
 put("packed_file", "scales-alone", packed([6], rank=0, scaled=1))
+put("packed_file", "bottleneck", packed([6, 13], rank=3, bottleneck=1))
+put("packed_file", "prompt", packed([], virtual=(1, 3)))
+put("packed_file", "prefix", packed([], virtual=(2, 2)))
 
 # Datasets.
 
