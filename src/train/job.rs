@@ -15,8 +15,8 @@ use crate::memory::Memory;
 use crate::model::{Model, parity};
 use crate::random::{Purpose, Stream};
 use crate::request::{
-    FullSpec, Hyperparameters, JobSpec, LoraSpec, MemoryPlan, Objective, Publish, Start, TrainingData, TrainingMemory,
-    TunerSpec, VirtualInit,
+    AdapterKind, FullSpec, Hyperparameters, JobSpec, LoraSpec, MemoryPlan, Objective, Publish, Start, TrainingData,
+    TrainingMemory, TunerSpec, VirtualInit,
 };
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
@@ -129,7 +129,7 @@ impl TrainingContext {
             }
             TunerSpec::Prompt(prompt) => {
                 check_virtual_tokens("prompt_tuning", prompt.virtual_tokens, limits, context)?;
-                self.first_ids("prompt_tuning", prompt.virtual_tokens, &prompt.init, 0).map(drop)
+                self.first_ids(tuner, 0).map(drop)
             }
             TunerSpec::Prefix(prefix) => {
                 check_virtual_tokens("prefix_tuning", prefix.virtual_tokens, limits, context)?;
@@ -141,13 +141,20 @@ impl TrainingContext {
                     "prefix_tuning.init",
                     "unset with a projection_size: what is reparametrised begins at random",
                 )?;
-                self.first_ids("prefix_tuning", prefix.virtual_tokens, &prefix.init, 0).map(drop)
+                self.first_ids(tuner, 0).map(drop)
             }
         }
     }
 
-    /// The real tokens that so many virtual tokens begin as.
-    fn first_ids(&self, field: &str, count: u32, init: &VirtualInit, seed: u64) -> Result<Vec<u32>> {
+    /// The real tokens that a tuner's virtual tokens begin as, one for each; none where it has none.
+    fn first_ids(&self, tuner: &TunerSpec, seed: u64) -> Result<Vec<u32>> {
+        let (field, count, init) = match tuner {
+            TunerSpec::Prompt(spec) => ("prompt_tuning", spec.virtual_tokens, &spec.init),
+            TunerSpec::Prefix(spec) => ("prefix_tuning", spec.virtual_tokens, &spec.init),
+            TunerSpec::Lora(_) | TunerSpec::Ia3(_) | TunerSpec::Bottleneck(_) | TunerSpec::Full(_) => {
+                return Ok(Vec::new());
+            }
+        };
         let (vocab, count) = (self.model.vocab_size() as u64, count as usize);
         let ids = match init {
             VirtualInit::Random => {
@@ -235,20 +242,11 @@ impl TrainingContext {
                         return context.model.copies(full, &context.arbiter.train());
                     }
                     let mut adapter = Adapter::fresh(&tuner, context.model.shape(), seed)?;
-                    let ids = match &tuner {
-                        TunerSpec::Prompt(spec) => {
-                            context.first_ids("prompt_tuning", spec.virtual_tokens, &spec.init, seed)?
-                        }
-                        TunerSpec::Prefix(spec) => {
-                            context.first_ids("prefix_tuning", spec.virtual_tokens, &spec.init, seed)?
-                        }
-                        TunerSpec::Lora(_) | TunerSpec::Ia3(_) | TunerSpec::Bottleneck(_) | TunerSpec::Full(_) => {
-                            Vec::new()
-                        }
-                    };
-                    let permit = context.arbiter.train();
-                    context.model.begin(&mut adapter, &ids, Some(&permit))?;
-                    drop(permit);
+                    let ids = context.first_ids(&tuner, seed)?;
+                    // Others have nothing from the base, and wait for no compute.
+                    if adapter.kind() == AdapterKind::Dora || !ids.is_empty() {
+                        context.model.begin(&mut adapter, &ids, Some(&context.arbiter.train()))?;
+                    }
                     Ok(adapter)
                 };
                 (blocking(fresh).await?, false)

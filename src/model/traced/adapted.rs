@@ -147,8 +147,7 @@ impl Scope<'_> {
                     self.copy_backward(matrix, x, dy, dw);
                 }
                 if let Some(db) = copies.get_mut(&Slot::Bias(site)) {
-                    let width = db.len();
-                    dy.chunks_exact(width).for_each(|dy| db.iter_mut().zip(dy).for_each(|(db, dy)| *db += dy));
+                    add_rows(db, dy);
                 }
             }
         }
