@@ -716,6 +716,18 @@ pub struct Hyperparameters {
     pub max_length: Option<u32>,
     /// Which passes compute layers again in place of keeping what their backward needs.
     pub gradient_checkpointing: GradientCheckpointing,
+    /// How AdamW remembers its moments.
+    pub optimizer: Optimizer,
+}
+
+/// How AdamW keeps the two moments of each value.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Optimizer {
+    /// In float32.
+    #[default]
+    AdamW,
+    /// In eight bits, blockwise, as bitsandbytes does: a fourth of the memory.
+    AdamW8Bit,
 }
 
 /// Which passes keep the inputs of some layers alone, and compute the rest again for the backward. No value changes.
@@ -834,6 +846,8 @@ pub struct MemoryPlan {
     pub memory: TrainingMemory,
     /// Whether some pass computes layers again.
     pub gradient_checkpointing: bool,
+    /// Of the optimizer's state what lies in a file beside this memory; 0 where all is in memory.
+    pub paged_optimizer: u64,
 }
 
 /// Names of what is measured beside the loss: those that TRL gives it.

@@ -28,7 +28,7 @@ use tenora::model::Model;
 use tenora::model::batch::{KvDtype, KvLayout, Readout, SequenceChunk};
 use tenora::model::traced::{ForwardOptions, Products};
 use tenora::request::metric::MARGINS;
-use tenora::request::{ChatMessage, GradientCheckpointing, Hyperparameters, JobEvent, Objective};
+use tenora::request::{ChatMessage, GradientCheckpointing, Hyperparameters, JobEvent, Objective, Optimizer};
 use tenora::text::{Conversation, Text};
 use tenora::train::fit::{CancelToken, FitInputs, FitOutcome, fit};
 use tenora::train::plan::plan;
@@ -260,6 +260,7 @@ fn train_by(
         objective,
         recipe,
         plan,
+        optimizer_file: None,
         arbiter: &arbiter,
         control: &control,
     };
@@ -313,6 +314,21 @@ fn sft_follows_the_golden_curve_in_all_its_ways() {
         let batch_size = plain.batch_size / parts;
         train(&Hyperparameters { batch_size, gradient_accumulation_steps: parts, ..plain.clone() });
     }
+}
+
+/// What eight bits a moment change of the golden curve, which float32 follows: the test prints it.
+#[test]
+fn eight_bit_moments_stay_near_the_golden_curve() {
+    let Some(sft) = file("sft.json") else { return };
+    let (examples, curve) = (sft_examples(&sft), sft["curve"].as_array().expect("a curve"));
+    let batch = sft["recipe"]["batch"].as_u64().expect("a batch") as usize;
+    let recipe = Hyperparameters { optimizer: Optimizer::AdamW8Bit, ..golden_recipe(&sft, batch) };
+    let (_, steps) = train_by(&sft, &examples, Objective::Sft, &recipe);
+    let off = |(step, want): (&Step, &Value)| (step.loss - want["loss"].as_f64().expect("a loss")).abs();
+    let off: Vec<f64> = steps.iter().zip(curve).map(off).collect();
+    println!("eight bits a moment: losses off by {off:.5?}");
+    assert!(off[0] <= 1e-3, "the first loss is before the first step");
+    assert!(off.iter().all(|off| *off <= 2e-3) && off.iter().any(|off| *off > 0.0), "{off:?}");
 }
 
 #[test]

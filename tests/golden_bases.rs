@@ -201,6 +201,7 @@ impl Base {
             objective: Objective::Sft,
             recipe,
             plan,
+            optimizer_file: None,
             arbiter: &arbiter,
             control: &control,
         };

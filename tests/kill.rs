@@ -28,10 +28,10 @@ struct Server {
 }
 
 impl Server {
-    fn start(data: &Path, base: &Path) -> Self {
+    fn start(data: &Path, base: &Path, limit: Option<&str>) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tenora"));
         command.args(["serve", "--listen", "127.0.0.1:0", "--threads", "2", "--data-dir"]).arg(data);
-        command.arg("--base").arg(base).stdout(Stdio::piped()).stderr(Stdio::null());
+        command.args(limit).arg("--base").arg(base).stdout(Stdio::piped()).stderr(Stdio::null());
         let process = command.spawn().expect("the program starts");
         let mut server = Self { process, address: String::new(), operator: None };
         for line in BufReader::new(server.process.stdout.take().expect("its output")).lines() {
@@ -102,16 +102,29 @@ fn import(id: &str, alpha: u64) -> Vec<ImportAdapterRequest> {
     parts.map(|part| ImportAdapterRequest { part: Some(part) }).collect()
 }
 
-async fn start_job(client: &Client) -> TrainingJob {
-    let request = TrainRequest {
+/// A job of many steps.
+fn job() -> TrainRequest {
+    TrainRequest {
         parent: "tenants/t".into(),
         adapter_id: "trained".into(),
         dataset: "tenants/t/datasets/kept".into(),
         objective: Some(train_request::Objective::Sft(SftSpec {})),
-        hyperparameters: Some(Hyperparameters { max_steps: Some(10_000), batch_size: Some(1), ..Default::default() }),
+        hyperparameters: Some(Hyperparameters {
+            max_steps: Some(10_000),
+            batch_size: Some(1),
+            gradient_checkpointing: GradientCheckpointing::On.into(),
+            ..Default::default()
+        }),
         ..Default::default()
-    };
-    client.train(request).await.expect("a job")
+    }
+}
+
+/// The limit that leaves one byte less than the job takes, so that its optimizer's state comes to lie in a file.
+async fn too_little_memory(client: &Client) -> String {
+    let planned = client.train(TrainRequest { validate_only: true, ..job() }).await.expect("a valid job");
+    let plan = planned.memory_plan.expect("its plan");
+    assert_eq!(plan.paged_optimizer_bytes, 0);
+    format!("--limit=max_training_bytes={}", plan.total_bytes - 1)
 }
 
 /// Waits until the job has taken a step after `seen` events.
@@ -174,13 +187,17 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_server_comes_back_whole() {
     let (data, base) = (TempDir::new().expect("a folder"), base());
-    let server = Server::start(data.path(), &base);
+    let server = Server::start(data.path(), &base, None);
     let key = make_tenant(&server).await;
     let client = server.client(&key).await;
     client.upload_dataset(futures::stream::iter(upload("kept"))).await.expect("uploaded");
     client.import_adapter(futures::stream::iter(import("kept", KEPT_ALPHA))).await.expect("imported");
+    let limit = too_little_memory(&client).await;
+    server.kill();
+    let server = Server::start(data.path(), &base, Some(&limit));
+    let client = server.client(&key).await;
     assert_whole(&client, data.path()).await;
-    let job = start_job(&client).await.name;
+    let job = client.train(job()).await.expect("a job").name;
     let mut seen = wait_for_step(&client, &job, 0).await;
 
     // An upload that never ends, and a publish that the kill catches at another point each time.
@@ -199,7 +216,7 @@ async fn a_killed_server_comes_back_whole() {
     drop(importing.await);
 
     for round in 1..4 {
-        let server = Server::start(data.path(), &base);
+        let server = Server::start(data.path(), &base, Some(&limit));
         assert!(server.operator.is_none(), "the key was made once");
         let client = server.client(&key).await;
         assert_eq!(state(&client, &job).await, JobState::Interrupted);
@@ -219,7 +236,7 @@ async fn a_killed_server_comes_back_whole() {
         drop(importing.await);
     }
 
-    let server = Server::start(data.path(), &base);
+    let server = Server::start(data.path(), &base, Some(&limit));
     let client = server.client(&key).await;
     assert_whole(&client, data.path()).await;
     client.resume_training_job(ResumeTrainingJobRequest { name: job.clone() }).await.expect("resumed");
@@ -227,6 +244,13 @@ async fn a_killed_server_comes_back_whole() {
     client.cancel_training_job(CancelTrainingJobRequest { name: job.clone() }).await.expect("cancelled");
     let request = WatchTrainingJobRequest { name: job.clone(), after_sequence: 0 };
     let events: Vec<_> = client.watch_training_job(request).await.expect("events").collect().await;
-    assert!(events.iter().all(Result::is_ok), "the events of all its lives, in one list");
+    let events: Vec<TrainingEvent> =
+        events.into_iter().collect::<Result<_, _>>().expect("the events of all its lives, in one list");
+    let paged = |event: &TrainingEvent| match &event.event {
+        Some(training_event::Event::MemoryPlan(plan)) => Some(plan.paged_optimizer_bytes > 0),
+        _ => None,
+    };
+    let plans: Vec<bool> = events.iter().filter_map(paged).collect();
+    assert!(plans.len() == 5 && plans.iter().all(|paged| *paged), "every life had the state in a file: {plans:?}");
     assert_eq!(state(&client, &job).await, JobState::Cancelled);
 }

@@ -369,6 +369,7 @@ fn recipe(spec: &proto::TrainRequest) -> Value {
         "max_grad_norm": all.max_grad_norm, "seed": all.seed, "sequential": all.sequential,
         "validation_split": short(all.validation_split), "eval_steps": all.eval_steps, "max_length": all.max_length,
         "gradient_checkpointing": word(all.gradient_checkpointing().as_str_name(), "GRADIENT_CHECKPOINTING_", "auto"),
+        "optimizer": word(all.optimizer().as_str_name(), "OPTIMIZER_", "adamw"),
     });
     for (name, given) in hyperparameters.as_object().into_iter().flatten() {
         value[name] = given.clone();
@@ -512,6 +513,7 @@ mod tests {
             "beta2=0.999 ",
             "schedule=cosine ",
             "gradient_checkpointing=auto ",
+            "optimizer=adamw ",
             "too_long=drop ",
             "publish=auto\n",
             "set_live            tenora adapters set-live tenants/a/adapters/x 3\n",

@@ -202,8 +202,12 @@ fn measured_text(metrics: &HashMap<String, f64>) -> String {
 /// The memory that a training takes, by parts.
 pub(super) fn plan_text(plan: &proto::MemoryPlan) -> String {
     let parts = memory_parts([plan.adapter_bytes, plan.gradient_bytes, plan.optimizer_bytes, plan.activation_bytes]);
-    let how = if plan.gradient_checkpointing { "; layers are computed again" } else { "" };
-    format!("memory: {} MB planned ({parts}){how}", megabytes(plan.total_bytes))
+    let layers = if plan.gradient_checkpointing { "; layers are computed again" } else { "" };
+    let paged = match plan.paged_optimizer_bytes {
+        0 => String::new(),
+        bytes => format!("; the optimizer's {} MB are in a file", megabytes(bytes)),
+    };
+    format!("memory: {} MB planned ({parts}){layers}{paged}", megabytes(plan.total_bytes))
 }
 
 fn peak_text(peak: &proto::MemoryPeak) -> String {
@@ -226,6 +230,7 @@ pub(super) fn plan_json(plan: &proto::MemoryPlan) -> Value {
         "adapter_bytes": plan.adapter_bytes, "gradient_bytes": plan.gradient_bytes,
         "optimizer_bytes": plan.optimizer_bytes, "activation_bytes": plan.activation_bytes,
         "total_bytes": plan.total_bytes, "gradient_checkpointing": plan.gradient_checkpointing,
+        "paged_optimizer_bytes": plan.paged_optimizer_bytes,
     })
 }
 

@@ -1,5 +1,5 @@
-//! Gives memory that was freed back to the system. The C library keeps what many threads have freed, each in an arena of its own, and would
-//! keep the most that the process has ever used.
+//! Gives memory that was freed back to the system: large pieces when they are freed, and what the C library keeps of small ones, in an arena
+//! for each of many threads, from time to time. It would keep the most that the process has ever used.
 
 use std::time::Duration;
 
@@ -8,8 +8,17 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// Bytes that must have come since it went back last.
 const STEP: u64 = 32 << 20;
 
+/// Bytes from which on a piece of memory is the system's own, and goes back when it is freed. The C library raises its figure (128 KiB) to the size
+/// of each such piece, up to 32 MiB, and then keeps pieces that large: a training on one long record held half as much again.
+const LARGE: libc::c_int = 1 << 20;
+
 /// Begins to do so, in a thread of its own, until the process ends.
 pub fn give_memory_back() {
+    #[expect(unsafe_code, reason = "a call of the C library")]
+    // SAFETY: it sets a figure of the allocator, under its own lock.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE)
+    };
     let look = || {
         let mut kept = 0;
         loop {

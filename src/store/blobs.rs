@@ -35,6 +35,23 @@ impl Blobs {
         tempfile::tempfile_in(&self.root).map_err(Error::at(&self.root))
     }
 
+    /// Makes such a file of so many bytes, all zero, which the disk has.
+    ///
+    /// # Errors
+    /// DISK_FULL.
+    pub fn scratch_of(&self, bytes: u64) -> Result<File> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        use rustix::io::Errno;
+        let file = self.scratch()?;
+        match fallocate(&file, FallocateFlags::empty(), 0, bytes) {
+            Ok(()) => {}
+            // Not every file system can promise them.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.set_len(bytes).map_err(Error::at(&self.root))?,
+            Err(e) => return Err(Error::at(&self.root)(e.into())),
+        }
+        Ok(file)
+    }
+
     /// Where the files are.
     pub fn folder(&self) -> &FilePath {
         &self.root

@@ -16,9 +16,9 @@ use crate::error::{Error, Result};
 use crate::ids::{AdapterName, DatasetName, TenantId, VersionName};
 use crate::request::{
     BottleneckSpec, FullSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState,
-    LinearLayers, LoraInit, LoraSpec, LrSchedule, MemoryPlan, NonLinearity, Objective, ParityReport, Placement,
-    PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit,
-    metric,
+    LinearLayers, LoraInit, LoraSpec, LrSchedule, MemoryPlan, NonLinearity, Objective, Optimizer, ParityReport,
+    Placement, PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData, TrainingMemory, TunerSpec,
+    VirtualInit, metric,
 };
 use crate::store::rows::{from_json, to_json};
 
@@ -128,6 +128,7 @@ words!(PlacementWord, Placement, FeedForward Both);
 words!(NonLinearityWord, NonLinearity, Silu Gelu);
 words!(ScheduleWord, LrSchedule, Cosine Linear Constant);
 words!(CheckpointingWord, GradientCheckpointing, Auto On Off);
+words!(OptimizerWord, Optimizer, AdamW AdamW8Bit);
 words!(InitWord, LoraInit, Default Gaussian Pissa Olora);
 words!(StateWord, JobState, Queued Running Pausing Paused Interrupted Succeeded Failed Cancelling Cancelled);
 
@@ -142,6 +143,13 @@ impl Default for TooLongWord {
 impl Default for CheckpointingWord {
     fn default() -> Self {
         Self::Auto
+    }
+}
+
+/// What there was before there was a choice.
+impl Default for OptimizerWord {
+    fn default() -> Self {
+        Self::AdamW
     }
 }
 
@@ -530,6 +538,8 @@ struct RecipeDocument {
     max_length: Option<u32>,
     #[serde(default)]
     gradient_checkpointing: CheckpointingWord,
+    #[serde(default)]
+    optimizer: OptimizerWord,
 }
 
 impl From<&Hyperparameters> for RecipeDocument {
@@ -553,8 +563,10 @@ impl From<&Hyperparameters> for RecipeDocument {
             eval_steps,
             max_length,
             gradient_checkpointing,
+            optimizer,
         } = recipe.clone();
-        let (schedule, gradient_checkpointing) = (schedule.into(), gradient_checkpointing.into());
+        let (schedule, gradient_checkpointing, optimizer) =
+            (schedule.into(), gradient_checkpointing.into(), optimizer.into());
         Self {
             learning_rate,
             epochs,
@@ -574,6 +586,7 @@ impl From<&Hyperparameters> for RecipeDocument {
             eval_steps,
             max_length,
             gradient_checkpointing,
+            optimizer,
         }
     }
 }
@@ -599,8 +612,10 @@ impl From<RecipeDocument> for Hyperparameters {
             eval_steps,
             max_length,
             gradient_checkpointing,
+            optimizer,
         } = document;
-        let (schedule, gradient_checkpointing) = (schedule.into(), gradient_checkpointing.into());
+        let (schedule, gradient_checkpointing, optimizer) =
+            (schedule.into(), gradient_checkpointing.into(), optimizer.into());
         Self {
             learning_rate,
             epochs,
@@ -620,6 +635,7 @@ impl From<RecipeDocument> for Hyperparameters {
             eval_steps,
             max_length,
             gradient_checkpointing,
+            optimizer,
         }
     }
 }
@@ -668,6 +684,8 @@ enum EventBody {
         #[serde(flatten)]
         memory: MemoryDocument,
         gradient_checkpointing: bool,
+        #[serde(default)]
+        paged_optimizer: u64,
     },
     MemoryPeak(MemoryDocument),
     Message(String),
@@ -748,8 +766,8 @@ impl From<&JobEvent> for EventBody {
                 measured: metrics.into(),
             },
             JobEvent::Evaluated { step, loss, metrics } => Self::Evaluated { step, loss, measured: metrics.into() },
-            JobEvent::MemoryPlan(MemoryPlan { memory, gradient_checkpointing }) => {
-                Self::MemoryPlan { memory: memory.into(), gradient_checkpointing }
+            JobEvent::MemoryPlan(MemoryPlan { memory, gradient_checkpointing, paged_optimizer }) => {
+                Self::MemoryPlan { memory: memory.into(), gradient_checkpointing, paged_optimizer }
             }
             JobEvent::MemoryPeak(memory) => Self::MemoryPeak(memory.into()),
             JobEvent::Message(text) => Self::Message(text),
@@ -785,8 +803,8 @@ impl TryFrom<EventBody> for JobEvent {
                 metrics: measured.into(),
             },
             EventBody::Evaluated { step, loss, measured } => Self::Evaluated { step, loss, metrics: measured.into() },
-            EventBody::MemoryPlan { memory, gradient_checkpointing } => {
-                Self::MemoryPlan(MemoryPlan { memory: memory.into(), gradient_checkpointing })
+            EventBody::MemoryPlan { memory, gradient_checkpointing, paged_optimizer } => {
+                Self::MemoryPlan(MemoryPlan { memory: memory.into(), gradient_checkpointing, paged_optimizer })
             }
             EventBody::MemoryPeak(memory) => Self::MemoryPeak(memory.into()),
             EventBody::Message(text) => Self::Message(text),

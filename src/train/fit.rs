@@ -2,6 +2,7 @@
 //! knows of jobs, stores or text, and the same inputs give the same adapter to the bit.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -41,6 +42,8 @@ pub struct FitInputs<'a> {
     pub recipe: &'a Hyperparameters,
     /// What it may hold, as [`plan`](crate::train::plan::plan) has found for these examples.
     pub plan: MemoryPlan,
+    /// As long as the plan's `paged_optimizer`, and nothing but zeros; unused where that is 0.
+    pub optimizer_file: Option<&'a File>,
     /// Whom it asks for compute.
     pub arbiter: &'a Arc<Arbiter>,
     /// By which it is told to end.
@@ -207,13 +210,20 @@ impl<'a> Run<'a> {
     fn new(inputs: FitInputs<'a>) -> Result<Self> {
         let recipe = inputs.recipe;
         let schedule = Schedule::new(recipe, inputs.train.len());
+        let file = match (inputs.plan.paged_optimizer, inputs.optimizer_file) {
+            (0, _) => None,
+            (_, Some(file)) => Some(file.try_clone().map_err(Error::internal)?),
+            (_, None) => {
+                return Err(Error::internal("the plan has the optimizer's state in a file, and there is none"));
+            }
+        };
         Ok(Self {
             inputs,
             schedule,
             batches: schedule.batches(recipe, inputs.train.len()),
             train: objective(inputs.objective, inputs.train)?,
             validation: objective(inputs.objective, inputs.validation)?,
-            optimizer: AdamW::new(recipe.into(), inputs.start.tensors().map(<[f32]>::len)),
+            optimizer: AdamW::new(recipe.into(), inputs.start.tensors().map(<[f32]>::len), file),
             workspace: Workspace::with_room(inputs.plan.memory.activations),
             adapter: inputs.start.clone(),
             gradients: inputs.start.zeros_like(),
@@ -337,7 +347,7 @@ impl<'a> Run<'a> {
         clip(self.gradients.tensors_mut(), grad_norm, self.inputs.recipe.max_grad_norm);
         let permit = self.permit();
         let tensors = self.adapter.tensors_mut().zip(self.gradients.tensors());
-        self.optimizer.step(tensors, learning_rate, &|| permit.yield_to_serving());
+        self.optimizer.step(tensors, learning_rate, &|| permit.yield_to_serving())?;
         drop(permit);
 
         let tokens: usize = batch.iter().map(|example| self.train.tokens(*example)).sum();

@@ -21,6 +21,7 @@ use crate::request::{
 use crate::store::{DatasetKind, DatasetRow, Store};
 use crate::text::Text;
 use crate::train::fit::CancelToken;
+use crate::train::optim::state_bytes;
 use crate::train::plan::{check_adapter, plan, without_passes};
 use crate::train::schedule::Schedule;
 use crate::work::{block_holding, blocking};
@@ -89,7 +90,7 @@ impl TrainingContext {
         let shape = self.model.shape();
         let (bytes, virtual_tokens) = match &spec.start {
             Start::Fresh(tuner) => {
-                self.check_tuner(tuner, spec.publish)?;
+                self.check_tuner(tuner, spec)?;
                 check_adapter(self.parameters(tuner)?, self.limits.max_training_bytes)?;
                 (tuner.memory_bytes(shape)?, VirtualForm::of(tuner).map_or(0, |(_, count)| count))
             }
@@ -116,14 +117,14 @@ impl TrainingContext {
         Ok(Checked { dataset, total_steps: schedule.total_steps })
     }
 
-    fn check_tuner(&self, tuner: &TunerSpec, publish: Publish) -> Result<()> {
+    fn check_tuner(&self, tuner: &TunerSpec, spec: &JobSpec) -> Result<()> {
         let (limits, context) = (&self.limits, self.model.context_length());
         match tuner {
             TunerSpec::Lora(lora) => check_lora(lora, limits.max_rank),
             TunerSpec::Ia3(_) => Ok(()),
-            TunerSpec::Full(full) => self.check_full(full, publish),
-            TunerSpec::Bottleneck(spec) => {
-                let in_range = (1..=limits.max_rank).contains(&u64::from(spec.size));
+            TunerSpec::Full(full) => self.check_full(full, spec.publish, &spec.hyperparameters),
+            TunerSpec::Bottleneck(bottleneck) => {
+                let in_range = (1..=limits.max_rank).contains(&u64::from(bottleneck.size));
                 let text = format!("in 1..={} (limit max_rank)", limits.max_rank);
                 rule(in_range, "bottleneck.bottleneck_size", text)
             }
@@ -190,14 +191,14 @@ impl TrainingContext {
     }
 
     /// Fails where a full fine-tuning is not allowed, takes more memory than it may, or would end in nothing.
-    fn check_full(&self, full: &FullSpec, publish: Publish) -> Result<()> {
+    fn check_full(&self, full: &FullSpec, publish: Publish, recipe: &Hyperparameters) -> Result<()> {
         if !self.allow_full_fine_tuning {
             let message = "full fine-tuning makes another model and takes memory for all of it; ask the operator to start the server with \
                            --allow-full-fine-tuning, or train an adapter";
             return Err(Error::precondition("FULL_FINE_TUNING_NOT_ALLOWED", "full", message));
         }
         let (values, most) = (self.model.trained_values(full)?, self.limits.max_full_fine_tuning_bytes);
-        let memory = without_passes(values);
+        let memory = without_passes(values, state_bytes(recipe.optimizer, [values]).all);
         if memory.total() > most {
             let TrainingMemory { adapter, gradients, optimizer, .. } = memory;
             let message = format!(

@@ -1,5 +1,5 @@
-//! The memory of a training, known before its first step: what it will hold at the most, and which of its passes compute layers again in
-//! place of keeping them, so that it stays within the limit `max_training_bytes`.
+//! The memory of a training, known before its first step: what it will hold at the most, which of its passes compute layers again in
+//! place of keeping them, and whether the optimizer's state lies in a file, so that it stays within the limit `max_training_bytes`.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use crate::model::Model;
 use crate::model::traced::{Dropout, ForwardOptions, PassSize};
 use crate::request::{self, GradientCheckpointing, Hyperparameters, MemoryPlan, TrainingMemory};
 use crate::train::objective::{Objective, objective};
-use crate::train::optim::AdamW;
+use crate::train::optim::{StateBytes, state_bytes};
 use crate::train::passes::{pass_size, passes, products};
 use crate::train::schedule::Schedule;
 
@@ -29,28 +29,65 @@ pub fn plan(
     recipe: &Hyperparameters,
     max_bytes: u64,
 ) -> Result<MemoryPlan> {
-    let mut memory = without_passes(start.parameters());
+    let StateBytes { all, paged } = state_bytes(recipe.optimizer, start.tensors().map(<[f32]>::len));
+    let run = Run::new(&*objective(of, train)?, &*objective(of, validation)?, recipe, start.virtual_count());
+    let setting = recipe.gradient_checkpointing;
+    // A file takes time at each step, and so comes last.
+    let in_memory = plan_passes(model, start, &run, setting, without_passes(start.parameters(), all), max_bytes);
+    if in_memory.fits || paged >= all {
+        return in_memory.plan_or_refuse(setting, max_bytes);
+    }
+    let in_file = plan_passes(model, start, &run, setting, without_passes(start.parameters(), paged), max_bytes);
+    let plan = in_file.plan_or_refuse(setting, max_bytes)?;
+    Ok(MemoryPlan { paged_optimizer: all, ..plan })
+}
+
+/// What a run's passes add to what it holds anyway.
+struct PlannedPasses {
+    memory: TrainingMemory,
+    gradient_checkpointing: bool,
+    /// Tokens of the largest pass.
+    tokens: usize,
+    fits: bool,
+}
+
+impl PlannedPasses {
+    fn plan_or_refuse(self, setting: GradientCheckpointing, max_bytes: u64) -> Result<MemoryPlan> {
+        let Self { memory, gradient_checkpointing, tokens, fits } = self;
+        if !fits {
+            return Err(too_large(memory, tokens, setting, max_bytes));
+        }
+        Ok(MemoryPlan { memory, gradient_checkpointing, paged_optimizer: 0 })
+    }
+}
+
+fn plan_passes(
+    model: &Model,
+    start: &Adapter,
+    run: &Run,
+    setting: GradientCheckpointing,
+    mut memory: TrainingMemory,
+    max_bytes: u64,
+) -> PlannedPasses {
     let room = max_bytes.saturating_sub(memory.total());
     let (adapter, products) = (Some(start), products(start));
     let options = ForwardOptions { adapter, products, dropout: dropout(start), ..ForwardOptions::default() };
-    let run = Run::new(&*objective(of, train)?, &*objective(of, validation)?, recipe, start.virtual_count());
-    let mut checkpointing = false;
-    let mut largest = 0;
-    for size in run.scored {
-        memory.activations = memory.activations.max(model.score_bytes(size, options));
+    let mut gradient_checkpointing = false;
+    let mut tokens = 0;
+    for size in &run.scored {
+        memory.activations = memory.activations.max(model.score_bytes(*size, options));
     }
-    for size in run.trained {
-        let recompute_layers = recompute_layers(model, size, options, recipe.gradient_checkpointing, room);
-        let bytes = model.trace_bytes(size, ForwardOptions { recompute_layers, ..options });
-        checkpointing |= recompute_layers.is_some();
+    for size in &run.trained {
+        let recompute_layers = recompute_layers(model, *size, options, setting, room);
+        let bytes = model.trace_bytes(*size, ForwardOptions { recompute_layers, ..options });
+        gradient_checkpointing |= recompute_layers.is_some();
         if bytes > memory.activations {
-            (memory.activations, largest) = (bytes, size.tokens);
+            (memory.activations, tokens) = (bytes, size.tokens);
         }
     }
-    if memory.activations > room {
-        return Err(too_large(memory, largest, recipe.gradient_checkpointing, max_bytes));
-    }
-    Ok(MemoryPlan { memory, gradient_checkpointing: checkpointing })
+    // Also where nothing is left for passes that take nothing.
+    let fits = memory.total() <= max_bytes;
+    PlannedPasses { memory, gradient_checkpointing, tokens, fits }
 }
 
 /// Fails where an adapter of so many values cannot be trained within `max_bytes`, whatever it is trained on.
@@ -58,22 +95,18 @@ pub fn plan(
 /// # Errors
 /// EXHAUSTED.
 pub fn check_adapter(parameters: usize, max_bytes: u64) -> Result<()> {
-    let memory = without_passes(parameters);
+    // The optimizer's state may lie in a file.
+    let memory = without_passes(parameters, 0);
     if memory.total() <= max_bytes {
         return Ok(());
     }
     Err(too_large(memory, 0, GradientCheckpointing::Auto, max_bytes))
 }
 
-/// Returns what there is of so many values that are trained, whatever the passes are.
-pub(super) fn without_passes(parameters: usize) -> TrainingMemory {
+/// Returns what there is of so many values that are trained, with so many bytes of the optimizer's, whatever the passes are.
+pub(super) fn without_passes(parameters: usize, optimizer: u64) -> TrainingMemory {
     let values = (parameters * size_of::<f32>()) as u64;
-    TrainingMemory {
-        adapter: COPIES * values,
-        gradients: values,
-        optimizer: AdamW::bytes_of(parameters),
-        activations: 0,
-    }
+    TrainingMemory { adapter: COPIES * values, gradients: values, optimizer, activations: 0 }
 }
 
 /// The layers of which a pass keeps one input and computes the rest again, by the recipe's setting: of the ways that it leaves open the first

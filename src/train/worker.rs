@@ -1,5 +1,6 @@
 //! Runs queued jobs one after another: claims one, trains it while it is not cancelled, publishes the result, writes how it ended.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -101,7 +102,7 @@ async fn train_and_publish(
     let result = match saved_result(inner, job, control).await {
         Ok(Some(result)) => result,
         Ok(None) => match prepare(inner, tenant, job, control).await {
-            Ok(prepared) => train(inner, job, prepared, control.clone(), adapter_of).await?,
+            Ok(ready) => train(inner, job, ready, control.clone(), adapter_of).await?,
             Err(error) if error.passes_by_itself() => return Ok(not_begun(&job.name, &error)),
             Err(error) => return Err(error),
         },
@@ -133,12 +134,12 @@ async fn train_and_keep(
         Ok(false) => {}
         Err(error) => return Ok(not_begun(&job.name, &error)),
     }
-    let prepared = match prepare(inner, tenant, job, control).await {
-        Ok(prepared) => prepared,
+    let ready = match prepare(inner, tenant, job, control).await {
+        Ok(ready) => ready,
         Err(error) if error.passes_by_itself() => return Ok(not_begun(&job.name, &error)),
         Err(error) => return Err(error),
     };
-    let outcome = train(inner, job, prepared, control.clone(), |_, _, outcome| Ok(outcome)).await?;
+    let outcome = train(inner, job, ready, control.clone(), |_, _, outcome| Ok(outcome)).await?;
     if let Some(why) = outcome.diverged {
         return Err(Error::precondition(DIVERGED, "the training run", format!("{why}; its model was not kept")));
     }
@@ -156,12 +157,29 @@ async fn train_and_keep(
     Ok(Publication::Kept)
 }
 
-async fn prepare(inner: &Inner, tenant: &Tenant, job: &JobRow, control: &Arc<CancelToken>) -> Result<Prepared> {
+/// A job at its first step.
+struct Ready {
+    prepared: Prepared,
+    optimizer_file: Option<File>,
+}
+
+async fn prepare(inner: &Inner, tenant: &Tenant, job: &JobRow, control: &Arc<CancelToken>) -> Result<Ready> {
     inner.context.check_disk(&job.spec)?;
     let prepared = inner.context.prepare(tenant, &job.spec, control.clone()).await?;
+    let file = optimizer_file(inner, prepared.plan.paged_optimizer)?;
     inner.report_data(&job.name, prepared.data, prepared.total_steps).await;
     inner.report(&job.name, JobEvent::MemoryPlan(prepared.plan)).await;
-    Ok(prepared)
+    Ok(Ready { prepared, optimizer_file: file })
+}
+
+/// A file without a name for what the plan does not keep in memory, so that nothing is left of it however the process ends; none for 0 bytes.
+fn optimizer_file(inner: &Inner, bytes: u64) -> Result<Option<File>> {
+    if bytes == 0 {
+        return Ok(None);
+    }
+    let TrainingContext { store, limits, .. } = &inner.context;
+    store.blobs().check_free(limits.min_free_disk_bytes.saturating_add(bytes))?;
+    store.blobs().scratch_of(bytes).map(Some)
 }
 
 /// Nothing is wrong with the job, and nothing has been trained.
@@ -184,7 +202,7 @@ async fn saved_result(inner: &Inner, job: &JobRow, control: &CancelToken) -> Res
 async fn train<T: Send + 'static>(
     inner: &Arc<Inner>,
     job: &JobRow,
-    mut prepared: Prepared,
+    Ready { mut prepared, optimizer_file }: Ready,
     control: Arc<CancelToken>,
     make: impl FnOnce(&Inner, &Prepared, FitOutcome) -> Result<T> + Send + 'static,
 ) -> Result<T> {
@@ -206,6 +224,7 @@ async fn train<T: Send + 'static>(
             objective: spec.objective,
             recipe: &spec.hyperparameters,
             plan: prepared.plan,
+            optimizer_file: optimizer_file.as_ref(),
             arbiter: &context.arbiter,
             control: &control,
         };

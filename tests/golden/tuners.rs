@@ -136,6 +136,7 @@ async fn an_nf4_base_serves_trains_and_passes_the_gate() {
         objective: Objective::Sft,
         recipe: &recipe,
         plan,
+        optimizer_file: None,
         arbiter: &tenora::device::Arbiter::new(0.5),
         control: &tenora::train::fit::CancelToken::default(),
     };

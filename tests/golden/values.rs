@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use tenora::adapter::peft::{CONFIG_FILE, Package, TENSORS_FILE};
-use tenora::request::{GradientCheckpointing, Hyperparameters, LrSchedule};
+use tenora::request::{GradientCheckpointing, Hyperparameters, LrSchedule, Optimizer};
 
 /// An adapter's folder.
 pub fn package(folder: &Path) -> Package {
@@ -42,5 +42,6 @@ pub fn recipe(recipe: &Value, steps: usize, batch: usize) -> Hyperparameters {
         eval_steps: None,
         max_length: None,
         gradient_checkpointing: GradientCheckpointing::Auto,
+        optimizer: Optimizer::AdamW,
     }
 }

@@ -374,6 +374,7 @@ async fn jobs_from_before_adapters_had_kinds_keep_their_recipe_and_events_and_go
         eval_steps: Some(2),
         max_length: Some(64),
         gradient_checkpointing: GradientCheckpointing::Unspecified.into(),
+        optimizer: Optimizer::Unspecified.into(),
     };
     assert_eq!(first.hyperparameters, Some(recipe));
     assert_eq!((sft.records, sft.validation_records, sft.step, sft.live), (6, 2, 3, true));

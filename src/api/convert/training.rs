@@ -11,8 +11,8 @@ use crate::ids::{AdapterName, Digest, TenantId, VersionName};
 use crate::request::metric::{ACCURACIES, MARGINS};
 use crate::request::{
     BottleneckSpec, FullSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState,
-    LinearLayers, LoraInit, LoraSpec, LrSchedule, MemoryPlan, NonLinearity, Objective, Placement, PrefixSpec,
-    PromptSpec, Publish, Start, Target, TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit,
+    LinearLayers, LoraInit, LoraSpec, LrSchedule, MemoryPlan, NonLinearity, Objective, Optimizer, Placement,
+    PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit,
 };
 use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
@@ -226,6 +226,10 @@ fn hyperparameters(message: pb::Hyperparameters, learning_rate: f64) -> Result<H
     };
     let checkpointing = known("gradient_checkpointing", message.gradient_checkpointing)
         .map_err(|e| at("hyperparameters.gradient_checkpointing", e))?;
+    let optimizer = match known("optimizer", message.optimizer).map_err(|e| at("hyperparameters.optimizer", e))? {
+        pb::Optimizer::Unspecified | pb::Optimizer::Adamw => Optimizer::AdamW,
+        pb::Optimizer::Adamw8bit => Optimizer::AdamW8Bit,
+    };
     Ok(Hyperparameters {
         learning_rate: message.learning_rate.unwrap_or(learning_rate),
         epochs: message.epochs.unwrap_or(3),
@@ -249,6 +253,7 @@ fn hyperparameters(message: pb::Hyperparameters, learning_rate: f64) -> Result<H
             pb::GradientCheckpointing::On => GradientCheckpointing::On,
             pb::GradientCheckpointing::Off => GradientCheckpointing::Off,
         },
+        optimizer,
     })
 }
 
@@ -277,7 +282,7 @@ pub fn validated(spec: &JobSpec, Validated { total_steps, data, plan }: Validate
 }
 
 fn memory_plan(plan: MemoryPlan) -> pb::MemoryPlan {
-    let MemoryPlan { memory, gradient_checkpointing } = plan;
+    let MemoryPlan { memory, gradient_checkpointing, paged_optimizer } = plan;
     let TrainingMemory { adapter, gradients, optimizer, activations } = memory;
     pb::MemoryPlan {
         adapter_bytes: adapter,
@@ -286,6 +291,7 @@ fn memory_plan(plan: MemoryPlan) -> pb::MemoryPlan {
         activation_bytes: activations,
         total_bytes: memory.total(),
         gradient_checkpointing,
+        paged_optimizer_bytes: paged_optimizer,
     }
 }
 
@@ -403,6 +409,11 @@ fn hyperparameter_message(values: &Hyperparameters) -> pb::Hyperparameters {
         GradientCheckpointing::On => pb::GradientCheckpointing::On,
         GradientCheckpointing::Off => pb::GradientCheckpointing::Off,
     };
+    let optimizer = match values.optimizer {
+        // As above.
+        Optimizer::AdamW => pb::Optimizer::Unspecified,
+        Optimizer::AdamW8Bit => pb::Optimizer::Adamw8bit,
+    };
     pb::Hyperparameters {
         learning_rate: Some(values.learning_rate),
         epochs: Some(values.epochs),
@@ -422,6 +433,7 @@ fn hyperparameter_message(values: &Hyperparameters) -> pb::Hyperparameters {
         eval_steps: values.eval_steps,
         max_length: values.max_length,
         gradient_checkpointing: checkpointing.into(),
+        optimizer: optimizer.into(),
     }
 }
 
@@ -525,7 +537,8 @@ mod tests {
         let start = Some(pb::train_request::Start::Lora(lora));
         let too_long = pb::TooLong::Truncate.into();
         let gradient_checkpointing = pb::GradientCheckpointing::On.into();
-        let hyperparameters = Some(pb::Hyperparameters { gradient_checkpointing, ..Default::default() });
+        let optimizer = pb::Optimizer::Adamw8bit.into();
+        let hyperparameters = Some(pb::Hyperparameters { gradient_checkpointing, optimizer, ..Default::default() });
         let request = pb::TrainRequest { start, too_long, hyperparameters, ..request() };
         let spec = job_spec(&request, None).unwrap();
         assert!(matches!(&spec.start, Start::Fresh(TunerSpec::Lora(lora)) if lora.layers == Some(vec![0, 2])

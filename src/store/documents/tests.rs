@@ -38,6 +38,7 @@ fn recipe() -> Hyperparameters {
         eval_steps: Some(1),
         max_length: Some(64),
         gradient_checkpointing: GradientCheckpointing::Auto,
+        optimizer: Optimizer::AdamW,
     }
 }
 
@@ -139,7 +140,7 @@ fn what_is_written_reads_back_and_says_its_version() {
         assert_eq!((read_spec(&text).unwrap(), v(&text)), (spec, VERSION.into()));
     }
     let memory = TrainingMemory { adapter: 3, gradients: 1, optimizer: 2, activations: 70 };
-    let planned = JobEvent::MemoryPlan(MemoryPlan { memory, gradient_checkpointing: true });
+    let planned = JobEvent::MemoryPlan(MemoryPlan { memory, gradient_checkpointing: true, paged_optimizer: 5 });
     for event in events().into_iter().chain([planned, JobEvent::MemoryPeak(memory)]) {
         let text = write_event(&event).unwrap();
         assert_eq!((read_event(&text).unwrap(), v(&text)), (event, VERSION.into()));
@@ -162,6 +163,11 @@ fn every_word_reads_back() {
     for init in [LoraInit::Default, LoraInit::Gaussian, LoraInit::Pissa, LoraInit::Olora] {
         let [spec, _] = specs();
         let spec = JobSpec { start: Start::Fresh(LoraSpec { init, ..LoraSpec::default() }.into()), ..spec };
+        assert_eq!(read_spec(&write_spec(&spec).unwrap()).unwrap(), spec);
+    }
+    for optimizer in [Optimizer::AdamW, Optimizer::AdamW8Bit] {
+        let [spec, _] = specs();
+        let spec = JobSpec { hyperparameters: Hyperparameters { optimizer, ..recipe() }, ..spec };
         assert_eq!(read_spec(&write_spec(&spec).unwrap()).unwrap(), spec);
     }
     use GradientCheckpointing::{Auto, Off, On};

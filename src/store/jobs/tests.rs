@@ -2,7 +2,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::ids::{DatasetName, Digest};
-use crate::request::{GradientCheckpointing, Hyperparameters, LrSchedule, Objective, Publish, TooLong, TunerSpec};
+use crate::request::{
+    GradientCheckpointing, Hyperparameters, LrSchedule, Objective, Optimizer, Publish, TooLong, TunerSpec,
+};
 use crate::store::{DatasetKind, NewDataset, Retention};
 
 fn tenant(id: &str) -> TenantId {
@@ -29,6 +31,7 @@ fn job(tenant: &TenantId, id: &str) -> NewJob {
         eval_steps: None,
         max_length: None,
         gradient_checkpointing: GradientCheckpointing::Auto,
+        optimizer: Optimizer::AdamW,
     };
     let spec = JobSpec {
         adapter: AdapterName::new(tenant, "a").unwrap(),

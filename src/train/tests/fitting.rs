@@ -12,7 +12,8 @@ use crate::model::Model;
 use crate::request::metric::*;
 use crate::request::{
     BottleneckSpec, FullSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, LinearLayers, LoraInit,
-    LoraSpec, MemoryPlan, Objective, Placement, PrefixSpec, PromptSpec, Target, TrainingMemory, TunerSpec, VirtualInit,
+    LoraSpec, MemoryPlan, Objective, Optimizer, Placement, PrefixSpec, PromptSpec, Target, TrainingMemory, TunerSpec,
+    VirtualInit,
 };
 use crate::store::DatasetKind;
 use crate::text::Text;
@@ -75,6 +76,9 @@ impl Bench {
     /// The events also of a run that fails.
     fn observed(&self, run: &Run<'_>) -> (Result<FitOutcome>, Vec<JobEvent>) {
         let (control, none) = (CancelToken::default(), run.validation_or_none());
+        let plan = run.plan(&self.model, &none).unwrap();
+        let file = (plan.paged_optimizer > 0).then(|| tempfile::tempfile().unwrap());
+        file.iter().for_each(|file| file.set_len(plan.paged_optimizer).unwrap());
         let inputs = FitInputs {
             model: &self.model,
             start: run.start,
@@ -83,7 +87,8 @@ impl Bench {
             validation: &none,
             objective: run.objective,
             recipe: &run.recipe,
-            plan: run.plan(&self.model, &none).unwrap(),
+            plan,
+            optimizer_file: file.as_ref(),
             arbiter: &self.arbiter,
             control: &control,
         };
@@ -509,6 +514,39 @@ fn checkpointing_changes_no_bit_and_is_chosen_where_memory_is_short() {
         assert_eq!(again.adapter, trained.adapter);
         let refused = run(Off, kept.memory.total() / 4).unwrap_err().to_string();
         assert!(refused.contains("max_training_bytes") && refused.contains("gradient_checkpointing"), "{refused}");
+    }
+}
+
+/// The largest tensor's moments are the least that memory must have room for.
+#[test]
+fn a_state_in_a_file_changes_no_bit_and_is_chosen_where_memory_is_short() {
+    let bench = Bench::new();
+    let train = bench.chats(6);
+    for (start, optimizer) in starts(&bench)
+        .iter()
+        .flat_map(|start| [Optimizer::AdamW, Optimizer::AdamW8Bit].map(|optimizer| (start, optimizer)))
+    {
+        if start.tensors().count() == 1 {
+            continue;
+        }
+        let run = |max_bytes| {
+            let recipe = Hyperparameters { optimizer, epochs: 2, ..recipe() };
+            let run = Run { max_bytes, ..Run::new(start, &train, recipe) };
+            let planned = run.plan(&bench.model, &run.validation_or_none());
+            planned.map(|planned| (planned, bench.fit(&run).unwrap()))
+        };
+        let least = |max_bytes| run(max_bytes).map(|(planned, _)| planned.memory.total());
+        let (kept, (trained, events)) = run(u64::MAX).unwrap();
+        assert_eq!(kept.paged_optimizer, 0);
+        // Layers are computed again before a file is made.
+        let checkpointed = least(kept.memory.total() - 1).unwrap();
+        let (paged, (again, same)) = run(checkpointed - 1).unwrap();
+        assert_eq!(paged.paged_optimizer, kept.memory.optimizer, "{:?}", start.spec);
+        assert!(paged.memory.total() < checkpointed && paged.memory.optimizer < kept.memory.optimizer);
+        assert_eq!((&again.adapter, curve(&same)), (&trained.adapter, curve(&events)));
+        assert_eq!(peak(&same).optimizer, paged.memory.optimizer);
+        let refused = run(1000).unwrap_err().to_string();
+        assert!(refused.contains("max_training_bytes"), "{refused}");
     }
 }
 

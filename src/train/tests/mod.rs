@@ -3,7 +3,7 @@
 mod fitting;
 mod jobs;
 
-use crate::request::{GradientCheckpointing, Hyperparameters, LoraSpec, LrSchedule};
+use crate::request::{GradientCheckpointing, Hyperparameters, LoraSpec, LrSchedule, Optimizer};
 
 /// A plain recipe: sequential, no warm-up, constant rate.
 pub fn recipe() -> Hyperparameters {
@@ -26,6 +26,7 @@ pub fn recipe() -> Hyperparameters {
         eval_steps: None,
         max_length: None,
         gradient_checkpointing: GradientCheckpointing::Auto,
+        optimizer: Optimizer::AdamW,
     }
 }
 
