@@ -8,9 +8,9 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// Bytes that must have come since it went back last.
 const STEP: u64 = 32 << 20;
 
-/// Bytes from which on a piece of memory is the system's own, and goes back when it is freed. The C library raises its figure (128 KiB) to the size
-/// of each such piece, up to 32 MiB, and then keeps pieces that large: a training on one long record held half as much again.
-const LARGE: libc::c_int = 1 << 20;
+/// Bytes from which on a piece of memory is the system's own, and goes back when it is freed. That is the C library's own figure, which it would raise
+/// to the size of each such piece, up to 32 MiB, and then keep pieces that large: a training on one long record held half as much again.
+const LARGE: libc::c_int = 128 << 10;
 
 /// Begins to do so, in a thread of its own, until the process ends.
 pub fn give_memory_back() {

@@ -118,8 +118,9 @@ pub(super) fn recompute_layers(
     setting: GradientCheckpointing,
     room: u64,
 ) -> Option<usize> {
-    // As many as there are such inputs, so that both together are fewest (Chen et al. 2016).
-    let fewest = Some(model.config().layers.len().isqrt());
+    // Parts of so many layers, one fewer, and so on: the least that is enough, so that what is held is least (Chen et al. 2016, whose parts are equal).
+    let layers = model.config().layers.len();
+    let fewest = (1..=layers).find(|most| most * (most + 1) / 2 >= layers);
     let ways: &[Option<usize>] = match setting {
         GradientCheckpointing::Auto => &[None, Some(1), fewest],
         GradientCheckpointing::On => &[fewest],

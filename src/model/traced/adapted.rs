@@ -96,19 +96,22 @@ impl Scope<'_> {
         dx: Option<&mut [f32]>,
         gradients: &mut Adapter,
     ) {
+        let onward = self.delta_backward(site, x, dy, gradients);
+        if let Some(dx) = dx {
+            self.input_backward(site, dy, onward, dx);
+        }
+        self.yield_to_serving();
+    }
+
+    /// The first half of [`Scope::linear_backward`], after which the input is needed no more: the gradients of the adapter's tensors.
+    pub(super) fn delta_backward(&self, site: SiteId, x: &[f32], dy: &[f32], gradients: &mut Adapter) -> Onward<'_> {
         let matrix = self.weight(site);
         let Adapter { sites, copies, .. } = gradients;
         match (self.adapted(site), sites.get_mut(&self.model.site(site))) {
             (Some(SiteDelta::LowRank(pair)), Some(SiteDelta::LowRank(gradient))) => {
-                let own;
-                let d = match &mut gradient.magnitude {
-                    Some(dm) => {
-                        own = self.magnitude_backward(site, pair, x, dy, dm);
-                        &own
-                    }
-                    None => dy,
-                };
-                self.pair_backward(site, pair, x, d, dx, gradient);
+                let d = gradient.magnitude.as_mut().map(|dm| self.magnitude_backward(site, pair, x, dy, dm));
+                let pairs = self.pair_backward(site, pair, x, d.as_deref().unwrap_or(dy), gradient);
+                Onward::Product { d, pairs }
             }
             (
                 Some(SiteDelta::Scaled { side: ScaledSide::Output, values }),
@@ -116,9 +119,8 @@ impl Scope<'_> {
             ) => {
                 let y = self.frozen(&mut self.copied(x), site..site + 1).swap_remove(0);
                 add_products(dl, dy, &y);
-                if let Some(dx) = dx {
-                    self.frozen_backward(matrix, &self.scaled(dy, values), dx);
-                }
+                drop(y);
+                Onward::Product { d: Some(self.scaled(dy, values)), pairs: Vec::new() }
             }
             (
                 Some(SiteDelta::Scaled { side: ScaledSide::Input, values }),
@@ -127,31 +129,50 @@ impl Scope<'_> {
                 let mut d = self.zeros(x.len());
                 self.frozen_backward(matrix, dy, &mut d);
                 add_products(dl, &d, x);
-                if let Some(dx) = dx {
-                    multiply(&mut d, values);
-                    add(dx, &d);
-                }
+                Onward::Scaled { d, by: values }
             }
             (Some(SiteDelta::Bottleneck(bottleneck)), Some(SiteDelta::Bottleneck(gradient))) => {
                 let u = self.frozen(&mut self.copied(x), site..site + 1).swap_remove(0);
                 let du = self.bottleneck_backward(bottleneck, &u, dy, gradient);
-                if let Some(dx) = dx {
-                    self.frozen_backward(matrix, &du, dx);
-                }
+                Onward::Product { d: Some(du), pairs: Vec::new() }
             }
             _ => {
-                if let Some(dx) = dx {
-                    self.frozen_backward(matrix, dy, dx);
-                }
                 if let Some(dw) = copies.get_mut(&Slot::Matrix(site)) {
                     self.copy_backward(matrix, x, dy, dw);
                 }
                 if let Some(db) = copies.get_mut(&Slot::Bias(site)) {
                     add_rows(db, dy);
                 }
+                Onward::Product { d: None, pairs: Vec::new() }
             }
         }
-        self.yield_to_serving();
+    }
+
+    /// The second half: adds the gradient of the input to `dx` `[rows, in]`.
+    pub(super) fn input_backward(&self, site: SiteId, dy: &[f32], onward: Onward<'_>, dx: &mut [f32]) {
+        let matrix = self.weight(site);
+        match onward {
+            Onward::Scaled { mut d, by } => {
+                multiply(&mut d, by);
+                add(dx, &d);
+            }
+            Onward::Product { d, pairs } => {
+                self.frozen_backward(matrix, d.as_deref().unwrap_or(dy), dx);
+                let width = matrix.cols();
+                for PairGradient { pair, shrunk, dropout } in pairs {
+                    let (dshrunk, a) = (Mat::dense(&shrunk, pair.rank), Mat::dense(&pair.a, width));
+                    match dropout {
+                        None => mul(Out { data: dx, stride: width, accumulate: true }, dshrunk, a, true),
+                        Some(dropout) => {
+                            let mut dinput = self.take(dx.len());
+                            mul(Out { data: &mut dinput, stride: width, accumulate: false }, dshrunk, a, true);
+                            dropout.apply(site, &mut dinput);
+                            add(dx, &dinput);
+                        }
+                    }
+                }
+            }
+        }
     }
 
     /// u down^T + down_bias, `[rows, size]`.
@@ -220,45 +241,31 @@ impl Scope<'_> {
         }
     }
 
-    /// The backward of a frozen layer and a pair, from the gradient of their sum.
-    fn pair_backward(
-        &self,
+    /// Adds the gradients of a pair's tensors, from the gradient of what the layer and it add up to. Gives what is left of the backward of
+    /// what is taken out of the base, and of the pair.
+    fn pair_backward<'p>(
+        &'p self,
         site: SiteId,
-        pair: &LowRank,
+        pair: &'p LowRank,
         x: &[f32],
         dy: &[f32],
-        mut dx: Option<&mut [f32]>,
         gradient: &mut LowRank,
-    ) {
-        let matrix = self.weight(site);
-        if let Some(dx) = dx.as_deref_mut() {
-            self.frozen_backward(matrix, dy, dx);
-        }
-        let LowRank { rank, scale, .. } = *pair;
+    ) -> Vec<PairGradient<'p>> {
+        let (rank, scale, matrix) = (pair.rank, pair.scale, self.weight(site));
+        let start = self.taken_out(site).map(|start| {
+            let shrunk = self.shrunk_gradient(start, -start.scale, dy);
+            PairGradient { pair: start, shrunk, dropout: None }
+        });
         let input = self.dropped(site, x);
-        if let (Some(start), Some(dx)) = (self.taken_out(site), dx.as_deref_mut()) {
-            let (dshrunk, width) = (self.shrunk_gradient(start, -start.scale, dy), matrix.cols());
-            let out = Out { data: dx, stride: width, accumulate: true };
-            mul(out, Mat::dense(&dshrunk, start.rank), Mat::dense(&start.a, width), true);
-        }
         let shrunk = self.shrink(pair, scale, &input);
         let db = Out { data: &mut gradient.b, stride: rank, accumulate: true };
         mul_tn(db, Mat::dense(dy, matrix.rows()), Mat::dense(&shrunk, rank), true);
         let dshrunk = self.shrunk_gradient(pair, scale, dy);
-        let (dshrunk, width) = (Mat::dense(&dshrunk, rank), matrix.cols());
+        let width = matrix.cols();
         let da = Out { data: &mut gradient.a, stride: width, accumulate: true };
-        mul_tn(da, dshrunk, Mat::dense(&input, width), true);
-        let Some(dx) = dx else { return };
-        let a = Mat::dense(&pair.a, width);
-        match self.dropout() {
-            None => mul(Out { data: dx, stride: width, accumulate: true }, dshrunk, a, true),
-            Some(dropout) => {
-                let mut dinput = self.take(dx.len());
-                mul(Out { data: &mut dinput, stride: width, accumulate: false }, dshrunk, a, true);
-                dropout.apply(site, &mut dinput);
-                add(dx, &dinput);
-            }
-        }
+        mul_tn(da, Mat::dense(&dshrunk, rank), Mat::dense(&input, width), true);
+        let own = PairGradient { pair, shrunk: dshrunk, dropout: self.dropout() };
+        start.into_iter().chain([own]).collect()
     }
 
     /// Multiplies each output but its bias by the magnitude over the norm of its row.
@@ -406,6 +413,22 @@ fn add_rows(sums: &mut [f32], rows: &[f32]) {
     for row in rows.chunks_exact(sums.len()) {
         sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
     }
+}
+
+/// What the gradient of a layer's input is made of, once the input itself is needed no more.
+pub(super) enum Onward<'a> {
+    /// The gradient of what the frozen product gave, where it is not that of the layer; and the pairs beside it.
+    Product { d: Option<Buffer>, pairs: Vec<PairGradient<'a>> },
+    /// The gradient of the input times these values.
+    Scaled { d: Buffer, by: &'a [f32] },
+}
+
+/// A pair and the gradient of what its A gave, `[rows, rank]`.
+pub(super) struct PairGradient<'a> {
+    pair: &'a LowRank,
+    shrunk: Buffer,
+    /// Of its input; of what is taken out of the base nothing is dropped.
+    dropout: Option<Dropout>,
 }
 
 /// The input of an adapter: the layer's, or a copy of which some is dropped.

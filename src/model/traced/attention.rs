@@ -251,9 +251,12 @@ fn macs(heads: usize, queries: usize, seen: usize, head_dim: usize) -> usize {
     5 * heads * queries * seen * head_dim
 }
 
+/// Fewest queries of a task in a long sequence: products of fewer rows are half as fast, and each task has gradients of all keys and values.
+const MIN_QUERIES: usize = 32;
+
 /// Queries of a task in a sequence of so many ids.
 fn queries_of_a_task(heads: usize, len: usize, head_dim: usize) -> usize {
-    (PIECE_MACS / 4 / macs(heads, 1, len, head_dim).max(1)).max(1)
+    (PIECE_MACS / 4 / macs(heads, 1, len, head_dim).max(1)).max(MIN_QUERIES)
 }
 
 impl Attention<'_> {

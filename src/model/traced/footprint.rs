@@ -241,9 +241,17 @@ impl<'a> Footprint<'a> {
 
     /// The backward of an adapted layer.
     fn linear_backward(&mut self, site: SiteId, wants_dx: bool) {
+        let onward = self.delta_backward(site);
+        if wants_dx {
+            self.input_backward(site);
+        }
+        self.give(onward);
+    }
+
+    /// Its first half. Gives the values that are held for the second.
+    fn delta_backward(&mut self, site: SiteId) -> usize {
         let matrix = self.weight(site);
         let (inputs, outputs) = (self.rows(matrix.cols()), self.rows(matrix.rows()));
-        let dense = if wants_dx { self.dense(matrix, self.size.tokens) } else { 0 };
         match self.adapted(site) {
             Some(SiteDelta::LowRank(pair)) => {
                 let (dropped, shrunk) = (self.dropped(matrix.cols()), self.rows(pair.rank));
@@ -258,28 +266,41 @@ impl<'a> Footprint<'a> {
                     }
                     None => 0,
                 };
-                self.pass_by(dense);
-                let dinput = if wants_dx { dropped } else { 0 };
-                self.pass_by(dropped + 2 * shrunk + dinput);
-                self.give(d);
+                let of_input = self.take(dropped + shrunk);
+                let dshrunk = self.take(shrunk);
+                self.give(of_input);
+                d + dshrunk
             }
             Some(SiteDelta::Scaled { side: ScaledSide::Output, .. }) => {
-                let y = self.take(outputs);
-                self.pass_by(inputs);
-                self.pass_by(if wants_dx { outputs + dense } else { 0 });
-                self.give(y);
+                self.pass_by(outputs + inputs);
+                self.take(outputs)
             }
             Some(SiteDelta::Scaled { side: ScaledSide::Input, .. }) => {
-                self.pass_by(inputs + self.dense(matrix, self.size.tokens));
+                let d = self.take(inputs);
+                self.pass_by(self.dense(matrix, self.size.tokens));
+                d
             }
             Some(SiteDelta::Bottleneck(bottleneck)) => {
                 let u = self.take(outputs);
                 self.pass_by(inputs);
                 self.pass_by(outputs + 3 * self.rows(bottleneck.size()));
-                self.pass_by(outputs + dense);
+                let du = self.take(outputs);
                 self.give(u);
+                du
             }
-            None => self.pass_by(dense),
+            None => 0,
+        }
+    }
+
+    /// Its second half.
+    fn input_backward(&mut self, site: SiteId) {
+        let matrix = self.weight(site);
+        match self.adapted(site) {
+            Some(SiteDelta::Scaled { side: ScaledSide::Input, .. }) => {}
+            _ => self.pass_by(self.dense(matrix, self.size.tokens)),
+        }
+        if let Some(SiteDelta::LowRank(_)) = self.adapted(site) {
+            self.pass_by(self.dropped(matrix.cols()));
         }
     }
 
@@ -443,15 +464,26 @@ impl<'a> Footprint<'a> {
             Step::Select => self.set_dx(hidden),
             Step::Output { site, merge } => {
                 let inputs = self.rows(model.matrix(*site).cols());
-                let gated = self.changes(*site) && self.is_gated(step);
+                let changes = self.changes(*site);
+                let gated = changes && self.is_gated(step);
                 let y = self.take(if gated { inputs } else { 0 });
                 let d = self.take(if matches!(merge, Merge::Add) { 0 } else { hidden });
                 if let Merge::Normed(norm) = merge {
                     self.norm_backward(*norm, hidden);
                 }
-                self.y = self.take(if wants_dx { inputs } else { 0 });
-                self.linear_backward(*site, wants_dx);
-                self.give(y + d);
+                let onward = self.delta_backward(*site);
+                if wants_dx {
+                    self.y = if changes { inputs } else { self.take(inputs) };
+                    self.input_backward(*site);
+                } else {
+                    self.give(y);
+                    self.y = 0;
+                }
+                self.give(onward + d);
+                // The input's own memory, where that was kept, holds its gradient now.
+                if changes && !gated && wants_dx {
+                    return kept - inputs;
+                }
             }
             Step::Gate { .. } => {
                 self.give(self.y);

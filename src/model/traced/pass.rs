@@ -162,11 +162,18 @@ pub(super) fn keeps(recompute_layers: Option<usize>, is_last: bool) -> bool {
     }
 }
 
-/// Cuts steps before every so many layers.
+/// Cuts steps into parts of so many layers, one fewer, and so on, at least one each: when a part's layers are computed again, the parts before it
+/// are what is still held, so that all parts come to hold the same.
 pub(super) fn parts(all: &[Step], steps: Range<usize>, layers: Option<usize>) -> Vec<Range<usize>> {
     let Some(layers) = layers else { return vec![steps] };
     let begins = |step: &usize| matches!(all[*step], Step::Project { part: Part::Attention, .. });
-    let mut cuts: Vec<usize> = steps.clone().filter(begins).step_by(layers.max(1)).collect();
+    let (mut cuts, mut lengths) = (Vec::new(), (1..=layers.max(1)).rev());
+    let mut begin = steps.clone().filter(begins);
+    while let Some(cut) = begin.next() {
+        cuts.push(cut);
+        let length = lengths.next().unwrap_or(1);
+        begin.by_ref().take(length - 1).for_each(drop);
+    }
     if cuts.first() != Some(&steps.start) {
         cuts.insert(0, steps.start);
     }
@@ -453,11 +460,15 @@ impl Backward<'_> {
                 &own
             }
         };
-        let matrix = scope.model.matrix(site);
-        let mut dy = (step > self.first).then(|| scope.zeros(self.batch.len() * matrix.cols()));
-        let y = y.as_deref().unwrap_or_default();
-        scope.linear_backward(site, y, d, dy.as_deref_mut(), self.gradients);
-        self.dy = dy;
+        let onward = scope.delta_backward(site, y.as_deref().unwrap_or_default(), d, self.gradients);
+        if step > self.first {
+            // In the memory of the input, the largest there is.
+            let mut dy = y.unwrap_or_else(|| scope.take(self.batch.len() * scope.model.matrix(site).cols()));
+            dy.fill(0.0);
+            scope.input_backward(site, d, onward, &mut dy);
+            self.dy = Some(dy);
+        }
+        scope.yield_to_serving();
         Ok(())
     }
 

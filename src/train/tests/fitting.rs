@@ -520,6 +520,7 @@ fn checkpointing_changes_no_bit_and_is_chosen_where_memory_is_short() {
 /// The largest tensor's moments are the least that memory must have room for.
 #[test]
 fn a_state_in_a_file_changes_no_bit_and_is_chosen_where_memory_is_short() {
+    use GradientCheckpointing::{Auto, On};
     let bench = Bench::new();
     let train = bench.chats(6);
     for (start, optimizer) in starts(&bench)
@@ -529,23 +530,21 @@ fn a_state_in_a_file_changes_no_bit_and_is_chosen_where_memory_is_short() {
         if start.tensors().count() == 1 {
             continue;
         }
-        let run = |max_bytes| {
-            let recipe = Hyperparameters { optimizer, epochs: 2, ..recipe() };
+        let run = |gradient_checkpointing, max_bytes| {
+            let recipe = Hyperparameters { optimizer, gradient_checkpointing, epochs: 2, ..recipe() };
             let run = Run { max_bytes, ..Run::new(start, &train, recipe) };
             let planned = run.plan(&bench.model, &run.validation_or_none());
             planned.map(|planned| (planned, bench.fit(&run).unwrap()))
         };
-        let least = |max_bytes| run(max_bytes).map(|(planned, _)| planned.memory.total());
-        let (kept, (trained, events)) = run(u64::MAX).unwrap();
-        assert_eq!(kept.paged_optimizer, 0);
-        // Layers are computed again before a file is made.
-        let checkpointed = least(kept.memory.total() - 1).unwrap();
-        let (paged, (again, same)) = run(checkpointed - 1).unwrap();
-        assert_eq!(paged.paged_optimizer, kept.memory.optimizer, "{:?}", start.spec);
-        assert!(paged.memory.total() < checkpointed && paged.memory.optimizer < kept.memory.optimizer);
+        let (kept, (trained, events)) = run(On, u64::MAX).unwrap();
+        let (paged, (again, same)) = run(On, kept.memory.total() - 1).unwrap();
+        assert_eq!([kept.paged_optimizer, paged.paged_optimizer], [0, kept.memory.optimizer], "{:?}", start.spec);
+        assert!(paged.memory.total() < kept.memory.total() && paged.memory.optimizer < kept.memory.optimizer);
         assert_eq!((&again.adapter, curve(&same)), (&trained.adapter, curve(&events)));
         assert_eq!(peak(&same).optimizer, paged.memory.optimizer);
-        let refused = run(1000).unwrap_err().to_string();
+        let (checkpointed, _) = run(Auto, kept.memory.total()).unwrap();
+        assert!(checkpointed.paged_optimizer == 0, "layers are computed again before a file is made");
+        let refused = run(Auto, 1000).unwrap_err().to_string();
         assert!(refused.contains("max_training_bytes"), "{refused}");
     }
 }
