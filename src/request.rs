@@ -803,6 +803,16 @@ impl JobState {
     }
 }
 
+/// As what a trained model is exported.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ModelFormat {
+    /// A folder of `config.json` and safetensors.
+    #[default]
+    HuggingFace,
+    /// One GGUF file.
+    Gguf,
+}
+
 /// What a job trains on, known once its records have been read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TrainingData {

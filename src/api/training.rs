@@ -130,7 +130,8 @@ impl TrainingService for Training {
         let name: JobName = convert::name("name", &request.get_ref().name)?;
         let tenant = self.0.auth.tenant_for(request.extensions(), &name.tenant).await?;
         let place = self.0.reads.take(caller_of(request.extensions())?)?;
-        let (row, files) = self.0.parts.trainer.model_files(&tenant, &name).await?;
+        let format = convert::model_format(request.get_ref().format)?;
+        let (row, files) = self.0.parts.trainer.model_files(&tenant, &name, format).await?;
         let size = export_chunk(&self.0.parts.limits);
         let part = |part| pb::ExportTrainedModelResponse { part: Some(part) };
         let parts = async_stream::try_stream! {

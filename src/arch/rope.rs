@@ -1,5 +1,6 @@
 //! The rotation of queries and keys (RoPE, Su et al. 2021), and the ways in which it is stretched to longer contexts.
 
+use crate::arch::decoder::FactorKind;
 use crate::arch::settings::{self as keys, Settings};
 use crate::arch::unsupported;
 use crate::error::Result;
@@ -58,6 +59,15 @@ impl RopeScaling {
             Self::Factors(factors) => factors.len(),
             Self::LongRope { short, long, .. } => short.len() + long.len(),
             Self::None | Self::Linear { .. } | Self::Yarn { .. } => 0,
+        }
+    }
+
+    /// Returns the factors of frequencies, by what they are for.
+    pub fn named_factors(&self) -> Vec<(FactorKind, &[f32])> {
+        match self {
+            Self::Factors(all) => vec![(FactorKind::All, all)],
+            Self::LongRope { short, long, .. } => vec![(FactorKind::Short, short), (FactorKind::Long, long)],
+            Self::None | Self::Linear { .. } | Self::Yarn { .. } => Vec::new(),
         }
     }
 

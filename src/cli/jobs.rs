@@ -15,7 +15,8 @@ use crate::api::client::{Client, proto};
   tenora jobs --tenant acme list
   tenora jobs watch tenants/acme/trainingJobs/JOB
   tenora jobs --tenant acme cancel JOB
-  tenora jobs --tenant acme export JOB ./model-folder")]
+  tenora jobs --tenant acme export JOB ./model-folder
+  tenora jobs --tenant acme export JOB ./model-folder --format gguf")]
 pub(super) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -47,18 +48,38 @@ enum Command {
         /// The job: its id, or its name in full.
         job: String,
     },
-    /// Write the model that a full fine-tuning has made as a Hugging Face folder, in float32.
+    /// Write the model that a full fine-tuning has made into a folder, in float32.
     Export {
         /// The job: its id, or its name in full.
         job: String,
         /// Made if there is none; files in it are not overwritten.
         folder: PathBuf,
+        /// As what.
+        #[arg(long, value_enum, default_value = "hf")]
+        format: Format,
     },
     /// Delete a job that has ended or is interrupted, with its events and the model it made; its version stays.
     Delete {
         /// The job: its id, or its name in full.
         job: String,
     },
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Format {
+    /// A Hugging Face folder: config.json, safetensors.
+    Hf,
+    /// One GGUF file with the base's own tokenizer, where the base is one.
+    Gguf,
+}
+
+impl From<Format> for proto::ModelFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Hf => Self::HuggingFace,
+            Format::Gguf => Self::Gguf,
+        }
+    }
 }
 
 pub(super) async fn run(args: Args) -> Result<()> {
@@ -83,8 +104,9 @@ pub(super) async fn run(args: Args) -> Result<()> {
             let request = proto::ResumeTrainingJobRequest { name: name(&job)? };
             show::one(json, &connection.client().await?.resume_training_job(request).await?)
         }
-        Command::Export { job, folder } => {
-            let request = proto::ExportTrainedModelRequest { name: name(&job)? };
+        Command::Export { job, folder, format } => {
+            let format = proto::ModelFormat::from(format).into();
+            let request = proto::ExportTrainedModelRequest { name: name(&job)?, format };
             show::one(json, &export(&connection.client().await?, request, &folder).await?)
         }
         Command::Delete { job } => {

@@ -1,6 +1,8 @@
 //! Full fine-tuning: copies of the base's tensors in float32, which are trained in their place; and what becomes of them, a Hugging Face folder
 //! or the LoRA that comes nearest to the change.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 
 use crate::adapter::{Adapter, LowRank};
@@ -9,7 +11,8 @@ use crate::device::TrainPermit;
 use crate::error::{Error, Result};
 use crate::model::{Model, initial};
 use crate::request::{FullSpec, LoraSpec, TunerSpec};
-use crate::weights::{Put, folder};
+use crate::weights::folder::Written;
+use crate::weights::{Put, floats, folder};
 
 impl Model {
     /// Returns the tensors that a full fine-tuning trains.
@@ -99,6 +102,15 @@ impl Model {
     pub fn write_folder(&self, trained: &Adapter, base: &Path, put: &mut Put<'_>) -> Result<()> {
         folder::write(&self.weights, &trained.copies, base, put)
     }
+
+    /// Writes the GGUF file that the base was read from once more, with the tensors of a folder that [`Model::write_folder`] has written, all in
+    /// float32; `tensors` is that folder's file of them.
+    ///
+    /// # Errors
+    /// NO_GGUF_FORM where the base was read from no such file; those of the files.
+    pub fn write_gguf(&self, tensors: File, base: &Path, to: &mut impl Write) -> Result<()> {
+        floats::write(&self.weights, Written::open(tensors)?, base, to)
+    }
 }
 
 fn square(values: &[f32]) -> f64 {
@@ -107,9 +119,6 @@ fn square(values: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::io::Write as _;
-
     use candle_core::Device;
 
     use super::*;

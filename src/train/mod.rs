@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
 use crate::ids::{JobName, Tenant};
-use crate::request::{JobEvent, JobSpec, JobState, MemoryPlan, Start, TrainingData};
+use crate::request::{JobEvent, JobSpec, JobState, MemoryPlan, ModelFormat, Start, TrainingData};
 use crate::store::{JobEnd, JobRow, NewJob, RequestKey, StoredEvent};
 use crate::sync::lock;
 use crate::train::fit::CancelToken;
@@ -202,11 +202,19 @@ impl Trainer {
     /// Opens the files of the model that a job has made, in the order in which they are exported.
     ///
     /// # Errors
-    /// NO_MODEL where it has made none.
-    pub async fn model_files(&self, tenant: &Tenant, job: &JobName) -> Result<(JobRow, Vec<ModelFile>)> {
+    /// NO_MODEL where it has made none, NO_GGUF_FORM, `min_free_disk_bytes`.
+    pub async fn model_files(
+        &self,
+        tenant: &Tenant,
+        job: &JobName,
+        format: ModelFormat,
+    ) -> Result<(JobRow, Vec<ModelFile>)> {
         tenant.check_owns(&job.tenant)?;
         let row = self.inner.context.store.get_job(job).await?;
-        let files = model::files(&self.inner.context.store, &row).await?;
+        let files = match format {
+            ModelFormat::HuggingFace => model::files(&self.inner.context.store, &row).await?,
+            ModelFormat::Gguf => vec![model::gguf(&self.inner.context, &row).await?],
+        };
         Ok((row, files))
     }
 

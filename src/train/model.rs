@@ -2,6 +2,7 @@
 //! that it is whole.
 
 use std::collections::BTreeMap;
+use std::io::{BufWriter, Seek as _};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -10,9 +11,14 @@ use crate::error::{Error, Result};
 use crate::store::{BlobUpload, JobRow, RESULT_MANIFEST, Store};
 use crate::train::TrainingContext;
 use crate::train::fit::FitOutcome;
+use crate::weights::folder::TENSORS;
+use crate::work::blocking;
 
 /// The newest form of the manifest that this build writes and reads.
 const VERSION: u32 = 1;
+
+/// The name of a model as one file.
+const GGUF_FILE: &str = "model.gguf";
 
 /// What the folder holds.
 #[derive(Debug, Serialize, Deserialize)]
@@ -83,6 +89,24 @@ pub(super) async fn files(store: &Store, job: &JobRow) -> Result<Vec<ModelFile>>
     };
     let open = |name: String| Ok(ModelFile { file: store.blobs().open_file(&format!("{folder}/{name}"))?, name });
     files.into_iter().map(open).collect()
+}
+
+/// Makes a GGUF file of a job's model, which has no name and is gone once it is closed.
+pub(super) async fn gguf(context: &TrainingContext, job: &JobRow) -> Result<ModelFile> {
+    let folder = files(&context.store, job).await?;
+    let tensors = folder.into_iter().find(|file| file.name == TENSORS);
+    let tensors = tensors.ok_or_else(|| Error::internal(format!("the model of {} has no tensors", job.name)))?.file;
+    let (blobs, least) = (context.store.blobs(), context.limits.min_free_disk_bytes);
+    blobs.check_free(least.saturating_add(context.model.folder_bytes()))?;
+    let (file, model, base) = (blobs.scratch()?, context.model.clone(), context.base.clone());
+    let write = move || {
+        let mut to = BufWriter::new(file);
+        model.write_gguf(tensors, &base, &mut to)?;
+        let mut file = to.into_inner().map_err(|e| Error::internal(e.error()))?;
+        file.rewind().map_err(Error::internal)?;
+        Ok(ModelFile { name: GGUF_FILE.to_owned(), file })
+    };
+    blocking(write).await
 }
 
 /// What a job has saved; `None` where that is not whole or of a later build.

@@ -23,6 +23,9 @@ const MAX_NAME_BYTES: u64 = 1 << 10;
 /// Most dimensions of a tensor.
 const MAX_DIMENSIONS: u32 = 4;
 
+/// Where tensors begin, as a file says it.
+pub(super) const ALIGNMENT_KEY: &str = "general.alignment";
+
 /// Where tensors begin when the file says nothing of it.
 pub(super) const ALIGNMENT: u64 = 32;
 
@@ -281,13 +284,13 @@ impl Header {
 }
 
 fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64> {
-    match metadata.get("general.alignment") {
+    match metadata.get(ALIGNMENT_KEY) {
         None => Ok(ALIGNMENT),
         Some(Value::Integer(value)) if (8..=MAX_ALIGNMENT as i64).contains(value) && value.count_ones() == 1 => {
             Ok(*value as u64)
         }
         Some(other) => {
-            Err(broken(format!("general.alignment is {other:?}; must be a power of two from 8 to {MAX_ALIGNMENT}")))
+            Err(broken(format!("{ALIGNMENT_KEY} is {other:?}; must be a power of two from 8 to {MAX_ALIGNMENT}")))
         }
     }
 }
@@ -480,22 +483,34 @@ pub(super) fn write_header<'t>(
     header
 }
 
+/// Returns the zeros that stand before a tensor that would begin here.
+pub(super) fn padding(at: u64) -> &'static [u8] {
+    &[0; ALIGNMENT as usize][..(at.next_multiple_of(ALIGNMENT) - at) as usize]
+}
+
 fn put_text(to: &mut Vec<u8>, text: &[u8]) {
     to.extend((text.len() as u64).to_le_bytes());
     to.extend(text);
 }
 
 impl Value {
-    /// Writes its type and itself, so that it is read as the same value.
+    /// Writes its type and itself, so that it is read as the same value: in 32 bits where it fits them, which is what other programs ask for.
     fn put(&self, to: &mut Vec<u8>) {
-        let mut number = |kind: Kind, bytes: [u8; 8]| {
+        let mut number = |kind: Kind, bytes: &[u8]| {
             to.extend(kind.number().to_le_bytes());
             to.extend(bytes);
         };
         match self {
-            Self::Integer(value) => number(Kind::Integer { bytes: 8, signed: true }, value.to_le_bytes()),
-            Self::Large => number(Kind::Integer { bytes: 8, signed: false }, u64::MAX.to_le_bytes()),
-            Self::Float(value) => number(Kind::Float { bytes: 8 }, value.to_le_bytes()),
+            Self::Integer(value) => match (u32::try_from(*value), i32::try_from(*value)) {
+                (Ok(value), _) => number(Kind::Integer { bytes: 4, signed: false }, &value.to_le_bytes()),
+                (_, Ok(value)) => number(Kind::Integer { bytes: 4, signed: true }, &value.to_le_bytes()),
+                _ => number(Kind::Integer { bytes: 8, signed: true }, &value.to_le_bytes()),
+            },
+            Self::Large => number(Kind::Integer { bytes: 8, signed: false }, &u64::MAX.to_le_bytes()),
+            Self::Float(value) if f64::from(*value as f32) == *value => {
+                number(Kind::Float { bytes: 4 }, &(*value as f32).to_le_bytes());
+            }
+            Self::Float(value) => number(Kind::Float { bytes: 8 }, &value.to_le_bytes()),
             Self::Bool(value) => {
                 to.extend(Kind::Bool.number().to_le_bytes());
                 to.push(u8::from(*value));

@@ -1,6 +1,7 @@
 //! Frozen tensors of the base, from a GGUF file or a Hugging Face folder: the values as they are, in the kernels' order and Hugging Face's order
 //! of rows.
 
+pub mod floats;
 mod gguf;
 mod header;
 mod hf;

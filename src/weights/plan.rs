@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::header::TensorInfo;
 use crate::arch::config::ModelConfig;
-use crate::arch::decoder::{Decoder, FactorKind, Site, Slot};
+use crate::arch::decoder::{Decoder, FactorKind, Slot};
 use crate::arch::{Architecture, unsupported};
 use crate::error::Error;
 use crate::kernels::format::QType;
@@ -108,7 +108,11 @@ impl Sought<'_> {
         plan.used.insert(name.clone());
         match self.fit(&name, slot, info, (rows, cols)) {
             Ok(qtype) => {
-                let (heads, info) = (self.interleaved_heads(slot), info.clone());
+                let heads = match self.form.interleaves() {
+                    true => interleaved_heads(self.architecture, self.config, self.decoder, slot),
+                    false => 0,
+                };
+                let info = info.clone();
                 plan.tensors.push(Planned { name, slot, info, qtype, rows, cols, heads });
             }
             Err(problem) => plan.problems.push(problem),
@@ -145,16 +149,20 @@ impl Sought<'_> {
         let block = qtype.block_values();
         Err(unsupported(name, format!("has rows of {cols} values; as {storage} it must be a multiple of {block}")))
     }
+}
 
-    fn interleaved_heads(&self, slot: Slot) -> usize {
-        let (Slot::Matrix(id) | Slot::Bias(id)) = slot else { return 0 };
-        let Site { target, .. } = self.decoder.sites[id].site;
-        let attention = &self.config.attention;
-        match target {
-            Target::QProj if self.architecture.interleaved && self.form.interleaves() => attention.heads,
-            Target::KProj if self.architecture.interleaved && self.form.interleaves() => attention.kv_heads,
-            _ => 0,
-        }
+/// Returns how many heads' rows GGUF holds in another order than Hugging Face; 0: the rows of both are the same.
+pub(super) fn interleaved_heads(
+    architecture: &Architecture,
+    config: &ModelConfig,
+    decoder: &Decoder,
+    slot: Slot,
+) -> usize {
+    let (Slot::Matrix(id) | Slot::Bias(id)) = slot else { return 0 };
+    match decoder.sites[id].site.target {
+        Target::QProj if architecture.interleaved => config.attention.heads,
+        Target::KProj if architecture.interleaved => config.attention.kv_heads,
+        _ => 0,
     }
 }
 

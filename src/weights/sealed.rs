@@ -19,12 +19,11 @@ use std::path::Path;
 use sha2::{Digest as _, Sha256};
 
 use super::gguf::{Gguf, naming, unreadable};
-use super::header::{ALIGNMENT, Header, TensorInfo, Value, write_header};
+use super::header::{ALIGNMENT_KEY, Header, TensorInfo, Value, padding, write_header};
 use super::plan::Form;
 use super::stream::Progress;
 use super::{Weights, hf};
-use crate::arch::decoder::{FactorKind, Slot};
-use crate::arch::rope::RopeScaling;
+use crate::arch::decoder::Slot;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::kernels::format::QType;
@@ -89,6 +88,16 @@ pub(super) fn folder_file<'m>(metadata: &'m BTreeMap<String, Value>, name: &str)
     }
 }
 
+/// Returns what a file says in GGUF's keys, without what belongs to its tensors' places or to a seal; `None` where it says it otherwise.
+pub(super) fn plain_metadata(header: Header) -> Option<BTreeMap<String, Value>> {
+    let Header { mut metadata, .. } = header;
+    if folder_file(&metadata, hf::CONFIG).is_some() {
+        return None;
+    }
+    [ALIGNMENT_KEY, FORMAT, DIGEST].iter().for_each(|key| drop(metadata.remove(*key)));
+    Some(metadata)
+}
+
 /// What a base's own files say of it, as entries of a file with a seal, and whether they are a folder's.
 fn entries(path: &Path) -> Result<(BTreeMap<String, Value>, bool)> {
     if path.is_dir() {
@@ -96,7 +105,7 @@ fn entries(path: &Path) -> Result<(BTreeMap<String, Value>, bool)> {
         return Ok((files.map(|(name, text)| (format!("{FOLDER}{name}"), Value::Text(text))).collect(), true));
     }
     let mut metadata = Header::read(&mut BufReader::new(File::open(path).map_err(unreadable)?))?.metadata;
-    metadata.remove("general.alignment");
+    metadata.remove(ALIGNMENT_KEY);
     Ok((metadata, false))
 }
 
@@ -131,8 +140,7 @@ impl Quantised {
         let described = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.dims(), tensor.qtype()));
         file.write_all(&write_header(&self.metadata, described))?;
         for (_, tensor) in &tensors {
-            let padding = file.at.next_multiple_of(ALIGNMENT) - file.at;
-            file.write_all(&[0; ALIGNMENT as usize][..padding as usize])?;
+            file.write_all(padding(file.at))?;
             file.write_all(&tensor.bytes())?;
         }
         let Sealing { inner, hasher, .. } = file;
@@ -149,13 +157,7 @@ impl Quantised {
         });
         let norms = norms.iter().enumerate().map(|(id, norm)| (Slot::Norm(id), Tensor::Floats(norm)));
         let head = head.iter().map(|head| (Slot::Head, Tensor::Matrix(head)));
-        let factors: Vec<(FactorKind, &Vec<f32>)> = match config.ropes.first().map(|rope| &rope.scaling) {
-            Some(RopeScaling::Factors(all)) => vec![(FactorKind::All, all)],
-            Some(RopeScaling::LongRope { short, long, .. }) => {
-                vec![(FactorKind::Short, short), (FactorKind::Long, long)]
-            }
-            _ => Vec::new(),
-        };
+        let factors = config.ropes.first().map(|rope| rope.scaling.named_factors()).unwrap_or_default();
         let factors = factors.into_iter().map(|(kind, factors)| (Slot::Factors(kind), Tensor::Floats(factors)));
         let all = [(Slot::Embedding, Tensor::Matrix(embedding))].into_iter().chain(head).chain(linears);
         let form = Gguf::Sealed { of_folder: self.of_folder };

@@ -233,7 +233,7 @@ async fn of_a_job(caller: Caller, what: u8) {
         }
         1 => drop(client.cancel_training_job(CancelTrainingJobRequest { name }).await),
         2 => drop(client.resume_training_job(ResumeTrainingJobRequest { name }).await),
-        3 => drop(client.export_trained_model(ExportTrainedModelRequest { name }).await),
+        3 => drop(client.export_trained_model(ExportTrainedModelRequest { name, ..Default::default() }).await),
         _ => drop(client.delete_training_job(DeleteTrainingJobRequest { name }).await),
     }
 }

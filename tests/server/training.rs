@@ -552,7 +552,7 @@ async fn a_full_fine_tuning_is_exported_or_becomes_a_lora_near_to_it() {
     assert!(taken[5].loss < taken[0].loss, "{taken:?}");
     assert!(kept.has_model && kept.adapter_version.is_empty() && live_at_the_end(&events).is_none());
     let folder = tempfile::tempdir().unwrap();
-    let export = ExportTrainedModelRequest { name: kept.name.clone() };
+    let export = ExportTrainedModelRequest { name: kept.name.clone(), ..Default::default() };
     let mut parts = training.export_trained_model(export.clone()).await.unwrap().into_inner();
     let first = parts.message().await.unwrap().unwrap().part;
     assert_eq!(first, Some(export_trained_model_response::Part::Job(kept.clone())));
@@ -565,6 +565,11 @@ async fn a_full_fine_tuning_is_exported_or_becomes_a_lora_near_to_it() {
     let trained = tenora::weights::Weights::from_folder(folder.path()).unwrap();
     assert_eq!(trained.config.vocab_size, server.model.vocab_size());
 
+    // Which this server's base is not.
+    let gguf = ExportTrainedModelRequest { format: ModelFormat::Gguf.into(), ..export.clone() };
+    let refused = training.export_trained_model(gguf).await.unwrap_err();
+    assert_eq!((refused.code(), reason(&refused).as_str()), (Code::FailedPrecondition, "NO_GGUF_FORM"));
+
     // Every rank of the tiny model's layers: nothing of the change is left out.
     let (_, made) = run(&mut training, TrainRequest { start: of(Some(64)), ..request.clone() }).await;
     assert!(!made.has_model && made.adapter_version == format!("{ADAPTER}/versions/1"));
@@ -573,7 +578,10 @@ async fn a_full_fine_tuning_is_exported_or_becomes_a_lora_near_to_it() {
         server.adapters(&key).await.list_adapter_versions(request).await.unwrap().into_inner().versions.remove(0);
     assert!(version.metrics["extracted_share"] > 0.999, "{version:?}");
     assert_eq!(version.kind, "lora");
-    let none = training.export_trained_model(ExportTrainedModelRequest { name: made.name.clone() }).await.unwrap_err();
+    let none = training
+        .export_trained_model(ExportTrainedModelRequest { name: made.name.clone(), ..Default::default() })
+        .await
+        .unwrap_err();
     assert_eq!((none.code(), reason(&none).as_str()), (Code::FailedPrecondition, "NO_MODEL"));
 
     let other = server.tenant("b").await;

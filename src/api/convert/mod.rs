@@ -17,7 +17,7 @@ pub use generation::{generate_spec, response_of, score_response, score_spec, tok
 pub use pages::List;
 pub use pairs::UploadEncoding;
 pub use rows::*;
-pub use training::{event, job, job_spec, train_key, validated};
+pub use training::{event, job, job_spec, model_format, train_key, validated};
 
 use crate::api::proto as pb;
 use crate::error::{Error, Result};

@@ -11,8 +11,9 @@ use crate::ids::{AdapterName, Digest, TenantId, VersionName};
 use crate::request::metric::{ACCURACIES, MARGINS};
 use crate::request::{
     BottleneckSpec, FullSpec, GradientCheckpointing, Hyperparameters, Ia3Spec, JobEvent, JobSpec, JobState,
-    LinearLayers, LoraInit, LoraSpec, LrSchedule, MemoryPlan, NonLinearity, Objective, Optimizer, Placement,
-    PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData, TrainingMemory, TunerSpec, VirtualInit,
+    LinearLayers, LoraInit, LoraSpec, LrSchedule, MemoryPlan, ModelFormat, NonLinearity, Objective, Optimizer,
+    Placement, PrefixSpec, PromptSpec, Publish, Start, Target, TooLong, TrainingData, TrainingMemory, TunerSpec,
+    VirtualInit,
 };
 use crate::store::{JobRow, RequestKey, StoredEvent};
 use crate::train::Validated;
@@ -435,6 +436,14 @@ fn hyperparameter_message(values: &Hyperparameters) -> pb::Hyperparameters {
         gradient_checkpointing: checkpointing.into(),
         optimizer: optimizer.into(),
     }
+}
+
+/// As what a model is exported.
+pub fn model_format(format: i32) -> Result<ModelFormat> {
+    Ok(match known("format", format)? {
+        pb::ModelFormat::Unspecified | pb::ModelFormat::HuggingFace => ModelFormat::HuggingFace,
+        pb::ModelFormat::Gguf => ModelFormat::Gguf,
+    })
 }
 
 fn state(state: JobState) -> pb::JobState {

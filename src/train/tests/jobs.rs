@@ -17,8 +17,8 @@ use crate::ids::{AdapterName, AdapterRef, DatasetName, JobName, Tenant};
 use crate::memory::Memory;
 use crate::model::Model;
 use crate::request::{
-    AdapterKind, FullSpec, Hyperparameters, JobEvent, JobSpec, JobState, LinearLayers, LoraInit, LoraSpec, Objective,
-    ParityReport, Publish, Start, TooLong, TrainingData,
+    AdapterKind, FullSpec, Hyperparameters, JobEvent, JobSpec, JobState, LinearLayers, LoraInit, LoraSpec, ModelFormat,
+    Objective, ParityReport, Publish, Start, TooLong, TrainingData,
 };
 use crate::store::{DatasetKind, JobRow, NewJob, Options, Page, RESULT_MANIFEST, RequestKey, Store, StoredEvent};
 use crate::train::tests::{lora, recipe};
@@ -809,13 +809,14 @@ async fn a_trained_model_stays_with_its_job_over_a_crash_and_goes_with_it() {
     // Before the job's end was written: it is interrupted, and resuming trains nothing again.
     let bench = bench.after_a_crash("UPDATE jobs SET state = 'RUNNING', result = tenant || '/jobs/' || job").await;
     bench.interrupted(&job).await;
-    let (none, before) = (bench.trainer.model_files(&bench.tenant, &job).await, events.len() as u64);
+    let (none, before) =
+        (bench.trainer.model_files(&bench.tenant, &job, ModelFormat::HuggingFace).await, events.len() as u64);
     assert!(matches!(none, Err(Error::Precondition { reason: "NO_MODEL", .. })), "{none:?}");
     bench.trainer.resume(&bench.tenant, &job).await.unwrap();
     let events = bench.events(&job, before).await;
     assert_eq!((last_state(&events), steps(&events)), (JobState::Succeeded, 0), "{events:?}");
 
-    let (row, files) = bench.trainer.model_files(&bench.tenant, &job).await.unwrap();
+    let (row, files) = bench.trainer.model_files(&bench.tenant, &job, ModelFormat::HuggingFace).await.unwrap();
     assert!(row.has_model());
     let folder = tempfile::tempdir().unwrap();
     for mut file in files {

@@ -5,12 +5,15 @@
 //! what is written is read back, and must say the same: settings that have no words here are refused.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::safetensors::read_header;
 use super::settings::{HfConfig, object};
-use super::{CONFIG, HuggingFace, TENSORS, TEXT, TOKENIZER, Weights, read_file, rope};
+use super::{CONFIG, HuggingFace, TEXT, TOKENIZER, Weights, read_file, rope};
 use crate::arch::Architecture;
 use crate::arch::config::ModelConfig;
 use crate::arch::decoder::Slot;
@@ -18,7 +21,11 @@ use crate::arch::rope::{RopeConfig, RopeScaling};
 use crate::error::{Error, Result};
 use crate::kernels::spec::Activation;
 use crate::request::Target;
+use crate::weights::gguf::unreadable;
+use crate::weights::header::TensorInfo;
 use crate::weights::plan::Form as _;
+
+pub use super::TENSORS;
 
 /// Takes a file's name and more of its bytes. The pieces of a file come one after the other.
 pub type Put<'a> = dyn FnMut(&str, Vec<u8>) -> Result<()> + 'a;
@@ -73,13 +80,56 @@ pub fn write(weights: &Weights, copies: &BTreeMap<Slot, Vec<f32>>, base: &Path, 
                 &own
             }
         };
-        let norm = matches!(slot, Slot::Norm(_)) && architecture(weights)?.adds_one_to_norms;
-        let less = if norm { 1.0 } else { 0.0 };
+        let less = added_to_norms(weights, *slot)?;
         for piece in values.chunks(PIECE) {
             put(TENSORS, piece.iter().flat_map(|x| (x - less).to_le_bytes()).collect())?;
         }
     }
     Ok(())
+}
+
+/// A folder's file of tensors, to be read again.
+#[derive(Debug)]
+pub struct Written {
+    file: File,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl Written {
+    /// Reads which tensors there are.
+    ///
+    /// # Errors
+    /// BASE_UNREADABLE where the file is damaged.
+    pub fn open(mut file: File) -> Result<Self> {
+        let (tensors, _) = read_header(&mut file, 0, TENSORS)?;
+        Ok(Self { file, tensors })
+    }
+
+    /// Reads a tensor's values, as [`Weights::values`] gives them.
+    ///
+    /// # Errors
+    /// Those of the file; an internal one where it is another base's.
+    pub fn values(&mut self, weights: &Weights, slot: Slot) -> Result<Vec<f32>> {
+        let name = names(weights).tensor_name(slot, &weights.decoder);
+        let info = name.and_then(|name| self.tensors.get(&name));
+        let fits =
+            |info: &&TensorInfo| info.bytes as usize == weights.dims(slot).iter().product::<usize>() * size_of::<f32>();
+        let info =
+            info.filter(fits).ok_or_else(|| Error::internal(format!("{TENSORS} has not the tensor {slot:?}")))?;
+        let mut bytes = vec![0; info.bytes as usize];
+        self.file
+            .seek(SeekFrom::Start(info.start))
+            .and_then(|_| self.file.read_exact(&mut bytes))
+            .map_err(unreadable)?;
+        let more = added_to_norms(weights, slot)?;
+        Ok(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes) + more).collect())
+    }
+}
+
+/// What the values of a norm are above those in the folder.
+fn added_to_norms(weights: &Weights, slot: Slot) -> Result<f32> {
+    let norm = matches!(slot, Slot::Norm(_)) && architecture(weights)?.adds_one_to_norms;
+    Ok(if norm { 1.0 } else { 0.0 })
 }
 
 /// Returns `config.json`.
@@ -245,14 +295,19 @@ fn say_rotation(c: &ModelConfig, say: &mut impl FnMut(&str, Value)) {
     }
 }
 
-/// The tensors by transformers' names.
-fn named(weights: &Weights) -> impl Iterator<Item = (Slot, String)> + '_ {
-    let form = HuggingFace {
+/// Transformers' names.
+fn names(weights: &Weights) -> HuggingFace {
+    HuggingFace {
         root: "model.",
         head: "lm_head.weight",
         post_norms: weights.config.post_norms,
         ties_head: weights.head.is_none(),
-    };
+    }
+}
+
+/// The tensors by transformers' names.
+fn named(weights: &Weights) -> impl Iterator<Item = (Slot, String)> + '_ {
+    let form = names(weights);
     weights.slots().filter_map(move |slot| Some((slot, form.tensor_name(slot, &weights.decoder)?)))
 }
 
@@ -282,7 +337,7 @@ fn note(weights: &Weights) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::testing::File;
+    use crate::weights::testing::File as Tiny;
 
     /// Writes a base to a folder.
     fn written(weights: &Weights, copies: &BTreeMap<Slot, Vec<f32>>, base: &Path) -> tempfile::TempDir {
@@ -299,7 +354,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_as_it_was_with_the_copies_in_place() {
-        let (weights, _) = Weights::from_bytes(&File::tiny().bytes()).unwrap();
+        let (weights, _) = Weights::from_bytes(&Tiny::tiny().bytes()).unwrap();
         let moved = |slot: Slot| (slot, weights.values(slot).iter().map(|x| x + 0.25).collect::<Vec<f32>>());
         let copies: BTreeMap<_, _> = [Slot::Embedding, Slot::Matrix(1), Slot::Norm(0)].map(moved).into();
         let dir = written(&weights, &copies, Path::new("base.gguf"));
@@ -320,7 +375,7 @@ mod tests {
 
     #[test]
     fn settings_without_words_are_refused() {
-        let (mut weights, _) = Weights::from_bytes(&File::tiny().bytes()).unwrap();
+        let (mut weights, _) = Weights::from_bytes(&Tiny::tiny().bytes()).unwrap();
         weights.config.embedding_scale = 3.0;
         let refused = config(&weights, Path::new("base.gguf")).unwrap_err().to_string();
         assert!(refused.contains("extract_rank"), "{refused}");

@@ -35,7 +35,8 @@ use settings::object;
 
 /// The names of the files.
 pub(super) const CONFIG: &str = "config.json";
-const TENSORS: &str = "model.safetensors";
+/// The file of a folder's tensors, where there is one.
+pub const TENSORS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// What is said of the text; those that are there are part of the digest.
