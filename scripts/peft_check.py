@@ -70,6 +70,9 @@ TAKEN = {
     "pissa_niter_16": (lora(8, 8, ["q_proj", "v_proj"], init_lora_weights="pissa_niter_16"), 0.02, 0.02),
     "olora": (lora(16, 16, init_lora_weights="olora"), 0.01, 0.01),
     "dora": (lora(8, 16, use_dora=True), 0.02, 0),
+    "lora_bias": (lora(8, 16, lora_bias=True), 0.02, 0),
+    # The default base has no biases to train.
+    "no_bias": (lora(8, 16, ["q_proj"], bias="lora_only"), 0.02, 0),
     "ia3": (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), 0.1, 0),
     "prompt_tuning": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20), 0.1, 0),
     "prefix_tuning": (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), 0.1, 0),
@@ -83,8 +86,6 @@ MOVED = "lora_B", "lora_magnitude_vector", "ia3_l", "prompt_encoder"
 ONLY_CONVERTED = ["pissa_niter_16"]
 
 REFUSED = {
-    "bias": lora(modules=["q_proj"], bias="lora_only"),
-    "lora_bias": lora(modules=["q_proj"], lora_bias=True),
     "whole_head": lora(modules=["q_proj"], modules_to_save=["lm_head"]),
     "token_rows": lora(modules=["q_proj"], trainable_token_indices=[1, 2]),
     "replicated_layers": lora(modules=["q_proj"], layer_replication=[[0, 4], [2, 6]]),

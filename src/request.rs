@@ -603,6 +603,8 @@ pub struct LoraSpec {
     pub use_rslora: bool,
     /// Gives each row a magnitude of its own (DoRA).
     pub use_dora: bool,
+    /// Gives each pair a bias, which is added to B A x.
+    pub lora_bias: bool,
     /// What a fresh pair is; of one that is there already, nothing.
     pub init: LoraInit,
 }
@@ -638,6 +640,7 @@ impl Default for LoraSpec {
             layers: None,
             use_rslora: false,
             use_dora: false,
+            lora_bias: false,
             init: LoraInit::Default,
         }
     }

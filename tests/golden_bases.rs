@@ -3,6 +3,7 @@
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test fails by them")]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use common::TestServer;
 use futures::StreamExt as _;
 use serde_json::Value;
 use tenora::adapter::peft::{CONFIG_FILE, Package, SizeLimits, TENSORS_FILE};
-use tenora::adapter::{Adapter, PackedAdapter, RowNorms};
+use tenora::adapter::{Adapter, PackedAdapter};
 use tenora::api::proto::{ExportAdapterRequest, export_adapter_response};
 use tenora::data::Examples;
 use tenora::device::Arbiter;
@@ -54,8 +55,9 @@ struct Base {
     folder: PathBuf,
 }
 
-/// A sequence with the log-probabilities of its tokens.
+/// A sequence with the log-probabilities of its tokens, on the base or with an adapter.
 struct Scored {
+    adapter: Option<String>,
     ids: Vec<u32>,
     logprobs: Vec<f64>,
 }
@@ -83,23 +85,33 @@ impl Base {
             .unwrap_or_else(|e| panic!("{}: {e}", self.folder.display()))
     }
 
-    /// (whether with the adapter, sequence).
-    fn scored(&self) -> Vec<(bool, Scored)> {
-        let of = |adapted: bool| {
-            let entries = self.values[if adapted { "adapter" } else { "base" }].as_array().expect("a list");
-            entries
-                .iter()
-                .map(move |entry| (adapted, Scored { ids: ids(&entry["ids"]), logprobs: floats(&entry["logprobs"]) }))
+    /// Of the adapter, and of others that some bases have.
+    fn adapters(&self) -> impl Iterator<Item = (&str, &Value)> {
+        let others = self.values.get("others").and_then(Value::as_object).into_iter().flatten();
+        std::iter::once(("adapter", &self.values["adapter"])).chain(others.map(|(name, list)| (name.as_str(), list)))
+    }
+
+    /// On the base, and with each adapter.
+    fn scored(&self) -> Vec<Scored> {
+        let of = |(adapter, list): (Option<&str>, &Value)| {
+            let adapter = adapter.map(str::to_owned);
+            let entries = list.as_array().expect("a list").clone().into_iter();
+            entries.map(move |entry| Scored {
+                adapter: adapter.clone(),
+                ids: ids(&entry["ids"]),
+                logprobs: floats(&entry["logprobs"]),
+            })
         };
-        of(false).chain(of(true)).collect()
+        let adapted = self.adapters().map(|(name, list)| (Some(name), list));
+        std::iter::once((None, &self.values["base"])).chain(adapted).flat_map(of).collect()
     }
 
     /// The largest difference on the float32 path.
     fn float_difference(&self) -> f64 {
-        let adapter = self.adapter("adapter");
-        let differences = self.scored().into_iter().flat_map(|(adapted, scored)| {
+        let differences = self.scored().into_iter().flat_map(|scored| {
             let wanted: Vec<_> = (0..scored.ids.len() - 1).map(|i| (0, i)).collect();
-            let adapter = adapted.then_some(&adapter);
+            let adapter = scored.adapter.as_ref().map(|name| self.adapter(name));
+            let adapter = adapter.as_ref();
             let exact = ForwardOptions { adapter, products: Products::Exact, ..ForwardOptions::default() };
             let logprobs = self.model.token_logprobs(&[&scored.ids], &wanted, exact).expect("scores");
             differences(&logprobs, &scored.logprobs)
@@ -110,14 +122,17 @@ impl Base {
     /// The mean difference on the serving path, where the sequences are served together, in chunks; each must be, to the bit, what it is
     /// alone and whole.
     fn serving_difference(&self) -> f64 {
-        let adapter = Arc::new(
-            PackedAdapter::new(&self.adapter("adapter"), self.model.shape(), &RowNorms::new()).expect("it fits"),
-        );
+        let packed = |(name, _): (&str, &Value)| {
+            let adapter = self.adapter(name);
+            let norms = self.model.row_norms(&adapter, None);
+            (name.to_owned(), Arc::new(PackedAdapter::new(&adapter, self.model.shape(), &norms).expect("it fits")))
+        };
+        let adapters: Packed = self.adapters().map(packed).collect();
         let scored = self.scored();
         let (mut sum, mut count) = (0.0, 0);
-        let together = self.served(&scored, &adapter, 13);
+        let together = self.served(&scored, &adapters, 13);
         for (one, together) in scored.into_iter().zip(together) {
-            let [alone] = &self.served(&[one], &adapter, usize::MAX)[..] else { panic!("one") };
+            let [alone] = &self.served(&[one], &adapters, usize::MAX)[..] else { panic!("one") };
             assert!(
                 alone.0.iter().zip(&together.0).all(|(a, b)| a.to_bits() == b.to_bits()),
                 "{}: bits depend on the batch",
@@ -130,13 +145,8 @@ impl Base {
     }
 
     /// Of each sequence its logits, the log-probabilities of its tokens, and the golden ones.
-    fn served(
-        &self,
-        scored: &[(bool, Scored)],
-        adapter: &Arc<PackedAdapter>,
-        chunk: usize,
-    ) -> Vec<(Vec<f32>, Vec<f32>, Vec<f64>)> {
-        let longest = scored.iter().map(|(_, scored)| scored.ids.len()).max().expect("sequences");
+    fn served(&self, scored: &[Scored], adapters: &Packed, chunk: usize) -> Vec<(Vec<f32>, Vec<f32>, Vec<f64>)> {
+        let longest = scored.iter().map(|scored| scored.ids.len()).max().expect("sequences");
         let of_each = longest.div_ceil(16);
         let layout = KvLayout { block_tokens: 16, blocks: of_each * scored.len(), dtype: KvDtype::F16 };
         let mut exec = self.model.executor(layout).expect("an executor");
@@ -144,13 +154,13 @@ impl Base {
             (0..scored.len()).map(|i| (0..of_each).map(|b| (b * scored.len() + i) as u32).collect()).collect();
         let mut logits: Vec<Vec<f32>> = vec![Vec::new(); scored.len()];
         for start in (0..longest).step_by(chunk.min(longest)) {
-            let living: Vec<usize> = (0..scored.len()).filter(|i| scored[*i].1.ids.len() > start).collect();
+            let living: Vec<usize> = (0..scored.len()).filter(|i| scored[*i].ids.len() > start).collect();
             let spans: Vec<_> = living
                 .iter()
                 .map(|&i| {
-                    let (adapted, Scored { ids, .. }) = &scored[i];
+                    let Scored { adapter, ids, .. } = &scored[i];
                     let ids = &ids[start..ids.len().min(start.saturating_add(chunk))];
-                    let adapter = adapted.then_some(adapter);
+                    let adapter = adapter.as_ref().map(|name| &adapters[name]);
                     SequenceChunk { ids, start, blocks: &tables[i], adapter, logits: Readout::All }
                 })
                 .collect();
@@ -162,7 +172,7 @@ impl Base {
                 at += len;
             }
         }
-        let of = |(logits, (_, scored)): (Vec<f32>, &(bool, Scored))| {
+        let of = |(logits, scored): (Vec<f32>, &Scored)| {
             let rows = logits.chunks_exact(self.model.vocab_size()).zip(&scored.ids[1..]);
             let logprobs = rows.map(|(row, id)| (f64::from(row[*id as usize]) - log_sum_exp(row)) as f32).collect();
             (logits, logprobs, scored.logprobs.clone())
@@ -262,30 +272,36 @@ fn real_bases_give_the_golden_values() {
     }
 }
 
+/// As they are served, by name.
+type Packed = BTreeMap<String, Arc<PackedAdapter>>;
+
 /// Every adapter passes the gate over the wire, and what is exported is what was imported.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_adapter_is_imported_and_exported() {
     for folder in folders() {
         let base = Base::load(&folder);
-        let name = folder.display();
         let server = TestServer::start_on((base.model.clone(), base.text.clone()), |_| {}).await;
         let key = server.tenant("golden").await;
-        let package = base.package("adapter");
-        let version = server.import(&key, "golden", "a", &package).await;
-        let version = version.unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!(version.digest, package.digest().expect("a digest").to_string(), "{name}");
-        let request = ExportAdapterRequest { name: version.name };
-        let mut stream = server.adapters(&key).await.export_adapter(request).await.expect("an export").into_inner();
-        let mut exported = Package::default();
-        while let Some(message) = stream.next().await {
-            let Some(export_adapter_response::Part::Chunk(chunk)) = message.expect("a message").part else { continue };
-            match chunk.filename.as_str() {
-                CONFIG_FILE => exported.config.extend(chunk.data),
-                TENSORS_FILE => exported.tensors.extend(chunk.data),
-                _ => {}
+        for (name, _) in base.adapters() {
+            let package = base.package(name);
+            let version = server.import(&key, "golden", "a", &package).await;
+            let version = version.unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(version.digest, package.digest().expect("a digest").to_string(), "{name}");
+            let request = ExportAdapterRequest { name: version.name };
+            let mut stream = server.adapters(&key).await.export_adapter(request).await.expect("an export").into_inner();
+            let mut exported = Package::default();
+            while let Some(message) = stream.next().await {
+                let Some(export_adapter_response::Part::Chunk(chunk)) = message.expect("a message").part else {
+                    continue;
+                };
+                match chunk.filename.as_str() {
+                    CONFIG_FILE => exported.config.extend(chunk.data),
+                    TENSORS_FILE => exported.tensors.extend(chunk.data),
+                    _ => {}
+                }
             }
+            assert_eq!(exported.digest().expect("a digest"), package.digest().expect("a digest"), "{name}");
         }
-        assert_eq!(exported.digest().expect("a digest"), package.digest().expect("a digest"), "{name}");
         server.stopped().await;
     }
 }

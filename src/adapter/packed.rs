@@ -6,6 +6,7 @@
 //!   vector for each value of the rank;
 //! - the scale in float32, to be applied to what A gives: folded into a tensor it would be rounded with it;
 //! - what (IA)3 multiplies with, or DoRA ([`Scales`]), in float32;
+//! - what is added to what comes out ([`Bias`]), in float32;
 //! - of a bottleneck adapter down as A, up as B, and their biases in float32.
 //!
 //! Virtual tokens lie behind the layers, in float32.
@@ -16,6 +17,7 @@
 //! Rounding is to nearest, ties to even. What is not finite stays so and what overflows becomes infinite: no broken number looks good.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -71,6 +73,26 @@ pub(super) enum ScaledPart {
     Product,
 }
 
+/// What is added to what comes out of a linear layer y = W x + b, `[out]`, element by element.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Bias<'a> {
+    /// Beside b.
+    Beside(&'a [f32]),
+    /// In the place of b.
+    Instead(&'a [f32]),
+}
+
+/// Which of [`Bias`] a place has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BiasPart {
+    Beside,
+    Instead,
+}
+
+impl BiasPart {
+    pub(super) const ALL: [Self; 2] = [Self::Beside, Self::Instead];
+}
+
 impl From<ScaledSide> for ScaledPart {
     fn from(side: ScaledSide) -> Self {
         match side {
@@ -106,6 +128,7 @@ pub(super) struct Place {
     a: Range<usize>,
     b: Range<usize>,
     pub(super) scaled: Option<(ScaledPart, Range<usize>)>,
+    pub(super) bias: Option<(BiasPart, Range<usize>)>,
     /// The pair is down and up, and these are their biases.
     pub(super) bottleneck: Option<(NonLinearity, [Range<usize>; 2])>,
 }
@@ -116,24 +139,31 @@ pub(super) struct Layout {
     pub(super) rank: usize,
     pub(super) scale: f32,
     pub(super) scaled: Option<ScaledPart>,
+    pub(super) bias: Option<BiasPart>,
     /// The pair is down and up, on what the layer gives.
     pub(super) bottleneck: Option<NonLinearity>,
 }
 
 impl Layout {
-    /// Of A and B, and a magnitude.
-    pub(super) fn pair(rank: usize, scale: f32, magnitude: bool) -> Self {
-        Self { rank, scale, scaled: magnitude.then_some(ScaledPart::Product), bottleneck: None }
+    /// Of A and B, a magnitude and a bias.
+    pub(super) fn pair(rank: usize, scale: f32, magnitude: bool, bias: bool) -> Self {
+        let (scaled, bias) = (magnitude.then_some(ScaledPart::Product), bias.then_some(BiasPart::Beside));
+        Self { rank, scale, scaled, bias, bottleneck: None }
     }
 
     /// Of what (IA)3 multiplies with.
     pub(super) fn scales(side: ScaledSide) -> Self {
-        Self { rank: 0, scale: 0.0, scaled: Some(side.into()), bottleneck: None }
+        Self { rank: 0, scale: 0.0, scaled: Some(side.into()), bias: None, bottleneck: None }
     }
 
     /// Of a bottleneck adapter.
     pub(super) fn bottleneck(size: usize, non_linearity: NonLinearity) -> Self {
-        Self { rank: size, scale: 1.0, scaled: None, bottleneck: Some(non_linearity) }
+        Self { rank: size, scale: 1.0, scaled: None, bias: None, bottleneck: Some(non_linearity) }
+    }
+
+    /// Of nothing but a bias of its own.
+    fn bias() -> Self {
+        Self { rank: 0, scale: 0.0, scaled: None, bias: Some(BiasPart::Instead), bottleneck: None }
     }
 
     /// The inputs and outputs of the pair, at a layer of (in, out).
@@ -144,8 +174,8 @@ impl Layout {
     /// Of a layer in a form of so many times its rank.
     fn of(delta: &SiteDelta, times: usize) -> Self {
         match delta {
-            SiteDelta::LowRank(LowRank { rank, scale, magnitude, .. }) => {
-                Self::pair(times * rank, *scale, magnitude.is_some())
+            SiteDelta::LowRank(LowRank { rank, scale, magnitude, bias, .. }) => {
+                Self::pair(times * rank, *scale, magnitude.is_some(), bias.is_some())
             }
             SiteDelta::Scaled { side, .. } => Self::scales(*side),
             SiteDelta::Bottleneck(bottleneck) => Self::bottleneck(bottleneck.size(), bottleneck.non_linearity),
@@ -178,12 +208,25 @@ impl Values {
     }
 }
 
-/// Lengths of A, of B, of the scales and of a bottleneck's biases of a layer as they are packed.
-fn lengths(layout: Layout, dims: (usize, usize)) -> [usize; 5] {
+/// What lies at sites that have biases in the place of the base's beside what else there is.
+pub(super) fn with_biases(
+    layouts: impl IntoIterator<Item = (Site, Layout)>,
+    biases: impl IntoIterator<Item = Site>,
+) -> BTreeMap<Site, Layout> {
+    let mut all: BTreeMap<Site, Layout> = layouts.into_iter().collect();
+    for site in biases {
+        all.entry(site).or_insert_with(Layout::bias).bias = Some(BiasPart::Instead);
+    }
+    all
+}
+
+/// Lengths of A, of B, of the scales, of a bottleneck's biases and of the layer's own of a layer as they are packed.
+fn lengths(layout: Layout, dims: (usize, usize)) -> [usize; 6] {
     let (inputs, outputs) = layout.pair_dims(dims);
     let scales = layout.scaled.map_or(0, |part| part.len(dims) * VALUES_OF_A_FLOAT);
     let biases = layout.bottleneck.map_or([0; 2], |_| [layout.rank, outputs].map(|len| len * VALUES_OF_A_FLOAT));
-    [inputs * layout.rank, outputs.next_multiple_of(OUT_TILE) * layout.rank, scales, biases[0], biases[1]]
+    let bias = layout.bias.map_or(0, |_| outputs * VALUES_OF_A_FLOAT);
+    [inputs * layout.rank, outputs.next_multiple_of(OUT_TILE) * layout.rank, scales, biases[0], biases[1], bias]
 }
 
 /// Values of two bytes that a float32 takes.
@@ -216,10 +259,13 @@ fn layer_bytes(layout: Layout, dims: (usize, usize)) -> u64 {
 
 /// Bytes that an adapter takes in a form of so many times its rank.
 fn form_bytes(adapter: &Adapter, shape: &BaseShape, times: usize) -> u64 {
-    let of_site = |(site, delta): (&Site, &SiteDelta)| {
-        layer_bytes(Layout::of(delta, times), shape.dims(site.target).unwrap_or_default())
-    };
-    adapter.sites.iter().map(of_site).sum::<u64>() + virtual_bytes(virtual_shape(adapter), shape)
+    adapter_bytes(layouts(adapter, shape, times), virtual_shape(adapter), shape)
+}
+
+/// What lies at each site of an adapter in a form of so many times its rank.
+fn layouts(adapter: &Adapter, shape: &BaseShape, times: usize) -> BTreeMap<Site, Layout> {
+    let layouts = adapter.sites.iter().map(|(site, delta)| (*site, Layout::of(delta, times)));
+    with_biases(layouts, adapter.biases(shape).map(|(site, _)| site))
 }
 
 /// The form of an adapter's virtual tokens, and their number.
@@ -244,15 +290,20 @@ impl PackedAdapter {
         times: usize,
         form: impl Fn(&LowRank) -> Cow<'_, LowRank>,
     ) -> Result<Self> {
-        if !adapter.copies.is_empty() {
+        if adapter.biases(shape).count() < adapter.copies.len() {
             return Err(Error::internal("copies of the base's tensors are another model, which is not served"));
         }
-        let layers = adapter.sites.iter().map(|(site, delta)| (*site, Layout::of(delta, times)));
-        let (places, virtual_place, len) = place(layers, virtual_shape(adapter), shape).map_err(misfit)?;
+        let layers = layouts(adapter, shape, times);
+        let (places, virtual_place, len) = place(layers.into_iter(), virtual_shape(adapter), shape).map_err(misfit)?;
         let mut values = Values::zeros(len);
         if let (Some(tokens), Some(place)) = (&adapter.virtual_tokens, &virtual_place) {
             put_floats(&tokens.folded(), place.range.clone(), values.get_mut())
                 .ok_or_else(|| Error::internal("virtual tokens do not fit the base"))?;
+        }
+        let bias_place = |site: Site| Some(places.get(shape.index(site)?)?.as_ref()?.bias.clone()?.1);
+        for (site, bias) in added_biases(adapter, shape) {
+            let range = bias_place(site).ok_or_else(|| misfit(site))?;
+            put_floats(&bias, range, values.get_mut()).ok_or_else(|| misfit(site))?;
         }
         for (site, delta) in &adapter.sites {
             let place = shape.index(*site).and_then(|at| places.get(at)?.as_ref());
@@ -277,7 +328,7 @@ impl PackedAdapter {
     pub(super) fn of(places: Vec<Option<Place>>, virtual_tokens: Option<VirtualPlace>, values: Values) -> Self {
         let pairs = places.iter().flatten().filter(|place| place.bottleneck.is_none());
         let rank = pairs.map(|place| place.rank).max().unwrap_or_default();
-        let changes = |place: &Place| place.scaled.is_some() || place.bottleneck.is_some();
+        let changes = |place: &Place| place.scaled.is_some() || place.bias.is_some() || place.bottleneck.is_some();
         let changes_rows = places.iter().flatten().any(changes);
         Self { places: places.into(), values: Arc::new(values), rank, changes_rows, virtual_tokens }
     }
@@ -342,7 +393,17 @@ impl PackedAdapter {
         })
     }
 
-    /// Returns whether it does anything anywhere but to add a product: multiplies, or puts a bottleneck behind a layer.
+    /// What is to be added to what comes out at the site of this number; `None` where nothing is.
+    pub fn bias(&self, site: SiteId) -> Option<Bias<'_>> {
+        let (part, range) = self.places.get(site)?.as_ref()?.bias.clone()?;
+        let bias = bytemuck::cast_slice(&self.values.get()[range]);
+        Some(match part {
+            BiasPart::Beside => Bias::Beside(bias),
+            BiasPart::Instead => Bias::Instead(bias),
+        })
+    }
+
+    /// Returns whether it does anything anywhere but to add a product: multiplies, adds a bias, or puts a bottleneck behind a layer.
     pub fn changes_rows(&self) -> bool {
         self.changes_rows
     }
@@ -415,7 +476,7 @@ pub(super) fn place(
     let (mut places, mut end) = (Vec::new(), 0);
     for (site, layout) in layers {
         let (Some(at), Some(dims)) = (shape.index(site), shape.dims(site.target)) else { return Err(site) };
-        let [a, b, scales, down_bias, up_bias] = lengths(layout, dims).map(|len| {
+        let [a, b, scales, down_bias, up_bias, of_layer] = lengths(layout, dims).map(|len| {
             let start = end;
             end += len.next_multiple_of(ALIGN);
             start..start + len
@@ -423,10 +484,10 @@ pub(super) fn place(
         if places.len() <= at {
             places.resize(at + 1, None);
         }
-        let Layout { rank, scale, scaled, bottleneck } = layout;
-        let scaled = scaled.map(|part| (part, scales));
+        let Layout { rank, scale, scaled, bias, bottleneck } = layout;
+        let (scaled, bias) = (scaled.map(|part| (part, scales)), bias.map(|part| (part, of_layer)));
         let bottleneck = bottleneck.map(|non_linearity| (non_linearity, [down_bias, up_bias]));
-        places[at] = Some(Place { rank, scale, a, b, scaled, bottleneck });
+        places[at] = Some(Place { rank, scale, a, b, scaled, bias, bottleneck });
     }
     let virtual_place = virtual_tokens.map(|(form, count)| {
         let start = end;
@@ -435,6 +496,17 @@ pub(super) fn place(
         VirtualPlace { form, count, range: start..start + len }
     });
     Ok((places, virtual_place, end))
+}
+
+/// What is added to the outputs of each site that has a bias: its own in the place of the base's, that of its pair, or both.
+fn added_biases(adapter: &Adapter, shape: &BaseShape) -> BTreeMap<Site, Vec<f32>> {
+    let mut all: BTreeMap<Site, Vec<f32>> = adapter.biases(shape).map(|(site, bias)| (site, bias.to_vec())).collect();
+    for (site, pair) in adapter.pairs() {
+        let Some(bias) = &pair.bias else { continue };
+        let all = all.entry(site).or_insert_with(|| vec![0.0; bias.len()]);
+        all.iter_mut().zip(bias).for_each(|(all, bias)| *all += pair.scale * bias);
+    }
+    all
 }
 
 /// Writes scales into their place; `None` where they do not fit.
@@ -488,7 +560,7 @@ fn in_two_parts(layer: &LowRank) -> LowRank {
     let rows = layer.b.chunks_exact(rank.max(1));
     let b = rows
         .flat_map(|row| [row.iter().map(high), row.iter().map(high)].into_iter().flatten().chain(row.iter().map(low)));
-    LowRank { rank: PRECISE_TIMES * rank, b: b.collect(), a, magnitude: None, ..*layer }
+    LowRank { rank: PRECISE_TIMES * rank, b: b.collect(), a, magnitude: None, bias: None, ..*layer }
 }
 
 /// Rows and columns that are transposed at a time: they fit the first-level cache, and the compiler keeps them in registers.
@@ -532,6 +604,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::arch::decoder::Slot;
     use crate::ids::Digest;
     use crate::request::{Ia3Spec, LoraSpec, TunerSpec};
 
@@ -573,7 +646,7 @@ mod tests {
                 let site = Site { layer, target: shape.linears[target].target };
                 let (inputs, outputs) = shape.dims(site.target).unwrap();
                 let (a, b) = (values(rank * inputs, seed ^ i as u64), values(outputs * rank, !seed ^ i as u64));
-                (site, LowRank { rank, alpha: 1.0, scale: 0.3 + i as f32, a, b, magnitude: None })
+                (site, LowRank { rank, alpha: 1.0, scale: 0.3 + i as f32, a, b, magnitude: None, bias: None })
             };
             let adapter = Adapter::lora(LoraSpec::default(), sites.iter().enumerate().map(layer));
             let packed = PackedAdapter::new(&adapter, &shape, &RowNorms::new()).unwrap();
@@ -609,9 +682,38 @@ mod tests {
             let a = a.iter().map(|bits| value(*bits)).collect();
             let of = |i: usize| (i / rank / OUT_TILE * rank + i % rank) * OUT_TILE + i / rank % OUT_TILE;
             let b = (0..b.len()).map(|i| value(b[of(i)])).collect();
-            Some((site, LowRank { rank, alpha: scale, scale, a, b, magnitude: None }))
+            Some((site, LowRank { rank, alpha: scale, scale, a, b, magnitude: None, bias: None }))
         });
         Adapter::lora(LoraSpec::default(), pairs)
+    }
+
+    /// What is added lies beside the pairs, in float32: a pair's bias times its scale, what takes the place of the base's, and both as one.
+    #[test]
+    fn biases_are_packed_as_what_is_added() {
+        use crate::request::Target::{KProj, QProj, VProj};
+        let mut shape = shape();
+        let site = |target| Site { layer: 0, target };
+        shape.biased = [QProj, KProj, VProj].map(site).into();
+        let spec =
+            LoraSpec { rank: 2, alpha: 6.0, targets: vec![QProj, VProj], lora_bias: true, ..LoraSpec::default() };
+        let mut adapter = Adapter::fresh(&spec, &shape, 1).unwrap();
+        assert_eq!(
+            PackedAdapter::new(&adapter, &shape, &RowNorms::new()).unwrap().byte_size(),
+            TunerSpec::from(spec).memory_bytes(&shape).unwrap()
+        );
+        adapter.pairs_mut().for_each(|(_, pair)| pair.bias.iter_mut().flatten().for_each(|x| *x = 0.5));
+        for (target, len) in [(QProj, 8), (KProj, 20)] {
+            adapter.copies.insert(Slot::Bias(shape.index(site(target)).unwrap()), vec![-1.0; len]);
+        }
+        let packed = PackedAdapter::new(&adapter, &shape, &RowNorms::new()).unwrap();
+        assert!(packed.changes_rows());
+        let bias = |layer, target| packed.bias(shape.index(Site { layer, target }).unwrap());
+        assert_eq!(bias(0, QProj), Some(Bias::Instead(&[0.5; 8])));
+        assert_eq!(bias(0, KProj), Some(Bias::Instead(&[-1.0; 20])));
+        assert_eq!(bias(0, VProj), Some(Bias::Beside(&[1.5; 4])));
+        assert_eq!((bias(1, QProj), bias(1, KProj)), (Some(Bias::Beside(&[1.5; 8])), None));
+        adapter.copies.insert(Slot::Embedding, vec![0.0]);
+        assert!(PackedAdapter::new(&adapter, &shape, &RowNorms::new()).is_err(), "another copy than of a bias");
     }
 
     /// What is scaled lies beside the pairs, in float32; a DoRA's magnitudes are divided by the norms of the base's rows.
@@ -651,8 +753,8 @@ mod tests {
         // Two ranks that cancel but for a thousandth.
         let a = (0..2 * inputs).map(|i| wave(i % inputs, 0.7) * 5.0).collect::<Vec<_>>();
         let b = |o: usize| [wave(o, 0.3) * 5.0, -wave(o, 0.3) * 5.0 + 0.005 * wave(o, 1.1)];
-        let layer =
-            LowRank { rank: 2, alpha: 2.0, scale: 0.7, a, b: (0..outputs).flat_map(b).collect(), magnitude: None };
+        let b = (0..outputs).flat_map(b).collect();
+        let layer = LowRank { rank: 2, alpha: 2.0, scale: 0.7, a, b, magnitude: None, bias: None };
         let adapter = Adapter::lora(LoraSpec::default(), [(site, layer)]);
         let product = |adapter: &Adapter| -> Vec<f64> {
             let layer = adapter.pair(site).unwrap();

@@ -1,7 +1,7 @@
 //! [`PackedAdapter`] as a file, so that a version is brought into memory by one read and no arithmetic. It is derived from a version's
 //! PEFT files, which stay what counts: one that is missing, damaged, of another format or of another machine's byte order is made again.
 //!
-//! The file: [`MAGIC`], the version's digest, the form and the number of virtual tokens, the number of layers, (index, rank, scale, what else is scaled, the non-linearity of a bottleneck) of each, the tensors as they lie in memory, and a
+//! The file: [`MAGIC`], the version's digest, the form and the number of virtual tokens, the number of layers, (index, rank, what else is scaled, which bias there is, the non-linearity of a bottleneck, scale) of each, the tensors as they lie in memory, and a
 //! CRC-32 of all that. A checksum and not SHA-256: it is there to find damage, and SHA-256 takes six times as long as all the rest of a
 //! load. What the digest promises was checked when the file was made.
 
@@ -9,13 +9,13 @@ use std::io::{self, Read};
 
 use crc32fast::Hasher;
 
-use crate::adapter::packed::{Layout, ScaledPart, Values, place};
+use crate::adapter::packed::{BiasPart, Layout, ScaledPart, Values, place};
 use crate::adapter::{BaseShape, PackedAdapter, Site, VirtualForm};
 use crate::ids::Digest;
 use crate::request::NonLinearity;
 
 /// Ends in the number of the format.
-const MAGIC: &[u8; 16] = b"tenora packed 03";
+const MAGIC: &[u8; 16] = b"tenora packed 04";
 
 /// Bytes read and hashed at a time: they are still in the cache when they are hashed.
 const PIECE: usize = 256 << 10;
@@ -42,8 +42,10 @@ impl PackedAdapter {
             let scaled = place.scaled.as_ref().map_or(0, |of| part(of.0));
             let non_linearity = |which| 1 + NonLinearity::ALL.iter().position(|of| *of == which).unwrap_or_default();
             let bottleneck = place.bottleneck.as_ref().map_or(0, |of| non_linearity(of.0));
-            let numbers = [at as u32, place.rank as u32, place.scale.to_bits(), scaled as u32, bottleneck as u32];
-            file.extend(numbers.iter().flat_map(|x| x.to_ne_bytes()));
+            let bias = |part| 1 + BiasPart::ALL.iter().position(|of| *of == part).unwrap_or_default();
+            let bias = place.bias.as_ref().map_or(0, |of| bias(of.0));
+            let numbers = [at, place.rank, scaled, bias, bottleneck].map(|x| x as u32);
+            file.extend(numbers.iter().chain([&place.scale.to_bits()]).flat_map(|x| x.to_ne_bytes()));
         }
         file.extend(bytemuck::cast_slice::<u16, u8>(self.values()));
         let checksum = crc32fast::hash(&file);
@@ -77,10 +79,14 @@ impl PackedAdapter {
         let count = (file.number()? as usize).min(sites);
         let mut layer = || {
             let site = site(file.number()?, shape)?;
-            let (rank, scale) = (file.number()? as usize, f32::from_bits(file.number()?));
+            let rank = file.number()? as usize;
             let scaled = match (file.number()? as usize).checked_sub(1) {
                 None => None,
                 Some(part) => Some(*ScaledPart::ALL.get(part).ok_or_else(|| damaged("scales what it cannot"))?),
+            };
+            let bias = match (file.number()? as usize).checked_sub(1) {
+                None => None,
+                Some(part) => Some(*BiasPart::ALL.get(part).ok_or_else(|| damaged("has a bias of an unknown kind"))?),
             };
             let bottleneck = match (file.number()? as usize).checked_sub(1) {
                 None => None,
@@ -88,7 +94,8 @@ impl PackedAdapter {
                     Some(*NonLinearity::ALL.get(which).ok_or_else(|| damaged("has an unknown non-linearity"))?)
                 }
             };
-            Ok((site, Layout { rank, scale, scaled, bottleneck }))
+            let scale = f32::from_bits(file.number()?);
+            Ok((site, Layout { rank, scale, scaled, bias, bottleneck }))
         };
         let layers = (0..count).map(|_| layer()).collect::<io::Result<Vec<_>>>()?;
         let (places, virtual_place, len) = place(layers.into_iter(), virtual_tokens, shape).map_err(|_| lacks())?;
@@ -141,6 +148,7 @@ impl<R: Read> Checked<R> {
 mod tests {
     use super::*;
     use crate::adapter::{Adapter, RowNorms};
+    use crate::arch::decoder::Slot;
     use crate::request::{BottleneckSpec, Ia3Spec, LoraSpec, PrefixSpec, Target};
 
     fn adapter() -> (PackedAdapter, BaseShape) {
@@ -157,6 +165,10 @@ mod tests {
         let mut dora = Adapter::fresh(&dora, &shape, 1).unwrap();
         let norms: RowNorms = dora.pairs().map(|(site, pair)| (site, vec![2.0; pair.b.len() / 2])).collect();
         dora.pairs_mut().for_each(|(_, pair)| pair.magnitude.iter_mut().flatten().for_each(|x| *x = 3.0));
+        let biased = LoraSpec { rank: 2, lora_bias: true, ..LoraSpec::default() };
+        let mut biased = Adapter::fresh(&biased, &shape, 1).unwrap();
+        biased.pairs_mut().for_each(|(_, pair)| pair.bias.iter_mut().flatten().for_each(|x| *x = 3.0));
+        biased.copies.insert(Slot::Bias(1), vec![4.0; 20]);
         let ia3 = Adapter::fresh(&Ia3Spec::default(), &shape, 1).unwrap();
         let placement = crate::request::Placement::Both;
         let bottleneck = BottleneckSpec { size: 3, placement, ..BottleneckSpec::default() };
@@ -165,7 +177,7 @@ mod tests {
         let mut prefix = Adapter::fresh(&prefix, &shape, 1).unwrap();
         prefix.tensors_mut().flatten().enumerate().for_each(|(i, x)| *x = i as f32);
         let packed = |adapter| PackedAdapter::new(&adapter, &shape, &norms).unwrap();
-        let others = [dora, ia3, bottleneck, prefix].map(packed);
+        let others = [dora, biased, ia3, bottleneck, prefix].map(packed);
         std::iter::once(plain).chain(others).map(|packed| (packed, shape.clone())).collect()
     }
 
@@ -179,7 +191,7 @@ mod tests {
             assert_eq!(read.virtual_kv(2, 1, 20), packed.virtual_kv(2, 1, 20));
             for site in 0..shape.sites().count() {
                 assert_eq!((read.pair(site), read.scales(site)), (packed.pair(site), packed.scales(site)));
-                assert_eq!(read.bottleneck(site), packed.bottleneck(site));
+                assert_eq!((read.bottleneck(site), read.bias(site)), (packed.bottleneck(site), packed.bias(site)));
             }
         }
     }

@@ -1,5 +1,7 @@
 //! The shapes that an adapter must fit.
 
+use std::collections::BTreeSet;
+
 use crate::adapter::BaseNames;
 use crate::arch::decoder::{Site, SiteSpec};
 use crate::ids::Digest;
@@ -18,6 +20,8 @@ pub struct BaseShape {
     pub layers: u32,
     /// The linear layers of a block, in the order in which they are computed; every block has the same.
     pub linears: Vec<LinearShape>,
+    /// The linear layers that have a bias.
+    pub biased: BTreeSet<Site>,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Heads of queries.
@@ -53,8 +57,8 @@ impl BaseShape {
         let linears = targets.into_iter().zip(dims);
         let linears = linears.map(|(target, (inputs, outputs))| LinearShape { target, inputs, outputs }).collect();
         let (hidden_size, heads, kv_heads, head_dim) = (dims[0].0, 1, 1, dims[1].1);
-        let (name, names) = (name.to_owned(), BaseNames::default());
-        Self { name, names, digest, layers, linears, hidden_size, heads, kv_heads, head_dim }
+        let (name, names, biased) = (name.to_owned(), BaseNames::default(), BTreeSet::new());
+        Self { name, names, digest, layers, linears, biased, hidden_size, heads, kv_heads, head_dim }
     }
 
     /// Returns how many values the keys of a position have in a layer; its values are as many.

@@ -22,7 +22,7 @@ pub struct Adapter {
     pub sites: BTreeMap<Site, SiteDelta>,
     /// What it puts before a sequence.
     pub virtual_tokens: Option<VirtualTokens>,
-    /// Copies of the base's tensors that take their place, row-major: full fine-tuning's, of which it has nothing else.
+    /// Copies of the base's tensors that take their place, row-major: all that a full fine-tuning has; of a LoRA biases of linear layers at most.
     pub copies: BTreeMap<Slot, Vec<f32>>,
 }
 
@@ -64,8 +64,8 @@ impl Bottleneck {
     }
 }
 
-/// A pair of matrices: y += scale * B (A x). With a magnitude the sum of both products is multiplied, row by row of W, by the magnitude over
-/// the norm of the row of W + scale * B A.
+/// A pair of matrices: y += scale * (B (A x) + bias). With a magnitude, and then without a bias, the sum of both products is multiplied, row by
+/// row of W, by the magnitude over the norm of the row of W + scale * B A.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LowRank {
     /// The inner dimension of B A.
@@ -80,6 +80,8 @@ pub struct LowRank {
     pub b: Vec<f32>,
     /// `[out]`; `None` where it is no DoRA.
     pub magnitude: Option<Vec<f32>>,
+    /// `[out]`: PEFT's `lora_bias`.
+    pub bias: Option<Vec<f32>>,
 }
 
 impl LowRank {
@@ -95,7 +97,8 @@ impl LowRank {
         let rows = self.b.chunks_exact(self.rank).zip(start.b.chunks_exact(start.rank));
         let b = rows.flat_map(|(b, b0)| b.iter().copied().chain(b0.iter().map(|x| -x))).collect();
         let a = [&self.a[..], &start.a].concat();
-        Self { rank: self.rank + start.rank, a, b, magnitude: self.magnitude.clone(), ..*self }
+        let (magnitude, bias) = (self.magnitude.clone(), self.bias.clone());
+        Self { rank: self.rank + start.rank, a, b, magnitude, bias, ..*self }
     }
 }
 
@@ -159,7 +162,7 @@ impl TunerSpec {
     pub fn memory_bytes(&self, shape: &BaseShape) -> Result<u64> {
         let sites: Vec<(Site, Layout)> = match self {
             Self::Lora(spec) => {
-                let layout = Layout::pair(spec.published_rank() as usize, 0.0, spec.use_dora);
+                let layout = Layout::pair(spec.published_rank() as usize, 0.0, spec.use_dora, spec.lora_bias);
                 spec.sites(shape)?.into_iter().map(|site| (site, layout)).collect()
             }
             Self::Ia3(spec) => {
@@ -172,7 +175,7 @@ impl TunerSpec {
             Self::Prompt(_) | Self::Prefix(_) => Vec::new(),
             Self::Full(FullSpec { extract_rank: None, .. }) => Vec::new(),
             Self::Full(spec @ FullSpec { extract_rank: Some(rank), .. }) => {
-                let layout = Layout::pair(*rank as usize, 0.0, false);
+                let layout = Layout::pair(*rank as usize, 0.0, false, false);
                 spec.sites(shape)?.into_iter().map(|site| (site, layout)).collect()
             }
         };
@@ -188,8 +191,8 @@ impl TunerSpec {
         Ok(match self {
             Self::Lora(spec) => {
                 let of_dims = |(inputs, outputs)| {
-                    let magnitude = if spec.use_dora { outputs } else { 0 };
-                    spec.rank as usize * (inputs + outputs) + magnitude
+                    let vectors = usize::from(spec.use_dora) + usize::from(spec.lora_bias);
+                    spec.rank as usize * (inputs + outputs) + vectors * outputs
                 };
                 spec.sites(shape)?.iter().map(dims).map(of_dims).sum()
             }
@@ -250,6 +253,10 @@ impl LoraSpec {
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::invalid("lora.dropout", "must be in [0, 1)"));
+        }
+        if self.lora_bias && (self.use_dora || self.init != LoraInit::Default) {
+            let message = "needs a LoRA that is no DoRA and starts as the default does; PEFT knows no other";
+            return Err(Error::invalid("lora.lora_bias", message));
         }
         if layers.is_empty() {
             return Err(Error::invalid("lora.target_modules", "selects no layer of the base"));
@@ -370,7 +377,9 @@ impl SiteDelta {
     /// Returns the tensors that are trained, in a fixed order.
     pub(super) fn tensors(&self) -> impl Iterator<Item = &[f32]> {
         let tensors = match self {
-            Self::LowRank(LowRank { a, b, magnitude, .. }) => [Some(a), Some(b), magnitude.as_ref(), None],
+            Self::LowRank(LowRank { a, b, magnitude, bias, .. }) => {
+                [Some(a), Some(b), magnitude.as_ref(), bias.as_ref()]
+            }
             Self::Scaled { values, .. } => [Some(values), None, None, None],
             Self::Bottleneck(Bottleneck { down, down_bias, up, up_bias, .. }) => {
                 [Some(down), Some(down_bias), Some(up), Some(up_bias)]
@@ -382,7 +391,9 @@ impl SiteDelta {
     /// As [`SiteDelta::tensors`], to be changed.
     fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
         let tensors = match self {
-            Self::LowRank(LowRank { a, b, magnitude, .. }) => [Some(a), Some(b), magnitude.as_mut(), None],
+            Self::LowRank(LowRank { a, b, magnitude, bias, .. }) => {
+                [Some(a), Some(b), magnitude.as_mut(), bias.as_mut()]
+            }
             Self::Scaled { values, .. } => [Some(values), None, None, None],
             Self::Bottleneck(Bottleneck { down, down_bias, up, up_bias, .. }) => {
                 [Some(down), Some(down_bias), Some(up), Some(up_bias)]
@@ -399,7 +410,7 @@ impl Adapter {
         Self { spec: TunerSpec::Lora(spec), sites, virtual_tokens: None, copies: BTreeMap::new() }
     }
 
-    /// As PEFT starts one: of LoRA A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)) and B zero, of (IA)3 ones; of a bottleneck down as A, and
+    /// As PEFT starts one: of LoRA A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), B and a bias zero, of (IA)3 ones; of a bottleneck down as A, and
     /// zero all else. A function of the seed alone. What is the base's is zero until whoever has the base fills it in (`Model::begin`): DoRA's
     /// magnitudes, virtual tokens; and what pairs start as that start as a part of it (`Model::start_as_part`). Of full fine-tuning that is all
     /// (`Model::copies`), and there is nothing to begin with here.
@@ -447,7 +458,7 @@ impl Adapter {
             Some((site, LowRank { alpha: by * pair.alpha, ..plain }))
         });
         let spec = LoraSpec { rank: 2 * spec.rank, alpha: by * spec.alpha, init: LoraInit::Default, ..spec.clone() };
-        Self::lora(spec, pairs)
+        Self { copies: self.copies.clone(), ..Self::lora(spec, pairs) }
     }
 
     /// Returns its kind.
@@ -484,7 +495,15 @@ impl Adapter {
         })
     }
 
-    /// Returns the tensors that are trained, in a fixed order: by site; A, B, magnitude. Then those of virtual tokens, then copies.
+    /// Returns the biases of linear layers that take the place of the base's.
+    pub fn biases<'a>(&'a self, shape: &'a BaseShape) -> impl Iterator<Item = (Site, &'a [f32])> {
+        self.copies.iter().filter_map(|(slot, values)| match slot {
+            Slot::Bias(id) => Some((shape.sites().nth(*id)?, values.as_slice())),
+            _ => None,
+        })
+    }
+
+    /// Returns the tensors that are trained, in a fixed order: by site; A, B, magnitude, bias. Then those of virtual tokens, then copies.
     pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
         let virtual_tokens = self.virtual_tokens.iter().flat_map(VirtualTokens::tensors);
         let copies = self.copies.values().map(Vec::as_slice);
@@ -551,8 +570,9 @@ fn fresh_pairs(spec: &LoraSpec, shape: &BaseShape, seed: u64) -> Result<BTreeMap
             LoraInit::Gaussian => normal_rows(stream, site, (rank, inputs), shape),
             _ => uniform_rows(stream, site, (rank, inputs), shape),
         };
-        let (scale, magnitude) = (spec.scale(spec.alpha, spec.rank), spec.use_dora.then(|| vec![0.0; outputs]));
-        let pair = LowRank { rank, alpha: spec.alpha, scale, a, b: vec![0.0; outputs * rank], magnitude };
+        let (scale, b) = (spec.scale(spec.alpha, spec.rank), vec![0.0; outputs * rank]);
+        let [magnitude, bias] = [spec.use_dora, spec.lora_bias].map(|has| has.then(|| vec![0.0; outputs]));
+        let pair = LowRank { rank, alpha: spec.alpha, scale, a, b, magnitude, bias };
         (site, SiteDelta::LowRank(pair))
     });
     Ok(pairs.collect())

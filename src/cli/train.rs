@@ -108,6 +108,9 @@ struct Tuner {
     /// Scale by alpha / sqrt(rank).
     #[arg(long)]
     rslora: bool,
+    /// Of lora: train a bias beside each pair of matrices.
+    #[arg(long)]
+    lora_bias: bool,
     /// What the matrices of a fresh lora or dora start as [default: default]
     #[arg(long, value_enum)]
     init: Option<Init>,
@@ -419,6 +422,7 @@ impl Tuner {
                 layers_to_transform: self.layers.clone(),
                 use_rslora: self.rslora,
                 use_dora: self.tuner == TunerKind::Dora,
+                lora_bias: self.lora_bias,
                 init: match self.init {
                     None | Some(Init::Default) => proto::LoraInit::Default,
                     Some(Init::Gaussian) => proto::LoraInit::Gaussian,
@@ -474,12 +478,13 @@ impl Tuner {
     /// Refuses what the kind has not, in place of passing it over.
     fn check(&self) -> Result<()> {
         use TunerKind::{Bottleneck, Dora, Full, Ia3, Lora, Prefix, Prompt};
-        let settings: [(&str, bool, &[TunerKind]); 15] = [
+        let settings: [(&str, bool, &[TunerKind]); 16] = [
             ("--rank", self.rank.is_some(), &[Lora, Dora]),
             ("--alpha", self.alpha.is_some(), &[Lora, Dora]),
             ("--dropout", self.dropout.is_some(), &[Lora, Dora]),
             ("--layers", !self.layers.is_empty(), &[Lora, Dora, Bottleneck, Full]),
             ("--rslora", self.rslora, &[Lora, Dora]),
+            ("--lora-bias", self.lora_bias, &[Lora]),
             ("--init", self.init.is_some(), &[Lora, Dora]),
             ("--targets", !self.targets.is_empty(), &[Lora, Dora, Ia3, Full]),
             ("--feedforward", !self.feedforward.is_empty(), &[Ia3]),

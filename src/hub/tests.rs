@@ -155,6 +155,7 @@ fn lora(units: usize, fill: f32) -> Adapter {
         a: vec![fill; rank * 4],
         b: vec![-fill; rank * 4],
         magnitude: None,
+        bias: None,
     };
     Adapter::lora(spec, [(Site { layer: 0, target: Target::QProj }, layer)])
 }

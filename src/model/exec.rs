@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::adapter::PackedAdapter;
-use crate::adapter::packed::Scales;
+use crate::adapter::packed::{Bias, Scales};
 use crate::arch::decoder::{Attend, Merge, NormId, Part, SiteId, Step, StepExecutor, next_sites};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{
@@ -165,8 +165,13 @@ impl Rows {
         }
     }
 
-    /// Multiplies the rows of what has come out of the layer at a site, `[rows, out]`.
-    fn scale_output(&self, site: SiteId, bias: Option<&[f32]>, y: &mut [f32]) {
+    /// What is added in a row to what comes out of a site.
+    fn bias(&self, row: usize, site: SiteId) -> Option<Bias<'_>> {
+        self.adapters[(*self.changed.get(row)?)?].bias(site)
+    }
+
+    /// Multiplies the rows of what has come out of the layer at a site, `[rows, out]`, and adds the adapters' biases.
+    fn change_output(&self, site: SiteId, bias: Option<&[f32]>, y: &mut [f32]) {
         let Some(width) = y.len().checked_div(self.changed.len()) else { return };
         for (row, y) in y.chunks_exact_mut(width).enumerate() {
             match (self.scales(row, site), bias) {
@@ -179,6 +184,15 @@ impl Rows {
                 }
                 (Some(Scales::Input(_)) | None, _) => {}
             }
+            match (self.bias(row, site), bias) {
+                (Some(Bias::Beside(own) | Bias::Instead(own)), None) | (Some(Bias::Beside(own)), _) => {
+                    y.iter_mut().zip(own).for_each(|(y, own)| *y += own);
+                }
+                (Some(Bias::Instead(own)), Some(bias)) => {
+                    y.iter_mut().zip(own).zip(bias).for_each(|((y, own), bias)| *y += own - bias);
+                }
+                (None, _) => {}
+            }
         }
     }
 
@@ -190,6 +204,7 @@ impl Rows {
     /// Whether more becomes of what comes out of a site in a row than that a product is added.
     fn changes_output(&self, row: usize, site: SiteId) -> bool {
         matches!(self.scales(row, site), Some(Scales::Output(_) | Scales::Product(_)))
+            || self.bias(row, site).is_some()
             || self.bottleneck(row, site).is_some()
     }
 
@@ -332,7 +347,7 @@ impl ExecPass<'_> {
         cpu::linear(self.team, quantized, &mut layers, adapters, next);
         if !accumulate && !rows.changed.is_empty() {
             for (layer, site) in layers.iter_mut().zip(first..) {
-                rows.scale_output(site, layer.bias, layer.y);
+                rows.change_output(site, layer.bias, layer.y);
                 let width = layer.matrix.rows();
                 cpu::bottleneck(self.team, |row| rows.bottleneck(row, site), (layer.y, width), inner);
             }
@@ -352,7 +367,7 @@ impl ExecPass<'_> {
         }
         self.linear(site..site + 1, next, true, |outs| [&mut outs.x]);
         let Buffers { outs: Outs { x, .. }, aside, inner, .. } = &mut *self.buffers;
-        rows.scale_output(site, model.bias(site), x);
+        rows.change_output(site, model.bias(site), x);
         cpu::bottleneck(self.team, |row| rows.bottleneck(row, site), (x, width), inner);
         for (row, aside) in (0..rows.count()).filter(is_changed).zip(aside.chunks_exact(width)) {
             x[row * width..][..width].iter_mut().zip(aside).for_each(|(x, aside)| *x += aside);

@@ -69,7 +69,8 @@ impl Model {
             let rank = (rank as usize).min(dims.0).min(dims.1);
             let part = initial::singular(&change, dims, rank, &[], &|| permit.yield_to_serving());
             held += square(&part.a);
-            let pair = LowRank { rank, alpha: rank as f32, scale: 1.0, a: part.a, b: part.u, magnitude: None };
+            let pair =
+                LowRank { rank, alpha: rank as f32, scale: 1.0, a: part.a, b: part.u, magnitude: None, bias: None };
             pairs.push((self.site(site), pair));
         }
         let layers = spec.linear.as_ref().and_then(|linear| linear.layers.clone());

@@ -143,7 +143,7 @@ impl Part {
             values.chain(std::iter::repeat_n(0.0, layer.rank - self.rank)).collect()
         };
         let b = self.u.chunks_exact(self.rank).flat_map(row).collect();
-        LowRank { a, b, magnitude: layer.magnitude.clone(), ..*layer }
+        LowRank { a, b, magnitude: layer.magnitude.clone(), bias: None, ..*layer }
     }
 }
 

@@ -139,12 +139,15 @@ impl Model {
     fn new(weights: Weights, device: &Device) -> Result<Arc<Self>> {
         let config = &weights.config;
         Self::check(config)?;
+        let linears = weights.decoder.sites.iter().zip(&weights.linears);
+        let biased = linears.filter(|(_, linear)| linear.bias.is_some());
         let shape = BaseShape {
             name: config.name.clone(),
             names: BaseNames { names: weights.called.clone(), strict: false },
             digest: weights.digest,
             layers: config.layers.len() as u32,
             linears: weights.decoder.block_sites().iter().map(LinearShape::from).collect(),
+            biased: biased.map(|(spec, _)| spec.site).collect(),
             hidden_size: config.hidden_size,
             heads: config.attention.heads,
             kv_heads: config.attention.kv_heads,

@@ -345,12 +345,14 @@ struct LoraDocument {
     #[serde(default)]
     use_dora: bool,
     #[serde(default)]
+    lora_bias: bool,
+    #[serde(default)]
     init: InitWord,
 }
 
 impl From<&LoraSpec> for LoraDocument {
     fn from(lora: &LoraSpec) -> Self {
-        let LoraSpec { rank, alpha, dropout, targets, layers, use_rslora, use_dora, init } = lora;
+        let LoraSpec { rank, alpha, dropout, targets, layers, use_rslora, use_dora, lora_bias, init } = lora;
         Self {
             rank: *rank,
             alpha: *alpha,
@@ -359,6 +361,7 @@ impl From<&LoraSpec> for LoraDocument {
             layers: layers.clone(),
             use_rslora: *use_rslora,
             use_dora: *use_dora,
+            lora_bias: *lora_bias,
             init: (*init).into(),
         }
     }
@@ -366,9 +369,9 @@ impl From<&LoraSpec> for LoraDocument {
 
 impl From<LoraDocument> for LoraSpec {
     fn from(document: LoraDocument) -> Self {
-        let LoraDocument { rank, alpha, dropout, targets, layers, use_rslora, use_dora, init } = document;
+        let LoraDocument { rank, alpha, dropout, targets, layers, use_rslora, use_dora, lora_bias, init } = document;
         let targets = targets.into_iter().map(Target::from).collect();
-        Self { rank, alpha, dropout, targets, layers, use_rslora, use_dora, init: init.into() }
+        Self { rank, alpha, dropout, targets, layers, use_rslora, use_dora, lora_bias, init: init.into() }
     }
 }
 

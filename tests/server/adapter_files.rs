@@ -53,7 +53,10 @@ fn adapter(shape: &BaseShape, sites: impl Iterator<Item = (Site, u32, f32)>, rsl
         let (inputs, outputs) = shape.dims(site.target).unwrap();
         let seed = site.layer as usize * 7 + site.target as usize;
         let (a, b) = (values(rank as usize * inputs, 2 * seed), values(outputs * rank as usize, 2 * seed + 1));
-        (site, LowRank { rank: rank as usize, alpha, scale: spec.scale(alpha, rank), a, b, magnitude: None })
+        (
+            site,
+            LowRank { rank: rank as usize, alpha, scale: spec.scale(alpha, rank), a, b, magnitude: None, bias: None },
+        )
     });
     Adapter::lora(spec.clone(), layers)
 }
@@ -348,6 +351,8 @@ fn notes(t: &mut Table<'_>) {
             ("ensure_weight_tying", json!(false)),
         ],
     );
+    t.taken("biases of a base that has none", any, vec![("bias", json!("all"))]);
+    t.taken("biases of layers that have none", any, vec![("bias", json!("lora_only"))]);
     let off = [
         "use_dora",
         "use_qalora",
@@ -427,9 +432,6 @@ fn refused_kinds(t: &mut Table<'_>) {
     for (name, key, value, advice) in [
         ("QALoRA", "use_qalora", json!(true), &["use_qalora", "train again"][..]),
         ("BD-LoRA", "use_bdlora", json!({"nblocks": 2}), &["use_bdlora", "train again"]),
-        ("bias of LoRA", "lora_bias", json!(true), &["lora_bias", "train again"]),
-        ("all biases", "bias", json!("all"), &["bias", "train again"]),
-        ("LoRA's biases", "bias", json!("lora_only"), &["bias", "train again"]),
         ("whole layers", "modules_to_save", json!(["lm_head"]), &["modules_to_save", "train again"]),
         ("replicated layers", "layer_replication", json!([[0, 2], [1, 2]]), &["layer_replication", "train again"]),
         ("parameters", "target_parameters", json!(["experts.down_proj"]), &["target_parameters", "train again"]),
@@ -526,6 +528,8 @@ fn refused_values(t: &mut Table<'_>) {
         ("dropout over 1", "lora_dropout", json!(1.5), &["lora_dropout", "must be"]),
         ("rslora that is a text", "use_rslora", json!("yes"), &["use_rslora", "must be true or false"]),
         ("bias that is true", "bias", json!(true), &["bias", "must be"]),
+        ("bias of a word", "bias", json!("some"), &["bias", "must be", "lora_only"]),
+        ("LoRA's bias that is a text", "lora_bias", json!("yes"), &["lora_bias", "must be true or false"]),
         ("rank pattern that is a list", "rank_pattern", json!([1]), &["rank_pattern", "must be"]),
         ("rank pattern of 0", "rank_pattern", json!({"q_proj": 0}), &["rank_pattern.q_proj", "must be"]),
         ("rank pattern of a text", "rank_pattern", json!({".*q_proj": "4"}), &["rank_pattern", "must be"]),
@@ -612,9 +616,12 @@ fn refused_files(t: &mut Table<'_>) {
             &["more than one adapter"],
         ),
         (
-            "biases",
-            |m, w| if w == "lora_A" { peft(m, w) } else { format!("base_model.model.{m}.lora_B.bias") },
-            &["bias", "train again"],
+            "biases of a norm",
+            |m, w| match (m.contains("layers.0.self_attn.q_proj"), w) {
+                (true, "lora_A") => "base_model.model.model.layers.0.input_layernorm.bias".to_owned(),
+                _ => peft(m, w),
+            },
+            &["bias of no linear layer", "train again"],
         ),
         (
             "the head",
@@ -649,15 +656,32 @@ fn refused_files(t: &mut Table<'_>) {
     for (name, spoil) in [
         ("the same names in another wrapper", doubled as fn(&mut Package)),
         ("empty tensors", emptied),
-        ("magnitudes", with_magnitude),
+        ("magnitudes", |package| with_vector(package, "lora_magnitude_vector")),
+        ("biases", |package| with_vector(package, "lora_B.bias")),
+        ("biases of layers that have none", |package| with_vector(package, "base_layer.bias")),
     ] {
         let (reason, holds): (_, &[&str]) = match name {
             "empty tensors" => ("SHAPE_MISMATCH", &["gather"]),
             "magnitudes" => ("EXTRA_TENSOR", &["lora_magnitude_vector", "another kind"]),
+            "biases" => ("EXTRA_TENSOR", &["lora_B.bias", "another kind"]),
+            "biases of layers that have none" => ("EXTRA_TENSOR", &["base_layer.bias", "trained on"]),
             _ => ("EXTRA_TENSOR", &["more than one adapter"]),
         };
         t.refused(name, vec![], reason, holds).spoil = Some(spoil);
     }
+    t.refused("biases that are missing", vec![("lora_bias", json!(true))], "MISSING_TENSOR", &["lora_B.bias"]);
+    t.refused(
+        "biases of a DoRA",
+        vec![("lora_bias", json!(true)), ("use_dora", json!(true))],
+        "INVALID_SETTING",
+        &["lora_bias", "use_dora", "train again"],
+    );
+    t.refused(
+        "biases beside an initialisation",
+        vec![("lora_bias", json!(true)), ("init_lora_weights", json!("gaussian"))],
+        "INVALID_SETTING",
+        &["lora_bias", "init_lora_weights", "train again"],
+    );
     t.refused(
         "a DoRA without magnitudes",
         vec![("use_dora", json!(true))],
@@ -682,14 +706,14 @@ fn doubled(package: &mut Package) {
     package.tensors = doubled;
 }
 
-/// With a magnitude, of which the config says nothing.
-fn with_magnitude(package: &mut Package) {
+/// With a value for each output of a layer, of which the config says nothing.
+fn with_vector(package: &mut Package, end: &str) {
     let file = safetensors::SafeTensors::deserialize(&package.tensors).unwrap();
     let (name, b) = file.iter().find(|(name, _)| name.ends_with("lora_B.weight")).unwrap();
-    let name = name.replace("lora_B.weight", "lora_magnitude_vector");
+    let name = name.replace("lora_B.weight", end);
     let values = vec![0; 4 * b.shape()[0]];
-    let magnitude = TensorView::new(Dtype::F32, vec![b.shape()[0]], &values).unwrap();
-    let views = file.tensors().into_iter().chain([(name, magnitude)]);
+    let vector = TensorView::new(Dtype::F32, vec![b.shape()[0]], &values).unwrap();
+    let views = file.tensors().into_iter().chain([(name, vector)]);
     let more = safetensors::serialize(views, None).unwrap();
     package.tensors = more;
 }

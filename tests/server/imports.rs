@@ -64,7 +64,7 @@ fn faults(server: &TestServer) -> Vec<(Package, &'static str)> {
         ),
         (with_setting(&good, "r", json!(4096)), "max_rank"),
         (with_setting(&good, "modules_to_save", json!(["lm_head"])), "modules_to_save"),
-        (with_setting(&good, "bias", json!("all")), "bias"),
+        (with_setting(&good, "lora_bias", json!(true)), "lora_B.bias"),
         (Package { tensors: good.tensors[..good.tensors.len() / 2].to_vec(), ..good.clone() }, TENSORS_FILE),
         (Package { tensors: huge, ..good.clone() }, TENSORS_FILE),
         // Every tensor is wrong; which one is named is not settled.

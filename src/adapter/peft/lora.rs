@@ -27,6 +27,7 @@ const KNOWN: Known = Known {
         "rank_pattern",
         "alpha_pattern",
         "bias",
+        "lora_bias",
     ],
     without_meaning: &[
         "corda_config",
@@ -42,7 +43,6 @@ const KNOWN: Known = Known {
     refused: &[
         ("use_qalora", "QALoRA is not served: train again without use_qalora"),
         ("use_bdlora", "BD-LoRA is not served: train again without use_bdlora"),
-        ("lora_bias", "biases are not served: train again with lora_bias false"),
         ("alora_invocation_tokens", "activated LoRA is not served: train again without alora_invocation_tokens"),
         ("arrow_config", "Arrow routing is not served: import its adapters one by one"),
         ("kasa_config", "KaSA changes the base: train again without kasa_config"),
@@ -78,6 +78,33 @@ pub enum Initialisation {
     Corda,
 }
 
+/// Biases of the base's layers that are trained beside the pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bias {
+    None,
+    /// Those of the layers that have a pair.
+    Adapted,
+    All,
+}
+
+impl Bias {
+    const ALL: [Self; 3] = [Self::None, Self::Adapted, Self::All];
+
+    /// PEFT's word.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Adapted => "lora_only",
+            Self::All => "all",
+        }
+    }
+
+    fn read(config: &Map<String, Value>) -> Result<Self> {
+        let read = |value: &Value| Self::ALL.into_iter().find(|bias| value.as_str() == Some(bias.name()));
+        Ok(setting(config, "bias", "\"none\", \"lora_only\" or \"all\"", read)?.unwrap_or(Self::None))
+    }
+}
+
 /// A config that is read.
 #[derive(Debug)]
 pub(super) struct Settings {
@@ -86,6 +113,9 @@ pub(super) struct Settings {
     dropout: f32,
     use_rslora: bool,
     use_dora: bool,
+    lora_bias: bool,
+    /// Which of the base's own biases the files have values for.
+    pub(super) bias: Bias,
     /// `None` where the base stayed as it was.
     pub(super) initialisation: Option<Initialisation>,
     selection: Selection,
@@ -98,7 +128,6 @@ pub(super) struct Settings {
 impl Settings {
     pub(super) fn read(config: &Map<String, Value>) -> Result<Self> {
         KNOWN.check(config)?;
-        check_bias(config)?;
         let initialisation = initialisation(config.get("init_lora_weights"))?;
         let number = |value: &Value| value.as_f64().filter(|x| x.is_finite());
         let whole = |value: &Value| value.as_u64().and_then(|r| u32::try_from(r).ok()).filter(|r| *r > 0);
@@ -113,6 +142,8 @@ impl Settings {
             dropout: setting(config, "lora_dropout", "a number in [0, 1)", dropout)?.unwrap_or(0.0) as f32,
             use_rslora: setting(config, "use_rslora", "true or false", Value::as_bool)?.unwrap_or(false),
             use_dora: setting(config, "use_dora", "true or false", Value::as_bool)?.unwrap_or(false),
+            lora_bias: lora_bias(config)?,
+            bias: Bias::read(config)?,
             initialisation,
             selection: Selection::read(config)?,
             rank_pattern: Pattern::read("rank_pattern", config)?,
@@ -151,7 +182,13 @@ impl Settings {
             let scale = self.scale(alpha, rank);
             Ok(Selected {
                 site,
-                tensors: SiteTensors::Pair { rank: rank as usize, alpha, scale, magnitude: self.use_dora },
+                tensors: SiteTensors::Pair {
+                    rank: rank as usize,
+                    alpha,
+                    scale,
+                    magnitude: self.use_dora,
+                    bias: self.lora_bias,
+                },
             })
         };
         self.selection.sites(root, shape)?.into_iter().map(own).collect()
@@ -175,6 +212,7 @@ impl Settings {
             layers,
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,
+            lora_bias: self.lora_bias,
             init: LoraInit::Default,
         }
     }
@@ -190,9 +228,10 @@ impl Settings {
         // Dropout means something to a job that continues from it.
         let of = |targets: Value, layers: Value| {
             let mut all = json!([self.rank, self.alpha, self.dropout, targets, layers, self.use_rslora, ranks, alphas]);
-            // Digests of LoRAs are older than DoRA.
-            if let (true, Some(all)) = (self.use_dora, all.as_array_mut()) {
-                all.push("dora".into());
+            // Digests of LoRAs are older than DoRA and biases. Which of the base's biases are trained the tensors' names say.
+            if let Some(all) = all.as_array_mut() {
+                let said = [(self.use_dora, "dora"), (self.lora_bias, "lora_bias")];
+                all.extend(said.into_iter().filter(|(is_set, _)| *is_set).map(|(_, name)| name.into()));
             }
             all.to_string()
         };
@@ -203,15 +242,16 @@ impl Settings {
     }
 }
 
-/// Refuses biases that are trained.
-fn check_bias(config: &Map<String, Value>) -> Result<()> {
-    match setting(config, "bias", "a text", Value::as_str)? {
-        None | Some("none") => Ok(()),
-        Some(other) => {
-            let message = format!("is {other:?}; biases are not served: train again with bias \"none\"");
-            Err(refuse("UNSUPPORTED_SETTING", "bias", message))
-        }
+/// Reads whether pairs have a bias. PEFT opens such an adapter where it is no DoRA and has no initialisation of a name.
+fn lora_bias(config: &Map<String, Value>) -> Result<bool> {
+    let has = setting(config, "lora_bias", "true or false", Value::as_bool)?.unwrap_or(false);
+    let is_named = matches!(config.get("init_lora_weights"), Some(Value::String(_)));
+    if has && (is_named || config.get("use_dora") == Some(&Value::Bool(true))) {
+        let message = "cannot be true beside use_dora, nor beside an init_lora_weights but true or false (PEFT refuses it too); train again \
+                       without one of them";
+        return Err(refuse("INVALID_SETTING", "lora_bias", message));
     }
+    Ok(has)
 }
 
 /// Reads the initialisation. One that PEFT does not have is refused: it could change what the tensors mean.

@@ -20,10 +20,11 @@ use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::adapter::packed::{Layout, adapter_bytes};
+use crate::adapter::packed::{Layout, adapter_bytes, with_biases};
 use crate::adapter::{
     Adapter, BaseShape, Bottleneck, Initialisation, LowRank, ScaledSide, Site, SiteDelta, VirtualForm, VirtualTokens,
 };
+use crate::arch::decoder::Slot;
 use crate::config::Limits;
 use crate::error::{Error, Result};
 use crate::ids::Digest;
@@ -100,8 +101,8 @@ struct Selected {
 /// The tensors of a site.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum SiteTensors {
-    /// A and B, and a magnitude where it is a DoRA.
-    Pair { rank: usize, alpha: f32, scale: f32, magnitude: bool },
+    /// A and B, a magnitude where it is a DoRA, and a bias.
+    Pair { rank: usize, alpha: f32, scale: f32, magnitude: bool, bias: bool },
     /// What (IA)3 multiplies with.
     Scales(ScaledSide),
     /// Down, up and their biases.
@@ -112,9 +113,11 @@ impl SiteTensors {
     /// What there must be, of which shape, at a layer of (in, out).
     fn parts(self, (inputs, outputs): (usize, usize)) -> Vec<(Part, Vec<usize>)> {
         match self {
-            Self::Pair { rank, magnitude, .. } => {
+            Self::Pair { rank, magnitude, bias, .. } => {
                 let pair = [(Part::LoraA, vec![rank, inputs]), (Part::LoraB, vec![outputs, rank])];
-                pair.into_iter().chain(magnitude.then(|| (Part::Magnitude, vec![outputs]))).collect()
+                let vectors = [(magnitude, Part::Magnitude), (bias, Part::LoraBias)];
+                let vectors = vectors.into_iter().filter(|(has, _)| *has).map(|(_, part)| (part, vec![outputs]));
+                pair.into_iter().chain(vectors).collect()
             }
             Self::Scales(ScaledSide::Input) => vec![(Part::Ia3, vec![1, inputs])],
             Self::Scales(ScaledSide::Output) => vec![(Part::Ia3, vec![outputs, 1])],
@@ -131,9 +134,10 @@ impl SiteTensors {
     fn delta(self, mut values: impl Iterator<Item = Vec<f32>>) -> SiteDelta {
         let mut next = || values.next().unwrap_or_default();
         match self {
-            Self::Pair { rank, alpha, scale, magnitude } => {
+            Self::Pair { rank, alpha, scale, magnitude, bias } => {
                 let (a, b) = (next(), next());
-                SiteDelta::LowRank(LowRank { rank, alpha, scale, a, b, magnitude: magnitude.then(next) })
+                let [magnitude, bias] = [magnitude, bias].map(|has| has.then(&mut next));
+                SiteDelta::LowRank(LowRank { rank, alpha, scale, a, b, magnitude, bias })
             }
             Self::Scales(side) => SiteDelta::Scaled { side, values: next() },
             Self::Bottleneck { non_linearity, .. } => {
@@ -147,7 +151,7 @@ impl SiteTensors {
 impl Selected {
     fn layout(&self) -> (Site, Layout) {
         let layout = match self.tensors {
-            SiteTensors::Pair { rank, scale, magnitude, .. } => Layout::pair(rank, scale, magnitude),
+            SiteTensors::Pair { rank, scale, magnitude, bias, .. } => Layout::pair(rank, scale, magnitude, bias),
             SiteTensors::Scales(side) => Layout::scales(side),
             SiteTensors::Bottleneck { size, non_linearity } => Layout::bottleneck(size, non_linearity),
         };
@@ -224,6 +228,21 @@ impl Settings {
         }
     }
 
+    /// The layers whose own biases the adapter has values for, of those that the config selects or beside them.
+    fn biased(&self, selected: &[Selected], shape: &BaseShape) -> Vec<Site> {
+        let bias = match &self.kind {
+            Kind::Lora(settings) => settings.bias,
+            Kind::Ia3(_) | Kind::Virtual(_) | Kind::Bottleneck(_) => lora::Bias::None,
+        };
+        let is_selected = |site: &Site| selected.iter().any(|selected| selected.site == *site);
+        let wanted = |site: &Site| match bias {
+            lora::Bias::None => false,
+            lora::Bias::Adapted => is_selected(site),
+            lora::Bias::All => true,
+        };
+        shape.biased.iter().copied().filter(wanted).collect()
+    }
+
     /// How a fresh adapter would be shaped to have these sites, about.
     fn spec(&self, selected: &[Selected], shape: &BaseShape) -> TunerSpec {
         match &self.kind {
@@ -272,6 +291,8 @@ struct Fitted<'a> {
     selected: Vec<Selected>,
     /// The tensors of each that is selected, in the order of its parts.
     found: Vec<Vec<Named<'a>>>,
+    /// What takes the place of biases of the base.
+    biases: Vec<(Site, Named<'a>)>,
     /// What stands before a sequence: its form, how many, and their tensor.
     virtual_tokens: Option<(VirtualForm, usize, Named<'a>)>,
 }
@@ -283,7 +304,7 @@ impl<'a> Fitted<'a> {
         settings.check_size(limits)?;
         if let Kind::Virtual(tokens) = &settings.kind {
             let virtual_tokens = Some((tokens.form, tokens.count, tokens.find(&package.tensors, shape)?));
-            return Ok(Self { settings, selected: Vec::new(), found: Vec::new(), virtual_tokens });
+            return Ok(Self { settings, selected: Vec::new(), found: Vec::new(), biases: Vec::new(), virtual_tokens });
         }
         let mut found = tensors::Tensors::read(&package.tensors, shape)?;
         let selected = selected(&settings, &found, shape)?;
@@ -295,24 +316,35 @@ impl<'a> Fitted<'a> {
             );
             return Err(refuse("UNSUPPORTED_SETTING", "target_modules", message));
         }
-        let of_site = |Selected { site, tensors }: &Selected| {
-            let own = found.by_site.entry(*site).or_default();
-            let parts = tensors.parts(shape.dims(site.target).unwrap_or_default());
-            let parts = parts.into_iter().map(|(part, want)| {
-                let found = own.remove(&part).ok_or_else(|| missing(*site, part))?;
-                check_shape(&found, &want)?;
-                Ok(found)
-            });
-            parts.collect::<Result<Vec<_>>>()
+        let mut take = |site: Site, part, want: &[usize]| {
+            let found = found.by_site.get_mut(&site).and_then(|own| own.remove(&part));
+            let found = found.ok_or_else(|| missing(site, part))?;
+            check_shape(&found, want)?;
+            Ok(found)
         };
-        let of_sites = selected.iter().map(of_site).collect::<Result<Vec<_>>>()?;
-        match found.by_site.values().flat_map(BTreeMap::values).next() {
-            Some((name, _)) => {
+        let mut of_site = |Selected { site, tensors }: &Selected| {
+            let parts = tensors.parts(shape.dims(site.target).unwrap_or_default());
+            parts.into_iter().map(|(part, want)| take(*site, part, &want)).collect::<Result<Vec<_>>>()
+        };
+        let of_sites = selected.iter().map(&mut of_site).collect::<Result<Vec<_>>>()?;
+        let biases = settings.biased(&selected, shape).into_iter().map(|site| {
+            let (_, outputs) = shape.dims(site.target).unwrap_or_default();
+            let is_adapted = selected.iter().any(|selected| selected.site == site);
+            Ok((site, take(site, bias_part(is_adapted), &[outputs])?))
+        });
+        let biases = biases.collect::<Result<Vec<_>>>()?;
+        match found.by_site.values().flatten().next() {
+            Some((part, (name, _))) if part.is_of_base() => {
+                let message = "is the bias of a layer that has none in this base, or that the config's bias leaves out: import it on a server \
+                               that runs the base it was trained on, with the config that was saved with it";
+                Err(refuse("EXTRA_TENSOR", name, message))
+            }
+            Some((_, (name, _))) => {
                 let message = "is not selected by the config, or of another kind than it says: the config is of another adapter; send the one \
                                that was saved with these tensors";
                 Err(refuse("EXTRA_TENSOR", name, message))
             }
-            None => Ok(Self { settings, selected, found: of_sites, virtual_tokens: None }),
+            None => Ok(Self { settings, selected, found: of_sites, biases, virtual_tokens: None }),
         }
     }
 }
@@ -380,6 +412,10 @@ impl Package {
                 views.insert(tensor_name(*site, part), Floats { shape, values: values.into() });
             }
         }
+        for (site, values) in adapter.biases(shape) {
+            let name = tensor_name(site, bias_part(adapter.sites.contains_key(&site)));
+            views.insert(name, Floats { shape: vec![values.len()], values: values.into() });
+        }
         if let Some(tokens) = &adapter.virtual_tokens {
             let shape = vec![tokens.count, tokens.form().width(shape)];
             views.insert(virtual_tokens::TENSOR.to_owned(), Floats { shape, values: tokens.folded() });
@@ -392,7 +428,7 @@ impl Package {
 
     /// Checks everything and gives the adapter in float32.
     pub fn read(&self, shape: &BaseShape, limits: SizeLimits) -> Result<Adapter> {
-        let Fitted { settings, selected, found, virtual_tokens } = Fitted::new(self, shape, limits)?;
+        let Fitted { settings, selected, found, biases, virtual_tokens } = Fitted::new(self, shape, limits)?;
         let sites = selected.iter().zip(&found).map(|(selected, found)| {
             let values = found.iter().map(|(name, view)| values(name, view)).collect::<Result<Vec<_>>>()?;
             Ok((selected.site, selected.tensors.delta(values.into_iter())))
@@ -402,16 +438,22 @@ impl Package {
             Some((form, count, (name, view))) => Some(VirtualTokens::of(form, count, values(&name, &view)?)),
             None => None,
         };
+        let copies = biases.iter().map(|(site, (name, view))| {
+            let id = shape.index(*site).ok_or_else(|| Error::internal("a bias is of no layer of the base"))?;
+            Ok((Slot::Bias(id), values(name, view)?))
+        });
+        let copies = copies.collect::<Result<_>>()?;
         let spec = settings.spec(&selected, shape);
-        Ok(Adapter { spec, sites, virtual_tokens, copies: BTreeMap::new() })
+        Ok(Adapter { spec, sites, virtual_tokens, copies })
     }
 
     /// Checks everything but the values.
     pub fn check(&self, shape: &BaseShape, limits: SizeLimits) -> Result<CheckedPackage> {
-        let Fitted { settings, selected, virtual_tokens, .. } = Fitted::new(self, shape, limits)?;
+        let Fitted { settings, selected, biases, virtual_tokens, .. } = Fitted::new(self, shape, limits)?;
         let virtual_tokens = virtual_tokens.map(|(form, count, _)| (form, count));
+        let layouts = with_biases(selected.iter().map(Selected::layout), biases.iter().map(|(site, _)| *site));
         Ok(CheckedPackage {
-            memory_bytes: adapter_bytes(selected.iter().map(Selected::layout), virtual_tokens, shape),
+            memory_bytes: adapter_bytes(layouts, virtual_tokens, shape),
             rank: selected.iter().map(Selected::rank).max().unwrap_or_default(),
             initialisation: settings.initialisation(),
             base: settings.base.clone(),
@@ -454,14 +496,20 @@ impl Package {
 /// What a site's tensors are in a file.
 fn tensors_of(delta: &SiteDelta) -> SiteTensors {
     match delta {
-        SiteDelta::LowRank(LowRank { rank, alpha, scale, magnitude, .. }) => {
-            SiteTensors::Pair { rank: *rank, alpha: *alpha, scale: *scale, magnitude: magnitude.is_some() }
+        SiteDelta::LowRank(LowRank { rank, alpha, scale, magnitude, bias, .. }) => {
+            let (magnitude, bias) = (magnitude.is_some(), bias.is_some());
+            SiteTensors::Pair { rank: *rank, alpha: *alpha, scale: *scale, magnitude, bias }
         }
         SiteDelta::Scaled { side, .. } => SiteTensors::Scales(*side),
         SiteDelta::Bottleneck(bottleneck) => {
             SiteTensors::Bottleneck { size: bottleneck.size(), non_linearity: bottleneck.non_linearity }
         }
     }
+}
+
+/// What a layer's own bias is in a file.
+fn bias_part(is_adapted: bool) -> Part {
+    if is_adapted { Part::AdaptedBias } else { Part::OwnBias }
 }
 
 fn missing(site: Site, part: Part) -> Error {
@@ -509,19 +557,26 @@ fn lora_json(spec: &LoraSpec, adapter: &Adapter, shape: &BaseShape) -> Value {
     let own = |value: &dyn Fn(&LowRank) -> Option<Value>| -> Map<String, Value> {
         adapter.pairs().filter_map(|(site, pair)| Some((module_name("model.", site), value(pair)?))).collect()
     };
+    let is_adapted = |(site, _)| adapter.sites.contains_key(&site);
+    let bias = match adapter.copies.is_empty() {
+        true => lora::Bias::None,
+        false if adapter.biases(shape).all(is_adapted) => lora::Bias::Adapted,
+        false => lora::Bias::All,
+    };
     let ranks = own(&|pair| (pair.rank != spec.rank as usize).then(|| json!(pair.rank)));
     let alphas = own(&|pair| (pair.alpha != spec.alpha).then(|| json!(pair.alpha)));
     json!({
         "alpha_pattern": alphas,
         "auto_mapping": null,
         "base_model_name_or_path": shape.name,
-        "bias": "none",
+        "bias": bias.name(),
         "fan_in_fan_out": false,
         "inference_mode": true,
         "init_lora_weights": true,
         "layers_pattern": null,
         "layers_to_transform": layers,
         "lora_alpha": spec.alpha,
+        "lora_bias": spec.lora_bias,
         "lora_dropout": spec.dropout,
         "modules_to_save": null,
         "peft_type": "LORA",
@@ -620,8 +675,10 @@ mod tests {
         let prefix = PrefixSpec { virtual_tokens: 3, ..PrefixSpec::default() };
         let houlsby = BottleneckSpec { size: 3, placement: Placement::Both, ..BottleneckSpec::default() };
         let pfeiffer = BottleneckSpec { size: 2, layers: Some(vec![1]), ..BottleneckSpec::default() };
-        let tuners: [TunerSpec; 7] = [
+        let biased = LoraSpec { rank: 2, lora_bias: true, ..LoraSpec::default() };
+        let tuners: [TunerSpec; 8] = [
             dora.into(),
+            biased.into(),
             Ia3Spec::default().into(),
             ia3.into(),
             prompt.into(),
@@ -648,6 +705,41 @@ mod tests {
                 assert_eq!(checked.digest, package.digest().unwrap());
             }
         }
+    }
+
+    /// Biases of the base that are trained are named after their layers, whether those have a pair or not; a base without them has no place for them.
+    #[test]
+    fn biases_of_the_base_are_published_and_read() {
+        let mut shape = shape();
+        let plain = shape.clone();
+        shape.biased = shape.sites().filter(|site| matches!(site.target, Target::QProj | Target::KProj)).collect();
+        for (targets, bias) in [(vec![Target::QProj, Target::KProj], "lora_only"), (vec![Target::QProj], "all")] {
+            let spec = LoraSpec { rank: 2, targets, ..LoraSpec::default() };
+            let mut adapter = Adapter::fresh(&spec, &shape, 1).unwrap();
+            let biases = shape.biased.iter().map(|site| (*site, shape.dims(site.target).unwrap().1));
+            adapter.copies =
+                biases.map(|(site, outputs)| (Slot::Bias(shape.index(site).unwrap()), vec![0.5; outputs])).collect();
+            let mut package = Package::from_adapter(&adapter, &shape).unwrap();
+            let config: Value = serde_json::from_slice(&package.config).unwrap();
+            assert_eq!(config["bias"], json!(bias));
+            let read = package.read(&shape, LIMITS).unwrap();
+            assert_eq!((&read.sites, &read.copies), (&adapter.sites, &adapter.copies));
+            let checked = package.check(&shape, LIMITS).unwrap();
+            let packed = crate::adapter::PackedAdapter::new(&read, &shape, &Default::default()).unwrap();
+            assert_eq!(checked.memory_bytes, packed.byte_size());
+            assert_eq!(Package::from_adapter(&read, &shape).unwrap().digest().unwrap(), package.digest().unwrap());
+            let error = package.check(&plain, LIMITS).unwrap_err().to_string();
+            assert!(error.contains("bias") && error.contains("trained on"), "{error}");
+            let mut without = config.clone();
+            without["bias"] = json!("none");
+            package.config = serde_json::to_vec(&without).unwrap();
+            assert!(package.check(&shape, LIMITS).unwrap_err().to_string().contains("config's bias"));
+        }
+        // Of a base that has none there is nothing to train.
+        let mut package =
+            Package::from_adapter(&Adapter::fresh(&LoraSpec::default(), &plain, 1).unwrap(), &plain).unwrap();
+        package.config = String::from_utf8(package.config).unwrap().replace("none", "all").into_bytes();
+        assert!(package.check(&plain, LIMITS).is_ok());
     }
 
     /// What a prefix was trained through is not published with it.

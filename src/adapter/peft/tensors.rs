@@ -42,8 +42,8 @@ fn most_header_bytes(shape: &BaseShape) -> u64 {
 /// Most bytes of a whole file for this base within the limits, in float32.
 pub fn most_file_bytes(shape: &BaseShape, limits: SizeLimits) -> u64 {
     let values: u64 = shape.linears.iter().map(|linear| (linear.inputs + linear.outputs) as u64).sum();
-    // One more for magnitudes.
-    let of_sites = values.saturating_mul(u64::from(shape.layers)).saturating_mul(limits.rank.saturating_add(1));
+    // Two more for magnitudes and biases.
+    let of_sites = values.saturating_mul(u64::from(shape.layers)).saturating_mul(limits.rank.saturating_add(2));
     let width = VirtualForm::Embeddings.width(shape).max(VirtualForm::KeysAndValues.width(shape)) as u64;
     let values = of_sites.max(limits.virtual_tokens.saturating_mul(width));
     values.saturating_mul(4).saturating_add(most_header_bytes(shape)).saturating_add(LENGTH_BYTES as u64)
@@ -82,7 +82,12 @@ pub(super) fn check_no_pointer(name: &str, file: &[u8]) -> Result<()> {
 pub(super) enum Part {
     LoraA,
     LoraB,
+    LoraBias,
     Magnitude,
+    /// The bias of a layer itself, where it has an A and B beside it.
+    AdaptedBias,
+    /// The bias of a layer itself, where it has not.
+    OwnBias,
     Ia3,
     Down,
     DownBias,
@@ -91,14 +96,27 @@ pub(super) enum Part {
 }
 
 impl Part {
-    const ALL: [Self; 8] =
-        [Self::LoraA, Self::LoraB, Self::Magnitude, Self::Ia3, Self::Down, Self::DownBias, Self::Up, Self::UpBias];
+    const ALL: [Self; 11] = [
+        Self::LoraA,
+        Self::LoraB,
+        Self::LoraBias,
+        Self::Magnitude,
+        Self::AdaptedBias,
+        Self::OwnBias,
+        Self::Ia3,
+        Self::Down,
+        Self::DownBias,
+        Self::Up,
+        Self::UpBias,
+    ];
 
-    /// Its name, behind the module's.
+    /// Its name, behind the module's; nothing where it is the module's own.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::LoraA => "lora_A",
-            Self::LoraB => "lora_B",
+            Self::LoraB | Self::LoraBias => "lora_B",
+            Self::AdaptedBias => "base_layer",
+            Self::OwnBias => "",
             Self::Magnitude => "lora_magnitude_vector",
             Self::Ia3 => "ia3_l",
             Self::Down => "adapter_down",
@@ -108,13 +126,20 @@ impl Part {
         }
     }
 
-    /// Whether "weight" may end the name, and must. PEFT keeps a magnitude in a module of its own, and saves it without.
-    fn takes_weight(self, weight: bool) -> bool {
+    /// How a file's name of it may end behind that, the way that it is written first. PEFT keeps a magnitude in a module of its own, and saves it
+    /// without its end.
+    fn ends(self) -> &'static [&'static str] {
         match self {
-            Self::LoraA | Self::LoraB | Self::Down | Self::Up => weight,
-            Self::Magnitude => true,
-            Self::Ia3 | Self::DownBias | Self::UpBias => !weight,
+            Self::LoraA | Self::LoraB | Self::Down | Self::Up => &[".weight"],
+            Self::LoraBias | Self::AdaptedBias | Self::OwnBias => &[".bias"],
+            Self::Magnitude => &["", ".weight"],
+            Self::Ia3 | Self::DownBias | Self::UpBias => &[""],
         }
+    }
+
+    /// Whether it is the base's own, in whose name no adapter's name can be.
+    pub(super) fn is_of_base(self) -> bool {
+        matches!(self, Self::AdaptedBias | Self::OwnBias)
     }
 }
 
@@ -167,10 +192,14 @@ impl<'a> Tensors<'a> {
         check_beginning(file, shape)?;
         // By name, so that of several faults it is always the same one that is named.
         let sorted: BTreeMap<_, _> = open(file)?.tensors().into_iter().collect();
+        let parsed = sorted.keys().map(|name| Name::parse(name, shape)).collect::<Result<Vec<_>>>()?;
+        let infix = parsed.iter().find(|name| !name.part.is_of_base()).and_then(|name| name.form.infix.clone());
         let mut form: Option<(Form, String)> = None;
         let mut by_site: BTreeMap<Site, BTreeMap<Part, Named<'a>>> = BTreeMap::new();
-        for (name, view) in sorted {
-            let parsed = Name::parse(&name, shape)?;
+        for ((name, view), mut parsed) in sorted.into_iter().zip(parsed) {
+            if parsed.part.is_of_base() {
+                parsed.form.infix.clone_from(&infix);
+            }
             match &form {
                 None => form = Some((parsed.form, name.clone())),
                 Some((form, _)) if *form == parsed.form => {}
@@ -204,8 +233,8 @@ fn shown(name: &str) -> String {
 
 /// PEFT's name of a tensor.
 pub(super) fn tensor_name(site: Site, part: Part) -> String {
-    let end = if part.takes_weight(false) { "" } else { ".weight" };
-    format!("base_model.model.{}.{}{end}", module_name("model.", site), part.name())
+    let dot = if part.name().is_empty() { "" } else { "." };
+    format!("base_model.model.{}{dot}{}{}", module_name("model.", site), part.name(), part.ends()[0])
 }
 
 /// What is the same in all names of a file.
@@ -234,16 +263,21 @@ impl Name {
     fn of_parts(parts: &[&str], shape: &BaseShape) -> Option<Self> {
         let at = parts.iter().rposition(|part| *part == "layers")?;
         let (head, tail) = (&parts[..at], &parts[at + 1..]);
-        let (tail, weight) = match tail {
-            [tail @ .., "weight"] => (tail, true),
-            tail => (tail, false),
+        let (tail, end) = match tail {
+            [tail @ .., "weight"] => (tail, ".weight"),
+            [tail @ .., "bias"] => (tail, ".bias"),
+            tail => (tail, ""),
         };
         let (layer, block, target, part, infix) = match *tail {
+            [layer, block, target] => (layer, block, target, "", None),
             [layer, block, target, part] => (layer, block, target, part, None),
             [layer, block, target, part, infix] => (layer, block, target, part, Some(infix.to_owned())),
             _ => return None,
         };
-        let part = Part::ALL.into_iter().find(|of| of.name() == part).filter(|part| part.takes_weight(weight))?;
+        let part = Part::ALL.into_iter().find(|of| of.name() == part && of.ends().contains(&end))?;
+        if part.is_of_base() && infix.is_some() {
+            return None;
+        }
         let site = Site { layer: layer.parse().ok()?, target: Target::from_name(target)? };
         // The whole name of the module, so that no other block and no other spelling of the number passes.
         if shape.index(site).is_none() || module_name("", site) != format!("layers.{layer}.{block}.{target}") {
@@ -275,8 +309,8 @@ fn why_not(parts: &[&str], shape: &BaseShape) -> String {
         )
     } else if has("lora_embedding_A") || has("lora_embedding_B") || has("embed_tokens") || has("lm_head") {
         ("changes the embedding or the head", "train again with modules of the layers only, and modules_to_save empty")
-    } else if parts.last() == Some(&"bias") {
-        ("is a bias", "train again with bias \"none\" and lora_bias false")
+    } else if parts.last() == Some(&"bias") && !has("lora_B") {
+        ("is a bias of no linear layer of this base", "train again with bias \"none\"")
     } else if Part::ALL.iter().any(|part| has(part.name())) {
         if layer.is_some_and(|layer| layer >= u64::from(shape.layers)) {
             ("is of a layer that this base does not have", "import it on a server that runs the base it was trained on")

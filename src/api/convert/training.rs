@@ -90,6 +90,7 @@ fn lora_spec(message: &pb::LoraSpec) -> Result<LoraSpec> {
         layers: (!layers.is_empty()).then(|| layers.into_iter().collect()),
         use_rslora: message.use_rslora,
         use_dora: message.use_dora,
+        lora_bias: message.lora_bias,
         init: match known("lora.init", message.init)? {
             pb::LoraInit::Unspecified | pb::LoraInit::Default => LoraInit::Default,
             pb::LoraInit::Gaussian => LoraInit::Gaussian,
@@ -365,6 +366,7 @@ fn recipe(spec: &JobSpec) -> pb::TrainRequest {
             layers_to_transform: lora.layers.clone().unwrap_or_default(),
             use_rslora: lora.use_rslora,
             use_dora: lora.use_dora,
+            lora_bias: lora.lora_bias,
             init: match lora.init {
                 // A request's digest, by which a retry is known, is older than the choice.
                 LoraInit::Default => pb::LoraInit::Unspecified,

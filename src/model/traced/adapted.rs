@@ -1,6 +1,6 @@
 //! Linear layers as an adapter changes them, forward and backward.
 //!
-//! - LoRA: `y = x W^T + b + scale * (drop(x) A^T) B^T`.
+//! - LoRA: `y = x W^T + b + scale * ((drop(x) A^T) B^T + bias)`, b being the base's or a copy that is trained in its place, which all may have.
 //! - DoRA: `y = c * (x W^T + scale * (drop(x) A^T) B^T) + b`, c being the magnitudes over the norms of the rows of W + scale * B A. As in PEFT and
 //!   the paper's section 4.3, the norms are constants to the gradient.
 //! - An adapter that began as a part of the base (PiSSA, OLoRA): W is the base without it, W - scale * B0 A0. Nothing of that part is dropped or
@@ -50,7 +50,12 @@ impl Scope<'_> {
         self.options.adapter?.sites.get(&self.model.site(site))
     }
 
-    /// Returns whether the pass's adapter changes a linear layer.
+    /// Returns whether the pass's adapter trains anything of a linear layer.
+    pub(super) fn trains(&self, site: SiteId) -> bool {
+        self.changes(site) || self.copy_of(Slot::Bias(site)).is_some()
+    }
+
+    /// Returns whether the pass's adapter changes what a linear layer's input is multiplied with.
     pub(super) fn changes(&self, site: SiteId) -> bool {
         self.adapted(site).is_some() || self.copy_of(Slot::Matrix(site)).is_some()
     }
@@ -107,6 +112,9 @@ impl Scope<'_> {
     pub(super) fn delta_backward(&self, site: SiteId, x: &[f32], dy: &[f32], gradients: &mut Adapter) -> Onward<'_> {
         let matrix = self.weight(site);
         let Adapter { sites, copies, .. } = gradients;
+        if let Some(db) = copies.get_mut(&Slot::Bias(site)) {
+            add_rows(db, dy);
+        }
         match (self.adapted(site), sites.get_mut(&self.model.site(site))) {
             (Some(SiteDelta::LowRank(pair)), Some(SiteDelta::LowRank(gradient))) => {
                 let d = gradient.magnitude.as_mut().map(|dm| self.magnitude_backward(site, pair, x, dy, dm));
@@ -139,9 +147,6 @@ impl Scope<'_> {
             _ => {
                 if let Some(dw) = copies.get_mut(&Slot::Matrix(site)) {
                     self.copy_backward(matrix, x, dy, dw);
-                }
-                if let Some(db) = copies.get_mut(&Slot::Bias(site)) {
-                    add_rows(db, dy);
                 }
                 Onward::Product { d: None, pairs: Vec::new() }
             }
@@ -233,9 +238,12 @@ impl Scope<'_> {
         self.options.without?.pair(self.model.site(site))
     }
 
-    /// y += scale * (drop(x) A^T) B^T, less scale * (x A0^T) B0^T where that is taken out of the base.
+    /// y += scale * ((drop(x) A^T) B^T + bias), less scale * (x A0^T) B0^T where that is taken out of the base.
     fn add_pair(&self, site: SiteId, pair: &LowRank, x: &[f32], y: &mut [f32]) {
         add_expanded(pair, &self.shrink(pair, pair.scale, &self.dropped(site, x)), y);
+        if let Some(bias) = &pair.bias {
+            each_row(y, bias.len(), |y| y.iter_mut().zip(bias).for_each(|(y, bias)| *y += pair.scale * bias));
+        }
         if let Some(start) = self.taken_out(site) {
             add_expanded(start, &self.shrink(start, -start.scale, x), y);
         }
@@ -257,6 +265,11 @@ impl Scope<'_> {
             PairGradient { pair: start, shrunk, dropout: None }
         });
         let input = self.dropped(site, x);
+        if let Some(dbias) = &mut gradient.bias {
+            let mut sums = vec![0.0; dbias.len()];
+            add_rows(&mut sums, dy);
+            dbias.iter_mut().zip(sums).for_each(|(d, sum)| *d += scale * sum);
+        }
         let shrunk = self.shrink(pair, scale, &input);
         let db = Out { data: &mut gradient.b, stride: rank, accumulate: true };
         mul_tn(db, Mat::dense(dy, matrix.rows()), Mat::dense(&shrunk, rank), true);
@@ -271,7 +284,7 @@ impl Scope<'_> {
     /// Multiplies each output but its bias by the magnitude over the norm of its row.
     fn scale_rows(&self, site: SiteId, pair: &LowRank, y: &mut [f32]) {
         let scales = self.row_scales(site, pair);
-        let bias = self.model.bias(site).unwrap_or_default();
+        let bias = self.bias(site).unwrap_or_default();
         each_row(y, scales.len(), |y| {
             if bias.is_empty() {
                 return y.iter_mut().zip(&scales).for_each(|(y, scale)| *y *= scale);
@@ -466,7 +479,7 @@ mod tests {
         let site = model.decoder().sites.len() - 1;
         let (inputs, outputs, rank, rows) = (96, 64, 3, 10);
         let (x, a, b) = (sinusoid(rows, inputs, 0.7), sinusoid(rank, inputs, 0.3), sinusoid(outputs, rank, 1.1));
-        let layer = LowRank { rank, alpha: 1.5, scale: 0.5, a: values(&a), b: values(&b), magnitude: None };
+        let layer = LowRank { rank, alpha: 1.5, scale: 0.5, a: values(&a), b: values(&b), magnitude: None, bias: None };
         let adapter = Adapter::lora(LoraSpec::default(), [(model.site(site), layer)]);
         let mut weights = vec![0.0; outputs * inputs];
         model.matrix(site).dequantize(0, &mut weights);

@@ -100,7 +100,7 @@ impl<'a> Footprint<'a> {
         let trained = |step: &Step| match step {
             Step::Embed { .. } => footprint.has(VirtualForm::Embeddings) || footprint.copies(Slot::Embedding),
             Step::Attend(_) => footprint.has(VirtualForm::KeysAndValues),
-            step => step.sites().any(|site| footprint.changes(site)),
+            step => step.sites().any(|site| footprint.changes(site) || footprint.copies(Slot::Bias(site))),
         };
         footprint.first = steps.iter().position(trained).unwrap_or(steps.len());
         for site in 0..model.decoder().sites.len() {

@@ -113,7 +113,7 @@ impl<'a> Trace<'a> {
         let trained = |step: &Step| match step {
             Step::Embed { .. } => form == Some(VirtualForm::Embeddings) || scope.copy_of(Slot::Embedding).is_some(),
             Step::Attend(_) => form == Some(VirtualForm::KeysAndValues),
-            step => step.sites().any(|site| scope.changes(site)),
+            step => step.sites().any(|site| scope.trains(site)),
         };
         let first = scope.model.decoder().steps.iter().position(trained).ok_or_else(absent)?;
         let d_virtual = vec![0.0; scope.virtual_tokens.as_ref().map_or(0, |(_, values)| values.len())];

@@ -68,9 +68,12 @@ impl<'m> Exact<'m> {
         let first: usize = adapter.sites.range(..name).map(|(_, delta)| tensors(delta)).sum();
         match adapter.sites.get(&name) {
             None => times(copy(adapter, values, Slot::Matrix(site)).unwrap_or(&self.sites[site]), x),
-            Some(SiteDelta::LowRank(LowRank { scale, magnitude, .. })) => {
+            Some(SiteDelta::LowRank(LowRank { scale, magnitude, bias, .. })) => {
                 let h = times(&values[first], x);
                 let mut pair = times(&values[first + 1], &h);
+                if bias.is_some() {
+                    pair.iter_mut().zip(&values[first + 2]).for_each(|(y, bias)| *y += bias);
+                }
                 if let Some(start) = self.without.and_then(|start| start.pair(name)) {
                     let h = times(&exactly(&start.a), x);
                     pair.iter_mut().zip(times(&exactly(&start.b), &h)).for_each(|(y, start)| *y -= start);
@@ -227,7 +230,7 @@ fn copy<'v>(adapter: &Adapter, values: &'v Values, slot: Slot) -> Option<&'v Vec
 
 fn tensors(delta: &SiteDelta) -> usize {
     match delta {
-        SiteDelta::LowRank(pair) => 2 + usize::from(pair.magnitude.is_some()),
+        SiteDelta::LowRank(pair) => 2 + usize::from(pair.magnitude.is_some()) + usize::from(pair.bias.is_some()),
         SiteDelta::Scaled { .. } => 1,
         SiteDelta::Bottleneck(_) => 4,
     }
@@ -247,6 +250,7 @@ fn tuners() -> Vec<TunerSpec> {
         }
         .into(),
         LoraSpec { use_dora: true, ..lora.clone() }.into(),
+        LoraSpec { lora_bias: true, ..lora.clone() }.into(),
         LoraSpec { init: LoraInit::Pissa, ..lora.clone() }.into(),
         LoraSpec { init: LoraInit::Olora, use_dora: true, ..lora }.into(),
         Ia3Spec::default().into(),
@@ -383,42 +387,54 @@ fn gradients_of_every_kind_are_those_of_central_differences() {
     }
 }
 
+/// An adapter of a few pairs that trains the base's biases beside them.
+fn with_biases(model: &Model) -> Adapter {
+    let spec = LoraSpec { targets: vec![Target::QProj], layers: Some(vec![1]), use_dora: true, ..LoraSpec::default() };
+    let mut adapter = fresh(model, &spec.into());
+    let biases = model.shape().biased.iter().filter_map(|site| model.shape().index(*site));
+    adapter.copies = biases.filter_map(|id| Some((Slot::Bias(id), model.bias(id)?.to_vec()))).collect();
+    adapter
+}
+
 /// What the tiny model does not have, on small bases: biases, norms of heads and of branches, a head of its own, caps. The loss changes along each
-/// tensor's gradient as that says.
+/// tensor's gradient as that says. So it does where biases are trained beside a LoRA.
 #[test]
 fn every_tensor_of_a_base_moves_the_loss_along_its_gradient() {
     let mut kinds = std::collections::BTreeSet::new();
     for name in ["qwen2-q4_k_m", "qwen3-q4_k_m", "gemma2-q4_k_m", "llama-bias-q4_0", "granite-q4_k_m"] {
         let path = std::path::Path::new("tests/golden/bases").join(name).join("base.gguf");
         let (model, _) = Model::load(&path, &candle_core::Device::Cpu, None).unwrap();
-        let adapter = moved(&model, &fresh(&model, &FullSpec::default().into()));
-        let (_, gradients) = gradients(&model, &adapter, None, None);
-        let loss = |adapter: &Adapter| -> f64 {
-            let options =
-                ForwardOptions { adapter: Some(adapter), products: Products::Exact, ..ForwardOptions::default() };
-            let logprobs = model.token_logprobs(&SEQUENCES, &all_wanted(), options).unwrap();
-            logprobs.iter().enumerate().map(|(i, x)| weight(i) * f64::from(*x)).sum()
-        };
-        for (slot, gradient) in &gradients.copies {
-            let size = dot(&exactly(gradient), &exactly(gradient)).sqrt();
-            // Far enough to be seen in 24 bits, where that is not far for the tensor.
-            let by = 0.02 / size;
-            let values = &adapter.copies[slot];
-            if by > 0.1 * dot(&exactly(values), &exactly(values)).sqrt() {
-                continue;
-            }
-            let at = |by: f64| {
-                let mut moved = adapter.clone();
-                let values = moved.copies.get_mut(slot).into_iter().flatten().zip(gradient);
-                values.for_each(|(x, d)| *x += (by / size * f64::from(*d)) as f32);
-                loss(&moved)
+        let full = moved(&model, &fresh(&model, &FullSpec::default().into()));
+        let biased = (!model.shape().biased.is_empty()).then(|| moved(&model, &with_biases(&model)));
+        for adapter in std::iter::once(full).chain(biased) {
+            let (_, gradients) = gradients(&model, &adapter, None, None);
+            let loss = |adapter: &Adapter| -> f64 {
+                let options =
+                    ForwardOptions { adapter: Some(adapter), products: Products::Exact, ..ForwardOptions::default() };
+                let logprobs = model.token_logprobs(&SEQUENCES, &all_wanted(), options).unwrap();
+                logprobs.iter().enumerate().map(|(i, x)| weight(i) * f64::from(*x)).sum()
             };
-            let slope = (at(by) - at(-by)) / (2.0 * by);
-            assert!((slope - size).abs() < 0.03 * size, "{name} {slot:?}: {slope} {size}");
-            kinds.insert(match slot {
-                Slot::Norm(norm) => format!("{:?}", model.decoder().norms[*norm].kind),
-                slot => format!("{slot:?}").split('(').next().unwrap_or_default().to_owned(),
-            });
+            for (slot, gradient) in &gradients.copies {
+                let size = dot(&exactly(gradient), &exactly(gradient)).sqrt();
+                // Far enough to be seen in 24 bits, where that is not far for the tensor.
+                let by = 0.02 / size;
+                let values = &adapter.copies[slot];
+                if by > 0.1 * dot(&exactly(values), &exactly(values)).sqrt() {
+                    continue;
+                }
+                let at = |by: f64| {
+                    let mut moved = adapter.clone();
+                    let values = moved.copies.get_mut(slot).into_iter().flatten().zip(gradient);
+                    values.for_each(|(x, d)| *x += (by / size * f64::from(*d)) as f32);
+                    loss(&moved)
+                };
+                let slope = (at(by) - at(-by)) / (2.0 * by);
+                assert!((slope - size).abs() < 0.03 * size, "{name} {slot:?}: {slope} {size}");
+                kinds.insert(match slot {
+                    Slot::Norm(norm) => format!("{:?}", model.decoder().norms[*norm].kind),
+                    slot => format!("{slot:?}").split('(').next().unwrap_or_default().to_owned(),
+                });
+            }
         }
     }
     let all = [

@@ -51,6 +51,7 @@ fn specs() -> [JobSpec; 2] {
         layers: Some(vec![1]),
         use_rslora: true,
         use_dora: false,
+        lora_bias: false,
         init: LoraInit::Default,
     };
     let first = JobSpec {
