@@ -182,22 +182,26 @@ put("safetensors_and_config", "prompt", virtual("PROMPT_TUNING", 64))
 put("safetensors_and_config", "prefix", virtual("PREFIX_TUNING", 2 * 2 * 32))
 
 
-def packed(sites, rank=1, scaled=0, bottleneck=0, virtual=(0, 0)):
+def packed(sites, rank=1, scaled=0, bias=0, bottleneck=0, virtual=(0, 0), tokens=0):
     """The packed form of an adapter of ones: A padded and B in tiles of 16 outputs, what is scaled (1: the input, 2 and 3: the output) in
-    float32, a bottleneck's biases (its pair is on outputs), each from a multiple of 32 values of two bytes on; then virtual tokens, of a form (1:
-    embeddings, 2: keys and values) and so many."""
+    float32, a bottleneck's biases (its pair is on outputs), a bias (1: beside the base's, 2: instead), each from a multiple of 32 values of two
+    bytes on; then virtual tokens, of a form (1: embeddings, 2: keys and values) and so many; then so many tokens' ids and rows of the embedding."""
     pad = lambda n: -(-n // 32) * 32
     length = 0
-    file = b"tenora packed 03" + hashlib.sha256(b"fuzz").hexdigest().encode() + struct.pack("=III", *virtual, len(sites))
+    file = b"tenora packed 04" + hashlib.sha256(b"fuzz").hexdigest().encode()
+    file += struct.pack("=IIIII", *virtual, tokens, 0, len(sites))
     for site in sites:
         inputs, outputs = list(DIMS.values())[site % 7]
-        file += struct.pack("=IIfII", site, rank, 2.0, scaled, bottleneck)
+        file += struct.pack("=IIIIIf", site, rank, scaled, bias, bottleneck, 2.0)
         length += pad(rank * (outputs if bottleneck else inputs)) + pad(-(-outputs // 16) * 16 * rank)
         length += pad(2 * {0: 0, 1: inputs}.get(scaled, outputs))
         length += pad(2 * rank) + pad(2 * outputs) if bottleneck else 0
+        length += pad(2 * outputs) if bias else 0
     form, count = virtual
     length += pad(2 * count * (0, 64, 2 * 2 * 32)[form])
-    file += struct.pack("=H", 0x3F80) * length
+    ids, rows = struct.pack(f"={tokens}I", *range(tokens)), pad(2 * tokens * 64)
+    file += struct.pack("=H", 0x3F80) * length + ids.ljust(2 * pad(2 * tokens), b"\0") + struct.pack("=H", 0x3F80) * rows
+    length += pad(2 * tokens) + rows
     return struct.pack("<Q", 2 * length) + file + struct.pack("=I", zlib.crc32(file))
 
 
@@ -206,6 +210,9 @@ put("packed_file", "one-layer", packed(range(7), rank=2))
 put("packed_file", "pairs-and-scales", packed(range(7), rank=2, scaled=3))
 put("packed_file", "scales-alone", packed([6], rank=0, scaled=1))
 put("packed_file", "bottleneck", packed([6, 13], rank=3, bottleneck=1))
+put("packed_file", "biases", packed([0, 8], bias=1))
+put("packed_file", "biases-alone", packed([3], rank=0, bias=2))
+put("packed_file", "tokens", packed([0], tokens=3))
 put("packed_file", "prompt", packed([], virtual=(1, 3)))
 put("packed_file", "prefix", packed([], virtual=(2, 2)))
 

@@ -91,7 +91,7 @@ pub fn folder(data: &[u8]) -> bool {
 pub fn safetensors_and_config(data: &[u8]) -> bool {
     let (config, tensors) = split(data);
     let package = Package { config: config.to_vec(), tensors: tensors.to_vec() };
-    let limits = SizeLimits { rank: 64, virtual_tokens: 64 };
+    let limits = SizeLimits { rank: 64, virtual_tokens: 64, trained_tokens: 64 };
     let checked = package.check(shape(), limits);
     let Ok(lora) = package.read(shape(), limits) else { return false };
     let norms: RowNorms = lora.pairs().map(|(site, pair)| (site, vec![1.0; pair.b.len() / pair.rank])).collect();

@@ -71,6 +71,7 @@ TAKEN = {
     "olora": (lora(16, 16, init_lora_weights="olora"), 0.01, 0.01),
     "dora": (lora(8, 16, use_dora=True), 0.02, 0),
     "lora_bias": (lora(8, 16, lora_bias=True), 0.02, 0),
+    "token_rows": (lora(8, 16, trainable_token_indices=[28, 30, 260, 17]), 0.02, 0),
     # The default base has no biases to train.
     "no_bias": (lora(8, 16, ["q_proj"], bias="lora_only"), 0.02, 0),
     "ia3": (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]), 0.1, 0),
@@ -80,14 +81,13 @@ TAKEN = {
 }
 
 # Parts of the names of what is moved with B.
-MOVED = "lora_B", "lora_magnitude_vector", "ia3_l", "prompt_encoder"
+MOVED = "lora_B", "lora_magnitude_vector", "ia3_l", "prompt_encoder", "trainable_tokens_delta"
 
 # The part that was taken out of the base is not in the files.
 ONLY_CONVERTED = ["pissa_niter_16"]
 
 REFUSED = {
     "whole_head": lora(modules=["q_proj"], modules_to_save=["lm_head"]),
-    "token_rows": lora(modules=["q_proj"], trainable_token_indices=[1, 2]),
     "replicated_layers": lora(modules=["q_proj"], layer_replication=[[0, 4], [2, 6]]),
     "embedding": lora(modules=["q_proj", "embed_tokens"]),
     "vera": VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj"]),

@@ -168,6 +168,8 @@ limits! {
     max_rank = 256, "rank";
     /// Tokens that an adapter puts before a sequence.
     max_virtual_tokens = 256, "tokens";
+    /// Tokens to which an adapter gives rows of its own in the embedding, or in the head.
+    max_trained_tokens = 256, "tokens";
     /// Sequences decoded at once.
     max_running = 48, "sequences";
     /// Sequences of one tenant waiting or running: an answer is one, a score one for each input.

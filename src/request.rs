@@ -605,6 +605,8 @@ pub struct LoraSpec {
     pub use_dora: bool,
     /// Gives each pair a bias, which is added to B A x.
     pub lora_bias: bool,
+    /// The tokens whose rows of the embedding, and of the head where that is the embedding, are trained; each once.
+    pub trainable_token_indices: Vec<u32>,
     /// What a fresh pair is; of one that is there already, nothing.
     pub init: LoraInit,
 }
@@ -641,6 +643,7 @@ impl Default for LoraSpec {
             use_rslora: false,
             use_dora: false,
             lora_bias: false,
+            trainable_token_indices: Vec::new(),
             init: LoraInit::Default,
         }
     }

@@ -13,5 +13,5 @@ pub use base_name::BaseNames;
 pub use packed::PackedAdapter;
 pub use peft::lora::{CONVERSION, Initialisation};
 pub use shape::{BaseShape, LinearShape};
-pub use value::{Adapter, Bottleneck, LowRank, RowNorms, ScaledSide, SiteDelta};
+pub use value::{Adapter, Bottleneck, LowRank, RowNorms, ScaledSide, SiteDelta, TokenRows};
 pub use virtual_tokens::{VirtualForm, VirtualTokens};

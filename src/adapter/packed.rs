@@ -9,7 +9,7 @@
 //! - what is added to what comes out ([`Bias`]), in float32;
 //! - of a bottleneck adapter down as A, up as B, and their biases in float32.
 //!
-//! Virtual tokens lie behind the layers, in float32.
+//! Virtual tokens lie behind the layers, in float32, and behind those the rows that some tokens have of the embedding or the head, by their ids.
 //!
 //! Where rounding to bf16 would show, a layer is packed as one of three times its rank (see [`PackedAdapter::precise`]): the kernels know of no
 //! other form, so that all of them serve it, with the same bits.
@@ -21,8 +21,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::adapter::{Adapter, BaseShape, Bottleneck, LowRank, RowNorms, ScaledSide, Site, SiteDelta, VirtualForm};
-use crate::arch::decoder::SiteId;
+use crate::adapter::{
+    Adapter, BaseShape, Bottleneck, LowRank, RowNorms, ScaledSide, Site, SiteDelta, TokenRows, VirtualForm,
+};
+use crate::arch::decoder::{SiteId, Slot};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{self, LoraPair};
 use crate::kernels::packed::TILE_ROWS;
@@ -43,7 +45,43 @@ pub struct PackedAdapter {
     values: Arc<Values>,
     rank: usize,
     changes_rows: bool,
-    virtual_tokens: Option<VirtualPlace>,
+    beside: BesidePlaces,
+}
+
+/// What an adapter has beside what it does at sites, but for the values.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Beside {
+    /// The form of virtual tokens, and their number.
+    pub(super) virtual_tokens: Option<(VirtualForm, usize)>,
+    /// How many tokens have rows of their own in the embedding, and in a head that is not the embedding.
+    pub(super) tokens: [usize; 2],
+}
+
+impl Beside {
+    fn of(adapter: &Adapter) -> Self {
+        let count = |slot| adapter.tokens.get(&slot).map_or(0, |tokens| tokens.ids.len());
+        let virtual_tokens = adapter.virtual_tokens.as_ref().map(|tokens| (tokens.form(), tokens.count));
+        Self { virtual_tokens, tokens: [Slot::Embedding, Slot::Head].map(count) }
+    }
+}
+
+/// Where that lies.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct BesidePlaces {
+    pub(super) virtual_tokens: Option<VirtualPlace>,
+    /// Of the embedding and of a head of its own.
+    pub(super) tokens: [Option<TokenPlace>; 2],
+    /// Whether the head has the embedding's rows.
+    is_tied: bool,
+}
+
+/// Where the rows of some tokens lie.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct TokenPlace {
+    pub(super) count: usize,
+    /// Sorted.
+    ids: Range<usize>,
+    rows: Range<usize>,
 }
 
 /// Where virtual tokens lie.
@@ -233,18 +271,17 @@ fn lengths(layout: Layout, dims: (usize, usize)) -> [usize; 6] {
 const VALUES_OF_A_FLOAT: usize = 2;
 
 /// Bytes that an adapter of these sites and virtual tokens takes when it is packed.
-pub(super) fn adapter_bytes(
-    sites: impl IntoIterator<Item = (Site, Layout)>,
-    virtual_tokens: Option<(VirtualForm, usize)>,
-    shape: &BaseShape,
-) -> u64 {
+pub(super) fn adapter_bytes(sites: impl IntoIterator<Item = (Site, Layout)>, beside: Beside, shape: &BaseShape) -> u64 {
     let of_site = |(site, layout): (Site, Layout)| layer_bytes(layout, shape.dims(site.target).unwrap_or_default());
-    sites.into_iter().map(of_site).sum::<u64>() + virtual_bytes(virtual_tokens, shape)
+    let bytes = |len: usize| 2 * len.next_multiple_of(ALIGN) as u64;
+    let virtual_tokens = beside.virtual_tokens.map_or(0, |tokens| bytes(virtual_length(tokens, shape)));
+    let tokens = beside.tokens.iter().flat_map(|count| token_lengths(*count, shape)).map(bytes).sum::<u64>();
+    sites.into_iter().map(of_site).sum::<u64>() + virtual_tokens + tokens
 }
 
-/// Bytes that virtual tokens take when they are packed.
-fn virtual_bytes(virtual_tokens: Option<(VirtualForm, usize)>, shape: &BaseShape) -> u64 {
-    virtual_tokens.map_or(0, |tokens| 2 * virtual_length(tokens, shape).next_multiple_of(ALIGN) as u64)
+/// Values of two bytes that the ids of so many tokens take, and their rows.
+fn token_lengths(count: usize, shape: &BaseShape) -> [usize; 2] {
+    [count * VALUES_OF_A_FLOAT, count * shape.hidden_size * VALUES_OF_A_FLOAT]
 }
 
 /// Values of two bytes that virtual tokens take.
@@ -259,18 +296,13 @@ fn layer_bytes(layout: Layout, dims: (usize, usize)) -> u64 {
 
 /// Bytes that an adapter takes in a form of so many times its rank.
 fn form_bytes(adapter: &Adapter, shape: &BaseShape, times: usize) -> u64 {
-    adapter_bytes(layouts(adapter, shape, times), virtual_shape(adapter), shape)
+    adapter_bytes(layouts(adapter, shape, times), Beside::of(adapter), shape)
 }
 
 /// What lies at each site of an adapter in a form of so many times its rank.
 fn layouts(adapter: &Adapter, shape: &BaseShape, times: usize) -> BTreeMap<Site, Layout> {
     let layouts = adapter.sites.iter().map(|(site, delta)| (*site, Layout::of(delta, times)));
     with_biases(layouts, adapter.biases(shape).map(|(site, _)| site))
-}
-
-/// The form of an adapter's virtual tokens, and their number.
-fn virtual_shape(adapter: &Adapter) -> Option<(VirtualForm, usize)> {
-    adapter.virtual_tokens.as_ref().map(|tokens| (tokens.form(), tokens.count))
 }
 
 impl PackedAdapter {
@@ -294,9 +326,14 @@ impl PackedAdapter {
             return Err(Error::internal("copies of the base's tensors are another model, which is not served"));
         }
         let layers = layouts(adapter, shape, times);
-        let (places, virtual_place, len) = place(layers.into_iter(), virtual_shape(adapter), shape).map_err(misfit)?;
+        let (places, beside, len) = place(layers.into_iter(), Beside::of(adapter), shape).map_err(misfit)?;
         let mut values = Values::zeros(len);
-        if let (Some(tokens), Some(place)) = (&adapter.virtual_tokens, &virtual_place) {
+        for (slot, place) in [Slot::Embedding, Slot::Head].iter().zip(&beside.tokens) {
+            let (Some(tokens), Some(place)) = (adapter.tokens.get(slot), place) else { continue };
+            put_tokens(tokens, place, values.get_mut())
+                .ok_or_else(|| Error::internal("rows of tokens do not fit the base"))?;
+        }
+        if let (Some(tokens), Some(place)) = (&adapter.virtual_tokens, &beside.virtual_tokens) {
             put_floats(&tokens.folded(), place.range.clone(), values.get_mut())
                 .ok_or_else(|| Error::internal("virtual tokens do not fit the base"))?;
         }
@@ -322,20 +359,45 @@ impl PackedAdapter {
             };
             packed.ok_or_else(|| misfit(*site))?;
         }
-        Ok(Self::of(places, virtual_place, values))
+        Ok(Self::of(places, beside, values))
     }
 
-    pub(super) fn of(places: Vec<Option<Place>>, virtual_tokens: Option<VirtualPlace>, values: Values) -> Self {
+    pub(super) fn of(places: Vec<Option<Place>>, beside: BesidePlaces, values: Values) -> Self {
         let pairs = places.iter().flatten().filter(|place| place.bottleneck.is_none());
         let rank = pairs.map(|place| place.rank).max().unwrap_or_default();
         let changes = |place: &Place| place.scaled.is_some() || place.bias.is_some() || place.bottleneck.is_some();
-        let changes_rows = places.iter().flatten().any(changes);
-        Self { places: places.into(), values: Arc::new(values), rank, changes_rows, virtual_tokens }
+        let has_tokens = beside.tokens.iter().any(Option::is_some);
+        let changes_rows = has_tokens || places.iter().flatten().any(changes);
+        Self { places: places.into(), values: Arc::new(values), rank, changes_rows, beside }
     }
 
     /// Returns how many tokens it puts before a sequence.
     pub fn virtual_count(&self) -> usize {
-        self.virtual_tokens.as_ref().map_or(0, |tokens| tokens.count)
+        self.beside.virtual_tokens.as_ref().map_or(0, |tokens| tokens.count)
+    }
+
+    /// The row of a token that takes the place of its embedding, `[hidden_size]`, before it is scaled.
+    pub fn embedding(&self, id: u32) -> Option<&[f32]> {
+        let (ids, mut rows) = self.token_rows(self.beside.tokens[0].as_ref()?);
+        rows.nth(ids.binary_search(&id).ok()?)
+    }
+
+    /// The tokens whose rows of the head have others in their place, and those, `[hidden_size]` each.
+    pub fn head_rows(&self) -> impl Iterator<Item = (u32, &[f32])> {
+        let place = self.beside.tokens[usize::from(!self.beside.is_tied)].as_ref();
+        let rows = place.map(|place| self.token_rows(place));
+        rows.into_iter().flat_map(|(ids, rows)| ids.iter().copied().zip(rows))
+    }
+
+    /// The ids of each table's tokens.
+    pub(super) fn token_ids(&self) -> impl Iterator<Item = &[u32]> {
+        self.beside.tokens.iter().flatten().map(|place| self.token_rows(place).0)
+    }
+
+    fn token_rows(&self, place: &TokenPlace) -> (&[u32], std::slice::ChunksExact<'_, f32>) {
+        let values = self.values.get();
+        let rows: &[f32] = bytemuck::cast_slice(&values[place.rows.clone()]);
+        (bytemuck::cast_slice(&values[place.ids.clone()]), rows.chunks_exact(rows.len() / place.count))
     }
 
     /// The embedding of a virtual token, `[hidden_size]`; `None` where it has keys and values instead.
@@ -351,13 +413,13 @@ impl PackedAdapter {
     }
 
     fn virtual_values(&self, form: VirtualForm, token: usize) -> Option<&[f32]> {
-        let place = self.virtual_tokens.as_ref().filter(|place| place.form == form)?;
+        let place = self.beside.virtual_tokens.as_ref().filter(|place| place.form == form)?;
         let values: &[f32] = bytemuck::cast_slice(&self.values.get()[place.range.clone()]);
         values.chunks_exact(values.len() / place.count).nth(token)
     }
 
-    pub(super) fn virtual_place(&self) -> Option<&VirtualPlace> {
-        self.virtual_tokens.as_ref()
+    pub(super) fn beside(&self) -> &BesidePlaces {
+        &self.beside
     }
 
     /// What is to be added at the site of this number; `None` where nothing is.
@@ -403,7 +465,8 @@ impl PackedAdapter {
         })
     }
 
-    /// Returns whether it does anything anywhere but to add a product: multiplies, adds a bias, or puts a bottleneck behind a layer.
+    /// Returns whether it does anything anywhere but to add a product: multiplies, adds a bias, puts a bottleneck behind a layer, or has tokens of
+    /// its own.
     pub fn changes_rows(&self) -> bool {
         self.changes_rows
     }
@@ -464,13 +527,13 @@ fn misfit(site: Site) -> Error {
     Error::internal(format!("an adapter does not fit the base at {site:?}"))
 }
 
-/// Places for layers and for what stands before a sequence, and the length of all.
-type Places = (Vec<Option<Place>>, Option<VirtualPlace>, usize);
+/// Places for layers and for what is beside them, and the length of all.
+type Places = (Vec<Option<Place>>, BesidePlaces, usize);
 
-/// Gives each layer its place, and virtual tokens theirs. Fails with a site that the base does not have.
+/// Gives each layer its place, and what is beside them its own. Fails with a site that the base does not have.
 pub(super) fn place(
     layers: impl Iterator<Item = (Site, Layout)>,
-    virtual_tokens: Option<(VirtualForm, usize)>,
+    beside: Beside,
     shape: &BaseShape,
 ) -> Result<Places, Site> {
     let (mut places, mut end) = (Vec::new(), 0);
@@ -489,13 +552,29 @@ pub(super) fn place(
         let bottleneck = bottleneck.map(|non_linearity| (non_linearity, [down_bias, up_bias]));
         places[at] = Some(Place { rank, scale, a, b, scaled, bias, bottleneck });
     }
-    let virtual_place = virtual_tokens.map(|(form, count)| {
+    let mut next = |len: usize| {
         let start = end;
-        let len = virtual_length((form, count), shape);
         end += len.next_multiple_of(ALIGN);
-        VirtualPlace { form, count, range: start..start + len }
+        start..start + len
+    };
+    let virtual_tokens = beside.virtual_tokens.map(|(form, count)| {
+        let range = next(virtual_length((form, count), shape));
+        VirtualPlace { form, count, range }
     });
-    Ok((places, virtual_place, end))
+    let tokens = beside.tokens.map(|count| {
+        let [ids, rows] = token_lengths(count, shape).map(&mut next);
+        (count > 0).then_some(TokenPlace { count, ids, rows })
+    });
+    Ok((places, BesidePlaces { virtual_tokens, tokens, is_tied: !shape.own_head }, end))
+}
+
+/// Writes the rows of tokens into their place, by their ids; `None` where they do not fit.
+fn put_tokens(tokens: &TokenRows, place: &TokenPlace, values: &mut [u16]) -> Option<()> {
+    let mut ids = tokens.ids.clone();
+    ids.sort_unstable();
+    let rows: Option<Vec<&[f32]>> = ids.iter().map(|id| tokens.row(*id)).collect();
+    bytemuck::cast_slice_mut(values.get_mut(place.ids.clone())?).copy_from_slice(&ids);
+    put_floats(&rows?.concat(), place.rows.clone(), values)
 }
 
 /// What is added to the outputs of each site that has a bias: its own in the place of the base's, that of its pair, or both.
@@ -604,7 +683,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::arch::decoder::Slot;
     use crate::ids::Digest;
     use crate::request::{Ia3Spec, LoraSpec, TunerSpec};
 
@@ -714,6 +792,30 @@ mod tests {
         assert_eq!((bias(1, QProj), bias(1, KProj)), (Some(Bias::Beside(&[1.5; 8])), None));
         adapter.copies.insert(Slot::Embedding, vec![0.0]);
         assert!(PackedAdapter::new(&adapter, &shape, &RowNorms::new()).is_err(), "another copy than of a bias");
+    }
+
+    /// Rows of tokens lie behind the layers by their ids, whatever order they came in; a head that is the embedding has those too.
+    #[test]
+    fn rows_of_tokens_are_packed_by_their_ids() {
+        let mut shape = shape();
+        let spec = LoraSpec { rank: 2, trainable_token_indices: vec![9, 2, 30], ..LoraSpec::default() };
+        let mut adapter = Adapter::fresh(&spec, &shape, 1).unwrap();
+        let own = adapter.tokens.get_mut(&Slot::Embedding).unwrap();
+        own.rows.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);
+        let packed = PackedAdapter::new(&adapter, &shape, &RowNorms::new()).unwrap();
+        assert!(packed.changes_rows());
+        assert_eq!(packed.byte_size(), TunerSpec::from(spec).memory_bytes(&shape).unwrap());
+        let row = |from: usize| (from * 8..from * 8 + 8).map(|x| x as f32).collect::<Vec<_>>();
+        assert_eq!((packed.embedding(2), packed.embedding(3)), (Some(&row(1)[..]), None));
+        let head: Vec<_> = packed.head_rows().collect();
+        assert_eq!(head, [(2, &row(1)[..]), (9, &row(0)), (30, &row(2))]);
+        shape.own_head = true;
+        let packed = PackedAdapter::new(&adapter, &shape, &RowNorms::new()).unwrap();
+        assert_eq!((packed.embedding(9), packed.head_rows().count()), (Some(&row(0)[..]), 0));
+        adapter.tokens.insert(Slot::Head, TokenRows { ids: vec![7], rows: row(5) });
+        let packed = PackedAdapter::new(&adapter, &shape, &RowNorms::new()).unwrap();
+        assert_eq!(packed.head_rows().collect::<Vec<_>>(), [(7, &row(5)[..])]);
+        assert_eq!(packed.embedding(7), None);
     }
 
     /// What is scaled lies beside the pairs, in float32; a DoRA's magnitudes are divided by the norms of the base's rows.

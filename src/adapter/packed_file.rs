@@ -1,7 +1,7 @@
 //! [`PackedAdapter`] as a file, so that a version is brought into memory by one read and no arithmetic. It is derived from a version's
 //! PEFT files, which stay what counts: one that is missing, damaged, of another format or of another machine's byte order is made again.
 //!
-//! The file: [`MAGIC`], the version's digest, the form and the number of virtual tokens, the number of layers, (index, rank, what else is scaled, which bias there is, the non-linearity of a bottleneck, scale) of each, the tensors as they lie in memory, and a
+//! The file: [`MAGIC`], the version's digest, the form and the number of virtual tokens, the numbers of tokens with rows of the embedding and of the head, the number of layers, (index, rank, what else is scaled, which bias there is, the non-linearity of a bottleneck, scale) of each, the tensors as they lie in memory, and a
 //! CRC-32 of all that. A checksum and not SHA-256: it is there to find damage, and SHA-256 takes six times as long as all the rest of a
 //! load. What the digest promises was checked when the file was made.
 
@@ -9,7 +9,7 @@ use std::io::{self, Read};
 
 use crc32fast::Hasher;
 
-use crate::adapter::packed::{BiasPart, Layout, ScaledPart, Values, place};
+use crate::adapter::packed::{Beside, BiasPart, Layout, ScaledPart, Values, place};
 use crate::adapter::{BaseShape, PackedAdapter, Site, VirtualForm};
 use crate::ids::Digest;
 use crate::request::NonLinearity;
@@ -33,8 +33,10 @@ impl PackedAdapter {
         file.extend(digest.hex().bytes());
         // 0 where there are none.
         let form = |form| 1 + VirtualForm::ALL.iter().position(|of| *of == form).unwrap_or_default();
-        let (form, count) = self.virtual_place().map_or((0, 0), |place| (form(place.form), place.count));
-        file.extend([form as u32, count as u32].iter().flat_map(|x| x.to_ne_bytes()));
+        let beside = self.beside();
+        let (form, count) = beside.virtual_tokens.as_ref().map_or((0, 0), |place| (form(place.form), place.count));
+        let [embedding, head] = beside.tokens.each_ref().map(|place| place.as_ref().map_or(0, |place| place.count));
+        file.extend([form, count, embedding, head].iter().flat_map(|x| (*x as u32).to_ne_bytes()));
         file.extend((layers.clone().count() as u32).to_ne_bytes());
         for (at, place) in layers {
             // 0 where nothing is.
@@ -71,8 +73,10 @@ impl PackedAdapter {
                 Some((*form, count))
             }
         };
+        let tokens = [file.number()? as usize, file.number()? as usize];
         // Before anything is computed with it.
-        if virtual_tokens.is_some_and(|(_, count)| count as u64 > bytes) {
+        let counts = virtual_tokens.iter().map(|(_, count)| count).chain(&tokens);
+        if counts.into_iter().any(|count| *count as u64 > bytes) {
             return Err(damaged("does not fit the base"));
         }
         let sites = shape.layers as usize * shape.linears.len();
@@ -98,7 +102,8 @@ impl PackedAdapter {
             Ok((site, Layout { rank, scale, scaled, bias, bottleneck }))
         };
         let layers = (0..count).map(|_| layer()).collect::<io::Result<Vec<_>>>()?;
-        let (places, virtual_place, len) = place(layers.into_iter(), virtual_tokens, shape).map_err(|_| lacks())?;
+        let beside = Beside { virtual_tokens, tokens };
+        let (places, beside, len) = place(layers.into_iter(), beside, shape).map_err(|_| lacks())?;
         // Before anything is allocated for it.
         if 2 * len as u64 != bytes {
             return Err(damaged("does not fit the base"));
@@ -111,7 +116,14 @@ impl PackedAdapter {
         if file.number()? != checksum {
             return Err(damaged("has another checksum than it says"));
         }
-        Ok(Self::of(places, virtual_place, values))
+        let packed = Self::of(places, beside, values);
+        if !packed
+            .token_ids()
+            .all(|ids| ids.is_sorted() && ids.last().is_none_or(|id| (*id as usize) < shape.vocab_size))
+        {
+            return Err(damaged("has rows of tokens that the base lacks"));
+        }
+        Ok(packed)
     }
 }
 
@@ -177,7 +189,10 @@ mod tests {
         let mut prefix = Adapter::fresh(&prefix, &shape, 1).unwrap();
         prefix.tensors_mut().flatten().enumerate().for_each(|(i, x)| *x = i as f32);
         let packed = |adapter| PackedAdapter::new(&adapter, &shape, &norms).unwrap();
-        let others = [dora, biased, ia3, bottleneck, prefix].map(packed);
+        let tokens = LoraSpec { rank: 2, trainable_token_indices: vec![3, 60], ..LoraSpec::default() };
+        let mut tokens = Adapter::fresh(&tokens, &shape, 1).unwrap();
+        tokens.tensors_mut().flatten().enumerate().for_each(|(i, x)| *x = i as f32);
+        let others = [dora, biased, ia3, bottleneck, prefix, tokens].map(packed);
         std::iter::once(plain).chain(others).map(|packed| (packed, shape.clone())).collect()
     }
 
@@ -188,6 +203,7 @@ mod tests {
             let read = PackedAdapter::from_file(&file[..], Digest::of(b"x"), packed.byte_size(), &shape).unwrap();
             assert_eq!((read.rank(), read.byte_size()), (packed.rank(), packed.byte_size()));
             assert_eq!(read.virtual_count(), packed.virtual_count());
+            assert!(read.head_rows().eq(packed.head_rows()) && read.embedding(60) == packed.embedding(60));
             assert_eq!(read.virtual_kv(2, 1, 20), packed.virtual_kv(2, 1, 20));
             for site in 0..shape.sites().count() {
                 assert_eq!((read.pair(site), read.scales(site)), (packed.pair(site), packed.scales(site)));

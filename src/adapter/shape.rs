@@ -22,6 +22,10 @@ pub struct BaseShape {
     pub linears: Vec<LinearShape>,
     /// The linear layers that have a bias.
     pub biased: BTreeSet<Site>,
+    /// Tokens of the vocabulary.
+    pub vocab_size: usize,
+    /// Whether the output matrix is not the embedding.
+    pub own_head: bool,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Heads of queries.
@@ -58,7 +62,21 @@ impl BaseShape {
         let linears = linears.map(|(target, (inputs, outputs))| LinearShape { target, inputs, outputs }).collect();
         let (hidden_size, heads, kv_heads, head_dim) = (dims[0].0, 1, 1, dims[1].1);
         let (name, names, biased) = (name.to_owned(), BaseNames::default(), BTreeSet::new());
-        Self { name, names, digest, layers, linears, biased, hidden_size, heads, kv_heads, head_dim }
+        let (vocab_size, own_head) = (64, false);
+        Self {
+            name,
+            names,
+            digest,
+            layers,
+            linears,
+            biased,
+            vocab_size,
+            own_head,
+            hidden_size,
+            heads,
+            kv_heads,
+            head_dim,
+        }
     }
 
     /// Returns how many values the keys of a position have in a layer; its values are as many.

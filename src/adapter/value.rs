@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::adapter::BaseShape;
-use crate::adapter::packed::{Layout, adapter_bytes};
+use crate::adapter::packed::{Beside, Layout, adapter_bytes};
 use crate::adapter::virtual_tokens::{VirtualForm, VirtualTokens};
 use crate::arch::decoder::{Site, Slot};
 use crate::error::{Error, Result};
@@ -24,6 +24,31 @@ pub struct Adapter {
     pub virtual_tokens: Option<VirtualTokens>,
     /// Copies of the base's tensors that take their place, row-major: all that a full fine-tuning has; of a LoRA biases of linear layers at most.
     pub copies: BTreeMap<Slot, Vec<f32>>,
+    /// Rows of the embedding, or of a head of its own, that take the place of the base's. Where the head is the embedding, those are its too.
+    pub tokens: BTreeMap<Slot, TokenRows>,
+}
+
+/// The rows of some tokens in a table of all tokens (PEFT's trainable tokens).
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenRows {
+    /// Each once.
+    pub ids: Vec<u32>,
+    /// `[ids, hidden_size]`, row-major.
+    pub rows: Vec<f32>,
+}
+
+impl TokenRows {
+    /// Returns the row of an id, `[hidden_size]`; `None` where the base's stays.
+    pub fn row(&self, id: u32) -> Option<&[f32]> {
+        let at = self.ids.iter().position(|own| *own == id)?;
+        self.rows.chunks_exact(self.rows.len() / self.ids.len()).nth(at)
+    }
+
+    /// As [`TokenRows::row`], to be changed.
+    pub fn row_mut(&mut self, id: u32) -> Option<&mut [f32]> {
+        let (at, width) = (self.ids.iter().position(|own| *own == id)?, self.rows.len() / self.ids.len());
+        self.rows.chunks_exact_mut(width).nth(at)
+    }
 }
 
 /// What an adapter does at a site, whose frozen layer is y = W x + b.
@@ -179,7 +204,11 @@ impl TunerSpec {
                 spec.sites(shape)?.into_iter().map(|site| (site, layout)).collect()
             }
         };
-        Ok(adapter_bytes(sites, VirtualForm::of(self), shape))
+        let tokens = match self {
+            Self::Lora(spec) => [spec.trainable_token_indices.len(), 0],
+            _ => [0; 2],
+        };
+        Ok(adapter_bytes(sites, Beside { virtual_tokens: VirtualForm::of(self), tokens }, shape))
     }
 
     /// Returns how many values of a fresh adapter of it are trained; of full fine-tuning `Model::trained_values` does.
@@ -194,7 +223,8 @@ impl TunerSpec {
                     let vectors = usize::from(spec.use_dora) + usize::from(spec.lora_bias);
                     spec.rank as usize * (inputs + outputs) + vectors * outputs
                 };
-                spec.sites(shape)?.iter().map(dims).map(of_dims).sum()
+                let rows = spec.trainable_token_indices.len() * shape.hidden_size;
+                spec.sites(shape)?.iter().map(dims).map(of_dims).sum::<usize>() + rows
             }
             Self::Ia3(spec) => {
                 let of_site = |(site, side): &(Site, ScaledSide)| match side {
@@ -257,6 +287,10 @@ impl LoraSpec {
         if self.lora_bias && (self.use_dora || self.init != LoraInit::Default) {
             let message = "needs a LoRA that is no DoRA and starts as the default does; PEFT knows no other";
             return Err(Error::invalid("lora.lora_bias", message));
+        }
+        if let Some(id) = self.trainable_token_indices.iter().find(|id| **id as usize >= shape.vocab_size) {
+            let message = format!("token {id} does not exist; the base has {}, counted from 0", shape.vocab_size);
+            return Err(Error::invalid("lora.trainable_token_indices", message));
         }
         if layers.is_empty() {
             return Err(Error::invalid("lora.target_modules", "selects no layer of the base"));
@@ -407,12 +441,13 @@ impl Adapter {
     /// A LoRA of these pairs.
     pub fn lora(spec: LoraSpec, pairs: impl IntoIterator<Item = (Site, LowRank)>) -> Self {
         let sites = pairs.into_iter().map(|(site, pair)| (site, SiteDelta::LowRank(pair))).collect();
-        Self { spec: TunerSpec::Lora(spec), sites, virtual_tokens: None, copies: BTreeMap::new() }
+        let spec = TunerSpec::Lora(spec);
+        Self { spec, sites, virtual_tokens: None, copies: BTreeMap::new(), tokens: BTreeMap::new() }
     }
 
     /// As PEFT starts one: of LoRA A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)), B and a bias zero, of (IA)3 ones; of a bottleneck down as A, and
     /// zero all else. A function of the seed alone. What is the base's is zero until whoever has the base fills it in (`Model::begin`): DoRA's
-    /// magnitudes, virtual tokens; and what pairs start as that start as a part of it (`Model::start_as_part`). Of full fine-tuning that is all
+    /// magnitudes, virtual tokens, rows of tokens; and what pairs start as that start as a part of it (`Model::start_as_part`). Of full fine-tuning that is all
     /// (`Model::copies`), and there is nothing to begin with here.
     pub fn fresh<S: Clone + Into<TunerSpec>>(spec: &S, shape: &BaseShape, seed: u64) -> Result<Self> {
         let spec = spec.clone().into();
@@ -431,7 +466,14 @@ impl Adapter {
             TunerSpec::Full(_) => return Err(Error::internal("copies of the base's tensors begin as these")),
         };
         let virtual_tokens = VirtualTokens::fresh(&spec, shape, seed);
-        Ok(Self { spec, sites, virtual_tokens, copies: BTreeMap::new() })
+        let tokens = match &spec {
+            TunerSpec::Lora(LoraSpec { trainable_token_indices: ids, .. }) if !ids.is_empty() => {
+                let rows = vec![0.0; ids.len() * shape.hidden_size];
+                [(Slot::Embedding, TokenRows { ids: ids.clone(), rows })].into()
+            }
+            _ => BTreeMap::new(),
+        };
+        Ok(Self { spec, sites, virtual_tokens, copies: BTreeMap::new(), tokens })
     }
 
     /// Makes each magnitude the norm of its row, so that a fresh DoRA changes nothing.
@@ -458,7 +500,7 @@ impl Adapter {
             Some((site, LowRank { alpha: by * pair.alpha, ..plain }))
         });
         let spec = LoraSpec { rank: 2 * spec.rank, alpha: by * spec.alpha, init: LoraInit::Default, ..spec.clone() };
-        Self { copies: self.copies.clone(), ..Self::lora(spec, pairs) }
+        Self { copies: self.copies.clone(), tokens: self.tokens.clone(), ..Self::lora(spec, pairs) }
     }
 
     /// Returns its kind.
@@ -503,17 +545,19 @@ impl Adapter {
         })
     }
 
-    /// Returns the tensors that are trained, in a fixed order: by site; A, B, magnitude, bias. Then those of virtual tokens, then copies.
+    /// Returns the tensors that are trained, in a fixed order: by site; A, B, magnitude, bias. Then those of virtual tokens, then copies, then
+    /// rows of tokens.
     pub fn tensors(&self) -> impl Iterator<Item = &[f32]> {
         let virtual_tokens = self.virtual_tokens.iter().flat_map(VirtualTokens::tensors);
-        let copies = self.copies.values().map(Vec::as_slice);
+        let copies = self.copies.values().chain(self.tokens.values().map(|tokens| &tokens.rows)).map(Vec::as_slice);
         self.sites.values().flat_map(SiteDelta::tensors).chain(virtual_tokens).chain(copies)
     }
 
     /// As [`Adapter::tensors`], to be changed.
     pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
         let virtual_tokens = self.virtual_tokens.iter_mut().flat_map(VirtualTokens::tensors_mut);
-        let copies = self.copies.values_mut().map(Vec::as_mut_slice);
+        let rows = self.tokens.values_mut().map(|tokens| &mut tokens.rows);
+        let copies = self.copies.values_mut().chain(rows).map(Vec::as_mut_slice);
         self.sites.values_mut().flat_map(SiteDelta::tensors_mut).chain(virtual_tokens).chain(copies)
     }
 

@@ -328,6 +328,7 @@ fn recipe(spec: &proto::TrainRequest) -> Value {
             value["use_rslora"] = json!(lora.use_rslora);
             value["use_dora"] = json!(lora.use_dora);
             value["lora_bias"] = json!(lora.lora_bias);
+            value["trainable_token_indices"] = json!(lora.trainable_token_indices);
             value["init"] = json!(lora.init().as_str_name().trim_start_matches("LORA_INIT_").to_lowercase());
         }
         Some(Start::Ia3(ia3)) => {

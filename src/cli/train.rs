@@ -111,6 +111,9 @@ struct Tuner {
     /// Of lora: train a bias beside each pair of matrices.
     #[arg(long)]
     lora_bias: bool,
+    /// Of lora and dora: ids of tokens whose embeddings are trained too, and their rows of the head where that is the embedding.
+    #[arg(long, value_delimiter = ',', value_name = "ID,...")]
+    trainable_token_indices: Vec<u32>,
     /// What the matrices of a fresh lora or dora start as [default: default]
     #[arg(long, value_enum)]
     init: Option<Init>,
@@ -423,6 +426,7 @@ impl Tuner {
                 use_rslora: self.rslora,
                 use_dora: self.tuner == TunerKind::Dora,
                 lora_bias: self.lora_bias,
+                trainable_token_indices: self.trainable_token_indices.clone(),
                 init: match self.init {
                     None | Some(Init::Default) => proto::LoraInit::Default,
                     Some(Init::Gaussian) => proto::LoraInit::Gaussian,
@@ -478,13 +482,14 @@ impl Tuner {
     /// Refuses what the kind has not, in place of passing it over.
     fn check(&self) -> Result<()> {
         use TunerKind::{Bottleneck, Dora, Full, Ia3, Lora, Prefix, Prompt};
-        let settings: [(&str, bool, &[TunerKind]); 16] = [
+        let settings: [(&str, bool, &[TunerKind]); 17] = [
             ("--rank", self.rank.is_some(), &[Lora, Dora]),
             ("--alpha", self.alpha.is_some(), &[Lora, Dora]),
             ("--dropout", self.dropout.is_some(), &[Lora, Dora]),
             ("--layers", !self.layers.is_empty(), &[Lora, Dora, Bottleneck, Full]),
             ("--rslora", self.rslora, &[Lora, Dora]),
             ("--lora-bias", self.lora_bias, &[Lora]),
+            ("--trainable-token-indices", !self.trainable_token_indices.is_empty(), &[Lora, Dora]),
             ("--init", self.init.is_some(), &[Lora, Dora]),
             ("--targets", !self.targets.is_empty(), &[Lora, Dora, Ia3, Full]),
             ("--feedforward", !self.feedforward.is_empty(), &[Ia3]),

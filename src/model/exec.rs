@@ -65,8 +65,10 @@ impl Executor for Exec {
         };
         let done = pass.run(&self.model.decoder().steps);
         self.pairs = reused(pairs);
-        self.rows.adapters.clear();
-        done?;
+        if let Err(e) = done {
+            self.rows.adapters.clear();
+            return Err(e);
+        }
         let (head, rows) = (self.model.head(), self.rows.kept.len());
         if self.logits.capacity() > KEPT_LOGITS * head.rows() && rows <= KEPT_LOGITS {
             self.logits = Vec::new();
@@ -77,6 +79,8 @@ impl Executor for Exec {
         let first = next_sites(&self.model.decoder().steps).start;
         let next = Next { matrices: [Some(self.model.matrix(first)), None, None, None], adapters: None };
         cpu::linear(Team::get(), &self.buffers.quantized, &mut [layer], None, next);
+        self.rows.change_logits(&self.buffers.input, &mut self.logits);
+        self.rows.adapters.clear();
         self.model.config().logits.apply(&mut self.logits);
         Ok(&self.logits)
     }
@@ -152,9 +156,28 @@ impl Rows {
         }
     }
 
+    /// A row's adapter, where any of the batch does anything but to add products.
+    fn adapter(&self, row: usize) -> Option<&PackedAdapter> {
+        Some(&self.adapters[(*self.changed.get(row)?)?])
+    }
+
     /// What is multiplied in a row at a site.
     fn scales(&self, row: usize, site: SiteId) -> Option<Scales<'_>> {
-        self.adapters[(*self.changed.get(row)?)?].scales(site)
+        self.adapter(row)?.scales(site)
+    }
+
+    /// Puts the products with the rows that adapters have of the head in the place of the head's own. `x`: `[kept, hidden_size]`, normed,
+    /// `logits`: `[kept, vocab_size]`.
+    fn change_logits(&self, x: &[f32], logits: &mut [f32]) {
+        if self.changed.is_empty() || self.kept.is_empty() {
+            return;
+        }
+        let [width, vocab] = [x.len(), logits.len()].map(|len| len / self.kept.len());
+        for ((row, x), logits) in self.kept.iter().zip(x.chunks_exact(width)).zip(logits.chunks_exact_mut(vocab)) {
+            for (id, own) in self.adapter(*row).into_iter().flat_map(PackedAdapter::head_rows) {
+                logits[id as usize] = dot(x, own);
+            }
+        }
     }
 
     /// Multiplies a row of what goes into the layers at these sites.
@@ -167,7 +190,7 @@ impl Rows {
 
     /// What is added in a row to what comes out of a site.
     fn bias(&self, row: usize, site: SiteId) -> Option<Bias<'_>> {
-        self.adapters[(*self.changed.get(row)?)?].bias(site)
+        self.adapter(row)?.bias(site)
     }
 
     /// Multiplies the rows of what has come out of the layer at a site, `[rows, out]`, and adds the adapters' biases.
@@ -198,7 +221,7 @@ impl Rows {
 
     /// What a row of what has come out of a site goes through.
     fn bottleneck(&self, row: usize, site: SiteId) -> Option<cpu::Bottleneck<'_>> {
-        self.adapters[(*self.changed.get(row)?)?].bottleneck(site)
+        self.adapter(row)?.bottleneck(site)
     }
 
     /// Whether more becomes of what comes out of a site in a row than that a product is added.
@@ -377,8 +400,12 @@ impl ExecPass<'_> {
     fn embed(&mut self, scale: f32) {
         let width = self.model.config().hidden_size;
         let x = resized(&mut self.buffers.outs.x, self.rows.count(), width);
-        for (x, id) in x.chunks_exact_mut(width).zip(&self.rows.ids).filter(|(_, id)| **id != VIRTUAL_TOKEN) {
-            self.model.embed(*id, scale, x);
+        let rows = x.chunks_exact_mut(width).zip(&self.rows.ids).enumerate();
+        for (row, (x, id)) in rows.filter(|(_, (_, id))| **id != VIRTUAL_TOKEN) {
+            match self.rows.adapter(row).and_then(|adapter| adapter.embedding(*id)) {
+                Some(own) => x.iter_mut().zip(own).for_each(|(x, own)| *x = scale * own),
+                None => self.model.embed(*id, scale, x),
+            }
         }
         for (tile, adapter) in &self.rows.virtual_rows {
             let rows = x[tile.first * width..].chunks_exact_mut(width).take(tile.count);
@@ -509,6 +536,18 @@ impl ExecPass<'_> {
         }
         x.truncate(kept.len() * width);
     }
+}
+
+/// x y, summed in 16 lanes in a fixed order.
+fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let (x, x_rest) = x.as_chunks::<16>();
+    let (y, y_rest) = y.as_chunks::<16>();
+    let mut sums = [0.0; 16];
+    for (x, y) in x.iter().zip(y) {
+        sums.iter_mut().zip(x).zip(y).for_each(|((sum, x), y)| *sum += x * y);
+    }
+    let rest = x_rest.iter().zip(y_rest).map(|(x, y)| x * y);
+    sums.into_iter().chain(rest).sum()
 }
 
 /// Puts columns that lie side by side each into a buffer of its own.

@@ -48,7 +48,7 @@ impl Model {
         };
         let copies = self.trained_slots(spec)?.into_iter().map(copy).collect();
         let spec = TunerSpec::Full(spec.clone());
-        Ok(Adapter { spec, sites: Default::default(), virtual_tokens: None, copies })
+        Ok(Adapter { spec, sites: Default::default(), virtual_tokens: None, copies, tokens: Default::default() })
     }
 
     /// Computes the LoRA of a rank that comes nearest to what training has changed in the linear layers (truncated singular values, Eckart &

@@ -148,6 +148,8 @@ impl Model {
             layers: config.layers.len() as u32,
             linears: weights.decoder.block_sites().iter().map(LinearShape::from).collect(),
             biased: biased.map(|(spec, _)| spec.site).collect(),
+            vocab_size: config.vocab_size,
+            own_head: weights.head.is_some(),
             hidden_size: config.hidden_size,
             heads: config.attention.heads,
             kv_heads: config.attention.kv_heads,

@@ -77,9 +77,10 @@ impl Parity {
             return Err(Error::invalid_because("TOO_MANY_VIRTUAL_TOKENS", "num_virtual_tokens", message));
         }
         let with_own = scored(probes) >= MIN_TOKENS;
-        let (probes, base) = if with_own || room < CHUNK {
+        let (probes, base) = if with_own || room < CHUNK || !trained.tokens.is_empty() {
             let mut probes = if with_own { limited(probes, MAX_TOKENS) } else { self.probes.clone() };
             probes.iter_mut().for_each(|ids| ids.truncate(room));
+            strew(&mut probes, trained);
             own = (self.base_scores(&probes)?, probes);
             (&own.1, &own.0)
         } else {
@@ -190,6 +191,12 @@ pub fn own_probes(sequences: &[&[u32]]) -> Vec<Vec<u32>> {
     limited(sequences, MAX_TOKENS)
 }
 
+/// Puts the tokens that have rows of their own in the place of every other token, one after the other: a text may have none of them.
+fn strew(probes: &mut [Vec<u32>], adapter: &Adapter) {
+    let own = adapter.tokens.values().flat_map(|tokens| tokens.ids.iter()).cycle();
+    probes.iter_mut().flatten().step_by(2).zip(own).for_each(|(id, own)| *id = *own);
+}
+
 /// Tokens that have a prediction.
 fn scored(probes: &[Vec<u32>]) -> usize {
     probes.iter().map(|ids| ids.len().saturating_sub(1)).sum()
@@ -252,6 +259,21 @@ mod tests {
         let (parity, mut adapter) = setup();
         let unserved = Adapter { sites: Default::default(), ..adapter.clone() };
         adapter.pairs_mut().map(|(_, pair)| pair).for_each(|layer| layer.b.iter_mut().for_each(|b| *b *= 1e-3));
+        assert!(parity.measure(&packed(&unserved, &parity), &adapter, &[]).is_err());
+    }
+
+    /// Tokens that no text of the gate has are looked at all the same.
+    #[test]
+    fn rows_of_tokens_that_are_not_served_are_refused() {
+        let (parity, _) = setup();
+        let spec = LoraSpec { trainable_token_indices: vec![257, 3], ..LoraSpec::default() };
+        let mut adapter = Adapter::fresh(&spec, parity.model.shape(), 5).unwrap();
+        parity.model.begin(&mut adapter, &[], None).unwrap();
+        assert!(parity.measure(&packed(&adapter, &parity), &adapter, &[]).unwrap().mean_abs_effect < 1e-3);
+        adapter.tokens.values_mut().flat_map(|tokens| &mut tokens.rows).for_each(|x| *x += 0.3);
+        let report = parity.measure(&packed(&adapter, &parity), &adapter, &[]).unwrap();
+        assert!(!report.no_effect && report.mean_abs_difference <= report.threshold, "{report:?}");
+        let unserved = Adapter { tokens: Default::default(), ..adapter.clone() };
         assert!(parity.measure(&packed(&unserved, &parity), &adapter, &[]).is_err());
     }
 

@@ -347,12 +347,25 @@ struct LoraDocument {
     #[serde(default)]
     lora_bias: bool,
     #[serde(default)]
+    trainable_token_indices: Vec<u32>,
+    #[serde(default)]
     init: InitWord,
 }
 
 impl From<&LoraSpec> for LoraDocument {
     fn from(lora: &LoraSpec) -> Self {
-        let LoraSpec { rank, alpha, dropout, targets, layers, use_rslora, use_dora, lora_bias, init } = lora;
+        let LoraSpec {
+            rank,
+            alpha,
+            dropout,
+            targets,
+            layers,
+            use_rslora,
+            use_dora,
+            lora_bias,
+            trainable_token_indices,
+            init,
+        } = lora;
         Self {
             rank: *rank,
             alpha: *alpha,
@@ -362,6 +375,7 @@ impl From<&LoraSpec> for LoraDocument {
             use_rslora: *use_rslora,
             use_dora: *use_dora,
             lora_bias: *lora_bias,
+            trainable_token_indices: trainable_token_indices.clone(),
             init: (*init).into(),
         }
     }
@@ -369,9 +383,30 @@ impl From<&LoraSpec> for LoraDocument {
 
 impl From<LoraDocument> for LoraSpec {
     fn from(document: LoraDocument) -> Self {
-        let LoraDocument { rank, alpha, dropout, targets, layers, use_rslora, use_dora, lora_bias, init } = document;
-        let targets = targets.into_iter().map(Target::from).collect();
-        Self { rank, alpha, dropout, targets, layers, use_rslora, use_dora, lora_bias, init: init.into() }
+        let LoraDocument {
+            rank,
+            alpha,
+            dropout,
+            targets,
+            layers,
+            use_rslora,
+            use_dora,
+            lora_bias,
+            trainable_token_indices,
+            init,
+        } = document;
+        Self {
+            rank,
+            alpha,
+            dropout,
+            targets: targets.into_iter().map(Target::from).collect(),
+            layers,
+            use_rslora,
+            use_dora,
+            lora_bias,
+            trainable_token_indices,
+            init: init.into(),
+        }
     }
 }
 

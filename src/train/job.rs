@@ -120,7 +120,7 @@ impl TrainingContext {
     fn check_tuner(&self, tuner: &TunerSpec, spec: &JobSpec) -> Result<()> {
         let (limits, context) = (&self.limits, self.model.context_length());
         match tuner {
-            TunerSpec::Lora(lora) => check_lora(lora, limits.max_rank),
+            TunerSpec::Lora(lora) => check_lora(lora, limits),
             TunerSpec::Ia3(_) => Ok(()),
             TunerSpec::Full(full) => self.check_full(full, spec.publish, &spec.hyperparameters),
             TunerSpec::Bottleneck(bottleneck) => {
@@ -245,7 +245,7 @@ impl TrainingContext {
                     let mut adapter = Adapter::fresh(&tuner, context.model.shape(), seed)?;
                     let ids = context.first_ids(&tuner, seed)?;
                     // Others have nothing from the base, and wait for no compute.
-                    if adapter.kind() == AdapterKind::Dora || !ids.is_empty() {
+                    if adapter.kind() == AdapterKind::Dora || !ids.is_empty() || !adapter.tokens.is_empty() {
                         context.model.begin(&mut adapter, &ids, Some(&context.arbiter.train()))?;
                     }
                     Ok(adapter)
@@ -343,7 +343,10 @@ fn check_virtual_tokens(field: &str, count: u32, limits: &Limits, context: usize
     )
 }
 
-fn check_lora(lora: &LoraSpec, max_rank: u64) -> Result<()> {
+fn check_lora(lora: &LoraSpec, limits: &Limits) -> Result<()> {
+    let (max_rank, max_tokens) = (limits.max_rank, limits.max_trained_tokens);
+    let few = lora.trainable_token_indices.len() as u64 <= max_tokens;
+    rule(few, "lora.trainable_token_indices", format!("of at most {max_tokens} tokens (limit max_trained_tokens)"))?;
     let (most, why) = match lora.init.is_of_base() {
         true => (max_rank / 2, "half the limit max_rank: the version has twice the rank"),
         false => (max_rank, "limit max_rank"),

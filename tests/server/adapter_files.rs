@@ -432,10 +432,20 @@ fn refused_kinds(t: &mut Table<'_>) {
     for (name, key, value, advice) in [
         ("QALoRA", "use_qalora", json!(true), &["use_qalora", "train again"][..]),
         ("BD-LoRA", "use_bdlora", json!({"nblocks": 2}), &["use_bdlora", "train again"]),
-        ("whole layers", "modules_to_save", json!(["lm_head"]), &["modules_to_save", "train again"]),
+        (
+            "whole layers",
+            "modules_to_save",
+            json!(["lm_head"]),
+            &["modules_to_save", "train again", "trainable_token_indices", "full fine-tuning"],
+        ),
         ("replicated layers", "layer_replication", json!([[0, 2], [1, 2]]), &["layer_replication", "train again"]),
         ("parameters", "target_parameters", json!(["experts.down_proj"]), &["target_parameters", "train again"]),
-        ("tokens", "trainable_token_indices", json!([1, 2]), &["trainable_token_indices", "train again"]),
+        (
+            "tokens of another table",
+            "trainable_token_indices",
+            json!({"wpe": [1]}),
+            &["trainable_token_indices", "wpe"],
+        ),
         ("activated LoRA", "alora_invocation_tokens", json!([1, 2]), &["alora_invocation_tokens", "train again"]),
         ("KaSA", "kasa_config", json!({"beta": 0.1}), &["kasa_config", "train again"]),
         ("Arrow", "arrow_config", json!({"top_k": 3}), &["arrow_config", "one by one"]),
@@ -528,6 +538,9 @@ fn refused_values(t: &mut Table<'_>) {
         ("dropout over 1", "lora_dropout", json!(1.5), &["lora_dropout", "must be"]),
         ("rslora that is a text", "use_rslora", json!("yes"), &["use_rslora", "must be true or false"]),
         ("bias that is true", "bias", json!(true), &["bias", "must be"]),
+        ("tokens twice", "trainable_token_indices", json!([1, 1]), &["trainable_token_indices", "each once"]),
+        ("tokens below zero", "trainable_token_indices", json!([-1]), &["trainable_token_indices", "must be"]),
+        ("tokens that the base lacks", "trainable_token_indices", json!([1_000_000]), &["1000000", "trained on"]),
         ("bias of a word", "bias", json!("some"), &["bias", "must be", "lora_only"]),
         ("LoRA's bias that is a text", "lora_bias", json!("yes"), &["lora_bias", "must be true or false"]),
         ("rank pattern that is a list", "rank_pattern", json!([1]), &["rank_pattern", "must be"]),
@@ -669,6 +682,18 @@ fn refused_files(t: &mut Table<'_>) {
         };
         t.refused(name, vec![], reason, holds).spoil = Some(spoil);
     }
+    t.refused(
+        "rows of tokens that are missing",
+        vec![("trainable_token_indices", json!([1, 2]))],
+        "MISSING_TENSOR",
+        &["embed_tokens.token_adapter", "saved together"],
+    );
+    t.refused(
+        "too many tokens",
+        vec![("trainable_token_indices", (0..257).collect())],
+        "TOO_MANY_TRAINED_TOKENS",
+        &["trainable_token_indices", "max_trained_tokens", "train fewer"],
+    );
     t.refused("biases that are missing", vec![("lora_bias", json!(true))], "MISSING_TENSOR", &["lora_B.bias"]);
     t.refused(
         "biases of a DoRA",

@@ -353,6 +353,7 @@ async fn jobs_from_before_adapters_had_kinds_keep_their_recipe_and_events_and_go
         use_rslora: true,
         use_dora: false,
         lora_bias: false,
+        trainable_token_indices: Vec::new(),
         init: LoraInit::Unspecified.into(),
     };
     assert_eq!(first.start, Some(Start::Lora(lora)));

@@ -377,6 +377,11 @@ async fn scores(server: &TestServer, key: &str, adapter: &str) -> Vec<ScoreResul
 }
 
 /// Fresh and continued; served in one batch with all others and the base as alone; exported, and imported under the same digest.
+/// A DoRA with rows of these tokens.
+fn of_tokens(ids: &[u32]) -> LoraSpec {
+    LoraSpec { rank: Some(4), use_dora: true, trainable_token_indices: ids.to_vec(), ..Default::default() }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_kind_is_trained_and_served_beside_the_others_and_comes_back_whole() {
     let server = TestServer::start().await;
@@ -391,6 +396,8 @@ async fn every_kind_is_trained_and_served_beside_the_others_and_comes_back_whole
         ("lora", "lora", Start::Lora(LoraSpec { rank: Some(4), ..Default::default() })),
         ("rslora", "lora", Start::Lora(LoraSpec { rank: Some(2), use_rslora: true, ..Default::default() })),
         ("dora", "dora", Start::Lora(LoraSpec { rank: Some(4), use_dora: true, ..Default::default() })),
+        ("biased", "lora", Start::Lora(LoraSpec { rank: Some(4), lora_bias: true, ..Default::default() })),
+        ("tokens", "dora", Start::Lora(of_tokens(&[101, 32, 7]))),
         ("ia3", "ia3", Start::Ia3(Ia3Spec::default())),
         ("ia3-of-outputs", "ia3", Start::Ia3(scaled_output)),
         // More than a block of the KV cache, and less.
@@ -519,6 +526,13 @@ async fn what_a_kind_cannot_do_is_refused_by_name() {
         (ia3(&["qkv_proj"], &[]), "ia3.target_modules"),
         (ia3(&["lm_head"], &[]), "ia3.target_modules[0]"),
         (Start::Lora(LoraSpec { rank: Some(0), use_dora: true, ..Default::default() }), "lora.rank"),
+        (Start::Lora(LoraSpec { lora_bias: true, use_dora: true, ..Default::default() }), "lora.lora_bias"),
+        (
+            Start::Lora(LoraSpec { lora_bias: true, init: LoraInit::Pissa.into(), ..Default::default() }),
+            "lora.lora_bias",
+        ),
+        (Start::Lora(of_tokens(&[7, 1 << 20])), "lora.trainable_token_indices"),
+        (Start::Lora(of_tokens(&(0..257).collect::<Vec<_>>())), "max_trained_tokens"),
         (prompt_of_text(0), "prompt_tuning.num_virtual_tokens"),
         (prompt_of_text(257), "max_virtual_tokens"),
         (prompt_of_text(255), "context"),

@@ -1,13 +1,15 @@
 //! PEFT's `LoraConfig`: LoRA, rank-stabilised LoRA, DoRA.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value, json};
 
 use crate::adapter::peft::config::{Known, setting};
 use crate::adapter::peft::selection::{Pattern, Selection, module_name};
+use crate::adapter::peft::tensors::token_module;
 use crate::adapter::peft::{Selected, SiteTensors, refuse};
 use crate::adapter::{BaseShape, Site};
+use crate::arch::decoder::Slot;
 use crate::error::Result;
 use crate::request::{LoraInit, LoraSpec, Target};
 
@@ -28,6 +30,7 @@ const KNOWN: Known = Known {
         "alpha_pattern",
         "bias",
         "lora_bias",
+        "trainable_token_indices",
     ],
     without_meaning: &[
         "corda_config",
@@ -49,12 +52,12 @@ const KNOWN: Known = Known {
         ("monteclora_config", "MonteCLoRA is not served: train again without monteclora_config"),
         ("layer_replication", "the base's layers are served as they are: train again without layer_replication"),
         ("target_parameters", "only linear layers are adapted: train again with target_modules"),
-        (
-            "trainable_token_indices",
-            "the embedding is served as the base has it: train again without trainable_token_indices",
-        ),
         ("megatron_config", "train again without Megatron's layers"),
-        ("modules_to_save", "whole layers are served as the base has them: train again with modules_to_save empty"),
+        (
+            "modules_to_save",
+            "all adapters share the base's embedding and head: train again with trainable_token_indices for the tokens that need rows of their \
+             own, or make another base by full fine-tuning",
+        ),
     ],
 };
 
@@ -116,6 +119,8 @@ pub(super) struct Settings {
     lora_bias: bool,
     /// Which of the base's own biases the files have values for.
     pub(super) bias: Bias,
+    /// The tokens of which the files have rows, in their order.
+    tokens: BTreeMap<Slot, Vec<u32>>,
     /// `None` where the base stayed as it was.
     pub(super) initialisation: Option<Initialisation>,
     selection: Selection,
@@ -144,6 +149,7 @@ impl Settings {
             use_dora: setting(config, "use_dora", "true or false", Value::as_bool)?.unwrap_or(false),
             lora_bias: lora_bias(config)?,
             bias: Bias::read(config)?,
+            tokens: tokens(config)?,
             initialisation,
             selection: Selection::read(config)?,
             rank_pattern: Pattern::read("rank_pattern", config)?,
@@ -171,6 +177,41 @@ impl Settings {
             }
         }
         Ok(())
+    }
+
+    /// Refuses more tokens than the limit of the name.
+    pub(super) fn check_tokens(&self, most: u64) -> Result<()> {
+        match self.tokens.values().map(Vec::len).find(|count| *count as u64 > most) {
+            Some(count) => {
+                let message = format!(
+                    "has {count} tokens, over the limit max_trained_tokens of {most}; train fewer, or ask the operator for a higher limit"
+                );
+                Err(refuse("TOO_MANY_TRAINED_TOKENS", TOKENS, message))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The tokens that there are rows of, each once and in the vocabulary. Of a head that is the embedding there are none by themselves.
+    pub(super) fn tokens(&self, shape: &BaseShape) -> Result<BTreeMap<Slot, &[u32]>> {
+        let mut all: BTreeMap<Slot, &[u32]> = self.tokens.iter().map(|(slot, ids)| (*slot, &ids[..])).collect();
+        for ids in all.values() {
+            if let Some(id) = ids.iter().find(|id| **id as usize >= shape.vocab_size) {
+                let message = format!(
+                    "has token {id}; this base has {}, counted from 0: import the adapter on a server that runs the base it was trained on",
+                    shape.vocab_size
+                );
+                return Err(refuse("INVALID_SETTING", TOKENS, message));
+            }
+        }
+        if !shape.own_head
+            && let Some(of_head) = all.remove(&Slot::Head)
+            && all.get(&Slot::Embedding) != Some(&of_head)
+        {
+            let message = "names tokens of lm_head, which is the embedding in this base: name them under embed_tokens, and train again";
+            return Err(refuse("UNSUPPORTED_SETTING", TOKENS, message));
+        }
+        Ok(all)
     }
 
     /// The sites that the config selects, where the names of the base's modules begin with `root`.
@@ -213,6 +254,7 @@ impl Settings {
             use_rslora: self.use_rslora,
             use_dora: self.use_dora,
             lora_bias: self.lora_bias,
+            trainable_token_indices: self.tokens.get(&Slot::Embedding).cloned().unwrap_or_default(),
             init: LoraInit::Default,
         }
     }
@@ -228,8 +270,9 @@ impl Settings {
         // Dropout means something to a job that continues from it.
         let of = |targets: Value, layers: Value| {
             let mut all = json!([self.rank, self.alpha, self.dropout, targets, layers, self.use_rslora, ranks, alphas]);
-            // Digests of LoRAs are older than DoRA and biases. Which of the base's biases are trained the tensors' names say.
+            // Digests of LoRAs are older than DoRA, biases and tokens. Which of the base's biases are trained the tensors' names say.
             if let Some(all) = all.as_array_mut() {
+                all.extend((!self.tokens.is_empty()).then(|| tokens_json(self.tokens.iter())));
                 let said = [(self.use_dora, "dora"), (self.lora_bias, "lora_bias")];
                 all.extend(said.into_iter().filter(|(is_set, _)| *is_set).map(|(_, name)| name.into()));
             }
@@ -239,6 +282,57 @@ impl Settings {
             Some((targets, layers)) => of(targets.iter().map(|t| t.name()).collect(), json!(layers)),
             None => of(self.selecting.clone(), Value::Null),
         }
+    }
+}
+
+/// The setting that names tokens.
+const TOKENS: &str = "trainable_token_indices";
+
+/// Reads the tokens of which there are rows: of the embedding, or of what a key names.
+fn tokens(config: &Map<String, Value>) -> Result<BTreeMap<Slot, Vec<u32>>> {
+    let wrong = |value: &Value| {
+        let shown: String = value.to_string().chars().take(100).collect();
+        let message = format!("is {shown}; must be a list of token ids, each once, or such lists by module");
+        refuse("INVALID_SETTING", TOKENS, message)
+    };
+    let ids = |value: &Value| {
+        let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+        let ids: Option<Vec<u32>> = value.as_array().and_then(|ids| ids.iter().map(id).collect());
+        let ids = ids.filter(|ids| ids.iter().collect::<BTreeSet<_>>().len() == ids.len());
+        ids.ok_or_else(|| wrong(value))
+    };
+    let slot = |name: &String| {
+        let module = name.rsplit('.').next().unwrap_or_default();
+        let slot = [Slot::Embedding, Slot::Head].into_iter().find(|slot| token_module(*slot) == module);
+        slot.ok_or_else(|| {
+            let name: String = name.chars().take(100).collect();
+            let message = format!("names {name}; rows of embed_tokens and lm_head are served: train again with these");
+            refuse("UNSUPPORTED_SETTING", TOKENS, message)
+        })
+    };
+    let mut all = BTreeMap::new();
+    match config.get(TOKENS) {
+        None | Some(Value::Null) => {}
+        Some(Value::Object(by_module)) => {
+            for (name, value) in by_module {
+                if all.insert(slot(name)?, ids(value)?).is_some() {
+                    return Err(wrong(&config[TOKENS]));
+                }
+            }
+        }
+        Some(value) => drop(all.insert(Slot::Embedding, ids(value)?)),
+    }
+    all.retain(|_, ids| !ids.is_empty());
+    Ok(all)
+}
+
+/// The setting that names these tokens, in PEFT's words.
+pub(super) fn tokens_json<'t>(tokens: impl Iterator<Item = (&'t Slot, &'t Vec<u32>)>) -> Value {
+    let all: BTreeMap<Slot, &Vec<u32>> = tokens.map(|(slot, ids)| (*slot, ids)).collect();
+    match all.get(&Slot::Embedding) {
+        _ if all.is_empty() => Value::Null,
+        Some(ids) if all.len() == 1 => json!(ids),
+        _ => all.iter().map(|(slot, ids)| (token_module(*slot).to_owned(), json!(ids))).collect::<Map<_, _>>().into(),
     }
 }
 

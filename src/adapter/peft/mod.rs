@@ -20,9 +20,10 @@ use safetensors::{Dtype, View};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
-use crate::adapter::packed::{Layout, adapter_bytes, with_biases};
+use crate::adapter::packed::{Beside, Layout, adapter_bytes, with_biases};
 use crate::adapter::{
-    Adapter, BaseShape, Bottleneck, Initialisation, LowRank, ScaledSide, Site, SiteDelta, VirtualForm, VirtualTokens,
+    Adapter, BaseShape, Bottleneck, Initialisation, LowRank, ScaledSide, Site, SiteDelta, TokenRows, VirtualForm,
+    VirtualTokens,
 };
 use crate::arch::decoder::Slot;
 use crate::config::Limits;
@@ -30,7 +31,7 @@ use crate::error::{Error, Result};
 use crate::ids::Digest;
 use crate::request::{LoraSpec, NonLinearity, Target, TunerSpec};
 use selection::module_name;
-use tensors::{Named, Part, tensor_name, values};
+use tensors::{Named, Part, tensor_name, token_tensor_name, values};
 
 pub use tensors::{check_beginning, most_file_bytes};
 
@@ -49,16 +50,19 @@ pub struct SizeLimits {
     pub rank: u64,
     /// Most virtual tokens: limit `max_virtual_tokens`.
     pub virtual_tokens: u64,
+    /// Most tokens with rows of their own: limit `max_trained_tokens`.
+    pub trained_tokens: u64,
 }
 
 impl SizeLimits {
     /// For adapters that have been taken before.
-    pub const NONE: Self = Self { rank: u64::MAX, virtual_tokens: u64::MAX };
+    pub const NONE: Self = Self { rank: u64::MAX, virtual_tokens: u64::MAX, trained_tokens: u64::MAX };
 }
 
 impl From<&Limits> for SizeLimits {
     fn from(limits: &Limits) -> Self {
-        Self { rank: limits.max_rank, virtual_tokens: limits.max_virtual_tokens }
+        let (virtual_tokens, trained_tokens) = (limits.max_virtual_tokens, limits.max_trained_tokens);
+        Self { rank: limits.max_rank, virtual_tokens, trained_tokens }
     }
 }
 
@@ -204,7 +208,10 @@ impl Settings {
 
     fn check_size(&self, limits: SizeLimits) -> Result<()> {
         match &self.kind {
-            Kind::Lora(settings) => settings.check_ranks(limits.rank),
+            Kind::Lora(settings) => {
+                settings.check_ranks(limits.rank)?;
+                settings.check_tokens(limits.trained_tokens)
+            }
             Kind::Ia3(_) => Ok(()),
             Kind::Virtual(settings) => settings.check_size(limits),
             Kind::Bottleneck(settings) => settings.check_size(limits.rank),
@@ -293,6 +300,8 @@ struct Fitted<'a> {
     found: Vec<Vec<Named<'a>>>,
     /// What takes the place of biases of the base.
     biases: Vec<(Site, Named<'a>)>,
+    /// Rows of tokens: what they are rows of, the ids, and their tensor.
+    tokens: Vec<(Slot, Vec<u32>, Named<'a>)>,
     /// What stands before a sequence: its form, how many, and their tensor.
     virtual_tokens: Option<(VirtualForm, usize, Named<'a>)>,
 }
@@ -304,7 +313,8 @@ impl<'a> Fitted<'a> {
         settings.check_size(limits)?;
         if let Kind::Virtual(tokens) = &settings.kind {
             let virtual_tokens = Some((tokens.form, tokens.count, tokens.find(&package.tensors, shape)?));
-            return Ok(Self { settings, selected: Vec::new(), found: Vec::new(), biases: Vec::new(), virtual_tokens });
+            let (selected, found, biases, tokens) = Default::default();
+            return Ok(Self { settings, selected, found, biases, tokens, virtual_tokens });
         }
         let mut found = tensors::Tensors::read(&package.tensors, shape)?;
         let selected = selected(&settings, &found, shape)?;
@@ -318,7 +328,7 @@ impl<'a> Fitted<'a> {
         }
         let mut take = |site: Site, part, want: &[usize]| {
             let found = found.by_site.get_mut(&site).and_then(|own| own.remove(&part));
-            let found = found.ok_or_else(|| missing(site, part))?;
+            let found = found.ok_or_else(|| missing(&tensor_name(site, part)))?;
             check_shape(&found, want)?;
             Ok(found)
         };
@@ -333,6 +343,21 @@ impl<'a> Fitted<'a> {
             Ok((site, take(site, bias_part(is_adapted), &[outputs])?))
         });
         let biases = biases.collect::<Result<Vec<_>>>()?;
+        let wanted = match &settings.kind {
+            Kind::Lora(settings) => settings.tokens(shape)?,
+            Kind::Ia3(_) | Kind::Virtual(_) | Kind::Bottleneck(_) => BTreeMap::new(),
+        };
+        let tokens = wanted.into_iter().map(|(slot, ids)| {
+            let rows = found.tokens.remove(&slot).ok_or_else(|| missing(&token_tensor_name(slot)))?;
+            check_shape(&rows, &[ids.len(), shape.hidden_size])?;
+            Ok((slot, ids.to_vec(), rows))
+        });
+        let tokens = tokens.collect::<Result<Vec<_>>>()?;
+        if let Some((name, _)) = found.tokens.values().next() {
+            let message = "has rows of tokens that the config's trainable_token_indices does not name: the config is of another adapter; send the \
+                           one that was saved with these tensors";
+            return Err(refuse("EXTRA_TENSOR", name, message));
+        }
         match found.by_site.values().flatten().next() {
             Some((part, (name, _))) if part.is_of_base() => {
                 let message = "is the bias of a layer that has none in this base, or that the config's bias leaves out: import it on a server \
@@ -344,7 +369,7 @@ impl<'a> Fitted<'a> {
                                that was saved with these tensors";
                 Err(refuse("EXTRA_TENSOR", name, message))
             }
-            None => Ok(Self { settings, selected, found: of_sites, biases, virtual_tokens: None }),
+            None => Ok(Self { settings, selected, found: of_sites, biases, tokens, virtual_tokens: None }),
         }
     }
 }
@@ -416,6 +441,10 @@ impl Package {
             let name = tensor_name(site, bias_part(adapter.sites.contains_key(&site)));
             views.insert(name, Floats { shape: vec![values.len()], values: values.into() });
         }
+        for (slot, TokenRows { ids, rows }) in &adapter.tokens {
+            let shape = vec![ids.len(), shape.hidden_size];
+            views.insert(token_tensor_name(*slot), Floats { shape, values: rows.into() });
+        }
         if let Some(tokens) = &adapter.virtual_tokens {
             let shape = vec![tokens.count, tokens.form().width(shape)];
             views.insert(virtual_tokens::TENSOR.to_owned(), Floats { shape, values: tokens.folded() });
@@ -428,7 +457,7 @@ impl Package {
 
     /// Checks everything and gives the adapter in float32.
     pub fn read(&self, shape: &BaseShape, limits: SizeLimits) -> Result<Adapter> {
-        let Fitted { settings, selected, found, biases, virtual_tokens } = Fitted::new(self, shape, limits)?;
+        let Fitted { settings, selected, found, biases, tokens, virtual_tokens } = Fitted::new(self, shape, limits)?;
         let sites = selected.iter().zip(&found).map(|(selected, found)| {
             let values = found.iter().map(|(name, view)| values(name, view)).collect::<Result<Vec<_>>>()?;
             Ok((selected.site, selected.tensors.delta(values.into_iter())))
@@ -443,17 +472,23 @@ impl Package {
             Ok((Slot::Bias(id), values(name, view)?))
         });
         let copies = copies.collect::<Result<_>>()?;
+        let tokens = tokens
+            .into_iter()
+            .map(|(slot, ids, (name, view))| Ok((slot, TokenRows { ids, rows: values(&name, &view)? })));
+        let tokens = tokens.collect::<Result<_>>()?;
         let spec = settings.spec(&selected, shape);
-        Ok(Adapter { spec, sites, virtual_tokens, copies })
+        Ok(Adapter { spec, sites, virtual_tokens, copies, tokens })
     }
 
     /// Checks everything but the values.
     pub fn check(&self, shape: &BaseShape, limits: SizeLimits) -> Result<CheckedPackage> {
-        let Fitted { settings, selected, biases, virtual_tokens, .. } = Fitted::new(self, shape, limits)?;
+        let Fitted { settings, selected, biases, tokens, virtual_tokens, .. } = Fitted::new(self, shape, limits)?;
         let virtual_tokens = virtual_tokens.map(|(form, count, _)| (form, count));
+        let count = |slot| tokens.iter().filter(|(of, ..)| *of == slot).map(|(_, ids, _)| ids.len()).sum();
+        let beside = Beside { virtual_tokens, tokens: [Slot::Embedding, Slot::Head].map(count) };
         let layouts = with_biases(selected.iter().map(Selected::layout), biases.iter().map(|(site, _)| *site));
         Ok(CheckedPackage {
-            memory_bytes: adapter_bytes(layouts, virtual_tokens, shape),
+            memory_bytes: adapter_bytes(layouts, beside, shape),
             rank: selected.iter().map(Selected::rank).max().unwrap_or_default(),
             initialisation: settings.initialisation(),
             base: settings.base.clone(),
@@ -512,10 +547,10 @@ fn bias_part(is_adapted: bool) -> Part {
     if is_adapted { Part::AdaptedBias } else { Part::OwnBias }
 }
 
-fn missing(site: Site, part: Part) -> Error {
+fn missing(name: &str) -> Error {
     let message = "is missing from adapter_model.safetensors, though the config selects its module; send the tensors and the config that were \
                    saved together";
-    refuse("MISSING_TENSOR", tensor_name(site, part), message)
+    refuse("MISSING_TENSOR", name, message)
 }
 
 /// What selects exactly these sites, in PEFT's words: the names of the layers and, where those are not all or `name_layers`, their numbers,
@@ -585,6 +620,7 @@ fn lora_json(spec: &LoraSpec, adapter: &Adapter, shape: &BaseShape) -> Value {
         "revision": null,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
+        "trainable_token_indices": lora::tokens_json(adapter.tokens.iter().map(|(slot, tokens)| (slot, &tokens.ids))),
         "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
     })
@@ -620,7 +656,7 @@ mod tests {
     use super::*;
     use crate::request::{BottleneckSpec, Ia3Spec, LoraSpec, Placement, PrefixSpec, PromptSpec, VirtualInit};
 
-    const LIMITS: SizeLimits = SizeLimits { rank: 8, virtual_tokens: 8 };
+    const LIMITS: SizeLimits = SizeLimits { rank: 8, virtual_tokens: 8, trained_tokens: 8 };
 
     fn shape() -> BaseShape {
         let dims = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)];
@@ -676,8 +712,10 @@ mod tests {
         let houlsby = BottleneckSpec { size: 3, placement: Placement::Both, ..BottleneckSpec::default() };
         let pfeiffer = BottleneckSpec { size: 2, layers: Some(vec![1]), ..BottleneckSpec::default() };
         let biased = LoraSpec { rank: 2, lora_bias: true, ..LoraSpec::default() };
-        let tuners: [TunerSpec; 8] = [
+        let tokens = LoraSpec { rank: 2, trainable_token_indices: vec![7, 3], ..LoraSpec::default() };
+        let tuners: [TunerSpec; 9] = [
             dora.into(),
+            tokens.into(),
             biased.into(),
             Ia3Spec::default().into(),
             ia3.into(),
@@ -696,6 +734,7 @@ mod tests {
                 let package = Package::from_adapter(&adapter, &shape).unwrap();
                 let read = package.read(&shape, LIMITS).unwrap();
                 assert_eq!((&read.sites, &read.virtual_tokens), (&adapter.sites, &adapter.virtual_tokens));
+                assert_eq!(read.tokens, adapter.tokens);
                 let checked = package.check(&shape, LIMITS).unwrap();
                 let norms = read.pairs().map(|(site, pair)| (site, vec![1.0; pair.b.len() / pair.rank])).collect();
                 let packed = crate::adapter::PackedAdapter::new(&read, &shape, &norms).unwrap();
@@ -740,6 +779,46 @@ mod tests {
             Package::from_adapter(&Adapter::fresh(&LoraSpec::default(), &plain, 1).unwrap(), &plain).unwrap();
         package.config = String::from_utf8(package.config).unwrap().replace("none", "all").into_bytes();
         assert!(package.check(&plain, LIMITS).is_ok());
+    }
+
+    /// Rows of tokens are named by what they are rows of; a head that is the embedding has none of its own.
+    #[test]
+    fn rows_of_tokens_are_published_and_read() {
+        let tied = shape();
+        let mut shape = tied.clone();
+        shape.own_head = true;
+        let spec = LoraSpec { rank: 2, trainable_token_indices: vec![7, 3], ..LoraSpec::default() };
+        let mut adapter = Adapter::fresh(&spec, &shape, 1).unwrap();
+        adapter.spec.fill_in(&shape).unwrap();
+        adapter.tokens.insert(Slot::Head, TokenRows { ids: vec![5], rows: vec![0.5; 8] });
+        let package = Package::from_adapter(&adapter, &shape).unwrap();
+        let config: Value = serde_json::from_slice(&package.config).unwrap();
+        assert_eq!(config["trainable_token_indices"], json!({"embed_tokens": [7, 3], "lm_head": [5]}));
+        let read = package.read(&shape, LIMITS).unwrap();
+        assert_eq!(read, adapter);
+        let packed = crate::adapter::PackedAdapter::new(&read, &shape, &Default::default()).unwrap();
+        assert_eq!(package.check(&shape, LIMITS).unwrap().memory_bytes, packed.byte_size());
+        let refused = |shape: &BaseShape, ids: Value| {
+            let mut config = config.clone();
+            config["trainable_token_indices"] = ids;
+            let package = Package { config: serde_json::to_vec(&config).unwrap(), ..package.clone() };
+            package.check(shape, LIMITS).unwrap_err().to_string()
+        };
+        for (ids, named) in [
+            (json!([7, 3]), "lm_head.token_adapter"),
+            (json!({"embed_tokens": [7, 3, 4], "lm_head": [5]}), "shape"),
+            (json!({"embed_tokens": [7, 64], "lm_head": [5]}), "64"),
+            (json!({"embed_tokens": [7, 7], "lm_head": [5]}), "each once"),
+            (json!({"embed_tokens": [7, -1], "lm_head": [5]}), "must be"),
+            (json!({"embed_positions": [7]}), "embed_positions"),
+            (json!("all"), "must be"),
+            (json!([0, 1, 2, 3, 4, 5, 6, 7, 8]), "max_trained_tokens"),
+            (json!(null), "embed_tokens.token_adapter"),
+        ] {
+            let error = refused(&shape, ids.clone());
+            assert!(error.contains("token") && error.contains(named), "{ids}: {error}");
+        }
+        assert!(refused(&tied, config["trainable_token_indices"].clone()).contains("lm_head, which is the embedding"));
     }
 
     /// What a prefix was trained through is not published with it.

@@ -12,6 +12,7 @@ use safetensors::{Dtype, SafeTensors};
 use crate::adapter::peft::selection::module_name;
 use crate::adapter::peft::{SizeLimits, TENSORS_FILE, refuse};
 use crate::adapter::{BaseShape, Site, VirtualForm};
+use crate::arch::decoder::Slot;
 use crate::error::{Error, Result};
 use crate::request::Target;
 
@@ -45,7 +46,8 @@ pub fn most_file_bytes(shape: &BaseShape, limits: SizeLimits) -> u64 {
     // Two more for magnitudes and biases.
     let of_sites = values.saturating_mul(u64::from(shape.layers)).saturating_mul(limits.rank.saturating_add(2));
     let width = VirtualForm::Embeddings.width(shape).max(VirtualForm::KeysAndValues.width(shape)) as u64;
-    let values = of_sites.max(limits.virtual_tokens.saturating_mul(width));
+    let rows = limits.trained_tokens.saturating_mul(2 * shape.hidden_size as u64);
+    let values = of_sites.saturating_add(rows).max(limits.virtual_tokens.saturating_mul(width));
     values.saturating_mul(4).saturating_add(most_header_bytes(shape)).saturating_add(LENGTH_BYTES as u64)
 }
 
@@ -146,9 +148,10 @@ impl Part {
 /// A tensor of a file with its name.
 pub(super) type Named<'a> = (String, TensorView<'a>);
 
-/// A file that holds what it should: tensors by site, and how their names are made.
+/// A file that holds what it should: tensors by site, rows of tokens by what they are rows of, and how their names are made.
 pub(super) struct Tensors<'a> {
     pub(super) by_site: BTreeMap<Site, BTreeMap<Part, Named<'a>>>,
+    pub(super) tokens: BTreeMap<Slot, Named<'a>>,
     /// What the names of the base's modules begin with: "model." or nothing.
     pub(super) root: &'static str,
 }
@@ -193,11 +196,12 @@ impl<'a> Tensors<'a> {
         // By name, so that of several faults it is always the same one that is named.
         let sorted: BTreeMap<_, _> = open(file)?.tensors().into_iter().collect();
         let parsed = sorted.keys().map(|name| Name::parse(name, shape)).collect::<Result<Vec<_>>>()?;
-        let infix = parsed.iter().find(|name| !name.part.is_of_base()).and_then(|name| name.form.infix.clone());
+        let infix = parsed.iter().find(|name| !name.place.is_of_base()).and_then(|name| name.form.infix.clone());
         let mut form: Option<(Form, String)> = None;
         let mut by_site: BTreeMap<Site, BTreeMap<Part, Named<'a>>> = BTreeMap::new();
+        let mut tokens: BTreeMap<Slot, Named<'a>> = BTreeMap::new();
         for ((name, view), mut parsed) in sorted.into_iter().zip(parsed) {
-            if parsed.part.is_of_base() {
+            if parsed.place.is_of_base() {
                 parsed.form.infix.clone_from(&infix);
             }
             match &form {
@@ -211,19 +215,21 @@ impl<'a> Tensors<'a> {
                     return Err(refuse("EXTRA_TENSOR", shown(&name), message));
                 }
             }
-            let place = by_site.entry(parsed.site).or_default();
-            if let Some((first, _)) = place.get(&parsed.part) {
+            let replaced = match parsed.place {
+                Place::Site(site, part) => by_site.entry(site).or_default().insert(part, (name.clone(), view)),
+                Place::Tokens(slot) => tokens.insert(slot, (name.clone(), view)),
+            };
+            if let Some((first, _)) = replaced {
                 // Names that differ by what wraps the model.
                 let message = format!(
                     "is another tensor of the same place as {}: the file holds more than one adapter; save one adapter by itself",
-                    shown(first)
+                    shown(&first)
                 );
                 return Err(refuse("EXTRA_TENSOR", shown(&name), message));
             }
-            place.insert(parsed.part, (name, view));
         }
         let root = form.map_or("model.", |(form, _)| form.root);
-        Ok(Self { by_site, root })
+        Ok(Self { by_site, tokens, root })
     }
 }
 
@@ -237,6 +243,21 @@ pub(super) fn tensor_name(site: Site, part: Part) -> String {
     format!("base_model.model.{}{dot}{}{}", module_name("model.", site), part.name(), part.ends()[0])
 }
 
+/// PEFT's name of the rows of some tokens.
+pub(super) fn token_tensor_name(slot: Slot) -> String {
+    let root = if slot == Slot::Head { "" } else { "model." };
+    format!("base_model.model.{root}{}.{TOKEN_ADAPTER}.{TOKEN_ROWS}", token_module(slot))
+}
+
+/// PEFT's name of the module of a table of all tokens, behind where it stands.
+pub(super) fn token_module(slot: Slot) -> &'static str {
+    if slot == Slot::Head { "lm_head" } else { "embed_tokens" }
+}
+
+/// What the names of rows of tokens have behind the module's.
+const TOKEN_ADAPTER: &str = "token_adapter";
+const TOKEN_ROWS: &str = "trainable_tokens_delta";
+
 /// What is the same in all names of a file.
 #[derive(Debug, Clone, PartialEq)]
 struct Form {
@@ -247,11 +268,34 @@ struct Form {
     infix: Option<String>,
 }
 
+impl Form {
+    fn new(head: &[&str], infix: Option<String>) -> Option<Self> {
+        let root = match *head {
+            [] | ["base_model", "model"] => "",
+            ["model"] | ["base_model", "model", "model"] => "model.",
+            _ => return None,
+        };
+        Some(Self { head: head.iter().map(|part| (*part).to_owned()).collect(), root, infix })
+    }
+}
+
 /// What a tensor's name says.
 struct Name {
     form: Form,
-    site: Site,
-    part: Part,
+    place: Place,
+}
+
+/// Where a tensor belongs.
+enum Place {
+    Site(Site, Part),
+    /// Rows of some tokens.
+    Tokens(Slot),
+}
+
+impl Place {
+    fn is_of_base(&self) -> bool {
+        matches!(self, Self::Site(_, part) if part.is_of_base())
+    }
 }
 
 impl Name {
@@ -260,7 +304,24 @@ impl Name {
         Self::of_parts(&parts, shape).ok_or_else(|| refuse("EXTRA_TENSOR", shown(name), why_not(&parts, shape)))
     }
 
+    /// Of the rows of some tokens.
+    fn of_tokens(parts: &[&str]) -> Option<Self> {
+        let (parts, infix) = match parts {
+            [parts @ .., TOKEN_ADAPTER, TOKEN_ROWS] => (parts, None),
+            [parts @ .., TOKEN_ADAPTER, TOKEN_ROWS, infix] => (parts, Some((*infix).to_owned())),
+            _ => return None,
+        };
+        let (module, head) = parts.split_last()?;
+        let slot = [Slot::Embedding, Slot::Head].into_iter().find(|slot| token_module(*slot) == *module)?;
+        // A model with a head has its layers a part further in.
+        let head = if slot == Slot::Head { [head, &["model"]].concat() } else { head.to_vec() };
+        Some(Self { form: Form::new(&head, infix)?, place: Place::Tokens(slot) })
+    }
+
     fn of_parts(parts: &[&str], shape: &BaseShape) -> Option<Self> {
+        if let Some(name) = Self::of_tokens(parts) {
+            return Some(name);
+        }
         let at = parts.iter().rposition(|part| *part == "layers")?;
         let (head, tail) = (&parts[..at], &parts[at + 1..]);
         let (tail, end) = match tail {
@@ -283,13 +344,7 @@ impl Name {
         if shape.index(site).is_none() || module_name("", site) != format!("layers.{layer}.{block}.{target}") {
             return None;
         }
-        let root = match *head {
-            [] | ["base_model", "model"] => "",
-            ["model"] | ["base_model", "model", "model"] => "model.",
-            _ => return None,
-        };
-        let head = head.iter().map(|part| (*part).to_owned()).collect();
-        Some(Self { form: Form { head, root, infix }, site, part })
+        Some(Self { form: Form::new(head, infix)?, place: Place::Site(site, part) })
     }
 }
 
@@ -305,10 +360,13 @@ fn why_not(parts: &[&str], shape: &BaseShape) -> String {
     } else if matches!(parts, [.., "embed_tokens" | "lm_head", "weight"]) {
         (
             "is the embedding or the head, which PEFT saves beside the adapter where the vocabulary was resized or modules_to_save names it",
-            "save the adapter again with save_embedding_layers=False if it was not trained, else train again with modules of the layers only",
+            "save the adapter again with save_embedding_layers=False if it was not trained, else train again with trainable_token_indices",
         )
     } else if has("lora_embedding_A") || has("lora_embedding_B") || has("embed_tokens") || has("lm_head") {
-        ("changes the embedding or the head", "train again with modules of the layers only, and modules_to_save empty")
+        (
+            "changes the embedding or the head",
+            "train again with modules of the layers only and modules_to_save empty; rows of single tokens are trained by trainable_token_indices",
+        )
     } else if parts.last() == Some(&"bias") && !has("lora_B") {
         ("is a bias of no linear layer of this base", "train again with bias \"none\"")
     } else if Part::ALL.iter().any(|part| has(part.name())) {

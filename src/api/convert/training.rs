@@ -82,6 +82,7 @@ fn objective(request: &pb::TrainRequest) -> Result<Objective> {
 fn lora_spec(message: &pb::LoraSpec) -> Result<LoraSpec> {
     let default = LoraSpec::default();
     let layers: BTreeSet<u32> = message.layers_to_transform.iter().copied().collect();
+    let tokens: BTreeSet<u32> = message.trainable_token_indices.iter().copied().collect();
     Ok(LoraSpec {
         rank: message.rank.unwrap_or(default.rank),
         alpha: message.alpha.unwrap_or(default.alpha),
@@ -91,6 +92,7 @@ fn lora_spec(message: &pb::LoraSpec) -> Result<LoraSpec> {
         use_rslora: message.use_rslora,
         use_dora: message.use_dora,
         lora_bias: message.lora_bias,
+        trainable_token_indices: tokens.into_iter().collect(),
         init: match known("lora.init", message.init)? {
             pb::LoraInit::Unspecified | pb::LoraInit::Default => LoraInit::Default,
             pb::LoraInit::Gaussian => LoraInit::Gaussian,
@@ -367,6 +369,7 @@ fn recipe(spec: &JobSpec) -> pb::TrainRequest {
             use_rslora: lora.use_rslora,
             use_dora: lora.use_dora,
             lora_bias: lora.lora_bias,
+            trainable_token_indices: lora.trainable_token_indices.clone(),
             init: match lora.init {
                 // A request's digest, by which a retry is known, is older than the choice.
                 LoraInit::Default => pb::LoraInit::Unspecified,
@@ -542,6 +545,7 @@ mod tests {
             target_modules: vec!["v_proj".into(), "q_proj".into()],
             layers_to_transform: vec![2, 0, 2],
             use_rslora: true,
+            trainable_token_indices: vec![9, 3, 9],
             init: pb::LoraInit::Olora.into(),
             ..Default::default()
         };

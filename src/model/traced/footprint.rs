@@ -98,7 +98,10 @@ impl<'a> Footprint<'a> {
         };
         let steps = &model.decoder().steps;
         let trained = |step: &Step| match step {
-            Step::Embed { .. } => footprint.has(VirtualForm::Embeddings) || footprint.copies(Slot::Embedding),
+            Step::Embed { .. } => {
+                let is_trained = footprint.copies(Slot::Embedding) || footprint.tokens(Slot::Embedding) > 0;
+                is_trained || footprint.has(VirtualForm::Embeddings)
+            }
             Step::Attend(_) => footprint.has(VirtualForm::KeysAndValues),
             step => step.sites().any(|site| footprint.changes(site) || footprint.copies(Slot::Bias(site))),
         };
@@ -156,6 +159,12 @@ impl<'a> Footprint<'a> {
     /// Whether the adapter has a copy that takes the place of a tensor.
     fn copies(&self, slot: Slot) -> bool {
         self.options.adapter.is_some_and(|adapter| adapter.copies.contains_key(&slot))
+    }
+
+    /// The tokens that have rows of their own in the place of a table's.
+    fn tokens(&self, slot: Slot) -> usize {
+        let tokens = self.options.adapter.and_then(|adapter| adapter.tokens.get(&slot));
+        tokens.map_or(0, |tokens| tokens.ids.len())
     }
 
     fn changes(&self, site: SiteId) -> bool {
@@ -405,14 +414,18 @@ impl<'a> Footprint<'a> {
         let head = self.head();
         let rows = self.size.selected.min(rows_at_a_time(head.rows()));
         self.dx = if gradients { self.take(self.x) } else { 0 };
+        let tokens = self.tokens(self.model.head_slot());
+        let of_tokens = self.take(if gradients { self.size.selected * tokens } else { 0 });
         let logits = self.take(rows * head.rows());
         self.products(head, head.rows() * head.cols(), rows);
+        self.pass_by(rows * tokens);
         self.pass_by(if gradients { self.dense(head, rows) } else { 0 });
         self.give(logits);
         if gradients && self.copies(self.model.head_slot()) {
             // Once more, for the copy's own gradient.
             self.pass_by(logits);
         }
+        self.give(of_tokens);
         self.set_x(0);
     }
 

@@ -24,7 +24,7 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 
-use crate::adapter::{Adapter, RowNorms, VirtualForm};
+use crate::adapter::{Adapter, RowNorms, TokenRows, VirtualForm};
 use crate::arch::decoder::{NormId, Slot};
 use crate::device::TrainPermit;
 use crate::error::{Error, Result};
@@ -201,6 +201,11 @@ impl<'a> Scope<'a> {
     /// What takes the place of a tensor of the base.
     fn copy_of(&self, slot: Slot) -> Option<&[f32]> {
         self.options.adapter?.copies.get(&slot).map(Vec::as_slice)
+    }
+
+    /// The rows that some tokens have in the place of a table's.
+    fn tokens_of(&self, slot: Slot) -> Option<&TokenRows> {
+        self.options.adapter?.tokens.get(&slot)
     }
 
     /// The weights of a norm.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::adapted::add_products;
 use super::buffers::Buffer;
+use super::head::Slopes;
 use super::{Batch, Scope, TokenScores, add};
 use crate::adapter::{Adapter, VirtualForm};
 use crate::arch::decoder::{Merge, NormId, Part, Slot, Step, StepExecutor};
@@ -64,10 +65,12 @@ pub struct Trace<'a> {
     batch: Batch,
     segments: Vec<Segment>,
     scores: TokenScores,
-    /// The head's input of the wanted rows, where a copy of the output matrix is trained.
+    /// The head's input of the wanted rows, where a copy of the output matrix is trained, or rows of some tokens.
     hidden: Option<Buffer>,
     /// The gradient of each log-probability to the head's input of its row, `[selected, hidden_size]`.
     slopes: Buffer,
+    /// That to the logits of the tokens that have rows of their own, `[selected, tokens]`.
+    token_slopes: Buffer,
 }
 
 /// Some steps, and what is kept of them.
@@ -85,9 +88,13 @@ impl<'a> Trace<'a> {
         let (segments, hidden) = forward(&scope, &batch, 0..steps.len(), None, scope.options.recompute_layers)?;
         let mut hidden = hidden.into_hidden()?;
         let mut slopes = scope.take(hidden.len());
-        let scores = scope.score(&mut hidden, &batch.targets, Some(&mut slopes));
-        let hidden = scope.copy_of(scope.model.head_slot()).is_some().then_some(hidden);
-        Ok(Self { scope, batch, segments, scores, hidden, slopes })
+        let tokens = scope.tokens_of(scope.model.head_slot()).map_or(0, |tokens| tokens.ids.len());
+        let mut token_slopes = scope.take(batch.targets.len() * tokens);
+        let of = Slopes { x: &mut slopes, tokens: &mut token_slopes };
+        let scores = scope.score(&mut hidden, &batch.targets, Some(of));
+        let is_trained = tokens > 0 || scope.copy_of(scope.model.head_slot()).is_some();
+        let hidden = is_trained.then_some(hidden);
+        Ok(Self { scope, batch, segments, scores, hidden, slopes, token_slopes })
     }
 
     /// Returns the wanted tokens' scores, in their order.
@@ -101,17 +108,25 @@ impl<'a> Trace<'a> {
     /// # Errors
     /// An internal one where the pass had no adapter.
     pub fn backward(self, derivatives: &[f32], gradients: &mut Adapter) -> Result<()> {
-        let Self { scope, batch, segments, hidden, slopes: mut d, .. } = self;
-        if let (Some(mut x), Some(dw)) = (hidden, gradients.copies.get_mut(&scope.model.head_slot())) {
-            scope.head_backward(&mut x, &batch.targets, derivatives, dw);
+        let Self { scope, batch, segments, mut hidden, slopes: mut d, mut token_slopes, .. } = self;
+        let head = scope.model.head_slot();
+        if let (Some(x), Some(dw)) = (&mut hidden, gradients.copies.get_mut(&head)) {
+            scope.head_backward(x, &batch.targets, derivatives, dw);
         }
+        if let (Some(x), Some(gradient)) = (&hidden, gradients.tokens.get_mut(&head)) {
+            scope.head_tokens_backward(x, &mut token_slopes, derivatives, gradient);
+        }
+        drop((hidden, token_slopes));
         let width = scope.model.config().hidden_size;
         for (row, derivative) in d.chunks_exact_mut(width).zip(derivatives) {
             row.iter_mut().for_each(|d| *d *= derivative);
         }
         let form = scope.virtual_tokens.as_ref().map(|(form, _)| *form);
         let trained = |step: &Step| match step {
-            Step::Embed { .. } => form == Some(VirtualForm::Embeddings) || scope.copy_of(Slot::Embedding).is_some(),
+            Step::Embed { .. } => {
+                let is_trained = scope.copy_of(Slot::Embedding).is_some() || scope.tokens_of(Slot::Embedding).is_some();
+                is_trained || form == Some(VirtualForm::Embeddings)
+            }
             Step::Attend(_) => form == Some(VirtualForm::KeysAndValues),
             step => step.sites().any(|site| scope.trains(site)),
         };
@@ -224,11 +239,12 @@ impl<'a> Forward<'a> {
 
     fn embed(&self, scale: f32) -> Buffer {
         let width = self.scope.model.config().hidden_size;
-        let copy = self.scope.copy_of(Slot::Embedding);
+        let (copy, own) = (self.scope.copy_of(Slot::Embedding), self.scope.tokens_of(Slot::Embedding));
         let mut x = self.scope.take(self.batch.len() * width);
         for (out, id) in x.chunks_exact_mut(width).zip(&self.batch.ids).filter(|(_, id)| **id != VIRTUAL_TOKEN) {
-            match copy {
-                Some(copy) => out.iter_mut().zip(&copy[*id as usize * width..]).for_each(|(out, x)| *out = scale * x),
+            let own = own.and_then(|own| own.row(*id)).or(copy.map(|copy| &copy[*id as usize * width..]));
+            match own {
+                Some(own) => out.iter_mut().zip(own).for_each(|(out, x)| *out = scale * x),
                 None => self.scope.model.embed(*id, scale, out),
             }
         }
@@ -417,12 +433,17 @@ impl Backward<'_> {
         Ok(())
     }
 
-    /// Adds the gradient of a copy of the embedding.
+    /// Adds the gradient of a copy of the embedding, or of the rows of some tokens.
     fn embed(&mut self, scale: f32) {
-        let Some(d) = self.gradients.copies.get_mut(&Slot::Embedding) else { return };
+        let Adapter { copies, tokens, .. } = &mut *self.gradients;
+        let (mut copy, mut tokens) = (copies.get_mut(&Slot::Embedding), tokens.get_mut(&Slot::Embedding));
         let width = self.scope.model.config().hidden_size;
         for (dx, id) in self.dx.chunks_exact(width).zip(&self.batch.ids) {
-            d[*id as usize * width..].iter_mut().zip(dx).for_each(|(d, dx)| *d += scale * dx);
+            let of_copy = copy.as_mut().map(|copy| &mut copy[*id as usize * width..]);
+            let of_token = tokens.as_mut().and_then(|tokens| tokens.row_mut(*id));
+            for d in of_copy.into_iter().chain(of_token) {
+                d.iter_mut().zip(dx).for_each(|(d, dx)| *d += scale * dx);
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::*;
 use crate::adapter::peft::{Package, SizeLimits};
-use crate::adapter::{LowRank, ScaledSide, Site, SiteDelta, VirtualForm};
+use crate::adapter::{LowRank, ScaledSide, Site, SiteDelta, TokenRows, VirtualForm};
 use crate::arch::decoder::{SiteId, Slot, Step};
 use crate::device::Arbiter;
 use crate::kernels::packed::PackedMatrix;
@@ -143,8 +143,9 @@ impl<'m> Exact<'m> {
             match step {
                 Step::Embed { scale } => {
                     let embed = |id: &u32| {
-                        if let Some(copy) = copy(adapter, values, Slot::Embedding) {
-                            let row = &copy[*id as usize * config.hidden_size..][..config.hidden_size];
+                        let copy = copy(adapter, values, Slot::Embedding);
+                        let row = copy.map(|copy| &copy[*id as usize * config.hidden_size..][..config.hidden_size]);
+                        if let Some(row) = own_row(adapter, values, Slot::Embedding, *id).or(row) {
                             return row.iter().map(|x| x * f64::from(*scale)).collect();
                         }
                         let mut row = vec![0.0; config.hidden_size];
@@ -179,7 +180,12 @@ impl<'m> Exact<'m> {
         }
         let head = copy(adapter, values, self.model.head_slot()).unwrap_or(&self.head);
         let of_token = |i: usize| {
-            let logits = times(head, &x[prompt.len() + i]);
+            let mut logits = times(head, &x[prompt.len() + i]);
+            for (id, logit) in (0..).zip(&mut logits) {
+                if let Some(row) = own_row(adapter, values, self.model.head_slot(), id) {
+                    *logit = dot(row, &x[prompt.len() + i]);
+                }
+            }
             let sum = logits.iter().map(|logit| logit.exp()).sum::<f64>();
             weights[i] * (logits[ids[i + 1] as usize] - sum.ln())
         };
@@ -228,6 +234,14 @@ fn copy<'v>(adapter: &Adapter, values: &'v Values, slot: Slot) -> Option<&'v Vec
     Some(&values[first + adapter.copies.keys().position(|key| *key == slot)?])
 }
 
+/// The row that a token has in the place of the base's.
+fn own_row<'v>(adapter: &Adapter, values: &'v Values, slot: Slot, id: u32) -> Option<&'v [f64]> {
+    let first = values.len() - adapter.tokens.len();
+    let rows = &values[first + adapter.tokens.keys().position(|key| *key == slot)?];
+    let at = adapter.tokens[&slot].ids.iter().position(|own| *own == id)?;
+    rows.chunks_exact(rows.len() / adapter.tokens[&slot].ids.len()).nth(at)
+}
+
 fn tensors(delta: &SiteDelta) -> usize {
     match delta {
         SiteDelta::LowRank(pair) => 2 + usize::from(pair.magnitude.is_some()) + usize::from(pair.bias.is_some()),
@@ -251,6 +265,7 @@ fn tuners() -> Vec<TunerSpec> {
         .into(),
         LoraSpec { use_dora: true, ..lora.clone() }.into(),
         LoraSpec { lora_bias: true, ..lora.clone() }.into(),
+        LoraSpec { trainable_token_indices: vec![77, 1, 40], ..lora.clone() }.into(),
         LoraSpec { init: LoraInit::Pissa, ..lora.clone() }.into(),
         LoraSpec { init: LoraInit::Olora, use_dora: true, ..lora }.into(),
         Ia3Spec::default().into(),
@@ -387,17 +402,29 @@ fn gradients_of_every_kind_are_those_of_central_differences() {
     }
 }
 
-/// An adapter of a few pairs that trains the base's biases beside them.
-fn with_biases(model: &Model) -> Adapter {
-    let spec = LoraSpec { targets: vec![Target::QProj], layers: Some(vec![1]), use_dora: true, ..LoraSpec::default() };
-    let mut adapter = fresh(model, &spec.into());
+/// An adapter of a few pairs that trains beside them the base's biases, and the rows of some tokens.
+fn beside_pairs(model: &Model) -> Adapter {
+    let spec = LoraSpec {
+        targets: vec![model.shape().linears[0].target],
+        layers: Some(vec![1]),
+        use_dora: true,
+        trainable_token_indices: vec![77, 1, 40],
+        ..LoraSpec::default()
+    };
+    let mut adapter = Adapter::fresh(&spec, model.shape(), 3).unwrap();
+    if model.shape().own_head {
+        let rows = vec![0.0; 2 * model.config().hidden_size];
+        adapter.tokens.insert(Slot::Head, TokenRows { ids: vec![90, 12], rows });
+    }
+    model.begin(&mut adapter, &[], None).unwrap();
+    assert!(apart(model, with(&adapter, None), ForwardOptions::default()) < 1e-4, "a fresh one changes nothing");
     let biases = model.shape().biased.iter().filter_map(|site| model.shape().index(*site));
     adapter.copies = biases.filter_map(|id| Some((Slot::Bias(id), model.bias(id)?.to_vec()))).collect();
     adapter
 }
 
 /// What the tiny model does not have, on small bases: biases, norms of heads and of branches, a head of its own, caps. The loss changes along each
-/// tensor's gradient as that says. So it does where biases are trained beside a LoRA.
+/// tensor's gradient as that says. So it does where biases and rows of tokens are trained beside a LoRA.
 #[test]
 fn every_tensor_of_a_base_moves_the_loss_along_its_gradient() {
     let mut kinds = std::collections::BTreeSet::new();
@@ -405,8 +432,7 @@ fn every_tensor_of_a_base_moves_the_loss_along_its_gradient() {
         let path = std::path::Path::new("tests/golden/bases").join(name).join("base.gguf");
         let (model, _) = Model::load(&path, &candle_core::Device::Cpu, None).unwrap();
         let full = moved(&model, &fresh(&model, &FullSpec::default().into()));
-        let biased = (!model.shape().biased.is_empty()).then(|| moved(&model, &with_biases(&model)));
-        for adapter in std::iter::once(full).chain(biased) {
+        for adapter in [full, moved(&model, &beside_pairs(&model))] {
             let (_, gradients) = gradients(&model, &adapter, None, None);
             let loss = |adapter: &Adapter| -> f64 {
                 let options =
@@ -414,23 +440,32 @@ fn every_tensor_of_a_base_moves_the_loss_along_its_gradient() {
                 let logprobs = model.token_logprobs(&SEQUENCES, &all_wanted(), options).unwrap();
                 logprobs.iter().enumerate().map(|(i, x)| weight(i) * f64::from(*x)).sum()
             };
-            for (slot, gradient) in &gradients.copies {
+            let copies = gradients.copies.iter().map(|(slot, gradient)| (slot, gradient, false));
+            let tokens = gradients.tokens.iter().map(|(slot, tokens)| (slot, &tokens.rows, true));
+            for (slot, gradient, of_tokens) in copies.chain(tokens) {
+                fn tensor(adapter: &mut Adapter, slot: Slot, of_tokens: bool) -> &mut Vec<f32> {
+                    match of_tokens {
+                        true => &mut adapter.tokens.get_mut(&slot).unwrap().rows,
+                        false => adapter.copies.get_mut(&slot).unwrap(),
+                    }
+                }
                 let size = dot(&exactly(gradient), &exactly(gradient)).sqrt();
                 // Far enough to be seen in 24 bits, where that is not far for the tensor.
                 let by = 0.02 / size;
-                let values = &adapter.copies[slot];
-                if by > 0.1 * dot(&exactly(values), &exactly(values)).sqrt() {
+                let values = exactly(tensor(&mut adapter.clone(), *slot, of_tokens));
+                if by > 0.1 * dot(&values, &values).sqrt() {
                     continue;
                 }
                 let at = |by: f64| {
                     let mut moved = adapter.clone();
-                    let values = moved.copies.get_mut(slot).into_iter().flatten().zip(gradient);
+                    let values = tensor(&mut moved, *slot, of_tokens).iter_mut().zip(gradient);
                     values.for_each(|(x, d)| *x += (by / size * f64::from(*d)) as f32);
                     loss(&moved)
                 };
                 let slope = (at(by) - at(-by)) / (2.0 * by);
                 assert!((slope - size).abs() < 0.03 * size, "{name} {slot:?}: {slope} {size}");
                 kinds.insert(match slot {
+                    slot if of_tokens => format!("Tokens{slot:?}"),
                     Slot::Norm(norm) => format!("{:?}", model.decoder().norms[*norm].kind),
                     slot => format!("{slot:?}").split('(').next().unwrap_or_default().to_owned(),
                 });
@@ -449,6 +484,8 @@ fn every_tensor_of_a_base_moves_the_loss_along_its_gradient() {
         "PostAttention",
         "PostFeedForward",
         "Query",
+        "TokensEmbedding",
+        "TokensHead",
     ];
     assert!(kinds.iter().eq(all), "{kinds:?}");
 }

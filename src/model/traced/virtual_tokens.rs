@@ -4,19 +4,24 @@ use std::ops::Range;
 
 use super::buffers::Buffer;
 use super::{Batch, ForwardOptions, Scope, Workspace, pass};
-use crate::adapter::{Adapter, VirtualForm};
+use crate::adapter::{Adapter, TokenRows, VirtualForm};
 use crate::device::TrainPermit;
 use crate::error::Result;
 use crate::model::Model;
 
 impl Model {
-    /// Gives a fresh adapter what it has from the base: a DoRA its magnitudes, so that it changes nothing, and virtual tokens what the base
-    /// makes of these ids, as many as there are tokens. Gives way to serving.
+    /// Gives a fresh adapter what it has from the base: a DoRA its magnitudes and tokens their rows, so that they change nothing, and virtual
+    /// tokens what the base makes of these ids, as many as there are tokens. Gives way to serving.
     ///
     /// # Errors
     /// An internal one where the ids do not fit the vocabulary or the context.
     pub fn begin(&self, adapter: &mut Adapter, ids: &[u32], permit: Option<&TrainPermit>) -> Result<()> {
         adapter.set_magnitudes(&self.row_norms(adapter, permit));
+        for (slot, TokenRows { ids, rows }) in &mut adapter.tokens {
+            let table = if *slot == self.head_slot() { self.head() } else { &self.weights.embedding };
+            let rows = rows.chunks_exact_mut(self.config().hidden_size);
+            rows.zip(ids).for_each(|(row, id)| table.dequantize(*id as usize, row));
+        }
         let Some(tokens) = &mut adapter.virtual_tokens else { return Ok(()) };
         let form = tokens.form();
         let Some(values) = tokens.to_begin() else { return Ok(()) };

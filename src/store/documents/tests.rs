@@ -52,6 +52,7 @@ fn specs() -> [JobSpec; 2] {
         use_rslora: true,
         use_dora: false,
         lora_bias: false,
+        trainable_token_indices: Vec::new(),
         init: LoraInit::Default,
     };
     let first = JobSpec {

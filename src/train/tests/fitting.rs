@@ -435,8 +435,10 @@ fn few_steps_have_few_pairs_scored_by_the_reference() {
 /// Fresh adapters of every kind.
 fn starts(bench: &Bench) -> Vec<Adapter> {
     use crate::request::Target::{DownProj, OProj, QProj};
-    let tuners: [TunerSpec; 8] = [
+    let tuners: [TunerSpec; 10] = [
         lora().into(),
+        LoraSpec { lora_bias: true, targets: vec![QProj, DownProj], ..lora() }.into(),
+        LoraSpec { trainable_token_indices: vec![40, 7], ..lora() }.into(),
         LoraSpec { dropout: 0.1, ..lora() }.into(),
         LoraSpec { use_dora: true, targets: vec![QProj, DownProj], ..lora() }.into(),
         Ia3Spec::default().into(),
