@@ -82,6 +82,9 @@ impl Model {
         Ok((Adapter::lora(lora, pairs), share))
     }
 
+    /// The file of the tensors in what [`Model::write_folder`] writes.
+    pub const TENSORS_FILE: &str = folder::TENSORS;
+
     /// Fails where [`Model::write_folder`] could not say what the base is. `base`: the file or folder it was read from.
     ///
     /// # Errors

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::model::Model;
 use crate::store::{BlobUpload, JobRow, RESULT_MANIFEST, Store};
 use crate::train::TrainingContext;
 use crate::train::fit::FitOutcome;
-use crate::weights::folder::TENSORS;
 use crate::work::blocking;
 
 /// The newest form of the manifest that this build writes and reads.
@@ -94,7 +94,7 @@ pub(super) async fn files(store: &Store, job: &JobRow) -> Result<Vec<ModelFile>>
 /// Makes a GGUF file of a job's model, which has no name and is gone once it is closed.
 pub(super) async fn gguf(context: &TrainingContext, job: &JobRow) -> Result<ModelFile> {
     let folder = files(&context.store, job).await?;
-    let tensors = folder.into_iter().find(|file| file.name == TENSORS);
+    let tensors = folder.into_iter().find(|file| file.name == Model::TENSORS_FILE);
     let tensors = tensors.ok_or_else(|| Error::internal(format!("the model of {} has no tensors", job.name)))?.file;
     let (blobs, least) = (context.store.blobs(), context.limits.min_free_disk_bytes);
     blobs.check_free(least.saturating_add(context.model.folder_bytes()))?;
